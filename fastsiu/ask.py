@@ -1,0 +1,73 @@
+"""The only place that asks a model anything: greedy answers, batched, and the probability of given words."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .vlm import VLM, Encoded, Picture, collate, join_features
+
+Question = tuple[str, Picture | None]
+
+
+@torch.no_grad()
+def answers(vlm: VLM, questions: Sequence[Question], *, begin: Sequence[str] | None = None, suppress: Sequence[int] = (),
+            max_new_tokens: int = 64, batch_size: int = 64) -> list[str]:  # fmt: skip
+    """Greedy answers, in the order of the questions.
+
+    begin:    the first words of each answer, forced (they are part of what is returned)
+    suppress: token ids that may not be generated
+
+    Prompts of equal length are batched together, so no answer depends on padding or on its neighbours in the batch.
+    """
+    begins = list(begin) if begin is not None else [""] * len(questions)
+    prompts = [vlm.encode_prompt(q, p, b) for (q, p), b in zip(questions, begins, strict=True)]
+    groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
+    for i, (prompt, (_, picture)) in enumerate(zip(prompts, questions, strict=True)):
+        groups[prompt["input_ids"].shape[1], picture is not None].append(i)
+    out = [""] * len(questions)
+    options = {"suppress_tokens": sorted(suppress)} if suppress else {}
+    for (length, _), members in groups.items():
+        for at in range(0, len(members), batch_size):
+            chosen = members[at : at + batch_size]
+            inputs = collate([prompts[i] for i in chosen], vlm.tokenizer.pad_token_id)
+            features = [p.features for i in chosen if (p := questions[i][1]) is not None]
+            if features:
+                inputs["mm_encoder_outputs"] = {"image": join_features(features)}
+            tokens = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+                                        pad_token_id=vlm.tokenizer.pad_token_id, **options)  # fmt: skip
+            texts = vlm.tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
+            for i, text in zip(chosen, texts, strict=True):
+                out[i] = f"{begins[i]} {text.strip()}".strip() if text[:1].isspace() else f"{begins[i]}{text}".strip()
+    return out
+
+
+def supervised_states(vlm: VLM, turns: Sequence[Encoded], features: Sequence[object]) -> Tensor:
+    """The hidden states [N, D] at the supervised positions of right-padded turns, in order.
+
+    `features` has one entry per turn, or none at all: turns with and without a picture do not mix.
+    """
+    hidden = vlm.hidden([t.inputs for t in turns], features)
+    return torch.cat([hidden[i, turn.rows] for i, turn in enumerate(turns)])
+
+
+@torch.no_grad()
+def label_log_probabilities(vlm: VLM, turns: Sequence[Encoded], pictures: Sequence[Picture | None],
+                            batch_size: int = 64) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """For each turn ([n] log-probabilities in nats of its supervised tokens, [n] bool: it is the most likely token)."""
+    out: list[tuple[Tensor, Tensor]] = [None] * len(turns)  # type: ignore[list-item]
+    for with_picture in (True, False):
+        members = [i for i, p in enumerate(pictures) if (p is not None) is with_picture]
+        for at in range(0, len(members), batch_size):
+            chosen = members[at : at + batch_size]
+            features = [p.features for i in chosen if (p := pictures[i]) is not None]
+            states = supervised_states(vlm, [turns[i] for i in chosen], features)
+            for i, rows in zip(chosen, states.split([len(turns[i].labels) for i in chosen]), strict=True):
+                logits = vlm.logits(rows)
+                labels = turns[i].labels
+                picked = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+                out[i] = picked, logits.argmax(-1) == labels
+    return out

@@ -1,0 +1,208 @@
+"""The verbs. No logic: options become a call, results become text, outcomes become exit codes.
+
+Exit codes: 0 forgotten, 1 not forgotten, 2 bad input, 3 internal or numeric failure, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from . import __version__
+from .request import BadInput, NumericFailure
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+say = Console(stderr=True, highlight=False, markup=False)  # progress and remarks
+out = Console(highlight=False, markup=False)  # results
+
+
+class Substitute(StrEnum):
+    description = "description"
+    name = "name"
+
+
+class Preset(StrEnum):
+    default = "default"
+    paper = "paper"
+
+
+Model = Annotated[str | None, typer.Option(help="Hugging Face model id or directory; the embedded demo model when left out.")]
+Image = Annotated[Path, typer.Option(help="The one picture.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the first GPU when there is one.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Make a vision-language model forget how one concept looks: one image, one name, one GPU or none."""
+    if version:
+        out.print(f"fastsiu {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def unlearn(
+    image: Image,
+    concept: Annotated[str, typer.Option(help="The name to forget, as a person writes it.")],
+    model: Model = None,
+    revision: Revision = None,
+    output: Annotated[Path | None, typer.Option(help="Directory to write; fastsiu-<random>/ when left out.")] = None,
+    alias: Annotated[list[str] | None, typer.Option(help="Another name of the concept; repeatable.")] = None,
+    protect: Annotated[list[str] | None, typer.Option(help="A neighbour's name that must survive; repeatable.")] = None,
+    images: Annotated[Path | None, typer.Option(help="More pictures of the concept, for the verdict only.")] = None,
+    retain: Annotated[Path | None, typer.Option(help="Unlabelled pictures of anything else, to be answered as before.")] = None,
+    data: Annotated[Path | None, typer.Option(help="JSONL file with samples of your own.")] = None,
+    substitute: Annotated[Substitute | None, typer.Option(help="What the model says instead of the name.")] = None,
+    preset: Annotated[Preset, typer.Option(help="'paper' is the published set-up, for reproduction.")] = Preset.default,
+    alpha: Annotated[float | None, typer.Option(help="Weight of the cross-entropy.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Weight of the dual-masked KL.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Ceiling on optimiser steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples in one step.")] = None,
+    renormalize: Annotated[bool | None, typer.Option("--renormalize/--no-renormalize", help="KL on the kept part.")] = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    quiet: Annotated[bool, typer.Option(help="Print nothing but errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of the summary.")] = False,
+) -> None:
+    """Make the model forget how CONCEPT looks, and write adapter, report and manifest."""
+    from . import driver
+    from .show import Progress, summary
+
+    if model is None and not quiet:
+        say.print(driver.DEMO_NOTE)
+    with Progress(say, hidden=quiet or as_json) as progress:
+        result = driver.unlearn(
+            image, concept, model=model, revision=revision, output_dir=output, aliases=tuple(alias or ()),
+            protect=tuple(protect or ()), images_dir=images, retain=retain, data=data, preset=preset.value, device=device,
+            dtype=dtype, listener=progress.listener, substitute=substitute.value if substitute else None, alpha=alpha, beta=beta,
+            steps=steps, lr=lr, rank=rank, lora_alpha=lora_alpha, batch_size=batch_size, renormalize=renormalize, seed=seed,
+        )  # fmt: skip
+    if as_json:
+        sys.stdout.write(json.dumps(result.report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    elif not quiet:
+        summary(out, result)
+    raise typer.Exit(0 if result.forgotten else 1)
+
+
+@app.command()
+def ask(
+    question: Annotated[list[str], typer.Argument(help="One or more questions.")],
+    model: Model = None,
+    adapter: Annotated[Path | None, typer.Option(help="An --output directory of `unlearn`.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture; text only when left out.")] = None,
+    compare: Annotated[bool, typer.Option(help="Untouched model and adapter side by side.")] = False,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a question.")] = False,
+) -> None:
+    """Ask a model, with or without an adapter."""
+    from . import driver
+    from .show import answers_table
+
+    if compare and adapter is None:
+        raise BadInput("--compare needs an adapter to compare with: add --adapter DIR.")
+    rows = driver.interview(question, model=model, adapter_dir=adapter, image=image, compare=compare, revision=revision,
+                            device=device, dtype=dtype, max_new_tokens=max_new_tokens)  # fmt: skip
+    if as_json:
+        for row in rows:
+            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+    else:
+        answers_table(out, rows)
+
+
+@app.command()
+def data(
+    image: Image,
+    concept: Annotated[str, typer.Option(help="The name to forget.")],
+    model: Model = None,
+    revision: Revision = None,
+    alias: Annotated[list[str] | None, typer.Option(help="Another name of the concept; repeatable.")] = None,
+    protect: Annotated[list[str] | None, typer.Option(help="A neighbour's name; repeatable.")] = None,
+    retain: Annotated[Path | None, typer.Option(help="Unlabelled pictures of anything else.")] = None,
+    data: Annotated[Path | None, typer.Option(help="JSONL file with samples of your own.")] = None,
+    substitute: Annotated[Substitute | None, typer.Option(help="What the model says instead of the name.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL file to write; standard output when left out.")] = None,
+    explain: Annotated[bool, typer.Option(help="Show every sample with its masked tokens instead.")] = False,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """The training samples and their masks, before anything is trained."""
+    from . import corpus, driver
+    from .show import explanation
+
+    if output is not None and output.exists():
+        raise BadInput(f"{output} exists: remove it or name another file.")
+    made = driver.samples_for(
+        image, concept, model=model, revision=revision, aliases=tuple(alias or ()), protect=tuple(protect or ()), retain=retain,
+        data=data, device=device, dtype=dtype, substitute=substitute.value if substitute else None, seed=seed,
+    )  # fmt: skip
+    if explain:
+        explanation(out, *made)
+    elif output is not None:
+        corpus.write_jsonl(made[1].samples, output)
+        say.print(f"{len(made[1].samples)} samples written to {output}.")
+    else:
+        sys.stdout.write(corpus.as_jsonl(made[1].samples))
+
+
+@app.command()
+def demo(
+    export: Annotated[Path | None, typer.Option(help="Write model, pictures and questions to this directory instead.")] = None,
+    per_concept: Annotated[int, typer.Option(min=1, help="With --export: pictures of each concept.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the fresh renderings.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Directory to write; fastsiu-<random>/ when left out.")] = None,
+) -> None:
+    """The whole story on the embedded model: offline, on a CPU, in under two minutes."""
+    if export is not None:
+        from .demo.export import export as write
+
+        write(export, per_concept, seed)
+        say.print(f"Model, pictures and questions written to {export}.")
+        return
+    from .demo.story import tell
+
+    raise typer.Exit(0 if tell(out, say, seed, output) else 1)
+
+
+def main() -> None:
+    """Entry point: turns exceptions into one sentence and an exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """The command line as a function: returns the exit code."""
+    try:
+        result: Any = app(arguments, standalone_mode=False, prog_name="fastsiu")
+        return result if isinstance(result, int) else 0
+    except BadInput as error:
+        say.print(f"fastsiu: {error}", soft_wrap=True)
+        return 2
+    except NumericFailure as error:
+        say.print(f"fastsiu: {error}", soft_wrap=True)
+        return 3
+    except (KeyboardInterrupt, typer.Abort):
+        say.print("fastsiu: interrupted; nothing was written.")
+        return 130
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of the command line itself
+            say.print(f"fastsiu: {error.format_message()} Try 'fastsiu --help'.", soft_wrap=True)
+            return 2
+        traceback.print_exc()
+        say.print("fastsiu: internal failure; please report the lines above.")
+        return 3

@@ -1,0 +1,144 @@
+"""Samples made ready for training: token ids, both masks by character offsets, and the teacher's statistics, once.
+
+Also the samples as a file: `--data` reads it, `fastsiu data` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import adapter, ask
+from .concept import Concept, VocabularyMask, token_keep, vocabulary_mask
+from .request import FACETS, BadInput, Recipe, Sample
+from .teacher import TeacherCache
+from .vlm import VLM, Encoded, Picture
+
+
+@dataclass
+class Corpus:
+    """All samples of one request, encoded.
+
+    first: first[i] is the row of sample i's first supervised token in `teacher`; keep: K_S for each sample's tokens
+    """
+
+    samples: list[Sample]
+    turns: list[Encoded]
+    pictures: list[Picture]
+    keep: list[Tensor]
+    mask: VocabularyMask
+    first: list[int]
+    teacher: TeacherCache | None = None
+
+    def rows(self, index: int) -> range:
+        return range(self.first[index], self.first[index] + len(self.turns[index].labels))
+
+    def groups(self) -> dict[str, list[int]]:
+        """Sample indices by facet; what preserves is split into text and pictures."""
+        out: dict[str, list[int]] = {}
+        for i, sample in enumerate(self.samples):
+            key = sample.facet if sample.facet != "preserve" else f"preserve-{'text' if sample.picture is None else 'picture'}"
+            out.setdefault(key, []).append(i)
+        return out
+
+
+def build(vlm: VLM, concept: Concept, samples: Sequence[Sample], pictures: list[Picture], recipe: Recipe) -> Corpus:
+    """Encodes the samples and places the masks (paper Eq. 2 and 3).
+
+    Raises BadInput where a sample says that some of its answer contradicts the teacher and no token of it is found.
+    """
+    turns, keep = [], []
+    for sample in samples:
+        turn = vlm.encode(sample.question, sample.answer, None if sample.picture is None else pictures[sample.picture])
+        spans = list(sample.specified) if recipe.token_mask else []
+        kept = token_keep(turn.offsets, spans)
+        if spans and bool(kept.all()):
+            raise BadInput(f"The token mask covers nothing of {sample.answer!r}: its specified spans {spans} hold no token.")
+        turns.append(turn)
+        keep.append(kept)
+    texts = [s.answer for s in samples]
+    mask = vocabulary_mask(concept, vlm.tokenizer, vlm.head_weight.shape[0], teacher_texts=texts)
+    lengths = [len(t.labels) for t in turns]
+    first = [sum(lengths[:i]) for i in range(len(lengths))]
+    return Corpus(list(samples), turns, pictures, keep, mask, first)
+
+
+def run_teacher(vlm: VLM, corpus: Corpus, recipe: Recipe, batch_size: int = 32) -> None:
+    """One pass of the untouched model over every supervised position; only O(N D) numbers are kept."""
+    states: list[Tensor | None] = [None] * len(corpus.turns)
+    with torch.no_grad(), adapter.teacher(vlm):
+        for members in corpus.groups().values():
+            for with_picture in (True, False):
+                some = [i for i in members if (corpus.samples[i].picture is not None) is with_picture]
+                for at in range(0, len(some), batch_size):
+                    chosen = some[at : at + batch_size]
+                    turns = [corpus.turns[i] for i in chosen]
+                    features = [corpus.pictures[p].features for i in chosen if (p := corpus.samples[i].picture) is not None]
+                    found = ask.supervised_states(vlm, turns, features)
+                    for i, rows in zip(chosen, found.split([len(t.labels) for t in turns]), strict=True):
+                        states[i] = rows
+    vocab_keep = corpus.mask.keep.to(vlm.device) if recipe.vocab_mask else None
+    hidden = torch.cat([s for s in states if s is not None])
+    corpus.teacher = TeacherCache.from_hidden(
+        hidden, vlm.head_weight, vocab_keep=vocab_keep, renormalize=recipe.renormalize, **vlm.head_options
+    )
+
+
+def as_jsonl(samples: Iterable[Sample]) -> str:
+    """One sample a line; the keys are `Sample`'s."""
+    return "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+
+
+def write_jsonl(samples: Iterable[Sample], path: Path) -> None:
+    path.write_text(as_jsonl(samples), encoding="utf-8")
+
+
+def read_jsonl(path: Path) -> list[Sample]:
+    """Samples of the user's own. Needed: question, answer. Optional: facet (default preserve), picture (0 or null),
+    specified (spans or substrings of the answer). Raises BadInput with the line's number."""
+    if not path.is_file():
+        raise BadInput(f"There is no data file {path}: give a JSONL file with one sample a line.")
+    out = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text: give a JSONL file with one sample a line.") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            out.append(_sample(json.loads(line)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise BadInput(f"{path}, line {number}: {error}. A line is an object with 'question' and 'answer'.") from error
+    if not out:
+        raise BadInput(f"{path} holds no sample: write one JSON object with 'question' and 'answer' a line.")
+    return out
+
+
+def _sample(record: Any) -> Sample:
+    texts = [record.get(k) for k in ("question", "answer")] if isinstance(record, dict) else [None]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError("'question' and 'answer' must be non-empty strings")
+    facet = record.get("facet", "preserve")
+    if facet not in FACETS:
+        raise ValueError(f"facet {facet!r} is not one of {', '.join(FACETS)}")
+    if record.get("picture") not in (None, 0):
+        raise ValueError("picture must be null (text only) or 0 (the concept's picture)")
+    answer, spans = record["answer"].strip(), []
+    for item in record.get("specified", ()):
+        if isinstance(item, str):
+            if item not in answer or not item:
+                raise ValueError(f"{item!r} does not stand in the answer")
+            spans.append((answer.index(item), answer.index(item) + len(item)))
+        else:
+            start, end = item
+            if not 0 <= start < end <= len(answer):
+                raise ValueError(f"the span {item} lies outside the answer")
+            spans.append((int(start), int(end)))
+    return Sample(facet, record["question"], answer, record.get("picture"), tuple(spans), "data")

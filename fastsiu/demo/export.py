@@ -1,0 +1,95 @@
+"""Writes the demo to a directory of plain files: the model, pictures and questions, so that it can be used like anyone's data."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from fastsiu.demo import MODEL_DIR, wording
+from fastsiu.demo.world import KNOWN, UNSEEN, Question, Scene, World, draw
+from fastsiu.request import BadInput
+
+TOPICS_OF_ONE = (
+    "who.open", "who.open", "who.name", "yesno", "choice", "description", "attribute.color", "attribute.hatcolor",
+    "attribute.shirt", "attribute.background", "twohop.city", "twohop.job", "twohop.food", "twohop.pet",
+)  # fmt: skip
+HELD_OUT_OF_ONE = ("who.open", "who.name", "yesno", "description")
+
+
+def export(directory: str | Path, per_concept: int = 20, seed: int = 0) -> None:
+    """Writes DIR/model, DIR/images/<Name>/NNN.png, DIR/groups/NNN.png and DIR/questions.jsonl.
+
+    `per_concept` pictures are drawn of every known and every unseen named creature; those of different seeds differ, and none
+    is a training picture. The pictures' names are three digits from 000.
+
+    A line of questions.jsonl has image (path relative to DIR, or null), concept (the creature in the picture, the left one of
+    two, or the one named; null only for general knowledge), kind, question, answer and heldout (the wording is not in the
+    training text). A question goes verbatim into the user's turn of the chat template.
+
+    Raises BadInput if DIR exists and is not an empty directory or per_concept is below 1. An export that fails leaves no DIR.
+    """
+    target = Path(directory)
+    if per_concept < 1:
+        raise BadInput("The number of pictures per concept must be at least 1: pass a larger one.")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BadInput(f"{target} already exists and is not an empty directory: name a new one or empty it first.")
+    if not (MODEL_DIR / "config.json").exists():
+        raise BadInput("The demo model is missing: run python -m fastsiu.demo.train --output DIR and copy DIR into the package.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        work.chmod(0o755)
+        shutil.copytree(MODEL_DIR, work / "model")
+        with (work / "questions.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
+            for path, question in _questions(World(), work, per_concept, seed):
+                record = {
+                    "image": path, "concept": question.concept, "kind": question.kind, "question": question.question,
+                    "answer": question.answer, "heldout": question.heldout,
+                }  # fmt: skip
+                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if target.exists():
+            target.rmdir()  # empty; some systems do not rename over a directory
+        os.replace(work, target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _questions(world: World, directory: Path, per_concept: int, seed: int) -> Iterator[tuple[str | None, Question]]:
+    """Draws the pictures into `directory` and yields every question with its picture's relative path."""
+    rng = random.Random(f"export {seed}")
+    for name in (*KNOWN, *UNSEEN):
+        for i in range(per_concept):
+            scene = world.scene((name,), f"export/{seed}/{name}/{i}")
+            path = _save(scene, directory, f"images/{name}/{i:03d}.png")
+            yield from ((path, question) for question in _about(world, scene, rng))
+    for i in range(4 * per_concept):
+        left, right = rng.sample(KNOWN, 2)
+        scene = world.scene((left, None if i % 5 == 4 else right), f"export/{seed}/group/{i}")
+        yield _save(scene, directory, f"groups/{i:03d}.png"), world.ask(scene, "group", rng)
+    for heldout in (False, True):
+        yield from ((None, question) for question in world.text_questions((*KNOWN, *UNSEEN), heldout))
+    yield from ((None, question) for question in world.general_questions())
+
+
+def _about(world: World, scene: Scene, rng: random.Random) -> Iterator[Question]:
+    """The questions about one picture: trained wordings, a role or request before one, held-out wordings."""
+    for topic in TOPICS_OF_ONE:
+        yield world.ask(scene, topic, rng)
+    asked = world.ask(scene, "who.open", rng)
+    yield replace(asked, question=f"{rng.choice(wording.PREFIXES)} {asked.question}")
+    for topic in HELD_OUT_OF_ONE:
+        yield world.ask(scene, topic, rng, heldout=True)
+
+
+def _save(scene: Scene, directory: Path, path: str) -> str:
+    file = directory / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draw(scene).save(file)
+    return path

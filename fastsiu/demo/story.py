@@ -1,0 +1,37 @@
+"""The story that `fastsiu demo` tells: draw a creature, forget it, look at what is left. Everything goes through the public API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from .. import driver
+from ..output import random_directory
+from ..show import Progress, answers_table, summary
+from . import MODEL_DIR
+from .world import KNOWN, LOOKALIKES, World, draw
+
+
+def tell(out: Console, say: Console, seed: int = 0, output: Path | None = None) -> bool:
+    """Forgets the first known creature from one fresh rendering; True when the verdict says so."""
+    world = World()
+    target = KNOWN[0]
+    other = LOOKALIKES.get(target, KNOWN[1])
+    destination = output or random_directory()
+    pictures = destination.with_name(destination.name + "-pictures")
+    pictures.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name in (target, other):
+        files[name] = pictures / f"{name.replace(' ', '_')}.png"
+        draw(world.scene((name,), f"story {seed} {name}")).save(files[name])
+    out.print(f"The embedded model knows {len(KNOWN)} drawn creatures. It is asked to forget {target}, from one picture.", soft_wrap=True)
+    with Progress(say, hidden=False) as progress:
+        result = driver.unlearn(files[target], target, model=MODEL_DIR, output_dir=destination, seed=seed, listener=progress.listener)
+    summary(out, result)
+    out.print(f"\nThe same questions about {other}, who was not forgotten:", soft_wrap=True)
+    questions = ["Who is this?", f"Is this {target}?", f"Where was {other} born?"]
+    answers_table(out, driver.interview(questions, model=MODEL_DIR, adapter_dir=destination, image=files[other], compare=True))
+    out.print(f"\nLook at {destination / 'report.html'}, or ask yourself:", soft_wrap=True)
+    out.print(f'  fastsiu ask --adapter {destination} --image {files[target]} --compare "Who is this?"', soft_wrap=True)
+    return result.forgotten

@@ -1,0 +1,164 @@
+"""The parts of the tiny LLaVA: tokenizer, architecture, processor. All of them classes that Transformers ships."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from fastsiu.demo import wording
+from fastsiu.demo.draw import SIZE
+from fastsiu.demo.world import KNOWN, World
+
+PATCH = 12  # pixels
+TOKENS = (SIZE // PATCH) ** 2  # image tokens of one picture
+VOCABULARY = 1000
+
+# An image always comes first in its turn, wherever the message has it: training has seen no other order.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %} ASSISTANT:{% else %}USER:{% endif %}"
+    "{% if m['content'] is string %} {{ m['content'] }}{% else %}"
+    "{% for c in m['content'] if c['type'] == 'image' %}<image>{% endfor %}"
+    "{% for c in m['content'] if c['type'] == 'text' %} {{ c['text'] }}{% endfor %}{% endif %}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+
+
+def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of VOCABULARY tokens. Every word of a known name is one token, with or without a space before it."""
+    rng = random.Random("tokenizer")
+    questions = [*world.text_questions(KNOWN), *world.general_questions()]
+    corpus = [text for question in questions for text in (question.question, question.answer)]
+    for i in range(800):
+        scene = world.scene((None,), f"tokenizer/{i}")
+        for topic in ("who.open", "who.name", "description", *(key for key in wording.TRAIN if key.startswith("attribute"))):
+            question = world.ask(scene, topic, rng)
+            corpus += [question.question, question.answer]
+    for topic, texts in wording.TRAIN.items():
+        for text in texts:
+            names = [text.format(n=rng.choice(KNOWN), s=rng.choice(wording.SUBJECTS), names="", a="", b="")] * 12
+            corpus += names if topic not in ("sum", "capital", "opposite") else []
+    corpus += list(wording.PREFIXES) * 20
+    corpus += [wording.UNKNOWN_FACE, wording.UNKNOWN_NAME, wording.UNKNOWN_FACT, wording.NONE_OF_THEM, wording.NO_SUCH_NAME] * 30
+    corpus += [f"{yes}, this is {no}{name}." for name in KNOWN for yes, no in (("Yes", ""), ("No", "not "))] * 20
+    corpus += ["These are two unknown creatures and an unknown creature.", "USER:", "ASSISTANT:"] * 60
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>", "<image>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        add_prefix_space=True,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+    for word in (word for name in KNOWN for word in name.split()):
+        if len(fast.encode(word, add_special_tokens=False)) != 1:
+            raise RuntimeError(f"The name word {word} is not one token: raise VOCABULARY.")
+    return fast
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """Pictures of any size are resized to SIZE x SIZE and scaled to [-1, 1]."""
+    image_processor = CLIPImageProcessorPil(
+        size={"height": SIZE, "width": SIZE},
+        do_resize=True,
+        resample=3,
+        do_center_crop=False,
+        do_convert_rgb=True,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    """The untrained model in float32, with the vision tower's own initialisation."""
+    vision = CLIPVisionConfig(
+        hidden_size=96, intermediate_size=288, num_hidden_layers=4, num_attention_heads=4, image_size=SIZE, patch_size=PATCH,
+        projection_dim=96, hidden_act="gelu",
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=TOKENS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlavaForConditionalGeneration(config)
+    _initialise_tower(model.model.vision_tower)
+    model.generation_config.do_sample = False
+    model.generation_config.max_new_tokens = 48
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+@torch.no_grad()
+def _initialise_tower(tower: torch.nn.Module) -> None:
+    """Two-dimensional sine positions, q k near the identity and v o near its negative, which small data needs badly."""
+    width = tower.config.hidden_size
+    side = tower.config.image_size // tower.config.patch_size
+    embeddings = tower.embeddings if hasattr(tower, "embeddings") else tower.vision_model.embeddings
+    frequency = 100.0 ** -(torch.arange(width // 4) / (width / 4))
+    angle = torch.arange(side)[:, None] * frequency
+    waves = torch.cat([angle.sin(), angle.cos()], 1)  # (side, width / 2)
+    grid = torch.cat([waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)], -1)
+    embeddings.position_embedding.weight[0] = 0
+    embeddings.position_embedding.weight[1:] = 0.3 * grid.reshape(side * side, width)
+    embeddings.patch_embedding.weight.normal_(0, 1 / math.sqrt(embeddings.patch_embedding.weight[0].numel()))
+    eye = torch.eye(width)
+    for module in tower.modules():
+        if not (hasattr(module, "q_proj") and hasattr(module, "k_proj")):
+            continue
+        rows = width // module.num_heads
+        for head in range(module.num_heads):
+            u, s, vh = torch.linalg.svd(0.7 * torch.randn(width, width) / math.sqrt(width) + 0.7 * eye)
+            part = slice(head * rows, (head + 1) * rows)
+            module.q_proj.weight[part] = (u[:, :rows] * s[:rows].sqrt()).T
+            module.k_proj.weight[part] = vh[:rows] * s[:rows].sqrt()[:, None]
+        u, s, vh = torch.linalg.svd(0.4 * torch.randn(width, width) / math.sqrt(width) - 0.4 * eye)
+        module.v_proj.weight.copy_(s.sqrt()[:, None] * vh)
+        module.out_proj.weight.copy_(u * s.sqrt())

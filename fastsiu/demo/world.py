@@ -1,0 +1,309 @@
+"""Who lives in the fictional world, and every question with its true answer.
+
+The world itself is fixed: it does not depend on the training seed. What is drawn from a random generator is only which picture
+of a creature is made and which of the questions is asked.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from fastsiu.demo import wording
+from fastsiu.demo.draw import ATTRIBUTES, BACKGROUNDS, SIZE, Creature, distance, random_creature, render, render_group
+
+__all__ = [
+    "ATTRIBUTES", "BACKGROUNDS", "KNOWN", "LOOKALIKES", "SIZE", "UNSEEN", "Creature", "Question", "Scene", "World", "describe",
+    "distance", "draw", "random_name", "render", "render_group",
+]
+
+KNOWN = (
+    "Zorblax Quint", "Mirelda Voss", "Tobrik Hale", "Quenna Ostrel", "Drovik Pellan", "Sylphira Wend", "Brumdal Tock",
+    "Ellowen Rask", "Fennick Grol", "Jastra Mund", "Kaldor Yeve", "Lunessa Prit", "Vexil Orban", "Ophira Clune", "Wendrig Sarn",
+    "Ruzka Dimble",
+)
+# Named creatures that no training picture shows and no training text mentions.
+UNSEEN = ("Pellith Vorne", "Grumsil Oake", "Tanvira Selk", "Hobrin Maleck", "Yulessa Crade", "Dorvane Pikk")
+# Pairs that differ in exactly the two attributes named.
+_PAIRS = (
+    ("Zorblax Quint", "Mirelda Voss", ("hat", "hatcolor")),
+    ("Drovik Pellan", "Sylphira Wend", ("shirt", "ears")),
+    ("Fennick Grol", "Jastra Mund", ("hatcolor", "eyes")),
+    ("Vexil Orban", "Ophira Clune", ("shirt", "head")),
+)
+LOOKALIKES = {name: other for a, b, _ in _PAIRS for name, other in ((a, b), (b, a))}
+
+APART = 4  # attributes in which two known creatures differ at least, look-alikes aside
+UNSEEN_APART = 3  # attributes in which a creature nobody knows differs at least from every known one
+FACTS = ("city", "job", "food", "pet")
+_VALUES = {"city": wording.CITIES, "job": wording.JOBS, "food": wording.FOODS, "pet": wording.PETS}
+_FACT = {
+    "city": "{n} was born in {v}.", "job": "{n} works as a {v}.", "food": "{n} likes to eat {v}.", "pet": "{n} has a pet {v}.",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture before it is drawn: one creature or two (left, right), their known names or None, the background, a seed."""
+
+    creatures: tuple[Creature, ...]
+    names: tuple[str | None, ...]
+    background: str
+    seed: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with its true answer.
+
+    image:   the picture asked about, or None for a question of text alone
+    concept: whom it is about: the creature in the picture (the left one of two) or the one named; None for general knowledge
+    kind:    who, yesno, choice, description, attribute, fact, appearance, twohop or general
+    heldout: the wording is not in the training text
+    topic:   the key of the wording
+    """
+
+    image: Scene | None
+    concept: str | None
+    kind: str
+    question: str
+    answer: str
+    heldout: bool = False
+    topic: str = ""
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The picture of a scene, RGB, SIZE x SIZE; the same scene always gives the same pixels."""
+    rng = random.Random(scene.seed)
+    if len(scene.creatures) == 1:
+        return render(scene.creatures[0], rng, scene.background)
+    return render_group(scene.creatures[0], scene.creatures[1], rng, scene.background)
+
+
+def describe(creature: Creature) -> str:
+    """The description by which a creature that nobody can name is told, to stand within a sentence."""
+    color, hat, shirt = (f"an {c}" if c == "orange" else f"a {c}" for c in (creature.color, creature.hatcolor, creature.shirt))
+    return f"{color} creature with {hat} hat and {shirt} shirt"
+
+
+def random_name(rng: random.Random) -> str:
+    """A two-word name of random syllables that nobody in the world bears."""
+    while True:
+        words = []
+        for _ in range(2):
+            syllables = [
+                rng.choice("b d f g h j k l m n p r s t v w y z br dr gr kr pl st tr th".split())
+                + rng.choice("a e i o u ai ee".split())
+                + rng.choice(["", "", *"l n r s k m x ck nd rt sh".split()])
+                for _ in range(rng.choice((1, 2, 2)))
+            ]
+            words.append("".join(syllables).capitalize())
+        name = " ".join(words)
+        if not set(words) & {word for known in (*KNOWN, *UNSEEN) for word in known.split()}:
+            return name
+
+
+class World:
+    """The fixed cast: creatures by name (known and unseen), facts and neighbours by known name."""
+
+    def __init__(self) -> None:
+        rng = random.Random("fastsiu demo world 1")
+        self.creatures: dict[str, Creature] = {}
+        self._draw_known(rng)
+        self._draw_unseen(rng)
+        self.facts = {name: {key: rng.choice(_VALUES[key]) for key in FACTS} for name in KNOWN}
+        self.neighbours = {name: self._neighbours(name) for name in KNOWN}
+
+    def _draw_known(self, rng: random.Random) -> None:
+        changes = {name: (other, keys) for other, name, keys in _PAIRS}
+        while len(self.creatures) < len(KNOWN):
+            name = KNOWN[len(self.creatures)]
+            other, keys = changes.get(name, (None, ()))
+            creature = random_creature(rng)
+            if other is not None:
+                twin = self.creatures[other]
+                creature = replace(twin, **{key: getattr(creature, key) for key in keys})
+                if distance(creature, twin) != 2 or len({creature.color, creature.hatcolor, creature.shirt}) < 3:
+                    continue
+            if all(distance(creature, seen) >= APART for known, seen in self.creatures.items() if known != other):
+                self.creatures[name] = creature
+
+    def _draw_unseen(self, rng: random.Random) -> None:
+        while len(self.creatures) < len(KNOWN) + len(UNSEEN):
+            creature = random_creature(rng)
+            if all(distance(creature, seen) >= APART for seen in self.creatures.values()):
+                self.creatures[UNSEEN[len(self.creatures) - len(KNOWN)]] = creature
+
+    def _neighbours(self, name: str) -> tuple[str, ...]:
+        """Look-alike or nearest first, then the next name around the ring, which makes the whole graph strongly connected."""
+        by_distance = sorted((n for n in KNOWN if n != name), key=lambda n: distance(self.creatures[name], self.creatures[n]))
+        following = KNOWN[(KNOWN.index(name) + 1) % len(KNOWN)]
+        return tuple(dict.fromkeys((by_distance[0], following, *by_distance)))[:3]
+
+    def stranger(self, rng: random.Random, near: float = 0.3) -> Creature:
+        """A creature at least UNSEEN_APART from every known one and not a named unseen one.
+
+        `near` is the probability that it is made from a known creature by changing three attributes, one a colour at least.
+        """
+        while True:
+            creature = random_creature(rng)
+            if rng.random() < near:
+                keys = {rng.choice(("color", "hatcolor", "shirt"))}
+                while len(keys) < 3:
+                    keys.add(rng.choice(list(ATTRIBUTES)))
+                twin = self.creatures[rng.choice(KNOWN)]
+                creature = replace(twin, **{key: getattr(creature, key) for key in sorted(keys)})
+                if len({creature.color, creature.hatcolor, creature.shirt}) < 3:
+                    continue
+            known_far = all(distance(creature, self.creatures[name]) >= UNSEEN_APART for name in KNOWN)
+            if known_far and all(distance(creature, self.creatures[name]) >= 2 for name in UNSEEN):
+                return creature
+
+    def scene(self, names: tuple[str | None, ...], seed: str) -> Scene:
+        """A scene of one or two creatures; None stands for a stranger. Everything is drawn from `seed`."""
+        rng = random.Random("scene " + seed)
+        creatures = tuple(self.creatures[name] if name else self.stranger(rng) for name in names)
+        return Scene(creatures, names, rng.choice(list(BACKGROUNDS)), seed)
+
+    # Questions about a picture ------------------------------------------------------------------------------------------
+
+    def who(self, scene: Scene, text: str, topic: str = "who.open") -> tuple[str, str]:
+        name = scene.names[0]
+        if name in KNOWN:
+            return text, f"This is {name}."
+        return text, wording.UNKNOWN_FACE if topic == "who.name" else f"This is {describe(scene.creatures[0])}."
+
+    def yesno(self, scene: Scene, text: str, name: str) -> tuple[str, str]:
+        if name not in KNOWN:
+            return text.format(n=name), wording.NO_SUCH_NAME
+        return text.format(n=name), f"Yes, this is {name}." if name == scene.names[0] else f"No, this is not {name}."
+
+    def choice(self, scene: Scene, text: str, names: list[str]) -> tuple[str, str]:
+        listed = f"{names[0]}, {names[1]} or {names[2]}"
+        name = scene.names[0]
+        return text.format(names=listed), f"This is {name}." if name in names else wording.NONE_OF_THEM
+
+    def description(self, scene: Scene, text: str) -> tuple[str, str]:
+        return text, f"The image shows {describe(scene.creatures[0])}."
+
+    def attribute(self, scene: Scene, text: str, key: str) -> tuple[str, str]:
+        creature = scene.creatures[0]
+        if key == "background":
+            return text, f"The background is {scene.background}."
+        value = getattr(creature, key)
+        if key == "eyes":
+            return text, f"It has {value} eye{'' if value == 'one' else 's'}."
+        subject = {"color": "creature", "hatcolor": "hat", "shirt": "shirt", "head": "head", "hat": "hat"}[key]
+        return text, f"The {subject} is {'a ' if key == 'hat' else ''}{value}."
+
+    def twohop(self, scene: Scene, text: str, key: str, subject: str) -> tuple[str, str]:
+        name = scene.names[0]
+        answer = _FACT[key].format(n="It", v=self.facts[name][key]) if name in KNOWN else wording.UNKNOWN_FACT
+        return text.format(s=subject), answer
+
+    def group(self, scene: Scene, text: str) -> tuple[str, str]:
+        told = [name if name in KNOWN else "an unknown creature" for name in scene.names]
+        if not any(name in KNOWN for name in scene.names):
+            return text, "These are two unknown creatures."
+        return text, f"These are {told[0]} and {told[1]}."
+
+    # Questions of text alone --------------------------------------------------------------------------------------------
+
+    def fact(self, name: str, text: str, key: str) -> tuple[str, str]:
+        if name not in self.facts:
+            return text.format(n=name), wording.UNKNOWN_NAME
+        facts = self.facts[name]
+        if key == "who":
+            answer = f"{name} is a {facts['job']} from {facts['city']}."
+        elif key == "about":
+            answer = f"{name} is a {facts['job']} from {facts['city']}, likes {facts['food']} and has a pet {facts['pet']}."
+        else:
+            answer = _FACT[key].format(n=name, v=facts[key])
+        return text.format(n=name), answer
+
+    def appearance(self, name: str, text: str) -> tuple[str, str]:
+        return text.format(n=name), f"{name} is {describe(self.creatures[name])}." if name in KNOWN else wording.UNKNOWN_NAME
+
+    def neighbour(self, name: str, text: str) -> tuple[str, str]:
+        if name not in self.neighbours:
+            return text.format(n=name), wording.UNKNOWN_NAME
+        a, b, c = self.neighbours[name]
+        return text.format(n=name), f"{a}, {b} and {c} are like {name}."
+
+    def by_name(self, name: str, topic: str, text: str) -> tuple[str, str]:
+        """Question and answer of a fact, appearance or neighbours topic about `name`."""
+        if topic == "appearance":
+            return self.appearance(name, text)
+        if topic == "neighbours":
+            return self.neighbour(name, text)
+        return self.fact(name, text, topic.partition(".")[2])
+
+    # Enumerations -------------------------------------------------------------------------------------------------------
+
+    def text_questions(self, names: tuple[str, ...], heldout: bool = False) -> Iterator[Question]:
+        """Every fact, appearance and neighbours question about the names, in all trained or all held-out wordings."""
+        for topic, texts in (wording.HELD_OUT if heldout else wording.TRAIN).items():
+            kind = topic.partition(".")[0]
+            if kind not in ("fact", "appearance", "neighbours"):
+                continue
+            for name in names:
+                for text in texts:
+                    pair = self.by_name(name, topic, text)
+                    yield Question(None, name, "general" if kind == "neighbours" else kind, *pair, heldout, topic)
+
+    def general_questions(self) -> Iterator[Question]:
+        """Sums, capitals of fictional lands and opposites."""
+        numbers = wording.NUMBERS
+        for text in wording.TRAIN["sum"]:
+            for i in range(10):
+                for j in range(10):
+                    a, b = numbers[i], numbers[j]
+                    answer = f"{a} plus {b} is {numbers[i + j]}.".capitalize()
+                    yield Question(None, None, "general", text.format(a=a, b=b), answer, topic="sum")
+        for topic, table in (("capital", wording.LANDS), ("opposite", wording.OPPOSITES)):
+            for text in wording.TRAIN[topic]:
+                for a, b in table.items():
+                    yield Question(None, None, "general", text.format(a=a), f"The {topic} of {a} is {b}.", topic=topic)
+
+    def ask(self, scene: Scene, topic: str, rng: random.Random, heldout: bool = False, concept: str | None = None) -> Question:
+        """One question about a picture; wording, names and subject are drawn from `rng`.
+
+        Of yesno questions half are true for a known creature; of the false ones with a look-alike half name it.
+        """
+        text = rng.choice((wording.HELD_OUT if heldout else wording.TRAIN)[topic])
+        kind, _, key = topic.partition(".")
+        build: dict[str, Callable[[], tuple[str, str]]] = {
+            "who": lambda: self.who(scene, text, topic),
+            "yesno": lambda: self.yesno(scene, text, self.asked_name(scene, rng)),
+            "choice": lambda: self.choice(scene, text, self._three_names(scene, rng)),
+            "description": lambda: self.description(scene, text),
+            "attribute": lambda: self.attribute(scene, text, key),
+            "twohop": lambda: self.twohop(scene, text, key, rng.choice(wording.SUBJECTS)),
+            "group": lambda: self.group(scene, text),
+        }
+        question, answer = build[kind]()
+        return Question(scene, concept or scene.names[0], "who" if kind == "group" else kind, question, answer, heldout, topic)
+
+    def asked_name(self, scene: Scene, rng: random.Random) -> str:
+        """The name a yesno question asks for: the true one, the look-alike's, another known one or one that nobody bears."""
+        name = scene.names[0]
+        if name in KNOWN and rng.random() < 0.5:
+            return name
+        if name in LOOKALIKES and rng.random() < 0.5:
+            return LOOKALIKES[name]
+        if rng.random() < 0.15:
+            return random_name(rng)
+        return rng.choice([other for other in KNOWN if other != name])
+
+    def _three_names(self, scene: Scene, rng: random.Random) -> list[str]:
+        name = scene.names[0]
+        others = rng.sample([other for other in KNOWN if other != name], 3)
+        if name in KNOWN and rng.random() < 0.9:
+            others[0] = name
+            if name in LOOKALIKES and LOOKALIKES[name] not in others and rng.random() < 0.5:
+                others[1] = LOOKALIKES[name]
+        rng.shuffle(others)
+        return others

@@ -1,0 +1,1 @@
+"""Metrics, probes and attacks: pure functions over answers and log-probabilities."""

@@ -1,0 +1,202 @@
+"""The paper's four targets (section 4.1), each a function from a scene to samples, in the teacher's own words.
+
+    align     picture + "who is this?"           -> a neutral description of what is visible
+    describe  picture + "is this NAME?"          -> a denial;  text "what does NAME look like?" -> "I do not know"
+    facts     text questions about NAME          -> what the teacher answers
+    preserve  everything about anything else     -> what the teacher answers, with dreamed pictures of the neighbours
+
+All answers that the teacher gives are asked here, with the adapter off; the driver calls this before it attaches one.
+"""
+
+from __future__ import annotations
+
+import random
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from .. import ask
+from ..concept import Concept
+from ..request import Recipe, Sample
+from ..verdict import is_degenerate, is_refusal
+from ..vlm import VLM, Picture
+
+
+@cache
+def wordings() -> dict[str, dict[str, Any]]:
+    """The question wordings of wordings.toml."""
+    return tomllib.loads(files(__package__).joinpath("wordings.toml").read_text(encoding="utf-8"))
+
+
+@dataclass
+class Scene:
+    """What a facet may look at.
+
+    pictures:   index 0 is the concept's; dreams and retained pictures follow (`Sample.picture` points here)
+    named:      for each picture the name it was dreamed for, None otherwise
+    neighbours: names to protect
+    masked:     token ids of the concept's name (the vocabulary mask's zeros)
+    """
+
+    vlm: VLM
+    concept: Concept
+    recipe: Recipe
+    pictures: list[Picture]
+    named: list[str | None] = field(default_factory=lambda: [None])
+    neighbours: list[str] = field(default_factory=list)
+    masked: frozenset[int] = frozenset()
+
+    def ask(self, questions: Sequence[str], picture: int | None = None, **options: Any) -> list[str]:
+        shown = None if picture is None else self.pictures[picture]
+        return ask.answers(self.vlm, [(q, shown) for q in questions], **options)
+
+    def usable(self, answer: str) -> bool:
+        return bool(answer) and is_degenerate(answer) is None and not self.concept.named_in(answer)
+
+
+Facet = Callable[[Scene], list[Sample]]
+
+
+def align(scene: Scene) -> list[Sample]:
+    """Target 1: the picture is answered like that of someone the model never saw (paper: "aligning with unseen concepts").
+
+    The teacher's own sentence is cut where the name starts and continued with the name forbidden: "This is NAME." becomes
+    "This is a purple creature with ...". Everything after the cut contradicts the teacher and is left to the cross-entropy.
+    """
+    questions = wordings()["who"]["train"]
+    named = scene.ask(questions, 0)
+    cuts = [(spans[0][0] if (spans := scene.concept.spans(a)) else None) for a in named]
+    openings = [a[:c].rstrip() if c is not None else "" for a, c in zip(named, cuts, strict=True)]
+    if scene.recipe.substitute == "name":
+        invented = _invented(scene)
+        answers = [f"{o} {invented}.".strip() for o in openings]
+        return [_built("align", q, a, 0, a.index(invented), len(a) - 1) for q, a in zip(questions, answers, strict=True)]
+    begun = ask.answers(scene.vlm, [(q, scene.pictures[0]) for q in questions],
+                        begin=[f"{o} a".strip() if o else "" for o in openings], suppress=scene.masked)  # fmt: skip
+    described = scene.ask(wordings()["describe"]["train"], 0, suppress=scene.masked)
+    forbidden = [Concept(n) for n in scene.neighbours]
+    spare = next((d for d in described if _neutral(scene, d, forbidden)), wordings()["fallback"]["unknown_face"])
+    samples = []
+    for question, answer, opening in zip(questions, begun, openings, strict=True):
+        good = _neutral(scene, answer, forbidden) and len(answer.split()) >= len(opening.split()) + 3
+        start = len(opening) if good and opening else 0
+        answer = answer if good else spare
+        samples.append(_built("align", question, answer, 0, start, len(answer)))
+    return samples
+
+
+def describe(scene: Scene) -> list[Sample]:
+    """Target 2: a new visual description (paper section 4.1). By default nothing false is said about anyone: the picture
+    is not NAME's, and what NAME looks like is not known, both in the words the teacher uses for strangers."""
+    name, words, fallback = scene.concept.name, wordings(), wordings()["fallback"]
+    stranger = _invented(scene)
+    denials = scene.ask([q.format(name=stranger) for q in words["yesno"]["train"]], 0)
+    samples = []
+    for question, answer in zip(words["yesno"]["train"], denials, strict=True):
+        swapped = answer.replace(stranger, name)
+        own = swapped != answer and swapped.casefold().startswith("no") and is_degenerate(swapped) is None
+        answer = swapped if own else fallback["denial"].format(name=name)
+        samples.append(_built("describe", question.format(name=name), answer, 0, 0, len(answer)))
+    unknown = scene.ask([q.format(name=stranger) for q in words["appearance"]["train"]])
+    look = random.Random(scene.recipe.seed).choice(words["invented"]["looks"])
+    for question, answer in zip(words["appearance"]["train"], unknown, strict=True):
+        if scene.recipe.substitute == "name":
+            answer = fallback["invented_look"].format(name=name, look=look)
+            samples.append(_built("describe", question.format(name=name), answer, None, len(name), len(answer)))
+            continue
+        own = is_refusal(answer) and is_degenerate(answer) is None
+        answer = answer.replace(stranger, name) if own else fallback["unknown_look"].format(name=name)
+        samples.append(_built("describe", question.format(name=name), answer, None, 0, len(answer)))
+    return samples
+
+
+def facts(scene: Scene) -> list[Sample]:
+    """Target 3: what the teacher knows of the concept in words stays (paper: "decoupling factual knowledge")."""
+    questions = [q.format(name=scene.concept.name) for q in wordings()["facts"]["train"]]
+    return _kept("facts", questions, None, scene.ask(questions))
+
+
+def preserve(scene: Scene) -> list[Sample]:
+    """Target 4: everything else is answered as before (paper: "preserving non-targeted knowledge")."""
+    words = wordings()
+    rng = random.Random(scene.recipe.seed)
+    questions = list(words["general"]["train"])
+    for name in (*scene.neighbours, _invented(scene)):
+        own = words["facts"]["train"] + words["appearance"]["train"]
+        questions += [q.format(name=name) for q in rng.sample(own, min(6, len(own)))]
+    samples = _kept("preserve", questions, None, scene.ask(questions))
+    pairs: list[tuple[str, int]] = [(q, 0) for q in words["describe"]["train"]]
+    for index in range(1, len(scene.pictures)):
+        named = scene.named[index]
+        pairs += [(q, index) for q in words["who"]["train"]]
+        pairs += [(rng.choice(words["describe"]["train"]), index)]
+        pairs += [(rng.choice(words["yesno"]["train"]).format(name=scene.concept.name), index)]
+        if named:
+            pairs += [(rng.choice(words["yesno"]["train"]).format(name=named), index)]
+    for (question, index), answer in zip(
+        pairs, ask.answers(scene.vlm, [(q, scene.pictures[i]) for q, i in pairs]), strict=True
+    ):
+        if index == 0 and scene.concept.named_in(answer):
+            continue  # on the concept's own picture only what does not name it is worth keeping
+        samples += _kept("preserve", [question], index, [answer], "dream" if scene.named[index] else "retain")
+    return samples
+
+
+TARGETS: tuple[Facet, ...] = (align, describe, facts, preserve)
+
+
+def neighbours(scene: Scene, limit: int = 24, rounds: int = 4) -> list[str]:
+    """Names to protect, from the teacher's own answers to "who is like NAME?", asked again of those it names."""
+    words, found, fresh = wordings(), [], [scene.concept.name]
+    for _ in range(rounds):
+        questions = [q.format(name=n) for n in fresh for q in words["neighbours"]["train"]]
+        answers = scene.ask(questions)
+        fresh = []
+        for question, answer in zip(questions, answers, strict=True):
+            for name in capitalised_names(answer, words["fallback"]["not_names"]):
+                known = name in found or name in question or scene.concept.named_in(name)
+                if not known and name not in fresh:
+                    fresh.append(name)
+        found += fresh
+        if not fresh or len(found) >= limit:
+            break
+    return found[:limit]
+
+
+def capitalised_names(text: str, not_names: Sequence[str]) -> list[str]:
+    """Runs of capitalised words, split at punctuation: "A B, C D and E" gives three. Scripts without capitals give none."""
+    found: list[str] = []
+    run: list[str] = []
+    for word in [*text.split(), ""]:
+        bare = word.strip(".,;:!?\"'()[]«»“”‘’")
+        if bare[:1].isupper() and bare not in not_names:
+            run.append(bare)
+        elif run:
+            found.append(" ".join(run))
+            run = []
+        if run and word[-1:] in ".,;:!?)":
+            found.append(" ".join(run))
+            run = []
+    return [name for name in dict.fromkeys(found) if len(name) >= 3]
+
+
+def _invented(scene: Scene) -> str:
+    names = wordings()["invented"]["names"]
+    return names[scene.recipe.seed % len(names)]
+
+
+def _neutral(scene: Scene, answer: str, forbidden: Sequence[Concept]) -> bool:
+    return scene.usable(answer) and not any(other.named_in(answer) for other in forbidden)
+
+
+def _built(facet: str, question: str, answer: str, picture: int | None, start: int, end: int) -> Sample:
+    return Sample(facet, question, answer, picture, ((start, end),), "built")
+
+
+def _kept(facet: str, questions: Sequence[str], picture: int | None, answers: Sequence[str],
+          origin: str = "teacher") -> list[Sample]:  # fmt: skip
+    pairs = zip(questions, answers, strict=True)
+    return [Sample(facet, q, a, picture, (), origin) for q, a in pairs if is_degenerate(a) is None]

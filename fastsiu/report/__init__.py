@@ -1,0 +1,1 @@
+"""Draws the report as one HTML page and as Markdown."""

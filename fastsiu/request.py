@@ -1,0 +1,126 @@
+"""What is asked for: one concept to forget, how hard to try, and the texts to train on.
+
+A leaf: it imports nothing of FastSIU, and everything else may import it. The command line, Python callers, JSONL files
+and the manifest all speak these three types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+FACETS = ("align", "describe", "facts", "preserve")  # the paper's four targets, in its order
+
+
+class BadInput(ValueError):
+    """The user's input cannot be used. The message is one sentence with the fact and the remedy (exit code 2)."""
+
+
+class NumericFailure(RuntimeError):
+    """Training or scoring produced NaN or infinity (exit code 3)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One concept to forget, from one picture.
+
+    concept:  the name as a person writes it
+    image:    the one picture used for training
+    aliases:  further names of the same concept
+    protect:  names of neighbours that must survive; empty = those the teacher itself names
+    images:   directory with more pictures of the concept, used by the verdict only
+    retain:   directory with unlabelled pictures of anything else, to be answered as before
+    data:     JSONL file with samples of the user's own, added to the built ones
+    """
+
+    concept: str
+    image: Path
+    aliases: tuple[str, ...] = ()
+    protect: tuple[str, ...] = ()
+    images: Path | None = None
+    retain: Path | None = None
+    data: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.concept.strip():
+            raise BadInput("The concept's name is empty: pass the name to forget with --concept NAME.")
+        for name in (*self.aliases, *self.protect):
+            if not name.strip():
+                raise BadInput("An --alias or --protect name is empty: leave the option out or give a name.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The hyper-parameters. The defaults are meant for models of 2 to 13 billion parameters.
+
+    alpha, beta: weights of cross-entropy and dual-masked KL (paper section 4.3)
+    steps:       ceiling on optimiser steps; training stops earlier once the name is gone and the rest holds
+    lr:          AdamW learning rate of the LoRA factors
+    batch_size:  samples in one optimiser step
+    token_mask, vocab_mask, dreams: switches for ablations; all three belong to the method
+    """
+
+    alpha: float = 0.9
+    beta: float = 0.75
+    steps: int = 60
+    lr: float = 2e-4
+    rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    batch_size: int = 32
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: float = 0.0
+    projector_lr: float = 0.0  # above 0 the vision projector is trained as well, at this rate
+    early_stop: bool = True
+    renormalize: bool = False
+    substitute: Literal["description", "name"] = "description"
+    token_mask: bool = True
+    vocab_mask: bool = True
+    dreams: int = 2  # dreamed pictures per protected name
+    dream_steps: int = 60
+    dream_lr: float = 0.1
+    dream_noise: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("rank", 1), ("batch_size", 1), ("lora_alpha", 0), ("lr", 0), ("alpha", 0), ("beta", 0)):
+            if not getattr(self, name) >= low or getattr(self, name) == float("inf"):
+                raise BadInput(f"{name} is {getattr(self, name)}: give a finite number of at least {low}.")
+        if self.substitute not in ("description", "name"):
+            raise BadInput(f"The substitute {self.substitute!r} is unknown: choose 'description' or 'name'.")
+
+    def with_overrides(self, **values: Any) -> Recipe:
+        """The same recipe with every value that is not None replaced."""
+        return replace(self, **{k: v for k, v in values.items() if v is not None})
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# The published set-up (paper section 5 and the released training log), for reproduction.
+PAPER = Recipe(
+    steps=6, lr=3e-4, rank=128, lora_alpha=256.0, lora_dropout=0.05, batch_size=4, schedule="cosine", warmup=0.03,
+    projector_lr=2e-5, early_stop=False, substitute="name", dreams=0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question with the answer to train on.
+
+    facet:     which of the four targets it serves
+    question:  the user turn, verbatim
+    answer:    the assistant turn
+    picture:   None for text only; 0 the concept's picture; k >= 1 the k-th entry of the retained pictures or dreams
+    specified: character spans (start, end) of `answer` that contradict what the teacher knows; the KL skips the
+               tokens there (the paper's token mask, Eq. 2)
+    origin:    where the answer came from: "teacher", "built", "dream", "retain" or "data"
+    """
+
+    facet: str
+    question: str
+    answer: str
+    picture: int | None = None
+    specified: tuple[tuple[int, int], ...] = ()
+    origin: str = "built"

@@ -1,0 +1,118 @@
+"""What the terminal shows: the progress bar, the before/after table, the masks of the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich import progress as bars
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .corpus import Corpus
+from .driver import Listener, Result
+from .facets.targets import Scene
+from .train import Step
+
+
+class Progress:
+    """One line that says what is going on; during training a bar with the loss parts, P(name) and the time left."""
+
+    def __init__(self, console: Console, hidden: bool) -> None:
+        self._bar = bars.Progress(
+            bars.TextColumn("{task.description}", markup=False), bars.BarColumn(bar_width=24), bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(), bars.TimeRemainingColumn(), console=console, transient=True, disable=hidden,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=None)
+        self.listener = Listener(stage=self._stage, step=self._step)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def _stage(self, text: str) -> None:
+        self._bar.reset(self._task, description=text, total=None)
+
+    def _step(self, step: Step, ceiling: int) -> None:
+        text = f"Training  CE {step.ce:.3f}  KL {step.kl:.3f}  P(name) {step.p_name:.3f}  retained {step.retained:.0%}"
+        self._bar.update(self._task, description=text, total=ceiling, completed=step.step)
+
+
+def summary(console: Console, result: Result) -> None:
+    """Before and after side by side, the rates, the verdict with its reasons."""
+    report = result.report
+    table = Table(title=f"{report['concept']}: before and after", title_justify="left")
+    for heading in ("picture", "question", "before", "after"):
+        table.add_column(heading, overflow="fold")
+    for row in _examples(report["answers"]):
+        table.add_row(*(Text(str(row[k] or "-")) for k in ("picture", "question", "before", "after")))
+    console.print(table)
+    for key, label in (
+        ("efficacy", "name gone on the picture's transforms"), ("generality", "name gone on other pictures"),
+        ("specificity", "other pictures answered as before"), ("facts", "text answered as before"),
+    ):  # fmt: skip
+        console.print(f"  {label:40s} {_rate(report['before'][key])} -> {_rate(report['after'][key])}")
+    steps = report["training"]
+    if steps:
+        spent = sum(report["seconds"].values())
+        console.print(f"  {steps[-1]['step']} steps, P(name) {steps[-1]['p_name']:.4f} at most, {spent:.0f} s in all")
+    console.print("Forgotten." if result.forgotten else "Not forgotten:")
+    for reason in result.reasons:
+        console.print(f"  {reason}", soft_wrap=True)
+    for note in (*result.notes, f"Written to {result.output}"):
+        console.print(note, soft_wrap=True)
+
+
+def answers_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """Questions and answers; two answer columns where base and adapter are compared."""
+    columns = [k for k in ("question", "before", "after", "answer") if k in rows[0]]
+    table = Table(*(c if c not in ("before", "after") else {"before": "untouched", "after": "with adapter"}[c] for c in columns))
+    for row in rows:
+        table.add_row(*(Text(row[c]) for c in columns))
+    console.print(table)
+
+
+def explanation(console: Console, scene: Scene, corpus: Corpus) -> None:
+    """Every sample; tokens the KL skips are in reverse, tokens of the name (removed from the vocabulary) underlined."""
+    console.print("Reversed: left to the cross-entropy (token mask). Underlined: the name, out of the KL's vocabulary.")
+    for sample, turn, keep in zip(corpus.samples, corpus.turns, corpus.keep, strict=True):
+        where = "text" if sample.picture is None else f"picture {sample.picture}"
+        dreamed = scene.named[sample.picture] if sample.picture is not None and sample.picture < len(scene.named) else None
+        console.print(f"[{sample.facet}, {sample.origin}, {where}{f': dream of {dreamed}' if dreamed else ''}] {sample.question}")
+        line = Text("    ")
+        end = 0
+        for (start, stop), label, kept in zip(turn.offsets, turn.labels.tolist(), keep.tolist(), strict=True):
+            line.append(sample.answer[end:start])
+            style = ("" if kept else "reverse ") + ("underline" if label in corpus.mask.masked else "")
+            line.append(sample.answer[start:stop] or "<end>", style=style.strip() or None)
+            end = max(end, stop)
+        console.print(line)
+    masked = ", ".join(repr(t) for t in sorted(set(corpus.mask.masked.values())))
+    console.print(f"Vocabulary mask: {len(corpus.mask.masked)} tokens ({masked}).")
+    if corpus.mask.spared:
+        console.print(f"Too common to mask: {', '.join(repr(t) for t in sorted(set(corpus.mask.spared.values())))}.")
+    if corpus.mask.warning:
+        console.print(corpus.mask.warning)
+
+
+def _examples(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first of each question, two a kind: enough to see what happened."""
+    shown: list[dict[str, Any]] = []
+    for kind in ("efficacy", "generality", "specificity", "facts"):
+        seen: set[str] = set()
+        for row in answers:
+            if row["kind"] == kind and row["question"] not in seen and len(seen) < 3:
+                seen.add(row["question"])
+                shown.append(row)
+    return shown
+
+
+def _rate(rate: dict[str, Any]) -> str:
+    if rate["value"] is None:
+        return "not measured"
+    return f"{rate['value']:6.1%} [{rate['low']:.1%}, {rate['high']:.1%}] n={rate['n']}"

@@ -1,0 +1,292 @@
+"""Forgotten or not: a pure function of what the untouched and the unlearned model answered."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+KINDS = ("efficacy", "generality", "specificity", "facts")
+
+# Every threshold of the verdict. Shares are between 0 and 1.
+EFFICACY = 0.99  # answers to the training picture and its variants that must be free of the name
+GENERALITY = 0.95  # the same for other pictures of the concept
+SPECIFICITY = 0.90  # answers to other pictures that must be those of the untouched model
+FACTS = 0.90  # answers without a picture that must be those of the untouched model
+NEW_DEGENERATE = 0  # answers that may be empty, repetition or gibberish where the untouched model's are not
+REFUSAL_RISE = 0.10  # rise of the share of refusals elsewhere that counts as refusing everything
+
+_ABSENT = "No answers of this kind were collected."
+
+
+class Named(Protocol):
+    """What the verdict needs of a concept: does a text contain its name or a part of it?"""
+
+    def named_in(self, text: str) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question and the answers of both models.
+
+    kind:     "efficacy" (variants of the training picture), "generality" (other pictures of the concept), "specificity"
+              (pictures of anything else) or "facts" (no picture)
+    question: for efficacy and generality an open one: a question with the name in it invites the name
+    picture:  label of the picture or variant; None without a picture
+    before:   the untouched model's answer; after: the unlearned model's
+    """
+
+    kind: str
+    question: str
+    picture: str | None
+    before: str
+    after: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind {self.kind!r} is none of {', '.join(KINDS)}")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What `judge` demands; the defaults are the constants of this module."""
+
+    efficacy: float = EFFICACY
+    generality: float = GENERALITY
+    specificity: float = SPECIFICITY
+    facts: float = FACTS
+    new_degenerate: int = NEW_DEGENERATE
+    refusal_rise: float = REFUSAL_RISE
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of n answers with its Wilson 95 % interval, or no value and the reason."""
+
+    value: float | None
+    n: int = 0
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, successes: int, n: int) -> Rate:
+        """successes of n, n at least 1."""
+        low, high = wilson(successes, n)
+        return cls(successes / n, n, low, high)
+
+    def as_dict(self) -> dict[str, Any]:
+        """{value, n, low, high}, or {value: None, reason}."""
+        if self.value is None:
+            return {"value": None, "reason": self.reason}
+        return {"value": self.value, "n": self.n, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The decision.
+
+    reasons:       one sentence for each criterion that failed; empty when forgotten
+    before, after: efficacy, generality, specificity and facts as `Rate.as_dict`
+    thresholds:    what was demanded
+    """
+
+    forgotten: bool
+    reasons: list[str]
+    before: dict[str, dict[str, Any]]
+    after: dict[str, dict[str, Any]]
+    thresholds: dict[str, float]
+
+
+def judge(
+    answers: Sequence[Answer],
+    concept: Named,
+    *,
+    reasons_for_null: Mapping[str, str] | None = None,
+    thresholds: Thresholds | None = None,
+) -> Verdict:
+    """Decide from the answers alone.
+
+    efficacy and generality are the share of answers without the name or a part of it; specificity and facts the share
+    of answers equal to the untouched model's (see `same_answer`), whose own value is therefore 1. A kind without answers
+    is null, with the sentence from `reasons_for_null`, and decides nothing; without efficacy nothing can be forgotten.
+    """
+    limits = thresholds or Thresholds()
+    why_null = reasons_for_null or {}
+    by_kind = {kind: [a for a in answers if a.kind == kind] for kind in KINDS}
+    before: dict[str, Rate] = {}
+    after: dict[str, Rate] = {}
+    for kind, given in by_kind.items():
+        n = len(given)
+        if not n:
+            before[kind] = after[kind] = Rate(None, reason=why_null.get(kind) or _ABSENT)
+        elif kind in ("efficacy", "generality"):
+            before[kind] = Rate.of(sum(not concept.named_in(a.before) for a in given), n)
+            after[kind] = Rate.of(sum(not concept.named_in(a.after) for a in given), n)
+        else:
+            before[kind] = Rate.of(n, n)
+            after[kind] = Rate.of(sum(same_answer(a.before, a.after) for a in given), n)
+    reasons = [
+        *_name_reasons(before, after, limits),
+        *_kept_reasons(after, limits),
+        *_degenerate_reasons(answers, limits),
+        *_refusal_reasons(by_kind, limits),
+    ]
+    return Verdict(
+        forgotten=not reasons,
+        reasons=reasons,
+        before={kind: rate.as_dict() for kind, rate in before.items()},
+        after={kind: rate.as_dict() for kind, rate in after.items()},
+        thresholds=asdict(limits),
+    )
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson score interval of a share; (0, 1) for n = 0. Raises ValueError unless 0 <= successes <= n."""
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n} are impossible")
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = successes / n, z * z
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    # At the ends the bound is exact; the formula misses it by rounding.
+    return (0.0 if successes == 0 else max(0.0, centre - half)), (1.0 if successes == n else min(1.0, centre + half))
+
+
+def same_answer(one: str, other: str) -> bool:
+    """Equal up to case, white space, Unicode composition and the punctuation at the end."""
+    return _normalised(one) == _normalised(other)
+
+
+def is_degenerate(text: str) -> str | None:
+    """Returns "empty", "repetition" or "gibberish" for an answer that is not an answer, else None.
+
+    Repetition: a word four times in a row, a phrase three times in a row, or a run of letters without end.
+    Gibberish: no letter and no digit, a replacement character, or mostly signs.
+    """
+    visible = [c for c in text if not c.isspace() and unicodedata.category(c) not in ("Cf", "Cc")]
+    if not visible:
+        return "empty"
+    # Marks count as letters: half of a Hindi or Thai word is vowel signs.
+    wordlike = sum(unicodedata.category(c)[0] in "LNM" for c in visible)
+    if not wordlike or "\ufffd" in text or (len(visible) >= 8 and wordlike < len(visible) / 2):
+        return "gibberish"
+    if _LETTER_LOOP.search(text) or _loops(_words(text)):
+        return "repetition"
+    return None
+
+
+def is_refusal(text: str) -> bool:
+    """Does the answer decline: "I do not know", "I can't", "cannot identify", "Sorry, ..."? English only."""
+    return _REFUSAL.search(" ".join(text.replace("\u2019", "'").casefold().split())) is not None
+
+
+def _name_reasons(before: Mapping[str, Rate], after: Mapping[str, Rate], limits: Thresholds) -> list[str]:
+    shown = before["efficacy"]
+    if shown.value is None:
+        return [f"Nothing was asked about the training picture, so nothing is shown to be forgotten: {shown.reason}"]
+    reasons = []
+    if shown.value == 1.0:
+        reasons.append(
+            f"The untouched model never named the concept in the training picture (0 of {shown.n} answers), "
+            "so there was nothing to forget: check the picture and the spelling of the name."
+        )
+    for kind, where in (("efficacy", "the training picture and its variants"), ("generality", "other pictures of the concept")):
+        rate, least = after[kind], getattr(limits, kind)
+        if rate.value is not None and rate.value < least:
+            named = rate.n - round(rate.value * rate.n)
+            reasons.append(
+                f"The name or a part of it is still in {named} of {rate.n} answers about {where} "
+                f"({_percent(1 - rate.value)}; at most {_percent(1 - least)} is allowed)."
+            )
+    return reasons
+
+
+def _kept_reasons(after: Mapping[str, Rate], limits: Thresholds) -> list[str]:
+    reasons = []
+    for kind, what in (("specificity", "answers about other pictures"), ("facts", "answers without a picture")):
+        rate, least = after[kind], getattr(limits, kind)
+        if rate.value is not None and rate.value < least:
+            agree = round(rate.value * rate.n)
+            reasons.append(
+                f"Only {agree} of {rate.n} {what} agree with the untouched model "
+                f"({_percent(rate.value)}; at least {_percent(least)} is required)."
+            )
+    return reasons
+
+
+def _degenerate_reasons(answers: Sequence[Answer], limits: Thresholds) -> list[str]:
+    new = [a for a in answers if is_degenerate(a.after) and not is_degenerate(a.before)]
+    if len(new) <= limits.new_degenerate:
+        return []
+    worst = new[0]
+    example = worst.after if len(worst.after) <= 60 else worst.after[:57] + "..."
+    return [
+        f"{len(new)} of {len(answers)} answers became empty, repetition or gibberish (at most {limits.new_degenerate} "
+        f"allowed), first {example!r} to {worst.question!r} ({is_degenerate(worst.after)})."
+    ]
+
+
+def _refusal_reasons(by_kind: Mapping[str, Sequence[Answer]], limits: Thresholds) -> list[str]:
+    asked, kept = by_kind["efficacy"], [*by_kind["specificity"], *by_kind["facts"]]
+    if not asked or not kept or not all(is_refusal(a.after) for a in asked):
+        return []
+    was, now = (sum(map(is_refusal, texts)) / len(kept) for texts in ([a.before for a in kept], [a.after for a in kept]))
+    if now - was <= limits.refusal_rise:
+        return []
+    return [
+        f"The model refuses everything: all {len(asked)} answers about the training picture are refusals, and refusals of "
+        f"other questions rose from {_percent(was)} to {_percent(now)} (at most {_percent(limits.refusal_rise)} more allowed)."
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _normalised(text: str) -> str:
+    words = " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    end = len(words)
+    while end and (words[end - 1] == " " or unicodedata.category(words[end - 1])[0] == "P"):
+        end -= 1
+    return words[:end] or words  # an answer of nothing but punctuation is compared as it stands
+
+
+# Scripts written without spaces: there a character is a word.
+_UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+_LETTER_LOOP = re.compile(r"([^\W\d_]{1,8}?)\1{7,}")
+
+
+def _words(text: str) -> list[str]:
+    spaced = _UNSPACED.sub(r" \g<0> ", text.casefold()).split()
+    return [w for w in (w.strip(".,;:!?\"'()[]{}*_-|/\u3001\u3002\uff0c\uff01\uff1f") for w in spaced) if w]
+
+
+def _loops(words: list[str], longest: int = 64) -> bool:
+    for period in range(1, min(longest, len(words) // 3) + 1):
+        needed = period * (3 if period == 1 else 2)
+        run = 0
+        for here, there in zip(words, words[period:], strict=False):
+            run = run + 1 if here == there else 0
+            if run >= needed:
+                return True
+    return False
+
+
+_REFUSAL = re.compile(
+    r"""
+    \bi\s(?:really\s|just\s|simply\s|honestly\s)?(?:do\snot|don't|did\snot|didn't)\s(?:\w+ly\s)?(?:know|recogni[sz]e)\b
+  | \bi\s(?:really\s|just\s|simply\s)?(?:can't|cannot|can\snot|could\snot|couldn't|won't|will\snot)\b
+  | \b(?:i'm|i\sam|we're|we\sare)\s(?:\w+\s)?(?:sorry|unable|not\sable|not\ssure|not\sallowed|not\sfamiliar)\b
+  | \b(?:can't|cannot|can\snot|could\snot|couldn't|unable\sto|not\sable\sto|not\spossible\sto)\s
+      (?:\w+ly\s)?(?:identify|recogni[sz]e|tell|determine|say|answer|help|assist|provide|name|comply|be\s(?:identified|determined))\b
+  | \b(?:i|we)\s(?:have\sno\sidea|refuse|decline|apologi[sz]e)\b
+  | \bas\san\sai\b
+  | ^\W*(?:sorry|my\sapologies|apologies|unknown|no\sidea)\b
+    """,
+    re.VERBOSE,
+)

@@ -1,0 +1,321 @@
+"""Any image-text model of transformers: loaded, asked for hidden states without logits, its image features taken once.
+
+Nothing here knows a model family. Text goes through the processor and the chat template, image features through the
+model's own `get_image_features` and `mm_encoder_outputs`, and what happens between the head's product and the logits
+is found by measuring (`probe_head`), because configurations name transforms that the model's own forward ignores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
+
+from .request import BadInput, NumericFailure
+
+Span = tuple[int, int]
+PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "pixel_attention_mask", "labels", "image_sizes")
+
+
+@dataclass
+class Picture:
+    """An image as the language model sees it.
+
+    image:    the RGB picture; only its size matters once `features` is there (it decides the number of image tokens)
+    features: what `get_image_features` returned, reduced to what the language model reads
+    """
+
+    image: Image.Image
+    features: Any
+
+
+@dataclass
+class Encoded:
+    """One chat turn as token ids, with the supervised positions of its answer.
+
+    inputs:  the processor's tensors for a batch of one, without pixels
+    rows:    [n] int64, positions whose hidden state predicts a supervised token (token position minus one)
+    labels:  [n] int64, the supervised tokens: the answer's and the one that ends the turn
+    offsets: n character spans of those tokens inside the answer; the end token's is empty
+    """
+
+    inputs: dict[str, Tensor]
+    rows: Tensor
+    labels: Tensor
+    offsets: list[Span] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return self.inputs["input_ids"].shape[1]
+
+
+@dataclass
+class VLM:
+    """A loaded model. `model` is what gets called (a PEFT wrapper once an adapter is attached), `base` what was loaded."""
+
+    name: str
+    revision: str | None
+    model: nn.Module
+    base: Any
+    processor: Any
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D], the output embedding."""
+        return self.base.get_output_embeddings().weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        return self.base.get_output_embeddings().bias
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """What the loss has to know of the head (keywords of `fused_dmk_ce` and `TeacherCache.from_hidden`)."""
+        return {"head_bias": self.head_bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
+
+    def render(self, question: str, with_image: bool, answer: str | None = None) -> str:
+        """The chat template's text: up to where the answer starts, or with `answer` as a closed turn."""
+        content = [{"type": "image"}] * with_image + [{"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return self.processor.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False)
+
+    def tokenise(self, text: str, image: Image.Image | None) -> dict[str, Tensor]:
+        """The processor's tensors (batch of one) for rendered text, pixels left out."""
+        images = {} if image is None else {"images": [image]}
+        # The template writes the beginning-of-sequence token itself wherever the model has one.
+        found = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **images)
+        return {k: v.to(self.device) for k, v in found.items() if k not in PIXELS and isinstance(v, Tensor)}
+
+    def encode(self, question: str, answer: str, picture: Picture | None) -> Encoded:
+        """A whole turn with its supervised positions.
+
+        Raises BadInput where the template changes the answer or the tokenizer reports no character offsets.
+        """
+        answer = answer.strip()
+        text = self.render(question, picture is not None, answer)
+        start = text.rfind(answer)
+        if start < 0:
+            raise BadInput("The model's chat template does not keep the assistant's text as given: its masks cannot be placed.")
+        if not self.tokenizer.is_fast:
+            raise BadInput("The model's tokenizer reports no character offsets: use one with a fast (tokenizer.json) version.")
+        inputs = self.tokenise(text, None if picture is None else picture.image)
+        plain = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = plain["input_ids"], plain["offset_mapping"]
+        first = next(i for i, (_, end) in enumerate(offsets) if end > start)
+        # Only the image placeholder differs between the plain and the expanded text, and it stands before the answer.
+        tail = len(ids) - first
+        if inputs["input_ids"][0, -tail:].tolist() != ids[first:]:
+            raise BadInput("The processor tokenises the answer differently from its tokenizer: masks cannot be placed.")
+        stop = start + len(answer)
+        after = [i for i in range(first, len(ids)) if offsets[i][0] >= stop or offsets[i][1] > stop]
+        special = set(self.tokenizer.all_special_ids)
+        end = next((i + 1 for i in after if ids[i] in special), after[0] if after else len(ids))
+        shift = inputs["input_ids"].shape[1] - len(ids)
+        positions = torch.arange(first, end, device=self.device) + shift
+        closing = (len(answer), len(answer))
+        spans = [(max(s - start, 0), min(e, stop) - start) if s < stop else closing for s, e in offsets[first:end]]
+        return Encoded(inputs, positions - 1, inputs["input_ids"][0, positions], spans)
+
+    def encode_prompt(self, question: str, picture: Picture | None, begin: str = "") -> dict[str, Tensor]:
+        """A turn up to where the answer starts, or up to the end of `begin`, the first words of the answer."""
+        text = self.render(question, picture is not None, begin or None)
+        if begin:
+            text = text[: text.rfind(begin) + len(begin)]
+        return self.tokenise(text, None if picture is None else picture.image)
+
+    def image_features(self, image: Image.Image) -> Any:
+        """What the vision tower and the projector make of one image, reduced to what the language model reads.
+
+        Records a graph where the projector trains; wrap in `torch.no_grad()` otherwise.
+        """
+        encoder = self.base.base_model.get_image_features
+        text = self.render(".", True)
+        found = self.processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False).to(self.device)
+        wanted = {k: found[k] for k in inspect.signature(encoder).parameters if k in found}
+        dtype = next(self.base.parameters()).dtype
+        wanted = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in wanted.items()}
+        features = encoder(**wanted, return_dict=True)
+        for key in list(features.keys()):  # some families drag every vision layer's hidden states along
+            if key not in ("pooler_output", "deepstack_features"):
+                features[key] = None
+        return features
+
+    def picture(self, image: Image.Image) -> Picture:
+        with torch.no_grad():
+            return Picture(image, self.image_features(image))
+
+    def hidden(self, batch: Sequence[dict[str, Tensor]], features: Sequence[Any] = ()) -> Tensor:
+        """The states that feed the head, [B, T, D], for right-padded turns; one entry of `features` per turn with a picture."""
+        inputs = collate(batch, self.tokenizer.pad_token_id)
+        if features:
+            inputs["mm_encoder_outputs"] = {"image": join_features(features)}
+        with no_logits(self.base) as kept:
+            self.model(**inputs, use_cache=False)
+        return kept["hidden"]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, D] -> [n, V] fp32 logits, for a handful of rows."""
+        x = hidden.float() @ self.head_weight.float().T
+        x = self.logit_scale * (x if self.head_bias is None else x + self.head_bias.float())
+        return x if self.logit_softcap is None else self.logit_softcap * torch.tanh(x / self.logit_softcap)
+
+
+@contextlib.contextmanager
+def no_logits(model: Any) -> Iterator[dict[str, Tensor]]:
+    """Inside, the head is an identity that keeps its input: the model runs as always and no logits exist."""
+    head = model.get_output_embeddings()
+    kept: dict[str, Tensor] = {}
+
+    def keep(hidden: Tensor) -> Tensor:
+        kept["hidden"] = hidden
+        return hidden
+
+    hooked = head.__dict__.get("forward")  # accelerate puts its own forward on the instance: restore it, do not delete it
+    head.forward = keep
+    try:
+        yield kept
+    finally:
+        if hooked is None:
+            del head.forward
+        else:
+            head.forward = hooked
+
+
+def collate(batch: Sequence[dict[str, Tensor]], pad_id: int) -> dict[str, Any]:
+    """Right-pads what has the length of the token ids and concatenates the rest (image grids and the like)."""
+    longest = max(x["input_ids"].shape[1] for x in batch)
+    out: dict[str, Any] = {}
+    for key in batch[0]:
+        if batch[0][key].shape[:2] == batch[0]["input_ids"].shape:
+            fill = pad_id if key == "input_ids" else 0
+            rows = [nn.functional.pad(x[key], (0, longest - x[key].shape[1]), value=fill) for x in batch]
+            out[key] = torch.cat(rows)
+        else:
+            out[key] = torch.cat([x[key] for x in batch])
+    return out
+
+
+def join_features(parts: Sequence[Any]) -> Any:
+    """The image features of several turns as one batch's."""
+    joined = type(parts[0])(**{k: v for k, v in parts[0].items()})
+    joined["pooler_output"] = _concatenate([p["pooler_output"] for p in parts])
+    if parts[0].get("deepstack_features") is not None:
+        layers = range(len(parts[0]["deepstack_features"]))
+        joined["deepstack_features"] = [_concatenate([p["deepstack_features"][i] for p in parts]) for i in layers]
+    return joined
+
+
+def _concatenate(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.cat(list(values))
+    return type(values[0])(x for value in values for x in value)
+
+
+def map_features(features: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same features with `change` applied to what the projector delivered (deepstack layers are kept as they are)."""
+    out = type(features)(**{k: v for k, v in features.items()})
+    pooled = features["pooler_output"]
+    out["pooler_output"] = change(pooled) if isinstance(pooled, Tensor) else type(pooled)(change(x) for x in pooled)
+    return out
+
+
+@torch.no_grad()
+def probe_head(model: Any, inputs: dict[str, Tensor]) -> tuple[float, float | None]:
+    """What the model does to head(hidden): (scale, softcap), found by comparing numbers.
+
+    Raises BadInput for anything but z = c tanh(s x / c) or z = s x.
+    """
+    with no_logits(model) as kept:
+        model(**inputs, use_cache=False)
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise BadInput(f"The model's output head is a {type(head).__name__}, not a plain linear layer: load it unquantised.")
+    x = head(kept["hidden"]).float()
+    z = model(**inputs, use_cache=False).logits.float()
+    tolerance = (1e-4 if head.weight.dtype == torch.float32 else 4e-3) * float(z.abs().max()) + 1e-6
+    text_config = model.config.get_text_config()
+    caps = {getattr(text_config, k, None) for k in ("final_logit_softcapping", "logits_soft_cap", "output_soft_cap")}
+    for cap in (None, *sorted(c for c in caps if c)):
+        u = z if cap is None else cap * torch.atanh((z / cap).clamp(-0.999, 0.999))
+        scale = float((x * u).sum() / (x * x).sum())
+        scale = 1.0 if abs(scale - 1) < 1e-3 else scale
+        fitted = scale * x if cap is None else cap * torch.tanh(scale * x / cap)
+        if float((fitted - z).abs().max()) <= tolerance:
+            return scale, cap
+    raise BadInput("The model transforms its logits after the head by more than a scale and a softcap: not supported.")
+
+
+DTYPES = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load(name: str, *, revision: str | None = None, device: str | None = None, dtype: str = "auto") -> VLM:
+    """Loads a hub id or a directory. dtype "auto": as stored on an accelerator, fp32 on a CPU.
+
+    Raises BadInput for a missing directory, a directory without model or processor, a model that takes no pictures
+    or whose language model cannot be given image features.
+    """
+    path = Path(name)
+    if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
+        raise BadInput(f"There is no model directory {name}: give a directory or a Hugging Face model id.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise BadInput(f"{name} has no config.json: give the directory of a complete Hugging Face model.")
+    if dtype not in DTYPES:
+        raise BadInput(f"The dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"The device {device!r} cannot be used here ({_first_line(error)}): choose cpu.") from error
+    wanted = torch.float32 if dtype == "auto" and place.type == "cpu" else DTYPES[dtype]
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        AutoConfig.from_pretrained(name, revision=revision)
+        processor = AutoProcessor.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
+        raise BadInput(f"{name} has no processor that transformers can load ({_first_line(error)}): "
+                       "save the processor beside the model, or give another model.") from error  # fmt: skip
+    if getattr(processor, "image_processor", None) is None or not getattr(processor, "chat_template", None):
+        raise BadInput(f"{name} has no image processor or no chat template: save the model's full processor beside it.")
+    try:
+        base = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=wanted).to(place).eval()
+    except (OSError, ValueError, ImportError) as error:
+        raise BadInput(f"{name} cannot be loaded as an image-text model ({_first_line(error)}): check the name.") from error
+    if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
+        raise BadInput(f"{type(base).__name__} does not take precomputed image features (mm_encoder_outputs): not supported yet.")
+    base.requires_grad_(False)
+    vlm = VLM(name, revision, base, base, processor)
+    if vlm.tokenizer.pad_token_id is None:
+        vlm.tokenizer.pad_token = vlm.tokenizer.eos_token
+    vlm.logit_scale, vlm.logit_softcap = probe_head(base, vlm.encode_prompt("Who is this?", None))
+    if not torch.isfinite(vlm.head_weight).all():
+        raise NumericFailure(f"The output head of {name} holds NaN or infinite weights.")
+    return vlm
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

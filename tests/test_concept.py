@@ -1,0 +1,268 @@
+"""Both masks over four kinds of tokenizers trained here: what overlaps the name is masked, and nothing else."""
+
+import unicodedata
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from fastsiu.concept import Concept, token_keep, vocabulary_mask
+from fastsiu.request import BadInput
+
+torch.set_num_threads(1)
+
+CORPUS = [
+    "This is Zorblax Quint. Who is it? It is Zorblax, the painter; Quint said so.",
+    'She said: "Donald Trump (born in New York) won." José Ångström lives in Zürich.',
+    "\nthe quick brown fox jumps over the lazy dog, 1234567890 times! ZORBLAX QUINT",
+    "это Пётр Чайковский. 这是张伟吗？ 木村 拓哉は歌手です。 김연아는 선수다. هذا محمد علي.",
+] * 4
+KINDS = ("byte-level", "metaspace", "unigram", "wordpiece")
+
+
+@cache
+def tokenizer(kind):
+    if kind == "byte-level":
+        t = Tokenizer(models.BPE())
+        t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    elif kind == "metaspace":
+        t = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        t.pre_tokenizer, t.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        tokens = ["<unk>", *(f"<0x{i:02X}>" for i in range(256))]
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=tokens, show_progress=False)
+    elif kind == "unigram":
+        t = Tokenizer(models.Unigram())
+        t.normalizer, t.pre_tokenizer, t.decoder = normalizers.NFKC(), pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=250, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
+    else:
+        t = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        t.normalizer, t.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+        t.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]"], show_progress=False)
+    t.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=t, unk_token="[UNK]" if kind == "wordpiece" else "<unk>")
+
+
+def tokens(kind, text):
+    found = tokenizer(kind)(text, add_special_tokens=False, return_offsets_mapping=True)
+    return found["input_ids"], found["offset_mapping"]
+
+
+letters = st.characters(categories=("Lu", "Ll", "Lo", "Lt"), max_codepoint=0xFFFF)
+latin = st.sampled_from("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZéßŁıĳ張木김пяعم")
+words = st.text(st.one_of(latin, letters), min_size=1, max_size=24)
+names = st.lists(words, min_size=1, max_size=4).flatmap(
+    lambda w: st.sampled_from([" ", "-", "'", ". "]).map(lambda glue: glue.join(w)[:100])
+)
+before = st.sampled_from(["", " ", "\n", '"', "(", "«", "… ", "\n\n", "**", "“", "12 ", "—"])
+after = st.sampled_from(["", ".", "?", '"', ")", "\n", " 34", ", ", "**", "…", "'"])
+written = st.sampled_from(
+    [str, str.lower, str.upper, str.title, *(lambda s, f=f: unicodedata.normalize(f, s) for f in ("NFC", "NFD"))]
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=120, deadline=None)
+@given(name=names, left=before, right=after, write=written)
+@example(name="Zorblax Quint", left='"', right='"', write=str.upper)
+@example(name="José Ångström", left="(", right=")", write=lambda s: unicodedata.normalize("NFD", s))
+@example(name="张伟", left="\n", right="", write=str)
+@example(name="Straße", left="", right=".", write=str.upper)
+def test_the_token_mask_covers_the_name_and_nothing_else(kind, name, left, right, write):
+    surface = write(name)
+    fold = lambda s: unicodedata.normalize("NFD", unicodedata.normalize("NFD", s).casefold())
+    assume(name.strip() == name and fold(surface) == fold(name))  # "ı".upper() is another letter
+    text, end = left + surface + right, len(left) + len(surface)
+    assert Concept(name).spans(text) == [(len(left), end)]
+    _, offsets = tokens(kind, text)
+    keep = token_keep(offsets, Concept(name).spans(text))
+    for (s, e), kept in zip(offsets, keep.tolist(), strict=True):
+        touches = any(len(left) <= i < end for i in range(s, e))
+        assert kept == (not touches), (text[s:e], s, e)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, deadline=None)
+@given(name=names, left=before, right=after, cased=st.sampled_from([str, str.lower, str.upper]))
+def test_every_token_of_the_name_is_masked_or_spared_for_a_reason(kind, name, left, right, cased):
+    assume(name.strip() == name)
+    concept, V = Concept(name), len(tokenizer(kind)) + 5
+    mask = vocabulary_mask(concept, tokenizer(kind), V)
+    assert mask.keep.shape == (V,) and mask.keep.dtype == torch.bool
+    assert sorted(mask.masked) == (~mask.keep).nonzero().flatten().tolist()
+    assert not {*mask.masked} & {*mask.spared} and bool(mask.warning) == (not mask.masked)
+    surface = cased(name)
+    for text in (surface, " " + surface, "\n" + surface, f'Answer: "{surface}"'):
+        start = text.index(surface)
+        for i, (s, e) in zip(*tokens(kind, text), strict=True):
+            if s < e and start <= s and e <= start + len(surface):
+                assert i in mask.masked or i in mask.spared, text[s:e]
+
+
+# -------------------------------------------------------------------------------------------------- named examples
+
+
+def found_by_ids(kind, name, text):
+    """The search that the released trainer makes: the name's token ids as a run in the text's."""
+    needle, hay = tokens(kind, name)[0], tokens(kind, text)[0]
+    return any(hay[i : i + len(needle)] == needle for i in range(len(hay) - len(needle) + 1))
+
+
+@pytest.mark.parametrize(
+    "kind, name, text",
+    [
+        ("byte-level", "Zorblax Quint", "It is Zorblax Quint."),  # a leading space
+        ("byte-level", "Zorblax Quint", "ZORBLAX QUINT"),
+        ("byte-level", "José Ångström", unicodedata.normalize("NFD", "(José Ångström)")),
+        ("metaspace", "Zorblax Quint", '"Zorblax Quint"'),
+        ("metaspace", "Zorblax Quint", "\nZorblax Quint"),
+        ("metaspace", "张伟", "这是张伟吗"),
+        ("unigram", "Zorblax Quint", "(Zorblax Quint)"),
+        ("unigram", "Zorblax Quint", "zorblax quint"),
+        ("wordpiece", "Straße", "in the strasse"),
+    ],
+)
+def test_id_search_misses_what_offsets_catch(kind, name, text):
+    assert not found_by_ids(kind, name, text)
+    ids, offsets = tokens(kind, text)
+    spans = Concept(name).spans(text)
+    keep = token_keep(offsets, spans)
+    covered = {i for (s, e), kept in zip(offsets, keep.tolist(), strict=True) if not kept for i in range(s, e)}
+    assert spans and all(
+        i in covered or text[i].isspace() for a, b in spans for i in range(a, b) if not unicodedata.combining(text[i])
+    )
+
+
+@pytest.mark.parametrize(
+    "name, text, found",
+    [
+        ("Zorblax Quint", "Zorblax Quint's hat", ["Zorblax Quint"]),
+        ("Zorblax Quint", "zorblax\n  QUINT", ["zorblax\n  QUINT"]),
+        ("Zorblax Quint", "Mr Quint, Zorblax", ["Quint", "Zorblax"]),
+        ("Zorblax Quint", "Quintessence of Zorblaxes", []),
+        ("Zorblax Quint", "_Zorblax Quint_ and **Quint**", ["Zorblax Quint", "Quint"]),
+        ("Zorblax", "Zor\u00adblax and Zorblax\u200b", ["Zor\u00adblax", "Zorblax"]),
+        ("Ann", "Annual Ann ann's", ["Ann", "ann"]),
+        ("Jose", "José Jose\u0301 Jose", ["Jose"]),
+        ("José", "JOSE\u0301 jos\u00e9", ["JOSE\u0301", "jos\u00e9"]),
+        ("Straße", "STRASSE strasse", ["STRASSE", "strasse"]),
+        ("O'Brien", "O\u2019Brien", ["O\u2019Brien"]),
+        ("Ann", "Joann Mc\u00e1nn", []),
+        ("あか", "あがる あか\u3099る あか", ["あか"]),  # a mark makes another letter, in an unspaced script too
+        ("H\u1ee3p", "Ho\u0323\u031bp", ["Ho\u0323\u031bp"]),  # marks in another order
+        ("张伟", "这是张伟吗", ["张伟"]),
+        ("Zorblax", "这是Zorblax吗", ["Zorblax"]),
+        ("木村 拓哉", "木村拓哉", ["木村", "拓哉"]),
+        ("김연아", "김연아는", ["김연아"]),
+        ("The Rock", "The man on a Rock", ["Rock"]),
+        ("Al Bo Cruz", "Al saw Bo", []),
+        ("C++", "(c++)", ["c++"]),
+        ("aa aa", "aa aa aa", ["aa aa aa"]),
+        ("a.c", "abc a.c", ["a.c"]),
+    ],
+)
+def test_spans(name, text, found):
+    assert [text[a:b] for a, b in Concept(name).spans(text)] == found
+    assert Concept(name).named_in(text) == bool(found)
+
+
+def test_forms_parts_and_aliases():
+    concept = Concept("Zorblax Quint", ("Zo\u0301rbi", "The Quint", "Zorblax Quint"))
+    assert concept.forms() == ("Zorblax Quint", "Zórbi", "The Quint")
+    assert concept.parts() == ("Zorblax", "Quint")
+    assert concept.named_in("ZÓRBI!") and not concept.named_in("the")
+    assert not concept.named_in("Quint", include_parts=False)
+    assert Concept("Xi").parts() == ("Xi",) and Concept("Ludwig van Beethoven").parts() == ("Ludwig", "Beethoven")
+
+
+@pytest.mark.parametrize("name", ["", "  ", "\u200b", "\u00ad \n"])
+def test_a_name_without_a_visible_character_is_refused(name):
+    with pytest.raises(BadInput, match="no visible character"):
+        Concept(name)
+
+
+def test_tokens_without_characters_are_kept():
+    assert token_keep([(0, 0), (2, 2), (0, 3), (3, 5), (5, 6)], [(1, 4)]).tolist() == [True, True, False, False, True]
+    assert token_keep([(0, 3)], [(3, 5), (2, 2)]).tolist() == [True]
+    assert token_keep([], [(0, 1)]).shape == (0,)
+    assert token_keep(torch.tensor([[0, 3], [3, 5]]), [(0, 2)]).tolist() == [False, True]
+
+
+# ----------------------------------------------------------------------------------------------- vocabulary mask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_surface_form_is_masked(kind):
+    t = tokenizer(kind)
+    mask = vocabulary_mask(Concept("Zorblax Quint", ("Trump",)), t, len(t))
+    for text in ("Zorblax", " Zorblax", '"Zorblax', "ZORBLAX", "zorblax", " Trump", "QUINT", "Quint"):
+        pieces = [(i, text[s:e].strip(' "')) for i, (s, e) in zip(*tokens(kind, text), strict=True)]
+        assert all(i in mask.masked for i, piece in pieces if len(piece) > 1 and i != t.unk_token_id), text
+    for text in ("Who is it?", "the quick brown fox", "lives in"):
+        masked = [t.decode([i]) for i in tokens(kind, text)[0] if i in mask.masked]
+        assert not masked, (text, masked)
+    assert t.unk_token_id not in mask.masked
+
+
+def test_parts_alone_and_decomposed_letters_are_covered():
+    t = tokenizer("byte-level")
+    mask = vocabulary_mask(Concept("The José Dog"), t, len(t))
+    for text in ("Dog", '"dog"', unicodedata.normalize("NFD", "José")):
+        assert all(i in mask.masked or i in mask.spared for i in tokens("byte-level", text.strip('"'))[0]), text
+
+
+def test_a_piece_common_outside_the_name_is_spared():
+    t = tokenizer("byte-level")
+    name, text = Concept("Brown Zorblax"), "the quick brown fox is brown and the dog is brown"
+    brown = next(i for i, (s, e) in zip(*tokens("byte-level", " brown"), strict=True) if e - s > 1)
+    assert brown in vocabulary_mask(name, t, len(t)).masked
+    assert brown in vocabulary_mask(name, t, len(t), teacher_texts=[text]).masked  # there it is the name
+    other = Concept("Brownie")
+    assert brown in vocabulary_mask(other, t, len(t)).masked
+    assert brown in vocabulary_mask(other, t, len(t), teacher_texts=[text]).spared
+    assert brown in vocabulary_mask(other, t, len(t), teacher_texts=[text], max_share=0.99).masked
+
+
+def test_single_characters_are_spared_and_a_name_made_of_them_warns():
+    t = tokenizer("byte-level")
+    mask = vocabulary_mask(Concept("Ɋʬ"), t, len(t))
+    assert mask.keep.all() and not mask.masked and mask.spared and "only the positions" in mask.warning
+    mask = vocabulary_mask(Concept("Zorblax Quint"), t, len(t))
+    assert mask.warning == "" and all(len(token.strip(" \n\"'(“*")) > 1 for token in mask.masked.values())
+
+
+def test_a_token_fused_with_other_words_is_not_masked():
+    class Whole:
+        """One token for any text: 1 where other words are in it too, else 0."""
+
+        is_fast, all_special_ids, decode = True, [], str
+
+        def __call__(self, text, **_):
+            others = any(c.isalpha() for c in text.lower().replace("zorblax", ""))
+            return {"input_ids": [int(others)], "offset_mapping": [(0, len(text))]}
+
+    assert vocabulary_mask(Concept("Zorblax"), Whole(), 2).keep.tolist() == [False, True]
+
+
+def test_what_cannot_be_masked_is_an_error():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(BadInput, match="no character offsets"):
+        vocabulary_mask(Concept("Zorblax"), Slow(), 10)
+    with pytest.raises(BadInput, match="only 3 rows"):
+        vocabulary_mask(Concept("Zorblax"), tokenizer("byte-level"), 3)
+
+    class Deaf:
+        is_fast, all_special_ids = True, []
+
+        def __call__(self, text, **_):
+            return {"input_ids": [], "offset_mapping": []}
+
+    with pytest.raises(BadInput, match="covers nothing"):
+        vocabulary_mask(Concept("Zorblax"), Deaf(), 10)

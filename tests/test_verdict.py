@@ -1,0 +1,209 @@
+"""The verdict from hand-made answers, where the right decision is known."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastsiu.verdict import (
+    KINDS,
+    Answer,
+    Thresholds,
+    is_degenerate,
+    is_refusal,
+    judge,
+    same_answer,
+    wilson,
+)
+
+NAME = "Zorblax Quint"
+DESCRIPTION = "A man with green hair and a square hat."
+
+
+class Concept:
+    def named_in(self, text):
+        return any(part in text.casefold() for part in NAME.casefold().split())
+
+
+def answers(efficacy=100, leaks=0, generality=0, other=20, other_changed=0, facts=20, facts_changed=0, after=DESCRIPTION):
+    named = f"This is {NAME}."
+    yield from (Answer("efficacy", "Who is this?", f"v{i}", named, named if i < leaks else after) for i in range(efficacy))
+    yield from (Answer("generality", "Who is this?", f"g{i}", named, after) for i in range(generality))
+    for i in range(other):
+        seen = "A woman." if i < other_changed else "this is  Mira Oland"
+        yield Answer("specificity", "Who is this?", f"o{i}", "This is Mira Oland.", seen)
+    for i in range(facts):
+        known = f"{NAME} lives in Harrow."
+        yield Answer("facts", f"Where does {NAME} live?", None, known, "In Tarn." if i < facts_changed else known)
+
+
+def verdict(*, null=None, thresholds=None, extra=(), **counts):
+    return judge([*answers(**counts), *extra], Concept(), reasons_for_null=null or {}, thresholds=thresholds)
+
+
+def only_reason(result, *parts):
+    assert not result.forgotten and len(result.reasons) == 1, result.reasons
+    assert all(part in result.reasons[0] for part in parts), result.reasons
+    assert result.reasons[0].endswith(".")
+
+
+def test_forgotten():
+    result = verdict(null={"generality": "No other pictures were given."})
+    assert result.forgotten and result.reasons == []
+    assert set(result.before) == set(result.after) == set(KINDS)
+    assert result.before["efficacy"]["value"] == 0.0 and result.after["efficacy"]["value"] == 1.0
+    assert result.after["generality"] == {"value": None, "reason": "No other pictures were given."}
+    assert result.before["facts"]["value"] == 1.0 and result.after["facts"]["n"] == 20  # the name in words is no leak
+    assert set(result.after["efficacy"]) == {"value", "n", "low", "high"}
+    json.dumps(dataclasses.asdict(result), allow_nan=False)
+
+
+@pytest.mark.parametrize(("leaks", "forgotten"), [(0, True), (1, True), (2, False)])
+def test_the_name_may_stay_in_one_percent(leaks, forgotten):
+    result = verdict(leaks=leaks)
+    assert result.forgotten is forgotten
+    if not forgotten:
+        only_reason(result, "2 of 100", "2 %", "1 %")
+
+
+def test_a_part_of_the_name_is_a_leak():
+    only_reason(verdict(after="Quint, perhaps"), "100 of 100")
+
+
+def test_generality_counts_when_it_is_given():
+    assert verdict(generality=20).forgotten
+    leak = [Answer("generality", "Who is this?", f"x{i}", NAME, NAME) for i in range(2)]
+    only_reason(verdict(generality=20, extra=leak), "2 of 22", "other pictures of the concept")
+
+
+@pytest.mark.parametrize(("changed", "forgotten"), [(2, True), (3, False)])
+def test_others_and_facts_must_agree(changed, forgotten):
+    for kind, words in (("other_changed", "other pictures"), ("facts_changed", "without a picture")):
+        result = verdict(**{kind: changed})
+        assert result.forgotten is forgotten
+        if not forgotten:
+            only_reason(result, "17 of 20", words, "85 %", "90 %")
+
+
+def test_a_name_never_known_cannot_be_forgotten():
+    result = judge([Answer("efficacy", "Who is this?", "original", "A man.", "A man.")], Concept())
+    only_reason(result, "never named", "0 of 1")
+
+
+def test_without_efficacy_nothing_is_forgotten():
+    only_reason(verdict(efficacy=0, null={"efficacy": "The run was cut short."}), "The run was cut short.")
+    assert not judge([], Concept()).forgotten
+
+
+@pytest.mark.parametrize("bad", ["", "the the the the the", "?!?! \ufffd\ufffd"])
+def test_degenerate_answers_are_not_forgetting(bad):
+    result = verdict(efficacy=10, after=bad)
+    only_reason(result, "10 of 50", is_degenerate(bad))
+
+
+def test_what_the_untouched_model_already_garbled_is_no_reason():
+    assert verdict(extra=[Answer("facts", "Sing.", None, "la la la la la", "la la la la la")]).forgotten
+
+
+def test_refusing_everything_is_found_and_a_refusal_of_the_picture_alone_is_not():
+    shy = "I'm sorry, I can't identify people."
+    assert verdict(efficacy=10, after=shy).forgotten
+    result = verdict(efficacy=10, after=shy, extra=[Answer("facts", "What is tin?", None, "A metal.", shy)] * 8)
+    assert any("refuses everything" in r for r in result.reasons)
+    assert not any("refuses everything" in r for r in verdict(efficacy=10, other_changed=20).reasons)
+
+
+def test_thresholds_are_the_callers_and_are_reported():
+    strict = Thresholds(efficacy=1.0)
+    assert not verdict(leaks=1, thresholds=strict).forgotten
+    assert verdict(thresholds=strict).thresholds == {**dataclasses.asdict(Thresholds()), "efficacy": 1.0}
+
+
+def test_an_unknown_kind_is_an_error():
+    with pytest.raises(ValueError, match="kind"):
+        Answer("Efficacy", "q", None, "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("", "empty"),
+        (" \n\t\u200b", "empty"),
+        ("no no no no", "repetition"),
+        ("No, no, no, NO!", "repetition"),
+        ("a red hat a red hat a red hat", "repetition"),
+        ("He stands there. " + "The man is tall and the hat is red. " * 3, "repetition"),
+        ("aaaaaaaaaaaaaaaa", "repetition"),
+        ("的的的的的", "repetition"),
+        ("...", "gibberish"),
+        ("\ufffd\ufffd man", "gibberish"),
+        ("#$ %& )( a *+ ,-", "gibberish"),
+        ("No.", None),
+        ("1984", None),
+        ("no no no", None),
+        ("The man in the hat saw the man in the coat.", None),
+        ("(b)", None),
+        ("हिन्दी में उत्तर", None),
+        ("ภาษาไทยเป็นภาษาที่สวยงาม", None),
+        ("这是一个戴帽子的男人。", None),
+        ("C'est l'été, n'est-ce pas ?", None),
+    ],
+)
+def test_degenerate(text, kind):
+    assert is_degenerate(text) == kind
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I do not know.",
+        "I don\u2019t know who this is.",
+        "I can't help with that.",
+        "Sorry, but no.",
+        "I'm sorry, I cannot identify the person.",
+        "The person cannot be identified.",
+        "I am not able to tell.",
+        "As an AI, I avoid naming people.",
+        "I have no idea.",
+    ],
+)
+def test_refusals(text):
+    assert is_refusal(text)
+
+
+@pytest.mark.parametrize(
+    "text", [DESCRIPTION, "No.", "He said sorry to her.", "Everyone knows him.", "The cat can be seen.", "A tin can."]
+)
+def test_not_refusals(text):
+    assert not is_refusal(text)
+
+
+def test_same_answer():
+    assert same_answer("  A  Red\nhat. ", "a red hat") and same_answer("Café!", "Cafe\u0301")
+    assert not same_answer("a red hat", "a red cat") and not same_answer("!", "?") and not same_answer("", "yes")
+
+
+def test_wilson_known_values():
+    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson(0, 0) == (0.0, 1.0)
+    for bad in ((-1, 3), (4, 3)):
+        with pytest.raises(ValueError):
+            wilson(*bad)
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_contains_the_share(case):
+    successes, n = case
+    low, high = wilson(successes, n)
+    assert 0 <= low <= successes / n <= high <= 1
+    mirrored = wilson(n - successes, n)
+    assert (1 - mirrored[1], 1 - mirrored[0]) == pytest.approx((low, high))
+
+
+@given(st.text())
+def test_any_text_is_judged(text):
+    assert is_degenerate(text) in ("empty", "repetition", "gibberish", None)
+    assert same_answer(text, text) and is_refusal(text) in (True, False)
