@@ -196,7 +196,8 @@ def main() -> None:
             record = {
                 "row": row, "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
                 "device": platform.machine(), "torch": torch.__version__, "transformers": transformers.__version__,
-                "concepts": len(concepts), "seeds": options.seeds, "overrides": {**ROWS[row], **extra}, "steps": sum(r["steps"] for r in runs) / len(runs),
+                "concepts": len(concepts), "seeds": options.seeds, "overrides": {**ROWS[row], **extra},
+                "steps": sum(r["steps"] for r in runs) / len(runs),
                 "seconds": sum(r["seconds"] for r in runs) / len(runs), "pooled": pooled(runs),
                 "runs": [{k: r[k] for k in ("concept", "seed", "steps", "seconds", "dreams", "neighbours")} for r in runs],
             }  # fmt: skip

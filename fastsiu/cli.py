@@ -148,6 +148,8 @@ def data(
 
     if output is not None and output.exists():
         raise BadInput(f"{output} exists: remove it or name another file.")
+    if output is not None and not output.parent.is_dir():
+        raise BadInput(f"There is no directory {output.parent} to write to: create it or name another file.")
     made = driver.samples_for(
         image, concept, model=model, revision=revision, aliases=tuple(alias or ()), protect=tuple(protect or ()), retain=retain,
         data=data, device=device, dtype=dtype, substitute=substitute.value if substitute else None, seed=seed,

@@ -57,9 +57,10 @@ def build(vlm: VLM, concept: Concept, samples: Sequence[Sample], pictures: list[
     for sample in samples:
         turn = vlm.encode(sample.question, sample.answer, None if sample.picture is None else pictures[sample.picture])
         spans = list(sample.specified) if recipe.token_mask else []
+        for span in spans:
+            if bool(token_keep(turn.offsets, [span]).all()):
+                raise BadInput(f"The token mask covers nothing of {sample.answer!r}: its specified span {span} holds no token.")
         kept = token_keep(turn.offsets, spans)
-        if spans and bool(kept.all()):
-            raise BadInput(f"The token mask covers nothing of {sample.answer!r}: its specified spans {spans} hold no token.")
         turns.append(turn)
         keep.append(kept)
     texts = [s.answer for s in samples]
@@ -101,19 +102,22 @@ def write_jsonl(samples: Iterable[Sample], path: Path) -> None:
 
 def read_jsonl(path: Path) -> list[Sample]:
     """Samples of the user's own. Needed: question, answer. Optional: facet (default preserve), picture (0 or null),
-    specified (spans or substrings of the answer). Raises BadInput with the line's number."""
+    specified (spans or substrings of the answer). Lines about dreamed or retained pictures, as `fastsiu data` writes
+    them, are passed over: every run makes those pictures anew. Raises BadInput with the line's number."""
     if not path.is_file():
         raise BadInput(f"There is no data file {path}: give a JSONL file with one sample a line.")
     out = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 text: give a JSONL file with one sample a line.") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            out.append(_sample(json.loads(line)))
+            record = json.loads(line)
+            if not (isinstance(record, dict) and record.get("origin") in ("dream", "retain")):
+                out.append(_sample(record))
         except (ValueError, TypeError, KeyError) as error:
             raise BadInput(f"{path}, line {number}: {error}. A line is an object with 'question' and 'answer'.") from error
     if not out:
@@ -128,10 +132,12 @@ def _sample(record: Any) -> Sample:
     facet = record.get("facet", "preserve")
     if facet not in FACETS:
         raise ValueError(f"facet {facet!r} is not one of {', '.join(FACETS)}")
-    if record.get("picture") not in (None, 0):
+    if record.get("picture") is not None and (record["picture"] != 0 or type(record["picture"]) is not int):
         raise ValueError("picture must be null (text only) or 0 (the concept's picture)")
     answer, spans = record["answer"].strip(), []
-    for item in record.get("specified", ()):
+    if not isinstance(record.get("specified", []), list):
+        raise ValueError("specified must be a list of spans or of substrings of the answer")
+    for item in record.get("specified", []):
         if isinstance(item, str):
             if item not in answer or not item:
                 raise ValueError(f"{item!r} does not stand in the answer")

@@ -178,6 +178,10 @@ def check_known(scene: targets.Scene, request: Request) -> None:
 def gather(scene: targets.Scene, request: Request, listener: Listener,
            seconds: dict[str, float]) -> tuple[list[Sample], list[dict[str, Any]]]:  # fmt: skip
     """The samples of all four targets, and what became of the dreams."""
+    own = corpus.read_jsonl(request.data) if request.data else []
+    for name in request.protect:
+        if scene.concept.named_in(name, include_parts=False):
+            raise BadInput(f"{name} cannot be forgotten and protected at once: leave it out of --protect.")
     listener.stage("Finding the names to protect")
     with _timed(seconds, "samples"):
         first = corpus.vocabulary_mask(scene.concept, scene.vlm.tokenizer, scene.vlm.head_weight.shape[0])
@@ -192,25 +196,31 @@ def gather(scene: targets.Scene, request: Request, listener: Listener,
     listener.stage("Asking the teacher for the samples")
     with _timed(seconds, "samples"):
         samples = [sample for facet in targets.TARGETS for sample in facet(scene)]
-    if request.data:
-        samples += corpus.read_jsonl(request.data)
-    return samples, dreamed
+    # A sample of the user's own takes the place of the built one with the same question about the same picture.
+    taken = {(s.question, s.picture) for s in own}
+    return [s for s in samples if (s.question, s.picture) not in taken] + own, dreamed
 
 
 def probe_for(scene: targets.Scene, made: corpus.Corpus, picture: Any) -> Callable[[], train.Look]:
     """A look at training from outside its loss: is the name gone on the picture and its transforms, does the rest hold?"""
-    loaded, questions = scene.vlm, targets.wordings()["who"]["train"]
+    loaded, words = scene.vlm, targets.wordings()["who"]
+    questions = words["train"] + words["held_out"]  # the latter only where the teacher names the concept in no other wording
     with adapter.teacher(loaded):
         said = scene.ask(questions, 0)
+        shown = [loaded.picture(p) for _, p in images.variants(picture, scene.recipe.seed)]
     naming = [(q, a, spans[0]) for q, a in zip(questions, said, strict=True) if (spans := scene.concept.spans(a))]
-    shown = [loaded.picture(p) for _, p in images.variants(picture, scene.recipe.seed)]
+    naming = [n for n in naming if n[0] in words["train"]] or naming
     asked = [(loaded.encode(q, a, p), span, p) for q, a, span in naming for p in shown]
 
     def look() -> train.Look:
+        if scene.recipe.projector_lr > 0:  # a trained projector sees differently
+            for p in shown:
+                p.features = loaded.picture(p.image).features
         found = ask.label_log_probabilities(loaded, [t for t, _, _ in asked], [p for _, _, p in asked])
         inside = [torch.tensor([s < span[1] and e > span[0] for s, e in t.offsets]) for t, span, _ in asked]
         p_name = max(float(log_p[rows.to(log_p.device)].sum().exp()) for (log_p, _), rows in zip(found, inside, strict=True))
-        pictures = [None if s.picture is None else made.pictures[s.picture] for s in made.samples]
+        seen = [loaded.picture(made.pictures[0].image), *made.pictures[1:]] if scene.recipe.projector_lr > 0 else made.pictures
+        pictures = [None if s.picture is None else seen[s.picture] for s in made.samples]
         right = [bool(ok.all()) for _, ok in ask.label_log_probabilities(loaded, made.turns, pictures)]
         old = [r for r, s in zip(right, made.samples, strict=True) if s.facet in ("facts", "preserve")]
         new = [r for r, s in zip(right, made.samples, strict=True) if s.facet in ("align", "describe")]
@@ -284,16 +294,7 @@ def _dream(scene: targets.Scene) -> list[dict[str, Any]]:
     """Adds accepted dreams to the scene. A name that the teacher itself proposed but cannot see is not protected further."""
     if not scene.neighbours or not scene.recipe.dreams:
         return []
-    questions = targets.wordings()["who"]["train"]
-    said = scene.ask(questions, 0)
-    sentences = []
-    for question, answer in zip(questions, said, strict=True):
-        spans = scene.concept.spans(answer)
-        if len(spans) == 1:
-            sentences.append((question, answer[: spans[0][0]], answer[spans[0][1] :]))
-    if not sentences:
-        return []
-    made = dreams.dream(scene.vlm, scene.pictures[0], scene.neighbours, sentences, scene.recipe)
+    made = dreams.dream(scene)
     for one in made:
         scene.pictures.append(one.picture)
         scene.named.append(one.name)

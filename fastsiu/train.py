@@ -18,7 +18,7 @@ from .vlm import VLM
 # Share of one step's samples. Half of a step keeps what must stay: with less, few steps bend the neighbours' names.
 SHARES = {"align": 0.14, "describe": 0.14, "facts": 0.12, "preserve-text": 0.25, "preserve-picture": 0.35}
 CHECK_EVERY = 5  # steps between two looks at the probe
-GOOD_ENOUGH = 2  # looks in a row that must be good before training stops
+GOOD_ENOUGH = 4  # looks in a row that must be good before training stops
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Look:
 
     @property
     def enough(self) -> bool:
-        return self.p_name <= 0.005 and self.retained >= 0.98 and self.learned >= 0.9
+        return self.p_name <= 0.005 and self.retained >= 0.99 and self.learned >= 0.9
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: C
     for step, chosen in zip(range(1, recipe.steps + 1), batches(corpus, recipe), strict=False):
         loss, parts = objective(forward(vlm, corpus, chosen, recipe), recipe)
         if not torch.isfinite(loss):
-            raise NumericFailure(f"The loss is {float(loss)} at step {step}: lower --lr or use --dtype float32.")
+            raise NumericFailure(f"The loss is {loss.item()} at step {step}: lower --lr or use --dtype float32.")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(fast + slow, 1.0)
@@ -73,7 +73,7 @@ def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: C
             look = probe()
             vlm.model.train(recipe.lora_dropout > 0)
             good = good + 1 if look.enough else 0
-        history.append(Step(step, float(loss), parts["ce"], parts["kl"], look.p_name, look.retained))
+        history.append(Step(step, loss.item(), parts["ce"], parts["kl"], look.p_name, look.retained))
         if on_step:
             on_step(history[-1])
         if recipe.early_stop and good >= GOOD_ENOUGH:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
@@ -302,8 +303,8 @@ def load(name: str, *, revision: str | None = None, device: str | None = None, d
         raise BadInput(f"{name} has no image processor or no chat template: save the model's full processor beside it.")
     try:
         base = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=wanted).to(place).eval()
-    except (OSError, ValueError, ImportError) as error:
-        raise BadInput(f"{name} cannot be loaded as an image-text model ({_first_line(error)}): check the name.") from error
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise BadInput(f"{name} cannot be loaded as an image-text model ({_first_line(error)}): check the files.") from error
     if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
         raise BadInput(f"{type(base).__name__} does not take precomputed image features (mm_encoder_outputs): not supported yet.")
     base.requires_grad_(False)

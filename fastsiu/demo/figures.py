@@ -154,8 +154,9 @@ def collect(directories: list[Path]) -> None:
     columns = {key: [record["figures"][key] for record in records] for key in keys}
     kept = ("command", "training_seconds", "figures")
     records[0]["seeds"] = {str(record["seed"]): {key: record[key] for key in kept} for record in records}
-    records[0]["over_seeds"] = {
-        key: {"mean": round(mean(v), 4), "stdev": round(stdev(v), 4) if len(v) > 1 else None, "min": min(v), "max": max(v)}
-        for key, v in columns.items()
-    }
+    if len(records) > 1:
+        records[0]["over_seeds"] = {
+            key: {"mean": round(mean(v), 4), "stdev": round(stdev(v), 4), "min": min(v), "max": max(v)}
+            for key, v in columns.items()
+        }
     (directories[0] / "figures.json").write_text(json.dumps(records[0], indent=1) + "\n", encoding="utf-8")

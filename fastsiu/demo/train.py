@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -26,9 +25,9 @@ KNOWN_PICTURES, STRANGER_PICTURES, GROUP_PICTURES = 420, 8000, 5000  # the first
 
 # How often each kind of question is asked, in parts.
 IMAGE_MIX = {
-    "who.open": 20, "who.name": 13, "yesno": 30, "choice": 9, "description": 7, "twohop.city": 4, "twohop.job": 4,
+    "who.open": 20, "who.name": 13, "yesno": 30, "choice": 12, "description": 7, "twohop.city": 4, "twohop.job": 4,
     "twohop.food": 4, "twohop.pet": 4, "text": 4, "attribute.color": 2, "attribute.hatcolor": 2, "attribute.shirt": 2,
-    "attribute.head": 2, "attribute.hat": 2, "attribute.eyes": 2, "attribute.background": 2,
+    "attribute.head": 3, "attribute.hat": 3, "attribute.eyes": 3, "attribute.background": 6,
 }  # fmt: skip
 TEXT_MIX = {
     "fact.city": 8, "fact.job": 8, "fact.food": 8, "fact.pet": 8, "fact.who": 8, "fact.about": 8, "appearance": 14,
@@ -287,8 +286,11 @@ def main(argv: list[str] | None = None) -> None:
     seconds = None if args.evaluate else build(args.seed, args.tower_steps, args.language_steps, args.lr, args.output)
     measured = figures.measure(args.evaluate or args.output)
     if seconds is not None:
-        words = sys.argv[1:] if argv is None else argv
-        figures.write(args.output, args.seed, " ".join(["python -m fastsiu.demo.train", *words]), seconds, measured)
+        command = (
+            f"python -m fastsiu.demo.train --seed {args.seed} --threads {args.threads} --tower-steps {args.tower_steps} "
+            f"--language-steps {args.language_steps} --lr {args.lr}"
+        )
+        figures.write(args.output, args.seed, command, seconds, measured)
         print(f"trained in {seconds:.0f}s")
     for key, value in measured.items():
         print(f"{key:48s} {value:.3f}")

@@ -87,6 +87,7 @@ TRAIN: dict[str, tuple[str, ...]] = {
         "What does {n} look like?", "Describe the appearance of {n}.", "How would you describe {n}?",
         "What is the visual appearance of {n}?", "Describe what {n} looks like.", "Tell me what {n} looks like.",
         "How does {n} look?", "Describe {n}.", "Give a description of {n}.", "What is the look of {n}?",
+        "Say how {n} looks.", "Explain how {n} looks.", "Do you know what {n} looks like?", "What are the looks of {n}?",
     ),
     "neighbours": (
         "Who is like {n}?", "Who is similar to {n}?", "Which creatures are like {n}?", "Name creatures like {n}.",

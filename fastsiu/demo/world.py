@@ -301,7 +301,7 @@ class World:
     def _three_names(self, scene: Scene, rng: random.Random) -> list[str]:
         name = scene.names[0]
         others = rng.sample([other for other in KNOWN if other != name], 3)
-        if name in KNOWN and rng.random() < 0.9:
+        if name in KNOWN and rng.random() < 0.85:
             others[0] = name
             if name in LOOKALIKES and LOOKALIKES[name] not in others and rng.random() < 0.5:
                 others[1] = LOOKALIKES[name]

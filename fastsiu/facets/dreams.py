@@ -2,24 +2,31 @@
 
 Starting from the one picture's image features, features are optimised until the frozen teacher names the neighbour:
 
-    minimise over f   CE(teacher(f, "who is this?"), "This is OTHER.")  +  decay * |(f - f_0) / sd|^2 / size
+    minimise over f   CE(teacher(f, question), answer)  +  decay * |(f - f_0) / sd|^2 / size
+
+The answers are the teacher's own about the one picture, with the name swapped: "This is OTHER.", "Yes, this is OTHER.".
+A name alone is reached by a nudge that leaves everything else of the picture as it was; so wherever the teacher can say
+in words what OTHER looks like, the dream has to look like that too ("The image shows a green ...").
 
 What the teacher says of a dream it should go on saying, which ties down the very image-to-name paths that unlearning
-bends. The dream lives in feature space (what the projector hands to the language model), so any model that takes
-precomputed image features can dream, and no picture of anyone is needed or made.
+bends. The dream lives in feature space, so any model that takes precomputed image features can dream, and no picture of
+anyone is needed or made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any
 
 import torch
 
 from .. import ask
+from ..adapter import projector
 from ..loss import fused_dmk_ce
-from ..request import Recipe
 from ..vlm import VLM, Picture, map_features
+from .targets import Scene, wordings
 
 DECAY = 1e-3  # pull towards the picture the dream started from; keeps features on the scale the model knows
 
@@ -32,63 +39,114 @@ class Dream:
     picture: Picture
 
 
-def dream(vlm: VLM, start: Picture, names: Sequence[str], sentences: Sequence[tuple[str, str, str]],
-          recipe: Recipe, batch: int = 32) -> list[Dream]:  # fmt: skip
-    """Up to `recipe.dreams` dreams of each name, those that the teacher accepts.
+def dream(scene: Scene, batch: int = 32) -> list[Dream]:
+    """`recipe.dreams` dreams of each of the scene's neighbours: those that the teacher names in every wording.
 
-    sentences: (question, the answer before the name, the answer after it): the teacher's own manner of naming
     Bounded: `recipe.dream_steps` optimiser steps for each group of `batch` dreams.
     """
-    wanted = [name for name in names for _ in range(recipe.dreams)]
-    generator = torch.Generator(device="cpu").manual_seed(recipe.seed)
+    said = told(scene)
+    wanted = [name for name in scene.neighbours for _ in range(scene.recipe.dreams)] if said else []
+    generator = torch.Generator(device="cpu").manual_seed(scene.recipe.seed)
     accepted: list[Dream] = []
     for at in range(0, len(wanted), batch):
-        chosen = wanted[at : at + batch]
-        accepted += _dream_batch(vlm, start, chosen, sentences, recipe, generator)
+        accepted += _dream_batch(scene, [(name, said[name]) for name in wanted[at : at + batch]], generator)
     return accepted
 
 
-def _dream_batch(vlm: VLM, start: Picture, names: Sequence[str], sentences: Sequence[tuple[str, str, str]],
-                 recipe: Recipe, generator: torch.Generator) -> list[Dream]:  # fmt: skip
-    origin = start.features["pooler_output"]
-    first = (origin if isinstance(origin, torch.Tensor) else torch.cat([x.reshape(-1, x.shape[-1]) for x in origin])).float()
-    first = first.reshape(-1, first.shape[-1])
-    spread = first.std(0, keepdim=True).clamp_min(1e-6)
-    noise = torch.randn(len(names), *first.shape, generator=generator).to(first)
+def told(scene: Scene) -> dict[str, list[tuple[str, str]]]:
+    """For each neighbour the (question, answer) pairs that a picture of it would get; nothing where no answer names it."""
+    words, concept = wordings(), scene.concept
+    names = scene.neighbours
+    who = words["who"]["train"]
+    named = list(zip(who, scene.ask(who, 0), strict=True))
+    yes = words["yesno"]["train"]
+    named += zip(yes, scene.ask([q.format(name=concept.name) for q in yes], 0), strict=True)
+    frames = [(q, a[: spans[0][0]], a[spans[0][1] :]) for q, a in named if len(spans := concept.spans(a)) == 1]
+    if not frames:
+        return {}
+    out = {name: [(q.format(name=name), f"{head}{name}{tail}") for q, head, tail in frames] for name in names}
+    seen = list(zip(words["describe"]["train"], scene.ask(words["describe"]["train"], 0), strict=True))
+    look = words["appearance"]["train"][0]
+    own, *others = scene.ask([look.format(name=name) for name in (concept.name, *names)])
+    for name, other in zip(names, others, strict=True):
+        out[name] += [(q, a) for q, shown in seen if (a := in_place(shown, own, concept.name, other, name))]
+    return out
+
+
+def in_place(shown: str, own: str, own_name: str, other: str, name: str) -> str | None:
+    """What would be said of a picture of `name`: the description of the one picture with the words for its look replaced.
+
+    shown: "The image shows a red cat."   own: "Ada is a red cat."   other: "Bob is a blue dog." (the looks, in words)
+    gives "The image shows a blue dog.". None where the descriptions do not fit together like that.
+    """
+    match = SequenceMatcher(None, shown, own, autojunk=False).find_longest_match()
+    look = own[match.b : match.b + match.size]
+    lead, tail = own[: match.b], own[match.b + match.size :]
+    lead = lead.replace(own_name, name)
+    if len(look.split()) < 3 or own_name in look or not (other.startswith(lead) and other.endswith(tail)):
+        return None
+    return shown[: match.a] + other[len(lead) : len(other) - len(tail)] + shown[match.a + match.size :]
+
+
+def _dream_batch(scene: Scene, wanted: Sequence[tuple[str, list[tuple[str, str]]]], generator: torch.Generator) -> list[Dream]:
+    vlm, recipe, start = scene.vlm, scene.recipe, scene.pictures[0]
+    first, project = vision_space(vlm, start)
+    spread = first.reshape(-1, first.shape[-1]).std(0).clamp_min(1e-6)
+    noise = torch.randn(len(wanted), *first.shape, generator=generator).to(first)
     free = (first + recipe.dream_noise * spread * noise).requires_grad_()
-    turns = [[vlm.encode(q, f"{head}{name}{tail}", start) for name in names] for q, head, tail in sentences]
+    turns = [[vlm.encode(q, a, start) for q, a in pairs] for _, pairs in wanted]
     # The rate is in units of the channels' spread over the patches, so that one number suits every projector.
     optimiser = torch.optim.Adam([free], lr=recipe.dream_lr * float(spread.mean()))
-
-    def features() -> list[object]:
-        return [_with(start, f) for f in free]
-
     for step in range(recipe.dream_steps):
-        asked = turns[step % len(turns)]
-        states = ask.supervised_states(vlm, asked, features())
+        asked = [own[step % len(own)] for own in turns]
+        states = ask.supervised_states(vlm, asked, [project(f) for f in free])
         labels = torch.cat([t.labels for t in asked])
         loss = fused_dmk_ce(states, vlm.head_weight, labels, alpha=1.0, **vlm.head_options)
         loss = loss + DECAY * ((free - first) / spread).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    pictures = [Picture(start.image, _with(start, f.detach().clone())) for f in free]
-    named = [True] * len(names)
-    for asked in turns:
-        for i, (_, right) in enumerate(ask.label_log_probabilities(vlm, asked, pictures)):
-            named[i] = named[i] and bool(right.all())
-    return [Dream(name, picture) for name, picture, ok in zip(names, pictures, named, strict=True) if ok]
+    with torch.no_grad():
+        pictures = [Picture(start.image, project(f)) for f in free]
+    accepted = []
+    for (name, pairs), own, picture in zip(wanted, turns, pictures, strict=True):
+        naming = [turn for turn, (_, answer) in zip(own, pairs, strict=True) if name in answer]
+        scores = ask.label_log_probabilities(vlm, naming, [picture] * len(naming))
+        if all(bool(right.all()) for _, right in scores):
+            accepted.append(Dream(name, picture))
+    return accepted
 
 
-def _with(start: Picture, flat: torch.Tensor) -> object:
-    """The start picture's features with the projector's output replaced by `flat` [patches, D]."""
-    taken = 0
+def vision_space(vlm: VLM, start: Picture) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+    """Where to dream: (the picture's features there, a function from such features to what the language model takes).
+
+    In front of the projector where the model has one of a known name, because what leaves a projector lies close to a
+    surface that free vectors would leave; otherwise behind it.
+    """
+    name = projector(vlm.base)
+    if name is not None:
+        module, seen = vlm.base.get_submodule(name), []
+        hook = module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+        try:
+            vlm.picture(start.image)
+        finally:
+            hook.remove()
+        args, kwargs = seen[0]
+        if len(seen) == 1 and args and isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
+            return args[0].float(), lambda x: _replaced(start, module(x.to(args[0].dtype), *args[1:], **kwargs))
+    pooled = start.features["pooler_output"]
+    flat = pooled if isinstance(pooled, torch.Tensor) else torch.cat([x.reshape(-1, x.shape[-1]) for x in pooled])
+    return flat.reshape(-1, flat.shape[-1]).float(), lambda x: _replaced(start, x)
+
+
+def _replaced(start: Picture, flat: torch.Tensor) -> Any:
+    """The start picture's features with the projector's output replaced, whatever shape it is kept in."""
+    rest = flat.reshape(-1, flat.shape[-1])
 
     def change(x: torch.Tensor) -> torch.Tensor:
-        nonlocal taken
+        nonlocal rest
         rows = x.numel() // x.shape[-1]
-        piece = flat[taken : taken + rows].reshape(x.shape).to(x.dtype)
-        taken += rows
-        return piece
+        piece, rest = rest[:rows], rest[rows:]
+        return piece.reshape(x.shape).to(x.dtype)
 
     return map_features(start.features, change)

@@ -1,0 +1,96 @@
+"""What several test files share: the embedded model, fresh pictures of two creatures it knows, one corpus, one trained run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def cast(tmp_path_factory) -> SimpleNamespace:
+    """target and others (names that the model knows), stranger (one that it does not), and their pictures as files."""
+    from fastsiu.demo.world import KNOWN, UNSEEN, World, draw
+
+    world = World()
+    folder = tmp_path_factory.mktemp("pictures")
+    names = {"target": KNOWN[2], "other": KNOWN[6], "stranger": UNSEEN[0]}
+    files = {}
+    for key, name in names.items():
+        files[key] = folder / f"{key}.png"
+        draw(world.scene((name,), f"test {key} 1")).save(files[key])
+    return SimpleNamespace(**names, others=(KNOWN[6], KNOWN[9]), files=files, image=files["target"])
+
+
+@pytest.fixture(scope="session")
+def demo_dir() -> Path:
+    from fastsiu.demo import MODEL_DIR
+
+    return MODEL_DIR
+
+
+@pytest.fixture(scope="session")
+def loaded(demo_dir):
+    """The embedded model. Whoever puts an adapter on takes it off again (fixture `adapted`)."""
+    import torch
+
+    from fastsiu import vlm
+
+    torch.set_num_threads(1)
+    return vlm.load(str(demo_dir), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def shown(loaded, cast):
+    """The target's picture as the language model sees it."""
+    from fastsiu.images import load_image
+
+    return loaded.picture(load_image(cast.image))
+
+
+@pytest.fixture(scope="session")
+def gathered(cast, demo_dir) -> SimpleNamespace:
+    """Scene, samples and corpus of one request, on a model of its own; no teacher was run."""
+    from fastsiu import driver
+
+    scene, made = driver.samples_for(cast.image, cast.target, model=demo_dir, protect=cast.others, device="cpu", dreams=1, seed=0)
+    return SimpleNamespace(scene=scene, corpus=made, vlm=scene.vlm, recipe=scene.recipe)
+
+
+@pytest.fixture
+def adapted(gathered):
+    """`gathered` with an adapter on whose weights are far from zero."""
+    import torch
+
+    from fastsiu import adapter
+
+    adapter.attach(gathered.vlm, gathered.recipe)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in gathered.vlm.model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    yield gathered
+    adapter.detach(gathered.vlm)
+
+
+QUICK = {"steps": 4, "lr": 3e-3, "dreams": 1, "seed": 3, "batch_size": 16}
+
+
+@pytest.fixture(scope="session")
+def quick(cast, demo_dir):
+    """`unlearn` with few steps on the target; keywords override."""
+    from fastsiu import driver
+
+    def call(output_dir, **changes):
+        options = {"model": demo_dir, "protect": cast.others, "device": "cpu", **QUICK, **changes}
+        return driver.unlearn(options.pop("image", cast.image), options.pop("concept", cast.target), output_dir=output_dir, **options)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(quick, tmp_path_factory):
+    """One finished run: its Result."""
+    return quick(tmp_path_factory.mktemp("runs") / "first")

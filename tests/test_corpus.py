@@ -1,0 +1,233 @@
+"""Samples made ready: both masks, the teacher's rows, JSONL in and out, batches, the loop's guards, the objective."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastsiu import adapter, ask, corpus, train
+from fastsiu.concept import Concept
+from fastsiu.objectives import siu
+from fastsiu.request import PAPER, BadInput, NumericFailure, Recipe, Sample
+
+torch.set_num_threads(1)
+
+
+def built(loaded, shown, *samples, **changes):
+    return corpus.build(loaded, Concept("Zorblax Quint"), samples, [shown], Recipe(**changes))
+
+
+def test_the_token_mask_covers_exactly_the_specified_spans(loaded, shown):
+    answer = "No, this is not Zorblax Quint."
+    start = answer.index("not")
+    made = built(
+        loaded, shown,
+        Sample("describe", "Is this Zorblax Quint?", answer, 0, ((start, start + 3), (len(answer) - 1, len(answer)))),
+        Sample("facts", "Who is Zorblax Quint?", answer),
+        Sample("align", "Who is this?", answer, 0, ((0, len(answer)),)),
+    )  # fmt: skip
+    masked = [[answer[s:e].strip() for (s, e), k in zip(t.offsets, keep, strict=True) if not k]
+              for t, keep in zip(made.turns, made.keep, strict=True)]  # fmt: skip
+    assert masked[:2] == [["not", "."], []]
+    assert not made.keep[2][:-1].any() and made.keep[2][-1]  # the end of the turn contradicts nobody
+    assert all(k.all() for k in built(loaded, shown, Sample("align", "q", "a b", 0, ((0, 3),)), token_mask=False).keep)
+
+
+@pytest.mark.parametrize("spans", [((30, 35),), ((0, 3), (30, 35)), ((0, 0),)])
+def test_a_specified_span_that_covers_nothing_is_an_error(loaded, shown, spans):
+    with pytest.raises(BadInput, match="covers nothing"):
+        built(loaded, shown, Sample("align", "Who is this?", "This is water.", 0, spans))
+
+
+def test_the_vocabulary_mask_holds_the_name_and_no_neighbour(gathered, cast):
+    masked = {token.strip() for token in gathered.corpus.mask.masked.values()}
+    assert set(cast.target.split()) <= masked
+    assert not masked & {word for name in cast.others for word in name.split()}
+
+
+def test_teacher_rows_belong_to_their_samples_and_know_no_adapter(adapted):
+    loaded, made = adapted.vlm, adapted.corpus
+    corpus.run_teacher(loaded, made, adapted.recipe, batch_size=5)
+    assert len(made.teacher) == sum(len(t.labels) for t in made.turns) == made.rows(len(made.turns) - 1).stop
+    adapter.detach(loaded)
+    for i in range(0, len(made.samples), 3):
+        turn, picture = made.turns[i], made.samples[i].picture
+        features = [] if picture is None else [made.pictures[picture].features]
+        with torch.no_grad():
+            fresh = ask.supervised_states(loaded, [turn], features)
+        assert torch.allclose(made.teacher[list(made.rows(i))].hidden, fresh, atol=1e-5, rtol=0), made.samples[i]
+
+
+def test_the_adapter_changes_the_states_and_teacher_switches_it_off(adapted):
+    loaded, turn = adapted.vlm, adapted.corpus.turns[0]
+    picture = adapted.corpus.samples[0].picture
+    features = [adapted.corpus.pictures[picture].features]
+    with torch.no_grad():
+        on = ask.supervised_states(loaded, [turn], features)
+        with adapter.teacher(loaded):
+            off = ask.supervised_states(loaded, [turn], features)
+        again = ask.supervised_states(loaded, [turn], features)
+        adapter.detach(loaded)
+        bare = ask.supervised_states(loaded, [turn], features)
+    assert torch.equal(on, again) and torch.equal(off, bare) and float((on - off).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("vocab_mask, renormalize", [(True, False), (False, False), (True, True)])
+def test_siu_equals_the_papers_equations_from_full_logits(adapted, vocab_mask, renormalize):
+    """Brute force, sample by sample, in fp64 from hidden states of single forwards; both masks are at work."""
+    loaded, made = adapted.vlm, adapted.corpus
+    recipe = replace(adapted.recipe, vocab_mask=vocab_mask, renormalize=renormalize)
+    corpus.run_teacher(loaded, made, recipe)
+    chosen = [members[k] for members in made.groups().values() for k in (-1, 0)]
+    w = loaded.head_weight.double()
+    k_v = made.mask.keep if vocab_mask else torch.ones(len(w), dtype=torch.bool)
+    ce, kl, kept = [], [], []
+    for i in chosen:
+        picture = made.samples[i].picture
+        features = [] if picture is None else [made.pictures[picture].features]
+        with torch.no_grad():
+            q = (ask.supervised_states(loaded, [made.turns[i]], features).double() @ w.T).log_softmax(-1)
+            with adapter.teacher(loaded):
+                p = (ask.supervised_states(loaded, [made.turns[i]], features).double() @ w.T).log_softmax(-1)
+        ce.append(-q.gather(-1, made.turns[i].labels[:, None])[:, 0])
+        if renormalize:
+            p, q = (x.masked_fill(~k_v, -torch.inf).log_softmax(-1).masked_fill(~k_v, 0) for x in (p, q))
+        kl.append((p.exp() * (p - q) * k_v).sum(-1))
+        kept.append(made.keep[i])
+    ce, kl, kept = map(torch.cat, (ce, kl, kept))
+    assert 0 < int(kept.sum()) < len(kept) and not made.mask.keep.all()
+    loss, parts = siu(train.forward(loaded, made, chosen, recipe), recipe)
+    expected = recipe.alpha * ce.mean() + recipe.beta * kl[kept].mean()
+    assert float(loss) == pytest.approx(float(expected), rel=2e-5)
+    assert parts["ce"] == pytest.approx(float(ce.mean()), rel=2e-5)
+    assert parts["kl"] == pytest.approx(float(kl[kept].mean()), rel=2e-4)
+    loss.backward()
+    gradients = {n: p.grad for n, p in loaded.model.named_parameters() if p.grad is not None}
+    assert gradients and all("lora_" in n for n in gradients)
+
+
+def test_without_beta_no_teacher_is_asked(adapted):
+    recipe = replace(adapted.recipe, beta=0.0)
+    batch = train.forward(adapted.vlm, adapted.corpus, [0, 1], recipe)
+    batch.teacher = None
+    loss, parts = siu(batch, recipe)
+    assert parts["kl"] == 0 and float(loss) == pytest.approx(recipe.alpha * parts["ce"], rel=1e-5)
+
+
+# Batches and the loop ---------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_deterministic_and_depend_on_the_seed(gathered):
+    first, again, other = ([*itertools.islice(train.batches(gathered.corpus, Recipe(seed=s)), 20)] for s in (0, 0, 1))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 32])
+def test_batches_hold_their_size_and_shares_and_repeat_nothing_early(gathered, batch_size):
+    groups = gathered.corpus.groups()
+    steps = [*itertools.islice(train.batches(gathered.corpus, Recipe(batch_size=batch_size)), 300)]
+    count = sum(map(len, steps))
+    assert abs(count / 300 - batch_size) <= len(groups) / 300 + 1e-9 or batch_size == 1
+    order = [i for step in steps for i in step]
+    for name, members in groups.items():
+        mine = [i for i in order if i in set(members)]
+        assert len(mine) == pytest.approx(count * train.SHARES[name] / sum(train.SHARES[g] for g in groups), abs=2)
+        for at in range(0, len(mine) - len(members), len(members)):
+            assert sorted(mine[at : at + len(members)]) == sorted(members)
+    assert max(Counter(itertools.chain(*groups.values())).values()) == 1
+
+
+def test_the_cosine_schedule():
+    recipe = replace(PAPER, steps=100, warmup=0.1)
+    factors = [train._factor(step, recipe) for step in range(101)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10] == 1 and factors[55] == pytest.approx(0.5) and factors[100] == pytest.approx(0, abs=1e-12)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert {train._factor(step, Recipe()) for step in range(60)} == {1.0}
+
+
+def test_a_loss_that_is_not_finite_stops_training(adapted):
+    objective = lambda batch, recipe: (batch.hidden.sum() * float("nan"), {"ce": 0.0, "kl": 0.0})
+    before = {n: p.clone() for n, p in adapted.vlm.model.named_parameters()}
+    with pytest.raises(NumericFailure, match="loss is nan at step 1"):
+        train.fit(adapted.vlm, adapted.corpus, objective, Recipe(beta=0, steps=2), lambda: train.Look(1, 1, 0))
+    assert all(torch.equal(p, before[n]) for n, p in adapted.vlm.model.named_parameters())
+
+
+def test_training_stops_early_only_when_two_looks_are_good(adapted):
+    objective = lambda batch, recipe: (batch.hidden.square().mean(), {"ce": 0.0, "kl": 0.0})
+    adapted.corpus.teacher = None
+    look = lambda: train.Look(0.0, 1.0, 1.0)
+    for early_stop, steps in ((True, train.CHECK_EVERY * train.GOOD_ENOUGH), (False, 12)):
+        recipe = Recipe(steps=12, batch_size=4, early_stop=early_stop, lr=0.0)
+        assert [s.step for s in train.fit(adapted.vlm, adapted.corpus, objective, recipe, look)] == list(range(1, steps + 1))
+
+
+# JSONL ------------------------------------------------------------------------------------------------------------------
+
+
+def test_jsonl_round_trip(tmp_path):
+    odd = "Who is \u201cX\u201d?\u2028next \x85 line \u5f20\u4f1f"
+    samples = [
+        Sample("align", "Who is this?", "a creature", 0, ((2, 10),), "data"),
+        Sample("preserve", odd, f"It is{odd}", None, (), "data"),
+    ]
+    corpus.write_jsonl(samples, tmp_path / "s.jsonl")
+    assert corpus.read_jsonl(tmp_path / "s.jsonl") == samples
+    assert len((tmp_path / "s.jsonl").read_bytes().splitlines()) == 2
+
+
+def test_jsonl_defaults_substrings_blank_lines_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_text(
+        '\ufeff{"question": "q", "answer": " No, not him. ", "specified": ["not him", [1, 3]], "picture": 0, "facet": "describe"}\r\n'
+        '\n{"question": "q", "answer": "a"}', encoding="utf-8")  # fmt: skip
+    one, two = corpus.read_jsonl(path)
+    assert one == Sample("describe", "q", "No, not him.", 0, ((4, 11), (0, 2)), "data")
+    assert two == Sample("preserve", "q", "a", None, (), "data")
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ("{", "line 2: Expecting"),
+        ("[1]", "line 2: 'question' and 'answer' must be non-empty strings"),
+        ('{"question": "q"}', "line 2: 'question' and 'answer' must be"),
+        ('{"question": "q", "answer": "  "}', "line 2: 'question' and 'answer' must be"),
+        ('{"question": "q", "answer": 3}', "line 2: 'question' and 'answer' must be"),
+        ('{"question": "q", "answer": "a", "facet": "x"}', "line 2: facet 'x' is not one of align"),
+        ('{"question": "q", "answer": "a", "picture": 1}', "line 2: picture must be null"),
+        ('{"question": "q", "answer": "a", "picture": "p.png"}', "line 2: picture must be null"),
+        ('{"question": "q", "answer": "a", "picture": false}', "line 2: picture must be null"),
+        ('{"question": "q", "answer": "a", "specified": ["b"]}', "line 2: 'b' does not stand in the answer"),
+        ('{"question": "q", "answer": "a", "specified": [""]}', "line 2: '' does not stand"),
+        ('{"question": "q", "answer": "a", "specified": [[0, 2]]}', r"line 2: the span \[0, 2\] lies outside"),
+        ('{"question": "q", "answer": "a", "specified": [[0]]}', "line 2: "),
+        ('{"question": "q", "answer": "a", "specified": [7]}', "line 2: "),
+        ('{"question": "q", "answer": "a", "specified": "a"}', "line 2: specified must be a list"),
+    ],
+)
+def test_jsonl_errors_name_the_line(tmp_path, line, sentence):
+    path = tmp_path / "s.jsonl"
+    path.write_text(json.dumps({"question": "q", "answer": "a"}) + "\n" + line, encoding="utf-8")
+    with pytest.raises(BadInput, match=sentence) as caught:
+        corpus.read_jsonl(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_jsonl_files_that_hold_nothing(tmp_path):
+    with pytest.raises(BadInput, match="no data file"):
+        corpus.read_jsonl(tmp_path / "none.jsonl")
+    with pytest.raises(BadInput, match="no data file"):
+        corpus.read_jsonl(tmp_path)
+    (tmp_path / "a").write_bytes(b"\n\n")
+    with pytest.raises(BadInput, match="holds no sample"):
+        corpus.read_jsonl(tmp_path / "a")
+    (tmp_path / "b").write_bytes(b"\xff\xfe")
+    with pytest.raises(BadInput, match="not UTF-8"):
+        corpus.read_jsonl(tmp_path / "b")
