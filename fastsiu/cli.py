@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -184,6 +185,7 @@ def demo(
 
 def main() -> None:
     """Entry point: turns exceptions into one sentence and an exit code."""
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries to their developers, not to whoever runs this command
     sys.exit(run(sys.argv[1:]))
 
 

@@ -135,6 +135,7 @@ def _sample(record: Any) -> Sample:
     if record.get("picture") is not None and (record["picture"] != 0 or type(record["picture"]) is not int):
         raise ValueError("picture must be null (text only) or 0 (the concept's picture)")
     answer, spans = record["answer"].strip(), []
+    lead = record["answer"].index(answer)  # spans count from the answer's start as it was written
     if not isinstance(record.get("specified", []), list):
         raise ValueError("specified must be a list of spans or of substrings of the answer")
     for item in record.get("specified", []):
@@ -143,8 +144,8 @@ def _sample(record: Any) -> Sample:
                 raise ValueError(f"{item!r} does not stand in the answer")
             spans.append((answer.index(item), answer.index(item) + len(item)))
         else:
-            start, end = item
+            start, end = (int(i) - lead for i in item)
             if not 0 <= start < end <= len(answer):
                 raise ValueError(f"the span {item} lies outside the answer")
-            spans.append((int(start), int(end)))
+            spans.append((start, end))
     return Sample(facet, record["question"], answer, record.get("picture"), tuple(spans), "data")

@@ -56,7 +56,7 @@ def summary(console: Console, result: Result) -> None:
         ("efficacy", "name gone on the picture's transforms"), ("generality", "name gone on other pictures"),
         ("specificity", "other pictures answered as before"), ("facts", "text answered as before"),
     ):  # fmt: skip
-        console.print(f"  {label:40s} {_rate(report['before'][key])} -> {_rate(report['after'][key])}")
+        console.print(f"  {label:40s} {_rate(report['before'][key])} -> {_rate(report['after'][key])}", soft_wrap=True)
     steps = report["training"]
     if steps:
         spent = sum(report["seconds"].values())
@@ -78,8 +78,8 @@ def answers_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def explanation(console: Console, scene: Scene, corpus: Corpus) -> None:
-    """Every sample; tokens the KL skips are in reverse, tokens of the name (removed from the vocabulary) underlined."""
-    console.print("Reversed: left to the cross-entropy (token mask). Underlined: the name, out of the KL's vocabulary.")
+    """Every sample; tokens the KL skips are in [brackets], tokens of the name (out of its vocabulary) in <angles>."""
+    console.print("[token]: left to the cross-entropy (token mask). <token>: the name, out of the KL's vocabulary.")
     for sample, turn, keep in zip(corpus.samples, corpus.turns, corpus.keep, strict=True):
         where = "text" if sample.picture is None else f"picture {sample.picture}"
         dreamed = scene.named[sample.picture] if sample.picture is not None and sample.picture < len(scene.named) else None
@@ -87,9 +87,12 @@ def explanation(console: Console, scene: Scene, corpus: Corpus) -> None:
         line = Text("    ")
         end = 0
         for (start, stop), label, kept in zip(turn.offsets, turn.labels.tolist(), keep.tolist(), strict=True):
+            # Brackets as well as styles: a file or a screen reader shows no styles.
             line.append(sample.answer[end:start])
+            token = sample.answer[start:stop] or "<end>"
+            token = f"<{token}>" if label in corpus.mask.masked else token
             style = ("" if kept else "reverse ") + ("underline" if label in corpus.mask.masked else "")
-            line.append(sample.answer[start:stop] or "<end>", style=style.strip() or None)
+            line.append(token if kept else f"[{token}]", style=style.strip() or None)
             end = max(end, stop)
         console.print(line)
     masked = ", ".join(repr(t) for t in sorted(set(corpus.mask.masked.values())))

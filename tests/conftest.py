@@ -70,7 +70,7 @@ def adapted(gathered):
     with torch.no_grad():
         for name, parameter in gathered.vlm.model.named_parameters():
             if "lora_B" in name:
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
     yield gathered
     adapter.detach(gathered.vlm)
 

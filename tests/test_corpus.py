@@ -103,7 +103,8 @@ def test_siu_equals_the_papers_equations_from_full_logits(adapted, vocab_mask, r
     assert 0 < int(kept.sum()) < len(kept) and not made.mask.keep.all()
     loss, parts = siu(train.forward(loaded, made, chosen, recipe), recipe)
     expected = recipe.alpha * ce.mean() + recipe.beta * kl[kept].mean()
-    assert float(loss) == pytest.approx(float(expected), rel=2e-5)
+    assert float(kl[kept].mean()) > 1e-3
+    assert loss.item() == pytest.approx(float(expected), rel=2e-5)
     assert parts["ce"] == pytest.approx(float(ce.mean()), rel=2e-5)
     assert parts["kl"] == pytest.approx(float(kl[kept].mean()), rel=2e-4)
     loss.backward()
@@ -116,7 +117,7 @@ def test_without_beta_no_teacher_is_asked(adapted):
     batch = train.forward(adapted.vlm, adapted.corpus, [0, 1], recipe)
     batch.teacher = None
     loss, parts = siu(batch, recipe)
-    assert parts["kl"] == 0 and float(loss) == pytest.approx(recipe.alpha * parts["ce"], rel=1e-5)
+    assert parts["kl"] == 0 and loss.item() == pytest.approx(recipe.alpha * parts["ce"], rel=1e-5)
 
 
 # Batches and the loop ---------------------------------------------------------------------------------------------------
@@ -162,9 +163,9 @@ def test_a_loss_that_is_not_finite_stops_training(adapted):
 def test_training_stops_early_only_when_two_looks_are_good(adapted):
     objective = lambda batch, recipe: (batch.hidden.square().mean(), {"ce": 0.0, "kl": 0.0})
     adapted.corpus.teacher = None
-    look = lambda: train.Look(0.0, 1.0, 1.0)
-    for early_stop, steps in ((True, train.CHECK_EVERY * train.GOOD_ENOUGH), (False, 12)):
-        recipe = Recipe(steps=12, batch_size=4, early_stop=early_stop, lr=0.0)
+    look, ceiling = lambda: train.Look(0.0, 1.0, 1.0), train.CHECK_EVERY * train.GOOD_ENOUGH + 2
+    for early_stop, steps in ((True, train.CHECK_EVERY * train.GOOD_ENOUGH), (False, ceiling)):
+        recipe = Recipe(steps=ceiling, batch_size=4, early_stop=early_stop, lr=0.0)
         assert [s.step for s in train.fit(adapted.vlm, adapted.corpus, objective, recipe, look)] == list(range(1, steps + 1))
 
 

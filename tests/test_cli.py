@@ -1,0 +1,204 @@
+"""The command line: exit codes, one sentence for each mistake, nothing written, clean standard output."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastsiu import cli, corpus, driver
+from fastsiu.request import NumericFailure
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capfd):
+    """Runs the command line in an empty directory: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*arguments):
+        capfd.readouterr()
+        code = cli.run([str(a) for a in arguments])
+        return (code, *capfd.readouterr())
+
+    return run
+
+
+def quick(cast, *more):
+    options = ["--model", driver._embedded(), "--steps", 1, "--protect", cast.others[0], "--seed", 0]
+    return ["unlearn", "--image", cast.image, "--concept", cast.target, *options, *more]
+
+
+def one_sentence(err):
+    lines = err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fastsiu: ") and "Traceback" not in err, err
+    return lines[0]
+
+
+def mistakes(cast, folder):
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "full").mkdir()
+    (folder / "full" / "file").write_text("x")
+    (folder / "bare").mkdir()
+    (folder / "bare" / "config.json").write_bytes((driver.Path(driver._embedded()) / "config.json").read_bytes())
+    base = {"--image": cast.image, "--concept": cast.target, "--model": driver._embedded()}
+    changes = {
+        "missing picture": ({"--image": folder / "none.png"}, "none.png"),
+        "directory as picture": ({"--image": folder}, folder.name),
+        "text as picture": ({"--image": folder / "text.jpg"}, "text.jpg"),
+        "empty name": ({"--concept": ""}, "name is empty"),
+        "unknown name": ({"--concept": "Nobody Known"}, "does not name Nobody Known"),
+        "existing output": ({"--output": folder / "full"}, "choose another --output"),
+        "model without processor": ({"--model": folder / "bare"}, "processor"),
+        "missing model": ({"--model": "./nowhere"}, "no model directory"),
+        "unknown option": ({"--colour": "red"}, "--colour"),
+        "no steps": ({"--steps": 0}, "steps is 0"),
+        "steps in words": ({"--steps": "many"}, "many"),
+        "unknown preset": ({"--preset": "best"}, "best"),
+        "missing data": ({"--data": folder / "none.jsonl"}, "none.jsonl"),
+        "missing parent": ({"--output": folder / "a" / "b"}, "does not exist"),
+    }
+    for name, (change, part) in changes.items():
+        yield name, ["unlearn", *(str(x) for pair in {**base, **change}.items() for x in pair)], part
+
+
+def test_every_mistake_is_one_sentence_and_exit_code_2(call, cast, tmp_path, tmp_path_factory):
+    for name, arguments, part in mistakes(cast, tmp_path_factory.mktemp("mistakes")):
+        code, out, err = call(*arguments, "--quiet")
+        assert code == 2 and out == "" and part in one_sentence(err), (name, code, out, err)
+        assert list(tmp_path.iterdir()) == [], name
+
+
+def test_missing_options_and_unknown_verbs(call):
+    for arguments in (["unlearn"], ["unlearn", "--image", "x.png"], ["forget"], ["ask"]):
+        code, out, err = call(*arguments)
+        assert code == 2 and "Traceback" not in err and out == "", arguments
+
+
+def test_mistakes_from_outside(cast, tmp_path):
+    """As a user meets them: a process, its exit code and its two streams."""
+    runs = [
+        (["unlearn", "--image", "none.png", "--concept", "X"], 2, "none.png"),
+        (["unlearn", "--image", str(cast.image), "--concept", "Nobody Known", "--quiet"], 2, "does not name"),
+        (["unlearn", "--frobnicate"], 2, "--frobnicate"),
+        (["--version"], 0, ""),
+    ]
+    code = "import sys; from fastsiu.cli import main; sys.argv[0] = 'fastsiu'; main()"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=tmp_path, env=env, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for arguments, _, _ in runs
+    ]  # fmt: skip
+    for process, (arguments, expected, part) in zip(started, runs, strict=True):
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == expected and part in err and "Traceback" not in err, (arguments, out, err)
+        assert (out == "") is (expected == 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("statement", ["import fastsiu", "from fastsiu import cli; cli.run(['--help'])",
+                                       "from fastsiu import cli; cli.run(['unlearn', '--help'])"])  # fmt: skip
+def test_help_and_import_load_no_torch(statement):
+    code = f"{statement}\nimport sys; sys.exit(7 if {{'torch', 'transformers', 'peft'}} & set(sys.modules) else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "help" not in statement or "Usage" in done.stdout
+
+
+def test_json_is_alone_on_standard_output(call, cast, tmp_path):
+    code, out, err = call(*quick(cast, "--output", "out", "--json"))
+    report = json.loads(out)
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert code == (0 if report["verdict"] == "forgotten" else 1) and "Traceback" not in err
+    # The same again: a no-op that says the same.
+    again, second, _ = call(*quick(cast, "--output", "out", "--json"))
+    assert (again, json.loads(second)) == (code, report)
+    other, out, err = call(*quick(cast, "--output", "out", "--quiet", "--beta", "0.5"))
+    assert other == 2 and "another request" in one_sentence(err) and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_exit_code_and_summary_follow_the_verdict(call, cast, trained, monkeypatch):
+    from dataclasses import replace
+
+    for forgotten, code in ((True, 0), (False, 1)):
+        reasons = [] if forgotten else ["It is [red]not[/red] gone."]
+        report = {**trained.report, "concept": "[b]X[/b]"}
+        result = replace(trained, forgotten=forgotten, reasons=reasons, report=report)
+        monkeypatch.setattr(driver, "unlearn", lambda *a, result=result, **k: result)
+        found, out, err = call(*quick(cast))
+        assert found == code and ("Not forgotten:" in out) is not forgotten and "[b]X[/b]" in out
+        assert forgotten or "[red]not[/red]" in out
+        found, out, err = call(*quick(cast, "--quiet"))
+        assert (found, out, err) == (code, "", "")
+
+
+@pytest.mark.parametrize(
+    "error, code, says",
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (NumericFailure("The loss is nan at step 1: lower --lr."), 3, "loss is nan"),
+        (ZeroDivisionError("x"), 3, "internal failure"),
+    ],
+)
+def test_other_ends(call, cast, monkeypatch, error, code, says):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(driver, "unlearn", fail)
+    found, out, err = call(*quick(cast, "--quiet"))
+    assert found == code and says in err and out == ""
+    assert ("Traceback" in err) is isinstance(error, ZeroDivisionError)
+
+
+def test_data_writes_what_data_reads(call, cast, tmp_path):
+    options = ["--image", cast.image, "--concept", cast.target, "--protect", cast.others[0], "--model", driver._embedded()]
+    code, out, err = call("data", *options, "--output", "samples.jsonl")
+    assert code == 0 and out == "" and "samples written to samples.jsonl" in err
+    path = tmp_path / "samples.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    assert {line["facet"] for line in lines} == {"align", "describe", "facts", "preserve"}
+    read = corpus.read_jsonl(path)
+    kept = [line for line in lines if line["origin"] != "dream"]
+    assert [(s.question, s.answer, s.picture) for s in read] == [(k["question"], k["answer"], k["picture"]) for k in kept]
+    # Read back it replaces what it came from: the same questions, answers and masks.
+    code, out, _ = call("data", *options, "--data", path)
+    again = [json.loads(line) for line in out.split("\n") if line]
+    key = lambda s: (s["question"], s["picture"] is None, s["answer"], s["picture"] or 0, s["specified"])
+    assert code == 0 and sorted(map(key, again)) == sorted(map(key, lines))
+    code, out, err = call("data", *options, "--output", "samples.jsonl")
+    assert code == 2 and "exists" in one_sentence(err)
+    code, out, err = call("data", *options, "--output", "none/samples.jsonl")
+    assert code == 2 and "no directory none" in one_sentence(err)
+    code, out, err = call(*quick(cast, "--quiet", "--data", tmp_path / "bad.jsonl"))
+    assert code == 2 and "bad.jsonl" in one_sentence(err)
+
+
+def test_data_explain_shows_both_masks(call, cast):
+    options = ["--image", cast.image, "--concept", cast.target, "--protect", cast.others[0], "--model", driver._embedded()]
+    code, out, _ = call("data", *options, "--explain")
+    assert code == 0 and "[align, built, picture 0]" in out and "Vocabulary mask:" in out and cast.target.split()[0] in out
+
+
+def test_ask(call, cast, trained, tmp_path):
+    model = ["--model", driver._embedded(), "--image", cast.image]
+    code, out, _ = call("ask", "Who is this?", "Describe the image.", *model, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [set(r) for r in rows] == [{"question", "answer"}] * 2 and cast.target in rows[0]["answer"]
+    code, out, _ = call("ask", "Who is this?", *model, "--adapter", trained.output, "--compare", "--json")
+    assert code == 0 and set(json.loads(out)) == {"question", "before", "after"}
+    code, out, _ = call("ask", "Who is this?", *model, "--adapter", trained.output, "--compare")
+    assert code == 0 and "untouched" in out and "with adapter" in out
+    for arguments, part in (
+        (["--compare"], "--compare needs an adapter"),
+        (["--adapter", tmp_path], "holds no adapter"),
+        (["--max-new-tokens", 0], "0"),
+    ):
+        code, out, err = call("ask", "Who is this?", *model, *arguments)
+        assert code == 2 and out == "" and part in one_sentence(err)

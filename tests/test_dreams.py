@@ -1,0 +1,78 @@
+"""Dreamed neighbours: accepted only where the teacher names them, the same for the same seed, and no weight learns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import torch
+
+from fastsiu import driver
+from fastsiu.concept import Concept
+from fastsiu.facets import dreams, targets
+from fastsiu.vlm import Picture
+
+torch.set_num_threads(1)
+
+
+def numbers(picture):
+    pooled = picture.features["pooler_output"]
+    return pooled if isinstance(pooled, torch.Tensor) else torch.cat([x.reshape(-1, x.shape[-1]) for x in pooled])
+
+
+def again(gathered, **changes):
+    """The dreams of a scene that has none yet."""
+    scene = replace(gathered.scene, recipe=replace(gathered.recipe, **changes), pictures=gathered.scene.pictures[:1], named=[None])
+    record = driver._dream(scene)
+    return scene, record
+
+
+def test_the_teacher_names_every_dream_in_every_training_wording(gathered, cast):
+    scene = gathered.scene
+    dreamed = [(i, name) for i, name in enumerate(scene.named) if name]
+    assert dreamed and len(dreamed) <= len(cast.others)
+    for index, name in dreamed:
+        assert name in cast.others
+        for question, answer in zip(targets.wordings()["who"]["train"], scene.ask(targets.wordings()["who"]["train"], index), strict=True):
+            assert Concept(name).named_in(answer), (question, answer)
+            assert not scene.concept.named_in(answer)
+
+
+def test_dreams_repeat_for_a_seed_and_not_for_another(gathered):
+    one, record = again(gathered)
+    two, _ = again(gathered)
+    other, _ = again(gathered, seed=1)
+    assert one.named == two.named == gathered.scene.named
+    for a, b in zip(one.pictures[1:], two.pictures[1:], strict=True):
+        assert torch.equal(numbers(a), numbers(b))
+    assert record == [{"name": n, "accepted": Counter(one.named)[n], "of": 1} for n in gathered.scene.neighbours]
+    if len(other.pictures) > 1:
+        assert not torch.equal(numbers(one.pictures[1]), numbers(other.pictures[1]))
+
+
+def test_no_weight_learns_or_changes_while_dreaming(gathered):
+    before = {k: v.clone() for k, v in gathered.vlm.base.state_dict().items()}
+    scene, _ = again(gathered, dream_steps=3)
+    assert all(p.grad is None and not p.requires_grad for p in gathered.vlm.base.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in gathered.vlm.base.state_dict().items())
+    assert not any(numbers(p).requires_grad for p in gathered.scene.pictures)
+
+
+def test_a_dream_that_the_teacher_does_not_name_is_dropped(gathered):
+    """Without a step of optimisation the teacher still names the concept."""
+    scene, record = again(gathered, dream_steps=0, dream_noise=0.0)
+    assert len(scene.pictures) == 1 and scene.named == [None] and all(r["accepted"] == 0 for r in record)
+
+
+def test_no_dreams_on_request(gathered):
+    scene, record = again(gathered, dreams=0)
+    assert record == [] and len(scene.pictures) == 1
+
+
+def test_vision_space_starts_at_the_picture(gathered):
+    """The function from where one dreams to the language model's features maps the picture's own point to its features."""
+    start = gathered.scene.pictures[0]
+    first, project = dreams.vision_space(gathered.vlm, start)
+    with torch.no_grad():
+        made = Picture(start.image, project(first))
+    assert torch.allclose(numbers(made), numbers(start), atol=1e-5)

@@ -1,0 +1,259 @@
+"""One request from beginning to end: repeatable, standard outside, complete or absent, and the loaded model left as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from fastsiu import ask, driver, images
+from fastsiu.facets import targets
+from fastsiu.request import PAPER, BadInput, NumericFailure, Recipe, Sample
+from fastsiu.verdict import KINDS, Answer, judge
+from fastsiu.vlm import VLM
+
+torch.set_num_threads(1)
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def listing(path):
+    return sorted(p.name for p in path.iterdir())
+
+
+def test_the_output_is_complete(trained):
+    assert {WEIGHTS, "adapter_config.json", "report.json", "report.html", "manifest.json"} <= set(listing(trained.output))
+    assert "README.md" not in listing(trained.output)
+    assert not [p for p in trained.output.parent.iterdir() if "partial" in p.name]
+
+
+def test_the_report_has_its_schema(trained, cast):
+    report = json.loads((trained.output / "report.json").read_text(encoding="utf-8"))
+    assert report == json.loads(json.dumps(trained.report))
+    assert report["concept"] == cast.target and report["verdict"] == ("forgotten" if trained.forgotten else "not forgotten")
+    assert bool(report["reasons"]) is not trained.forgotten and report["reasons"] == trained.reasons
+    for side in ("before", "after"):
+        assert set(report[side]) == set(KINDS)
+        for kind, rate in report[side].items():
+            if kind in ("generality", "specificity"):  # one picture cannot show them
+                assert rate["value"] is None and rate["reason"] and set(rate) == {"value", "reason"}
+            else:
+                assert set(rate) == {"value", "n", "low", "high"} and rate["n"] > 0
+                assert 0 <= rate["low"] <= rate["value"] <= rate["high"] <= 1
+    assert report["before"]["efficacy"]["value"] < 0.5 and report["before"]["facts"]["value"] == 1
+    assert len(report["training"]) == 4 and [s["step"] for s in report["training"]] == [1, 2, 3, 4]
+    assert report["masks"]["tokens_masked"] > 0 and report["masks"]["vocabulary_masked"] > 0
+    assert driver.CAVEAT in report["caveats"]
+
+
+def test_the_verdict_follows_from_the_reported_answers(trained, cast):
+    from fastsiu.concept import Concept
+
+    verdict = judge([Answer(**a) for a in trained.report["answers"]], Concept(cast.target))
+    assert verdict.forgotten is trained.forgotten and verdict.after["efficacy"] == trained.report["after"]["efficacy"]
+    asked = {a["question"] for a in trained.report["answers"]}
+    words = targets.wordings()
+    assert not asked & {q.format(name=n) for p in words.values() for q in p.get("train", ()) for n in (cast.target, *cast.others)}
+
+
+def test_the_manifest_says_where_every_hyper_parameter_came_from(trained):
+    manifest = json.loads((trained.output / "manifest.json").read_text(encoding="utf-8"))
+    recipe = manifest["recipe"]
+    assert set(recipe) == set(Recipe().as_dict()) and recipe["steps"] == {"value": 4, "from": "command line"}
+    assert recipe["renormalize"]["from"] in ("default", "model directory") and manifest["seeds"]["recipe"] == 3
+    assert manifest["versions"]["torch"] and manifest["model"]["sha256"]["model.safetensors"]
+    assert WEIGHTS in manifest["files"] and manifest["pictures"][0]["label"] == "image"
+
+
+def test_recipe_origins(tmp_path):
+    (tmp_path / "fastsiu.json").write_text('{"recipe": {"steps": 7, "lr": 0.5}}')
+    recipe, origins = driver.choose_recipe(str(tmp_path), "default", {"lr": 0.25, "rank": None})
+    assert (recipe.steps, recipe.lr, recipe.rank) == (7, 0.25, Recipe().rank)
+    assert (origins["steps"], origins["lr"], origins["rank"]) == ("model directory", "command line", "default")
+    recipe, origins = driver.choose_recipe(str(tmp_path), "paper", {"steps": 9})
+    assert recipe == PAPER.with_overrides(steps=9) and origins["steps"] == "command line" and origins["lr"] == "preset paper"
+    with pytest.raises(BadInput, match="no hyper-parameter 'stepps'"):
+        driver.choose_recipe(str(tmp_path), "default", {"stepps": 1})
+    with pytest.raises(BadInput, match="preset 'x' is unknown"):
+        driver.choose_recipe(str(tmp_path), "x", {})
+    (tmp_path / "fastsiu.json").write_text('{"recipe": {"magic": 7}}')
+    with pytest.raises(BadInput, match="unknown hyper-parameter 'magic'"):
+        driver.choose_recipe(str(tmp_path), "default", {})
+
+
+def test_the_same_seed_gives_the_same_bits_and_leaves_the_model_untouched(trained, quick, tmp_path, monkeypatch):
+    seen = []
+    load = driver.vlm.load
+
+    def watched(*args, **kwargs):
+        seen.append(load(*args, **kwargs))
+        seen.append({k: v.clone() for k, v in seen[0].base.state_dict().items()})
+        return seen[0]
+
+    monkeypatch.setattr(driver.vlm, "load", watched)
+    again = quick(tmp_path / "again")
+    assert (again.output / WEIGHTS).read_bytes() == (trained.output / WEIGHTS).read_bytes()
+    assert again.report["answers"] == trained.report["answers"] and again.report["training"] == trained.report["training"]
+    loaded, before = seen
+    assert loaded.model is loaded.base and not any("lora" in name for name, _ in loaded.base.named_modules())
+    after = loaded.base.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
+
+
+def test_another_seed_gives_other_weights(trained, quick, tmp_path):
+    other = load_file(quick(tmp_path / "other", seed=4).output / WEIGHTS)
+    one = load_file(trained.output / WEIGHTS)
+    assert set(one) == set(other) and any(not torch.equal(one[k], other[k]) for k in one)
+
+
+def plain(demo_dir, adapter_dir):
+    base = AutoModelForImageTextToText.from_pretrained(demo_dir, dtype=torch.float32).eval()
+    model = PeftModel.from_pretrained(base, adapter_dir).eval()
+    return VLM(str(demo_dir), None, model, base, AutoProcessor.from_pretrained(demo_dir))
+
+
+def test_plain_peft_loads_the_adapter_and_answers_as_before_saving(trained, cast, demo_dir):
+    loaded = plain(demo_dir, trained.output)
+    variants = {label: loaded.picture(p) for label, p in images.variants(images.load_image(cast.image), 3 + 1)}
+    rows = trained.report["answers"]
+    questions = [(r["question"], variants[r["picture"]] if r["picture"] else None) for r in rows]
+    assert ask.answers(loaded, questions) == [r["after"] for r in rows]
+    with loaded.model.disable_adapter():
+        assert ask.answers(loaded, questions) == [r["before"] for r in rows]
+    # The adapter does something: the states it gives are not the base's.
+    prompt = loaded.encode_prompt("Who is this?", variants["original"] if "original" in variants else next(iter(variants.values())))
+    picture = next(iter(variants.values()))
+    with torch.no_grad():
+        on = loaded.hidden([prompt], [picture.features])
+        with loaded.model.disable_adapter():
+            off = loaded.hidden([prompt], [picture.features])
+    assert not torch.allclose(on, off, atol=1e-2)
+
+
+def test_the_adapter_touches_the_language_model_alone(trained):
+    names = load_file(trained.output / WEIGHTS)
+    assert all("language_model" in n and "lm_head" not in n and "vision" not in n for n in names)
+    assert any("q_proj" in n for n in names) and any("down_proj" in n for n in names)
+    config = json.loads((trained.output / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and not config["modules_to_save"]
+
+
+def test_interview_compares_base_and_adapter(trained, cast, demo_dir):
+    (row,) = driver.interview(["Who is this?"], model=demo_dir, adapter_dir=trained.output, image=cast.image, compare=True)
+    assert set(row) == {"question", "before", "after"} and cast.target in row["before"]
+    with pytest.raises(BadInput, match="holds no adapter"):
+        driver.interview(["Who?"], model=demo_dir, adapter_dir=cast.image.parent)
+
+
+def test_the_same_request_again_is_a_no_op_and_another_is_refused(trained, quick, monkeypatch):
+    stamp = (trained.output / "manifest.json").stat().st_mtime_ns
+    monkeypatch.setattr(driver.vlm, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    result = quick(trained.output)
+    assert result.repeated and result.report == json.loads((trained.output / "report.json").read_text(encoding="utf-8"))
+    assert result.forgotten is trained.forgotten and "nothing was done" in result.notes[0]
+    for change in ({"seed": 4}, {"concept": "Mirelda Voss"}, {"protect": ()}, {"dtype": "bfloat16"}):
+        with pytest.raises(BadInput, match="holds the result of another request"):
+            quick(trained.output, **change)
+    assert (trained.output / "manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_a_numeric_failure_writes_nothing_and_leaves_no_adapter(quick, tmp_path, monkeypatch):
+    seen = []
+    load = driver.vlm.load
+    monkeypatch.setattr(driver.vlm, "load", lambda *a, **k: seen.append(load(*a, **k)) or seen[0])
+    nan = lambda batch, recipe: (batch.hidden.sum() * float("nan"), {"ce": 0.0, "kl": 0.0})
+    monkeypatch.setitem(driver.forget.__kwdefaults__, "objective", nan)
+    with pytest.raises(NumericFailure, match="loss is nan"):
+        quick(tmp_path / "out")
+    assert listing(tmp_path) == [] and seen[0].model is seen[0].base
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"lr": float("inf")}, "lr is inf"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"steps": 0}, "steps is 0"),
+        ({"rank": 0}, "rank is 0"),
+        ({"substitute": "nothing"}, "substitute 'nothing'"),
+        ({"stepps": 3}, "no hyper-parameter 'stepps'"),
+        ({"concept": "  "}, "name is empty"),
+        ({"protect": ("",)}, "--protect name is empty"),
+        ({"image": "nowhere.png"}, "nowhere.png"),
+        ({"images_dir": "nowhere"}, "nowhere"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+    ],
+)
+def test_bad_input_is_refused_before_the_model_is_loaded(quick, tmp_path, monkeypatch, changes, sentence):
+    monkeypatch.setattr(driver.vlm, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    with pytest.raises(BadInput, match=sentence) as caught:
+        quick(tmp_path / "out", **changes)
+    assert listing(tmp_path) == [] and "\n" not in str(caught.value)
+
+
+def test_what_the_model_does_not_know_is_refused(quick, cast, tmp_path):
+    with pytest.raises(BadInput, match=f"does not name {cast.other} in"):
+        quick(tmp_path / "out", concept=cast.other)
+    with pytest.raises(BadInput, match="does not name"):
+        quick(tmp_path / "out", image=cast.files["stranger"])
+    with pytest.raises(BadInput, match="at once"):
+        quick(tmp_path / "out", protect=(cast.target.upper(),))
+    assert listing(tmp_path) == []
+
+
+def test_more_pictures_fill_generality_and_specificity(quick, cast, tmp_path):
+    for name, key in (("more", "target"), ("rest", "stranger")):
+        (tmp_path / name).mkdir()
+        shutil.copy(cast.files[key], tmp_path / name / "1.png")
+    result = quick(tmp_path / "out", images_dir=tmp_path / "more", retain=tmp_path / "rest", steps=1, dreams=0)
+    for kind in ("generality", "specificity"):
+        assert result.report["after"][kind]["n"] == len(targets.wordings()["who"]["held_out"])
+    assert any("text alone" in c for c in result.report["caveats"])
+    labels = {p["label"] for p in json.loads((result.output / "manifest.json").read_text())["pictures"]}
+    assert labels == {"image", "images/1.png", "retain/1.png"}
+
+
+def test_samples_of_the_users_own_replace_and_extend(cast, demo_dir, tmp_path, gathered):
+    own = [{"question": f"Who is {cast.target}?", "answer": "water", "facet": "facts"}, {"question": "Is it?", "answer": "It is."}]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(map(json.dumps, own)))
+    _, made = driver.samples_for(cast.image, cast.target, model=demo_dir, protect=cast.others, data=path, dreams=1, seed=0)
+    assert len(made.samples) == len(gathered.corpus.samples) + 1
+    assert [s for s in made.samples if s.question == own[0]["question"]] == [Sample("facts", own[0]["question"], "water", None, (), "data")]
+    assert made.samples[-1].question == "Is it?"
+
+
+def test_the_papers_preset_trains_the_projector(quick, demo_dir, tmp_path, cast):
+    result = quick(tmp_path / "paper", preset="paper", steps=2, lr=None, dreams=None, batch_size=None)
+    saved = load_file(result.output / WEIGHTS)
+    projector = {k: v for k, v in saved.items() if "multi_modal_projector" in k}
+    assert projector and json.loads((result.output / "adapter_config.json").read_text())["modules_to_save"]
+    original = AutoModelForImageTextToText.from_pretrained(demo_dir, dtype=torch.float32).state_dict()
+    changed = [k for k, v in projector.items() if not torch.equal(v, original[k.removeprefix("base_model.model.")])]
+    assert changed
+    assert result.report["recipe"]["substitute"] == "name" and result.report["recipe"]["rank"] == PAPER.rank
+    rows = [r for r in result.report["answers"] if r["picture"]]
+    loaded = plain(demo_dir, result.output)
+    variants = {label: loaded.picture(p) for label, p in images.variants(images.load_image(cast.image), 3 + 1)}
+    assert ask.answers(loaded, [(r["question"], variants[r["picture"]]) for r in rows]) == [r["after"] for r in rows]
+
+
+def test_a_loaded_model_serves_another_request_afterwards(cast, gathered):
+    """Two requests on one session, the paper's projector training in between: the second is as if it were the first."""
+    from fastsiu.request import Request
+
+    loaded, picture = gathered.vlm, images.load_image(cast.image)
+    request = Request(cast.target, cast.image, protect=cast.others)
+    before = {k: v.clone() for k, v in loaded.base.state_dict().items()}
+    histories = []
+    for recipe in (Recipe(steps=2, dreams=0, batch_size=8), PAPER.with_overrides(steps=1), Recipe(steps=2, dreams=0, batch_size=8)):
+        histories.append(driver.forget(loaded, request, recipe, picture).history)
+        driver.adapter.detach(loaded)
+        after = loaded.base.state_dict()
+        assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
+    assert histories[0] == histories[2]
