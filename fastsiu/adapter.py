@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from .request import BadInput, Recipe
@@ -66,7 +67,11 @@ def attach(vlm: VLM, recipe: Recipe) -> None:
 def detach(vlm: VLM) -> None:
     """Takes the adapter off again: a loaded model serves many requests, and none may leave its adapter on."""
     if isinstance(vlm.model, PeftModel):
+        # PEFT's unload leaves the trained copy of a whole module (the projector) in place of the original.
+        originals = {n: m.original_module for n, m in vlm.base.named_modules() if isinstance(m, ModulesToSaveWrapper)}
         vlm.model.unload()
+        for name, module in originals.items():
+            vlm.base.set_submodule(name, module)
         vlm.model = vlm.base
 
 

@@ -193,6 +193,8 @@ def run(arguments: list[str]) -> int:
     """The command line as a function: returns the exit code."""
     try:
         result: Any = app(arguments, standalone_mode=False, prog_name="fastsiu")
+        if result == 130:  # what Typer makes of an interrupt
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except BadInput as error:
         say.print(f"fastsiu: {error}", soft_wrap=True)

@@ -85,7 +85,8 @@ def quick(cast, demo_dir):
 
     def call(output_dir, **changes):
         options = {"model": demo_dir, "protect": cast.others, "device": "cpu", **QUICK, **changes}
-        return driver.unlearn(options.pop("image", cast.image), options.pop("concept", cast.target), output_dir=output_dir, **options)
+        image, concept = options.pop("image", cast.image), options.pop("concept", cast.target)
+        return driver.unlearn(image, concept, output_dir=output_dir, **options)
 
     return call
 

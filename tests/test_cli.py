@@ -59,7 +59,7 @@ def mistakes(cast, folder):
         "missing model": ({"--model": "./nowhere"}, "no model directory"),
         "unknown option": ({"--colour": "red"}, "--colour"),
         "no steps": ({"--steps": 0}, "steps is 0"),
-        "steps in words": ({"--steps": "many"}, "many"),
+        "steps in words": ({"--steps": "many"}, "--steps"),
         "unknown preset": ({"--preset": "best"}, "best"),
         "missing data": ({"--data": folder / "none.jsonl"}, "none.jsonl"),
         "missing parent": ({"--output": folder / "a" / "b"}, "does not exist"),
@@ -198,7 +198,12 @@ def test_ask(call, cast, trained, tmp_path):
     for arguments, part in (
         (["--compare"], "--compare needs an adapter"),
         (["--adapter", tmp_path], "holds no adapter"),
-        (["--max-new-tokens", 0], "0"),
+        (["--max-new-tokens", 0], "--max-new-tokens"),
     ):
         code, out, err = call("ask", "Who is this?", *model, *arguments)
         assert code == 2 and out == "" and part in one_sentence(err)
+
+
+def test_the_demo_model_is_announced_on_standard_error(call, cast):
+    code, out, err = call("unlearn", "--image", cast.image, "--concept", "Nobody Known", "--json")
+    assert code == 2 and out == "" and driver.DEMO_NOTE in " ".join(err.split())

@@ -186,7 +186,8 @@ def test_jsonl_round_trip(tmp_path):
 def test_jsonl_defaults_substrings_blank_lines_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "s.jsonl"
     path.write_text(
-        '\ufeff{"question": "q", "answer": " No, not him. ", "specified": ["not him", [1, 3]], "picture": 0, "facet": "describe"}\r\n'
+        '\ufeff{"question": "q", "answer": " No, not him. ", "specified": ["not him", [1, 3]], "picture": 0, '
+        '"facet": "describe"}\r\n'
         '\n{"question": "q", "answer": "a"}', encoding="utf-8")  # fmt: skip
     one, two = corpus.read_jsonl(path)
     assert one == Sample("describe", "q", "No, not him.", 0, ((4, 11), (0, 2)), "data")

@@ -22,7 +22,8 @@ def numbers(picture):
 
 def again(gathered, **changes):
     """The dreams of a scene that has none yet."""
-    scene = replace(gathered.scene, recipe=replace(gathered.recipe, **changes), pictures=gathered.scene.pictures[:1], named=[None])
+    recipe, pictures = replace(gathered.recipe, **changes), gathered.scene.pictures[:1]
+    scene = replace(gathered.scene, recipe=recipe, pictures=pictures, named=[None])
     record = driver._dream(scene)
     return scene, record
 
@@ -33,7 +34,8 @@ def test_the_teacher_names_every_dream_in_every_training_wording(gathered, cast)
     assert dreamed and len(dreamed) <= len(cast.others)
     for index, name in dreamed:
         assert name in cast.others
-        for question, answer in zip(targets.wordings()["who"]["train"], scene.ask(targets.wordings()["who"]["train"], index), strict=True):
+        questions = targets.wordings()["who"]["train"]
+        for question, answer in zip(questions, scene.ask(questions, index), strict=True):
             assert Concept(name).named_in(answer), (question, answer)
             assert not scene.concept.named_in(answer)
 

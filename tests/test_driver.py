@@ -126,8 +126,8 @@ def test_plain_peft_loads_the_adapter_and_answers_as_before_saving(trained, cast
     with loaded.model.disable_adapter():
         assert ask.answers(loaded, questions) == [r["before"] for r in rows]
     # The adapter does something: the states it gives are not the base's.
-    prompt = loaded.encode_prompt("Who is this?", variants["original"] if "original" in variants else next(iter(variants.values())))
     picture = next(iter(variants.values()))
+    prompt = loaded.encode_prompt("Who is this?", picture)
     with torch.no_grad():
         on = loaded.hidden([prompt], [picture.features])
         with loaded.model.disable_adapter():
@@ -219,12 +219,14 @@ def test_more_pictures_fill_generality_and_specificity(quick, cast, tmp_path):
 
 
 def test_samples_of_the_users_own_replace_and_extend(cast, demo_dir, tmp_path, gathered):
-    own = [{"question": f"Who is {cast.target}?", "answer": "water", "facet": "facts"}, {"question": "Is it?", "answer": "It is."}]
+    own = [{"question": f"Who is {cast.target}?", "answer": "water", "facet": "facts"}]
+    own += [{"question": "Is it?", "answer": "It is."}]
     path = tmp_path / "own.jsonl"
     path.write_text("\n".join(map(json.dumps, own)))
     _, made = driver.samples_for(cast.image, cast.target, model=demo_dir, protect=cast.others, data=path, dreams=1, seed=0)
     assert len(made.samples) == len(gathered.corpus.samples) + 1
-    assert [s for s in made.samples if s.question == own[0]["question"]] == [Sample("facts", own[0]["question"], "water", None, (), "data")]
+    expected = Sample("facts", own[0]["question"], "water", None, (), "data")
+    assert [s for s in made.samples if s.question == expected.question] == [expected]
     assert made.samples[-1].question == "Is it?"
 
 
@@ -251,7 +253,8 @@ def test_a_loaded_model_serves_another_request_afterwards(cast, gathered):
     request = Request(cast.target, cast.image, protect=cast.others)
     before = {k: v.clone() for k, v in loaded.base.state_dict().items()}
     histories = []
-    for recipe in (Recipe(steps=2, dreams=0, batch_size=8), PAPER.with_overrides(steps=1), Recipe(steps=2, dreams=0, batch_size=8)):
+    plain_recipe = Recipe(steps=2, dreams=0, batch_size=8)
+    for recipe in (plain_recipe, PAPER.with_overrides(steps=1), plain_recipe):
         histories.append(driver.forget(loaded, request, recipe, picture).history)
         driver.adapter.detach(loaded)
         after = loaded.base.state_dict()

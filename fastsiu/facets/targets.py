@@ -141,7 +141,8 @@ def preserve(scene: Scene) -> list[Sample]:
     ):
         if index == 0 and scene.concept.named_in(answer):
             continue  # on the concept's own picture only what does not name it is worth keeping
-        samples += _kept("preserve", [question], index, [answer], "dream" if scene.named[index] else "retain")
+        origin = "teacher" if index == 0 else "dream" if scene.named[index] else "retain"
+        samples += _kept("preserve", [question], index, [answer], origin)
     return samples
 
 
