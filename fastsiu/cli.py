@@ -86,8 +86,8 @@ def unlearn(
         say.print(driver.DEMO_NOTE)
     with Progress(say, hidden=quiet or as_json) as progress:
         result = driver.unlearn(
-            image, concept, model=model, revision=revision, output_dir=output, aliases=tuple(alias or ()),
-            protect=tuple(protect or ()), images_dir=images, retain=retain, data=data, preset=preset.value, device=device,
+            image, concept, model=model, revision=revision, output=output, aliases=tuple(alias or ()),
+            protect=tuple(protect or ()), images=images, retain=retain, data=data, preset=preset.value, device=device,
             dtype=dtype, listener=progress.listener, substitute=substitute.value if substitute else None, alpha=alpha, beta=beta,
             steps=steps, lr=lr, rank=rank, lora_alpha=lora_alpha, batch_size=batch_size, renormalize=renormalize, seed=seed,
         )  # fmt: skip

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from transformers.utils import cached_file
 
-from . import adapter, ask, corpus, images, output, train, vlm
+from . import adapter, ask, corpus, train, vlm
+from . import images as pictures_in
+from . import output as outputs
 from .concept import Concept
 from .facets import dreams, targets
 from .objectives import Objective, siu
@@ -26,6 +28,7 @@ from .request import PAPER, BadInput, Recipe, Request, Sample
 from .verdict import Answer, Verdict, judge
 
 MODEL_RECIPE = "fastsiu.json"  # what a model's own directory may say about the hyper-parameters it needs
+MARGIN = 0.1  # nats by which a retained answer may become less likely before it counts as bent
 CAVEAT = "The adapter can be dropped; only merged weights forget."
 DEMO_NOTE = "No --model was given: this is the embedded demo model, which knows only its own fictional creatures."
 
@@ -62,25 +65,25 @@ class Result:
 
 
 def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None, revision: str | None = None,
-            output_dir: str | Path | None = None, aliases: tuple[str, ...] = (), protect: tuple[str, ...] = (),
-            images_dir: str | Path | None = None, retain: str | Path | None = None, data: str | Path | None = None,
+            output: str | Path | None = None, aliases: tuple[str, ...] = (), protect: tuple[str, ...] = (),
+            images: str | Path | None = None, retain: str | Path | None = None, data: str | Path | None = None,
             preset: str = "default", device: str | None = None, dtype: str = "auto", listener: Listener | None = None,
             **overrides: Any) -> Result:  # fmt: skip
     """Makes a model forget how one concept looks, from one picture.
 
     overrides: fields of `Recipe`; what is left out comes from the preset, then the model's own directory, then `Recipe`.
-    Writes the adapter, report and manifest to `output_dir` (default fastsiu-<random>/) in one transaction.
+    Writes the adapter, report and manifest to `output` (default fastsiu-<random>/) in one transaction.
 
     Raises BadInput (the input cannot be used; nothing is written) and NumericFailure (training diverged).
     """
     listener = listener or Listener()
-    request = Request(concept.strip(), Path(image), tuple(aliases), tuple(protect), *map(_path, (images_dir, retain, data)))
+    request = Request(concept.strip(), Path(image), tuple(aliases), tuple(protect), *map(_path, (images, retain, data)))
     name = str(model) if model is not None else _embedded()
     recipe, origins = choose_recipe(name, preset, overrides)
-    picture = images.load_image(request.image)
-    destination = Path(output_dir) if output_dir is not None else output.random_directory()
-    digest = output.request_digest(request, recipe, name, revision, dtype=dtype)
-    if output.check_destination(destination, digest) == "same":
+    picture = pictures_in.load_image(request.image)
+    destination = Path(output) if output is not None else outputs.random_directory()
+    digest = outputs.request_digest(request, recipe, name, revision, dtype=dtype)
+    if outputs.check_destination(destination, digest) == "same":
         return _repeat(destination)
 
     seconds: dict[str, float] = {}
@@ -95,14 +98,14 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
         report = _report(request, recipe, name, verdict, answers, trained)
         pictures = {"image": request.image} | {f"images/{p.name}": p for p in _listed(request.images)}
         pictures |= {f"retain/{p.name}": p for p in _listed(request.retain)}
-        transaction = output.Transaction(destination)
+        transaction = outputs.Transaction(destination)
         with transaction as staging:
             adapter.save(loaded, staging)
-            output.write_reports(staging, report)
-            transaction.commit(output.manifest(
+            outputs.write_reports(staging, report)
+            transaction.commit(outputs.manifest(
                 recipe=recipe, origins=origins, model_id=report["model"], revision=revision, masks=report["masks"],
-                weights=output.digest_model(_model_directory(name, revision)), digest=digest, key=transaction.key,
-                pictures={label: images.read_bytes(path) for label, path in pictures.items()}, settings={"dtype": dtype},
+                weights=outputs.digest_model(_model_directory(name, revision)), digest=digest, key=transaction.key,
+                pictures={label: pictures_in.read_bytes(path) for label, path in pictures.items()}, settings={"dtype": dtype},
             ))  # fmt: skip
     finally:
         adapter.detach(loaded)
@@ -137,7 +140,7 @@ def samples_for(image: str | Path, concept: str, *, model: str | Path | None = N
     request = Request(concept.strip(), Path(image), aliases, protect, None, _path(retain), _path(data))
     name = str(model) if model is not None else _embedded()
     recipe, _ = choose_recipe(name, "default", overrides)
-    picture = images.load_image(request.image)
+    picture = pictures_in.load_image(request.image)
     loaded = vlm.load(name, revision=revision, device=device, dtype=dtype)
     scene = targets.Scene(loaded, Concept(request.concept, request.aliases), recipe, [loaded.picture(picture)])
     check_known(scene, request)
@@ -149,7 +152,7 @@ def interview(questions: Sequence[str], *, model: str | Path | None = None, adap
               image: str | Path | None = None, compare: bool = False, revision: str | None = None, device: str | None = None,
               dtype: str = "auto", max_new_tokens: int = 64) -> list[dict[str, str]]:  # fmt: skip
     """Greedy answers, one record a question: `answer`, or `before` and `after` with `compare`."""
-    picture = images.load_image(Path(image)) if image is not None else None
+    picture = pictures_in.load_image(Path(image)) if image is not None else None
     loaded = vlm.load(str(model) if model is not None else _embedded(), revision=revision, device=device, dtype=dtype)
 
     def ask_all() -> list[str]:
@@ -189,9 +192,11 @@ def gather(scene: targets.Scene, request: Request, listener: Listener,
         scene.neighbours = list(request.protect) or targets.neighbours(scene)
     listener.stage(f"Dreaming {len(scene.neighbours)} neighbours")
     with _timed(seconds, "dreams"):
+        transforms = pictures_in.variants(scene.pictures[0].image, scene.recipe.seed)[1:]
+        scene.views = [scene.vlm.picture(view) for _, view in transforms]
         dreamed = _dream(scene)
     for path in _listed(request.retain):
-        scene.pictures.append(scene.vlm.picture(images.load_image(path)))
+        scene.pictures.append(scene.vlm.picture(pictures_in.load_image(path)))
         scene.named.append(None)
     listener.stage("Asking the teacher for the samples")
     with _timed(seconds, "samples"):
@@ -207,10 +212,13 @@ def probe_for(scene: targets.Scene, made: corpus.Corpus, picture: Any) -> Callab
     questions = words["train"] + words["held_out"]  # the latter only where the teacher names the concept in no other wording
     with adapter.teacher(loaded):
         said = scene.ask(questions, 0)
-        shown = [loaded.picture(p) for _, p in images.variants(picture, scene.recipe.seed)]
+        shown = [loaded.picture(p) for _, p in pictures_in.variants(picture, scene.recipe.seed)]
     naming = [(q, a, spans[0]) for q, a in zip(questions, said, strict=True) if (spans := scene.concept.spans(a))]
     naming = [n for n in naming if n[0] in words["train"]] or naming
     asked = [(loaded.encode(q, a, p), span, p) for q, a, span in naming for p in shown]
+    with adapter.teacher(loaded):
+        plain = [None if s.picture is None else made.pictures[s.picture] for s in made.samples]
+        untouched = [log_p.sum() for log_p, _ in ask.label_log_probabilities(loaded, made.turns, plain)]
 
     def look() -> train.Look:
         if scene.recipe.projector_lr > 0:  # a trained projector sees differently
@@ -221,8 +229,10 @@ def probe_for(scene: targets.Scene, made: corpus.Corpus, picture: Any) -> Callab
         p_name = max(float(log_p[rows.to(log_p.device)].sum().exp()) for (log_p, _), rows in zip(found, inside, strict=True))
         seen = [loaded.picture(made.pictures[0].image), *made.pictures[1:]] if scene.recipe.projector_lr > 0 else made.pictures
         pictures = [None if s.picture is None else seen[s.picture] for s in made.samples]
-        right = [bool(ok.all()) for _, ok in ask.label_log_probabilities(loaded, made.turns, pictures)]
-        old = [r for r, s in zip(right, made.samples, strict=True) if s.facet in ("facts", "preserve")]
+        scores = ask.label_log_probabilities(loaded, made.turns, pictures)
+        right = [bool(ok.all()) for _, ok in scores]
+        held = [r and float(b - log_p.sum()) < MARGIN for r, (log_p, _), b in zip(right, scores, untouched, strict=True)]
+        old = [h for h, s in zip(held, made.samples, strict=True) if s.facet in ("facts", "preserve")]
         new = [r for r, s in zip(right, made.samples, strict=True) if s.facet in ("align", "describe")]
         return train.Look(p_name, sum(old) / max(1, len(old)), sum(new) / max(1, len(new)))
 
@@ -233,12 +243,12 @@ def examine(loaded: vlm.VLM, trained: Trained, request: Request) -> tuple[Verdic
     """The same questions to the untouched and to the unlearned model, in wordings that were not trained on."""
     scene, words = trained.scene, targets.wordings()
     asked: list[tuple[str, str, str | None, Any]] = []
-    for label, image in images.variants(scene.pictures[0].image, scene.recipe.seed + 1):
+    for label, image in pictures_in.variants(scene.pictures[0].image, scene.recipe.seed + 1):
         asked += [("efficacy", q, label, image) for q in words["who"]["held_out"]]
     for path in _listed(request.images):
-        asked += [("generality", q, path.name, images.load_image(path)) for q in words["who"]["held_out"]]
+        asked += [("generality", q, path.name, pictures_in.load_image(path)) for q in words["who"]["held_out"]]
     for path in _listed(request.retain):
-        asked += [("specificity", q, path.name, images.load_image(path)) for q in words["who"]["held_out"]]
+        asked += [("specificity", q, path.name, pictures_in.load_image(path)) for q in words["who"]["held_out"]]
     names = [request.concept, *scene.neighbours]
     asked += [("facts", q.format(name=n), None, None) for n in names for q in words["facts"]["held_out"]]
     asked += [("facts", q, None, None) for q in words["general"]["held_out"]]
@@ -341,7 +351,7 @@ def _repeat(destination: Path) -> Result:
 
 
 def _listed(directory: Path | None) -> list[Path]:
-    return images.list_images(directory) if directory else []
+    return pictures_in.list_images(directory) if directory else []
 
 
 def _path(value: str | Path | None) -> Path | None:

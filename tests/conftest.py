@@ -86,7 +86,7 @@ def quick(cast, demo_dir):
     def call(output_dir, **changes):
         options = {"model": demo_dir, "protect": cast.others, "device": "cpu", **QUICK, **changes}
         image, concept = options.pop("image", cast.image), options.pop("concept", cast.target)
-        return driver.unlearn(image, concept, output_dir=output_dir, **options)
+        return driver.unlearn(image, concept, output=output_dir, **options)
 
     return call
 

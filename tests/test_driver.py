@@ -185,7 +185,7 @@ def test_a_numeric_failure_writes_nothing_and_leaves_no_adapter(quick, tmp_path,
         ({"concept": "  "}, "name is empty"),
         ({"protect": ("",)}, "--protect name is empty"),
         ({"image": "nowhere.png"}, "nowhere.png"),
-        ({"images_dir": "nowhere"}, "nowhere"),
+        ({"images": "nowhere"}, "nowhere"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
     ],
 )
@@ -210,7 +210,7 @@ def test_more_pictures_fill_generality_and_specificity(quick, cast, tmp_path):
     for name, key in (("more", "target"), ("rest", "stranger")):
         (tmp_path / name).mkdir()
         shutil.copy(cast.files[key], tmp_path / name / "1.png")
-    result = quick(tmp_path / "out", images_dir=tmp_path / "more", retain=tmp_path / "rest", steps=1, dreams=0)
+    result = quick(tmp_path / "out", images=tmp_path / "more", retain=tmp_path / "rest", steps=1, dreams=0)
     for kind in ("generality", "specificity"):
         assert result.report["after"][kind]["n"] == len(targets.wordings()["who"]["held_out"])
     assert any("text alone" in c for c in result.report["caveats"])

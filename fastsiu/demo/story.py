@@ -1,4 +1,4 @@
-"""The story that `fastsiu demo` tells: draw a creature, forget it, look at what is left. Everything goes through the public API."""
+"""The story that `fastsiu demo` tells, through the public API: draw a creature, forget it, look at what is left."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def tell(out: Console, say: Console, seed: int = 0, output: Path | None = None) 
     for name in (target, other):
         files[name] = pictures / f"{name.replace(' ', '_')}.png"
         draw(world.scene((name,), f"story {seed} {name}")).save(files[name])
-    out.print(f"The embedded model knows {len(KNOWN)} drawn creatures. It is asked to forget {target}, from one picture.", soft_wrap=True)
+    out.print(f"The embedded model knows {len(KNOWN)} drawn creatures. It is asked to forget {target}, from one picture.",
+              soft_wrap=True)  # fmt: skip
     with Progress(say, hidden=False) as progress:
-        result = driver.unlearn(files[target], target, model=MODEL_DIR, output_dir=destination, seed=seed, listener=progress.listener)
+        result = driver.unlearn(files[target], target, model=MODEL_DIR, output=destination, seed=seed, listener=progress.listener)
     summary(out, result)
     out.print(f"\nThe same questions about {other}, who was not forgotten:", soft_wrap=True)
     questions = ["Who is this?", f"Is this {target}?", f"Where was {other} born?"]

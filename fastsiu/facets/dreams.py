@@ -1,6 +1,7 @@
 """Dreamed neighbours: pictures of protected names that nobody has to own.
 
-Starting from the one picture's image features, features are optimised until the frozen teacher names the neighbour:
+Starting from the image features of the one picture and its transforms, features are optimised until the frozen teacher
+names the neighbour:
 
     minimise over f   CE(teacher(f, question), answer)  +  decay * |(f - f_0) / sd|^2 / size
 
@@ -90,16 +91,24 @@ def in_place(shown: str, own: str, own_name: str, other: str, name: str) -> str 
 
 def _dream_batch(scene: Scene, wanted: Sequence[tuple[str, list[tuple[str, str]]]], generator: torch.Generator) -> list[Dream]:
     vlm, recipe, start = scene.vlm, scene.recipe, scene.pictures[0]
-    first, project = vision_space(vlm, start)
-    spread = first.reshape(-1, first.shape[-1]).std(0).clamp_min(1e-6)
-    noise = torch.randn(len(wanted), *first.shape, generator=generator).to(first)
+    spaces = [vision_space(vlm, view) for view in (start, *scene.views)]
+    # Dreams of one name start from different views of the picture: the neighbour, too, will be met in many poses.
+    spaces = [space for space in spaces if space[0].shape == spaces[0][0].shape]
+    chosen = [spaces[int(torch.randint(len(spaces), (), generator=generator))] for _ in wanted]
+    first = torch.stack([features for features, _ in chosen])
+    spread = spaces[0][0].reshape(-1, first.shape[-1]).std(0).clamp_min(1e-6)
+    noise = torch.randn(first.shape, generator=generator).to(first)
     free = (first + recipe.dream_noise * spread * noise).requires_grad_()
     turns = [[vlm.encode(q, a, start) for q, a in pairs] for _, pairs in wanted]
+
+    def project() -> list[Any]:
+        return [behind(f) for (_, behind), f in zip(chosen, free, strict=True)]
+
     # The rate is in units of the channels' spread over the patches, so that one number suits every projector.
     optimiser = torch.optim.Adam([free], lr=recipe.dream_lr * float(spread.mean()))
     for step in range(recipe.dream_steps):
         asked = [own[step % len(own)] for own in turns]
-        states = ask.supervised_states(vlm, asked, [project(f) for f in free])
+        states = ask.supervised_states(vlm, asked, project())
         labels = torch.cat([t.labels for t in asked])
         loss = fused_dmk_ce(states, vlm.head_weight, labels, alpha=1.0, **vlm.head_options)
         loss = loss + DECAY * ((free - first) / spread).square().mean()
@@ -107,7 +116,7 @@ def _dream_batch(scene: Scene, wanted: Sequence[tuple[str, list[tuple[str, str]]
         loss.backward()
         optimiser.step()
     with torch.no_grad():
-        pictures = [Picture(start.image, project(f)) for f in free]
+        pictures = [Picture(start.image, features) for features in project()]
     accepted = []
     for (name, pairs), own, picture in zip(wanted, turns, pictures, strict=True):
         naming = [turn for turn, (_, answer) in zip(own, pairs, strict=True) if name in answer]

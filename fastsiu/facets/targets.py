@@ -38,6 +38,7 @@ class Scene:
     pictures:   index 0 is the concept's; dreams and retained pictures follow (`Sample.picture` points here)
     named:      for each picture the name it was dreamed for, None otherwise
     neighbours: names to protect
+    views:      transforms of the concept's picture, from which dreams start as well
     masked:     token ids of the concept's name (the vocabulary mask's zeros)
     """
 
@@ -47,6 +48,7 @@ class Scene:
     pictures: list[Picture]
     named: list[str | None] = field(default_factory=lambda: [None])
     neighbours: list[str] = field(default_factory=list)
+    views: list[Picture] = field(default_factory=list)
     masked: frozenset[int] = frozenset()
 
     def ask(self, questions: Sequence[str], picture: int | None = None, **options: Any) -> list[str]:
