@@ -144,6 +144,8 @@ def table(records: list[dict[str, Any]]) -> str:
         cells = record["pooled"]
 
         def drop(kind: str, cells: dict[str, dict[str, int]] = cells) -> str:
+            if kind not in cells:
+                return "-"
             cell = cells[kind]
             return f"{100 * (cell['before'] - cell['after']) / cell['n']:.1f} (n {cell['n']})"
 
@@ -175,7 +177,10 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="append nothing")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="override fields of the recipe (for tuning)")
     options = parser.parse_args()
+    RESULTS.parent.mkdir(exist_ok=True)
     if options.table:
+        if not RESULTS.is_file():
+            parser.error("there are no results yet: run without --table first")
         print(table(newest()))
         return
     if options.quick:

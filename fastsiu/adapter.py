@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from torch import nn
 
 from .request import BadInput, Recipe
@@ -100,7 +101,7 @@ def load(vlm: VLM, directory: Path) -> None:
         raise BadInput(f"{directory} holds no adapter (adapter_config.json is missing): give the --output directory of a run.")
     try:
         vlm.model = PeftModel.from_pretrained(vlm.base, directory).eval()
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise BadInput(f"The adapter in {directory} does not fit {vlm.name}: load it with the model it was made for.") from error
 
 

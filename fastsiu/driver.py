@@ -86,6 +86,9 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
     if outputs.check_destination(destination, digest) == "same":
         return _repeat(destination)
 
+    for path in (*_listed(request.images), *_listed(request.retain)):
+        pictures_in.load_image(path)  # a damaged picture is told now, not after the training
+
     seconds: dict[str, float] = {}
     listener.stage("Loading the model")
     with _timed(seconds, "load"):
@@ -109,7 +112,7 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
             ))  # fmt: skip
     finally:
         adapter.detach(loaded)
-    return Result(verdict.forgotten, verdict.reasons, report, destination, notes=[CAVEAT])
+    return Result(verdict.forgotten, verdict.reasons, report, destination, notes=report["caveats"])
 
 
 def forget(loaded: vlm.VLM, request: Request, recipe: Recipe, picture: Any, *, objective: Objective = siu,
@@ -294,7 +297,10 @@ def _model_recipe(model: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     known = {f.name for f in fields(Recipe)}
-    values = json.loads(path.read_text(encoding="utf-8")).get("recipe", {})
+    try:
+        values = dict(json.loads(path.read_text(encoding="utf-8"))["recipe"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is not a JSON object with an object 'recipe': mend it or remove it.") from error
     if unknown := sorted(set(values) - known):
         raise BadInput(f"{path} names an unknown hyper-parameter {unknown[0]!r}: remove it.")
     return values
@@ -318,8 +324,12 @@ def _report(request: Request, recipe: Recipe, model: str, verdict: Verdict, answ
     caveats = [CAVEAT]
     if made.mask.warning:
         caveats.append(made.mask.warning)
-    if not any(d["accepted"] for d in trained.dreamed):
-        caveats.append("No neighbour could be dreamed: other concepts' recognition is protected by text alone.")
+    if failed := [d["name"] for d in trained.dreamed if not d["accepted"]]:
+        caveats.append(f"Not seen by the model, so protected in text only: {', '.join(failed)}.")
+    if len(trained.scene.pictures) == 1:
+        caveats.append("No picture and no dream of anything else was trained on: other concepts' recognition may suffer.")
+    if request.retain:
+        caveats.append("Specificity was measured on the retained pictures, which were trained on in other wordings.")
     return {
         "concept": request.concept,
         "model": Path(model).name if Path(model).is_dir() else model,

@@ -84,9 +84,15 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("rank", 1), ("batch_size", 1), ("lora_alpha", 0), ("lr", 0), ("alpha", 0), ("beta", 0)):
+        for name, low in (("steps", 1), ("rank", 1), ("batch_size", 1), ("lora_alpha", 0), ("lr", 0), ("alpha", 0), ("beta", 0),
+                          ("dreams", 0), ("dream_steps", 0), ("dream_lr", 0), ("dream_noise", 0), ("projector_lr", 0),
+                          ("warmup", 0), ("lora_dropout", 0), ("seed", 0)):  # fmt: skip
             if not getattr(self, name) >= low or getattr(self, name) == float("inf"):
                 raise BadInput(f"{name} is {getattr(self, name)}: give a finite number of at least {low}.")
+        if self.lora_dropout >= 1 or self.warmup > 1 or self.seed >= 2**63:
+            raise BadInput("lora_dropout must be below 1, warmup at most 1 and the seed below 2**63: give smaller numbers.")
+        if self.schedule not in ("constant", "cosine"):
+            raise BadInput(f"The schedule {self.schedule!r} is unknown: choose 'constant' or 'cosine'.")
         if self.substitute not in ("description", "name"):
             raise BadInput(f"The substitute {self.substitute!r} is unknown: choose 'description' or 'name'.")
 

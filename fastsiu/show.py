@@ -64,7 +64,7 @@ def summary(console: Console, result: Result) -> None:
     console.print("Forgotten." if result.forgotten else "Not forgotten:")
     for reason in result.reasons:
         console.print(f"  {reason}", soft_wrap=True)
-    for note in (*result.notes, f"Written to {result.output}"):
+    for note in (*result.notes, *([] if result.repeated else [f"Written to {result.output}"])):
         console.print(note, soft_wrap=True)
 
 

@@ -70,7 +70,9 @@ def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: C
             raise NumericFailure(f"The loss is {loss.item()} at step {step}: lower --lr or use --dtype float32.")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(fast + slow, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(fast + slow, 1.0)
+        if not torch.isfinite(norm):
+            raise NumericFailure(f"The gradient is not finite at step {step}: lower --lr or use --dtype float32.")
         optimiser.step()
         schedule.step()
         if step % CHECK_EVERY == 0 or step == recipe.steps:

@@ -55,10 +55,6 @@ class Encoded:
     labels: Tensor
     offsets: list[Span] = field(default_factory=list)
 
-    @property
-    def length(self) -> int:
-        return self.inputs["input_ids"].shape[1]
-
 
 @dataclass
 class VLM:
@@ -100,12 +96,21 @@ class VLM:
         messages = [{"role": "user", "content": content}]
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        return self.processor.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False)
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False)
+        # Some templates (LLaVA 1.5's) leave the first and the last token to the tokenizer; `tokenise` adds none.
+        tokenizer, first = self.tokenizer, self.tokenizer.bos_token
+        if first and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] and not text.startswith(first):
+            text = first + text
+        if answer is not None and tokenizer.eos_token:
+            closing = text[text.rfind(answer) + len(answer) :]
+            if not any(token in closing for token in tokenizer.all_special_tokens):
+                text = text.rstrip() + tokenizer.eos_token
+        return text
 
     def tokenise(self, text: str, image: Image.Image | None) -> dict[str, Tensor]:
         """The processor's tensors (batch of one) for rendered text, pixels left out."""
         images = {} if image is None else {"images": [image]}
-        # The template writes the beginning-of-sequence token itself wherever the model has one.
+        # `render` has put the beginning-of-sequence token where the model has one.
         found = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **images)
         return {k: v.to(self.device) for k, v in found.items() if k not in PIXELS and isinstance(v, Tensor)}
 

@@ -213,7 +213,8 @@ def test_more_pictures_fill_generality_and_specificity(quick, cast, tmp_path):
     result = quick(tmp_path / "out", images=tmp_path / "more", retain=tmp_path / "rest", steps=1, dreams=0)
     for kind in ("generality", "specificity"):
         assert result.report["after"][kind]["n"] == len(targets.wordings()["who"]["held_out"])
-    assert any("text alone" in c for c in result.report["caveats"])
+    assert any("trained on in other wordings" in c for c in result.report["caveats"])
+    assert not any("No picture and no dream" in c for c in result.report["caveats"])
     labels = {p["label"] for p in json.loads((result.output / "manifest.json").read_text())["pictures"]}
     assert labels == {"image", "images/1.png", "retain/1.png"}
 
@@ -260,3 +261,18 @@ def test_a_loaded_model_serves_another_request_afterwards(cast, gathered):
         after = loaded.base.state_dict()
         assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
     assert histories[0] == histories[2]
+
+
+def test_a_damaged_picture_for_the_verdict_is_refused_before_the_model_is_loaded(quick, tmp_path, monkeypatch):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 40)
+    monkeypatch.setattr(driver.vlm, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    with pytest.raises(BadInput):
+        quick(tmp_path / "out", images=tmp_path / "more")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_recipe_of_the_model_is_a_sentence(tmp_path):
+    (tmp_path / driver.MODEL_RECIPE).write_text("{")
+    with pytest.raises(BadInput, match="not a JSON object"):
+        driver.choose_recipe(str(tmp_path), "default", {})

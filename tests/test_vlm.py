@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -60,7 +62,7 @@ def test_encode_places_rows_labels_and_offsets(loaded, shown, answer, with_pictu
     turn = loaded.encode(f"Is it true: {answer.strip()}", answer, shown if with_picture else None)
     ids, tokenizer, answer = turn.inputs["input_ids"][0], loaded.tokenizer, answer.strip()
     assert torch.equal(ids[turn.rows + 1], turn.labels)
-    assert turn.labels[-1] == tokenizer.eos_token_id and int(turn.rows[-1]) + 2 == turn.length
+    assert turn.labels[-1] == tokenizer.eos_token_id and int(turn.rows[-1]) + 2 == turn.inputs["input_ids"].shape[1]
     assert tokenizer.decode(turn.labels[:-1]).strip() == answer
     assert len(turn.offsets) == len(turn.labels) and turn.offsets[-1] == (len(answer), len(answer))
     for (start, end), label in zip(turn.offsets[:-1], turn.labels[:-1].tolist(), strict=True):
@@ -87,17 +89,19 @@ def test_padding_changes_nothing(loaded, shown):
     texts = [("Who is this?", "This is Zorblax Quint."), ("Is this Zorblax Quint?", "No."), ("Describe the image.", "a " * 20)]
     for picture in (None, shown):
         turns = [loaded.encode(q, a, picture) for q, a in texts]
-        assert len({t.length for t in turns}) == 3
+        assert len({t.inputs["input_ids"].shape[1] for t in turns}) == 3
         features = [picture.features] * 3 if picture else []
         with torch.no_grad():
             together = ask.supervised_states(loaded, turns, features)
             single = [ask.supervised_states(loaded, [t], features[:1]) for t in turns]
         assert torch.allclose(together, torch.cat(single), atol=1e-5, rtol=0)
         batch = vlm.collate([t.inputs for t in turns], loaded.tokenizer.pad_token_id)
+        longest = batch["input_ids"].shape[1]
         for i, turn in enumerate(turns):
-            assert torch.equal(batch["input_ids"][i, : turn.length], turn.inputs["input_ids"][0])
-            assert bool((batch["input_ids"][i, turn.length :] == loaded.tokenizer.pad_token_id).all())
-            assert batch["attention_mask"][i].tolist() == [1] * turn.length + [0] * (batch["input_ids"].shape[1] - turn.length)
+            length = turn.inputs["input_ids"].shape[1]
+            assert torch.equal(batch["input_ids"][i, :length], turn.inputs["input_ids"][0])
+            assert bool((batch["input_ids"][i, length:] == loaded.tokenizer.pad_token_id).all())
+            assert batch["attention_mask"][i].tolist() == [1] * length + [0] * (longest - length)
 
 
 def test_collate_concatenates_what_is_not_as_long_as_the_tokens():
@@ -228,3 +232,17 @@ def test_load_refuses_damaged_weights(tmp_path, demo_dir, damage):
     weights.write_bytes(damage(weights.read_bytes()))
     with pytest.raises(BadInput, match="cannot be loaded"):
         vlm.load(str(path))
+
+
+@pytest.mark.parametrize("with_picture", [False, True])
+def test_a_template_that_leaves_the_end_to_the_tokenizer_still_trains_stopping(loaded, shown, with_picture):
+    processor = copy.deepcopy(loaded.processor)
+    processor.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}USER:{% for c in m.content %}"
+        "{% if c.type == 'image' %}<image>{% else %} {{ c.text }}{% endif %}{% endfor %}"
+        "{% else %} ASSISTANT: {{ m.content[0].text }} {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+    )
+    turn = replace(loaded, processor=processor).encode("Who is this?", "This is fine.", shown if with_picture else None)
+    assert int(turn.labels[-1]) == loaded.tokenizer.eos_token_id
+    assert loaded.tokenizer.decode(turn.labels[:-1]).strip() == "This is fine."

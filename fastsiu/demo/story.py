@@ -8,6 +8,7 @@ from rich.console import Console
 
 from .. import driver
 from ..output import random_directory
+from ..request import BadInput
 from ..show import Progress, answers_table, summary
 from . import MODEL_DIR
 from .world import KNOWN, LOOKALIKES, World, draw
@@ -19,6 +20,8 @@ def tell(out: Console, say: Console, seed: int = 0, output: Path | None = None) 
     target = KNOWN[0]
     other = LOOKALIKES.get(target, KNOWN[1])
     destination = output or random_directory()
+    if destination.exists():
+        raise BadInput(f"{destination} exists: remove it or name another --output.")
     pictures = destination.with_name(destination.name + "-pictures")
     pictures.mkdir(parents=True, exist_ok=True)
     files = {}
