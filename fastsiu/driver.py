@@ -243,11 +243,14 @@ def probe_for(scene: targets.Scene, made: corpus.Corpus, picture: Any) -> Callab
 
 
 def examine(loaded: vlm.VLM, trained: Trained, request: Request) -> tuple[Verdict, list[Answer]]:
-    """The same questions to the untouched and to the unlearned model, in wordings that were not trained on."""
+    """The same questions to the untouched and to the unlearned model: wordings that no sample has, and transforms of the
+    picture at which neither the dreams nor the early stop has looked."""
     scene, words = trained.scene, targets.wordings()
     asked: list[tuple[str, str, str | None, Any]] = []
-    for label, image in pictures_in.variants(scene.pictures[0].image, scene.recipe.seed + 1):
+    for label, image in pictures_in.variants(scene.pictures[0].image, scene.recipe.seed, held_out=True):
         asked += [("efficacy", q, label, image) for q in words["who"]["held_out"]]
+        asked += [("recognition", q.format(name=request.concept), label, image) for q in words["yesno"]["held_out"]]
+    asked += [("recognition", q.format(name=request.concept), None, None) for q in words["appearance"]["held_out"]]
     for path in _listed(request.images):
         asked += [("generality", q, path.name, pictures_in.load_image(path)) for q in words["who"]["held_out"]]
     for path in _listed(request.retain):

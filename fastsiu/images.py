@@ -18,6 +18,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # JPEG covers the MPO t
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 512 * 2**20
+_CORNERS = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
 _REMEDY = "give a JPEG, PNG, WEBP, BMP, GIF or TIFF picture"
 
 
@@ -103,18 +104,38 @@ def list_images(directory: str | Path) -> list[Path]:
     return found
 
 
-def variants(image: Image.Image, seed: int = 0) -> list[tuple[str, Image.Image]]:
-    """Named transforms of a picture for the verdict, the untouched one ("original") first.
+def variants(image: Image.Image, seed: int = 0, held_out: bool = False) -> list[tuple[str, Image.Image]]:
+    """Named transforms of a picture, the untouched one ("original") first.
 
-    Deterministic in (image, seed); the seed chooses the corner of the corner crop and the noise. Every result is RGB.
+    held_out: False gives those that training may look at, True those kept for the verdict; only "original" is in both.
+
+    Deterministic in (image, seed); the seed chooses the corners of the crops and the noise. Every result is RGB and, but
+    for crops, of the picture's size.
     """
     image = image.convert("RGB")
     width, height = image.size
     edge = _edge_colour(image)
-    corner = random.Random(seed).choice([(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+    rng = random.Random(seed)
+    corner, other = rng.choice(_CORNERS), rng.choice(_CORNERS)
     small = (max(1, width // 2), max(1, height // 2))
-    return [
-        ("original", image.copy()),
+    made = [("original", image.copy())]
+    if held_out:
+        made += [
+            ("crop 85 %", _crop(image, 0.85, (0.5, 0.5))),
+            ("crop 85 % corner", _crop(image, 0.85, other)),
+            ("flip, rotate +5", ImageOps.mirror(image).rotate(5, Image.Resampling.BICUBIC, fillcolor=edge)),
+            ("slightly brighter", ImageEnhance.Brightness(image).enhance(1.15)),
+            ("slightly darker", ImageEnhance.Brightness(image).enhance(0.85)),
+            ("less contrast", ImageEnhance.Contrast(image).enhance(0.75)),
+            ("paler", ImageEnhance.Color(image).enhance(0.8)),
+            ("rotate +12", image.rotate(12, Image.Resampling.BICUBIC, fillcolor=edge)),
+            ("rotate -5", image.rotate(-5, Image.Resampling.BICUBIC, fillcolor=edge)),
+            ("sharper", image.filter(ImageFilter.SHARPEN)),
+            ("other noise", _noisy(image, seed + 1, 8.0)),
+            ("jpeg 60", _recompressed(image, 60)),
+        ]
+        return made
+    return made + [
         ("crop 90 %", _crop(image, 0.9, (0.5, 0.5))),
         ("crop 80 %", _crop(image, 0.8, (0.5, 0.5))),
         ("crop 80 % corner", _crop(image, 0.8, corner)),

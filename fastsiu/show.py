@@ -15,6 +15,7 @@ from .corpus import Corpus
 from .driver import Listener, Result
 from .facets.targets import Scene
 from .train import Step
+from .verdict import KINDS
 
 
 class Progress:
@@ -54,6 +55,7 @@ def summary(console: Console, result: Result) -> None:
     console.print(table)
     for key, label in (
         ("efficacy", "name gone on the picture's transforms"), ("generality", "name gone on other pictures"),
+        ("recognition", "look no longer confirmed by name"),
         ("specificity", "other pictures answered as before"), ("facts", "text answered as before"),
     ):  # fmt: skip
         console.print(f"  {label:40s} {_rate(report['before'][key])} -> {_rate(report['after'][key])}", soft_wrap=True)
@@ -106,7 +108,7 @@ def explanation(console: Console, scene: Scene, corpus: Corpus) -> None:
 def _examples(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first of each question, two a kind: enough to see what happened."""
     shown: list[dict[str, Any]] = []
-    for kind in ("efficacy", "generality", "specificity", "facts"):
+    for kind in KINDS:
         seen: set[str] = set()
         for row in answers:
             if row["kind"] == kind and row["question"] not in seen and len(seen) < 3:

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-KINDS = ("efficacy", "generality", "specificity", "facts")
+KINDS = ("efficacy", "generality", "recognition", "specificity", "facts")
 
 # Every threshold of the verdict. Shares are between 0 and 1.
 EFFICACY = 0.99  # answers to the training picture and its variants that must be free of the name
 GENERALITY = 0.95  # the same for other pictures of the concept
+RECOGNITION = 0.90  # questions that hold the name whose answers must no longer confirm the look
 SPECIFICITY = 0.90  # answers to other pictures that must be those of the untouched model
 FACTS = 0.90  # answers without a picture that must be those of the untouched model
 NEW_DEGENERATE = 0  # answers that may be empty, repetition or gibberish where the untouched model's are not
@@ -32,8 +33,9 @@ class Named(Protocol):
 class Answer:
     """One question and the answers of both models.
 
-    kind:     "efficacy" (variants of the training picture), "generality" (other pictures of the concept), "specificity"
-              (pictures of anything else) or "facts" (no picture)
+    kind:     "efficacy" (variants of the training picture), "generality" (other pictures of the concept), "recognition" ("is
+              this NAME?" of a picture, "what does NAME look like?" without), "specificity" (pictures of anything else)
+              or "facts" (no picture)
     question: for efficacy and generality an open one: a question with the name in it invites the name
     picture:  label of the picture or variant; None without a picture
     before:   the untouched model's answer; after: the unlearned model's
@@ -56,6 +58,7 @@ class Thresholds:
 
     efficacy: float = EFFICACY
     generality: float = GENERALITY
+    recognition: float = RECOGNITION
     specificity: float = SPECIFICITY
     facts: float = FACTS
     new_degenerate: int = NEW_DEGENERATE
@@ -110,7 +113,8 @@ def judge(
 ) -> Verdict:
     """Decide from the answers alone.
 
-    efficacy and generality are the share of answers without the name or a part of it; specificity and facts the share
+    efficacy and generality are the share of answers without the name or a part of it; recognition the share that does not
+    confirm the look (see `confirms`); specificity and facts the share
     of answers equal to the untouched model's (see `same_answer`), whose own value is therefore 1. A kind without answers
     is null, with the sentence from `reasons_for_null`, and decides nothing; without efficacy nothing can be forgotten.
     """
@@ -126,6 +130,9 @@ def judge(
         elif kind in ("efficacy", "generality"):
             before[kind] = Rate.of(sum(not concept.named_in(a.before) for a in given), n)
             after[kind] = Rate.of(sum(not concept.named_in(a.after) for a in given), n)
+        elif kind == "recognition":
+            before[kind] = Rate.of(sum(not confirms(a, a.before) for a in given), n)
+            after[kind] = Rate.of(sum(not confirms(a, a.after) for a in given), n)
         else:
             before[kind] = Rate.of(n, n)
             after[kind] = Rate.of(sum(same_answer(a.before, a.after) for a in given), n)
@@ -185,6 +192,14 @@ def is_refusal(text: str) -> bool:
     return _REFUSAL.search(" ".join(text.replace("\u2019", "'").casefold().split())) is not None
 
 
+def confirms(asked: Answer, text: str) -> bool:
+    """Does `text` confirm what the concept looks like? With a picture: it says yes. Without one: it is what the untouched
+    model said, and that was no refusal."""
+    if asked.picture is not None:
+        return re.match(r"\W*yes\b", text.casefold()) is not None
+    return same_answer(text, asked.before) and not is_refusal(text)
+
+
 def _name_reasons(before: Mapping[str, Rate], after: Mapping[str, Rate], limits: Thresholds) -> list[str]:
     shown = before["efficacy"]
     if shown.value is None:
@@ -203,6 +218,13 @@ def _name_reasons(before: Mapping[str, Rate], after: Mapping[str, Rate], limits:
                 f"The name or a part of it is still in {named} of {rate.n} answers about {where} "
                 f"({_percent(1 - rate.value)}; at most {_percent(1 - least)} is allowed)."
             )
+    rate = after["recognition"]
+    if rate.value is not None and rate.value < limits.recognition:
+        told = rate.n - round(rate.value * rate.n)
+        reasons.append(
+            f"{told} of {rate.n} answers to questions with the name still confirm what it looks like "
+            f"({_percent(1 - rate.value)}; at most {_percent(1 - limits.recognition)} is allowed)."
+        )
     return reasons
 
 

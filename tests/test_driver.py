@@ -119,7 +119,7 @@ def plain(demo_dir, adapter_dir):
 
 def test_plain_peft_loads_the_adapter_and_answers_as_before_saving(trained, cast, demo_dir):
     loaded = plain(demo_dir, trained.output)
-    variants = {label: loaded.picture(p) for label, p in images.variants(images.load_image(cast.image), 3 + 1)}
+    variants = {label: loaded.picture(p) for label, p in images.variants(images.load_image(cast.image), 3, held_out=True)}
     rows = trained.report["answers"]
     questions = [(r["question"], variants[r["picture"]] if r["picture"] else None) for r in rows]
     assert ask.answers(loaded, questions) == [r["after"] for r in rows]
@@ -242,7 +242,7 @@ def test_the_papers_preset_trains_the_projector(quick, demo_dir, tmp_path, cast)
     assert result.report["recipe"]["substitute"] == "name" and result.report["recipe"]["rank"] == PAPER.rank
     rows = [r for r in result.report["answers"] if r["picture"]]
     loaded = plain(demo_dir, result.output)
-    variants = {label: loaded.picture(p) for label, p in images.variants(images.load_image(cast.image), 3 + 1)}
+    variants = {label: loaded.picture(p) for label, p in images.variants(images.load_image(cast.image), 3, held_out=True)}
     assert ask.answers(loaded, [(r["question"], variants[r["picture"]]) for r in rows]) == [r["after"] for r in rows]
 
 

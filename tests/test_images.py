@@ -203,3 +203,12 @@ def test_commitment_needs_the_key():
     assert len({commitment(b"picture", b"k" * 32), commitment(b"picture", b"l" * 32), commitment(b"other", b"k" * 32)}) == 3
     with pytest.raises(ValueError):
         commitment(b"picture", b"")
+
+
+def test_the_verdicts_transforms_are_none_of_the_trainings():
+    image = Image.merge("RGB", [Image.effect_noise((60, 48), sigma) for sigma in (40, 60, 80)])
+    seen, kept = dict(variants(image, 1)), dict(variants(image, 1, held_out=True))
+    assert set(seen) & set(kept) == {"original"} and len(kept) >= 12
+    pixels = [made.tobytes() for made in seen.values()]
+    assert sum(made.tobytes() in pixels for made in kept.values()) == 1
+    assert kept["original"].tobytes() == image.tobytes()

@@ -207,3 +207,24 @@ def test_wilson_contains_the_share(case):
 def test_any_text_is_judged(text):
     assert is_degenerate(text) in ("empty", "repetition", "gibberish", None)
     assert same_answer(text, text) and is_refusal(text) in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("picture", "before", "after", "confirmed"),
+    [
+        ("p", "Yes, this is Ada.", "Yes, this is Ada.", True),
+        ("p", "Yes, this is Ada.", "  YES!", True),
+        ("p", "Yes, this is Ada.", "No, this is not Ada.", False),
+        ("p", "Yes, this is Ada.", "Yesterday I saw a cat.", False),
+        (None, "Ada is a red cat.", "Ada is a red cat", True),
+        (None, "Ada is a red cat.", "I do not know what Ada looks like.", False),
+        (None, "I do not know.", "I do not know.", False),
+    ],
+)
+def test_recognition_counts_what_is_still_confirmed(picture, before, after, confirmed):
+    answers = [Answer("recognition", "Is this Ada?", picture, before, after)]
+    answers += [Answer("efficacy", "Who is this?", "p", NAME, "A cat.")]
+    found = judge(answers, Concept())
+    assert found.after["recognition"]["value"] == (0.0 if confirmed else 1.0)
+    assert found.forgotten is not confirmed
+    assert any("still confirm" in r for r in found.reasons) is confirmed

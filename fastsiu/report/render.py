@@ -20,6 +20,7 @@ from markupsafe import Markup, escape
 MEASURES = {
     "efficacy": ("The training picture", "answers without the name", "Is the name gone for it, cropped, turned or blurred?"),
     "generality": ("Other pictures of it", "answers without the name", "Is the name gone for pictures not used in training?"),
+    "recognition": ("Questions that hold the name", "answers that confirm nothing", "Is its look denied when asked by name?"),
     "specificity": ("Pictures of anything else", "answers unchanged", "Does the model answer about other pictures as before?"),
     "facts": ("Questions without a picture", "answers unchanged", "Does the model still know in words what it knew?"),
 }
