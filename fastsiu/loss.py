@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .kernels import reference
+from .kernels import reference, tiled
+from .kernels.launch import Launch, launch
+from .kernels.reference import accumulation
 from .teacher import TeacherCache, check_head
 
 BACKENDS = ("auto", "reference", "tiled", "triton", "cpu")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Parts(NamedTuple):
@@ -86,47 +89,43 @@ def fused_dmk_ce(
     if reason := why_not(backend, hidden, head_weight, teacher, **given):
         raise ValueError(reason)
 
-    with torch.autocast(hidden.device.type, enabled=False):  # autocast would deliver bf16 logits
-        ce, kl, entropy = reference.dmk_ce(
-            hidden,
-            head_weight,
-            labels,
-            head_bias,
-            *((None,) * 4 if teacher is None else (teacher.hidden, teacher.head_weight, teacher.head_bias, teacher.vocab_keep)),
-            renormalize=teacher is not None and teacher.renormalize,
-            same_head=teacher is not None and _same(head_weight, teacher.head_weight) and _same(head_bias, teacher.head_bias),
-            logit_scale=logit_scale,
-            logit_softcap=logit_softcap,
-            temperature=temperature,
-            ignore_index=ignore_index,
-        )
+    plan = chosen(hidden, head_weight, backend)
+    wide = accumulation(hidden, head_weight, head_bias, *(() if teacher is None else (teacher.hidden, teacher.head_weight)))
+    used = labels != ignore_index
+    a, k = (used.new_ones(used.shape, dtype=wide) if x is None else x.detach().to(wide) for x in (ce_weight, kl_weight))
+    a = a * used
+    u, w = alpha * a, beta * k if teacher is not None else torch.zeros_like(k)  # the factors of each row's CE and KL
+    if reduction == "mean":
+        u = u * _inverse(a.sum() if ce_denominator is None else ce_denominator, u, "ce_denominator")
+        w = w * _inverse(k.sum() if kl_denominator is None else kl_denominator, w, "kl_denominator")
 
-    dtype = ce.dtype
-    ones = torch.ones_like(ce)
-    a = ones if ce_weight is None else ce_weight.detach().to(dtype)
-    k = ones if kl_weight is None else kl_weight.detach().to(dtype)
-    a = a * (labels != ignore_index)
-    ce_rows, kl_rows = alpha * a * ce, beta * k * kl
-    if reduction == "none":
-        loss = ce_rows + kl_rows
-    elif reduction == "sum":
-        loss = ce_rows.sum() + kl_rows.sum()
-    else:
-        loss = _divide(ce_rows.sum(), a.sum() if ce_denominator is None else ce_denominator, "ce_denominator")
-        loss = loss + _divide(kl_rows.sum(), k.sum() if kl_denominator is None else kl_denominator, "kl_denominator")
-    return (loss, Parts(*(x.detach().float() for x in (ce, kl, entropy)))) if return_parts else loss
+    compute = _reference if plan.backend == "reference" else _tiled
+    options = dict(head_bias=head_bias, logit_scale=logit_scale, logit_softcap=logit_softcap, temperature=temperature)
+    rows, parts = compute(hidden, head_weight, labels, teacher, u, w, ignore_index, options, plan, return_parts)
+    loss = rows if reduction == "none" else rows.sum()
+    return (loss, Parts(*(x.detach().float() for x in parts))) if return_parts else loss
+
+
+def chosen(hidden: Tensor, head_weight: Tensor, backend: str = "auto") -> Launch:
+    """What fused_dmk_ce runs on these tensors: backend, vocabulary tile and the reason for the choice."""
+    plan = launch(len(hidden), *head_weight.shape, head_weight.dtype, hidden.device.type)
+    return plan if backend == "auto" else plan._replace(backend=backend, why="asked for")
 
 
 def why_not(backend: str, hidden: Tensor, head_weight: Tensor, teacher: TeacherCache | None = None, **options: Any) -> str | None:
     """Why `backend` cannot compute this loss, as one sentence; None if it can. Options are those of fused_dmk_ce.
 
-    backend: "auto" or "reference" (plain torch, full logits, any device and dtype)
+    "reference" is plain torch with full logits; "tiled" goes through the vocabulary in tiles and holds no [N, V] tensor; both
+    run on any device and in fp16, bf16, fp32 and fp64. "auto" is one of them: see `chosen`.
     """
-    if backend in ("auto", "reference"):
-        return None
-    if backend in BACKENDS:
-        return f"The backend {backend!r} is not in this version: choose 'auto' or 'reference'."
-    return f"The backend {backend!r} is unknown: choose one of {', '.join(map(repr, BACKENDS))}."
+    if backend not in BACKENDS:
+        return f"The backend {backend!r} is unknown: choose one of {', '.join(map(repr, BACKENDS))}."
+    if backend in ("triton", "cpu"):
+        return f"The backend {backend!r} is not in this version: choose 'auto', 'tiled' or 'reference'."
+    for name, x in (("hidden", hidden), ("head_weight", head_weight)):
+        if x.dtype not in DTYPES:
+            return f"The backend {backend!r} does not take {name} in {x.dtype}: convert it to a 16, 32 or 64 bit float."
+    return None
 
 
 class DMKCELoss(nn.Module):
@@ -206,7 +205,8 @@ def _check_rows(
     for name, x in (("labels", labels), *weights.items()):
         if x is not None and x.device != hidden.device:
             raise ValueError(f"{name} is on {x.device} but hidden on {hidden.device}: move one of them.")
-    if not labels.is_cuda:  # reading labels on a GPU would stall it; there an index out of range asserts in the kernel
+    # Reading labels on a GPU would stall it, and a compiler cannot: there an index out of range asserts in the kernel.
+    if not (labels.is_cuda or torch.compiler.is_compiling()):
         wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= V))]
         if len(wrong):
             raise ValueError(f"labels hold {int(wrong[0])}, which is neither in 0..{V - 1} nor ignore_index={ignore_index}.")
@@ -223,14 +223,174 @@ def _check_rows(
         raise ValueError(f"The teacher is on {teacher.hidden.device} but hidden on {hidden.device}: use teacher.to(device).")
 
 
-def _divide(total: Tensor, denominator: float | Tensor, name: str) -> Tensor:
-    """total / denominator, or 0 with zero gradients where the denominator is 0; decided on the device, without a sync."""
+def _inverse(denominator: float | Tensor, like: Tensor, name: str) -> Tensor:
+    """1 / denominator, or 0 where the denominator is 0; decided on the device, without a sync."""
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
             raise ValueError(f"{name} must be one number, but has shape {list(denominator.shape)}.")
-        d = denominator.detach().reshape(()).to(total.device, total.dtype)
+        d = denominator.detach().reshape(()).to(like.device, like.dtype)
     else:
         if not 0 <= denominator < float("inf"):
             raise ValueError(f"{name} is {denominator}: it must be a finite number of at least 0.")
-        d = total.new_tensor(float(denominator))
-    return total / torch.where(d == 0, 1.0, d) * (d != 0)
+        d = like.new_tensor(float(denominator))
+    return torch.where(d == 0, 0.0, 1.0 / torch.where(d == 0, 1.0, d))
+
+
+# ------------------------------------------------------------------------------------------------------------- backends
+
+
+def _reference(
+    hidden: Tensor, head_weight: Tensor, labels: Tensor, teacher: TeacherCache | None, u: Tensor, w: Tensor,
+    ignore_index: int, options: dict[str, Any], plan: Launch, entropy: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Rows u * CE + w * KL [N] with a graph, and (CE, KL, entropy)."""
+    theirs = {} if teacher is None else dict(
+        teacher_hidden=teacher.hidden, teacher_weight=teacher.head_weight, teacher_bias=teacher.head_bias,
+        vocab_keep=teacher.vocab_keep, renormalize=teacher.renormalize,
+        same_head=_same(head_weight, teacher.head_weight) and _same(options["head_bias"], teacher.head_bias),
+    )  # fmt: skip
+    with torch.autocast(hidden.device.type, enabled=False):  # autocast would deliver bf16 logits
+        parts = reference.dmk_ce(hidden, head_weight, labels, ignore_index=ignore_index, **options, **theirs)
+    return u * parts[0] + w * parts[1], parts
+
+
+def _tiled(
+    hidden: Tensor, head_weight: Tensor, labels: Tensor, teacher: TeacherCache | None, u: Tensor, w: Tensor,
+    ignore_index: int, options: dict[str, Any], plan: Launch, entropy: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Rows u * CE + w * KL [N] with a graph, and (CE, KL, entropy)."""
+    bias = options["head_bias"]
+    trains = torch.is_grad_enabled() and (head_weight.requires_grad or (bias is not None and bias.requires_grad))
+    ahead = torch.is_grad_enabled() and hidden.requires_grad and not trains
+    t = teacher
+    theirs = (None,) * 9 if t is None else (
+        t.hidden, t.m_rest, t.C, t.lse, t.top, t.p_top, t.head_weight.detach(), t.head_bias, t.vocab_keep
+    )  # fmt: skip
+    rows, ce, kl, entropies, *_ = tiled_dmk_ce(
+        hidden, head_weight, bias, labels, u, w, *theirs, t is not None and t.renormalize, options["logit_scale"],
+        options["logit_softcap"], options["temperature"], ignore_index, plan.tile, ahead, trains, entropy,
+    )  # fmt: skip
+    return rows, (ce, kl, entropies)
+
+
+def _unpack(head_weight, head_bias, logit_scale, logit_softcap, temperature, renormalize, t_hidden, t_m, t_C, t_lse, t_top, t_p,
+            t_weight, t_bias, t_keep):  # fmt: skip
+    head = tiled.Head(head_weight, head_bias, logit_scale, logit_softcap)
+    if t_hidden is None:
+        return head, None
+    theirs = tiled.Head(t_weight, t_bias, logit_scale, logit_softcap)
+    return head, tiled.Teacher(t_hidden, t_m, t_C, t_lse, t_top, t_p, theirs, t_keep, renormalize, temperature)
+
+
+@torch.library.custom_op("fastsiu::tiled_dmk_ce", mutates_args=())
+def tiled_dmk_ce(
+    hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, labels: Tensor, u: Tensor, w: Tensor,
+    t_hidden: Tensor | None, t_m: Tensor | None, t_C: Tensor | None, t_lse: Tensor | None, t_top: Tensor | None,
+    t_p: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None, t_keep: Tensor | None, renormalize: bool,
+    logit_scale: float, logit_softcap: float | None, temperature: float, ignore_index: int, tile: int,
+    ahead: bool, trains: bool, entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Rows u * CE + w * KL, CE, KL and entropy [N]; dh [N, D] if `ahead`, else [0, D]; both logsumexps [2, N].
+
+    With a frozen head the gradient is made here, where the tiles are at hand, for an upstream gradient of 1: it scales by row.
+    A head that trains needs the upstream gradient inside the sum over rows, so its gradients are made in the backward pass.
+    """
+    head, teacher = _unpack(head_weight, head_bias, logit_scale, logit_softcap, temperature, renormalize, t_hidden, t_m, t_C,
+                            t_lse, t_top, t_p, t_weight, t_bias, t_keep)  # fmt: skip
+    y, ignored = labels.masked_fill(labels == ignore_index, 0), labels == ignore_index
+    one_head = teacher is None or (_same(head_weight, t_weight) and _same(head_bias, t_bias))
+    dh, lse = None, u.new_zeros((2, len(hidden)), dtype=torch.float64)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if one_head and not trains and (teacher is None or logit_softcap is None):
+            ce, kl, H, dh = tiled.shared(hidden, head, y, teacher, u, w, ahead, entropy, tile)
+        else:
+            ce, kl, H, *lse = tiled.normalise(hidden, head, y, teacher, teacher is not None and not ahead, entropy, tile)
+            still = _still(hidden, teacher, one_head)
+            if ahead:
+                moving = w if still is None else w.masked_fill(still, 0)
+                kl, dh, _, _ = tiled.differentiate(hidden, head, y, teacher, u, moving, *lse, True, False, False, tile)
+            if still is not None:
+                kl = kl.masked_fill(still, 0)
+            lse = torch.stack(lse)
+    ce = ce.masked_fill(ignored, 0)
+    rows = u * ce.to(u.dtype) + w * kl.to(u.dtype)
+    dh = hidden.new_empty((0, hidden.shape[1]), dtype=u.dtype) if dh is None else dh.to(u.dtype)
+    return rows, ce.to(u.dtype), kl.to(u.dtype), H.to(u.dtype), dh, lse
+
+
+@tiled_dmk_ce.register_fake
+def _(hidden, head_weight, head_bias, labels, u, *rest):
+    ahead, N, D = rest[-3], *hidden.shape
+    one = lambda: u.new_empty(N)
+    return one(), one(), one(), one(), u.new_empty((N if ahead else 0, D)), u.new_empty((2, N), dtype=torch.float64)
+
+
+@torch.library.custom_op("fastsiu::tiled_dmk_ce_backward", mutates_args=())
+def tiled_dmk_ce_backward(
+    hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, labels: Tensor, u: Tensor, w: Tensor, lse: Tensor,
+    t_hidden: Tensor | None, t_m: Tensor | None, t_C: Tensor | None, t_lse: Tensor | None, t_top: Tensor | None,
+    t_p: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None, t_keep: Tensor | None, renormalize: bool,
+    logit_scale: float, logit_softcap: float | None, temperature: float, ignore_index: int, tile: int,
+    need_h: bool, need_W: bool, need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dh [N, D], dW [V, D] and db [V] of sum(u * CE + w * KL); those not needed have no rows."""
+    head, teacher = _unpack(head_weight, head_bias, logit_scale, logit_softcap, temperature, renormalize, t_hidden, t_m, t_C,
+                            t_lse, t_top, t_p, t_weight, t_bias, t_keep)  # fmt: skip
+    still = _still(hidden, teacher, teacher is not None and _same(head_weight, t_weight) and _same(head_bias, t_bias))
+    w = w if still is None else w.masked_fill(still, 0)
+    y = labels.masked_fill(labels == ignore_index, 0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        _, dh, dW, db = tiled.differentiate(hidden, head, y, teacher, u, w, lse[0], lse[1], need_h, need_W, need_b, tile)
+    none = lambda x: x.new_empty((0, *x.shape[1:]))
+    return (
+        none(hidden) if dh is None else dh.to(hidden.dtype),
+        none(head_weight) if dW is None else dW,
+        none(hidden[:, 0] if head_bias is None else head_bias) if db is None else db,
+    )
+
+
+@tiled_dmk_ce_backward.register_fake
+def _(hidden, head_weight, head_bias, labels, u, w, lse, *rest):
+    need_h, need_W, need_b = rest[-3:]
+    bias = hidden[:, 0] if head_bias is None else head_bias
+    return tuple(
+        x.new_empty((x.shape[0] if need else 0, *x.shape[1:]))
+        for x, need in ((hidden, need_h), (head_weight, need_W), (bias, need_b))
+    )
+
+
+def _still(hidden: Tensor, teacher: tiled.Teacher | None, one_head: bool) -> Tensor | None:
+    """Rows [N] that have neither KL nor its gradient because nothing has moved and C is 1; None = no such rule here."""
+    if teacher is None or not one_head or not teacher.whole:
+        return None
+    return (hidden == teacher.hidden).all(1)
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    tensors, ctx.rest = inputs[:15], inputs[15:]
+    *_, ctx.ahead, ctx.trains, _ = inputs
+    ctx.save_for_backward(output[4], output[5], *(tensors if ctx.trains else ()))
+    ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, g: Tensor | None, *unused: Any) -> tuple:
+    if torch.is_grad_enabled():
+        raise RuntimeError("fused_dmk_ce has no second derivative: use backend='reference' for create_graph=True.")
+    nothing = [None] * 24
+    if g is None:
+        return tuple(nothing)
+    dh, lse, *tensors = ctx.saved_tensors
+    if ctx.ahead:
+        nothing[0] = (dh * g[:, None]).to(ctx.dtype)
+    elif ctx.trains:
+        hidden, head_weight, head_bias, labels, u, w, *theirs = tensors
+        need_h, need_W, need_b = (ctx.needs_input_grad[i] for i in range(3))
+        made = tiled_dmk_ce_backward(
+            hidden, head_weight, head_bias, labels, u * g, w * g, lse, *theirs, *ctx.rest[:-3], need_h, need_W, need_b
+        )
+        nothing[:3] = (x if need else None for x, need in zip(made, (need_h, need_W, need_b), strict=True))
+    return tuple(nothing)
+
+
+tiled_dmk_ce.register_autograd(_backward, setup_context=_setup)

@@ -11,11 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .kernels.reference import accumulation, logits, product
+from .kernels import launch, tiled
 
 FORMAT = "fastsiu-teacher-cache"
-VERSION = "1"
-TILE = 2**23  # logits held at a time while the statistics are made
+VERSION = "2"  # 1 had no top entries
+STATISTICS = ("hidden", "m_rest", "C", "lse", "top", "p_top")
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,23 +23,29 @@ class TeacherCache:
     """The teacher at N positions: hidden states and, over the kept vocabulary K, the statistics of P = softmax(z / temperature).
 
     hidden [N, D]   final hidden states, in their own dtype
-    m      [N, D]   sum_K P(v) W_v, fp32 (fp64 for fp64 inputs), like C and lse
-    C      [N]      sum_K P(v); 1 when renormalised
-    lse    [N]      logsumexp of z / temperature over the vocabulary, over K when renormalised; the bias is inside
+    C      [N]      sum_K P(v), fp32 (fp64 for fp64 inputs); 1 when renormalised
+    lse    [N]      logsumexp of z / temperature over the vocabulary, over K when renormalised; fp64, the bias is inside
+    top    [N, k]   int64: the k = min(16, |K|) most likely kept columns, and p_top [N, k], fp64, their P
+    m_rest [N, D]   sum of P(v) W_v over the kept columns that are not in top, like C
+    m      [N, D]   a property: sum_K P(v) W_v
 
     With the student's head being this head, frozen, these replace the teacher's logits (DMK, Eq. 4 of arXiv 2405.12523):
 
         KL     = temperature^2 * (C * (lse_s - lse) - logit_scale / temperature * <h_s - h, m>)
         dKL/dh = temperature * logit_scale * (C * (Q W) - m)
 
-    `head_weight` is a reference, not a copy: a head that trains needs a frozen copy here. A softcap breaks the identity
-    (the logits are no longer linear in h); the loss then recomputes the teacher's logits from `hidden`.
+    The top columns are kept out of m because C Q - P is formed for them one by one: near the teacher, both sums are nearly
+    equal and rounded probabilities would leave no correct digit. `head_weight` is a reference, not a copy: a head that
+    trains needs a frozen copy here. A softcap breaks the identity (the logits are no longer linear in h); the loss then
+    recomputes the teacher's logits from `hidden`, N * D numbers, never N * V.
     """
 
     hidden: Tensor
-    m: Tensor
+    m_rest: Tensor
     C: Tensor
     lse: Tensor
+    top: Tensor
+    p_top: Tensor
     head_weight: Tensor
     vocab_keep: Tensor | None = None
     renormalize: bool = False
@@ -47,6 +53,12 @@ class TeacherCache:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     temperature: float = 1.0
+
+    @property
+    def m(self) -> Tensor:
+        m = self.m_rest.clone()
+        tiled.add_rows(m, self.head_weight.detach(), self.top, self.p_top)
+        return m
 
     @classmethod
     def from_hidden(
@@ -79,8 +91,8 @@ class TeacherCache:
         hidden = hidden.detach().contiguous()
         head_bias = None if head_bias is None else head_bias.detach()
         options = (head_bias, float(logit_scale), logit_softcap, float(temperature))
-        m, C, lse = statistics(hidden, head_weight.detach(), vocab_keep, bool(renormalize), *options)
-        return cls(hidden, m, C, lse, head_weight, vocab_keep, bool(renormalize), *options)
+        made = statistics(hidden, head_weight.detach(), vocab_keep, bool(renormalize), *options)
+        return cls(hidden, *made, head_weight, vocab_keep, bool(renormalize), *options)
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -97,17 +109,17 @@ class TeacherCache:
                 rows = rows.long()
             if rows.ndim != 1:
                 raise IndexError(f"rows must be a slice, an int, or one-dimensional, but have {rows.ndim} dimensions.")
-        return replace(self, hidden=self.hidden[rows], m=self.m[rows], C=self.C[rows], lse=self.lse[rows])
+        return replace(self, **{k: getattr(self, k)[rows] for k in STATISTICS})
 
     def to(self, device: torch.device | str | int, head_weight: Tensor | None = None) -> TeacherCache:
         """The cache on `device`. The head moves too, unless a head already there is given (a moved head is a second copy)."""
         move = lambda x: None if x is None else x.to(device)
-        tensors = {k: move(getattr(self, k)) for k in ("hidden", "m", "C", "lse", "vocab_keep", "head_bias")}
+        tensors = {k: move(getattr(self, k)) for k in (*STATISTICS, "vocab_keep", "head_bias")}
         return replace(self, **tensors, head_weight=move(self.head_weight) if head_weight is None else head_weight)
 
     def save(self, path: str | PathLike) -> None:
         """Write everything except the head to one safetensors file."""
-        tensors = {k: getattr(self, k) for k in ("hidden", "m", "C", "lse", "vocab_keep", "head_bias")}
+        tensors = {k: getattr(self, k) for k in (*STATISTICS, "vocab_keep", "head_bias")}
         tensors = {k: v.contiguous().clone() for k, v in tensors.items() if v is not None}  # clone: slices share storage
         options = {k: getattr(self, k) for k in ("renormalize", "logit_scale", "logit_softcap", "temperature")}
         save_file(tensors, path, metadata={"format": FORMAT, "version": VERSION, "options": json.dumps(options)})
@@ -131,17 +143,17 @@ class TeacherCache:
         cache = cls(**tensors, head_weight=head_weight, **json.loads(metadata["options"]))
         V = cache.head_weight.shape[0]
         sizes = [len(x) for x in (cache.vocab_keep, cache.head_bias) if x is not None]
-        if head_weight.ndim != 2 or head_weight.shape[1] != cache.m.shape[1] or any(n != V for n in sizes):
+        if head_weight.ndim != 2 or head_weight.shape[1] != cache.hidden.shape[1] or any(n != V for n in sizes):
             raise ValueError(f"{path} was built with another head than the one given, whose shape is {list(head_weight.shape)}.")
         if len(cache):  # m is a weighted sum of head rows, so one row of it recognises the head
             options = (cache.head_bias, cache.logit_scale, cache.logit_softcap, cache.temperature)
-            m, *_ = statistics(cache.hidden[:1], head_weight.detach(), cache.vocab_keep, cache.renormalize, *options)
-            if not (m - cache.m[:1]).norm() <= 0.02 * cache.m[:1].norm() + 1e-6:
+            made = statistics(cache.hidden[:1], head_weight.detach(), cache.vocab_keep, cache.renormalize, *options)
+            again, saved = replace(cache[0], **dict(zip(STATISTICS[1:], made, strict=True))).m, cache[0].m
+            if not (again - saved).norm() <= 0.02 * saved.norm() + 1e-6:
                 raise ValueError(f"{path} was built with another head than the one given: pass the teacher's own head.")
         return cache
 
 
-@torch.no_grad()
 def statistics(
     hidden: Tensor,
     head_weight: Tensor,
@@ -151,31 +163,12 @@ def statistics(
     logit_scale: float,
     logit_softcap: float | None,
     temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """m [N, D], C [N] and lse [N] over vocabulary tiles: an online softmax, so no [N, V] tensor."""
-    (N, D), V, device = hidden.shape, head_weight.shape[0], hidden.device
-    dtype = accumulation(hidden, head_weight, head_bias)
-    tile = max(256, TILE // max(N, 1))
-    top = torch.full((N,), -torch.inf, dtype=dtype, device=device)  # running maximum
-    total, C, m = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((N,), (N,), (N, D)))
-    with torch.autocast(device.type, enabled=False):
-        for start in range(0, V, tile):
-            W = head_weight[start : start + tile]
-            b = None if head_bias is None else head_bias[start : start + tile]
-            keep = None if vocab_keep is None else vocab_keep[start : start + tile]
-            if renormalize and keep is not None:  # dropped columns take no part at all
-                W, b, keep = W[keep], None if b is None else b[keep], None
-            if len(W) == 0:
-                continue
-            z = logits(hidden, W, b, logit_scale, logit_softcap, dtype) / temperature  # [N, tile]
-            old, top = top, torch.maximum(top, z.amax(-1))
-            e, shrink = torch.exp(z - top[:, None]), torch.exp(old - top)
-            total = total * shrink + e.sum(-1)
-            if keep is not None:
-                e = e * keep
-            C = C * shrink + e.sum(-1)
-            m = m * shrink[:, None] + product(e, W, dtype)
-    return m / total[:, None], C / total, top + total.log()
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """m_rest, C, lse, top and p_top, one vocabulary tile at a time: no [N, V] tensor."""
+    plan = launch.launch(*hidden.shape[:1], *head_weight.shape, head_weight.dtype, head_weight.device.type)
+    head = tiled.Head(head_weight, head_bias, logit_scale, logit_softcap)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return tiled.statistics(hidden, head, vocab_keep, renormalize, temperature, plan.tile)
 
 
 def check_head(

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastsiu.teacher
 from fastsiu import DMKCELoss, TeacherCache, fused_dmk_ce, why_not
+from fastsiu.kernels import launch
 
 torch.set_num_threads(1)
 
@@ -429,9 +429,9 @@ def test_statistics_and_the_centred_form(small_tiles, shape, seed, masked, renor
 @pytest.fixture(scope="module")
 def small_tiles():
     """Tiles of 256 columns, so that several tiles meet in a small vocabulary."""
-    before, fastsiu.teacher.TILE = fastsiu.teacher.TILE, 1
+    before, launch.BUDGET = launch.BUDGET, 1
     yield
-    fastsiu.teacher.TILE = before
+    launch.BUDGET = before
 
 
 def test_the_cache_never_holds_all_logits(small_tiles):
@@ -559,7 +559,7 @@ def test_the_module_is_the_function():
         (dict(kl_denominator=torch.ones(2)), "kl_denominator must be one number"),
         (dict(reduction="avg"), "'avg'"),
         (dict(backend="cuda"), "'cuda' is unknown"),
-        (dict(backend="tiled"), "'tiled' is not in this version"),
+        (dict(backend="triton"), "'triton' is not in this version"),
         (dict(teacher=case(N=5)[3]), "The teacher has 5 rows but hidden has 4"),
         (dict(teacher=case(V=8)[3]), "V=8 but head_weight has V=7"),
         (dict(hidden=torch.ones(4, 3, device="meta")), "hidden is on meta but head_weight on cpu"),
@@ -591,5 +591,6 @@ def test_errors_of_the_cache(options, words):
 def test_why_not():
     h, W, _, teacher = case()
     assert why_not("reference", h, W, teacher) is None and why_not("auto", h, W) is None
-    for backend in ("tiled", "triton", "cpu", "other"):
+    assert why_not("tiled", h, W, teacher) is None and "float8" in why_not("tiled", h.to(torch.float8_e5m2), W)
+    for backend in ("triton", "cpu", "other"):
         assert backend in why_not(backend, h, W, teacher, temperature=1.0)

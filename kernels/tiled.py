@@ -1,0 +1,423 @@
+"""The loss one vocabulary tile at a time, in plain torch: any device, no [N, V] tensor, all logits in fp32 (fp64 for fp64).
+
+Two ways through, the letters and equations are in README.md:
+
+shared    one frozen head for student and teacher, no softcap (and cross-entropy alone): one sweep over the vocabulary gives
+          the softmax's sums and its product with W; the teacher enters through its statistics.
+general   a softcap, a head that trains, a teacher with another head: a first sweep gives the normalisers, a second one forms
+          both logits again and from them dz, exactly normalised, before anything is rounded or summed.
+
+Held-out columns (the teacher's top entries and the label) never enter the running sums. Their logits are fp32 dot products of
+single rows, and z - t = s <h - h_t, W_v> is formed from the difference of the hidden states: next to the teacher nothing
+cancels, and a product with rounded probabilities would only see what is left over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+JUMP = 30.0  # nats that a logit may lie above the softmax's reference before the sums are rescaled; exp(30) is far from 2^127
+FLOOR = -1e30  # stands for a reference of -inf, of which differences would be NaN
+
+
+class Head(NamedTuple):
+    """z = softcap * tanh(x / softcap), x = scale * (h @ weight.T + bias)"""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    scale: float
+    softcap: float | None
+
+
+class Teacher(NamedTuple):
+    """What the loss needs of a TeacherCache; fp32 (fp64 for fp64), lse always fp64."""
+
+    hidden: Tensor  # [N, Dt]
+    m: Tensor  # [N, Dt], over the kept columns that are not in top
+    C: Tensor  # [N]
+    lse: Tensor  # [N]
+    top: Tensor  # [N, k] int64
+    p: Tensor  # [N, k] fp64, P at top; 0 marks a placeholder
+    head: Head
+    keep: Tensor | None  # [V] bool
+    renormalize: bool
+    tau: float
+
+    @property
+    def whole(self) -> bool:
+        """Is C exactly 1? Then a row that has not moved has neither KL nor gradient."""
+        return self.keep is None or self.renormalize
+
+
+class Sums:
+    """Running sums of e = exp(z / tau - shift) over columns, as an online softmax keeps them; columns of -inf take no part."""
+
+    def __init__(self, reference: Tensor, tau: float, dtype: torch.dtype, D: int = 0, entropy: bool = False) -> None:
+        """reference [N]: logits that do not lie far above the largest; D: 0 = no product."""
+        N = len(reference)
+        self.tau, self.shift = tau, (reference / tau).clamp_min(FLOOR).to(dtype)
+        self.total = reference.new_zeros(N, dtype=torch.float64)
+        self.product = reference.new_zeros((N, D), dtype=dtype) if D else None  # e @ W
+        self.entropy = torch.zeros_like(self.total) if entropy else None  # -sum e log e
+
+    def add(self, z: Tensor, W: Tensor, slope: Tensor | None) -> None:
+        """A tile of logits z [N, T], which is overwritten, with its rows W [T, D]; slope: dz/dx, a factor on the product."""
+        if z.shape[1] == 0:
+            return
+        if self.tau != 1:
+            z.div_(self.tau)
+        top = z.amax(1)
+        shift = torch.where(top > self.shift + JUMP, top, self.shift)
+        if z.is_cuda or not torch.equal(shift, self.shift):  # a GPU must not wait to learn that there is nothing to do
+            self._rescale(shift)
+        e = z.sub_(self.shift[:, None]).exp_()
+        self.total += e.sum(1)
+        if self.entropy is not None:
+            self.entropy += torch.special.entr(e).sum(1)
+        if self.product is not None:
+            accumulate(self.product, e if slope is None else e.mul_(slope), W)
+
+    def _rescale(self, shift: Tensor) -> None:
+        r = torch.exp(self.shift - shift)
+        if self.entropy is not None:  # -sum (r e) log(r e)
+            self.entropy = r * (self.entropy - (self.shift - shift).double() * self.total)
+        self.total, self.shift = self.total * r, shift
+        if self.product is not None:
+            self.product *= r[:, None]
+
+    def log_total(self) -> Tensor:
+        """[N] fp64: logsumexp of z / tau over the columns added; -inf for none."""
+        return self.shift.double() + self.total.log()
+
+    def share(self, lse: Tensor) -> Tensor:
+        """[N] fp64: exp(shift - lse), which makes e of these sums a probability; 0 where they are empty."""
+        return torch.exp(self.shift.double() - lse).masked_fill(self.total == 0, 0.0)
+
+    def entropy_share(self, lse: Tensor) -> Tensor:
+        """[N] fp64: sum q (lse - log e - shift) over these columns, q = e * share"""
+        return self.share(lse) * ((lse - self.shift.double()) * self.total + self.entropy)
+
+
+# ------------------------------------------------------------------------------------------------ tiles and single rows
+
+
+def exact(device: torch.device) -> bool:
+    """Are fp32 products fp32 here? torch.set_float32_matmul_precision("high" or "medium") rounds them, on a CPU too."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    return backend.matmul.fp32_precision in ("none", "ieee")
+
+
+def working_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp32; fp64 if any tensor is, or where fp32 products would be rounded."""
+    given = [x for x in tensors if x is not None]
+    wide = any(x.dtype == torch.float64 for x in given) or not exact(given[0].device)
+    return torch.float64 if wide else torch.float32
+
+
+def native(h: Tensor, W: Tensor) -> bool:
+    """Can bf16 be multiplied as it is, with fp32 delivered? On a CPU torch has no such product; there the tile is upcast."""
+    return h.is_cuda and h.dtype == W.dtype == torch.bfloat16
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in total's dtype; b of a lower precision rounds a to it."""
+    if b.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += torch.mm(a.to(b.dtype), b, out_dtype=total.dtype)
+
+
+def tiles(h: Tensor, head: Head, tile: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+    """(first column, W [T, D], z [N, T], dz/dx or None) for each tile; W and z are buffers that the next tile overwrites."""
+    (N, D), V = h.shape, len(head.weight)
+    keep_bits = native(h, head.weight) and dtype == torch.float32
+    x = h if keep_bits else h.to(dtype)
+    tile = min(tile, V)
+    z_buffer = h.new_empty((N, tile), dtype=dtype)
+    W_buffer = None if keep_bits or head.weight.dtype == dtype else h.new_empty((tile, D), dtype=dtype)
+    for start in range(0, V, tile):
+        W = head.weight[start : start + tile]
+        if W_buffer is not None:
+            W = W_buffer[: len(W)].copy_(W)
+        z = z_buffer if len(W) == tile else h.new_empty((N, len(W)), dtype=dtype)
+        if keep_bits:
+            z.copy_(torch.mm(x, W.T, out_dtype=dtype))
+        else:
+            torch.mm(x, W.T, out=z)
+        slope = transform(z, head, start)
+        yield start, W, z, slope
+
+
+def transform(z: Tensor, head: Head, start: int) -> Tensor | None:
+    """Bias, scale and softcap of a tile in place; returns dz/dx where there is a softcap."""
+    if head.bias is not None:
+        z += head.bias[start : start + z.shape[1]].to(z.dtype)
+    if head.scale != 1:
+        z *= head.scale
+    if head.softcap is None:
+        return None
+    z.div_(head.softcap).tanh_()
+    slope = torch.addcmul(torch.ones_like(z), z, z, value=-1)
+    z *= head.softcap
+    return slope
+
+
+def row_logits(h: Tensor, head: Head, columns: Tensor, dtype: torch.dtype, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """z and z - z(base) [N, k] at each row's own columns [N, k]; the difference is exact where no softcap bends it.
+
+    One column at a time: [N, D] of head rows exist, never [N, k, D]. Sums of products rather than a matrix product, which
+    torch.set_float32_matmul_precision could round.
+    """
+    x = h.to(dtype)
+    moved = None if base is None else x - base.to(dtype)
+    z, dz = x.new_empty(columns.shape), x.new_zeros(columns.shape)
+    for j in range(columns.shape[1]):
+        rows = head.weight[columns[:, j]].to(dtype)
+        z[:, j] = (rows * x).sum(1)
+        if moved is not None:
+            dz[:, j] = (rows * moved).sum(1)
+    if head.bias is not None:
+        z += head.bias[columns].to(dtype)
+    z *= head.scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return z, dz * head.scale
+
+
+def add_rows(total: Tensor, W: Tensor, columns: Tensor, factors: Tensor) -> None:
+    """total [N, D] += sum_j factors[:, j] * W[columns[:, j]]"""
+    factors = factors.to(total.dtype)
+    for j in range(columns.shape[1]):
+        total.addcmul_(W[columns[:, j]].to(total.dtype), factors[:, j : j + 1])
+
+
+def hold_out(z: Tensor, columns: Tensor, valid: Tensor, start: int) -> None:
+    """Sets a tile's z to -inf at each row's columns [N, k] where valid. Clamped columns get 0 added, so none can collide."""
+    here = columns - start
+    inside = valid & (here >= 0) & (here < z.shape[1])
+    z.scatter_add_(1, here.clamp(0, z.shape[1] - 1), torch.zeros_like(here, dtype=z.dtype).masked_fill(inside, -torch.inf))
+
+
+def dropped_in_tiles(keep: Tensor | None, V: int, tile: int) -> list[Tensor | None]:
+    """For each tile its dropped columns, counted from its start; None where all are kept."""
+    starts = range(0, V, min(tile, V))
+    if keep is None:
+        return [None] * len(starts)
+    dropped = (~keep).nonzero()[:, 0]
+    cuts = torch.searchsorted(dropped, torch.tensor([*starts, V], device=dropped.device)).tolist()
+    return [dropped[a:b] - start if b > a else None for a, b, start in zip(cuts[:-1], cuts[1:], starts, strict=True)]
+
+
+def spread(z: Tensor, W: Tensor, slope: Tensor | None, sums: list[Sums], dropped: Tensor | None, apart: Sums | None) -> None:
+    """Adds a tile to all `sums`; the last goes without the dropped columns, which `apart` gets. z is overwritten."""
+    for one in sums[:-1]:
+        one.add(z.clone(), W, slope)
+    if dropped is not None:
+        if apart is not None:
+            apart.add(z[:, dropped], W[dropped], None if slope is None else slope[:, dropped])
+        z.index_fill_(1, dropped, -torch.inf)
+    sums[-1].add(z, W, slope)
+
+
+# ---------------------------------------------------------------------------------------------------------- the teacher
+
+
+@torch.no_grad()
+def statistics(
+    hidden: Tensor, head: Head, keep: Tensor | None, renormalize: bool, tau: float, tile: int, held_out: int = 16
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """m, C, lse, top and p of a Teacher, in two sweeps: the first finds the top entries, the second leaves them out."""
+    N, (V, D) = len(hidden), head.weight.shape
+    dtype = working_dtype(hidden, head.weight, head.bias)
+    cuts = dropped_in_tiles(keep, V, tile)
+    k = min(held_out, V if keep is None else int(keep.sum()))
+    best = hidden.new_full((N, k), -torch.inf, dtype=dtype)
+    top = torch.zeros((N, k), dtype=torch.int64, device=hidden.device)
+    for (start, W, z, _), dropped in zip(tiles(hidden, head, tile, dtype), cuts, strict=True):
+        if dropped is not None:
+            z.index_fill_(1, dropped, -torch.inf)
+        value, index = z.topk(min(k, len(W)), dim=1)
+        best, order = torch.cat([best, value], 1).topk(k, dim=1)
+        top = torch.cat([top, index + start], 1).gather(1, order)
+    valid = best > -torch.inf  # a row with fewer finite kept logits than k holds placeholders
+    z = row_logits(hidden, head, top, dtype)[0].double().masked_fill(~valid, -torch.inf)
+    sums, others = Sums(z.amax(1), tau, dtype, D), Sums(z.amax(1), tau, dtype)
+    for (start, W, tile_z, _), dropped in zip(tiles(hidden, head, tile, dtype), cuts, strict=True):
+        hold_out(tile_z, top, valid, start)
+        spread(tile_z, W, None, [sums], dropped, None if renormalize else others)
+    kept = torch.logaddexp(torch.logsumexp(z / tau, 1), sums.log_total())
+    lse = torch.logaddexp(kept, others.log_total())
+    C = torch.ones_like(lse) if renormalize or keep is None else torch.exp(kept - lse)
+    result = torch.float64 if torch.float64 in (hidden.dtype, head.weight.dtype) else torch.float32
+    m = sums.product * sums.share(lse).to(dtype)[:, None]
+    return m.to(result), C.to(result), lse, top, torch.exp(z / tau - lse[:, None])
+
+
+# ---------------------------------------------------------------------------------------------------------- shared head
+
+
+@torch.no_grad()
+def shared(
+    h: Tensor, head: Head, y: Tensor, teacher: Teacher | None, u: Tensor, w: Tensor, gradient: bool, entropy: bool, tile: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """CE, KL and entropy [N] fp64, and d(u CE + w KL)/dh [N, D] if `gradient`; y [N] are legal columns, u is 0 where ignored."""
+    dtype = working_dtype(h, head.weight, head.bias)
+    tau = 1.0 if teacher is None else teacher.tau
+    if teacher is None:
+        held, own, valid = y[:, None], torch.ones_like(y, dtype=torch.bool), torch.ones_like(y[:, None], dtype=torch.bool)
+    else:
+        held, holds = torch.cat([teacher.top, y[:, None]], 1), teacher.p > 0  # without mass they are placeholders, or may be
+        own = ~((teacher.top == y[:, None]) & holds).any(1)  # else the label is among the top, and must not count twice
+        valid = torch.cat([holds, own[:, None]], 1)
+    z, dz = row_logits(h, head, held, dtype, None if teacher is None else teacher.hidden)
+    z = z.double().masked_fill(~valid, -torch.inf)
+
+    mask = teacher.keep if teacher is not None and teacher.renormalize else None
+    reference, width = z.amax(1), h.shape[1] if gradient else 0
+    ones = Sums(reference, 1.0, dtype, width, entropy)
+    sums = [ones] if tau == 1 else [ones, Sums(reference, tau, dtype, width)]
+    apart = Sums(reference, 1.0, dtype, width, entropy) if mask is not None and tau == 1 else None
+    cuts = dropped_in_tiles(mask, len(head.weight), tile)
+    for (start, W, tile_z, slope), dropped in zip(tiles(h, head, tile, dtype), cuts, strict=True):
+        hold_out(tile_z, held, valid, start)
+        spread(tile_z, W, slope, sums, dropped, apart)
+    everything = [ones] if apart is None else [ones, apart]
+
+    # Cross-entropy, over the whole vocabulary at temperature 1.
+    lse = torch.logsumexp(torch.stack([torch.logsumexp(z, 1), *(x.log_total() for x in everything)]), 0)
+    is_label = valid & (held == y[:, None])
+    ce = lse - z.masked_fill(~is_label, -torch.inf).amax(1)
+    Q = torch.exp(z - lse[:, None])  # [N, k + 1]
+    H = torch.zeros_like(lse)
+    if entropy:
+        H = (Q * (lse[:, None] - z)).masked_fill(Q == 0, 0.0).sum(1) + sum(x.entropy_share(lse) for x in everything)
+    u = u.double()
+    factor = u[:, None] * (Q - is_label.double())  # of the held-out rows of W
+    kl, dh = torch.zeros_like(lse), None
+    if gradient:
+        dh = sum(x.product * (u * x.share(lse)).to(dtype)[:, None] for x in everything)
+
+    if teacher is not None:
+        C, P, w = teacher.C.double(), teacher.p.double(), w.double() * tau
+        dz = dz.double().masked_fill(~valid, 0.0)[:, :-1] / tau
+        in_support = own if mask is None else own & mask[y]
+        # log Q / P_rest: the logs of what is exp(z / tau - lse_t) for the student, whose sum is 1 for an unmoved row
+        top = torch.log(P) + dz
+        label = (z[:, -1] / tau - teacher.lse).masked_fill(~in_support, -torch.inf)
+        others = sums[-1].log_total() - teacher.lse
+        log_S = torch.logsumexp(torch.cat([top, label[:, None], others[:, None]], 1), 1)  # lse_s - lse_t
+        moved = h.to(dtype) - teacher.hidden.to(dtype)
+        drift = (moved * teacher.m.to(dtype)).sum(1).double() * (head.scale / tau)
+        kl = tau**2 * (C * log_S - (P * dz).sum(1) - drift)
+        if teacher.whole:
+            still = (moved == 0).all(1)
+            kl, w = kl.masked_fill(still, 0.0), w.masked_fill(still, 0.0)
+        factor[:, :-1] += w[:, None] * (C[:, None] * torch.exp(top - log_S[:, None]) - P)
+        factor[:, -1] += w * C * torch.exp(label - log_S)
+        if gradient:
+            dh += sums[-1].product * (w * C * sums[-1].share(teacher.lse + log_S)).to(dtype)[:, None]
+            dh -= teacher.m.to(dtype) * w.to(dtype)[:, None]
+    if gradient:
+        add_rows(dh, head.weight, held, factor)
+        dh *= head.scale
+    return ce, kl, H, dh
+
+
+# --------------------------------------------------------------------------------------------------------- general path
+
+
+def pairs(h: Tensor, head: Head, teacher: Teacher | None, tile: int, dtype: torch.dtype) -> Iterator[tuple]:
+    """(first column, W, z, slope, t / tau or None) for each tile."""
+    if teacher is None:
+        for start, W, z, slope in tiles(h, head, tile, dtype):
+            yield start, W, z, slope, None
+        return
+    theirs = tiles(teacher.hidden, teacher.head, tile, dtype)
+    for (start, W, z, slope), (_, _, t, _) in zip(tiles(h, head, tile, dtype), theirs, strict=True):
+        yield start, W, z, slope, t if teacher.tau == 1 else t.div_(teacher.tau)
+
+
+def gap(z: Tensor, t: Tensor, P: Tensor, tau: float) -> Tensor:
+    """[N] fp64: the tile's share of sum_K P (t - z) / tau, which with C (lse_s - lse_t) is KL / tau^2; t is t / tau already."""
+    moved = t - z if tau == 1 else t - z / tau
+    return moved.mul_(P).masked_fill_(P == 0, 0.0).sum(1).double()  # P = 0 where t is -inf
+
+
+def probabilities(t: Tensor, start: int, teacher: Teacher) -> Tensor:
+    """P of a tile, 0 on dropped columns; t is t / tau already."""
+    P = torch.exp(t - teacher.lse.to(t.dtype)[:, None])
+    return P if teacher.keep is None else P.mul_(teacher.keep[start : start + P.shape[1]])
+
+
+@torch.no_grad()
+def normalise(
+    h: Tensor, head: Head, y: Tensor, teacher: Teacher | None, with_kl: bool, entropy: bool, tile: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """CE, KL (0 unless `with_kl`), entropy and both logsumexps, all [N] fp64: over V at temperature 1, and that of Q."""
+    dtype = working_dtype(h, head.weight, head.bias)
+    z_label = row_logits(h, head, y[:, None], dtype)[0][:, 0].double()
+    tau = 1.0 if teacher is None else teacher.tau
+    mask = teacher.keep if teacher is not None and teacher.renormalize else None
+    ones, kl = Sums(z_label, 1.0, dtype, 0, entropy), torch.zeros_like(z_label)
+    sums = [ones] if tau == 1 else [ones, Sums(z_label, tau, dtype)]
+    apart = Sums(z_label, 1.0, dtype, 0, entropy) if mask is not None and tau == 1 else None
+    cuts = dropped_in_tiles(mask, len(head.weight), tile)
+    for (start, W, z, _, t), dropped in zip(pairs(h, head, teacher if with_kl else None, tile, dtype), cuts, strict=True):
+        if t is not None:
+            kl += gap(z, t, probabilities(t, start, teacher), tau)
+        spread(z, W, None, sums, dropped, apart)
+    everything = [ones] if apart is None else [ones, apart]
+    lse = torch.logsumexp(torch.stack([x.log_total() for x in everything]), 0)
+    lse_q = sums[-1].log_total()
+    if with_kl:
+        kl = tau**2 * (kl + teacher.C.double() * (lse_q - teacher.lse))
+    H = sum(x.entropy_share(lse) for x in everything) if entropy else torch.zeros_like(lse)
+    return lse - z_label, kl, H, lse, lse_q
+
+
+@torch.no_grad()
+def differentiate(
+    h: Tensor, head: Head, y: Tensor, teacher: Teacher | None, u: Tensor, w: Tensor, lse: Tensor, lse_q: Tensor,
+    need_h: bool, need_W: bool, need_b: bool, tile: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """KL [N] fp64, and d(sum u CE + w KL) by h, W and b where needed: each tile's dz is formed whole, then multiplied."""
+    dtype, (N, D) = working_dtype(h, head.weight, head.bias), h.shape
+    tau, u = 1.0 if teacher is None else teacher.tau, u.to(dtype)[:, None]
+    dh = h.new_zeros((N, D), dtype=dtype) if need_h else None
+    dW = torch.empty_like(head.weight) if need_W else None
+    db = torch.empty_like(head.bias) if need_b else None
+    x = h if native(h, head.weight) else h.to(dtype)
+    kl = lse.new_zeros(N)
+    if teacher is not None:
+        C, w = teacher.C.to(dtype)[:, None], (w.to(dtype) * tau)[:, None]
+    for start, W, z, slope, t in pairs(h, head, teacher, tile, dtype):
+        columns = slice(start, start + len(W))
+        dz = torch.exp(z - lse.to(dtype)[:, None]).mul_(u)
+        if teacher is not None:
+            P = probabilities(t, start, teacher)
+            kl += gap(z, t, P, tau)
+            Q = z.div_(tau).sub_(lse_q.to(dtype)[:, None]).exp_()
+            if teacher.renormalize and teacher.keep is not None:
+                Q.mul_(teacher.keep[columns])
+            dz.add_(Q.mul_(C).sub_(P).mul_(w))
+        here = (y - start)[:, None]
+        dz.scatter_add_(1, here.clamp(0, len(W) - 1), -u * ((here >= 0) & (here < len(W))))
+        if slope is not None:
+            dz.mul_(slope)
+        if need_h:
+            accumulate(dh, dz, W)
+        if head.scale != 1:
+            dz.mul_(head.scale)
+        if need_W:
+            dW[columns] = dz.T @ x if x.dtype == dtype else torch.mm(dz.T.to(x.dtype), x, out_dtype=dtype)
+        if need_b:
+            db[columns] = dz.sum(0)
+    if need_h:
+        dh *= head.scale
+    if teacher is not None:
+        kl = tau**2 * (kl + teacher.C.double() * (lse_q - teacher.lse))
+    return kl, dh, dW, db
