@@ -7,10 +7,9 @@ is found by measuring (`probe_head`), because configurations name transforms tha
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,11 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import cached_file, extract_commit_hash
 from transformers.utils import logging as transformers_logging
 
 from .request import BadInput, NumericFailure
+from .rows import no_logits
 
 Span = tuple[int, int]
 PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "pixel_attention_mask", "labels", "image_sizes")
@@ -34,10 +35,12 @@ class Picture:
 
     image:    the RGB picture; only its size matters once `features` is there (it decides the number of image tokens)
     features: what `get_image_features` returned, reduced to what the language model reads
+    real:     the features are the image's; False for a dream, which no projector can see again
     """
 
     image: Image.Image
     features: Any
+    real: bool = True
 
 
 @dataclass
@@ -46,7 +49,7 @@ class Encoded:
 
     inputs:  the processor's tensors for a batch of one, without pixels
     rows:    [n] int64, positions whose hidden state predicts a supervised token (token position minus one)
-    labels:  [n] int64, the supervised tokens: the answer's and the one that ends the turn
+    labels:  [n] int64, the supervised tokens: the answer's and, of a closed answer, those that end the turn
     offsets: n character spans of those tokens inside the answer; the end token's is empty
     """
 
@@ -58,7 +61,10 @@ class Encoded:
 
 @dataclass
 class VLM:
-    """A loaded model. `model` is what gets called (a PEFT wrapper once an adapter is attached), `base` what was loaded."""
+    """A loaded model. `model` is what gets called (a PEFT wrapper once an adapter is attached), `base` what was loaded.
+
+    revision: the commit that a hub model was loaded from, whatever branch or tag was asked for; a directory has none
+    """
 
     name: str
     revision: str | None
@@ -114,8 +120,8 @@ class VLM:
         found = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **images)
         return {k: v.to(self.device) for k, v in found.items() if k not in PIXELS and isinstance(v, Tensor)}
 
-    def encode(self, question: str, answer: str, picture: Picture | None) -> Encoded:
-        """A whole turn with its supervised positions.
+    def encode(self, question: str, answer: str, picture: Picture | None, closed: bool = True) -> Encoded:
+        """A whole turn with its supervised positions; those that end the turn only where the answer is `closed`.
 
         Raises BadInput where the template changes the answer or the tokenizer reports no character offsets.
         """
@@ -137,7 +143,8 @@ class VLM:
         stop = start + len(answer)
         after = [i for i in range(first, len(ids)) if offsets[i][0] >= stop or offsets[i][1] > stop]
         special = set(self.tokenizer.all_special_ids)
-        end = next((i + 1 for i in after if ids[i] in special), after[0] if after else len(ids))
+        end = after[0] if after else len(ids)
+        end = next((i + 1 for i in after if ids[i] in special), end) if closed else end
         shift = inputs["input_ids"].shape[1] - len(ids)
         positions = torch.arange(first, end, device=self.device) + shift
         closing = (len(answer), len(answer))
@@ -186,27 +193,6 @@ class VLM:
         x = hidden.float() @ self.head_weight.float().T
         x = self.logit_scale * (x if self.head_bias is None else x + self.head_bias.float())
         return x if self.logit_softcap is None else self.logit_softcap * torch.tanh(x / self.logit_softcap)
-
-
-@contextlib.contextmanager
-def no_logits(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Inside, the head is an identity that keeps its input: the model runs as always and no logits exist."""
-    head = model.get_output_embeddings()
-    kept: dict[str, Tensor] = {}
-
-    def keep(hidden: Tensor) -> Tensor:
-        kept["hidden"] = hidden
-        return hidden
-
-    hooked = head.__dict__.get("forward")  # accelerate puts its own forward on the instance: restore it, do not delete it
-    head.forward = keep
-    try:
-        yield kept
-    finally:
-        if hooked is None:
-            del head.forward
-        else:
-            head.forward = hooked
 
 
 def collate(batch: Sequence[dict[str, Tensor]], pad_id: int) -> dict[str, Any]:
@@ -300,6 +286,9 @@ def load(name: str, *, revision: str | None = None, device: str | None = None, d
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         AutoConfig.from_pretrained(name, revision=revision)
+        if not path.is_dir():  # from here on one commit, and the one that the manifest names: branches move
+            found = cached_file(name, "config.json", revision=revision, local_files_only=True)
+            revision = extract_commit_hash(found, None) or revision
         processor = AutoProcessor.from_pretrained(name, revision=revision)
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise BadInput(f"{name} has no processor that transformers can load ({_first_line(error)}): "

@@ -41,6 +41,7 @@ def test_transformers_imports_beside_our_kernels_folder():
         ("import fastsiu", ("torch", "numpy", "transformers")),
         ("from fastsiu import Request, Recipe, BadInput", ("torch", "transformers")),
         ("from fastsiu import fused_dmk_ce, DMKCELoss, TeacherCache, why_not", ("transformers", "peft")),
+        ("from fastsiu import no_logits, supervised_rows, RowIndex, head_of", ("transformers", "peft")),
     ],
 )
 def test_an_import_loads_only_what_it_needs(statement, absent):
