@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +14,21 @@ from .vlm import VLM, Encoded, Picture, collate, join_features
 Question = tuple[str, Picture | None]
 
 
+class Reply(NamedTuple):
+    """An answer. closed: the model ended it itself; False where it was cut at the longest answer allowed."""
+
+    text: str
+    closed: bool = True
+
+
+def answers(vlm: VLM, questions: Sequence[Question], **options: Any) -> list[str]:
+    """The texts of `replies`, which has the options."""
+    return [reply.text for reply in replies(vlm, questions, **options)]
+
+
 @torch.no_grad()
-def answers(vlm: VLM, questions: Sequence[Question], *, begin: Sequence[str] | None = None, suppress: Sequence[int] = (),
-            max_new_tokens: int = 64, batch_size: int = 64) -> list[str]:  # fmt: skip
+def replies(vlm: VLM, questions: Sequence[Question], *, begin: Sequence[str] | None = None, suppress: Sequence[int] = (),
+            max_new_tokens: int = 64, batch_size: int = 64) -> list[Reply]:  # fmt: skip
     """Greedy answers, in the order of the questions.
 
     begin:    the first words of each answer, forced (they are part of what is returned)
@@ -28,7 +41,8 @@ def answers(vlm: VLM, questions: Sequence[Question], *, begin: Sequence[str] | N
     groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
     for i, (prompt, (_, picture)) in enumerate(zip(prompts, questions, strict=True)):
         groups[prompt["input_ids"].shape[1], picture is not None].append(i)
-    out = [""] * len(questions)
+    out = [Reply("")] * len(questions)
+    ends = torch.tensor(vlm.base.generation_config.eos_token_id or [], dtype=torch.int64, device=vlm.device)
     options = {"suppress_tokens": sorted(suppress)} if suppress else {}
     for (length, _), members in groups.items():
         for at in range(0, len(members), batch_size):
@@ -40,8 +54,10 @@ def answers(vlm: VLM, questions: Sequence[Question], *, begin: Sequence[str] | N
             tokens = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
                                         pad_token_id=vlm.tokenizer.pad_token_id, **options)  # fmt: skip
             texts = vlm.tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
-            for i, text in zip(chosen, texts, strict=True):
-                out[i] = f"{begins[i]} {text.strip()}".strip() if text[:1].isspace() else f"{begins[i]}{text}".strip()
+            closed = torch.isin(tokens[:, length:], ends).any(1).tolist()
+            for i, text, ended in zip(chosen, texts, closed, strict=True):
+                whole = f"{begins[i]} {text.strip()}" if text[:1].isspace() else f"{begins[i]}{text}"
+                out[i] = Reply(whole.strip(), ended)
     return out
 
 

@@ -39,6 +39,7 @@ Image = Annotated[Path, typer.Option(help="The one picture.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the first GPU when there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Published = Annotated[Preset, typer.Option("--preset", help="'paper' is the published set-up, for reproduction.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 
 
@@ -63,7 +64,7 @@ def unlearn(
     retain: Annotated[Path | None, typer.Option(help="Unlabelled pictures of anything else, to be answered as before.")] = None,
     data: Annotated[Path | None, typer.Option(help="JSONL file with samples of your own.")] = None,
     substitute: Annotated[Substitute | None, typer.Option(help="What the model says instead of the name.")] = None,
-    preset: Annotated[Preset, typer.Option(help="'paper' is the published set-up, for reproduction.")] = Preset.default,
+    preset: Published = Preset.default,
     alpha: Annotated[float | None, typer.Option(help="Weight of the cross-entropy.")] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the dual-masked KL.")] = None,
     steps: Annotated[int | None, typer.Option(help="Ceiling on optimiser steps.")] = None,
@@ -92,6 +93,8 @@ def unlearn(
             steps=steps, lr=lr, rank=rank, lora_alpha=lora_alpha, batch_size=batch_size, renormalize=renormalize, seed=seed,
         )  # fmt: skip
     if as_json:
+        if result.repeated and not quiet:
+            say.print(*result.notes, soft_wrap=True)
         sys.stdout.write(json.dumps(result.report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
     elif not quiet:
         summary(out, result)
@@ -137,6 +140,7 @@ def data(
     retain: Annotated[Path | None, typer.Option(help="Unlabelled pictures of anything else.")] = None,
     data: Annotated[Path | None, typer.Option(help="JSONL file with samples of your own.")] = None,
     substitute: Annotated[Substitute | None, typer.Option(help="What the model says instead of the name.")] = None,
+    preset: Published = Preset.default,
     output: Annotated[Path | None, typer.Option(help="JSONL file to write; standard output when left out.")] = None,
     explain: Annotated[bool, typer.Option(help="Show every sample with its masked tokens instead.")] = False,
     seed: Seed = None,
@@ -151,17 +155,18 @@ def data(
         raise BadInput(f"{output} exists: remove it or name another file.")
     if output is not None and not output.parent.is_dir():
         raise BadInput(f"There is no directory {output.parent} to write to: create it or name another file.")
-    made = driver.samples_for(
+    scene, made = driver.samples_for(
         image, concept, model=model, revision=revision, aliases=tuple(alias or ()), protect=tuple(protect or ()), retain=retain,
-        data=data, device=device, dtype=dtype, substitute=substitute.value if substitute else None, seed=seed,
+        data=data, preset=preset.value, device=device, dtype=dtype, substitute=substitute.value if substitute else None,
+        seed=seed,
     )  # fmt: skip
     if explain:
-        explanation(out, *made)
+        explanation(out, scene, made)
     elif output is not None:
-        corpus.write_jsonl(made[1].samples, output)
-        say.print(f"{len(made[1].samples)} samples written to {output}.")
+        corpus.write_jsonl(made.samples, output)
+        say.print(f"{len(made.samples)} samples written to {output}.")
     else:
-        sys.stdout.write(corpus.as_jsonl(made[1].samples))
+        sys.stdout.write(corpus.as_jsonl(made.samples))
 
 
 @app.command()

@@ -55,7 +55,10 @@ def build(vlm: VLM, concept: Concept, samples: Sequence[Sample], pictures: list[
     """
     turns, keep = [], []
     for sample in samples:
-        turn = vlm.encode(sample.question, sample.answer, None if sample.picture is None else pictures[sample.picture])
+        # A cut answer keeps its words and loses its end. Trimmed to its last whole sentence it would still end where the
+        # teacher goes on: there the cross-entropy would teach a stop that the KL, and every other answer, contradicts.
+        picture = None if sample.picture is None else pictures[sample.picture]
+        turn = vlm.encode(sample.question, sample.answer, picture, sample.closed)
         spans = list(sample.specified) if recipe.token_mask else []
         for span in spans:
             if bool(token_keep(turn.offsets, [span]).all()):
@@ -102,8 +105,9 @@ def write_jsonl(samples: Iterable[Sample], path: Path) -> None:
 
 def read_jsonl(path: Path) -> list[Sample]:
     """Samples of the user's own. Needed: question, answer. Optional: facet (default preserve), picture (0 or null),
-    specified (spans or substrings of the answer). Lines about dreamed or retained pictures, as `fastsiu data` writes
-    them, are passed over: every run makes those pictures anew. Raises BadInput with the line's number."""
+    specified (spans or substrings of the answer), closed (default true; false: cut short, its end is not trained). Lines
+    about dreamed or retained pictures, as `fastsiu data` writes them, are passed over: every run makes those pictures
+    anew. Raises BadInput with the line's number."""
     if not path.is_file():
         raise BadInput(f"There is no data file {path}: give a JSONL file with one sample a line.")
     out = []
@@ -136,6 +140,8 @@ def _sample(record: Any) -> Sample:
         raise ValueError("picture must be null (text only) or 0 (the concept's picture)")
     answer, spans = record["answer"].strip(), []
     lead = record["answer"].index(answer)  # spans count from the answer's start as it was written
+    if not isinstance(record.get("closed", True), bool):
+        raise ValueError("closed must be true or false")
     if not isinstance(record.get("specified", []), list):
         raise ValueError("specified must be a list of spans or of substrings of the answer")
     for item in record.get("specified", []):
@@ -148,4 +154,4 @@ def _sample(record: Any) -> Sample:
             if not 0 <= start < end <= len(answer):
                 raise ValueError(f"the span {item} lies outside the answer")
             spans.append((start, end))
-    return Sample(facet, record["question"], answer, record.get("picture"), tuple(spans), "data")
+    return Sample(facet, record["question"], answer, record.get("picture"), tuple(spans), "data", record.get("closed", True))

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import cached_file
 
 from . import adapter, ask, corpus, train, vlm
@@ -23,12 +22,13 @@ from . import images as pictures_in
 from . import output as outputs
 from .concept import Concept
 from .facets import dreams, targets
+from .facets.held_out import Shown, examine
 from .objectives import Objective, siu
 from .request import PAPER, BadInput, Recipe, Request, Sample
-from .verdict import Answer, Verdict, judge
+from .verdict import Answer, Verdict
 
 MODEL_RECIPE = "fastsiu.json"  # what a model's own directory may say about the hyper-parameters it needs
-MARGIN = 0.1  # nats by which a retained answer may become less likely before it counts as bent
+EMBEDDED = Path(__file__).parent / "demo" / "model"  # the path alone: what draws and trains it is the command line's
 CAVEAT = "The adapter can be dropped; only merged weights forget."
 DEMO_NOTE = "No --model was given: this is the embedded demo model, which knows only its own fictional creatures."
 
@@ -78,16 +78,15 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
     """
     listener = listener or Listener()
     request = Request(concept.strip(), Path(image), tuple(aliases), tuple(protect), *map(_path, (images, retain, data)))
-    name = str(model) if model is not None else _embedded()
+    name = str(EMBEDDED if model is None else model)
     recipe, origins = choose_recipe(name, preset, overrides)
     picture = pictures_in.load_image(request.image)
     destination = Path(output) if output is not None else outputs.random_directory()
-    digest = outputs.request_digest(request, recipe, name, revision, dtype=dtype)
+    weights = outputs.digest_model(name) if Path(name).is_dir() else None
+    digest = outputs.request_digest(request, recipe, name, revision, weights=weights, dtype=dtype)
     if outputs.check_destination(destination, digest) == "same":
         return _repeat(destination)
-
-    for path in (*_listed(request.images), *_listed(request.retain)):
-        pictures_in.load_image(path)  # a damaged picture is told now, not after the training
+    more, rest = _shown(request.images), _shown(request.retain)  # a damaged picture is told now, not after the training
 
     seconds: dict[str, float] = {}
     listener.stage("Loading the model")
@@ -97,7 +96,7 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
         trained = forget(loaded, request, recipe, picture, listener=listener, seconds=seconds)
         listener.stage("Asking again, with the adapter on and off")
         with _timed(seconds, "verdict"):
-            verdict, answers = examine(loaded, trained, request)
+            verdict, answers = examine(trained.scene, more, rest)
         report = _report(request, recipe, name, verdict, answers, trained)
         pictures = {"image": request.image} | {f"images/{p.name}": p for p in _listed(request.images)}
         pictures |= {f"retain/{p.name}": p for p in _listed(request.retain)}
@@ -106,8 +105,8 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
             adapter.save(loaded, staging)
             outputs.write_reports(staging, report)
             transaction.commit(outputs.manifest(
-                recipe=recipe, origins=origins, model_id=report["model"], revision=revision, masks=report["masks"],
-                weights=outputs.digest_model(_model_directory(name, revision)), digest=digest, key=transaction.key,
+                recipe=recipe, origins=origins, model_id=report["model"], revision=loaded.revision, masks=report["masks"],
+                weights=weights or outputs.digest_model(_snapshot(loaded)), digest=digest, key=transaction.key,
                 pictures={label: pictures_in.read_bytes(path) for label, path in pictures.items()}, settings={"dtype": dtype},
             ))  # fmt: skip
     finally:
@@ -130,19 +129,19 @@ def forget(loaded: vlm.VLM, request: Request, recipe: Recipe, picture: Any, *, o
         corpus.run_teacher(loaded, made, recipe)
     listener.stage("Training")
     with _timed(seconds, "train"):
-        history = train.fit(loaded, made, objective, recipe, probe_for(scene, made, picture),
+        history = train.fit(loaded, made, objective, recipe, train.probe_for(scene, made),
                             lambda step: listener.step(step, recipe.steps))  # fmt: skip
     return Trained(scene, made, history, dreamed, seconds)
 
 
 def samples_for(image: str | Path, concept: str, *, model: str | Path | None = None, revision: str | None = None,
                 aliases: tuple[str, ...] = (), protect: tuple[str, ...] = (), retain: str | Path | None = None,
-                data: str | Path | None = None, device: str | None = None, dtype: str = "auto",
+                data: str | Path | None = None, preset: str = "default", device: str | None = None, dtype: str = "auto",
                 **overrides: Any) -> tuple[targets.Scene, corpus.Corpus]:  # fmt: skip
     """The samples and masks that `unlearn` would train on, with nothing trained."""
     request = Request(concept.strip(), Path(image), aliases, protect, None, _path(retain), _path(data))
-    name = str(model) if model is not None else _embedded()
-    recipe, _ = choose_recipe(name, "default", overrides)
+    name = str(EMBEDDED if model is None else model)
+    recipe, _ = choose_recipe(name, preset, overrides)
     picture = pictures_in.load_image(request.image)
     loaded = vlm.load(name, revision=revision, device=device, dtype=dtype)
     scene = targets.Scene(loaded, Concept(request.concept, request.aliases), recipe, [loaded.picture(picture)])
@@ -156,7 +155,7 @@ def interview(questions: Sequence[str], *, model: str | Path | None = None, adap
               dtype: str = "auto", max_new_tokens: int = 64) -> list[dict[str, str]]:  # fmt: skip
     """Greedy answers, one record a question: `answer`, or `before` and `after` with `compare`."""
     picture = pictures_in.load_image(Path(image)) if image is not None else None
-    loaded = vlm.load(str(model) if model is not None else _embedded(), revision=revision, device=device, dtype=dtype)
+    loaded = vlm.load(str(EMBEDDED if model is None else model), revision=revision, device=device, dtype=dtype)
 
     def ask_all() -> list[str]:
         shown = None if picture is None else loaded.picture(picture)
@@ -209,76 +208,6 @@ def gather(scene: targets.Scene, request: Request, listener: Listener,
     return [s for s in samples if (s.question, s.picture) not in taken] + own, dreamed
 
 
-def probe_for(scene: targets.Scene, made: corpus.Corpus, picture: Any) -> Callable[[], train.Look]:
-    """A look at training from outside its loss: is the name gone on the picture and its transforms, does the rest hold?"""
-    loaded, words = scene.vlm, targets.wordings()["who"]
-    questions = words["train"] + words["held_out"]  # the latter only where the teacher names the concept in no other wording
-    with adapter.teacher(loaded):
-        said = scene.ask(questions, 0)
-        shown = [loaded.picture(p) for _, p in pictures_in.variants(picture, scene.recipe.seed)]
-    naming = [(q, a, spans[0]) for q, a in zip(questions, said, strict=True) if (spans := scene.concept.spans(a))]
-    naming = [n for n in naming if n[0] in words["train"]] or naming
-    asked = [(loaded.encode(q, a, p), span, p) for q, a, span in naming for p in shown]
-    with adapter.teacher(loaded):
-        plain = [None if s.picture is None else made.pictures[s.picture] for s in made.samples]
-        untouched = [log_p.sum() for log_p, _ in ask.label_log_probabilities(loaded, made.turns, plain)]
-
-    def look() -> train.Look:
-        if scene.recipe.projector_lr > 0:  # a trained projector sees differently
-            for p in shown:
-                p.features = loaded.picture(p.image).features
-        found = ask.label_log_probabilities(loaded, [t for t, _, _ in asked], [p for _, _, p in asked])
-        inside = [torch.tensor([s < span[1] and e > span[0] for s, e in t.offsets]) for t, span, _ in asked]
-        p_name = max(float(log_p[rows.to(log_p.device)].sum().exp()) for (log_p, _), rows in zip(found, inside, strict=True))
-        seen = [loaded.picture(made.pictures[0].image), *made.pictures[1:]] if scene.recipe.projector_lr > 0 else made.pictures
-        pictures = [None if s.picture is None else seen[s.picture] for s in made.samples]
-        scores = ask.label_log_probabilities(loaded, made.turns, pictures)
-        right = [bool(ok.all()) for _, ok in scores]
-        held = [r and float(b - log_p.sum()) < MARGIN for r, (log_p, _), b in zip(right, scores, untouched, strict=True)]
-        old = [h for h, s in zip(held, made.samples, strict=True) if s.facet in ("facts", "preserve")]
-        new = [r for r, s in zip(right, made.samples, strict=True) if s.facet in ("align", "describe")]
-        return train.Look(p_name, sum(old) / max(1, len(old)), sum(new) / max(1, len(new)))
-
-    return look
-
-
-def examine(loaded: vlm.VLM, trained: Trained, request: Request) -> tuple[Verdict, list[Answer]]:
-    """The same questions to the untouched and to the unlearned model: wordings that no sample has, and transforms of the
-    picture at which neither the dreams nor the early stop has looked."""
-    scene, words = trained.scene, targets.wordings()
-    asked: list[tuple[str, str, str | None, Any]] = []
-    for label, image in pictures_in.variants(scene.pictures[0].image, scene.recipe.seed, held_out=True):
-        asked += [("efficacy", q, label, image) for q in words["who"]["held_out"]]
-        asked += [("recognition", q.format(name=request.concept), label, image) for q in words["yesno"]["held_out"]]
-    asked += [("recognition", q.format(name=request.concept), None, None) for q in words["appearance"]["held_out"]]
-    for path in _listed(request.images):
-        asked += [("generality", q, path.name, pictures_in.load_image(path)) for q in words["who"]["held_out"]]
-    for path in _listed(request.retain):
-        asked += [("specificity", q, path.name, pictures_in.load_image(path)) for q in words["who"]["held_out"]]
-    names = [request.concept, *scene.neighbours]
-    asked += [("facts", q.format(name=n), None, None) for n in names for q in words["facts"]["held_out"]]
-    asked += [("facts", q, None, None) for q in words["general"]["held_out"]]
-    pictures: dict[int, Any] = {}
-
-    def ask_all() -> list[str]:
-        for _, _, _, image in asked:
-            if image is not None and id(image) not in pictures:
-                pictures[id(image)] = loaded.picture(image)
-        return ask.answers(loaded, [(q, None if i is None else pictures[id(i)]) for _, q, _, i in asked])
-
-    with adapter.teacher(loaded):
-        before = ask_all()
-    if scene.recipe.projector_lr > 0:
-        pictures.clear()  # a trained projector sees differently
-    after = ask_all()
-    answers = [Answer(kind, q, label, b, a) for (kind, q, label, _), b, a in zip(asked, before, after, strict=True)]
-    missing = {
-        "generality": "One picture cannot show it: give more pictures of the concept with --images DIR.",
-        "specificity": "No picture of anything else was given: give some with --retain DIR.",
-    }
-    return judge(answers, scene.concept, reasons_for_null=missing), answers
-
-
 def choose_recipe(model: str, preset: str, overrides: dict[str, Any]) -> tuple[Recipe, dict[str, str]]:
     """The hyper-parameters and where each came from: command line, preset, the model's own directory, default."""
     known = {f.name for f in fields(Recipe)}
@@ -329,6 +258,8 @@ def _report(request: Request, recipe: Recipe, model: str, verdict: Verdict, answ
         caveats.append(made.mask.warning)
     if failed := [d["name"] for d in trained.dreamed if not d["accepted"]]:
         caveats.append(f"Not seen by the model, so protected in text only: {', '.join(failed)}.")
+    if left_out := trained.scene.left_out:
+        caveats.append(f"{left_out} answers about dreamed or retained pictures named the concept and were not trained on.")
     if len(trained.scene.pictures) == 1:
         caveats.append("No picture and no dream of anything else was trained on: other concepts' recognition may suffer.")
     if request.retain:
@@ -367,21 +298,17 @@ def _listed(directory: Path | None) -> list[Path]:
     return pictures_in.list_images(directory) if directory else []
 
 
+def _shown(directory: Path | None) -> list[Shown]:
+    return [(path.name, pictures_in.load_image(path)) for path in _listed(directory)]
+
+
 def _path(value: str | Path | None) -> Path | None:
     return None if value is None else Path(value)
 
 
-def _model_directory(name: str, revision: str | None) -> Path:
-    """Where the loaded model's files are: the directory itself, or the hub's cache."""
-    if Path(name).is_dir():
-        return Path(name)
-    return Path(cached_file(name, "config.json", revision=revision, local_files_only=True)).parent
-
-
-def _embedded() -> str:
-    from .demo import MODEL_DIR  # only its path: the demo itself is imported by the command line alone
-
-    return str(MODEL_DIR)
+def _snapshot(loaded: vlm.VLM) -> Path:
+    """Where in the hub's cache a loaded model's files are."""
+    return Path(cached_file(loaded.name, "config.json", revision=loaded.revision, local_files_only=True)).parent
 
 
 @contextmanager

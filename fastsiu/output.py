@@ -50,12 +50,14 @@ def random_directory(base: str | Path = ".") -> Path:
             return path
 
 
-def request_digest(request: Request, recipe: Recipe, model_id: str, revision: str | None, **settings: Any) -> str:
+def request_digest(request: Request, recipe: Recipe, model_id: str, revision: str | None, *,
+                   weights: Mapping[str, str] | None = None, **settings: Any) -> str:  # fmt: skip
     """SHA-256, in hex, over everything that decides the result; equal for equal requests on every machine.
 
-    Files count by their content, not by path or name, and the order of names does not count. `settings` are further
-    JSON values that change the result, such as quantize="nf4". The digest is not for publication, because it confirms
-    the picture to whoever has it: the manifest holds it under the output's key only.
+    Files count by their content, not by path or name, and the order of names does not count. `weights` are the model's
+    files, from `digest_model`, where `model_id` is a directory: what is trained further in place is another model.
+    `settings` are further JSON values that change the result, such as quantize="nf4". The digest is not for publication,
+    because it confirms the picture to whoever has it: the manifest holds it under the output's key only.
 
     Raises BadInput when a file or directory of the request cannot be read.
     """
@@ -71,6 +73,7 @@ def request_digest(request: Request, recipe: Recipe, model_id: str, revision: st
         "recipe": recipe.as_dict(),
         "model": model_id,
         "revision": revision,
+        "weights": None if weights is None else dict(weights),
         "settings": settings,
     }
     return _sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
@@ -202,15 +205,15 @@ class Transaction:
             self._lock = None
 
 
-def write_reports(staging: Path, report: Mapping[str, Any], *, image_png: bytes | None = None) -> None:
-    """Write report.json, report.md and report.html. The picture is shown in the HTML only when `image_png` is given.
+def write_reports(staging: Path, report: Mapping[str, Any]) -> None:
+    """Write report.json, report.md and report.html; no picture is in any of them.
 
     Raises NumericFailure when the report contains NaN or infinity.
     """
     _write(staging / "report.json", _json(report, "report.json"))
     # Half a surrogate pair, as broken tokenizers produce, has no UTF-8 form.
     _write(staging / "report.md", render_markdown(report).encode("utf-8", "replace"))
-    _write(staging / "report.html", render_html(report, image_png).encode("utf-8", "replace"))
+    _write(staging / "report.html", render_html(report).encode("utf-8", "replace"))
 
 
 def manifest(
@@ -224,7 +227,6 @@ def manifest(
     key: bytes,
     pictures: Mapping[str, bytes],
     masks: Mapping[str, Any],
-    seeds: Mapping[str, int] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a reader needs to repeat and to check the run; without the concept's name, paths or the host's name.
@@ -235,7 +237,6 @@ def manifest(
     key:      the transaction's key
     pictures: label -> the bytes of every picture used; only commitments are kept
     masks:    the mask counts
-    seeds:    every seed besides the recipe's own
     settings: the same further values as given to `request_digest`
 
     Raises ValueError for an unknown hyper-parameter or origin.
@@ -252,7 +253,7 @@ def manifest(
         "platform": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
         "model": {"id": model_id, "revision": revision, "sha256": dict(weights)},
         "recipe": {name: {"value": value, "from": origins.get(name, "default")} for name, value in values.items()},
-        "seeds": {"recipe": recipe.seed, **(seeds or {})},
+        "seeds": {"recipe": recipe.seed},
         "settings": dict(settings or {}),
         "pictures": [{"label": label, "commitment": commitment(data, key)} for label, data in pictures.items()],
         "masks": dict(masks),
@@ -263,10 +264,16 @@ def digest_model(directory: str | Path) -> dict[str, str]:
     """SHA-256 of the weight, configuration and tokenizer files directly in a model's directory, read as a stream.
 
     Takes about a second per gigabyte and holds no lock on the interpreter, so it can run in a thread beside the load.
+
+    Raises BadInput when one of them cannot be read.
     """
     wanted = {".safetensors", ".bin", ".pt", ".json", ".model", ".jinja", ".txt"}
-    files = sorted(p for p in Path(directory).iterdir() if p.is_file() and p.suffix in wanted)
-    return {p.name: digest_file(p) for p in files}
+    try:
+        files = sorted(p for p in Path(directory).iterdir() if p.is_file() and p.suffix in wanted)
+        return {p.name: digest_file(p) for p in files}
+    except OSError as error:
+        shown = repr(str(error.filename))
+        raise BadInput(f"The model's {shown} cannot be read ({error.strerror}): check the directory.") from error
 
 
 def digest_file(path: Path) -> str:

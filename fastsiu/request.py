@@ -122,6 +122,7 @@ class Sample:
     specified: character spans (start, end) of `answer` that contradict what the teacher knows; the KL skips the
                tokens there (the paper's token mask, Eq. 2)
     origin:    where the answer came from: "teacher", "built", "dream", "retain" or "data"
+    closed:    the answer is whole; False where the teacher was cut short, so that the end of its turn is not trained
     """
 
     facet: str
@@ -130,3 +131,4 @@ class Sample:
     picture: int | None = None
     specified: tuple[tuple[int, int], ...] = ()
     origin: str = "built"
+    closed: bool = True

@@ -14,6 +14,7 @@ from rich.text import Text
 from .corpus import Corpus
 from .driver import Listener, Result
 from .facets.targets import Scene
+from .output import KEY
 from .train import Step
 from .verdict import KINDS
 
@@ -68,6 +69,9 @@ def summary(console: Console, result: Result) -> None:
         console.print(f"  {reason}", soft_wrap=True)
     for note in (*result.notes, *([] if result.repeated else [f"Written to {result.output}"])):
         console.print(note, soft_wrap=True)
+    if result.output is not None and (result.output / KEY).is_file():
+        console.print(f"Before you publish it, remove {result.output / KEY}: whoever holds it and one of the pictures can tell "
+                      "that the picture was used.", soft_wrap=True)  # fmt: skip
 
 
 def answers_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
@@ -85,7 +89,9 @@ def explanation(console: Console, scene: Scene, corpus: Corpus) -> None:
     for sample, turn, keep in zip(corpus.samples, corpus.turns, corpus.keep, strict=True):
         where = "text" if sample.picture is None else f"picture {sample.picture}"
         dreamed = scene.named[sample.picture] if sample.picture is not None and sample.picture < len(scene.named) else None
-        console.print(f"[{sample.facet}, {sample.origin}, {where}{f': dream of {dreamed}' if dreamed else ''}] {sample.question}")
+        where += f": dream of {dreamed}" if dreamed else ""
+        where += "" if sample.closed else ", cut short: its end is not trained"
+        console.print(f"[{sample.facet}, {sample.origin}, {where}] {sample.question}")
         line = Text("    ")
         end = 0
         for (start, stop), label, kept in zip(turn.offsets, turn.labels.tolist(), keep.tolist(), strict=True):
@@ -97,6 +103,8 @@ def explanation(console: Console, scene: Scene, corpus: Corpus) -> None:
             line.append(token if kept else f"[{token}]", style=style.strip() or None)
             end = max(end, stop)
         console.print(line)
+    if scene.left_out:
+        console.print(f"{scene.left_out} answers about dreamed or retained pictures named the concept and were left out.")
     masked = ", ".join(repr(t) for t in sorted(set(corpus.mask.masked.values())))
     console.print(f"Vocabulary mask: {len(corpus.mask.masked)} tokens ({masked}).")
     if corpus.mask.spared:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from . import ask
+from . import adapter, ask
 from .corpus import Corpus
+from .facets.targets import Scene, wordings
+from .images import variants
 from .objectives import Batch, Objective
 from .request import NumericFailure, Recipe
 from .vlm import VLM
@@ -18,6 +20,7 @@ from .vlm import VLM
 # Share of one step's samples. Half of a step keeps what must stay: with less, few steps bend the neighbours' names.
 SHARES = {"align": 0.14, "describe": 0.14, "facts": 0.12, "preserve-text": 0.25, "preserve-picture": 0.35}
 CHECK_EVERY = 5  # steps between two looks at the probe
+MARGIN = 0.1  # nats by which a retained answer may become less likely before it counts as bent
 GOOD_ENOUGH = 8  # looks in a row that must be good before training stops: what few steps bend, more steps repair
 
 
@@ -89,18 +92,52 @@ def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: C
     return history
 
 
+def probe_for(scene: Scene, corpus: Corpus) -> Callable[[], Look]:
+    """A look at training from outside its loss: is the name gone on the picture and its transforms, does the rest hold?"""
+    vlm, words = scene.vlm, wordings()["who"]
+    questions = words["train"] + words["held_out"]  # the latter only where the teacher names the concept in no other wording
+    with adapter.teacher(vlm):
+        said = scene.ask(questions, 0)
+        shown = [vlm.picture(image) for _, image in variants(scene.pictures[0].image, scene.recipe.seed)]
+    naming = [(q, a, spans[0]) for q, a in zip(questions, said, strict=True) if (spans := scene.concept.spans(a))]
+    naming = [n for n in naming if n[0] in words["train"]] or naming
+    asked = [(vlm.encode(q, a, p), span, p) for q, a, span in naming for p in shown]
+    with adapter.teacher(vlm):
+        plain = [None if s.picture is None else corpus.pictures[s.picture] for s in corpus.samples]
+        untouched = [log_p.sum() for log_p, _ in ask.label_log_probabilities(vlm, corpus.turns, plain)]
+
+    def look() -> Look:
+        seen = corpus.pictures
+        if scene.recipe.projector_lr > 0:  # a trained projector sees differently
+            for p in shown:
+                p.features = vlm.picture(p.image).features
+            seen = [vlm.picture(p.image) if p.real else p for p in seen]
+        found = ask.label_log_probabilities(vlm, [t for t, _, _ in asked], [p for _, _, p in asked])
+        inside = [torch.tensor([s < span[1] and e > span[0] for s, e in t.offsets]) for t, span, _ in asked]
+        p_name = max(float(log_p[rows.to(log_p.device)].sum().exp()) for (log_p, _), rows in zip(found, inside, strict=True))
+        pictures = [None if s.picture is None else seen[s.picture] for s in corpus.samples]
+        scores = ask.label_log_probabilities(vlm, corpus.turns, pictures)
+        right = [bool(ok.all()) for _, ok in scores]
+        held = [r and float(b - log_p.sum()) < MARGIN for r, (log_p, _), b in zip(right, scores, untouched, strict=True)]
+        old = [h for h, s in zip(held, corpus.samples, strict=True) if s.facet in ("facts", "preserve")]
+        new = [r for r, s in zip(right, corpus.samples, strict=True) if s.facet in ("align", "describe")]
+        return Look(p_name, sum(old) / max(1, len(old)), sum(new) / max(1, len(new)))
+
+    return look
+
+
 def forward(vlm: VLM, corpus: Corpus, chosen: list[int], recipe: Recipe) -> Batch:
     """The supervised rows of some samples. Text and picture samples are two forwards; no logits exist."""
     with_picture = [i for i in chosen if corpus.samples[i].picture is not None]
     text = [i for i in chosen if corpus.samples[i].picture is None]
-    fresh = vlm.image_features(corpus.pictures[0].image) if recipe.projector_lr > 0 and with_picture else None
+    features = {p: corpus.pictures[p].features for i in with_picture if (p := corpus.samples[i].picture) is not None}
+    if recipe.projector_lr > 0:  # it changes what real pictures look like; dreams already live behind it
+        features |= {p: vlm.image_features(corpus.pictures[p].image) for p in features if corpus.pictures[p].real}
     states = []
     for members in (with_picture, text):
         if members:
-            seen = [corpus.samples[i].picture for i in members]
-            # A trained projector changes what the one real picture looks like; dreams already live behind it.
-            features = [fresh if p == 0 and fresh is not None else corpus.pictures[p].features for p in seen if p is not None]
-            states.append(ask.supervised_states(vlm, [corpus.turns[i] for i in members], features))
+            shown = [features[p] for i in members if (p := corpus.samples[i].picture) is not None]
+            states.append(ask.supervised_states(vlm, [corpus.turns[i] for i in members], shown))
     order = with_picture + text
     rows = torch.tensor([r for i in order for r in corpus.rows(i)], device=vlm.device)
     return Batch(

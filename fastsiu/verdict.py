@@ -192,11 +192,16 @@ def is_refusal(text: str) -> bool:
     return _REFUSAL.search(" ".join(text.replace("\u2019", "'").casefold().split())) is not None
 
 
+def affirms(text: str) -> bool:
+    """Does the answer begin with yes?"""
+    return re.match(r"\W*yes\b", text.casefold()) is not None
+
+
 def confirms(asked: Answer, text: str) -> bool:
     """Does `text` confirm what the concept looks like? With a picture: it says yes. Without one: it is what the untouched
     model said, and that was no refusal."""
     if asked.picture is not None:
-        return re.match(r"\W*yes\b", text.casefold()) is not None
+        return affirms(text)
     return same_answer(text, asked.before) and not is_refusal(text)
 
 

@@ -75,6 +75,17 @@ def adapted(gathered):
     adapter.detach(gathered.vlm)
 
 
+@pytest.fixture
+def cut(gathered, monkeypatch):
+    """cut(n): the model of `gathered` gives n tokens at most, whatever it is asked for."""
+    whole = gathered.vlm.base.generate
+
+    def shorten(most):
+        monkeypatch.setattr(gathered.vlm.base, "generate", lambda **given: whole(**{**given, "max_new_tokens": most}))
+
+    return shorten
+
+
 QUICK = {"steps": 4, "lr": 3e-3, "dreams": 1, "seed": 3, "batch_size": 16}
 
 

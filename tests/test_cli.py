@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from fastsiu import cli, corpus, driver
+from fastsiu.facets import targets
 from fastsiu.request import NumericFailure
 
 torch.set_num_threads(1)
@@ -31,7 +33,7 @@ def call(tmp_path, monkeypatch, capfd):
 
 
 def quick(cast, *more):
-    options = ["--model", driver._embedded(), "--steps", 1, "--protect", cast.others[0], "--seed", 0]
+    options = ["--model", driver.EMBEDDED, "--steps", 1, "--protect", cast.others[0], "--seed", 0]
     return ["unlearn", "--image", cast.image, "--concept", cast.target, *options, *more]
 
 
@@ -46,8 +48,8 @@ def mistakes(cast, folder):
     (folder / "full").mkdir()
     (folder / "full" / "file").write_text("x")
     (folder / "bare").mkdir()
-    (folder / "bare" / "config.json").write_bytes((driver.Path(driver._embedded()) / "config.json").read_bytes())
-    base = {"--image": cast.image, "--concept": cast.target, "--model": driver._embedded()}
+    (folder / "bare" / "config.json").write_bytes((driver.EMBEDDED / "config.json").read_bytes())
+    base = {"--image": cast.image, "--concept": cast.target, "--model": driver.EMBEDDED}
     changes = {
         "missing picture": ({"--image": folder / "none.png"}, "none.png"),
         "directory as picture": ({"--image": folder}, folder.name),
@@ -118,8 +120,10 @@ def test_json_is_alone_on_standard_output(call, cast, tmp_path):
     assert report == json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert code == (0 if report["verdict"] == "forgotten" else 1) and "Traceback" not in err
     # The same again: a no-op that says the same.
-    again, second, _ = call(*quick(cast, "--output", "out", "--json"))
-    assert (again, json.loads(second)) == (code, report)
+    assert "nothing was done" not in err
+    again, second, err = call(*quick(cast, "--output", "out", "--json"))
+    assert (again, json.loads(second)) == (code, report) and "nothing was done" in " ".join(err.split())
+    assert call(*quick(cast, "--output", "out", "--json", "--quiet")) == (code, second, "")
     other, out, err = call(*quick(cast, "--output", "out", "--quiet", "--beta", "0.5"))
     assert other == 2 and "another request" in one_sentence(err) and [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -137,6 +141,18 @@ def test_exit_code_and_summary_follow_the_verdict(call, cast, trained, monkeypat
         assert forgotten or "[red]not[/red]" in out
         found, out, err = call(*quick(cast, "--quiet"))
         assert (found, out, err) == (code, "", "")
+
+
+def test_the_summary_says_what_not_to_publish(call, cast, trained, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    for kept in (True, False):
+        copy = shutil.copytree(trained.output, tmp_path / f"out{kept}")
+        (copy / "private.key").unlink() if not kept else None
+        monkeypatch.setattr(driver, "unlearn", lambda *a, copy=copy, **k: replace(trained, output=copy))
+        _, out, _ = call(*quick(cast))
+        said = "".join(out.split())
+        assert (f"Beforeyoupublishit,remove{copy}/private.key" in said) is kept
 
 
 @pytest.mark.parametrize(
@@ -158,7 +174,7 @@ def test_other_ends(call, cast, monkeypatch, error, code, says):
 
 
 def test_data_writes_what_data_reads(call, cast, tmp_path):
-    options = ["--image", cast.image, "--concept", cast.target, "--protect", cast.others[0], "--model", driver._embedded()]
+    options = ["--image", cast.image, "--concept", cast.target, "--protect", cast.others[0], "--model", driver.EMBEDDED]
     code, out, err = call("data", *options, "--output", "samples.jsonl")
     assert code == 0 and out == "" and "samples written to samples.jsonl" in err
     path = tmp_path / "samples.jsonl"
@@ -181,13 +197,41 @@ def test_data_writes_what_data_reads(call, cast, tmp_path):
 
 
 def test_data_explain_shows_both_masks(call, cast):
-    options = ["--image", cast.image, "--concept", cast.target, "--protect", cast.others[0], "--model", driver._embedded()]
+    options = ["--image", cast.image, "--concept", cast.target, "--protect", cast.others[0], "--model", driver.EMBEDDED]
     code, out, _ = call("data", *options, "--explain")
     assert code == 0 and "[align, built, picture 0]" in out and "Vocabulary mask:" in out and cast.target.split()[0] in out
 
 
+def test_data_honours_the_preset(call, cast):
+    options = ["--image", cast.image, "--concept", cast.target, "--protect", cast.others[0], "--model", driver.EMBEDDED]
+    code, out, _ = call("data", *options, "--preset", "paper")
+    lines = [json.loads(line) for line in out.split("\n") if line]
+    assert code == 0 and "dream" not in {line["origin"] for line in lines}
+    answers = [line["answer"] for line in lines if line["facet"] == "align"]
+    assert answers and all(any(n in a for n in targets.wordings()["invented"]["names"]) for a in answers)
+
+
+def test_explain_shows_what_was_cut_and_what_was_left_out(gathered):
+    from dataclasses import replace
+    from io import StringIO
+
+    from rich.console import Console
+
+    from fastsiu.show import explanation
+
+    text = {}
+    for key, closed, left_out in (("plain", True, 0), ("marked", False, 3)):
+        stream = StringIO()
+        samples = [replace(sample, closed=closed) for sample in gathered.corpus.samples[:1]]
+        made = replace(gathered.corpus, samples=samples, turns=gathered.corpus.turns[:1], keep=gathered.corpus.keep[:1])
+        explanation(Console(file=stream, width=300, markup=False), replace(gathered.scene, left_out=left_out), made)
+        text[key] = stream.getvalue()
+    assert "cut short" in text["marked"] and "3 answers about dreamed or retained pictures named the concept" in text["marked"]
+    assert "cut short" not in text["plain"] and "left out" not in text["plain"]
+
+
 def test_ask(call, cast, trained, tmp_path):
-    model = ["--model", driver._embedded(), "--image", cast.image]
+    model = ["--model", driver.EMBEDDED, "--image", cast.image]
     code, out, _ = call("ask", "Who is this?", "Describe the image.", *model, "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [set(r) for r in rows] == [{"question", "answer"}] * 2 and cast.target in rows[0]["answer"]

@@ -12,6 +12,8 @@ import torch
 
 from fastsiu import adapter, ask, corpus, train
 from fastsiu.concept import Concept
+from fastsiu.facets import targets
+from fastsiu.images import load_image
 from fastsiu.objectives import siu
 from fastsiu.request import PAPER, BadInput, NumericFailure, Recipe, Sample
 
@@ -36,6 +38,39 @@ def test_the_token_mask_covers_exactly_the_specified_spans(loaded, shown):
     assert masked[:2] == [["not", "."], []]
     assert not made.keep[2][:-1].any() and made.keep[2][-1]  # the end of the turn contradicts nobody
     assert all(k.all() for k in built(loaded, shown, Sample("align", "q", "a b", 0, ((0, 3),)), token_mask=False).keep)
+
+
+def test_a_cut_answer_keeps_its_words_and_trains_no_end(loaded, shown):
+    """With the end supervised, a model would learn to stop in the middle of a sentence."""
+    answer = "This is a purple creature with a"
+    whole = built(loaded, shown, Sample("align", "Who is this?", answer, 0, ((8, len(answer)),)))
+    cut = built(loaded, shown, Sample("align", "Who is this?", answer, 0, ((8, len(answer)),), closed=False))
+    (one,), (other,), end = whole.turns, cut.turns, loaded.tokenizer.eos_token_id
+    assert one.labels[-1] == end and end not in other.labels.tolist()
+    n = len(other.labels)
+    assert loaded.tokenizer.decode(other.labels).strip() == answer and n == len(one.labels) - 1
+    assert torch.equal(other.rows, one.rows[:n]) and other.offsets == one.offsets[:n]
+    assert torch.equal(cut.keep[0], whole.keep[0][:n])
+    assert torch.equal(other.inputs["input_ids"], one.inputs["input_ids"]) and len(cut.rows(0)) == n
+
+
+def test_what_the_teacher_did_not_end_is_trained_without_an_end(gathered, cut):
+    scene, loaded, end = gathered.scene, gathered.vlm, gathered.vlm.tokenizer.eos_token_id
+    cut(5)
+    samples = [sample for facet in targets.TARGETS for sample in facet(scene)]
+    ended = {(s.question, s.picture): s.answer for s in gathered.corpus.samples}
+    made = corpus.build(loaded, scene.concept, samples, scene.pictures, gathered.recipe)
+    open_facets = set()
+    for sample, turn in zip(made.samples, made.turns, strict=True):
+        if sample.origin != "built":
+            assert not sample.closed or ended[sample.question, sample.picture] == sample.answer, sample
+        if not sample.closed:
+            open_facets.add(sample.facet)
+            assert end not in turn.labels.tolist() and len(turn.labels) == len(turn.rows) == len(turn.offsets) > 0
+        else:
+            assert turn.labels[-1] == end
+    assert {"facts", "preserve", "align"} <= open_facets
+    assert all(s.closed for s in gathered.corpus.samples)
 
 
 @pytest.mark.parametrize("spans", [((30, 35),), ((0, 3), (30, 35)), ((0, 0),)])
@@ -112,6 +147,53 @@ def test_siu_equals_the_papers_equations_from_full_logits(adapted, vocab_mask, r
     assert gradients and all("lora_" in n for n in gradients)
 
 
+@pytest.fixture
+def projected(gathered, cast):
+    """`gathered` with a projector in training, already changed, and a corpus with pictures 0 concept, 1 retained, 2 dreamed."""
+    loaded, recipe = gathered.vlm, replace(PAPER, lora_dropout=0.0)
+    pictures = [gathered.scene.pictures[0], loaded.picture(load_image(cast.files["other"])), gathered.scene.pictures[1]]
+    samples = [Sample("preserve", "Who is this?", "a creature", picture) for picture in range(3)]
+    made = corpus.build(loaded, gathered.scene.concept, samples, pictures, recipe)
+    adapter.attach(loaded, recipe)
+    with torch.no_grad():
+        for name, parameter in loaded.model.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                parameter.mul_(1.5)
+    yield replace(gathered.scene, recipe=recipe, pictures=pictures, named=[None, None, cast.other]), made
+    adapter.detach(loaded)
+
+
+def test_a_training_projector_sees_the_retained_pictures_anew(projected):
+    scene, made = projected
+    loaded = scene.vlm
+    slow = [p for n, p in loaded.model.named_parameters() if p.requires_grad and "lora_" not in n]
+    assert slow
+    for i, real in enumerate((True, True, False)):
+        hidden = train.forward(loaded, made, [i], scene.recipe).hidden
+        kept = ask.supervised_states(loaded, [made.turns[i]], [made.pictures[i].features])
+        now = ask.supervised_states(loaded, [made.turns[i]], [loaded.picture(made.pictures[i].image).features])
+        assert torch.allclose(hidden, now if real else kept, atol=1e-5) and float((now - kept).detach().abs().max()) > 1e-2, i
+        loaded.model.zero_grad(set_to_none=True)
+        hidden.square().sum().backward()
+        assert all((p.grad is not None and bool(p.grad.any())) is real for p in slow), i
+    loaded.model.zero_grad(set_to_none=True)
+
+
+def test_the_probe_sees_the_retained_pictures_as_the_projector_does(projected, monkeypatch):
+    scene, made = projected
+    seen = []
+    score = ask.label_log_probabilities
+    monkeypatch.setattr(ask, "label_log_probabilities", lambda v, t, pictures: seen.append(pictures) or score(v, t, pictures))
+    look = train.probe_for(scene, made)
+    assert seen == [made.pictures]  # the teacher's own
+    look()
+    pooled = lambda p: torch.cat([x.reshape(-1) for x in p.features["pooler_output"]])
+    for i, picture in enumerate(seen[-1]):
+        now = scene.vlm.picture(made.pictures[i].image) if i < 2 else made.pictures[2]
+        assert torch.equal(pooled(picture), pooled(now)), i
+        assert i == 2 or not torch.equal(pooled(picture), pooled(made.pictures[i]))
+
+
 def test_without_beta_no_teacher_is_asked(adapted):
     recipe = replace(adapted.recipe, beta=0.0)
     batch = train.forward(adapted.vlm, adapted.corpus, [0, 1], recipe)
@@ -177,10 +259,11 @@ def test_jsonl_round_trip(tmp_path):
     samples = [
         Sample("align", "Who is this?", "a creature", 0, ((2, 10),), "data"),
         Sample("preserve", odd, f"It is{odd}", None, (), "data"),
+        Sample("facts", "Who?", "A long story that", None, (), "data", closed=False),
     ]
     corpus.write_jsonl(samples, tmp_path / "s.jsonl")
     assert corpus.read_jsonl(tmp_path / "s.jsonl") == samples
-    assert len((tmp_path / "s.jsonl").read_bytes().splitlines()) == 2
+    assert len((tmp_path / "s.jsonl").read_bytes().splitlines()) == 3
 
 
 def test_jsonl_defaults_substrings_blank_lines_and_a_byte_order_mark(tmp_path):
@@ -206,6 +289,7 @@ def test_jsonl_defaults_substrings_blank_lines_and_a_byte_order_mark(tmp_path):
         ('{"question": "q", "answer": "a", "picture": 1}', "line 2: picture must be null"),
         ('{"question": "q", "answer": "a", "picture": "p.png"}', "line 2: picture must be null"),
         ('{"question": "q", "answer": "a", "picture": false}', "line 2: picture must be null"),
+        ('{"question": "q", "answer": "a", "closed": 1}', "line 2: closed must be true or false"),
         ('{"question": "q", "answer": "a", "specified": ["b"]}', "line 2: 'b' does not stand in the answer"),
         ('{"question": "q", "answer": "a", "specified": [""]}', "line 2: '' does not stand"),
         ('{"question": "q", "answer": "a", "specified": [[0, 2]]}', r"line 2: the span \[0, 2\] lies outside"),

@@ -71,6 +71,18 @@ def test_no_dreams_on_request(gathered):
     assert record == [] and len(scene.pictures) == 1
 
 
+def test_a_dream_need_not_end_what_the_teacher_did_not_end(gathered, cut):
+    """The longest answer allowed is just too short for the end of "This is NAME.", which the teacher then says of no dream."""
+    said = dreams.told(gathered.scene)
+    assert all(reply.closed for pairs in said.values() for _, reply in pairs)
+    question = targets.wordings()["who"]["train"][0]
+    turn = gathered.vlm.encode(question, gathered.scene.ask([question], 0)[0], gathered.scene.pictures[0])
+    cut(len(turn.labels) - 2)
+    for name, pairs in dreams.told(gathered.scene).items():
+        (reply,) = (reply for asked, reply in pairs if asked == question)
+        assert name in reply.text and not reply.closed
+
+
 def test_vision_space_starts_at_the_picture(gathered):
     """The function from where one dreams to the language model's features maps the picture's own point to its features."""
     start = gathered.scene.pictures[0]

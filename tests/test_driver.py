@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from fastsiu import ask, driver, images
@@ -162,6 +165,56 @@ def test_the_same_request_again_is_a_no_op_and_another_is_refused(trained, quick
     assert (trained.output / "manifest.json").stat().st_mtime_ns == stamp
 
 
+def test_a_model_trained_further_in_place_is_another_request(quick, cast, demo_dir, tmp_path):
+    model = shutil.copytree(demo_dir, tmp_path / "model")
+    few = {"model": model, "steps": 1, "dreams": 0}
+    first = quick(tmp_path / "out", **few)
+    assert first.report["model"] == "model" and quick(tmp_path / "out", **few).repeated
+    weights = load_file(model / "model.safetensors")
+    key = next(k for k in weights if "q_proj" in k)
+    weights[key] = weights[key] * 2
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="holds the result of another request"):
+        quick(tmp_path / "out", **few)
+
+
+HUB = """
+import json, sys
+from fastsiu import driver
+image, concept, other, output = sys.argv[1:]
+result = driver.unlearn(image, concept, model="someone/tiny", output=output, protect=(other,), steps=1, dreams=0, device="cpu")
+print(json.dumps([result.report["model"], "fastsiu.demo" in sys.modules]))
+"""
+
+
+def test_a_hub_model_is_recorded_with_the_commit_it_was_loaded_from(cast, demo_dir, tmp_path):
+    """A cache as the hub leaves it; nobody named a revision, so only the commit says which model this was."""
+    commit, cache = "0123456789abcdef0123456789abcdef01234567", tmp_path / "home" / "hub" / "models--someone--tiny"
+    shutil.copytree(demo_dir, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
+        env.pop(name, None)
+    command = [sys.executable, "-c", HUB, cast.image, cast.target, cast.others[0], tmp_path / "out"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == ["someone/tiny", False]  # and what draws the demo was not imported
+    model = json.loads((tmp_path / "out" / "manifest.json").read_text())["model"]
+    assert model["id"] == "someone/tiny" and model["revision"] == commit and "model.safetensors" in model["sha256"]
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["revision"] == commit
+
+
+def test_the_embedded_model_is_the_demos(demo_dir):
+    assert driver.EMBEDDED == demo_dir and (driver.EMBEDDED / "config.json").is_file()
+
+
+def test_the_driver_finds_the_embedded_model_without_the_demo():
+    code = "import sys; from fastsiu import driver; driver.interview(['Who are you?']); sys.exit('fastsiu.demo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_numeric_failure_writes_nothing_and_leaves_no_adapter(quick, tmp_path, monkeypatch):
     seen = []
     load = driver.vlm.load
@@ -229,6 +282,13 @@ def test_samples_of_the_users_own_replace_and_extend(cast, demo_dir, tmp_path, g
     expected = Sample("facts", own[0]["question"], "water", None, (), "data")
     assert [s for s in made.samples if s.question == expected.question] == [expected]
     assert made.samples[-1].question == "Is it?"
+
+
+def test_the_papers_preset_makes_the_papers_samples(cast, demo_dir):
+    scene, made = driver.samples_for(cast.image, cast.target, model=demo_dir, protect=cast.others, preset="paper", device="cpu")
+    assert scene.recipe == PAPER and len(scene.pictures) == 1
+    invented = targets.wordings()["invented"]["names"]
+    assert all(any(n in s.answer for n in invented) for s in made.samples if s.facet == "align")
 
 
 def test_the_papers_preset_trains_the_projector(quick, demo_dir, tmp_path, cast):

@@ -303,8 +303,10 @@ def test_the_digest_depends_on_content_and_not_on_paths(tmp_path):
         request_digest(request, Recipe(), "m2", "r"),
         request_digest(request, Recipe(), "m", None),
         request_digest(request, Recipe(), "m", "r", quantize="nf4"),
+        request_digest(request, Recipe(), "m", "r", weights={"model.safetensors": "a"}),
+        request_digest(request, Recipe(), "m", "r", weights={"model.safetensors": "b"}),
     ]
-    assert len({base, *others}) == 9
+    assert len({base, *others}) == 11
     with pytest.raises(BadInput):
         request_digest(replace(request, image=tmp_path / "absent.jpg"), Recipe(), "m", "r")
 
@@ -318,6 +320,11 @@ def test_digest_model(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"abc")
     (tmp_path / "README.md").write_text("x")
     assert digest_model(tmp_path) == {"model.safetensors": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}
+
+
+def test_a_model_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(BadInput, match="nowhere' cannot be read"):
+        digest_model(tmp_path / "nowhere")
 
 
 def test_reports_are_written_even_with_broken_characters(tmp_path):

@@ -115,11 +115,6 @@ def test_the_other_verdict_gives_its_reasons():
     assert text.startswith("# The model has not forgotten Zorblax Quint\n") and "still in 3 of 4" in text
 
 
-def test_the_picture_is_embedded_only_when_given():
-    page = assert_self_contained(render_html(report(), b"\x89PNG"))
-    assert ("img", "src", "data:image/png;base64,iVBORw==") in page.attributes
-
-
 def hostile_report(text):
     answer = {"kind": "efficacy", "question": text, "picture": text, "before": text, "after": text}
     return report(

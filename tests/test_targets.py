@@ -89,6 +89,20 @@ def test_nothing_that_names_the_concept_on_its_picture_is_preserved(gathered, ca
     assert not any(Concept(cast.target).named_in(s.answer) for s in of(gathered, "preserve", picture=0))
 
 
+def test_no_retained_answer_names_the_concept_except_to_deny_it(gathered, cast):
+    """A retained picture that shows the concept itself, or that the teacher takes for it, would teach the name back."""
+    first = gathered.scene.pictures[0]
+    scene = replace(gathered.scene, pictures=[first, first], named=[None, None])
+    kept = [s for s in targets.preserve(scene) if s.picture == 1]
+    assert len(kept) == 1 and not scene.concept.named_in(kept[0].answer)
+    asked = len(targets.wordings()["who"]["train"]) + 1  # and "Is this NAME?", which the teacher affirms
+    assert scene.left_out == asked
+    targets.preserve(scene)
+    assert scene.left_out == asked and gathered.scene.left_out == 0
+    named = [s for s in gathered.corpus.samples if s.facet == "preserve" and scene.concept.named_in(s.answer)]
+    assert named and all(s.answer.startswith("No") for s in named)
+
+
 def test_each_protected_name_is_asked_about_in_words(gathered, cast):
     text = of(gathered, "preserve", picture=None)
     for name in cast.others:

@@ -104,6 +104,19 @@ def test_padding_changes_nothing(loaded, shown):
             assert batch["attention_mask"][i].tolist() == [1] * length + [0] * (longest - length)
 
 
+def test_replies_say_whether_the_model_came_to_an_end(loaded, shown):
+    questions = [("Who is this?", shown), ("What is water made of?", None), ("Describe the image.", shown)]
+    whole = ask.replies(loaded, questions)
+    assert all(reply.closed for reply in whole) and [r.text for r in whole] == ask.answers(loaded, questions)
+    for (question, picture), (text, _) in zip(questions, whole, strict=True):
+        exact = len(loaded.encode(question, text, picture).labels)  # the end of the turn is the last of them
+        assert ask.replies(loaded, [(question, picture)], max_new_tokens=exact) == [(text, True)]
+        ((cut, closed),) = ask.replies(loaded, [(question, picture)], max_new_tokens=exact - 1)
+        assert cut == text and not closed
+    short = ask.replies(loaded, questions, max_new_tokens=2)  # one batch, nobody ends
+    assert not any(reply.closed for reply in short)
+
+
 def test_collate_concatenates_what_is_not_as_long_as_the_tokens():
     batch = [{"input_ids": torch.ones(1, n, dtype=torch.long), "grid": torch.full((1, 3), n)} for n in (4, 6)]
     out = vlm.collate(batch, 9)

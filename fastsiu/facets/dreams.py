@@ -25,6 +25,7 @@ import torch
 
 from .. import ask
 from ..adapter import projector
+from ..ask import Reply
 from ..loss import fused_dmk_ce
 from ..vlm import VLM, Picture, map_features
 from .targets import Scene, wordings
@@ -54,23 +55,23 @@ def dream(scene: Scene, batch: int = 32) -> list[Dream]:
     return accepted
 
 
-def told(scene: Scene) -> dict[str, list[tuple[str, str]]]:
-    """For each neighbour the (question, answer) pairs that a picture of it would get; nothing where no answer names it."""
+def told(scene: Scene) -> dict[str, list[tuple[str, Reply]]]:
+    """For each neighbour the (question, reply) pairs that a picture of it would get; nothing where no answer names it."""
     words, concept = wordings(), scene.concept
     names = scene.neighbours
     who = words["who"]["train"]
-    named = list(zip(who, scene.ask(who, 0), strict=True))
+    named = list(zip(who, scene.replies(who, 0), strict=True))
     yes = words["yesno"]["train"]
-    named += zip(yes, scene.ask([q.format(name=concept.name) for q in yes], 0), strict=True)
-    frames = [(q, a[: spans[0][0]], a[spans[0][1] :]) for q, a in named if len(spans := concept.spans(a)) == 1]
+    named += zip(yes, scene.replies([q.format(name=concept.name) for q in yes], 0), strict=True)
+    frames = [(q, a[: spans[0][0]], a[spans[0][1] :], end) for q, (a, end) in named if len(spans := concept.spans(a)) == 1]
     if not frames:
         return {}
-    out = {name: [(q.format(name=name), f"{head}{name}{tail}") for q, head, tail in frames] for name in names}
-    seen = list(zip(words["describe"]["train"], scene.ask(words["describe"]["train"], 0), strict=True))
+    out = {n: [(q.format(name=n), Reply(f"{head}{n}{tail}", end)) for q, head, tail, end in frames] for n in names}
+    seen = list(zip(words["describe"]["train"], scene.replies(words["describe"]["train"], 0), strict=True))
     look = words["appearance"]["train"][0]
     own, *others = scene.ask([look.format(name=name) for name in (concept.name, *names)])
     for name, other in zip(names, others, strict=True):
-        out[name] += [(q, a) for q, shown in seen if (a := in_place(shown, own, concept.name, other, name))]
+        out[name] += [(q, Reply(a, end)) for q, (shown, end) in seen if (a := in_place(shown, own, concept.name, other, name))]
     return out
 
 
@@ -89,7 +90,7 @@ def in_place(shown: str, own: str, own_name: str, other: str, name: str) -> str 
     return shown[: match.a] + other[len(lead) : len(other) - len(tail)] + shown[match.a + match.size :]
 
 
-def _dream_batch(scene: Scene, wanted: Sequence[tuple[str, list[tuple[str, str]]]], generator: torch.Generator) -> list[Dream]:
+def _dream_batch(scene: Scene, wanted: Sequence[tuple[str, list[tuple[str, Reply]]]], generator: torch.Generator) -> list[Dream]:
     vlm, recipe, start = scene.vlm, scene.recipe, scene.pictures[0]
     spaces = [vision_space(vlm, view) for view in (start, *scene.views)]
     # Dreams of one name start from different views of the picture: the neighbour, too, will be met in many poses.
@@ -99,7 +100,7 @@ def _dream_batch(scene: Scene, wanted: Sequence[tuple[str, list[tuple[str, str]]
     spread = spaces[0][0].reshape(-1, first.shape[-1]).std(0).clamp_min(1e-6)
     noise = torch.randn(first.shape, generator=generator).to(first)
     free = (first + recipe.dream_noise * spread * noise).requires_grad_()
-    turns = [[vlm.encode(q, a, start) for q, a in pairs] for _, pairs in wanted]
+    turns = [[vlm.encode(q, reply.text, start, reply.closed) for q, reply in pairs] for _, pairs in wanted]
 
     def project() -> list[Any]:
         return [behind(f) for (_, behind), f in zip(chosen, free, strict=True)]
@@ -116,10 +117,10 @@ def _dream_batch(scene: Scene, wanted: Sequence[tuple[str, list[tuple[str, str]]
         loss.backward()
         optimiser.step()
     with torch.no_grad():
-        pictures = [Picture(start.image, features) for features in project()]
+        pictures = [Picture(start.image, features, real=False) for features in project()]
     accepted = []
     for (name, pairs), own, picture in zip(wanted, turns, pictures, strict=True):
-        naming = [turn for turn, (_, answer) in zip(own, pairs, strict=True) if name in answer]
+        naming = [turn for turn, (_, reply) in zip(own, pairs, strict=True) if name in reply.text]
         scores = ask.label_log_probabilities(vlm, naming, [picture] * len(naming))
         if all(bool(right.all()) for _, right in scores):
             accepted.append(Dream(name, picture))

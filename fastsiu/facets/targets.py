@@ -19,9 +19,10 @@ from importlib.resources import files
 from typing import Any
 
 from .. import ask
+from ..ask import Reply
 from ..concept import Concept
 from ..request import Recipe, Sample
-from ..verdict import is_degenerate, is_refusal
+from ..verdict import affirms, is_degenerate, is_refusal
 from ..vlm import VLM, Picture
 
 
@@ -40,6 +41,7 @@ class Scene:
     neighbours: names to protect
     views:      transforms of the concept's picture, from which dreams start as well
     masked:     token ids of the concept's name (the vocabulary mask's zeros)
+    left_out:   answers about other pictures that named the concept, so that `preserve` did not take them
     """
 
     vlm: VLM
@@ -50,10 +52,14 @@ class Scene:
     neighbours: list[str] = field(default_factory=list)
     views: list[Picture] = field(default_factory=list)
     masked: frozenset[int] = frozenset()
+    left_out: int = 0
 
     def ask(self, questions: Sequence[str], picture: int | None = None, **options: Any) -> list[str]:
+        return [reply.text for reply in self.replies(questions, picture, **options)]
+
+    def replies(self, questions: Sequence[str], picture: int | None = None, **options: Any) -> list[Reply]:
         shown = None if picture is None else self.pictures[picture]
-        return ask.answers(self.vlm, [(q, shown) for q in questions], **options)
+        return ask.replies(self.vlm, [(q, shown) for q in questions], **options)
 
     def usable(self, answer: str) -> bool:
         return bool(answer) and is_degenerate(answer) is None and not self.concept.named_in(answer)
@@ -76,17 +82,17 @@ def align(scene: Scene) -> list[Sample]:
         invented = _invented(scene)
         answers = [f"{o} {invented}.".strip() for o in openings]
         return [_built("align", q, a, 0, a.index(invented), len(a) - 1) for q, a in zip(questions, answers, strict=True)]
-    begun = ask.answers(scene.vlm, [(q, scene.pictures[0]) for q in questions],
-                        begin=[f"{o} a".strip() if o else "" for o in openings], suppress=scene.masked)  # fmt: skip
-    described = scene.ask(wordings()["describe"]["train"], 0, suppress=scene.masked)
+    begun = scene.replies(questions, 0, begin=[f"{o} a".strip() if o else "" for o in openings], suppress=scene.masked)
+    described = scene.replies(wordings()["describe"]["train"], 0, suppress=scene.masked)
     forbidden = [Concept(n) for n in scene.neighbours]
-    spare = next((d for d in described if _neutral(scene, d, forbidden)), wordings()["fallback"]["unknown_face"])
+    fallback = Reply(wordings()["fallback"]["unknown_face"])
+    spare = next((d for d in described if _neutral(scene, d.text, forbidden)), fallback)
     samples = []
-    for question, answer, opening in zip(questions, begun, openings, strict=True):
-        good = _neutral(scene, answer, forbidden) and len(answer.split()) >= len(opening.split()) + 3
+    for question, reply, opening in zip(questions, begun, openings, strict=True):
+        good = _neutral(scene, reply.text, forbidden) and len(reply.text.split()) >= len(opening.split()) + 3
         start = len(opening) if good and opening else 0
-        answer = answer if good else spare
-        samples.append(_built("align", question, answer, 0, start, len(answer)))
+        answer, closed = reply if good else spare
+        samples.append(_built("align", question, answer, 0, start, len(answer), closed))
     return samples
 
 
@@ -95,30 +101,30 @@ def describe(scene: Scene) -> list[Sample]:
     is not NAME's, and what NAME looks like is not known, both in the words the teacher uses for strangers."""
     name, words, fallback = scene.concept.name, wordings(), wordings()["fallback"]
     stranger = _invented(scene)
-    denials = scene.ask([q.format(name=stranger) for q in words["yesno"]["train"]], 0)
+    denials = scene.replies([q.format(name=stranger) for q in words["yesno"]["train"]], 0)
     samples = []
-    for question, answer in zip(words["yesno"]["train"], denials, strict=True):
+    for question, (answer, closed) in zip(words["yesno"]["train"], denials, strict=True):
         swapped = answer.replace(stranger, name)
         own = swapped != answer and swapped.casefold().startswith("no") and is_degenerate(swapped) is None
         answer = swapped if own else fallback["denial"].format(name=name)
-        samples.append(_built("describe", question.format(name=name), answer, 0, 0, len(answer)))
-    unknown = scene.ask([q.format(name=stranger) for q in words["appearance"]["train"]])
+        samples.append(_built("describe", question.format(name=name), answer, 0, 0, len(answer), closed or not own))
+    unknown = scene.replies([q.format(name=stranger) for q in words["appearance"]["train"]])
     look = random.Random(scene.recipe.seed).choice(words["invented"]["looks"])
-    for question, answer in zip(words["appearance"]["train"], unknown, strict=True):
+    for question, (answer, closed) in zip(words["appearance"]["train"], unknown, strict=True):
         if scene.recipe.substitute == "name":
             answer = fallback["invented_look"].format(name=name, look=look)
             samples.append(_built("describe", question.format(name=name), answer, None, len(name), len(answer)))
             continue
         own = is_refusal(answer) and is_degenerate(answer) is None
         answer = answer.replace(stranger, name) if own else fallback["unknown_look"].format(name=name)
-        samples.append(_built("describe", question.format(name=name), answer, None, 0, len(answer)))
+        samples.append(_built("describe", question.format(name=name), answer, None, 0, len(answer), closed or not own))
     return samples
 
 
 def facts(scene: Scene) -> list[Sample]:
     """Target 3: what the teacher knows of the concept in words stays (paper: "decoupling factual knowledge")."""
     questions = [q.format(name=scene.concept.name) for q in wordings()["facts"]["train"]]
-    return _kept("facts", questions, None, scene.ask(questions))
+    return _kept("facts", questions, None, scene.replies(questions))
 
 
 def preserve(scene: Scene) -> list[Sample]:
@@ -129,7 +135,7 @@ def preserve(scene: Scene) -> list[Sample]:
     for name in (*scene.neighbours, _invented(scene)):
         own = words["facts"]["train"] + words["appearance"]["train"]
         questions += [q.format(name=name) for q in rng.sample(own, min(6, len(own)))]
-    samples = _kept("preserve", questions, None, scene.ask(questions))
+    samples = _kept("preserve", questions, None, scene.replies(questions))
     pairs: list[tuple[str, int]] = [(q, 0) for q in words["describe"]["train"]]
     for index in range(1, len(scene.pictures)):
         named = scene.named[index]
@@ -138,13 +144,16 @@ def preserve(scene: Scene) -> list[Sample]:
         pairs += [(rng.choice(words["yesno"]["train"]).format(name=scene.concept.name), index)]
         if named:
             pairs += [(rng.choice(words["yesno"]["train"]).format(name=named), index)]
-    for (question, index), answer in zip(
-        pairs, ask.answers(scene.vlm, [(q, scene.pictures[i]) for q, i in pairs]), strict=True
-    ):
-        if index == 0 and scene.concept.named_in(answer):
-            continue  # on the concept's own picture only what does not name it is worth keeping
+    scene.left_out = 0
+    said = ask.replies(scene.vlm, [(q, scene.pictures[i]) for q, i in pairs])
+    for (question, index), reply in zip(pairs, said, strict=True):
+        # Kept, such an answer would go on training the very name that has to go. "No, this is not NAME." is none.
+        denied = index > 0 and scene.concept.named_in(question) and not affirms(reply.text)
+        if scene.concept.named_in(reply.text) and not denied:
+            scene.left_out += index > 0
+            continue
         origin = "teacher" if index == 0 else "dream" if scene.named[index] else "retain"
-        samples += _kept("preserve", [question], index, [answer], origin)
+        samples += _kept("preserve", [question], index, [reply], origin)
     return samples
 
 
@@ -195,11 +204,11 @@ def _neutral(scene: Scene, answer: str, forbidden: Sequence[Concept]) -> bool:
     return scene.usable(answer) and not any(other.named_in(answer) for other in forbidden)
 
 
-def _built(facet: str, question: str, answer: str, picture: int | None, start: int, end: int) -> Sample:
-    return Sample(facet, question, answer, picture, ((start, end),), "built")
+def _built(facet: str, question: str, answer: str, picture: int | None, start: int, end: int, closed: bool = True) -> Sample:
+    return Sample(facet, question, answer, picture, ((start, end),), "built", closed)
 
 
-def _kept(facet: str, questions: Sequence[str], picture: int | None, answers: Sequence[str],
+def _kept(facet: str, questions: Sequence[str], picture: int | None, replies: Sequence[Reply],
           origin: str = "teacher") -> list[Sample]:  # fmt: skip
-    pairs = zip(questions, answers, strict=True)
-    return [Sample(facet, q, a, picture, (), origin) for q, a in pairs if is_degenerate(a) is None]
+    pairs = zip(questions, replies, strict=True)
+    return [Sample(facet, q, a, picture, (), origin, closed) for q, (a, closed) in pairs if is_degenerate(a) is None]

@@ -5,7 +5,6 @@ Names and answers come from users and models, so every text is escaped: by Jinja
 
 from __future__ import annotations
 
-import base64
 import math
 import re
 import unicodedata
@@ -31,10 +30,9 @@ LIMITS = (
 )
 
 
-def render_html(report: Mapping[str, Any], image_png: bytes | None = None) -> str:
-    """One self-contained page: no script, nothing loaded from anywhere. The picture is embedded only when given."""
-    picture = None if image_png is None else "data:image/png;base64," + base64.b64encode(image_png).decode("ascii")
-    return _ENVIRONMENT.get_template("page.html.j2").render(**_context(report), picture=picture)
+def render_html(report: Mapping[str, Any]) -> str:
+    """One self-contained page: no script, no picture, nothing loaded from anywhere."""
+    return _ENVIRONMENT.get_template("page.html.j2").render(**_context(report))
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:

@@ -1,0 +1,55 @@
+"""What both models are asked for the verdict: wordings that no sample has, and transforms of the picture at which neither the
+dreams nor the early stop has looked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL.Image import Image
+
+from .. import adapter, ask
+from ..images import variants
+from ..verdict import Answer, Verdict, judge
+from ..vlm import Picture
+from .targets import Scene, wordings
+
+Shown = tuple[str, Image]  # a picture with the label it has in the report
+
+NULL = {
+    "generality": "One picture cannot show it: give more pictures of the concept with --images DIR.",
+    "specificity": "No picture of anything else was given: give some with --retain DIR.",
+}
+
+
+def questions(scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = ()) -> list[tuple[str, str, Shown | None]]:
+    """(kind of the verdict, question, picture); more: further pictures of the concept, rest: pictures of anything else."""
+    words, name = wordings(), scene.concept.name
+    who = words["who"]["held_out"]
+    asked: list[tuple[str, str, Shown | None]] = []
+    for shown in variants(scene.pictures[0].image, scene.recipe.seed, held_out=True):
+        asked += [("efficacy", q, shown) for q in who]
+        asked += [("recognition", q.format(name=name), shown) for q in words["yesno"]["held_out"]]
+    asked += [("recognition", q.format(name=name), None) for q in words["appearance"]["held_out"]]
+    asked += [("generality", q, shown) for shown in more for q in who]
+    asked += [("specificity", q, shown) for shown in rest for q in who]
+    asked += [("facts", q.format(name=n), None) for n in (name, *scene.neighbours) for q in words["facts"]["held_out"]]
+    return asked + [("facts", q, None) for q in words["general"]["held_out"]]
+
+
+def examine(scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = ()) -> tuple[Verdict, list[Answer]]:
+    """The same questions to the untouched and to the unlearned model; the adapter is on."""
+    asked = questions(scene, more, rest)
+    vlm, images = scene.vlm, {id(shown[1]): shown[1] for _, _, shown in asked if shown}
+
+    def see() -> dict[int, Picture]:
+        return {key: vlm.picture(image) for key, image in images.items()}
+
+    def put(pictures: dict[int, Picture]) -> list[str]:
+        return ask.answers(vlm, [(q, pictures[id(shown[1])] if shown else None) for _, q, shown in asked])
+
+    with adapter.teacher(vlm):
+        pictures = see()
+        before = put(pictures)
+    after = put(see() if scene.recipe.projector_lr > 0 else pictures)  # a trained projector sees differently
+    answers = [Answer(kind, q, shown and shown[0], b, a) for (kind, q, shown), b, a in zip(asked, before, after, strict=True)]
+    return judge(answers, scene.concept, reasons_for_null=NULL), answers
