@@ -22,7 +22,22 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     backend = torch.backends.cuda if a.is_cuda else torch.backends.mkldnn
     exact = dtype == torch.float64 or backend.matmul.fp32_precision in ("none", "ieee")
     wide = dtype if exact else torch.float64
-    return (a.to(wide) @ b.to(wide)).to(dtype)
+    return Product.apply(a.to(wide), b.to(wide)).to(dtype)
+
+
+class Product(torch.autograd.Function):
+    """a @ b, whose backward pass is not rounded either where it runs inside an autocast region."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a @ b
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        with torch.autocast(g.device.type, enabled=False):
+            return (g @ b.T if ctx.needs_input_grad[0] else None), (a.T @ g if ctx.needs_input_grad[1] else None)
 
 
 def logits(
@@ -60,8 +75,7 @@ def dmk_ce(
     dtype = accumulation(hidden, head_weight, head_bias, teacher_hidden, teacher_weight)
     z = logits(hidden, head_weight, head_bias, logit_scale, logit_softcap, dtype)
     ce = F.cross_entropy(z, labels, ignore_index=ignore_index, reduction="none")
-    log_q1 = z.detach().log_softmax(-1)
-    entropy = -(log_q1.exp() * log_q1).sum(-1)
+    entropy = torch.special.entr(z.detach().softmax(-1)).sum(-1)
     if teacher_hidden is None:
         return ce, torch.zeros_like(ce), entropy
 
@@ -72,7 +86,7 @@ def dmk_ce(
         log_p, log_q = (t[:, keep] / temperature).log_softmax(-1), (z[:, keep] / temperature).log_softmax(-1)
     else:  # Eq. 4: a partial sum of probabilities normalised over the full vocabulary, which can be negative
         log_p, log_q = (t / temperature).log_softmax(-1)[:, keep], (z / temperature).log_softmax(-1)[:, keep]
-    kl = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+    kl = temperature**2 * (log_p.exp() * (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
     if same_head and (renormalize or vocab_keep is None):
         # With C = 1 an unmoved row has exactly no KL and no gradient, which no order of summation gives for free.
         kl = kl.masked_fill((hidden == teacher_hidden).all(-1), 0.0)

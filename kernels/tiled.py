@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 JUMP = 30.0  # nats that a logit may lie above the softmax's reference before the sums are rescaled; exp(30) is far from 2^127
+GATHERED = 2**20  # numbers in the head rows gathered at a time
 FLOOR = -1e30  # stands for a reference of -inf, of which differences would be NaN
 
 
@@ -166,20 +167,27 @@ def transform(z: Tensor, head: Head, start: int) -> Tensor | None:
     return slope
 
 
-def row_logits(h: Tensor, head: Head, columns: Tensor, dtype: torch.dtype, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """z and z - z(base) [N, k] at each row's own columns [N, k]; the difference is exact where no softcap bends it.
+def chunks(columns: Tensor, D: int) -> Iterator[slice]:
+    """Rows of columns [N, k] in slices whose head rows [n, k, D] are about as large as a tile's logits."""
+    N, k = columns.shape
+    step = max(1, GATHERED // (k * D))
+    return (slice(start, start + step) for start in range(0, N, step))
 
-    One column at a time: [N, D] of head rows exist, never [N, k, D]. Sums of products rather than a matrix product, which
-    torch.set_float32_matmul_precision could round.
-    """
-    x = h.to(dtype)
-    moved = None if base is None else x - base.to(dtype)
-    z, dz = x.new_empty(columns.shape), x.new_zeros(columns.shape)
-    for j in range(columns.shape[1]):
-        rows = head.weight[columns[:, j]].to(dtype)
-        z[:, j] = (rows * x).sum(1)
+
+def gather(W: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """W[columns] [n, k, D]; whole rows are copied, which index_select does many times faster than indexing."""
+    return W.index_select(0, columns.reshape(-1)).to(dtype).view(*columns.shape, W.shape[1])
+
+
+def row_logits(h: Tensor, head: Head, columns: Tensor, dtype: torch.dtype, moved: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """z [N, k] at each row's own columns [N, k], and s <moved, W_v>, by how much x grows where h moves by `moved` [N, D]."""
+    z, dz = h.new_empty(columns.shape, dtype=dtype), h.new_zeros(columns.shape, dtype=dtype)
+    for n in chunks(columns, h.shape[1]):
+        x = h[n].to(dtype)[:, :, None]  # [n, D, 1]
+        both = torch.bmm(gather(head.weight, columns[n], dtype), x if moved is None else torch.cat([x, moved[n][:, :, None]], 2))
+        z[n] = both[:, :, 0]
         if moved is not None:
-            dz[:, j] = (rows * moved).sum(1)
+            dz[n] = both[:, :, 1]
     if head.bias is not None:
         z += head.bias[columns].to(dtype)
     z *= head.scale
@@ -190,9 +198,10 @@ def row_logits(h: Tensor, head: Head, columns: Tensor, dtype: torch.dtype, base:
 
 def add_rows(total: Tensor, W: Tensor, columns: Tensor, factors: Tensor) -> None:
     """total [N, D] += sum_j factors[:, j] * W[columns[:, j]]"""
-    factors = factors.to(total.dtype)
-    for j in range(columns.shape[1]):
-        total.addcmul_(W[columns[:, j]].to(total.dtype), factors[:, j : j + 1])
+    dtype = working_dtype(total)
+    factors = factors.to(dtype)[:, None, :]  # [N, 1, k]
+    for n in chunks(columns, W.shape[1]):
+        total[n] += torch.bmm(factors[n], gather(W, columns[n], dtype))[:, 0]
 
 
 def hold_out(z: Tensor, columns: Tensor, valid: Tensor, start: int) -> None:
@@ -273,11 +282,14 @@ def shared(
         held, holds = torch.cat([teacher.top, y[:, None]], 1), teacher.p > 0  # without mass they are placeholders, or may be
         own = ~((teacher.top == y[:, None]) & holds).any(1)  # else the label is among the top, and must not count twice
         valid = torch.cat([holds, own[:, None]], 1)
-    z, dz = row_logits(h, head, held, dtype, None if teacher is None else teacher.hidden)
+    moved = None if teacher is None else h.to(dtype) - teacher.hidden.to(dtype)
+    z, dz = row_logits(h, head, held, dtype, moved)
     z = z.double().masked_fill(~valid, -torch.inf)
 
     mask = teacher.keep if teacher is not None and teacher.renormalize else None
-    reference, width = z.amax(1), h.shape[1] if gradient else 0
+    # The sums start from a logit that is in them: a dropped one far above would drive the kept ones to 0.
+    reference = (z if mask is None else z.masked_fill(~mask[held], -torch.inf)).amax(1)
+    width = h.shape[1] if gradient else 0
     ones = Sums(reference, 1.0, dtype, width, entropy)
     sums = [ones] if tau == 1 else [ones, Sums(reference, tau, dtype, width)]
     apart = Sums(reference, 1.0, dtype, width, entropy) if mask is not None and tau == 1 else None
@@ -297,6 +309,8 @@ def shared(
         H = (Q * (lse[:, None] - z)).masked_fill(Q == 0, 0.0).sum(1) + sum(x.entropy_share(lse) for x in everything)
     u = u.double()
     factor = u[:, None] * (Q - is_label.double())  # of the held-out rows of W
+    if head.softcap is not None:  # without a teacher only
+        factor *= 1 - (z / head.softcap) ** 2
     kl, dh = torch.zeros_like(lse), None
     if gradient:
         dh = sum(x.product * (u * x.share(lse)).to(dtype)[:, None] for x in everything)
@@ -310,7 +324,6 @@ def shared(
         label = (z[:, -1] / tau - teacher.lse).masked_fill(~in_support, -torch.inf)
         others = sums[-1].log_total() - teacher.lse
         log_S = torch.logsumexp(torch.cat([top, label[:, None], others[:, None]], 1), 1)  # lse_s - lse_t
-        moved = h.to(dtype) - teacher.hidden.to(dtype)
         drift = (moved * teacher.m.to(dtype)).sum(1).double() * (head.scale / tau)
         kl = tau**2 * (C * log_S - (P * dz).sum(1) - drift)
         if teacher.whole:
@@ -349,8 +362,22 @@ def gap(z: Tensor, t: Tensor, P: Tensor, tau: float) -> Tensor:
 
 def probabilities(t: Tensor, start: int, teacher: Teacher) -> Tensor:
     """P of a tile, 0 on dropped columns; t is t / tau already."""
-    P = torch.exp(t - teacher.lse.to(t.dtype)[:, None])
-    return P if teacher.keep is None else P.mul_(teacher.keep[start : start + P.shape[1]])
+    P = minus(t, teacher.lse).exp_()
+    return P if teacher.keep is None else P.masked_fill_(~teacher.keep[start : start + P.shape[1]], 0.0)
+
+
+def minus(z: Tensor, lse: Tensor) -> Tensor:
+    """z - lse [N] fp64, in z's dtype: first the leading digits cancel, then the others are not lost to the size of lse."""
+    high = lse.to(z.dtype)
+    return (z - high[:, None]).sub_((lse - high.double()).to(z.dtype)[:, None])
+
+
+def divergence(gaps: Tensor, mass: Tensor, lse_q: Tensor, teacher: Teacher) -> Tensor:
+    """KL [N] from sum_K P (t - z) / tau and mass = sum_K P, which is C but for the rounding of t, not small for large t."""
+    C, none = teacher.C.double(), mass == 0
+    mass = mass.masked_fill(none, 1.0)
+    kl = C * (gaps / mass + lse_q - teacher.lse - torch.log(mass / C.masked_fill(none, 1.0)))
+    return teacher.tau**2 * kl.masked_fill(none, 0.0)
 
 
 @torch.no_grad()
@@ -362,19 +389,22 @@ def normalise(
     z_label = row_logits(h, head, y[:, None], dtype)[0][:, 0].double()
     tau = 1.0 if teacher is None else teacher.tau
     mask = teacher.keep if teacher is not None and teacher.renormalize else None
-    ones, kl = Sums(z_label, 1.0, dtype, 0, entropy), torch.zeros_like(z_label)
-    sums = [ones] if tau == 1 else [ones, Sums(z_label, tau, dtype)]
+    within = z_label if mask is None else z_label.masked_fill(~mask[y], -torch.inf)
+    ones, kl = Sums(within, 1.0, dtype, 0, entropy), torch.zeros_like(z_label)
+    sums, mass = [ones] if tau == 1 else [ones, Sums(within, tau, dtype)], torch.zeros_like(z_label)
     apart = Sums(z_label, 1.0, dtype, 0, entropy) if mask is not None and tau == 1 else None
     cuts = dropped_in_tiles(mask, len(head.weight), tile)
     for (start, W, z, _, t), dropped in zip(pairs(h, head, teacher if with_kl else None, tile, dtype), cuts, strict=True):
         if t is not None:
-            kl += gap(z, t, probabilities(t, start, teacher), tau)
+            P = probabilities(t, start, teacher)
+            mass += P.sum(1)
+            kl += gap(z, t, P, tau)
         spread(z, W, None, sums, dropped, apart)
     everything = [ones] if apart is None else [ones, apart]
     lse = torch.logsumexp(torch.stack([x.log_total() for x in everything]), 0)
     lse_q = sums[-1].log_total()
     if with_kl:
-        kl = tau**2 * (kl + teacher.C.double() * (lse_q - teacher.lse))
+        kl = divergence(kl, mass, lse_q, teacher)
     H = sum(x.entropy_share(lse) for x in everything) if entropy else torch.zeros_like(lse)
     return lse - z_label, kl, H, lse, lse_q
 
@@ -391,18 +421,19 @@ def differentiate(
     dW = torch.empty_like(head.weight) if need_W else None
     db = torch.empty_like(head.bias) if need_b else None
     x = h if native(h, head.weight) else h.to(dtype)
-    kl = lse.new_zeros(N)
+    kl, mass = lse.new_zeros(N), lse.new_zeros(N)
     if teacher is not None:
         C, w = teacher.C.to(dtype)[:, None], (w.to(dtype) * tau)[:, None]
     for start, W, z, slope, t in pairs(h, head, teacher, tile, dtype):
         columns = slice(start, start + len(W))
-        dz = torch.exp(z - lse.to(dtype)[:, None]).mul_(u)
+        dz = minus(z, lse).exp_().mul_(u)
         if teacher is not None:
             P = probabilities(t, start, teacher)
+            mass += P.sum(1)
             kl += gap(z, t, P, tau)
-            Q = z.div_(tau).sub_(lse_q.to(dtype)[:, None]).exp_()
+            Q = minus(z.div_(tau), lse_q).exp_()
             if teacher.renormalize and teacher.keep is not None:
-                Q.mul_(teacher.keep[columns])
+                Q.masked_fill_(~teacher.keep[columns], 0.0)
             dz.add_(Q.mul_(C).sub_(P).mul_(w))
         here = (y - start)[:, None]
         dz.scatter_add_(1, here.clamp(0, len(W) - 1), -u * ((here >= 0) & (here < len(W))))
@@ -419,5 +450,5 @@ def differentiate(
     if need_h:
         dh *= head.scale
     if teacher is not None:
-        kl = tau**2 * (kl + teacher.C.double() * (lse_q - teacher.lse))
+        kl = divergence(kl, mass, lse_q, teacher)
     return kl, dh, dW, db
