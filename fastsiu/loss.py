@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import reference, tiled
-from .kernels.launch import Launch, launch
+from .kernels.launch import Launch, launch, narrow
 from .kernels.reference import accumulation
 from .teacher import TeacherCache, check_head
 
@@ -304,6 +304,7 @@ def tiled_dmk_ce(
         if one_head and not trains and (teacher is None or logit_softcap is None):
             ce, kl, H, dh = tiled.shared(hidden, head, y, teacher, u, w, ahead, entropy, tile)
         else:
+            tile = narrow(tile)
             ce, kl, H, *lse = tiled.normalise(hidden, head, y, teacher, teacher is not None and not ahead, entropy, tile)
             still = _still(hidden, teacher, one_head)
             if ahead:
@@ -340,7 +341,8 @@ def tiled_dmk_ce_backward(
     w = w if still is None else w.masked_fill(still, 0)
     y = labels.masked_fill(labels == ignore_index, 0)
     with torch.autocast(hidden.device.type, enabled=False):
-        _, dh, dW, db = tiled.differentiate(hidden, head, y, teacher, u, w, lse[0], lse[1], need_h, need_W, need_b, tile)
+        needs = (need_h, need_W, need_b)
+        _, dh, dW, db = tiled.differentiate(hidden, head, y, teacher, u, w, lse[0], lse[1], *needs, narrow(tile))
     none = lambda x: x.new_empty((0, *x.shape[1:]))
     return (
         none(hidden) if dh is None else dh.to(hidden.dtype),
