@@ -429,9 +429,9 @@ def test_statistics_and_the_centred_form(small_tiles, shape, seed, masked, renor
 @pytest.fixture(scope="module")
 def small_tiles():
     """Tiles of 256 columns, so that several tiles meet in a small vocabulary."""
-    before, launch.BUDGET = launch.BUDGET, 1
+    before, launch.TILE_BYTES = launch.TILE_BYTES, 1
     yield
-    launch.BUDGET = before
+    launch.TILE_BYTES = before
 
 
 def test_the_cache_never_holds_all_logits(small_tiles):

@@ -152,7 +152,7 @@ def collect(directories: list[Path]) -> None:
     records = [json.loads((directory / "figures.json").read_text(encoding="utf-8")) for directory in directories]
     keys = records[0]["figures"]
     columns = {key: [record["figures"][key] for record in records] for key in keys}
-    kept = ("command", "training_seconds", "figures")
+    kept = ("command", "figures")
     records[0]["seeds"] = {str(record["seed"]): {key: record[key] for key in kept} for record in records}
     if len(records) > 1:
         records[0]["over_seeds"] = {
