@@ -14,7 +14,7 @@ cancels, and a product with rounded probabilities would only see what is left ov
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -167,6 +167,17 @@ def transform(z: Tensor, head: Head, start: int) -> Tensor | None:
     return slope
 
 
+def sweep(
+    h: Tensor, head: Head, held: Tensor, valid: Tensor, keep: Tensor | None, sums: list[Sums], apart: Sums | None, tile: int
+) -> None:
+    """Adds the whole vocabulary, but for each row's columns held [N, k] where valid, to all `sums`; the last goes without the
+    columns that `keep` [V] drops, which `apart` gets."""
+    cuts = dropped_in_tiles(keep, len(head.weight), tile)
+    for (start, W, z, slope), dropped in zip(tiles(h, head, tile, sums[0].shift.dtype), cuts, strict=True):
+        hold_out(z, held, valid, start)
+        spread(z, W, slope, sums, dropped, apart)
+
+
 def chunks(columns: Tensor, D: int) -> Iterator[slice]:
     """Rows of columns [N, k] in slices whose head rows [n, k, D] are about as large as a tile's logits."""
     N, k = columns.shape
@@ -257,7 +268,7 @@ def statistics(
     sums, others = Sums(z.amax(1), tau, dtype, D), Sums(z.amax(1), tau, dtype)
     for (start, W, tile_z, _), dropped in zip(tiles(hidden, head, tile, dtype), cuts, strict=True):
         hold_out(tile_z, top, valid, start)
-        spread(tile_z, W, None, [sums], dropped, None if renormalize else others)
+        spread(tile_z, W, None, [sums], dropped, None if renormalize else others)  # m is no gradient: no slope
     kept = torch.logaddexp(torch.logsumexp(z / tau, 1), sums.log_total())
     lse = torch.logaddexp(kept, others.log_total())
     C = torch.ones_like(lse) if renormalize or keep is None else torch.exp(kept - lse)
@@ -271,9 +282,13 @@ def statistics(
 
 @torch.no_grad()
 def shared(
-    h: Tensor, head: Head, y: Tensor, teacher: Teacher | None, u: Tensor, w: Tensor, gradient: bool, entropy: bool, tile: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """CE, KL and entropy [N] fp64, and d(u CE + w KL)/dh [N, D] if `gradient`; y [N] are legal columns, u is 0 where ignored."""
+    h: Tensor, head: Head, y: Tensor, teacher: Teacher | None, u: Tensor, w: Tensor, gradient: bool, entropy: bool, tile: int,
+    sweep: Callable[..., None] = sweep,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """CE, KL and entropy [N] fp64, and d(u CE + w KL)/dh [N, D] if `gradient`; y [N] are legal columns, u is 0 where ignored.
+
+    sweep: what visits the whole vocabulary, N * V * D flops and more; all else here is N * k * D at most.
+    """
     dtype = working_dtype(h, head.weight, head.bias)
     tau = 1.0 if teacher is None else teacher.tau
     if teacher is None:
@@ -293,10 +308,7 @@ def shared(
     ones = Sums(reference, 1.0, dtype, width, entropy)
     sums = [ones] if tau == 1 else [ones, Sums(reference, tau, dtype, width)]
     apart = Sums(reference, 1.0, dtype, width, entropy) if mask is not None and tau == 1 else None
-    cuts = dropped_in_tiles(mask, len(head.weight), tile)
-    for (start, W, tile_z, slope), dropped in zip(tiles(h, head, tile, dtype), cuts, strict=True):
-        hold_out(tile_z, held, valid, start)
-        spread(tile_z, W, slope, sums, dropped, apart)
+    sweep(h, head, held, valid, mask, sums, apart, tile)
     everything = [ones] if apart is None else [ones, apart]
 
     # Cross-entropy, over the whole vocabulary at temperature 1.
