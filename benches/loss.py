@@ -295,7 +295,7 @@ def stamp(c: Contender, shape: Shape, device: str) -> dict[str, Any]:
 def kept(c: Contender, p: Problem) -> float:
     """MiB that the teacher costs between steps, the head aside."""
     (N, D), V, E = p.hidden.shape, len(p.head), p.head.element_size()
-    bytes_ = {"hidden": N * D * E, "statistics": N * (D * (4 + E) + 16 * 16 + 12), "probabilities": N * V * E}.get(c.keeps, 0)
+    bytes_ = {"hidden": N * D * E, "statistics": N * (D * (4 + E) + 16 * 16 + 12), "one [N, D]": 4 * N * D, "probabilities": N * V * E}.get(c.keeps, 0)
     return bytes_ / 2**20
 
 
@@ -371,7 +371,8 @@ def summary(groups: dict[Shape, Rows]) -> str:
         if not mine or not others or not floor:
             continue
         bar = max(1e-3, 2 * (at(mine[0], 1e-3, "grad_error") or 0))
-        equal = next((r for r in others if (at(r, 1e-3, "grad_error") or math.inf) <= bar), None)
+        errors = {r["contender"]: at(r, 1e-3, "grad_error") for r in others}
+        equal = next((r for r in others if errors[r["contender"]] is not None and errors[r["contender"]] <= bar), None)
         tell = lambda r: f"{r['contender']}, {r['ms']['median']:.0f} ms ({r['x_floor']:.2f})" if r else "none"
         error = at(others[0], 1e-3, "grad_error")
         lines.append(f"| {N}, {V}, {D} | {dtype} | {floor['ms']['median']:.0f} ms | {tell(mine[0])} | {tell(equal)} "

@@ -9,6 +9,7 @@ Per row, with student Q, teacher P, kept vocabulary K (Eq. 2-5 of arXiv 2405.125
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +66,9 @@ def fused_dmk_ce(
     ce_weight      [N] bool or float, None = ones; no gradient
     kl_weight      [N] bool or float, None = ones: the token mask K_S, 0 where the KL must not look; no gradient
     ce_denominator, kl_denominator
-                   number or 0-d tensor in place of the sums of the weights: the sum over all micro-batches or ranks
+                   number or 0-d tensor in place of the sums of the weights that "mean" divides by, say the sum over all
+                   micro-batches and ranks ("sum" and "none" divide by nothing and leave these unread). Under DDP, which
+                   averages gradients, multiply the loss by the number of ranks.
     head_bias      [V]; z = softcap * tanh(x / softcap), x = logit_scale * (hidden @ head_weight.T + head_bias)
     logit_scale, logit_softcap, head_bias, temperature
                    the teacher's by default; temperature divides z on both sides of the KL only
@@ -75,15 +78,15 @@ def fused_dmk_ce(
     return_parts   return (loss, Parts)
 
     The loss is fp32, fp64 for fp64 inputs; gradients reach hidden, head_weight and head_bias in their own dtypes. A zero
-    denominator gives 0 and zero gradients. Raises ValueError, one sentence, for anything that cannot be honoured.
+    denominator gives 0 and zero gradients. A row whose weights are both 0 may hold anything, NaN too. Raises ValueError, one
+    sentence, for anything that cannot be honoured.
     """
+    _check_types(labels, teacher, ce_weight, kl_weight, alpha, beta)
     given = dict(head_bias=head_bias, logit_scale=logit_scale, logit_softcap=logit_softcap, temperature=temperature)
     head_bias, logit_scale, logit_softcap, temperature = _head_options(head_weight, teacher, **given)
     check_head(hidden, head_weight, head_bias, logit_scale, logit_softcap, temperature)
     _check_rows(hidden, head_weight, labels, teacher, ignore_index, dict(ce_weight=ce_weight, kl_weight=kl_weight))
-    for name, x in (("alpha", alpha), ("beta", beta)):
-        if not 0 <= x < float("inf"):
-            raise ValueError(f"{name} is {x}: it must be a finite number of at least 0.")
+    alpha, beta = float(alpha), float(beta)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}: choose 'mean', 'sum' or 'none'.")
     if reason := why_not(backend, hidden, head_weight, teacher, **given):
@@ -99,9 +102,13 @@ def fused_dmk_ce(
         u = u * _inverse(a.sum() if ce_denominator is None else ce_denominator, u, "ce_denominator")
         w = w * _inverse(k.sum() if kl_denominator is None else kl_denominator, w, "kl_denominator")
 
-    compute = _reference if plan.backend == "reference" else _tiled
     options = dict(head_bias=head_bias, logit_scale=logit_scale, logit_softcap=logit_softcap, temperature=temperature)
-    rows, parts = compute(hidden, head_weight, labels, teacher, u, w, ignore_index, options, plan, return_parts)
+    dead = (u == 0) & (w == 0) & ~hidden.detach().isfinite().all(1)  # 0 * NaN would be NaN
+    hidden = hidden.masked_fill(dead[:, None], 0)
+    if plan.backend == "reference":
+        rows, parts = _reference(hidden, head_weight, labels, teacher, u, w, ignore_index, options)
+    else:
+        rows, parts = _tiled(hidden, head_weight, labels, teacher, u, w, ignore_index, options, plan.tile, return_parts)
     loss = rows if reduction == "none" else rows.sum()
     return (loss, Parts(*(x.detach().float() for x in parts))) if return_parts else loss
 
@@ -109,6 +116,8 @@ def fused_dmk_ce(
 def chosen(hidden: Tensor, head_weight: Tensor, backend: str = "auto") -> Launch:
     """What fused_dmk_ce runs on these tensors: backend, vocabulary tile and the reason for the choice."""
     plan = launch(len(hidden), *head_weight.shape, head_weight.dtype, hidden.device.type)
+    if backend == "auto" and plan.backend == "reference" and torch.compiler.is_compiling():
+        return plan._replace(backend="tiled", why="one operation to the compiler, where the reference is many")
     return plan if backend == "auto" else plan._replace(backend=backend, why="asked for")
 
 
@@ -116,12 +125,15 @@ def why_not(backend: str, hidden: Tensor, head_weight: Tensor, teacher: TeacherC
     """Why `backend` cannot compute this loss, as one sentence; None if it can. Options are those of fused_dmk_ce.
 
     "reference" is plain torch with full logits; "tiled" goes through the vocabulary in tiles and holds no [N, V] tensor; both
-    run on any device and in fp16, bf16, fp32 and fp64. "auto" is one of them: see `chosen`.
+    run in fp16, bf16, fp32 and fp64, on any device that has fp64. "auto" is one of them: see `chosen`. Every backend takes
+    every option and teacher, so these change nothing today.
     """
     if backend not in BACKENDS:
         return f"The backend {backend!r} is unknown: choose one of {', '.join(map(repr, BACKENDS))}."
     if backend in ("triton", "cpu"):
         return f"The backend {backend!r} is not in this version: choose 'auto', 'tiled' or 'reference'."
+    if backend == "tiled" and hidden.device.type == "mps":
+        return "The backend 'tiled' keeps a few fp64 numbers per row, which mps has not: move the tensors to the CPU."
     for name, x in (("hidden", hidden), ("head_weight", head_weight)):
         if x.dtype not in DTYPES:
             return f"The backend {backend!r} does not take {name} in {x.dtype}: convert it to a 16, 32 or 64 bit float."
@@ -158,6 +170,19 @@ class DMKCELoss(nn.Module):
         return ", ".join(f"{k}={v}" for k, v in self.options.items())
 
 
+def _check_types(labels: Any, teacher: Any, ce_weight: Any, kl_weight: Any, alpha: Any, beta: Any) -> None:
+    for name, x in (("labels", labels), ("ce_weight", ce_weight), ("kl_weight", kl_weight)):
+        if not isinstance(x, Tensor) and (x is not None or name == "labels"):
+            raise ValueError(f"{name} must be a tensor, but is a {type(x).__name__}.")
+    if not isinstance(teacher, TeacherCache | None):
+        raise ValueError(f"teacher must be a TeacherCache, but is a {type(teacher).__name__}: see TeacherCache.from_hidden.")
+    for name, x in (("alpha", alpha), ("beta", beta)):
+        if isinstance(x, Tensor) and x.requires_grad:
+            raise ValueError(f"{name} requires grad, but the loss has no gradient by it: weigh ce and kl with 'none' yourself.")
+        if not isinstance(x, Tensor | Real) or not 0 <= x < float("inf"):
+            raise ValueError(f"{name} is {x}: it must be a finite number of at least 0.")
+
+
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     """One and the same memory, seen without reading it."""
     if a is None or b is None:
@@ -181,13 +206,17 @@ def _head_options(
         theirs = getattr(teacher, name)
         if not isinstance(x, _Default) and not (x is None and name == "logit_softcap") and x != theirs:
             raise ValueError(f"{name} is {x} but the teacher's is {theirs}: build the teacher's cache with the same.")
+    if not torch.compiler.is_compiling() and teacher.is_stale:
+        raise ValueError("The teacher's head has changed since its cache was built: build it with a frozen copy of the head.")
     bias = teacher.head_bias if head_bias is None else head_bias
     if (bias is None) != (teacher.head_bias is None):
         raise ValueError("head_bias is given but the teacher has none: build the teacher's cache with its head's bias.")
     # A bias that trains, or belongs to another head, may differ from the teacher's; that of one frozen head may not.
-    frozen = bias is not None and not bias.requires_grad and _same(head_weight, teacher.head_weight)
-    if frozen and not _same(bias, teacher.head_bias) and not torch.equal(bias, teacher.head_bias):
-        raise ValueError("head_bias differs from the teacher's under the same head: build the teacher's cache with this bias.")
+    frozen = bias is not None and not bias.requires_grad and not torch.compiler.is_compiling()
+    if frozen and _same(head_weight, teacher.head_weight) and not _same(bias, teacher.head_bias):
+        if bias.device != teacher.head_bias.device or not torch.equal(bias, teacher.head_bias):
+            raise ValueError("head_bias differs from the teacher's under the same head: build the teacher's cache with this bias.")
+        bias = teacher.head_bias  # equal, as after loading: then the fast path sees one head
     return bias, teacher.logit_scale, teacher.logit_softcap, teacher.temperature
 
 
@@ -205,8 +234,8 @@ def _check_rows(
     for name, x in (("labels", labels), *weights.items()):
         if x is not None and x.device != hidden.device:
             raise ValueError(f"{name} is on {x.device} but hidden on {hidden.device}: move one of them.")
-    # Reading labels on a GPU would stall it, and a compiler cannot: there an index out of range asserts in the kernel.
-    if not (labels.is_cuda or torch.compiler.is_compiling()):
+    # Reading labels on a GPU would stall it, and fake ones have none: there an index out of range asserts in the kernel.
+    if labels.device.type == "cpu" and type(labels) is Tensor and not torch.compiler.is_compiling():
         wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= V))]
         if len(wrong):
             raise ValueError(f"labels hold {int(wrong[0])}, which is neither in 0..{V - 1} nor ignore_index={ignore_index}.")
@@ -220,7 +249,7 @@ def _check_rows(
     if teacher.head_weight.shape[0] != V:
         raise ValueError(f"The teacher's head has V={teacher.head_weight.shape[0]} but head_weight has V={V}: pad or resize one.")
     if teacher.hidden.device != hidden.device or teacher.head_weight.device != hidden.device:
-        raise ValueError(f"The teacher is on {teacher.hidden.device} but hidden on {hidden.device}: use teacher.to(device).")
+        raise ValueError(f"The teacher is on {teacher.hidden.device} but hidden on {hidden.device}: use teacher.to(device, head_weight).")
 
 
 def _inverse(denominator: float | Tensor, like: Tensor, name: str) -> Tensor:
@@ -228,6 +257,8 @@ def _inverse(denominator: float | Tensor, like: Tensor, name: str) -> Tensor:
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
             raise ValueError(f"{name} must be one number, but has shape {list(denominator.shape)}.")
+        if type(denominator) is Tensor and denominator.device.type == "cpu" and not torch.compiler.is_compiling():
+            _inverse(float(denominator), like, name)
         d = denominator.detach().reshape(()).to(like.device, like.dtype)
     else:
         if not 0 <= denominator < float("inf"):
@@ -241,7 +272,7 @@ def _inverse(denominator: float | Tensor, like: Tensor, name: str) -> Tensor:
 
 def _reference(
     hidden: Tensor, head_weight: Tensor, labels: Tensor, teacher: TeacherCache | None, u: Tensor, w: Tensor,
-    ignore_index: int, options: dict[str, Any], plan: Launch, entropy: bool,
+    ignore_index: int, options: dict[str, Any],
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Rows u * CE + w * KL [N] with a graph, and (CE, KL, entropy)."""
     theirs = {} if teacher is None else dict(
@@ -251,12 +282,17 @@ def _reference(
     )  # fmt: skip
     with torch.autocast(hidden.device.type, enabled=False):  # autocast would deliver bf16 logits
         parts = reference.dmk_ce(hidden, head_weight, labels, ignore_index=ignore_index, **options, **theirs)
-    return u * parts[0] + w * parts[1], parts
+    return weighed(u, parts[0]) + weighed(w, parts[1]), parts
+
+
+def weighed(weight: Tensor, x: Tensor) -> Tensor:
+    """weight * x, 0 where the weight is 0 whatever x is."""
+    return torch.where(weight == 0, 0.0, weight * x)
 
 
 def _tiled(
     hidden: Tensor, head_weight: Tensor, labels: Tensor, teacher: TeacherCache | None, u: Tensor, w: Tensor,
-    ignore_index: int, options: dict[str, Any], plan: Launch, entropy: bool,
+    ignore_index: int, options: dict[str, Any], tile: int, entropy: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Rows u * CE + w * KL [N] with a graph, and (CE, KL, entropy)."""
     bias = options["head_bias"]
@@ -268,7 +304,7 @@ def _tiled(
     )  # fmt: skip
     rows, ce, kl, entropies, *_ = tiled_dmk_ce(
         hidden, head_weight, bias, labels, u, w, *theirs, t is not None and t.renormalize, options["logit_scale"],
-        options["logit_softcap"], options["temperature"], ignore_index, plan.tile, ahead, trains, entropy,
+        options["logit_softcap"], options["temperature"], ignore_index, tile, ahead, trains, entropy,
     )  # fmt: skip
     return rows, (ce, kl, entropies)
 
@@ -314,7 +350,7 @@ def tiled_dmk_ce(
                 kl = kl.masked_fill(still, 0)
             lse = torch.stack(lse)
     ce = ce.masked_fill(ignored, 0)
-    rows = u * ce.to(u.dtype) + w * kl.to(u.dtype)
+    rows = weighed(u, ce.to(u.dtype)) + weighed(w, kl.to(u.dtype))
     dh = hidden.new_empty((0, hidden.shape[1]), dtype=u.dtype) if dh is None else dh.to(u.dtype)
     return rows, ce.to(u.dtype), kl.to(u.dtype), H.to(u.dtype), dh, lse
 

@@ -33,6 +33,8 @@ def launch(N: int, V: int, D: int, dtype: torch.dtype, device: str) -> Launch:
     known = "measured 2026-11-21" if device == "cpu" else "predicted from the CPU's figures"
     if device == "cpu" and N * V <= SMALL_LOGITS and V * D <= SMALL_HEAD:
         return Launch("reference", tile, f"few logits and a small head ({known})")
+    if device == "mps":
+        return Launch("reference", tile, "mps has no fp64, of which tiled keeps a few numbers per row")
     return Launch("tiled", tile, f"tiles of {TILE_BYTES >> 20} MiB ({known})")
 
 

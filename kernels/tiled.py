@@ -112,11 +112,11 @@ def exact(device: torch.device) -> bool:
     return backend.matmul.fp32_precision in ("none", "ieee")
 
 
-def working_dtype(*tensors: Tensor | None) -> torch.dtype:
+def working_dtype(h: Tensor, W: Tensor, *others: Tensor | None) -> torch.dtype:
     """fp32; fp64 if any tensor is, or where fp32 products would be rounded."""
-    given = [x for x in tensors if x is not None]
-    wide = any(x.dtype == torch.float64 for x in given) or not exact(given[0].device)
-    return torch.float64 if wide else torch.float32
+    if any(x is not None and x.dtype == torch.float64 for x in (h, W, *others)):
+        return torch.float64
+    return torch.float32 if native(h, W) or exact(h.device) else torch.float64
 
 
 def native(h: Tensor, W: Tensor) -> bool:
@@ -125,11 +125,14 @@ def native(h: Tensor, W: Tensor) -> bool:
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, summed in total's dtype; b of a lower precision rounds a to it."""
+    """total += a @ b, summed in total's dtype. Where b is bf16, a goes in two parts: one would leave 8 bits of it, and a product
+    that is a small difference from the teacher's needs more (notes/held-out-columns.md)."""
     if b.dtype == total.dtype:
         total.addmm_(a, b)
-    else:
-        total += torch.mm(a.to(b.dtype), b, out_dtype=total.dtype)
+        return
+    high = a.to(b.dtype)
+    total += torch.mm(high, b, out_dtype=total.dtype)
+    total += torch.mm((a - high).to(b.dtype), b, out_dtype=total.dtype)
 
 
 def tiles(h: Tensor, head: Head, tile: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
@@ -193,9 +196,11 @@ def gather(W: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
 def row_logits(h: Tensor, head: Head, columns: Tensor, dtype: torch.dtype, moved: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """z [N, k] at each row's own columns [N, k], and s <moved, W_v>, by how much x grows where h moves by `moved` [N, D]."""
     z, dz = h.new_empty(columns.shape, dtype=dtype), h.new_zeros(columns.shape, dtype=dtype)
+    wide = dtype if exact(h.device) else torch.float64
     for n in chunks(columns, h.shape[1]):
-        x = h[n].to(dtype)[:, :, None]  # [n, D, 1]
-        both = torch.bmm(gather(head.weight, columns[n], dtype), x if moved is None else torch.cat([x, moved[n][:, :, None]], 2))
+        x = h[n].to(wide)[:, :, None]  # [n, D, 1]
+        x = x if moved is None else torch.cat([x, moved[n].to(wide)[:, :, None]], 2)
+        both = torch.bmm(gather(head.weight, columns[n], wide), x)
         z[n] = both[:, :, 0]
         if moved is not None:
             dz[n] = both[:, :, 1]
@@ -209,10 +214,10 @@ def row_logits(h: Tensor, head: Head, columns: Tensor, dtype: torch.dtype, moved
 
 def add_rows(total: Tensor, W: Tensor, columns: Tensor, factors: Tensor) -> None:
     """total [N, D] += sum_j factors[:, j] * W[columns[:, j]]"""
-    dtype = working_dtype(total)
-    factors = factors.to(dtype)[:, None, :]  # [N, 1, k]
+    wide = total.dtype if exact(total.device) else torch.float64
+    factors = factors.to(wide)[:, None, :]  # [N, 1, k]
     for n in chunks(columns, W.shape[1]):
-        total[n] += torch.bmm(factors[n], gather(W, columns[n], dtype))[:, 0]
+        total[n] += torch.bmm(factors[n], gather(W, columns[n], wide))[:, 0]
 
 
 def hold_out(z: Tensor, columns: Tensor, valid: Tensor, start: int) -> None:
@@ -430,9 +435,9 @@ def differentiate(
     dtype, (N, D) = working_dtype(h, head.weight, head.bias), h.shape
     tau, u = 1.0 if teacher is None else teacher.tau, u.to(dtype)[:, None]
     dh = h.new_zeros((N, D), dtype=dtype) if need_h else None
-    dW = torch.empty_like(head.weight) if need_W else None
-    db = torch.empty_like(head.bias) if need_b else None
-    x = h if native(h, head.weight) else h.to(dtype)
+    dW = head.weight.new_empty(head.weight.shape) if need_W else None  # row by row, whatever the head's strides
+    db = head.bias.new_empty(head.bias.shape) if need_b else None
+    x = h if native(h, head.weight) and dtype == torch.float32 else h.to(dtype)
     kl, mass = lse.new_zeros(N), lse.new_zeros(N)
     if teacher is not None:
         C, w = teacher.C.to(dtype)[:, None], (w.to(dtype) * tau)[:, None]

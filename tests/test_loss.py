@@ -594,3 +594,116 @@ def test_why_not():
     assert why_not("tiled", h, W, teacher) is None and "float8" in why_not("tiled", h.to(torch.float8_e5m2), W)
     for backend in ("triton", "cpu", "other"):
         assert backend in why_not(backend, h, W, teacher, temperature=1.0)
+
+
+# ------------------------------------------------------------------------------------------- what a reviewer found
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_a_head_that_moved_under_its_cache_is_noticed(backend, tmp_path):
+    h, W, y, teacher = case(head_bias=rand(7, seed=5))
+    f = lambda t: fused_dmk_ce(h, W, y, t, backend=backend)
+    moved = teacher.to("cpu", head_weight=W)
+    f(teacher), f(moved), f(teacher[1:3][[0, 1, 0, 1]])
+    teacher.save(tmp_path / "t.safetensors")
+    W.add_(1)
+    for stale in (teacher, moved, teacher[:]):
+        with pytest.raises(ValueError, match="has changed since"):
+            f(stale)
+    trained = rand(7, 3, seed=1).requires_grad_()
+    teacher = TeacherCache.from_hidden(h, trained)
+    fused_dmk_ce(h, trained, y, teacher, backend=backend).backward()
+    torch.optim.SGD([trained], 0.1).step()
+    with pytest.raises(ValueError, match="frozen copy"):
+        fused_dmk_ce(h, trained, y, teacher, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_row_without_weight_may_hold_anything(backend, trains):
+    h, W, y, teacher = case()
+    clean, dirty = h.clone().requires_grad_(), h.clone()
+    dirty[1], dirty[3] = math.nan, math.inf
+    dirty.requires_grad_(), W.requires_grad_(trains)
+    y[[1, 3]] = -100
+    k = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    teacher = TeacherCache.from_hidden(teacher.hidden, W.detach().clone() if trains else W)
+    f = lambda x: fused_dmk_ce(x, W, y, teacher, kl_weight=k, backend=backend)
+    f(clean).backward()
+    expected, W.grad = W.grad, None
+    f(dirty).backward()
+    torch.testing.assert_close(f(dirty), f(clean))
+    torch.testing.assert_close(dirty.grad, clean.grad)
+    assert (dirty.grad[[1, 3]] == 0).all() and (expected is None or torch.allclose(W.grad, expected))
+    bias = torch.zeros(7, dtype=torch.float64)
+    bias[2] = -math.inf
+    a = torch.tensor([0.0, 1.0, 1.0, 1.0])
+    assert fused_dmk_ce(h, W, torch.tensor([2, 1, 1, 1]), ce_weight=a, head_bias=bias, backend=backend).isfinite()
+
+
+def test_an_equal_bias_of_a_loaded_cache_takes_the_fast_path(tmp_path):
+    bias = rand(7, seed=5)
+    h, W, y, teacher = case(head_bias=bias)
+    TeacherCache.from_hidden(h, W, head_bias=bias).save(tmp_path / "t.safetensors")
+    again = TeacherCache.load(tmp_path / "t.safetensors", head_weight=W)
+    for teacher in (again, again.to("cpu")):  # unmoved rows are exactly 0 there only
+        loss = fused_dmk_ce(h.requires_grad_(), W, y, teacher, head_bias=bias, alpha=0.0, backend="tiled")
+        assert loss == 0 and (torch.autograd.grad(loss, h)[0] == 0).all()
+
+
+def test_a_teacher_made_in_inference_mode_trains():
+    h, W, y, _ = case()
+    keep = torch.arange(7) > 1
+    with torch.inference_mode():
+        teacher = TeacherCache.from_hidden(h * 2, W, vocab_keep=keep.clone(), head_bias=rand(7, seed=3) * 1)
+    trained = W.clone().requires_grad_()
+    for backend in ("reference", "tiled"):
+        for head in (W, trained):
+            fused_dmk_ce(h.requires_grad_(), head, y, teacher, backend=backend).backward()
+
+
+def test_a_cache_keeps_its_own_numbers():
+    h, W, y, teacher = case()
+    buffer = h.clone()
+    teacher = TeacherCache.from_hidden(buffer, W, vocab_keep=torch.ones(7, dtype=torch.bool))
+    buffer.zero_()
+    assert torch.equal(teacher.hidden, h) and teacher.vocab_keep is None
+    assert torch.equal(teacher[torch.tensor(1)].m, teacher[1].m) and len(teacher[torch.tensor([True, False, False, True])]) == 2
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(teacher.m, teacher.m)
+        small = TeacherCache.from_hidden(h.float(), W.float()).m
+    torch.testing.assert_close(small, TeacherCache.from_hidden(h.float(), W.float()).m)
+    with pytest.raises(IndexError, match="2 indices"):
+        teacher[0, 1]
+    with pytest.raises((TypeError, RuntimeError)):
+        teacher.to(torch.float16)
+
+
+def test_a_padded_head_is_another_head(tmp_path):
+    h, W, y, teacher = case()
+    teacher.save(tmp_path / "t.safetensors")
+    for other in (torch.cat([W, W[:2]]), W[:4]):
+        with pytest.raises(ValueError, match="another head"):
+            TeacherCache.load(tmp_path / "t.safetensors", head_weight=other)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(labels=[0, 1, 2, 3]), "labels must be a tensor, but is a list"),
+        (dict(hidden=[[0.0]]), "hidden must be a tensor"),
+        (dict(kl_weight=[1, 1, 1, 1]), "kl_weight must be a tensor"),
+        (dict(teacher=torch.ones(4, 3)), "teacher must be a TeacherCache, but is a Tensor"),
+        (dict(alpha=None), "alpha is None"),
+        (dict(beta="1"), "beta is 1"),
+        (dict(logit_softcap="30", teacher=None), "logit_softcap is 30"),
+        (dict(alpha=torch.ones((), requires_grad=True)), "alpha requires grad"),
+        (dict(kl_denominator=torch.tensor(-1.0)), "kl_denominator is -1.0"),
+        (dict(ce_denominator=torch.tensor(math.nan)), "ce_denominator is nan"),
+    ],
+)
+def test_wrong_types_are_sentences_too(change, words):
+    h, W, y, teacher = case()
+    with pytest.raises(ValueError, match=words) as error:
+        fused_dmk_ce(**(dict(hidden=h, head_weight=W, labels=y, teacher=teacher) | change))
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)

@@ -316,3 +316,25 @@ def test_ligers_distillation_loss(backend, N, D, V, tau, hard, soft):
     other.backward()
     torch.testing.assert_close(loss, other, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(h.grad, x.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_auto_compiles_on_small_shapes_with_a_bias(bias):
+    h, W, y = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8), torch.arange(6)
+    b = torch.randn(50) if bias else None
+    teacher = TeacherCache.from_hidden(torch.randn(6, 8), W, head_bias=b)
+    f = lambda h: fused_dmk_ce(h, W, y, teacher, head_bias=b)
+    torch._dynamo.reset()
+    loss = torch.compile(f, fullgraph=True, backend="aot_eager")(h)
+    torch.testing.assert_close(loss, f(h))
+    torch.testing.assert_close(*(torch.autograd.grad(x, h)[0] for x in (loss, f(h))))
+
+
+def test_a_transposed_head_that_trains():
+    h, y = torch.randn(6, 8, requires_grad=True), torch.arange(6)
+    W = torch.randn(8, 50, requires_grad=True)
+    teacher = TeacherCache.from_hidden(torch.randn(6, 8), W.detach().T.clone())
+    f = lambda h, W: fused_dmk_ce(h, W.T, y, teacher, backend="tiled")
+    torch._dynamo.reset()
+    expected = torch.autograd.grad(f(h, W), [h, W])
+    torch.testing.assert_close(torch.autograd.grad(torch.compile(f, fullgraph=True)(h, W), [h, W]), expected)
