@@ -295,8 +295,9 @@ def stamp(c: Contender, shape: Shape, device: str) -> dict[str, Any]:
 def kept(c: Contender, p: Problem) -> float:
     """MiB that the teacher costs between steps, the head aside."""
     (N, D), V, E = p.hidden.shape, len(p.head), p.head.element_size()
-    bytes_ = {"hidden": N * D * E, "statistics": N * (D * (4 + E) + 16 * 16 + 12), "one [N, D]": 4 * N * D, "probabilities": N * V * E}.get(c.keeps, 0)
-    return bytes_ / 2**20
+    statistics = N * (D * (4 + E) + 16 * 16 + 12)
+    bytes_ = {"hidden": N * D * E, "statistics": statistics, "one [N, D]": 4 * N * D, "probabilities": N * V * E}
+    return bytes_.get(c.keeps, 0) / 2**20
 
 
 def commit() -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .kernels import reference, tiled
+from .kernels import reference, tiled, triton_launch
 from .kernels.launch import Launch, launch, narrow
 from .kernels.reference import accumulation
 from .teacher import TeacherCache, check_head
@@ -108,7 +108,7 @@ def fused_dmk_ce(
     if plan.backend == "reference":
         rows, parts = _reference(hidden, head_weight, labels, teacher, u, w, ignore_index, options)
     else:
-        rows, parts = _tiled(hidden, head_weight, labels, teacher, u, w, ignore_index, options, plan.tile, return_parts)
+        rows, parts = _tiled(hidden, head_weight, labels, teacher, u, w, ignore_index, options, plan, return_parts)
     loss = rows if reduction == "none" else rows.sum()
     return (loss, Parts(*(x.detach().float() for x in parts))) if return_parts else loss
 
@@ -125,19 +125,20 @@ def why_not(backend: str, hidden: Tensor, head_weight: Tensor, teacher: TeacherC
     """Why `backend` cannot compute this loss, as one sentence; None if it can. Options are those of fused_dmk_ce.
 
     "reference" is plain torch with full logits; "tiled" goes through the vocabulary in tiles and holds no [N, V] tensor; both
-    run in fp16, bf16, fp32 and fp64, on any device that has fp64. "auto" is one of them: see `chosen`. Every backend takes
-    every option and teacher, so these change nothing today.
+    run in fp16, bf16, fp32 and fp64, on any device that has fp64. "triton" forms the tiles of one frozen head in its own kernels
+    and leaves the general path to "tiled"; no GPU has run it yet, so "auto" does not take it: see `chosen`. Every backend
+    takes every option and teacher, so these change nothing today.
     """
     if backend not in BACKENDS:
         return f"The backend {backend!r} is unknown: choose one of {', '.join(map(repr, BACKENDS))}."
-    if backend in ("triton", "cpu"):
+    if backend == "cpu":
         return f"The backend {backend!r} is not in this version: choose 'auto', 'tiled' or 'reference'."
     if backend == "tiled" and hidden.device.type == "mps":
         return "The backend 'tiled' keeps a few fp64 numbers per row, which mps has not: move the tensors to the CPU."
     for name, x in (("hidden", hidden), ("head_weight", head_weight)):
         if x.dtype not in DTYPES:
             return f"The backend {backend!r} does not take {name} in {x.dtype}: convert it to a 16, 32 or 64 bit float."
-    return None
+    return triton_launch.why_not(hidden.device, hidden.dtype, head_weight.dtype) if backend == "triton" else None
 
 
 class DMKCELoss(nn.Module):
@@ -215,7 +216,7 @@ def _head_options(
     frozen = bias is not None and not bias.requires_grad and not torch.compiler.is_compiling()
     if frozen and _same(head_weight, teacher.head_weight) and not _same(bias, teacher.head_bias):
         if bias.device != teacher.head_bias.device or not torch.equal(bias, teacher.head_bias):
-            raise ValueError("head_bias differs from the teacher's under the same head: build the teacher's cache with this bias.")
+            raise ValueError("head_bias differs from the teacher's under the same head: build the cache with this bias.")
         bias = teacher.head_bias  # equal, as after loading: then the fast path sees one head
     return bias, teacher.logit_scale, teacher.logit_softcap, teacher.temperature
 
@@ -249,7 +250,8 @@ def _check_rows(
     if teacher.head_weight.shape[0] != V:
         raise ValueError(f"The teacher's head has V={teacher.head_weight.shape[0]} but head_weight has V={V}: pad or resize one.")
     if teacher.hidden.device != hidden.device or teacher.head_weight.device != hidden.device:
-        raise ValueError(f"The teacher is on {teacher.hidden.device} but hidden on {hidden.device}: use teacher.to(device, head_weight).")
+        where = f"The teacher is on {teacher.hidden.device} but hidden on {hidden.device}"
+        raise ValueError(f"{where}: use teacher.to(device, head_weight).")
 
 
 def _inverse(denominator: float | Tensor, like: Tensor, name: str) -> Tensor:
@@ -292,7 +294,7 @@ def weighed(weight: Tensor, x: Tensor) -> Tensor:
 
 def _tiled(
     hidden: Tensor, head_weight: Tensor, labels: Tensor, teacher: TeacherCache | None, u: Tensor, w: Tensor,
-    ignore_index: int, options: dict[str, Any], tile: int, entropy: bool,
+    ignore_index: int, options: dict[str, Any], plan: Launch, entropy: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Rows u * CE + w * KL [N] with a graph, and (CE, KL, entropy)."""
     bias = options["head_bias"]
@@ -304,7 +306,8 @@ def _tiled(
     )  # fmt: skip
     rows, ce, kl, entropies, *_ = tiled_dmk_ce(
         hidden, head_weight, bias, labels, u, w, *theirs, t is not None and t.renormalize, options["logit_scale"],
-        options["logit_softcap"], options["temperature"], ignore_index, tile, ahead, trains, entropy,
+        options["logit_softcap"], options["temperature"], ignore_index, plan.tile, plan.backend == "triton", ahead, trains,
+        entropy,
     )  # fmt: skip
     return rows, (ce, kl, entropies)
 
@@ -323,7 +326,7 @@ def tiled_dmk_ce(
     hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, labels: Tensor, u: Tensor, w: Tensor,
     t_hidden: Tensor | None, t_m: Tensor | None, t_C: Tensor | None, t_lse: Tensor | None, t_top: Tensor | None,
     t_p: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None, t_keep: Tensor | None, renormalize: bool,
-    logit_scale: float, logit_softcap: float | None, temperature: float, ignore_index: int, tile: int,
+    logit_scale: float, logit_softcap: float | None, temperature: float, ignore_index: int, tile: int, fused: bool,
     ahead: bool, trains: bool, entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Rows u * CE + w * KL, CE, KL and entropy [N]; dh [N, D] if `ahead`, else [0, D]; both logsumexps [2, N].
@@ -338,7 +341,12 @@ def tiled_dmk_ce(
     dh, lse = None, u.new_zeros((2, len(hidden)), dtype=torch.float64)
     with torch.autocast(hidden.device.type, enabled=False):
         if one_head and not trains and (teacher is None or logit_softcap is None):
-            ce, kl, H, dh = tiled.shared(hidden, head, y, teacher, u, w, ahead, entropy, tile)
+            visit = tiled.sweep
+            if fused:
+                from .kernels import triton_sweep  # not every machine has triton
+
+                tile, visit = triton_sweep.chunk(hidden, head_weight), triton_sweep.sweep
+            ce, kl, H, dh = tiled.shared(hidden, head, y, teacher, u, w, ahead, entropy, tile, visit)
         else:
             tile = narrow(tile)
             ce, kl, H, *lse = tiled.normalise(hidden, head, y, teacher, teacher is not None and not ahead, entropy, tile)
@@ -415,7 +423,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, g: Tensor | None, *unused: Any) -> tuple:
     if torch.is_grad_enabled():
         raise RuntimeError("fused_dmk_ce has no second derivative: use backend='reference' for create_graph=True.")
-    nothing = [None] * 24
+    nothing = [None] * 25
     if g is None:
         return tuple(nothing)
     dh, lse, *tensors = ctx.saved_tensors
@@ -425,7 +433,7 @@ def _backward(ctx: Any, g: Tensor | None, *unused: Any) -> tuple:
         hidden, head_weight, head_bias, labels, u, w, *theirs = tensors
         need_h, need_W, need_b = (ctx.needs_input_grad[i] for i in range(3))
         made = tiled_dmk_ce_backward(
-            hidden, head_weight, head_bias, labels, u * g, w * g, lse, *theirs, *ctx.rest[:-3], need_h, need_W, need_b
+            hidden, head_weight, head_bias, labels, u * g, w * g, lse, *theirs, *ctx.rest[:-4], need_h, need_W, need_b
         )
         nothing[:3] = (x if need else None for x, need in zip(made, (need_h, need_W, need_b), strict=True))
     return tuple(nothing)

@@ -118,7 +118,8 @@ class TeacherCache:
         """The rows of a slice, an index (int, list or int64 tensor) or a bool mask [N], as a cache; an int keeps one row."""
         if isinstance(rows, tuple):
             raise IndexError(f"rows must be a slice, an int, or one-dimensional, but are {len(rows)} indices.")
-        if not isinstance(rows, bool | slice | list) and not (isinstance(rows, Tensor) and (rows.ndim or rows.dtype == torch.bool)):
+        many = isinstance(rows, bool | slice | list) or (isinstance(rows, Tensor) and (rows.ndim > 0 or rows.dtype == torch.bool))
+        if not many:
             rows = operator.index(rows)
             if not -len(self) <= rows < len(self):
                 raise IndexError(f"row {rows} is out of range: the cache has {len(self)} rows.")
