@@ -388,7 +388,9 @@ def newest(kind: str, device: str | None = None) -> dict[Shape, Rows]:
     groups: dict[Shape, dict[str, dict[str, Any]]] = {}
     for r in rows:
         if r["device"] == rows[-1]["device"]:
-            groups.setdefault((r["N"], r["V"], r["D"], r["dtype"]), {})[r["contender"]] = r
+            group = groups.setdefault((r["N"], r["V"], r["D"], r["dtype"]), {})
+            if r["accuracy"] or r["contender"] not in group:  # a sweep times only: it must not hide a row with errors
+                group[r["contender"]] = r
     return {shape: list(found.values()) for shape, found in groups.items()}
 
 
