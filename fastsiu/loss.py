@@ -13,9 +13,9 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
-from .kernels import reference, tiled, triton_launch
+from .kernels import general, reference, tiled, triton_launch
 from .kernels.launch import Launch, launch, narrow
 from .kernels.reference import accumulation
 from .teacher import TeacherCache, check_head
@@ -321,7 +321,7 @@ def _unpack(head_weight, head_bias, logit_scale, logit_softcap, temperature, ren
     return head, tiled.Teacher(t_hidden, t_m, t_C, t_lse, t_top, t_p, theirs, t_keep, renormalize, temperature)
 
 
-@torch.library.custom_op("fastsiu::tiled_dmk_ce", mutates_args=())
+@library.custom_op("fastsiu::tiled_dmk_ce", mutates_args=())
 def tiled_dmk_ce(
     hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, labels: Tensor, u: Tensor, w: Tensor,
     t_hidden: Tensor | None, t_m: Tensor | None, t_C: Tensor | None, t_lse: Tensor | None, t_top: Tensor | None,
@@ -349,11 +349,11 @@ def tiled_dmk_ce(
             ce, kl, H, dh = tiled.shared(hidden, head, y, teacher, u, w, ahead, entropy, tile, visit)
         else:
             tile = narrow(tile)
-            ce, kl, H, *lse = tiled.normalise(hidden, head, y, teacher, teacher is not None and not ahead, entropy, tile)
+            ce, kl, H, *lse = general.normalise(hidden, head, y, teacher, teacher is not None and not ahead, entropy, tile)
             still = _still(hidden, teacher, one_head)
             if ahead:
                 moving = w if still is None else w.masked_fill(still, 0)
-                kl, dh, _, _ = tiled.differentiate(hidden, head, y, teacher, u, moving, *lse, True, False, False, tile)
+                kl, dh, _, _ = general.differentiate(hidden, head, y, teacher, u, moving, *lse, True, False, False, tile)
             if still is not None:
                 kl = kl.masked_fill(still, 0)
             lse = torch.stack(lse)
@@ -370,7 +370,7 @@ def _(hidden, head_weight, head_bias, labels, u, *rest):
     return one(), one(), one(), one(), u.new_empty((N if ahead else 0, D)), u.new_empty((2, N), dtype=torch.float64)
 
 
-@torch.library.custom_op("fastsiu::tiled_dmk_ce_backward", mutates_args=())
+@library.custom_op("fastsiu::tiled_dmk_ce_backward", mutates_args=())
 def tiled_dmk_ce_backward(
     hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, labels: Tensor, u: Tensor, w: Tensor, lse: Tensor,
     t_hidden: Tensor | None, t_m: Tensor | None, t_C: Tensor | None, t_lse: Tensor | None, t_top: Tensor | None,
@@ -386,7 +386,7 @@ def tiled_dmk_ce_backward(
     y = labels.masked_fill(labels == ignore_index, 0)
     with torch.autocast(hidden.device.type, enabled=False):
         needs = (need_h, need_W, need_b)
-        _, dh, dW, db = tiled.differentiate(hidden, head, y, teacher, u, w, lse[0], lse[1], *needs, narrow(tile))
+        _, dh, dW, db = general.differentiate(hidden, head, y, teacher, u, w, lse[0], lse[1], *needs, narrow(tile))
     none = lambda x: x.new_empty((0, *x.shape[1:]))
     return (
         none(hidden) if dh is None else dh.to(hidden.dtype),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import library
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -245,7 +246,7 @@ def test_opcheck(kind):
         if op._opname == "tiled_dmk_ce":
             args[0].requires_grad_()
             args[1].requires_grad_(kind == "trains")
-        torch.library.opcheck(op, tuple(args), kwargs)
+        library.opcheck(op, tuple(args), kwargs)
 
 
 # --------------------------------------------------------------------------------------------------- choice of backend

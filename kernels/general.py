@@ -1,0 +1,125 @@
+"""The loss where the teacher's statistics do not suffice: a softcap, a head that trains, a teacher with another head.
+
+A first pass over the tiles of tiled.py gives the normalisers. A second one forms both logits again and from them dz, exactly
+normalised, before anything is rounded or summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .tiled import Head, Sums, Teacher, accumulate, dropped_in_tiles, native, row_logits, spread, tiles, working_dtype
+
+
+def pairs(h: Tensor, head: Head, teacher: Teacher | None, tile: int, dtype: torch.dtype) -> Iterator[tuple]:
+    """(first column, W, z, slope, t / tau or None) for each tile."""
+    if teacher is None:
+        for start, W, z, slope in tiles(h, head, tile, dtype):
+            yield start, W, z, slope, None
+        return
+    theirs = tiles(teacher.hidden, teacher.head, tile, dtype)
+    for (start, W, z, slope), (_, _, t, _) in zip(tiles(h, head, tile, dtype), theirs, strict=True):
+        yield start, W, z, slope, t if teacher.tau == 1 else t.div_(teacher.tau)
+
+
+def gap(z: Tensor, t: Tensor, P: Tensor, tau: float) -> Tensor:
+    """[N] fp64: the tile's share of sum_K P (t - z) / tau, which with C (lse_s - lse_t) is KL / tau^2; t is t / tau already."""
+    moved = t - z if tau == 1 else t - z / tau
+    return moved.mul_(P).masked_fill_(P == 0, 0.0).sum(1).double()  # P = 0 where t is -inf
+
+
+def probabilities(t: Tensor, start: int, teacher: Teacher) -> Tensor:
+    """P of a tile, 0 on dropped columns; t is t / tau already."""
+    P = minus(t, teacher.lse).exp_()
+    return P if teacher.keep is None else P.masked_fill_(~teacher.keep[start : start + P.shape[1]], 0.0)
+
+
+def minus(z: Tensor, lse: Tensor) -> Tensor:
+    """z - lse [N] fp64, in z's dtype: first the leading digits cancel, then the others are not lost to the size of lse."""
+    high = lse.to(z.dtype)
+    return (z - high[:, None]).sub_((lse - high.double()).to(z.dtype)[:, None])
+
+
+def divergence(gaps: Tensor, mass: Tensor, lse_q: Tensor, teacher: Teacher) -> Tensor:
+    """KL [N] from sum_K P (t - z) / tau and mass = sum_K P, which is C but for the rounding of t, not small for large t."""
+    C, none = teacher.C.double(), mass == 0
+    mass = mass.masked_fill(none, 1.0)
+    kl = C * (gaps / mass + lse_q - teacher.lse - torch.log(mass / C.masked_fill(none, 1.0)))
+    return teacher.tau**2 * kl.masked_fill(none, 0.0)
+
+
+@torch.no_grad()
+def normalise(
+    h: Tensor, head: Head, y: Tensor, teacher: Teacher | None, with_kl: bool, entropy: bool, tile: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """CE, KL (0 unless `with_kl`), entropy and both logsumexps, all [N] fp64: over V at temperature 1, and that of Q."""
+    dtype = working_dtype(h, head.weight, head.bias)
+    z_label = row_logits(h, head, y[:, None], dtype)[0][:, 0].double()
+    tau = 1.0 if teacher is None else teacher.tau
+    mask = teacher.keep if teacher is not None and teacher.renormalize else None
+    within = z_label if mask is None else z_label.masked_fill(~mask[y], -torch.inf)
+    ones, kl = Sums(within, 1.0, dtype, 0, entropy), torch.zeros_like(z_label)
+    sums, mass = [ones] if tau == 1 else [ones, Sums(within, tau, dtype)], torch.zeros_like(z_label)
+    apart = Sums(z_label, 1.0, dtype, 0, entropy) if mask is not None and tau == 1 else None
+    cuts = dropped_in_tiles(mask, len(head.weight), tile)
+    for (start, W, z, _, t), dropped in zip(pairs(h, head, teacher if with_kl else None, tile, dtype), cuts, strict=True):
+        if t is not None:
+            P = probabilities(t, start, teacher)
+            mass += P.sum(1)
+            kl += gap(z, t, P, tau)
+        spread(z, W, None, sums, dropped, apart)
+    everything = [ones] if apart is None else [ones, apart]
+    lse = torch.logsumexp(torch.stack([x.log_total() for x in everything]), 0)
+    lse_q = sums[-1].log_total()
+    if with_kl:
+        kl = divergence(kl, mass, lse_q, teacher)
+    H = sum(x.entropy_share(lse) for x in everything) if entropy else torch.zeros_like(lse)
+    return lse - z_label, kl, H, lse, lse_q
+
+
+@torch.no_grad()
+def differentiate(
+    h: Tensor, head: Head, y: Tensor, teacher: Teacher | None, u: Tensor, w: Tensor, lse: Tensor, lse_q: Tensor,
+    need_h: bool, need_W: bool, need_b: bool, tile: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """KL [N] fp64, and d(sum u CE + w KL) by h, W and b where needed: each tile's dz is formed whole, then multiplied."""
+    dtype, (N, D) = working_dtype(h, head.weight, head.bias), h.shape
+    tau, u = 1.0 if teacher is None else teacher.tau, u.to(dtype)[:, None]
+    dh = h.new_zeros((N, D), dtype=dtype) if need_h else None
+    dW = head.weight.new_empty(head.weight.shape) if need_W else None  # row by row, whatever the head's strides
+    db = head.bias.new_empty(head.bias.shape) if need_b else None
+    x = h if native(h, head.weight) and dtype == torch.float32 else h.to(dtype)
+    kl, mass = lse.new_zeros(N), lse.new_zeros(N)
+    if teacher is not None:
+        C, w = teacher.C.to(dtype)[:, None], (w.to(dtype) * tau)[:, None]
+    for start, W, z, slope, t in pairs(h, head, teacher, tile, dtype):
+        columns = slice(start, start + len(W))
+        dz = minus(z, lse).exp_().mul_(u)
+        if teacher is not None:
+            P = probabilities(t, start, teacher)
+            mass += P.sum(1)
+            kl += gap(z, t, P, tau)
+            Q = minus(z.div_(tau), lse_q).exp_()
+            if teacher.renormalize and teacher.keep is not None:
+                Q.masked_fill_(~teacher.keep[columns], 0.0)
+            dz.add_(Q.mul_(C).sub_(P).mul_(w))
+        here = (y - start)[:, None]
+        dz.scatter_add_(1, here.clamp(0, len(W) - 1), -u * ((here >= 0) & (here < len(W))))
+        if slope is not None:
+            dz.mul_(slope)
+        if need_h:
+            accumulate(dh, dz, W)
+        if head.scale != 1:
+            dz.mul_(head.scale)
+        if need_W:
+            dW[columns] = dz.T @ x if x.dtype == dtype else torch.mm(dz.T.to(x.dtype), x, out_dtype=dtype)
+        if need_b:
+            db[columns] = dz.sum(0)
+    if need_h:
+        dh *= head.scale
+    if teacher is not None:
+        kl = divergence(kl, mass, lse_q, teacher)
+    return kl, dh, dW, db
