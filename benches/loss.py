@@ -24,6 +24,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,11 @@ FULL: list[Shape] = [
 ]  # fmt: skip
 OVER_N: list[Shape] = [(N, 32000, 1024, "bfloat16") for N in (16, 64, 256, 1024, 4096)]
 OVER_V: list[Shape] = [(256, V, 1024, "bfloat16") for V in (8000, 32000, 64000, 128000, 256000)]
+# What rivals publish for GPUs: the first with all contenders (gpu.py), and with it all N at one head before the next head.
+PEERS: list[Shape] = [
+    (N, V, D, "bfloat16") for V, D in ((151936, 1024), (151936, 2048), (262144, 1152), (128256, 4096), (32000, 2048))
+    for N in (256, 1024, 64, 128, 512, 2048)
+]  # fmt: skip
 STUDY: list[Shape] = [(64, 32000, 1024, "bfloat16"), (64, 32000, 1024, "float32")]
 LEVELS, FINE_LEVELS = (1e-1, 1e-2, 1e-3), (1e1, 1e0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 ALPHA, BETA = 0.9, 0.75
@@ -221,7 +227,8 @@ def peak(c: Contender, p: Problem) -> dict[str, Any]:
         return {"mib_missing": reason}
     first = lambda x: x[:8].clone()  # a small problem loads libraries and starts threads
     small = Problem(first(p.hidden), p.head[:600].clone(), first(p.labels) % min(600, len(p.head)), first(p.teacher_hidden))
-    run(c.build(small, ALPHA, BETA), small.hidden)
+    if not p.head.is_cuda:
+        run(c.build(small, ALPHA, BETA), small.hidden)
     step = c.build(p, ALPHA, BETA)
     if c.compiles:
         run(step, p.hidden)
@@ -286,8 +293,9 @@ def stamp(c: Contender, shape: Shape, device: str) -> dict[str, Any]:
             versions[name] = None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(), "device": device_name(device),
-        "threads": torch.get_num_threads(), **versions, "contender": c.name, "package": c.package, "version": c.version(),
-        "terms": c.terms, "how": c.how, "keeps": c.keeps, "skips_dw": c.skips_dw, "fp32_logits": c.fp32_logits, "ours": c.ours,
+        "gpu": device != "cpu", "threads": torch.get_num_threads(), **versions,
+        "contender": c.name, "package": c.package, "version": c.version(), "terms": c.terms,
+        "how": c.how, "keeps": c.keeps, "skips_dw": c.skips_dw, "fp32_logits": c.fp32_logits, "ours": c.ours,
         "N": shape[0], "V": shape[1], "D": shape[2], "dtype": shape[3],
     }  # fmt: skip
 
@@ -363,6 +371,7 @@ def summary(groups: dict[Shape, Rows]) -> str:
     gradient error at KL 0.001 of at most 1e-3 or twice ours, whichever is larger."""
     head = ["N, V, D", "dtype", "floor", "ours", "fastest rival of equal accuracy", "fastest rival", "its error"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    ms = lambda r: f"{r['ms']['median']:.{0 if r['ms']['median'] >= 20 else 2}f} ms"
     for (N, V, D, dtype), rows in groups.items():
         ran = sorted((r for r in rows if not r["missing"]), key=lambda r: r["ms"]["median"])
         full = [r for r in ran if r["terms"] == "CE+KL"]
@@ -374,23 +383,33 @@ def summary(groups: dict[Shape, Rows]) -> str:
         bar = max(1e-3, 2 * (at(mine[0], 1e-3, "grad_error") or 0))
         errors = {r["contender"]: at(r, 1e-3, "grad_error") for r in others}
         equal = next((r for r in others if errors[r["contender"]] is not None and errors[r["contender"]] <= bar), None)
-        tell = lambda r: f"{r['contender']}, {r['ms']['median']:.0f} ms ({r['x_floor']:.2f})" if r else "none"
+        tell = lambda r: f"{r['contender']}, {ms(r)} ({r['x_floor']:.2f})" if r else "none"
         error = at(others[0], 1e-3, "grad_error")
-        lines.append(f"| {N}, {V}, {D} | {dtype} | {floor['ms']['median']:.0f} ms | {tell(mine[0])} | {tell(equal)} "
+        lines.append(f"| {N}, {V}, {D} | {dtype} | {ms(floor)} | {tell(mine[0])} | {tell(equal)} "
                      f"| {tell(others[0])} | {'-' if error is None else format(error, '.1e')} |")  # fmt: skip
     return "\n".join(lines)
 
 
+def tables(device: str | None = None, whole: bool = False) -> str | None:
+    """The table of the first shape, or of all of them, and the summary of all; None where there are no results."""
+    groups = {s: rows for s, rows in newest("shape", device).items() if s in FULL + PEERS or whole}
+    shown = list(groups) if whole else list(groups)[:1]
+    found = ["N={}, V={}, D={}, {}\n\n".format(*shape) + table(groups[shape]) + "\n\n" for shape in shown]
+    return "".join(found) + summary(groups) if groups else None
+
+
 def newest(kind: str, device: str | None = None) -> dict[Shape, Rows]:
-    """The newest row of every contender at every shape, on the device of the newest row unless one is named."""
+    """The newest row of every contender at every shape, on the CPU of the newest row unless a device is named."""
     rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.is_file() else []
-    rows = [r for r in rows if r["kind"] == kind and (device is None or device in r["device"])]
+    rows = [r for r in rows if r["kind"] == kind and (device in r["device"] if device else not r.get("gpu"))]
     groups: dict[Shape, dict[str, dict[str, Any]]] = {}
     for r in rows:
         if r["device"] == rows[-1]["device"]:
             group = groups.setdefault((r["N"], r["V"], r["D"], r["dtype"]), {})
-            if r["accuracy"] or r["contender"] not in group:  # a sweep times only: it must not hide a row with errors
-                group[r["contender"]] = r
+            old = group.get(r["contender"], {})
+            # a sweep times only: it must not hide a row with errors, nor a time one with memory; a floor's errors are []
+            if r["accuracy"] is not None or not old:
+                group[r["contender"]] = {k: v for k, v in old.items() if k == "mib" and not r["missing"]} | r
     return {shape: list(found.values()) for shape, found in groups.items()}
 
 
@@ -414,17 +433,21 @@ def plots(device: str | None = None) -> list[Path]:
     }  # fmt: skip
     PLOTS.mkdir(exist_ok=True)
     shapes, studies, written = newest("shape", device), newest("study", device), []
+    first = next((rows[0] for rows in [*shapes.values(), *studies.values()]), {})
+    end = re.sub(r"[^a-z0-9]+", "-", f"-{first['device']}".lower()).rstrip("-") if first.get("gpu") else ""
 
     def save(figure: Any, name: str, where: str) -> None:
         figure.text(0.5, -0.01, where, ha="center", va="top", color="#6b7280", fontsize=8)
-        figure.savefig(PLOTS / name)
+        written.append(PLOTS / f"{name}{end}.png")
+        figure.savefig(written[-1])
         plt.close(figure)
-        written.append(PLOTS / name)
 
     def where(row: dict[str, Any]) -> str:
         return f"{row['device']}, {row['threads']} threads, torch {row['torch']}, {row['date'][:10]}, {row['commit']}"
 
-    sweeps = [(0, "N, tokens", [s for s in OVER_N if s in shapes]), (1, "V, vocabulary", [s for s in OVER_V if s in shapes])]
+    over_n, over_v = ([s for s in some if s in shapes] for some in (OVER_N, OVER_V))
+    over_n = over_n or sorted(s for s in PEERS if s in shapes and s[1:3] == PEERS[0][1:3])
+    sweeps = [(0, "N, tokens", over_n), (1, "V, vocabulary", over_v)]
     sweeps = [(index, label, found) for index, label, found in sweeps if len(found) > 1]
     if sweeps:
         figure, axes = plt.subplots(2, len(sweeps), figsize=(6.4 * len(sweeps), 8.4), squeeze=False, layout="constrained")
@@ -440,7 +463,8 @@ def plots(device: str | None = None) -> list[Path]:
                             curve[2].append(max(y, 0.1))
                 lines(axes[line][column], curves, label, title)
         fixed = "Left: V=32000, D=1024; right: N=256, D=1024; bfloat16. " if len(sweeps) == 2 else ""
-        save(figure, "loss_scaling.png", fixed + where(shapes[sweeps[0][2][0]][0]))
+        fixed = fixed or ("V={}, D={}, {}. ".format(*over_n[0][1:]) if over_n else "")
+        save(figure, "loss_scaling", fixed + where(shapes[sweeps[0][2][0]][0]))
 
     for shape, rows in studies.items():
         figure, axes = plt.subplots(1, 2, figsize=(12.8, 4.6), squeeze=False, layout="constrained", sharey=True)
@@ -454,15 +478,15 @@ def plots(device: str | None = None) -> list[Path]:
             lines(axis, curves, "KL to the teacher, nats", "relative error of the KL's gradient", reverse=True)
             axis.set_title(f"{teacher} teacher", fontsize=9)
         N, V, D, dtype = shape
-        save(figure, f"loss_accuracy_{dtype}.png", f"N={N}, V={V}, D={D}, {dtype}. " + where(rows[0]))
+        save(figure, f"loss_accuracy_{dtype}", f"N={N}, V={V}, D={D}, {dtype}. " + where(rows[0]))
 
-    main = next((s for s in FULL if s in shapes), None)
+    main = next((s for s in (PEERS + FULL if end else FULL) if s in shapes), None)
     if main:
         figure, axis = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
         points = {r["contender"]: (r["ours"], r["x_floor"], at(r, 1e-3, "grad_error")) for r in shapes[main]
                   if not r["missing"] and r["terms"] == "CE+KL" and at(r, 1e-3, "grad_error") and r["x_floor"]}  # fmt: skip
         scatter(axis, points)
-        save(figure, "loss_tradeoff.png", f"N={main[0]}, V={main[1]}, D={main[2]}, {main[3]}. " + where(shapes[main][0]))
+        save(figure, "loss_tradeoff", f"N={main[0]}, V={main[1]}, D={main[2]}, {main[3]}. " + where(shapes[main][0]))
     return written
 
 
@@ -566,7 +590,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--all", action="store_true", help="with --table: the table of every shape")
     parser.add_argument("--plots", action="store_true")
-    parser.add_argument("--of", metavar="DEVICE", help="with --table and --plots: results whose device's name holds this")
+    parser.add_argument("--of", metavar="DEVICE", help="with --table and --plots: a device whose name holds this, else the CPU")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
@@ -575,13 +599,11 @@ def main() -> None:
         print(json.dumps(peak(next(c for c in contenders() if c.name == name), problem(tuple(shape), exact=False))))
         return
     if options.table or options.plots:
-        groups = {s: rows for s, rows in newest("shape", options.of).items() if s in FULL or options.all}
-        if not groups:
+        text = tables(options.of, options.all)
+        if text is None:
             parser.error("there are no results yet: run with --full first")
         if options.table:
-            for shape in groups if options.all else list(groups)[:1]:
-                print("N={}, V={}, D={}, {}\n\n".format(*shape) + table(groups[shape]) + "\n")
-            print(summary(groups))
+            print(text)
         for path in plots(options.of) if options.plots else []:
             print(path)
         return
