@@ -25,18 +25,19 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsiu.kernels import triton_sweep
-from fastsiu.kernels.triton_launch import HEAVY, SHARED_LIMIT, TARGETS, Blocks, rows
+from fastsiu.kernels import triton_general, triton_sweep
+from fastsiu.kernels.triton_launch import HEAVY, SHARED_LIMIT, TARGETS, Blocks, general_rows, rows
 
 ALIGNED, ODD = "aligned", "odd strides"
-THREADS = dict(sm_80=2048, sm_86=1536, sm_89=1536, sm_90=2048, sm_100=2048, sm_120=1536)  # of one multiprocessor
-SHARED = dict(sm_80=167_936, sm_86=102_400, sm_89=102_400, sm_90=233_472, sm_100=233_472, sm_120=102_400)  # of one multiprocessor
+THREADS = dict(sm_80=2048, sm_86=1536, sm_89=1536, sm_90=2048, sm_100=2048, sm_120=1536)  # per multiprocessor
+CAPACITY = dict(sm_80=167_936, sm_86=102_400, sm_89=102_400, sm_90=233_472, sm_100=233_472, sm_120=102_400)  # its shared memory
 NVIDIA_BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 MATRIX = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma_\w+|v_wmma_\w+)"
 POINTERS = dict(
     bias_ptr="fp32", keep_ptr="i8", held_ptr="i32", cuts_ptr="i32", shift_ptr="fp32", new_shift_ptr="fp32", start_ptr="fp32",
     total_ptr="fp64", entropy_ptr="fp64", m_ptr="fp32", list_ptr="i32", count_ptr="i32", part_ptr="fp32", factor_ptr="fp32",
-    product_ptr="fp32",
+    product_ptr="fp32", bias_t_ptr="fp32", lse_ptr="fp32", lse_q_ptr="fp32", lse_t_ptr="fp32", label_ptr="i64", u_ptr="fp32",
+    w_ptr="fp32", C_ptr="fp32", unit_ptr="fp32", db_ptr="fp32", mass_ptr="fp64", gap_ptr="fp64",
 )  # fmt: skip
 # What users run: the loss alone with its entropy; CE + KL at temperature 1 with the gradient; and all options at once.
 PLAIN = dict(COLUMNS_0=1, TAU_0=1.0, ENTROPY_0=False, PRODUCT_0=True, COLUMNS_1=0, TAU_1=1.0, ENTROPY_1=False, PRODUCT_1=False)
@@ -44,6 +45,15 @@ VARIANTS = {
     "loss": PLAIN | dict(ENTROPY_0=True, PRODUCT_0=False, HAS_BIAS=False, HAS_SOFTCAP=False),
     "gradient": PLAIN | dict(HAS_BIAS=False, HAS_SOFTCAP=False),
     "everything": PLAIN | dict(ENTROPY_0=True, COLUMNS_1=2, TAU_1=2.0, PRODUCT_1=True, HAS_BIAS=True, HAS_SOFTCAP=True),
+}
+# The general path: a softcap with a frozen head that both share, and a training head beside a teacher with its own.
+BESIDE = dict(TAU=1.0, HAS_BIAS=False, HAS_BIAS_T=False, HAS_SOFTCAP=True, TEACHER=True, SAME_HEAD=True, MASKED=True)
+APART = dict(TAU=2.0, HAS_BIAS=True, HAS_BIAS_T=True, HAS_SOFTCAP=True, TEACHER=True, SAME_HEAD=False, MASKED=True)
+ONE = dict(COLUMNS_0=1, TAU_0=1.0, ENTROPY_0=True, COLUMNS_1=0, TAU_1=1.0, ENTROPY_1=False, JUMP=30.0)
+TWO = ONE | dict(COLUMNS_1=2, TAU_1=2.0)
+PAIRS = {
+    "shared": (BESIDE | ONE, BESIDE | dict(RENORMALIZE=False, NEED_B=False, ROUND=False)),
+    "everything": (APART | TWO, APART | dict(RENORMALIZE=True, NEED_B=True, ROUND=False)),
 }
 
 
@@ -57,7 +67,7 @@ def source(kernel, constants: dict, dtype: str, layout: str, **pointers: str) ->
     """Signature by argument name: pointers, int32, and constants; where aligned, everything but N and its like divides by 16."""
     names, aligned = kernel.arg_names, layout == ALIGNED
     if aligned:
-        constants = constants | {name: 1 for name in names if name in ("stride_hd", "stride_wd")}
+        constants = constants | {name: 1 for name in names if name in ("stride_hd", "stride_wd", "stride_htd", "stride_wtd")}
     kind = lambda name: "*" + (POINTERS | pointers).get(name, dtype) if name.endswith("_ptr") else "i32"
     signature = {name: "constexpr" if name in constants else kind(name) for name in names}
     free = {p.name for p in kernel.params if p.do_not_specialize}
@@ -91,8 +101,26 @@ def jobs(target: str):
                 given = given | dict(DOT=tl.float16)
                 code = source(triton_sweep.product_kernel, given, dtype, ALIGNED, p_ptr="fp16")
                 yield "product", "fp16 e", blocks, dtype, ALIGNED, code
+        yield from general_jobs(target, dtype, general_rows(target, torch_dtype), dot)
     combine = source(triton_sweep.combine_kernel, dict(BLOCK_D=512), "fp32", ALIGNED)
     yield "combine", "", Blocks(1, 0, 512, 4, 2), "fp32", ALIGNED, combine
+
+
+def general_jobs(target: str, dtype: str, found: tuple, dot: dict):
+    """As jobs; the product is the same kernel, in these blocks too."""
+    pairs, _, outer = found
+    for blocks in pairs:
+        given = dict(BLOCK_N=blocks.BLOCK_N, BLOCK_V=blocks.BLOCK_V, BLOCK_D=blocks.BLOCK_D, NEAR=0.3, SCALE=1.0, SOFTCAP=30.0)
+        given |= dict(DOT_T=dot["DOT"]) | dot
+        for variant, (first, second) in PAIRS.items():
+            for layout in (ALIGNED, ODD) if (variant, blocks) == ("everything", pairs[-1]) else (ALIGNED,):
+                made = source(triton_general.normalise_kernel, given | first, dtype, layout)
+                yield "normalise", variant, blocks, dtype, layout, made
+                made = source(triton_general.coefficient_kernel, given | second, dtype, layout)
+                yield "coefficient", variant, blocks, dtype, layout, made
+    given = dict(BLOCK_K=outer.BLOCK_N, BLOCK_V=outer.BLOCK_V, BLOCK_D=outer.BLOCK_D, ROUND=False) | dot
+    for layout in (ALIGNED, ODD):
+        yield "outer", "", outer, dtype, layout, source(triton_general.outer_kernel, given, dtype, layout)
 
 
 def figures(target: str, blocks: Blocks, made) -> dict:
@@ -102,7 +130,7 @@ def figures(target: str, blocks: Blocks, made) -> dict:
         registers, spilled = nvidia_usage(target, made)
         warps = blocks.num_warps
         per_warp = -(-registers * 32 // 256) * 256
-        fit = min(65536 // (per_warp * warps), SHARED[target] // (shared + 1024), THREADS[target] // (32 * warps))
+        fit = min(65536 // (per_warp * warps), CAPACITY[target] // (shared + 1024), THREADS[target] // (32 * warps))
         text, occupancy = made.asm["ptx"], fit * warps * 32 / THREADS[target]
     else:
         text = made.asm["amdgcn"]
@@ -155,7 +183,7 @@ def main() -> int:
     if missing := {gpu(t).backend for t in given.target} - {"cuda" if b == "nvidia" else "hip" for b in triton.backends.backends}:
         parser.error(f"This Triton has no backend for {', '.join(missing)}.")
     failures, records, began = 0, [], time.time()
-    print(f"{'target':8} {'kernel':8} {'variant':10} dtype  N    V    D warps stages  reg spill  shared matrix  fit occupancy")
+    print(f"{'target':8} {'kernel':11} {'variant':10} dtype  N    V    D warps stages  reg spill  shared matrix  fit occupancy")
     for target in given.target:
         for kernel, variant, blocks, dtype, layout, code in jobs(target):
             options = dict(num_warps=blocks.num_warps, num_stages=blocks.num_stages)
@@ -166,7 +194,7 @@ def main() -> int:
                 f, faults = None, [f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"]
             failures += bool(faults)
             shape = f"{blocks.BLOCK_N:>3} {blocks.BLOCK_V:>4} {blocks.BLOCK_D:>4} {blocks.num_warps:>5} {blocks.num_stages:>6}"
-            line = f"{target:8} {kernel:8} {variant:10} {dtype:5} {shape} "
+            line = f"{target:8} {kernel:11} {variant:10} {dtype:5} {shape} "
             if f is not None:
                 line += f"{f['registers']:>4} {f['spilled']:>5} {f['shared']:>7,} {f['matrix']:>6} {f['blocks_per_unit']:>4}"
                 line += f" {f['occupancy']:>9}"

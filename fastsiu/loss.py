@@ -115,19 +115,32 @@ def fused_dmk_ce(
 
 def chosen(hidden: Tensor, head_weight: Tensor, backend: str = "auto") -> Launch:
     """What fused_dmk_ce runs on these tensors: backend, vocabulary tile and the reason for the choice."""
-    plan = launch(len(hidden), *head_weight.shape, head_weight.dtype, hidden.device.type)
+    target = None  # operands of two dtypes are multiplied as fp32, which is not what the Triton kernels are for
+    if hidden.device.type == "cuda" and hidden.dtype == head_weight.dtype:
+        target = _target(hidden.device, hidden.dtype)
+    plan = launch(len(hidden), *head_weight.shape, head_weight.dtype, hidden.device.type, target)
     if backend == "auto" and plan.backend == "reference" and torch.compiler.is_compiling():
         return plan._replace(backend="tiled", why="one operation to the compiler, where the reference is many")
     return plan if backend == "auto" else plan._replace(backend=backend, why="asked for")
+
+
+@torch.compiler.assume_constant_result
+def _target(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Which GPU this is to the Triton kernels; None if they cannot run there."""
+    return triton_launch.target_of(device) if triton_launch.why_not(device, dtype) is None else None
+
+
+@torch.compiler.assume_constant_result
+def _triton_why_not(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    return triton_launch.why_not(device, *dtypes)
 
 
 def why_not(backend: str, hidden: Tensor, head_weight: Tensor, teacher: TeacherCache | None = None, **options: Any) -> str | None:
     """Why `backend` cannot compute this loss, as one sentence; None if it can. Options are those of fused_dmk_ce.
 
     "reference" is plain torch with full logits; "tiled" goes through the vocabulary in tiles and holds no [N, V] tensor; both
-    run in fp16, bf16, fp32 and fp64, on any device that has fp64. "triton" forms the tiles of one frozen head in its own kernels
-    and leaves the general path to "tiled"; no GPU has run it yet, so "auto" does not take it: see `chosen`. Every backend
-    takes every option and teacher, so these change nothing today.
+    run in fp16, bf16, fp32 and fp64, on any device that has fp64. "triton" forms the tiles in its own kernels, on a GPU; "auto"
+    takes it for 16 bit, see `chosen`. Every backend takes every option and teacher, so these change nothing today.
     """
     if backend not in BACKENDS:
         return f"The backend {backend!r} is unknown: choose one of {', '.join(map(repr, BACKENDS))}."
@@ -138,7 +151,7 @@ def why_not(backend: str, hidden: Tensor, head_weight: Tensor, teacher: TeacherC
     for name, x in (("hidden", hidden), ("head_weight", head_weight)):
         if x.dtype not in DTYPES:
             return f"The backend {backend!r} does not take {name} in {x.dtype}: convert it to a 16, 32 or 64 bit float."
-    return triton_launch.why_not(hidden.device, hidden.dtype, head_weight.dtype) if backend == "triton" else None
+    return _triton_why_not(hidden.device, hidden.dtype, head_weight.dtype) if backend == "triton" else None
 
 
 class DMKCELoss(nn.Module):
@@ -339,21 +352,23 @@ def tiled_dmk_ce(
     y, ignored = labels.masked_fill(labels == ignore_index, 0), labels == ignore_index
     one_head = teacher is None or (_same(head_weight, t_weight) and _same(head_bias, t_bias))
     dh, lse = None, u.new_zeros((2, len(hidden)), dtype=torch.float64)
+    if fused:
+        from .kernels import triton_general, triton_sweep  # not every machine has triton
     with torch.autocast(hidden.device.type, enabled=False):
         if one_head and not trains and (teacher is None or logit_softcap is None):
             visit = tiled.sweep
             if fused:
-                from .kernels import triton_sweep  # not every machine has triton
-
                 tile, visit = triton_sweep.chunk(hidden, head_weight), triton_sweep.sweep
             ce, kl, H, dh = tiled.shared(hidden, head, y, teacher, u, w, ahead, entropy, tile, visit)
         else:
-            tile = narrow(tile)
-            ce, kl, H, *lse = general.normalise(hidden, head, y, teacher, teacher is not None and not ahead, entropy, tile)
+            normalise, differentiate, tile = general.normalise, general.differentiate, narrow(tile)
+            if fused:
+                normalise, differentiate, tile = triton_general.normalise, triton_general.differentiate, None
+            ce, kl, H, *lse = normalise(hidden, head, y, teacher, teacher is not None and not ahead, entropy, tile)
             still = _still(hidden, teacher, one_head)
             if ahead:
                 moving = w if still is None else w.masked_fill(still, 0)
-                kl, dh, _, _ = general.differentiate(hidden, head, y, teacher, u, moving, *lse, True, False, False, tile)
+                kl, dh, _, _ = differentiate(hidden, head, y, teacher, u, moving, *lse, True, False, False, tile)
             if still is not None:
                 kl = kl.masked_fill(still, 0)
             lse = torch.stack(lse)
@@ -376,7 +391,7 @@ def tiled_dmk_ce_backward(
     t_hidden: Tensor | None, t_m: Tensor | None, t_C: Tensor | None, t_lse: Tensor | None, t_top: Tensor | None,
     t_p: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None, t_keep: Tensor | None, renormalize: bool,
     logit_scale: float, logit_softcap: float | None, temperature: float, ignore_index: int, tile: int,
-    need_h: bool, need_W: bool, need_b: bool,
+    fused: bool, need_h: bool, need_W: bool, need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dh [N, D], dW [V, D] and db [V] of sum(u * CE + w * KL); those not needed have no rows."""
     head, teacher = _unpack(head_weight, head_bias, logit_scale, logit_softcap, temperature, renormalize, t_hidden, t_m, t_C,
@@ -384,9 +399,13 @@ def tiled_dmk_ce_backward(
     still = _still(hidden, teacher, teacher is not None and _same(head_weight, t_weight) and _same(head_bias, t_bias))
     w = w if still is None else w.masked_fill(still, 0)
     y = labels.masked_fill(labels == ignore_index, 0)
+    differentiate, tile = general.differentiate, narrow(tile)
+    if fused:
+        from .kernels import triton_general
+
+        differentiate, tile = triton_general.differentiate, None
     with torch.autocast(hidden.device.type, enabled=False):
-        needs = (need_h, need_W, need_b)
-        _, dh, dW, db = general.differentiate(hidden, head, y, teacher, u, w, lse[0], lse[1], *needs, narrow(tile))
+        _, dh, dW, db = differentiate(hidden, head, y, teacher, u, w, lse[0], lse[1], need_h, need_W, need_b, tile)
     none = lambda x: x.new_empty((0, *x.shape[1:]))
     return (
         none(hidden) if dh is None else dh.to(hidden.dtype),
@@ -433,7 +452,7 @@ def _backward(ctx: Any, g: Tensor | None, *unused: Any) -> tuple:
         hidden, head_weight, head_bias, labels, u, w, *theirs = tensors
         need_h, need_W, need_b = (ctx.needs_input_grad[i] for i in range(3))
         made = tiled_dmk_ce_backward(
-            hidden, head_weight, head_bias, labels, u * g, w * g, lse, *theirs, *ctx.rest[:-4], need_h, need_W, need_b
+            hidden, head_weight, head_bias, labels, u * g, w * g, lse, *theirs, *ctx.rest[:-3], need_h, need_W, need_b
         )
         nothing[:3] = (x if need else None for x, need in zip(made, (need_h, need_W, need_b), strict=True))
     return tuple(nothing)

@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import torch
 
+from .triton_launch import measured_backend
+
 
 class Launch(NamedTuple):
-    """backend: "reference" or "tiled"; tile: vocabulary columns at a time; why: where the choice comes from."""
+    """backend: "reference", "tiled" or "triton"; tile: vocabulary columns at a time; why: where the choice comes from."""
 
     backend: str
     tile: int
@@ -26,8 +28,9 @@ SMALL_LOGITS, SMALL_HEAD = 2**17, 2**20  # N * V and V * D
 TILE_BYTES = 2**24
 
 
-def launch(N: int, V: int, D: int, dtype: torch.dtype, device: str) -> Launch:
-    """N rows, vocabulary V, hidden size D; dtype of the head; device type ("cpu", "cuda", ...)."""
+def launch(N: int, V: int, D: int, dtype: torch.dtype, device: str, target: str | None = None) -> Launch:
+    """N rows, vocabulary V, hidden size D; dtype of the head; device type ("cpu", "cuda", ...); target: the GPU's name in
+    triton_launch.TARGETS, None where the Triton kernels cannot run."""
     element = 8 if dtype == torch.float64 else 4
     tile = max(256, min(V, TILE_BYTES // (element * max(N + D, 1)) // 64 * 64))
     known = "measured 2026-11-21" if device == "cpu" else "predicted from the CPU's figures"
@@ -35,6 +38,13 @@ def launch(N: int, V: int, D: int, dtype: torch.dtype, device: str) -> Launch:
         return Launch("reference", tile, f"few logits and a small head ({known})")
     if device == "mps":
         return Launch("reference", tile, "mps has no fp64, of which tiled keeps a few numbers per row")
+    if target is not None:
+        found = measured_backend(target, dtype, N)
+        if found is None:  # z formed once, logits never in memory, against fp32 logits written and read; but fp32 without TF32
+            found = ("triton" if dtype.itemsize == 2 else "tiled", f"predicted for {target}, {str(dtype)[6:]}")
+        if found[0] != "tiled":
+            return Launch(found[0], tile, found[1])
+        known = found[1]
     return Launch("tiled", tile, f"tiles of {TILE_BYTES >> 20} MiB ({known})")
 
 

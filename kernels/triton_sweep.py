@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .tiled import Head, Sums
-from .triton_launch import target_of, triton_launch
+from .triton_launch import WAVES, Plan, split, target_of, triton_launch
 
 NONE, ALL, KEPT, DROPPED = (tl.constexpr(i) for i in range(4))  # which columns a channel sums over
 
@@ -44,6 +44,18 @@ def tanh(x, NEAR: tl.constexpr):
     s = x * x
     near = x * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0)))))
     return tl.where(s < NEAR * NEAR, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def transform(z, bias_ptr, offs_v, column, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr,
+              HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):  # fmt: skip
+    """A tile of h W^T becomes logits."""
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + offs_v, mask=column, other=0.0)[None, :]
+    z = z * SCALE
+    if HAS_SOFTCAP:
+        z = SOFTCAP * tanh(z * (1.0 / SOFTCAP), NEAR)
+    return z
 
 
 @triton.jit
@@ -145,11 +157,7 @@ def sums_kernel(
             h = tl.load(h_rows + (d + offs_d)[None, :] * stride_hd, mask=row[:, None] & unit[None, :], other=0.0)
             W = tl.load(W_rows + (d + offs_d)[:, None] * stride_wd, mask=unit[:, None] & column[None, :], other=0.0)
             z = tl.dot(h.to(DOT), W.to(DOT), z, input_precision="ieee", out_dtype=ACC)
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + offs_v, mask=column, other=0.0)[None, :]
-        z = z * SCALE
-        if HAS_SOFTCAP:
-            z = SOFTCAP * tanh(z * (1.0 / SOFTCAP), NEAR)
+        z = transform(z, bias_ptr, offs_v, column, SCALE, SOFTCAP, NEAR, HAS_BIAS, HAS_SOFTCAP)
         z = tl.where(row[:, None] & column[None, :], z, -float("inf"))
         cut = cuts_ptr + block.to(tl.int64) * (all_tiles + 1) + tile
         for i in range(tl.load(cut), tl.load(cut + 1)):
@@ -259,7 +267,7 @@ class Channel(NamedTuple):
 
 def sweep(
     h: Tensor, head: Head, held: Tensor, valid: Tensor, keep: Tensor | None, sums: list[Sums], apart: Sums | None, tile: int,
-    eps: float = 0.0,
+    eps: float = 0.0, plan: Plan | None = None,
 ) -> None:  # fmt: skip
     """Adds the whole vocabulary, but for each row's columns held [N, k] where valid, to all `sums`; the last goes without the
     columns that `keep` [V] drops, which `apart` gets. `tiled.sweep`, with its arguments.
@@ -269,6 +277,7 @@ def sweep(
             the row's total so far. Neither exceeds the row's normaliser, because shift comes from a held-out logit. The product,
             scaled to probabilities, errs by at most (mass skipped) * max |W_v| <= eps * (columns skipped) * max |W_v|. 0 skips
             what is exactly 0. Sums are always complete.
+    plan    in place of triton_launch's own
     """
     channels = [Channel(one, ALL) for one in sums]
     if keep is not None:
@@ -278,7 +287,7 @@ def sweep(
     if 0 in h.shape:
         return
     for i in range(0, len(channels), 2):
-        _visit(h, head, held, valid, keep, channels[i : i + 2], tile, eps)
+        _visit(h, head, held, valid, keep, channels[i : i + 2], tile, eps, plan)
 
 
 def chunk(h: Tensor, W: Tensor) -> int:
@@ -288,19 +297,20 @@ def chunk(h: Tensor, W: Tensor) -> int:
 
 
 def _visit(
-    h: Tensor, head: Head, held: Tensor, valid: Tensor, keep: Tensor | None, channels: list[Channel], tile: int, eps: float
-) -> None:
+    h: Tensor, head: Head, held: Tensor, valid: Tensor, keep: Tensor | None, channels: list[Channel], tile: int, eps: float,
+    plan: Plan | None = None,
+) -> None:  # fmt: skip
     """`sweep` for one or two channels: z is formed once for both."""
     (N, D), V, device = h.shape, len(head.weight), h.device
     dot, acc = _dtypes(h, head.weight)
     heavy = len(channels) > 1 or head.softcap is not None
-    plan = triton_launch(N, V, D, dot, target_of(device), _units(device), heavy)
+    plan = plan or triton_launch(N, V, D, dot, target_of(device), _units(device), heavy)
     (BLOCK_N, BLOCK_V, BLOCK_D, num_warps, num_stages), C = plan.sums, len(channels)
     cdiv = lambda a, b: -(-a // b)
     blocks, all_tiles = cdiv(N, BLOCK_N), cdiv(V, BLOCK_V)
     products = [one.sums.product is not None for one in channels]
     room = min(max(1, tile // BLOCK_V), all_tiles) if any(products) else all_tiles  # tiles of a chunk
-    splits = min(plan.splits, room) if any(products) else min(max(1, cdiv(2 * _units(device), blocks)), all_tiles)
+    splits = min(plan.splits, room) if any(products) else split(blocks, WAVES * _units(device), all_tiles)
     group = cdiv(splits, min(plan.product_splits, splits))
     product_splits = cdiv(splits, group)
 

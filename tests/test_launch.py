@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastsiu import fused_dmk_ce
+from fastsiu.kernels import measured
 from fastsiu.kernels.launch import TILE_BYTES, launch, narrow
 from fastsiu.loss import chosen
 
@@ -23,6 +24,18 @@ def test_auto_takes_the_reference_only_where_everything_is_small():
     for N, V, D in [(16, 32_000, 96), (16, 2000, 1024), (1000, 600, 96)]:
         assert launch(N, V, D, torch.float32, "cpu").backend == "tiled"
     assert launch(16, 600, 96, torch.float32, "cuda").backend == "tiled"
+
+
+def test_a_gpu_takes_triton_for_16_bit_until_it_is_measured(monkeypatch):
+    for N in (1, 64, 4096):
+        for dtype in (torch.bfloat16, torch.float16):
+            plan = launch(N, 151_936, 2048, dtype, "cuda", "sm_86")
+            assert plan.backend == "triton" and plan.why.startswith("predicted")
+        assert launch(N, 151_936, 2048, torch.float32, "cuda", "sm_86").backend == "tiled"
+        assert launch(N, 151_936, 2048, torch.bfloat16, "cuda").backend == "tiled"  # no triton there
+    monkeypatch.setitem(measured.BACKENDS, ("sm_86", "bfloat16", 256), ("tiled", "measured 2030-01-01 on a test"))
+    plan = launch(256, 151_936, 2048, torch.bfloat16, "cuda", "sm_86")
+    assert plan.backend == "tiled" and "measured 2030-01-01 on a test" in plan.why
 
 
 def test_the_choice_is_visible_and_can_be_made_by_hand():
