@@ -334,7 +334,8 @@ def _unpack(head_weight, head_bias, logit_scale, logit_softcap, temperature, ren
     return head, tiled.Teacher(t_hidden, t_m, t_C, t_lse, t_top, t_p, theirs, t_keep, renormalize, temperature)
 
 
-@library.custom_op("fastsiu::tiled_dmk_ce", mutates_args=())
+# torch.compile's caches on disk know an op by its name and not by its signature: a new signature takes a new name.
+@library.custom_op("fastsiu::dmk_ce_v2", mutates_args=())
 def tiled_dmk_ce(
     hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, labels: Tensor, u: Tensor, w: Tensor,
     t_hidden: Tensor | None, t_m: Tensor | None, t_C: Tensor | None, t_lse: Tensor | None, t_top: Tensor | None,
@@ -385,7 +386,7 @@ def _(hidden, head_weight, head_bias, labels, u, *rest):
     return one(), one(), one(), one(), u.new_empty((N if ahead else 0, D)), u.new_empty((2, N), dtype=torch.float64)
 
 
-@library.custom_op("fastsiu::tiled_dmk_ce_backward", mutates_args=())
+@library.custom_op("fastsiu::dmk_ce_backward_v2", mutates_args=())
 def tiled_dmk_ce_backward(
     hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, labels: Tensor, u: Tensor, w: Tensor, lse: Tensor,
     t_hidden: Tensor | None, t_m: Tensor | None, t_C: Tensor | None, t_lse: Tensor | None, t_top: Tensor | None,
