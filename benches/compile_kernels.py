@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -173,10 +176,34 @@ def wrong(target: str, kernel: str, dtype: str, layout: str, f: dict) -> list[st
     return found
 
 
+def compile_all(target: str) -> tuple[list[str], list[dict], int]:
+    """A line and a record for everything that is compiled for a target, and how many of them fail."""
+    lines, records, failures = [], [], 0
+    for kernel, variant, blocks, dtype, layout, code in jobs(target):
+        options = dict(num_warps=blocks.num_warps, num_stages=blocks.num_stages)
+        try:
+            f = figures(target, blocks, triton.compile(code, target=gpu(target), options=options))
+            faults = wrong(target, kernel, dtype, layout, f)
+        except Exception as error:  # a row that a compiler cannot take is a failure to be reported with the others
+            f, faults = None, [f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"]
+        failures += bool(faults)
+        shape = f"{blocks.BLOCK_N:>3} {blocks.BLOCK_V:>4} {blocks.BLOCK_D:>4} {blocks.num_warps:>5} {blocks.num_stages:>6}"
+        line = f"{target:8} {kernel:11} {variant:10} {dtype:5} {shape} "
+        if f is not None:
+            line += f"{f['registers']:>4} {f['spilled']:>5} {f['shared']:>7,} {f['matrix']:>6} {f['blocks_per_unit']:>4}"
+            line += f" {f['occupancy']:>9}"
+        note = f"  ({layout})" if layout == ODD else ""
+        lines.append(f"{line}{note}{'  FAILS: ' if faults else ''}{'; '.join(faults)}")
+        record = dict(target=target, kernel=kernel, variant=variant, dtype=dtype, layout=layout)
+        records.append(record | blocks._asdict() | (f or {}))
+    return lines, records, failures
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--results", type=Path, help="also write the figures there, as JSON lines")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="targets compiled at a time")
     given = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: unset it, the interpreter compiles nothing.")
@@ -184,24 +211,11 @@ def main() -> int:
         parser.error(f"This Triton has no backend for {', '.join(missing)}.")
     failures, records, began = 0, [], time.time()
     print(f"{'target':8} {'kernel':11} {'variant':10} dtype  N    V    D warps stages  reg spill  shared matrix  fit occupancy")
-    for target in given.target:
-        for kernel, variant, blocks, dtype, layout, code in jobs(target):
-            options = dict(num_warps=blocks.num_warps, num_stages=blocks.num_stages)
-            try:
-                f = figures(target, blocks, triton.compile(code, target=gpu(target), options=options))
-                faults = wrong(target, kernel, dtype, layout, f)
-            except Exception as error:  # a row that a compiler cannot take is a failure to be reported with the others
-                f, faults = None, [f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"]
-            failures += bool(faults)
-            shape = f"{blocks.BLOCK_N:>3} {blocks.BLOCK_V:>4} {blocks.BLOCK_D:>4} {blocks.num_warps:>5} {blocks.num_stages:>6}"
-            line = f"{target:8} {kernel:11} {variant:10} {dtype:5} {shape} "
-            if f is not None:
-                line += f"{f['registers']:>4} {f['spilled']:>5} {f['shared']:>7,} {f['matrix']:>6} {f['blocks_per_unit']:>4}"
-                line += f" {f['occupancy']:>9}"
-            note = f"  ({layout})" if layout == ODD else ""
-            print(f"{line}{note}{'  FAILS: ' if faults else ''}{'; '.join(faults)}", flush=True)
-            record = dict(target=target, kernel=kernel, variant=variant, dtype=dtype, layout=layout)
-            records.append(record | blocks._asdict() | (f or {}))
+    with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
+        for lines, found, failed in pool.map(compile_all, given.target):
+            print("\n".join(lines), flush=True)
+            records += found
+            failures += failed
     print(f"{len(records)} compiled with triton {triton.__version__} in {time.time() - began:.0f} s, {failures} failed")
     if given.results:
         given.results.write_text("".join(json.dumps(r) + "\n" for r in records))
