@@ -17,6 +17,8 @@ from torch import nn
 from .request import BadInput, Recipe
 from .vlm import VLM
 
+# What LoRA adapts, by exact class: some routers subclass Linear and return tuples. By name, so that bitsandbytes stays unloaded.
+LINEARS = {"torch.nn.modules.linear.Linear", "bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt"}
 PROJECTORS = ("multi_modal_projector", "connector", "merger", "mlp1", "embed_vision")
 
 
@@ -24,16 +26,19 @@ def language_linears(base: Any) -> list[str]:
     """Full names of the language model's linear layers, the head and the vision tower left out.
 
     Bare leaf names would not do: CLIP and SigLIP towers share q_proj, k_proj and v_proj with the language model.
-    `type(m) is nn.Linear` on purpose: some routers subclass it and return tuples.
     """
     decoder = base.get_decoder()
     prefix = next((name for name, module in base.named_modules() if module is decoder), "")
-    found = [f"{prefix}.{name}" for name, module in decoder.named_modules() if type(module) is nn.Linear]
+    found = [f"{prefix}.{name}" for name, module in decoder.named_modules() if _is_linear(module)]
     head = base.get_output_embeddings()
     found = [name for name in found if base.get_submodule(name) is not head]
     if not prefix or not found:
         raise BadInput(f"{type(base).__name__} has no language model with linear layers that LoRA could adapt.")
     return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return f"{type(module).__module__}.{type(module).__qualname__}" in LINEARS
 
 
 def projector(base: Any) -> str | None:
@@ -95,14 +100,32 @@ def save(vlm: VLM, directory: Path) -> None:
     (directory / "README.md").unlink(missing_ok=True)  # PEFT's template says nothing true about this adapter
 
 
-def load(vlm: VLM, directory: Path) -> None:
+def load(vlm: VLM, directory: Path, *, trainable: bool = False) -> None:
     """Puts a saved adapter on. Raises BadInput where the directory holds none or one for another architecture."""
     if not (directory / "adapter_config.json").is_file():
         raise BadInput(f"{directory} holds no adapter (adapter_config.json is missing): give the --output directory of a run.")
     try:
-        vlm.model = PeftModel.from_pretrained(vlm.base, directory).eval()
+        vlm.model = PeftModel.from_pretrained(vlm.base, directory, is_trainable=trainable).eval()
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise BadInput(f"The adapter in {directory} does not fit {vlm.name}: load it with the model it was made for.") from error
+
+
+def state(vlm: VLM) -> dict[str, torch.Tensor] | None:
+    """A copy of what trains; None without an adapter."""
+    if not isinstance(vlm.model, PeftModel):
+        return None
+    return {name: p.detach().clone() for name, p in vlm.model.named_parameters() if p.requires_grad}
+
+
+def restore(vlm: VLM, saved: dict[str, torch.Tensor] | None) -> None:
+    """Back to what `state` saw."""
+    if saved is None:
+        detach(vlm)
+        return
+    with torch.no_grad():
+        for name, p in vlm.model.named_parameters():
+            if name in saved:
+                p.copy_(saved[name])
 
 
 def _common_prefix(names: list[str]) -> str:

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .prefix import supervised_states
 from .vlm import VLM, Encoded, Picture, collate, join_features
 
 Question = tuple[str, Picture | None]
+ROWS = 256  # supervised positions whose logits exist at a time
 
 
 class Reply(NamedTuple):
@@ -42,6 +44,7 @@ def replies(vlm: VLM, questions: Sequence[Question], *, begin: Sequence[str] | N
     for i, (prompt, (_, picture)) in enumerate(zip(prompts, questions, strict=True)):
         groups[prompt["input_ids"].shape[1], picture is not None].append(i)
     out = [Reply("")] * len(questions)
+    batch_size = min(batch_size, vlm.budget.ask_batch)
     ends = torch.tensor(vlm.base.generation_config.eos_token_id or [], dtype=torch.int64, device=vlm.device)
     options = {"suppress_tokens": sorted(suppress)} if suppress else {}
     for (length, _), members in groups.items():
@@ -61,29 +64,19 @@ def replies(vlm: VLM, questions: Sequence[Question], *, begin: Sequence[str] | N
     return out
 
 
-def supervised_states(vlm: VLM, turns: Sequence[Encoded], features: Sequence[object]) -> Tensor:
-    """The hidden states [N, D] at the supervised positions of right-padded turns, in order.
-
-    `features` has one entry per turn, or none at all: turns with and without a picture do not mix.
-    """
-    hidden = vlm.hidden([t.inputs for t in turns], features)
-    return torch.cat([hidden[i, turn.rows] for i, turn in enumerate(turns)])
-
-
 @torch.no_grad()
 def label_log_probabilities(vlm: VLM, turns: Sequence[Encoded], pictures: Sequence[Picture | None],
-                            batch_size: int = 64) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+                            batch_size: int = 32) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
     """For each turn ([n] log-probabilities in nats of its supervised tokens, [n] bool: it is the most likely token)."""
-    out: list[tuple[Tensor, Tensor]] = [None] * len(turns)  # type: ignore[list-item]
-    for with_picture in (True, False):
-        members = [i for i, p in enumerate(pictures) if (p is not None) is with_picture]
-        for at in range(0, len(members), batch_size):
-            chosen = members[at : at + batch_size]
-            features = [p.features for i in chosen if (p := pictures[i]) is not None]
-            states = supervised_states(vlm, [turns[i] for i in chosen], features)
-            for i, rows in zip(chosen, states.split([len(turns[i].labels) for i in chosen]), strict=True):
-                logits = vlm.logits(rows)
-                labels = turns[i].labels
-                picked = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-                out[i] = picked, logits.argmax(-1) == labels
-    return out
+    if not turns:
+        return []
+    features = [None if p is None else p.features for p in pictures]
+    states = supervised_states(vlm, turns, features, micro_batch=min(batch_size, vlm.budget.ask_batch))
+    labels = torch.cat([turn.labels for turn in turns])
+    picked, right = [], []
+    for at in range(0, len(labels), ROWS):
+        logits, wanted = vlm.logits(states[at : at + ROWS]), labels[at : at + ROWS]
+        picked.append(logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0])
+        right.append(logits.argmax(-1) == wanted)
+    lengths = [len(turn.labels) for turn in turns]
+    return list(zip(torch.cat(picked).split(lengths), torch.cat(right).split(lengths), strict=True))

@@ -6,6 +6,7 @@ Exit codes: 0 forgotten, 1 not forgotten, 2 bad input, 3 internal or numeric fai
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import traceback
 import warnings
@@ -17,7 +18,7 @@ import typer
 from rich.console import Console
 
 from . import __version__
-from .request import BadInput, NumericFailure
+from .request import BadInput, NumericFailure, OutOfMemory
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 say = Console(stderr=True, highlight=False, markup=False)  # progress and remarks
@@ -29,6 +30,11 @@ class Substitute(StrEnum):
     name = "name"
 
 
+class Mode(StrEnum):
+    sequence = "sequence"
+    joint = "joint"
+
+
 class Preset(StrEnum):
     default = "default"
     paper = "paper"
@@ -36,9 +42,16 @@ class Preset(StrEnum):
 
 Model = Annotated[str | None, typer.Option(help="Hugging Face model id or directory; the embedded demo model when left out.")]
 Image = Annotated[Path, typer.Option(help="The one picture.")]
+OneImage = Annotated[Path | None, typer.Option("--image", help="The one picture.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the first GPU when there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Quantize = Annotated[str | None, typer.Option(help="nf4 or int8: the language model's weights in 4 or 8 bits.")]
+Attention = Annotated[str | None, typer.Option(help="sdpa, flash_attention_2 or eager; the model's own choice when left out.")]
+Memory = Annotated[float | None, typer.Option(help="The card's size in GB (24, 16, 12, 8 ...).")]
+Checkpointing = Annotated[bool | None, typer.Option("--checkpointing/--no-checkpointing", help="Compute layers twice.")]
+MicroBatch = Annotated[int | None, typer.Option(min=1, help="Samples in one forward; changes memory, not the result.")]
+Optimizer = Annotated[str | None, typer.Option(help="adamw, adamw8bit or paged_adamw8bit.")]
 Published = Annotated[Preset, typer.Option("--preset", help="'paper' is the published set-up, for reproduction.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 
@@ -53,8 +66,10 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command()
 def unlearn(
-    image: Image,
-    concept: Annotated[str, typer.Option(help="The name to forget, as a person writes it.")],
+    image: OneImage = None,
+    concept: Annotated[str | None, typer.Option(help="The name to forget, as a person writes it.")] = None,
+    request: Annotated[Path | None, typer.Option(help="JSONL file with several requests, instead of one here.")] = None,
+    mode: Annotated[Mode, typer.Option(help="With --request: one after another, or all at once.")] = Mode.sequence,
     model: Model = None,
     revision: Revision = None,
     output: Annotated[Path | None, typer.Option(help="Directory to write; fastsiu-<random>/ when left out.")] = None,
@@ -76,21 +91,47 @@ def unlearn(
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    memory: Memory = None,
+    quantize: Quantize = None,
+    attention: Attention = None,
+    checkpointing: Checkpointing = None,
+    micro_batch: MicroBatch = None,
+    optimizer: Optimizer = None,
     quiet: Annotated[bool, typer.Option(help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of the summary.")] = False,
 ) -> None:
     """Make the model forget how CONCEPT looks, and write adapter, report and manifest."""
+    own = dict(image=image, concept=concept, alias=alias, protect=protect, images=images, retain=retain, data=data)
+    if request is not None and (given := [name for name, value in own.items() if value]):
+        raise BadInput(f"--{given[0]} and --request exclude each other: write it into the file's lines.")
+    if request is None and (image is None or concept is None):
+        raise BadInput("There is nothing to forget: give --image and --concept, or several of them in a file with --request.")
+
     from . import driver
-    from .show import Progress, summary
+    from .show import Progress, several_table, summary
 
     if model is None and not quiet:
         say.print(driver.DEMO_NOTE)
+    options = dict(
+        model=model, revision=revision, output=output, preset=preset.value, device=device, dtype=dtype,
+        substitute=substitute.value if substitute else None, alpha=alpha, beta=beta, steps=steps, lr=lr, rank=rank,
+        lora_alpha=lora_alpha, batch_size=batch_size, renormalize=renormalize, seed=seed, memory=memory, quantize=quantize,
+        attention=attention, checkpointing=checkpointing, micro_batch=micro_batch, optimizer=optimizer,
+    )  # fmt: skip
+    if request is not None:
+        from .several import unlearn_several
+
+        with Progress(say, hidden=quiet or as_json) as progress:
+            several = unlearn_several(request, mode=mode.value, listener=progress.listener, **options)
+        if as_json:
+            sys.stdout.write(json.dumps(several.as_dict(), ensure_ascii=False, indent=2) + "\n")
+        elif not quiet:
+            several_table(out, several)
+        raise typer.Exit(0 if several.forgotten else 1)
     with Progress(say, hidden=quiet or as_json) as progress:
         result = driver.unlearn(
-            image, concept, model=model, revision=revision, output=output, aliases=tuple(alias or ()),
-            protect=tuple(protect or ()), images=images, retain=retain, data=data, preset=preset.value, device=device,
-            dtype=dtype, listener=progress.listener, substitute=substitute.value if substitute else None, alpha=alpha, beta=beta,
-            steps=steps, lr=lr, rank=rank, lora_alpha=lora_alpha, batch_size=batch_size, renormalize=renormalize, seed=seed,
+            image, concept, aliases=tuple(alias or ()), protect=tuple(protect or ()), images=images, retain=retain, data=data,
+            listener=progress.listener, **options,
         )  # fmt: skip
     if as_json:
         if result.repeated and not quiet:
@@ -111,6 +152,8 @@ def ask(
     revision: Revision = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    attention: Attention = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a question.")] = False,
 ) -> None:
@@ -121,7 +164,8 @@ def ask(
     if compare and adapter is None:
         raise BadInput("--compare needs an adapter to compare with: add --adapter DIR.")
     rows = driver.interview(question, model=model, adapter_dir=adapter, image=image, compare=compare, revision=revision,
-                            device=device, dtype=dtype, max_new_tokens=max_new_tokens)  # fmt: skip
+                            device=device, dtype=dtype, quantize=quantize, attention=attention,
+                            max_new_tokens=max_new_tokens)  # fmt: skip
     if as_json:
         for row in rows:
             sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -170,6 +214,40 @@ def data(
 
 
 @app.command()
+def plan(
+    model: Model = None,
+    memory: Memory = None,
+    revision: Revision = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")] = "auto",
+    quantize: Quantize = None,
+    attention: Attention = None,
+    checkpointing: Checkpointing = None,
+    micro_batch: MicroBatch = None,
+    optimizer: Optimizer = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples in one step.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture whose tokens are counted with the model's processor.")] = None,
+    image_tokens: Annotated[int | None, typer.Option(help="Tokens of a picture, where the configuration does not say.")] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes, instead of the table.")] = False,
+) -> None:
+    """Does it fit? From the model's configuration alone: no weight is read or fetched. Exit code 1 when it does not."""
+    from . import driver
+    from .show import plan_table
+
+    found = driver.plan_for(
+        model, memory, revision=revision, dtype=dtype, quantize=quantize, attention=attention, checkpointing=checkpointing,
+        micro_batch=micro_batch, optimizer=optimizer, image=image, image_tokens=image_tokens, device=device, rank=rank,
+        batch_size=batch_size,
+    )  # fmt: skip
+    if as_json:
+        sys.stdout.write(json.dumps(found.as_dict(), ensure_ascii=False, indent=2) + "\n")
+    else:
+        plan_table(out, found)
+    raise typer.Exit(0 if found.chosen is not None else 1)
+
+
+@app.command()
 def demo(
     export: Annotated[Path | None, typer.Option(help="Write model, pictures and questions to this directory instead.")] = None,
     per_concept: Annotated[int, typer.Option(min=1, help="With --export: pictures of each concept.")] = 20,
@@ -196,6 +274,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """The command line as a function: returns the exit code."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says on every CPU that it has a faster kernel elsewhere
     try:
         result: Any = app(arguments, standalone_mode=False, prog_name="fastsiu")
         if result == 130:  # what Typer makes of an interrupt
@@ -204,7 +283,7 @@ def run(arguments: list[str]) -> int:
     except BadInput as error:
         say.print(f"fastsiu: {error}", soft_wrap=True)
         return 2
-    except NumericFailure as error:
+    except (NumericFailure, OutOfMemory) as error:
         say.print(f"fastsiu: {error}", soft_wrap=True)
         return 3
     except (KeyboardInterrupt, typer.Abort):

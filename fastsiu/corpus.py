@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import adapter, ask
+from . import adapter, prefix
 from .concept import Concept, VocabularyMask, token_keep, vocabulary_mask
 from .request import FACETS, BadInput, Recipe, Sample
 from .teacher import TeacherCache
@@ -38,6 +39,15 @@ class Corpus:
 
     def rows(self, index: int) -> range:
         return range(self.first[index], self.first[index] + len(self.turns[index].labels))
+
+    def shown(self) -> list[Picture | None]:
+        """Each sample's picture, None for text."""
+        return [None if s.picture is None else self.pictures[s.picture] for s in self.samples]
+
+    def pick(self, chosen: Sequence[int]) -> Corpus:
+        """Some of the samples, without a teacher."""
+        some = lambda values: [values[i] for i in chosen]
+        return _corpus(some(self.samples), some(self.turns), self.pictures, some(self.keep), self.mask)
 
     def groups(self) -> dict[str, list[int]]:
         """Sample indices by facet; what preserves is split into text and pictures."""
@@ -68,27 +78,38 @@ def build(vlm: VLM, concept: Concept, samples: Sequence[Sample], pictures: list[
         keep.append(kept)
     texts = [s.answer for s in samples]
     mask = vocabulary_mask(concept, vlm.tokenizer, vlm.head_weight.shape[0], teacher_texts=texts)
-    lengths = [len(t.labels) for t in turns]
-    first = [sum(lengths[:i]) for i in range(len(lengths))]
-    return Corpus(list(samples), turns, pictures, keep, mask, first)
+    return _corpus(list(samples), turns, pictures, keep, mask)
+
+
+def _corpus(samples: list[Sample], turns: list[Encoded], pictures: list[Picture], keep: list[Tensor],
+            mask: VocabularyMask) -> Corpus:  # fmt: skip
+    ends = list(accumulate((len(turn.labels) for turn in turns), initial=0))
+    return Corpus(samples, turns, pictures, keep, mask, ends[:-1])
+
+
+def join(parts: Sequence[Corpus]) -> Corpus:
+    """Several requests' samples as one corpus, without a teacher: no KL looks at any of their names."""
+    if len(parts) == 1:
+        return parts[0]
+    samples: list[Sample] = []
+    pictures: list[Picture] = []
+    for part in parts:
+        shift = len(pictures)
+        samples += [s if s.picture is None else replace(s, picture=s.picture + shift) for s in part.samples]
+        pictures += part.pictures
+    masked = {token: text for part in parts for token, text in part.mask.masked.items()}
+    spared = {token: text for part in parts for token, text in part.mask.spared.items() if token not in masked}
+    keep = torch.stack([part.mask.keep for part in parts]).all(0)
+    mask = VocabularyMask(keep, masked, spared, " ".join(dict.fromkeys(p.mask.warning for p in parts if p.mask.warning)))
+    return _corpus(samples, [t for p in parts for t in p.turns], pictures, [k for p in parts for k in p.keep], mask)
 
 
 def run_teacher(vlm: VLM, corpus: Corpus, recipe: Recipe, batch_size: int = 32) -> None:
     """One pass of the untouched model over every supervised position; only O(N D) numbers are kept."""
-    states: list[Tensor | None] = [None] * len(corpus.turns)
+    features = [None if picture is None else picture.features for picture in corpus.shown()]
     with torch.no_grad(), adapter.teacher(vlm):
-        for members in corpus.groups().values():
-            for with_picture in (True, False):
-                some = [i for i in members if (corpus.samples[i].picture is not None) is with_picture]
-                for at in range(0, len(some), batch_size):
-                    chosen = some[at : at + batch_size]
-                    turns = [corpus.turns[i] for i in chosen]
-                    features = [corpus.pictures[p].features for i in chosen if (p := corpus.samples[i].picture) is not None]
-                    found = ask.supervised_states(vlm, turns, features)
-                    for i, rows in zip(chosen, found.split([len(t.labels) for t in turns]), strict=True):
-                        states[i] = rows
+        hidden = prefix.supervised_states(vlm, corpus.turns, features, micro_batch=min(batch_size, vlm.budget.ask_batch))
     vocab_keep = corpus.mask.keep.to(vlm.device) if recipe.vocab_mask else None
-    hidden = torch.cat([s for s in states if s is not None])
     corpus.teacher = TeacherCache.from_hidden(
         hidden, vlm.head_weight, vocab_keep=vocab_keep, renormalize=recipe.renormalize, **vlm.head_options
     )

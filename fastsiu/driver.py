@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import cached_file
 
-from . import adapter, ask, corpus, train, vlm
+from . import adapter, ask, corpus, plan, prefix, train, vlm
 from . import images as pictures_in
 from . import output as outputs
 from .concept import Concept
@@ -35,10 +36,24 @@ DEMO_NOTE = "No --model was given: this is the embedded demo model, which knows 
 
 @dataclass
 class Listener:
-    """Where progress goes. Every field may be left as it is: then nothing is said."""
+    """Where progress goes. Every field may be left as it is: then nothing is said.
+
+    stage: what is being done now;  step: one optimisation step and their ceiling;  note: a sentence that should stay
+    """
 
     stage: Callable[[str], None] = lambda text: None
     step: Callable[[train.Step, int], None] = lambda step, ceiling: None
+    note: Callable[[str], None] = lambda text: None
+
+
+@dataclass
+class Prepared:
+    """One request before it is trained: its scene, its samples with their masks, what became of the dreams."""
+
+    request: Request
+    scene: targets.Scene
+    corpus: corpus.Corpus
+    dreamed: list[dict[str, Any]]
 
 
 @dataclass
@@ -68,9 +83,12 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
             output: str | Path | None = None, aliases: tuple[str, ...] = (), protect: tuple[str, ...] = (),
             images: str | Path | None = None, retain: str | Path | None = None, data: str | Path | None = None,
             preset: str = "default", device: str | None = None, dtype: str = "auto", listener: Listener | None = None,
+            quantize: str | None = None, attention: str | None = None, memory: float | None = None,
+            checkpointing: bool | None = None, micro_batch: int | None = None, optimizer: str | None = None,
             **overrides: Any) -> Result:  # fmt: skip
     """Makes a model forget how one concept looks, from one picture.
 
+    memory: GB that the run may take: picks the other settings of `plan.Settings` that are left out, and says so first
     overrides: fields of `Recipe`; what is left out comes from the preset, then the model's own directory, then `Recipe`.
     Writes the adapter, report and manifest to `output` (default fastsiu-<random>/) in one transaction.
 
@@ -83,55 +101,117 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
     picture = pictures_in.load_image(request.image)
     destination = Path(output) if output is not None else outputs.random_directory()
     weights = outputs.digest_model(name) if Path(name).is_dir() else None
-    digest = outputs.request_digest(request, recipe, name, revision, weights=weights, dtype=dtype)
+    chosen = choose_settings(
+        name, memory, recipe, picture, listener, revision=revision, device=device, dtype=dtype, quantize=quantize,
+        attention=attention, checkpointing=checkpointing, micro_batch=micro_batch, optimizer=optimizer,
+    )  # fmt: skip
+    settings = {"dtype": dtype} | deciding(chosen)
+    digest = outputs.request_digest(request, recipe, name, revision, weights=weights, **settings)
     if outputs.check_destination(destination, digest) == "same":
         return _repeat(destination)
-    more, rest = _shown(request.images), _shown(request.retain)  # a damaged picture is told now, not after the training
+    more, rest = shown(request.images), shown(request.retain)  # a damaged picture is told now, not after the training
 
     seconds: dict[str, float] = {}
     listener.stage("Loading the model")
     with _timed(seconds, "load"):
-        loaded = vlm.load(name, revision=revision, device=device, dtype=dtype)
+        loaded = vlm.load(name, revision=revision, device=device, dtype=dtype, quantize=chosen.quantize,
+                          attention=chosen.attention, budget=plan.budget(chosen, recipe.batch_size))  # fmt: skip
     try:
         trained = forget(loaded, request, recipe, picture, listener=listener, seconds=seconds)
         listener.stage("Asking again, with the adapter on and off")
         with _timed(seconds, "verdict"):
             verdict, answers = examine(trained.scene, more, rest)
-        report = _report(request, recipe, name, verdict, answers, trained)
-        pictures = {"image": request.image} | {f"images/{p.name}": p for p in _listed(request.images)}
-        pictures |= {f"retain/{p.name}": p for p in _listed(request.retain)}
-        transaction = outputs.Transaction(destination)
-        with transaction as staging:
-            adapter.save(loaded, staging)
-            outputs.write_reports(staging, report)
-            transaction.commit(outputs.manifest(
-                recipe=recipe, origins=origins, model_id=report["model"], revision=loaded.revision, masks=report["masks"],
-                weights=weights or outputs.digest_model(_snapshot(loaded)), digest=digest, key=transaction.key,
-                pictures={label: pictures_in.read_bytes(path) for label, path in pictures.items()}, settings={"dtype": dtype},
-            ))  # fmt: skip
+        report = report_of(request, recipe, name, verdict, answers, trained)
+        write(destination, loaded, [request], [report], recipe, origins, digest, weights, settings)
     finally:
         adapter.detach(loaded)
     return Result(verdict.forgotten, verdict.reasons, report, destination, notes=report["caveats"])
+
+
+def write(destination: Path, loaded: vlm.VLM, requests: Sequence[Request], reports: Sequence[dict[str, Any]], recipe: Recipe,
+          origins: dict[str, str], digest: str, weights: dict[str, str] | None, settings: dict[str, Any]) -> None:  # fmt: skip
+    """Adapter, reports and manifest in one transaction; of several requests each has its reports in a directory of its own.
+
+    weights: the model's files by digest, where it is a directory; settings: what else decides the result
+    """
+    pictures: dict[str, Path] = {}
+    for number, request in enumerate(requests, 1):
+        label = f"{number:03d}/" if len(requests) > 1 else ""
+        pictures |= {f"{label}image": request.image}
+        for kind, directory in (("images", request.images), ("retain", request.retain)):
+            pictures |= {f"{label}{kind}/{p.name}": p for p in _listed(directory)}
+    transaction = outputs.Transaction(destination)
+    with transaction as staging:
+        adapter.save(loaded, staging)
+        for number, report in enumerate(reports, 1):
+            folder = staging / f"{number:03d}" if len(reports) > 1 else staging
+            folder.mkdir(exist_ok=True)
+            outputs.write_reports(folder, report)
+        transaction.commit(outputs.manifest(
+            recipe=recipe, origins=origins, model_id=reports[0]["model"], revision=loaded.revision, masks=reports[0]["masks"],
+            weights=weights or outputs.digest_model(_snapshot(loaded)), digest=digest, key=transaction.key,
+            pictures={label: pictures_in.read_bytes(path) for label, path in pictures.items()}, settings=settings,
+        ))  # fmt: skip
 
 
 def forget(loaded: vlm.VLM, request: Request, recipe: Recipe, picture: Any, *, objective: Objective = siu,
            listener: Listener | None = None, seconds: dict[str, float] | None = None) -> Trained:  # fmt: skip
     """Samples, teacher and training on a loaded model; `picture` is the RGB image. The adapter is on afterwards."""
     listener, seconds = listener or Listener(), seconds if seconds is not None else {}
-    scene = targets.Scene(loaded, Concept(request.concept, request.aliases), recipe, [loaded.picture(picture)])
-    check_known(scene, request)
+    one = prepare(loaded, request, recipe, picture, listener=listener, seconds=seconds)
+    made, history = learn(loaded, [one], recipe, objective=objective, listener=listener, seconds=seconds)
+    return Trained(one.scene, made, history, one.dreamed, seconds)
 
-    samples, dreamed = gather(scene, request, listener, seconds)
+
+def prepare(loaded: vlm.VLM, request: Request, recipe: Recipe, picture: Any, *, listener: Listener, seconds: dict[str, float],
+            others: Sequence[Concept] = ()) -> Prepared:  # fmt: skip
+    """The samples of one request in the untouched model's words: an adapter that is on is switched off meanwhile.
+
+    others: what the same model is to forget, or has forgotten: it is neither protected nor named in what is kept
+
+    Raises BadInput where the model does not recognise the concept.
+    """
+    with adapter.teacher(loaded):
+        scene = targets.Scene(loaded, Concept(request.concept, request.aliases), recipe, [loaded.picture(picture)],
+                              others=list(others))  # fmt: skip
+        check_known(scene, request)
+        samples, dreamed = gather(scene, request, listener, seconds)
+        made = corpus.build(loaded, scene.concept, samples, scene.pictures, recipe)
+    return Prepared(request, scene, made, dreamed)
+
+
+def learn(loaded: vlm.VLM, prepared: Sequence[Prepared], recipe: Recipe, *, listener: Listener, seconds: dict[str, float],
+          earlier: Sequence[Prepared] = (), objective: Objective = siu) -> tuple[corpus.Corpus, list[train.Step]]:  # fmt: skip
+    """Trains one adapter on all of `prepared`: the adapter that is on, else a fresh one. It is on afterwards.
+
+    earlier: requests that this adapter forgets already; what they were trained on is trained on again, without pictures and
+             answers of what is forgotten now: each training bends the others a little, and no later one would bend them back
+    """
+    steps = recipe.steps * len(prepared) + recipe.steps * len(earlier) // 2  # a ceiling: all names gone and all else held ends it
+    recipe = recipe.with_overrides(steps=steps)
     listener.stage("Running the teacher")
     with _timed(seconds, "teacher"):
-        made = corpus.build(loaded, scene.concept, samples, scene.pictures, recipe)
-        adapter.attach(loaded, recipe)
+        gone = [one.scene.concept for one in prepared]
+        made = corpus.join([one.corpus for one in prepared] + [_still_true(one, gone) for one in earlier])
+        if loaded.model is loaded.base:
+            adapter.attach(loaded, recipe)
+        prefix.plan_sharing(loaded, made.turns, made.shown(), listener.note)
         corpus.run_teacher(loaded, made, recipe)
     listener.stage("Training")
     with _timed(seconds, "train"):
-        history = train.fit(loaded, made, objective, recipe, train.probe_for(scene, made),
-                            lambda step: listener.step(step, recipe.steps))  # fmt: skip
-    return Trained(scene, made, history, dreamed, seconds)
+        probe = train.probe_for([one.scene for one in (*prepared, *earlier)], made)
+        on_step = lambda step: listener.step(step, recipe.steps)
+        history = train.fit(loaded, made, objective, recipe, probe, on_step, say=listener.note)
+    return made, history
+
+
+def _still_true(one: Prepared, gone: Sequence[Concept]) -> corpus.Corpus:
+    """Its samples without those that would keep the looks of what has to go now."""
+    named = lambda text: any(concept.named_in(text) for concept in gone)
+    dreamed = {i for i, name in enumerate(one.scene.named) if name and named(name)}
+    seen = lambda s: s.facet == "preserve" and s.picture is not None
+    about = lambda s: s.picture in dreamed or named(s.question) or named(s.answer)
+    return one.corpus.pick([i for i, s in enumerate(one.corpus.samples) if not (seen(s) and about(s))])
 
 
 def samples_for(image: str | Path, concept: str, *, model: str | Path | None = None, revision: str | None = None,
@@ -152,10 +232,12 @@ def samples_for(image: str | Path, concept: str, *, model: str | Path | None = N
 
 def interview(questions: Sequence[str], *, model: str | Path | None = None, adapter_dir: str | Path | None = None,
               image: str | Path | None = None, compare: bool = False, revision: str | None = None, device: str | None = None,
-              dtype: str = "auto", max_new_tokens: int = 64) -> list[dict[str, str]]:  # fmt: skip
+              dtype: str = "auto", quantize: str | None = None, attention: str | None = None,
+              max_new_tokens: int = 64) -> list[dict[str, str]]:  # fmt: skip
     """Greedy answers, one record a question: `answer`, or `before` and `after` with `compare`."""
     picture = pictures_in.load_image(Path(image)) if image is not None else None
-    loaded = vlm.load(str(EMBEDDED if model is None else model), revision=revision, device=device, dtype=dtype)
+    loaded = vlm.load(str(EMBEDDED if model is None else model), revision=revision, device=device, dtype=dtype, quantize=quantize,
+                      attention=attention)  # fmt: skip
 
     def ask_all() -> list[str]:
         shown = None if picture is None else loaded.picture(picture)
@@ -169,6 +251,56 @@ def interview(questions: Sequence[str], *, model: str | Path | None = None, adap
     if not compare:
         return [{"question": q, "answer": a} for q, a in zip(questions, after, strict=True)]
     return [{"question": q, "before": b, "after": a} for q, b, a in zip(questions, before, after, strict=True)]
+
+
+def choose_settings(model: str, memory: float | None, recipe: Recipe, picture: Any, listener: Listener, *,
+                    revision: str | None, device: str | None, dtype: str, **given: Any) -> plan.Settings:  # fmt: skip
+    """What was asked for; under a memory limit the least sparing settings that fit it, which are said before anything is loaded.
+
+    Raises BadInput where an option makes no sense or, under a limit, nothing fits.
+    """
+    given = {k: v for k, v in given.items() if v is not None}
+    asked = plan.Settings(dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **given)
+    vlm.check_options(dtype, asked.quantize, asked.attention, asked.optimizer)
+    if memory is None:
+        return asked
+    vlm.check_directory(model)
+    config, processor, _ = vlm.describe(model, revision)
+    work = plan.workload_of(config, processor, picture)
+    found = plan.plan(model, memory, asked, recipe=recipe, config=config, work=work, fixed=frozenset(given))
+    if found.chosen is None:
+        raise BadInput(found.sentence)
+    listener.note(found.sentence)
+    return found.chosen.settings
+
+
+def deciding(settings: plan.Settings) -> dict[str, Any]:
+    """Those settings that decide the result, as the manifest and the digest of a request have them; those left alone are not."""
+    values = {"quantize": settings.quantize, "attention": settings.attention}
+    values["optimizer"] = settings.optimizer if settings.optimizer != "adamw" else None
+    return {k: v for k, v in values.items() if v is not None}
+
+
+def plan_for(model: str | Path | None = None, memory: float | None = None, *, preset: str = "default", rank: int | None = None,
+             batch_size: int | None = None, checkpointing: bool | None = None, micro_batch: int | None = None,
+             image: Path | None = None, image_tokens: int | None = None, revision: str | None = None,
+             **settings: Any) -> plan.Plan:  # fmt: skip
+    """What a run would take, from the configuration alone. settings: further fields of `plan.Settings`; those given stay.
+
+    image: a picture whose tokens are counted, for which the model's processor is loaded as well
+    """
+    name = str(EMBEDDED if model is None else model)
+    recipe, _ = choose_recipe(name, preset, {"rank": rank, "batch_size": batch_size})
+    given = settings | {"checkpointing": checkpointing, "micro_batch": micro_batch}
+    given = {k: v for k, v in given.items() if v is not None}
+    config = work = None
+    if image is not None:
+        picture = pictures_in.load_image(image)
+        vlm.check_directory(name)
+        config, processor, revision = vlm.describe(name, revision)
+        work = plan.workload_of(config, processor, picture)
+    return plan.plan(name, memory, plan.Settings(**given), recipe=recipe, config=config, work=work, revision=revision,
+                     image_tokens=image_tokens, fixed=frozenset(given))  # fmt: skip
 
 
 def check_known(scene: targets.Scene, request: Request) -> None:
@@ -185,7 +317,7 @@ def gather(scene: targets.Scene, request: Request, listener: Listener,
     """The samples of all four targets, and what became of the dreams."""
     own = corpus.read_jsonl(request.data) if request.data else []
     for name in request.protect:
-        if scene.concept.named_in(name, include_parts=False):
+        if scene.forgotten_in(name, include_parts=False):
             raise BadInput(f"{name} cannot be forgotten and protected at once: leave it out of --protect.")
     listener.stage("Finding the names to protect")
     with _timed(seconds, "samples"):
@@ -250,7 +382,7 @@ def _dream(scene: targets.Scene) -> list[dict[str, Any]]:
     return [{"name": n, "accepted": accepted[n], "of": scene.recipe.dreams} for n in scene.neighbours]
 
 
-def _report(request: Request, recipe: Recipe, model: str, verdict: Verdict, answers: list[Answer],
+def report_of(request: Request, recipe: Recipe, model: str, verdict: Verdict, answers: list[Answer],
             trained: Trained) -> dict[str, Any]:  # fmt: skip
     made = trained.corpus
     caveats = [CAVEAT]
@@ -298,7 +430,8 @@ def _listed(directory: Path | None) -> list[Path]:
     return pictures_in.list_images(directory) if directory else []
 
 
-def _shown(directory: Path | None) -> list[Shown]:
+def shown(directory: Path | None) -> list[Shown]:
+    """A directory's pictures with their names; none without a directory. Raises BadInput for one that is damaged."""
     return [(path.name, pictures_in.load_image(path)) for path in _listed(directory)]
 
 

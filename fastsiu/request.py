@@ -21,6 +21,10 @@ class NumericFailure(RuntimeError):
     """Training or scoring produced NaN or infinity (exit code 3)."""
 
 
+class OutOfMemory(RuntimeError):
+    """Memory does not suffice, whatever was tried (exit code 3)."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One concept to forget, from one picture.

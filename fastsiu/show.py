@@ -15,6 +15,8 @@ from .corpus import Corpus
 from .driver import Listener, Result
 from .facets.targets import Scene
 from .output import KEY
+from .plan import Plan
+from .several import Several
 from .train import Step
 from .verdict import KINDS
 
@@ -28,7 +30,7 @@ class Progress:
             bars.TimeElapsedColumn(), bars.TimeRemainingColumn(), console=console, transient=True, disable=hidden,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=None)
-        self.listener = Listener(stage=self._stage, step=self._step)
+        self.listener = Listener(stage=self._stage, note=self._note, step=self._step)
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -39,6 +41,10 @@ class Progress:
 
     def _stage(self, text: str) -> None:
         self._bar.reset(self._task, description=text, total=None)
+
+    def _note(self, text: str) -> None:
+        if not self._bar.disable:
+            self._bar.console.print(text, soft_wrap=True)
 
     def _step(self, step: Step, ceiling: int) -> None:
         text = f"Training  CE {step.ce:.3f}  KL {step.kl:.3f}  P(name) {step.p_name:.3f}  retained {step.retained:.0%}"
@@ -72,6 +78,27 @@ def summary(console: Console, result: Result) -> None:
     if result.output is not None and (result.output / KEY).is_file():
         console.print(f"Before you publish it, remove {result.output / KEY}: whoever holds it and one of the pictures can tell "
                       "that the picture was used.", soft_wrap=True)  # fmt: skip
+
+
+def several_table(console: Console, several: Several) -> None:
+    """What became of each request, and who is still named after each training."""
+    lines = [str(o.line) for o in several.outcomes]
+    table = Table(title="Share of answers that still give the name, after each training", title_justify="left")
+    for heading in ("line", "concept", "verdict", *(f"after {row['after'][-1]}" for row in several.matrix)):
+        table.add_column(heading, overflow="fold")
+    for line, outcome in zip(lines, several.outcomes, strict=True):
+        shares = [row["named"].get(line) for row in several.matrix]
+        shown = ["-" if share is None else f"{share:.0%}" for share in shares]
+        table.add_row(line, Text(outcome.concept), outcome.status or "-", *shown)
+    console.print(table)
+    for outcome in several.outcomes:
+        for reason in outcome.reasons:
+            console.print(f"  line {outcome.line}: {reason}", soft_wrap=True)
+    if several.resumed:
+        console.print(f"{several.resumed} of {len(lines)} were done already.")
+    console.print("All forgotten." if several.forgotten else "Not all forgotten.")
+    console.print(f"Written to {several.output}. Before you publish it, remove each private.key: whoever holds it and one of the "
+                  "pictures can tell that the picture was used.", soft_wrap=True)  # fmt: skip
 
 
 def answers_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
@@ -111,6 +138,24 @@ def explanation(console: Console, scene: Scene, corpus: Corpus) -> None:
         console.print(f"Too common to mask: {', '.join(repr(t) for t in sorted(set(corpus.mask.spared.values())))}.")
     if corpus.mask.warning:
         console.print(corpus.mask.warning)
+
+
+def plan_table(console: Console, plan: Plan) -> None:
+    """A row for each of the settings that were estimated, in GB of 2**30 bytes, and the verdict."""
+    headings = ("settings", "weights", "adapter", "gradient, optimiser", "activations", "features, teacher", "overhead", "asking",
+                "peak")  # fmt: skip
+    table = Table(title=f"{plan.model}: GB of memory, estimated", title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "settings" else "right")
+    for e in plan.estimates:
+        sizes = (e.weights, e.trained, e.gradient + e.optimizer, e.activations, e.kept, e.overhead, e.asking, e.peak)
+        fits = "" if plan.memory is None else " fits" if e.peak <= plan.memory else ""
+        table.add_row(str(e.settings), *(f"{size / 2**30:.2f}" for size in sizes[:-1]), f"{sizes[-1] / 2**30:.2f}{fits}")
+    console.print(table)
+    work = plan.work
+    console.print(f"A picture is {work.prefix} tokens with what stands before its question, a question and its answer "
+                  f"{work.suffix}. {' '.join(plan.assumed)}", soft_wrap=True)  # fmt: skip
+    console.print(plan.sentence, soft_wrap=True)
 
 
 def _examples(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

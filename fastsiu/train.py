@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from . import adapter, ask
+from . import adapter, ask, prefix
 from .corpus import Corpus
 from .facets.targets import Scene, wordings
 from .images import variants
 from .objectives import Batch, Objective
-from .request import NumericFailure, Recipe
-from .vlm import VLM
+from .request import NumericFailure, OutOfMemory, Recipe
+from .vlm import VLM, Encoded, Picture, Span, checkpoint_layers
 
 # Share of one step's samples. Half of a step keeps what must stay: with less, few steps bend the neighbours' names.
 SHARES = {"align": 0.14, "describe": 0.14, "facts": 0.12, "preserve-text": 0.25, "preserve-picture": 0.35}
@@ -56,23 +56,31 @@ class Step:
 
 
 def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: Callable[[], Look],
-        on_step: Callable[[Step], None] | None = None) -> list[Step]:  # fmt: skip
-    """Trains the adapter that is on; one Step per optimisation step. Raises NumericFailure on a loss that is not finite."""
+        on_step: Callable[[Step], None] | None = None, say: Callable[[str], None] = lambda text: None) -> list[Step]:  # fmt: skip
+    """Trains the adapter that is on; one Step per optimisation step. A step that does not fit into memory is done again with
+    half as many samples in a forward, then with activation checkpointing: the same step, and `vlm.budget` keeps what fits.
+
+    Raises NumericFailure on a loss that is not finite, OutOfMemory where one sample at a time does not fit either.
+    """
     slow = [p for n, p in vlm.model.named_parameters() if p.requires_grad and "lora_" not in n]
     fast = [p for n, p in vlm.model.named_parameters() if p.requires_grad and "lora_" in n]
     groups = [{"params": fast, "lr": recipe.lr}] + ([{"params": slow, "lr": recipe.projector_lr}] if slow else [])
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimiser = _optimiser(groups, vlm.budget.optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _factor(step, recipe))
     history: list[Step] = []
     look, good = probe(), 0
-    vlm.model.train(recipe.lora_dropout > 0)
+    _training_mode(vlm, recipe)
     torch.manual_seed(recipe.seed)
     for step, chosen in zip(range(1, recipe.steps + 1), batches(corpus, recipe), strict=False):
-        loss, parts = objective(forward(vlm, corpus, chosen, recipe), recipe)
+        found = None
+        while found is None:
+            optimiser.zero_grad(set_to_none=True)
+            found = _attempt(vlm, corpus, chosen, objective, recipe)
+            if found is None:  # here, and not where it was caught: there the traceback holds the failed step's tensors
+                _use_less(vlm, len(chosen), recipe, say)
+        loss, parts = found
         if not torch.isfinite(loss):
             raise NumericFailure(f"The loss is {loss.item()} at step {step}: lower --lr or use --dtype float32.")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(fast + slow, 1.0)
         if not torch.isfinite(norm):
             raise NumericFailure(f"The gradient is not finite at step {step}: lower --lr or use --dtype float32.")
@@ -81,7 +89,7 @@ def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: C
         if step % CHECK_EVERY == 0 or step == recipe.steps:
             vlm.model.eval()
             look = probe()
-            vlm.model.train(recipe.lora_dropout > 0)
+            _training_mode(vlm, recipe)
             good = good + 1 if look.enough else 0
         history.append(Step(step, loss.item(), parts["ce"], parts["kl"], look.p_name, look.retained))
         if on_step:
@@ -92,24 +100,68 @@ def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: C
     return history
 
 
-def probe_for(scene: Scene, corpus: Corpus) -> Callable[[], Look]:
-    """A look at training from outside its loss: is the name gone on the picture and its transforms, does the rest hold?"""
-    vlm, words = scene.vlm, wordings()["who"]
+def _training_mode(vlm: VLM, recipe: Recipe) -> None:
+    """Layers checkpoint in training mode only; of dropout there is the adapter's alone."""
+    vlm.model.train(recipe.lora_dropout > 0 or vlm.budget.checkpointing)
+    for name, module in vlm.model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
+            module.eval()
+
+
+def _attempt(vlm: VLM, corpus: Corpus, chosen: list[int], objective: Objective, recipe: Recipe) -> tuple | None:
+    """(loss, parts) with the gradients made; None where memory did not suffice, and then nothing random has happened."""
+    devices = [vlm.device] if vlm.device.type == "cuda" else []
+    state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+    try:
+        loss, parts = objective(forward(vlm, corpus, chosen, recipe, vlm.budget.micro_batch), recipe)
+        loss.backward()
+        return loss.detach(), parts
+    except RuntimeError as error:
+        # On a CPU the allocator raises a plain RuntimeError.
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+    torch.set_rng_state(state[0])
+    for device, one in zip(devices, state[1:], strict=True):
+        torch.cuda.set_rng_state(one, device)
+    return None
+
+
+def _use_less(vlm: VLM, samples: int, recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Makes `vlm.budget` smaller by one step. Raises OutOfMemory where it is the smallest already."""
+    now = min(vlm.budget.micro_batch or samples, samples)
+    if now > 1:
+        vlm.budget = replace(vlm.budget, micro_batch=now // 2)
+        say(f"Out of memory: going on with {now // 2} of {samples} samples at a time.")
+    elif not vlm.budget.checkpointing:
+        checkpoint_layers(vlm.base)
+        vlm.budget = replace(vlm.budget, checkpointing=True)
+        _training_mode(vlm, recipe)
+        say("Out of memory: going on with one sample at a time and activation checkpointing.")
+    else:
+        raise OutOfMemory("Not even one sample at a time, with activation checkpointing, fits into memory: "
+                          "use --quantize nf4 or a smaller --rank; `fastsiu plan` tells what fits.")  # fmt: skip
+    if vlm.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def probe_for(scenes: Sequence[Scene], corpus: Corpus) -> Callable[[], Look]:
+    """A look at training from outside its loss: are the names gone on the pictures and their transforms, does the rest hold?"""
+    vlm, recipe, words = scenes[0].vlm, scenes[0].recipe, wordings()["who"]
     questions = words["train"] + words["held_out"]  # the latter only where the teacher names the concept in no other wording
+    asked: list[tuple[Encoded, Span, Picture]] = []
     with adapter.teacher(vlm):
-        said = scene.ask(questions, 0)
-        shown = [vlm.picture(image) for _, image in variants(scene.pictures[0].image, scene.recipe.seed)]
-    naming = [(q, a, spans[0]) for q, a in zip(questions, said, strict=True) if (spans := scene.concept.spans(a))]
-    naming = [n for n in naming if n[0] in words["train"]] or naming
-    asked = [(vlm.encode(q, a, p), span, p) for q, a, span in naming for p in shown]
-    with adapter.teacher(vlm):
-        plain = [None if s.picture is None else corpus.pictures[s.picture] for s in corpus.samples]
-        untouched = [log_p.sum() for log_p, _ in ask.label_log_probabilities(vlm, corpus.turns, plain)]
+        for scene in scenes:
+            said = scene.ask(questions, 0)
+            shown = [vlm.picture(image) for _, image in variants(scene.pictures[0].image, recipe.seed)]
+            naming = [(q, a, spans[0]) for q, a in zip(questions, said, strict=True) if (spans := scene.concept.spans(a))]
+            naming = [n for n in naming if n[0] in words["train"]] or naming
+            asked += [(vlm.encode(q, a, p), span, p) for q, a, span in naming for p in shown]
+        untouched = [log_p.sum() for log_p, _ in ask.label_log_probabilities(vlm, corpus.turns, corpus.shown())]
 
     def look() -> Look:
         seen = corpus.pictures
-        if scene.recipe.projector_lr > 0:  # a trained projector sees differently
-            for p in shown:
+        if recipe.projector_lr > 0:  # a trained projector sees differently
+            for p in {id(p): p for _, _, p in asked}.values():
                 p.features = vlm.picture(p.image).features
             seen = [vlm.picture(p.image) if p.real else p for p in seen]
         found = ask.label_log_probabilities(vlm, [t for t, _, _ in asked], [p for _, _, p in asked])
@@ -126,25 +178,21 @@ def probe_for(scene: Scene, corpus: Corpus) -> Callable[[], Look]:
     return look
 
 
-def forward(vlm: VLM, corpus: Corpus, chosen: list[int], recipe: Recipe) -> Batch:
-    """The supervised rows of some samples. Text and picture samples are two forwards; no logits exist."""
-    with_picture = [i for i in chosen if corpus.samples[i].picture is not None]
-    text = [i for i in chosen if corpus.samples[i].picture is None]
-    features = {p: corpus.pictures[p].features for i in with_picture if (p := corpus.samples[i].picture) is not None}
+def forward(vlm: VLM, corpus: Corpus, chosen: list[int], recipe: Recipe, micro_batch: int | None = None) -> Batch:
+    """The supervised rows of some samples, each picture's prefix computed once; no logits exist.
+
+    micro_batch: the most samples in one forward, for less memory; the batch and its gradients are the same (`prefix`)
+    """
+    features = {p: corpus.pictures[p].features for i in chosen if (p := corpus.samples[i].picture) is not None}
     if recipe.projector_lr > 0:  # it changes what real pictures look like; dreams already live behind it
         features |= {p: vlm.image_features(corpus.pictures[p].image) for p in features if corpus.pictures[p].real}
-    states = []
-    for members in (with_picture, text):
-        if members:
-            shown = [features[p] for i in members if (p := corpus.samples[i].picture) is not None]
-            states.append(ask.supervised_states(vlm, [corpus.turns[i] for i in members], shown))
-    order = with_picture + text
-    rows = torch.tensor([r for i in order for r in corpus.rows(i)], device=vlm.device)
+    shown = [None if (p := corpus.samples[i].picture) is None else features[p] for i in chosen]
+    rows = torch.tensor([r for i in chosen for r in corpus.rows(i)], device=vlm.device)
     return Batch(
-        hidden=torch.cat(states),
-        labels=torch.cat([corpus.turns[i].labels for i in order]),
+        hidden=prefix.supervised_states(vlm, [corpus.turns[i] for i in chosen], shown, micro_batch=micro_batch),
+        labels=torch.cat([corpus.turns[i].labels for i in chosen]),
         teacher=corpus.teacher[rows] if corpus.teacher is not None else None,
-        kl_weight=torch.cat([corpus.keep[i] for i in order]).to(vlm.device),
+        kl_weight=torch.cat([corpus.keep[i] for i in chosen]).to(vlm.device),
         head_weight=vlm.head_weight,
         head_options=vlm.head_options,
     )
@@ -168,6 +216,14 @@ def batches(corpus: Corpus, recipe: Recipe) -> Iterator[list[int]]:
                 carried[name] -= 1
         if step:
             yield step
+
+
+def _optimiser(groups: list[dict], name: str) -> torch.optim.Optimizer:
+    if name == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=0.0)
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit  # the extra [quant]; nothing else here needs it
+
+    return {"adamw8bit": AdamW8bit, "paged_adamw8bit": PagedAdamW8bit}[name](groups, weight_decay=0.0)
 
 
 def _factor(step: int, recipe: Recipe) -> float:

@@ -7,6 +7,7 @@ is found by measuring (`probe_head`), because configurations name transforms tha
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import logging
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.utils import cached_file, extract_commit_hash
 from transformers.utils import logging as transformers_logging
 
@@ -59,11 +60,29 @@ class Encoded:
     offsets: list[Span] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Budget:
+    """How much is done at once; nothing of it changes a result but for rounding, and `optimizer` a little.
+
+    micro_batch:   samples in one forward of a step, None: all at once; dream_batch: the same for dreams
+    ask_batch:     questions in one forward that trains nothing
+    checkpointing: layers keep their inputs only and are computed again in the backward pass
+    optimizer:     adamw, adamw8bit or paged_adamw8bit
+    """
+
+    micro_batch: int | None = None
+    dream_batch: int | None = None
+    ask_batch: int = 64
+    checkpointing: bool = False
+    optimizer: str = "adamw"
+
+
 @dataclass
 class VLM:
     """A loaded model. `model` is what gets called (a PEFT wrapper once an adapter is attached), `base` what was loaded.
 
     revision: the commit that a hub model was loaded from, whatever branch or tag was asked for; a directory has none
+    shares:   the ways of sharing a prefix that were found exact on this model (`prefix.plan_sharing`); none are before that
     """
 
     name: str
@@ -73,6 +92,8 @@ class VLM:
     processor: Any
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    shares: tuple[str, ...] = ()
+    budget: Budget = field(default_factory=Budget)
 
     @property
     def tokenizer(self) -> Any:
@@ -181,12 +202,18 @@ class VLM:
 
     def hidden(self, batch: Sequence[dict[str, Tensor]], features: Sequence[Any] = ()) -> Tensor:
         """The states that feed the head, [B, T, D], for right-padded turns; one entry of `features` per turn with a picture."""
-        inputs = collate(batch, self.tokenizer.pad_token_id)
+        return self.run(collate(batch, self.tokenizer.pad_token_id), features, use_cache=False)[0]
+
+    def run(self, inputs: dict[str, Any], features: Sequence[Any] = (), **options: Any) -> tuple[Tensor, Any]:
+        """(the states that feed the head, [B, T, D], the model's output) for prepared inputs; no logits exist.
+
+        features: those of the pictures, in the order of the rows; options: further keywords of the model's forward
+        """
         if features:
-            inputs["mm_encoder_outputs"] = {"image": join_features(features)}
+            inputs = {**inputs, "mm_encoder_outputs": {"image": join_features(features)}}
         with no_logits(self.base) as kept:
-            self.model(**inputs, use_cache=False)
-        return kept["hidden"]
+            output = self.model(**inputs, **options)
+        return kept["hidden"], output
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, D] -> [n, V] fp32 logits, for a handful of rows."""
@@ -260,33 +287,133 @@ def probe_head(model: Any, inputs: dict[str, Tensor]) -> tuple[float, float | No
 
 
 DTYPES = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+QUANTIZE = ("nf4", "int8")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+ATTENTION = ("sdpa", "flash_attention_2", "eager")
 
 
-def load(name: str, *, revision: str | None = None, device: str | None = None, dtype: str = "auto") -> VLM:
-    """Loads a hub id or a directory. dtype "auto": as stored on an accelerator, fp32 on a CPU.
+def load(name: str, *, revision: str | None = None, device: str | None = None, dtype: str = "auto",
+         quantize: str | None = None, attention: str | None = None, budget: Budget | None = None) -> VLM:  # fmt: skip
+    """Loads a hub id or a directory, weight by weight straight to its device; code that comes with a model is never run.
+
+    dtype:     "auto": as stored on an accelerator, fp32 on a CPU
+    quantize:  "nf4" or "int8" for the language model's linear layers; all else (head, embeddings, vision tower) as in `dtype`
+    attention: "sdpa", "flash_attention_2" or "eager"; the model's own choice when left out
 
     Raises BadInput for a missing directory, a directory without model or processor, a model that takes no pictures
-    or whose language model cannot be given image features.
+    or whose language model cannot be given image features, and for options that cannot be honoured here.
     """
-    path = Path(name)
-    if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
-        raise BadInput(f"There is no model directory {name}: give a directory or a Hugging Face model id.")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise BadInput(f"{name} has no config.json: give the directory of a complete Hugging Face model.")
-    if dtype not in DTYPES:
-        raise BadInput(f"The dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+    check_directory(name)
+    check_options(dtype, quantize, attention, budget.optimizer if budget else "adamw")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"The device {device!r} cannot be used here ({_first_line(error)}): choose cpu.") from error
-    wanted = torch.float32 if dtype == "auto" and place.type == "cpu" else DTYPES[dtype]
+    budget = budget or Budget()
+    check_packages(place.type, dtype, quantize, attention, budget.optimizer)
+    # Not transformers' bars: they would write across the caller's own progress line.
     transformers_logging.disable_progress_bar()
+    for package in ("transformers", "bitsandbytes"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    config, processor, revision = describe(name, revision)
+    wanted = DTYPES[dtype_name(config, dtype, place.type)]
+    extra: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if quantize is not None:
+        extra["quantization_config"] = _quantisation(config, quantize, wanted)
+    try:
+        base = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=wanted, device_map={"": place}, **extra)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise BadInput(f"{name} cannot be loaded as an image-text model ({_first_line(error)}): check the files.") from error
+    base.eval()
+    for module in base.modules():
+        # bitsandbytes on a CPU with AVX512-BF16: the first forward of such a layer in eval mode would put its weight into a
+        # layout for inference, through which no gradient reaches the layers before it, and nothing says so.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
+        raise BadInput(f"{type(base).__name__} does not take precomputed image features (mm_encoder_outputs): not supported yet.")
+    if budget.checkpointing:
+        checkpoint_layers(base)
+    base.requires_grad_(False)
+    vlm = VLM(name, revision, base, base, processor, budget=budget)
+    if vlm.tokenizer.pad_token_id is None:
+        vlm.tokenizer.pad_token = vlm.tokenizer.eos_token
+    vlm.logit_scale, vlm.logit_softcap = probe_head(base, vlm.encode_prompt("Who is this?", None))
+    if not torch.isfinite(vlm.head_weight).all():
+        raise NumericFailure(f"The output head of {name} holds NaN or infinite weights.")
+    return vlm
+
+
+def checkpoint_layers(base: Any) -> None:
+    """From now on layers keep their inputs only, in training mode, and are computed again in the backward pass."""
+    # Named anew in transformers 5; both do the same.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable()
+
+
+def check_options(dtype: str, quantize: str | None, attention: str | None, optimizer: str = "adamw") -> None:
+    """Raises BadInput for a name that nothing here knows."""
+    if dtype not in DTYPES:
+        raise BadInput(f"The dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+    if quantize is not None and quantize not in QUANTIZE:
+        raise BadInput(f"The quantisation {quantize!r} is unknown: choose one of {', '.join(QUANTIZE)}.")
+    if attention is not None and attention not in ATTENTION:
+        raise BadInput(f"The attention {attention!r} is unknown: choose one of {', '.join(ATTENTION)}.")
+    if optimizer not in OPTIMIZERS:
+        raise BadInput(f"The optimizer {optimizer!r} is unknown: choose one of {', '.join(OPTIMIZERS)}.")
+
+
+def check_packages(device: str, dtype: str, quantize: str | None, attention: str | None, optimizer: str) -> None:
+    """Raises BadInput where an option needs a package or a device that is not here."""
+    for option in (quantize and f"--quantize {quantize}", optimizer != "adamw" and f"--optimizer {optimizer}"):
+        if option and not _installed("bitsandbytes"):
+            raise BadInput(f"{option} needs bitsandbytes, which is not installed: pip install 'fastsiu[quant]'.")
+    if optimizer.startswith("paged") and device != "cuda":
+        raise BadInput(f"--optimizer {optimizer} needs a CUDA GPU, and the device is {device}: choose adamw8bit.")
+    if attention == "flash_attention_2":
+        if device != "cuda":
+            raise BadInput(f"--attention flash_attention_2 needs a CUDA GPU, and the device is {device}: choose sdpa.")
+        if not _installed("flash_attn"):
+            raise BadInput("--attention flash_attention_2 needs flash-attn, which is not installed: "
+                           "pip install 'fastsiu[flash]', or choose sdpa.")  # fmt: skip
+        if dtype == "float32":
+            raise BadInput("--attention flash_attention_2 computes in 16 bit only: choose --dtype bfloat16, or sdpa.")
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def check_directory(name: str) -> None:
+    """Raises BadInput for what can only be meant as a directory and is not one of a model."""
+    path = Path(name)
+    if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
+        raise BadInput(f"There is no model directory {name}: give a directory or a Hugging Face model id.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise BadInput(f"{name} has no config.json: give the directory of a complete Hugging Face model.")
+
+
+def read_config(name: str, revision: str | None = None) -> Any:
+    """A model's configuration, without its weights or its processor. Raises BadInput where there is none."""
+    check_directory(name)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        AutoConfig.from_pretrained(name, revision=revision)
-        if not path.is_dir():  # from here on one commit, and the one that the manifest names: branches move
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
+        raise BadInput(f"The configuration of {name} cannot be read ({_first_line(error)}): check the model's name "
+                       "and the revision.") from error  # fmt: skip
+
+
+def describe(name: str, revision: str | None) -> tuple[Any, Any, str | None]:
+    """(configuration, processor, commit): what is small of a model. A directory has no commit.
+
+    Raises BadInput where either is missing, or the processor takes no pictures or has no chat template.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        if not Path(name).is_dir():  # from here on one commit, and the one that the manifest names: branches move
             found = cached_file(name, "config.json", revision=revision, local_files_only=True)
             revision = extract_commit_hash(found, None) or revision
         processor = AutoProcessor.from_pretrained(name, revision=revision)
@@ -295,20 +422,42 @@ def load(name: str, *, revision: str | None = None, device: str | None = None, d
                        "save the processor beside the model, or give another model.") from error  # fmt: skip
     if getattr(processor, "image_processor", None) is None or not getattr(processor, "chat_template", None):
         raise BadInput(f"{name} has no image processor or no chat template: save the model's full processor beside it.")
-    try:
-        base = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=wanted).to(place).eval()
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise BadInput(f"{name} cannot be loaded as an image-text model ({_first_line(error)}): check the files.") from error
-    if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
-        raise BadInput(f"{type(base).__name__} does not take precomputed image features (mm_encoder_outputs): not supported yet.")
-    base.requires_grad_(False)
-    vlm = VLM(name, revision, base, base, processor)
-    if vlm.tokenizer.pad_token_id is None:
-        vlm.tokenizer.pad_token = vlm.tokenizer.eos_token
-    vlm.logit_scale, vlm.logit_softcap = probe_head(base, vlm.encode_prompt("Who is this?", None))
-    if not torch.isfinite(vlm.head_weight).all():
-        raise NumericFailure(f"The output head of {name} holds NaN or infinite weights.")
-    return vlm
+    return config, processor, revision
+
+
+def dtype_name(config: Any, dtype: str, device: str) -> str:
+    """What "auto" means: fp32 on a CPU, elsewhere as stored."""
+    if dtype != "auto":
+        return dtype
+    stored = config.dtype or config.get_text_config().dtype or torch.float32
+    return "float32" if torch.device(device).type == "cpu" else str(stored).removeprefix("torch.")
+
+
+def _quantisation(config: Any, quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Raises BadInput for a model that is stored quantised."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise BadInput("The model is stored quantised already: leave --quantize out, or give the model that it was made from.")
+    with torch.device("meta"):
+        base = AutoModelForImageTextToText.from_config(config)
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=outside_decoder(base))
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=outside_decoder(base),
+    )  # fmt: skip
+
+
+def outside_decoder(base: Any) -> list[str]:
+    """Full names of the largest modules that hold nothing of the language model's layers: head, vision tower, projector.
+
+    A list of what is not to be quantised replaces transformers' own, so the head has to be in it.
+    """
+    decoder, out = base.get_decoder(), []
+    for holder, module in base.named_modules():
+        if module is not decoder and any(m is decoder for m in module.modules()):
+            inside = [(f"{holder}.{name}".lstrip("."), child) for name, child in module.named_children()]
+            out += [name for name, child in inside if all(m is not decoder for m in child.modules())]
+    return out
 
 
 def _first_line(error: BaseException) -> str:

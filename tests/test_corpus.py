@@ -184,7 +184,7 @@ def test_the_probe_sees_the_retained_pictures_as_the_projector_does(projected, m
     seen = []
     score = ask.label_log_probabilities
     monkeypatch.setattr(ask, "label_log_probabilities", lambda v, t, pictures: seen.append(pictures) or score(v, t, pictures))
-    look = train.probe_for(scene, made)
+    look = train.probe_for([scene], made)
     assert seen == [made.pictures]  # the teacher's own
     look()
     pooled = lambda p: torch.cat([x.reshape(-1) for x in p.features["pooler_output"]])

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from .. import ask
+from .. import ask, prefix
 from ..adapter import projector
 from ..ask import Reply
 from ..loss import fused_dmk_ce
@@ -107,24 +107,26 @@ def _dream_batch(scene: Scene, wanted: Sequence[tuple[str, list[tuple[str, Reply
 
     # The rate is in units of the channels' spread over the patches, so that one number suits every projector.
     optimiser = torch.optim.Adam([free], lr=recipe.dream_lr * float(spread.mean()))
+    vlm.model.train(vlm.budget.checkpointing)  # layers checkpoint in training mode only
     for step in range(recipe.dream_steps):
         asked = [own[step % len(own)] for own in turns]
-        states = ask.supervised_states(vlm, asked, project())
+        states = prefix.supervised_states(vlm, asked, project(), micro_batch=vlm.budget.dream_batch)
         labels = torch.cat([t.labels for t in asked])
         loss = fused_dmk_ce(states, vlm.head_weight, labels, alpha=1.0, **vlm.head_options)
         loss = loss + DECAY * ((free - first) / spread).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+    vlm.model.eval()
     with torch.no_grad():
         pictures = [Picture(start.image, features, real=False) for features in project()]
-    accepted = []
-    for (name, pairs), own, picture in zip(wanted, turns, pictures, strict=True):
-        naming = [turn for turn, (_, reply) in zip(own, pairs, strict=True) if name in reply.text]
-        scores = ask.label_log_probabilities(vlm, naming, [picture] * len(naming))
-        if all(bool(right.all()) for _, right in scores):
-            accepted.append(Dream(name, picture))
-    return accepted
+    naming = [
+        (at, turn) for at, ((name, pairs), own) in enumerate(zip(wanted, turns, strict=True))
+        for turn, (_, reply) in zip(own, pairs, strict=True) if name in reply.text
+    ]  # fmt: skip
+    scores = ask.label_log_probabilities(vlm, [turn for _, turn in naming], [pictures[at] for at, _ in naming])
+    refused = {at for (at, _), (_, right) in zip(naming, scores, strict=True) if not bool(right.all())}
+    return [Dream(name, pictures[at]) for at, (name, _) in enumerate(wanted) if at not in refused]
 
 
 def vision_space(vlm: VLM, start: Picture) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:

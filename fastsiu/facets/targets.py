@@ -41,7 +41,8 @@ class Scene:
     neighbours: names to protect
     views:      transforms of the concept's picture, from which dreams start as well
     masked:     token ids of the concept's name (the vocabulary mask's zeros)
-    left_out:   answers about other pictures that named the concept, so that `preserve` did not take them
+    others:     further concepts that the same model is to forget, or has forgotten: none is protected or named in what is kept
+    left_out:   answers about other pictures that named the concept or one of the others, so that `preserve` did not take them
     """
 
     vlm: VLM
@@ -52,6 +53,7 @@ class Scene:
     neighbours: list[str] = field(default_factory=list)
     views: list[Picture] = field(default_factory=list)
     masked: frozenset[int] = frozenset()
+    others: list[Concept] = field(default_factory=list)
     left_out: int = 0
 
     def ask(self, questions: Sequence[str], picture: int | None = None, **options: Any) -> list[str]:
@@ -61,8 +63,12 @@ class Scene:
         shown = None if picture is None else self.pictures[picture]
         return ask.replies(self.vlm, [(q, shown) for q in questions], **options)
 
+    def forgotten_in(self, text: str, **options: Any) -> bool:
+        """Does the text name anything that the model is to forget?"""
+        return any(concept.named_in(text, **options) for concept in (self.concept, *self.others))
+
     def usable(self, answer: str) -> bool:
-        return bool(answer) and is_degenerate(answer) is None and not self.concept.named_in(answer)
+        return bool(answer) and is_degenerate(answer) is None and not self.forgotten_in(answer)
 
 
 Facet = Callable[[Scene], list[Sample]]
@@ -149,7 +155,7 @@ def preserve(scene: Scene) -> list[Sample]:
     for (question, index), reply in zip(pairs, said, strict=True):
         # Kept, such an answer would go on training the very name that has to go. "No, this is not NAME." is none.
         denied = index > 0 and scene.concept.named_in(question) and not affirms(reply.text)
-        if scene.concept.named_in(reply.text) and not denied:
+        if any(c.named_in(reply.text) for c in scene.others) or (scene.concept.named_in(reply.text) and not denied):
             scene.left_out += index > 0
             continue
         origin = "teacher" if index == 0 else "dream" if scene.named[index] else "retain"
@@ -161,8 +167,10 @@ TARGETS: tuple[Facet, ...] = (align, describe, facts, preserve)
 
 
 def neighbours(scene: Scene, limit: int = 24, rounds: int = 4) -> list[str]:
-    """Names to protect, from the teacher's own answers to "who is like NAME?", asked again of those it names."""
+    """Names to protect, from the teacher's own answers to "who is like NAME?", asked again of those it names; others that are
+    to be forgotten too are asked about as well, for whom they lead to."""
     words, found, fresh = wordings(), [], [scene.concept.name]
+    kept = lambda: [name for name in found if not scene.forgotten_in(name)]
     for _ in range(rounds):
         questions = [q.format(name=n) for n in fresh for q in words["neighbours"]["train"]]
         answers = scene.ask(questions)
@@ -173,9 +181,9 @@ def neighbours(scene: Scene, limit: int = 24, rounds: int = 4) -> list[str]:
                 if not known and name not in fresh:
                     fresh.append(name)
         found += fresh
-        if not fresh or len(found) >= limit:
+        if not fresh or len(kept()) >= limit:
             break
-    return found[:limit]
+    return kept()[:limit]
 
 
 def capitalised_names(text: str, not_names: Sequence[str]) -> list[str]:

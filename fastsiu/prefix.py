@@ -1,0 +1,433 @@
+"""What many turns share is computed once: "<bos> ... <image tokens>" with its gradient, and every question attends to it.
+
+    packed      one row for each picture, prefix + s_1 + ... + s_k, under a 4-D mask that is stitched from the model's own, so
+                that sliding windows and image blocks that look both ways come out right. The least memory, and the only way
+                under activation checkpointing. Costs attention between suffixes, which the mask then throws away.
+    key/value   the prefix of each picture in one batch with a cache, then all suffixes, right-padded, in a second batch on top
+                of it: for hybrid models, whose state no mask can cut, and where packed rows would be long.
+    plain       whole turns in a right-padded batch: one picture each, or nothing was found exact on this model.
+
+All three give the same hidden states and gradients up to rounding. `plan_sharing` finds out which do on a model, by numbers:
+configurations lie. What no one checked is not used. `supervised_states` then takes the cheapest for the turns at hand.
+
+Memory is bounded by `micro_batch`: each forward's graph is dropped and made again, alone, when the backward pass comes to it
+(torch's checkpointing around the whole forward). The result is one [N, D] tensor with its graph whatever the bound, so it is
+exact for every objective, also for one that mixes samples; splitting a loss by its denominators would be so only for sums over
+rows. It costs one more forward. The keys and values of the prefix stay, and their gradients are summed before they go back
+through it, once.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.masking_utils import create_masks_for_generate
+
+from .vlm import VLM, Encoded, Picture, collate
+
+# Relative differences that rounding explains; what a wrong mask or position does to hidden states is of the order of 1. In fp64
+# as well: norms, and all of linear attention, compute in fp32 whatever the dtype (gradients 1e-8 to 2e-5 apart, nine families).
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that a mask can cut between samples
+
+# What one more forward costs, in tokens: 87 on the embedded model, 55 at hidden 256 with four layers (forward and backward, one
+# thread of a Xeon, torch 2.13, 2026-11-21: time of batches of 1 to 24 turns, a line through it).
+FORWARD = 64
+WORTH = 0.9  # share of the plain batch's cost from which on sharing is worth it: the estimate is no better than that
+MEMORY = 1.2  # how much dearer packed may be than key/value, which holds a copy of the prefix for every suffix
+
+
+def supervised_states(vlm: VLM, turns: Sequence[Encoded], features: Sequence[Any] = (), *,
+                      micro_batch: int | None = None) -> Tensor:  # fmt: skip
+    """The hidden states [N, D] at the supervised positions, in the order of the turns, with their graph.
+
+    features:    one entry per turn, None where it shows no picture, or none at all. Turns show the same picture where they have
+                 the same object here.
+    micro_batch: the most turns (and prefixes) in one forward; all at once when left out
+    """
+    shown = list(features) or [None] * len(turns)
+    found: dict[int, Tensor] = {}
+    for part in _parts(vlm, turns, shown):
+        found.update(RUN[part.cheapest(micro_batch)](part, micro_batch))
+    return torch.cat([found[i] for i in range(len(turns))])
+
+
+def plan_sharing(vlm: VLM, turns: Sequence[Encoded], pictures: Sequence[Picture | None],
+                 say: Callable[[str], None]) -> tuple[str, ...]:  # fmt: skip
+    """Tries each way against the plain one and keeps in `vlm.shares` those that are exact: states, and gradients of the adapter.
+
+    Two turns of one picture and one of another where there is one; two turns without a picture. What is not exact is said.
+    """
+    shown = [None if p is None else p.features for p in pictures]
+    trials = [chosen for with_picture in (True, False) if (chosen := _trial(vlm, turns, shown, with_picture))]
+    training = vlm.model.training
+    vlm.model.eval()  # dropout would differ from forward to forward
+    exact = []
+    for way in ("packed", "key/value") if trials else ():
+        reasons = [r for chosen in trials if (r := _why_not(vlm, way, [turns[i] for i in chosen], [shown[i] for i in chosen]))]
+        if reasons:
+            say(f"The {way} prefix cannot be used on this model: {reasons[0]}.")
+        else:
+            exact.append(way)
+    if not exact:
+        reason = "no way of sharing is exact on this model" if trials else "no two turns have one in common"
+        say(f"Prefixes are not shared, since {reason}: plain padded batches.")
+    vlm.model.train(training)
+    vlm.shares = tuple(exact)
+    return vlm.shares
+
+
+def _trial(vlm: VLM, turns: Sequence[Encoded], shown: list[Any], with_picture: bool) -> list[int]:
+    """The shortest and the longest turn of one picture, and one of another of the same layout."""
+    members = [i for i, f in enumerate(shown) if (f is not None) is with_picture]
+    for part in _parts(vlm, [turns[i] for i in members], [shown[i] for i in members]):
+        groups = sorted(part.groups, key=len, reverse=True)
+        if part.length and len(groups[0]) > 1:
+            by_length = sorted(groups[0], key=lambda i: part.lengths[i])
+            return [members[part.index[i]] for i in (by_length[0], by_length[-1], *(g[0] for g in groups[1:2]))]
+    return []
+
+
+def _why_not(vlm: VLM, way: str, turns: list[Encoded], shown: list[Any]) -> str | None:
+    """None where `way` gives the plain path's hidden states and adapter gradients, else the difference or the error."""
+    (part,) = _parts(vlm, turns, shown)
+    trained = [p for p in vlm.model.parameters() if p.requires_grad]
+    random = torch.Generator().manual_seed(0)
+
+    def measure(way: str, direction: Tensor | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        found = dict(RUN[way](part, None))
+        states = torch.cat([found[i] for i in range(len(turns))])
+        if direction is None:
+            direction = torch.randn(states.shape, generator=random).to(states)
+        used = torch.autograd.grad((states * direction).sum(), trained, allow_unused=True) if trained else ()
+        return direction, [states.detach()], [g for g in used if g is not None]
+
+    direction, *plain = measure("plain", None)
+    try:
+        _, *ours = measure(way, direction)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # any: whatever a family's own forward thinks of such inputs; it becomes the reason that is said
+        return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    if len(ours[1]) != len(plain[1]):
+        return "other parameters get a gradient"
+    norm = lambda tensors: sum(float(x.float().norm()) ** 2 for x in tensors) ** 0.5
+    off = [norm(a - b for a, b in zip(*pair, strict=True)) / (norm(pair[1]) or 1.0) for pair in zip(ours, plain, strict=True)]
+    if all(x <= TOLERANCE[direction.dtype] for x in off):  # false for NaN
+        return None
+    return f"hidden states differ by {off[0]:.1e}, gradients by {off[1]:.1e}"
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Turns whose first `length` tokens are the same, every image token among them and no supervised row.
+
+    index:  where each stands in the caller's order
+    groups: positions in `turns`, by picture; all turns without a picture are one group
+    """
+
+    vlm: VLM
+    turns: list[Encoded]
+    features: list[Any]
+    index: list[int]
+    groups: list[list[int]]
+    length: int
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each whole turn."""
+        return [turn.inputs["input_ids"].shape[1] for turn in self.turns]
+
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        """The model's own position ids for all turns, right-padded: [n, T], or [3, n, T] where they are three-dimensional."""
+        batch = collate([turn.inputs for turn in self.turns], 0)
+        own = getattr(self.vlm.base.base_model, "get_rope_index", None)
+        if own is None or self.features[0] is None:  # without a picture all three dimensions count tokens
+            return torch.arange(max(self.lengths), device=self.vlm.device).expand(len(self.turns), -1)
+        return own(**{k: batch[k] for k in inspect.signature(own).parameters if k in batch})[0]
+
+    def shown(self, members: Sequence[int]) -> list[Any]:
+        return [self.features[i] for i in members if self.features[i] is not None]
+
+    def cheapest(self, most: int | None) -> str:
+        ways = [way for way in self.vlm.shares if self.length and not (way == "key/value" and _checkpoints(self.vlm))]
+        cost = {way: self.cost(way, most) for way in ways}
+        best = min(ways, key=lambda way: cost[way] * (1 if way == "packed" else MEMORY), default="plain")
+        return best if best != "plain" and cost[best] < WORTH * self.cost("plain", most) else "plain"
+
+    def cost(self, way: str, most: int | None) -> float:
+        """Of a forward, in tokens through the linear layers. A token takes 24 D^2 flops there, a pair of tokens 4 D."""
+        P, pair = self.length, 1 / (6 * self.vlm.base.config.get_text_config().hidden_size)
+        if way == "packed":
+            sizes = [(len(rows), max(self.packed_length(row) for row in rows)) for rows in self.packed_rows(most)]
+            return sum(FORWARD + n * (T + T * T * pair) for n, T in sizes)
+        whole = [(len(c), max(self.lengths[i] for i in c)) for c in self.chunks(most)]
+        if way == "plain":
+            return sum(FORWARD + n * (T + T * T * pair) for n, T in whole)
+        suffixes = sum(FORWARD + n * (T - P) * (1 + T * pair) for n, T in whole)
+        return suffixes + FORWARD + len(self.groups) * P * (1 + P * pair)
+
+    def chunks(self, most: int | None, members: Sequence[int] | None = None) -> list[list[int]]:
+        """At most so many turns each, those of like length together."""
+        order = sorted(range(len(self.turns)) if members is None else members, key=lambda i: self.lengths[i])
+        return [order[at : at + (most or len(order))] for at in range(0, len(order), most or len(order))]
+
+    def packed_length(self, row: list[int]) -> int:
+        return self.length + sum(self.lengths[i] - self.length for i in row)
+
+    def packed_rows(self, most: int | None) -> list[list[list[int]]]:
+        """Forwards of rows of turns. A row has one picture; rows of one forward are about as long, since they are padded."""
+        rows = [g[at : at + (most or len(g))] for g in self.groups for at in range(0, len(g), most or len(g))]
+        forwards: list[list[list[int]]] = []
+        for row in sorted(rows, key=self.packed_length, reverse=True):
+            same = forwards and self.packed_length(row) >= 0.8 * self.packed_length(forwards[-1][0])
+            if same and (most is None or len(row) + sum(map(len, forwards[-1])) <= most):
+                forwards[-1].append(row)
+            else:
+                forwards.append([row])
+        return forwards
+
+
+def _parts(vlm: VLM, turns: Sequence[Encoded], shown: list[Any]) -> list[Part]:
+    """The turns by what stands before their questions: the placeholders of one picture, those of a larger one, none."""
+    image_token = getattr(vlm.base.config, "image_token_id", None)
+    alike: dict[Any, list[int]] = {}
+    ends: dict[int, int] = {}
+    for i, (turn, features) in enumerate(zip(turns, shown, strict=True)):
+        ids = turn.inputs["input_ids"][0]
+        at = (ids == image_token).nonzero() if features is not None and image_token is not None else ()
+        ends[i] = int(at[-1]) + 1 if len(at) else 0
+        other = tuple((k, *v.flatten().tolist()) for k, v in turn.inputs.items() if not _per_token(turn.inputs, k))
+        alike.setdefault((features is not None, tuple(ids[: ends[i]].tolist()), other), []).append(i)
+    parts = []
+    for members in alike.values():
+        groups: dict[int, list[int]] = {}
+        for place, i in enumerate(members):
+            groups.setdefault(id(shown[i]), []).append(place)
+        own = [turns[i] for i in members]
+        length = _common(own)
+        # An image token behind the prefix (or one that nobody knows) would be filled from another turn's features.
+        if shown[members[0]] is not None and not 0 < ends[members[0]] <= length:
+            length = 0
+        parts.append(Part(vlm, own, [shown[i] for i in members], members, list(groups.values()), length))
+    return parts
+
+
+def _common(turns: list[Encoded]) -> int:
+    """How many first tokens all turns share, before anyone's first supervised row; 0 where what stands beside the tokens (token
+    types) differs in the prefix or is not the same all over the rest, so that one turn's mask would not be another's."""
+    length = min(int(turn.rows[0]) for turn in turns)
+    first = turns[0].inputs
+    for turn in turns[1:]:
+        same = first["input_ids"][0, :length] == turn.inputs["input_ids"][0, :length]
+        length = length if bool(same.all()) else int(same.int().argmin())
+    for key in first:
+        if key != "input_ids" and _per_token(first, key):
+            prefix, rest, all_ = first[key][0, :length], first[key][0, -1], [turn.inputs[key][0] for turn in turns]
+            if any(not torch.equal(x[:length], prefix) or (x[length:] != rest).any() for x in all_):
+                return 0
+    return length
+
+
+def _per_token(inputs: dict[str, Tensor], key: str) -> bool:
+    return inputs[key].shape[:2] == inputs["input_ids"].shape
+
+
+def _checkpoints(vlm: VLM) -> bool:
+    """Whether layers are recomputed in the backward pass, which drops the cache."""
+    return any(m.training and getattr(m, "gradient_checkpointing", False) for m in vlm.base.modules())
+
+
+def _bounded(run: Callable[[], Any], bounded: bool) -> Any:
+    """run(), and where memory is bounded its graph is made again in the backward pass (the same dropout included)."""
+    return checkpoint(run, use_reentrant=False) if bounded and torch.is_grad_enabled() else run()
+
+
+# Plain ------------------------------------------------------------------------------------------------------------------
+
+
+def _plain(part: Part, most: int | None) -> Iterator[tuple[int, Tensor]]:
+    for members in part.chunks(most):
+
+        def run(members: list[int] = members) -> list[Tensor]:
+            hidden = part.vlm.hidden([part.turns[i].inputs for i in members], part.shown(members))
+            return [hidden[row, part.turns[i].rows] for row, i in enumerate(members)]
+
+        yield from zip((part.index[i] for i in members), _bounded(run, most is not None), strict=True)
+
+
+# Packed -----------------------------------------------------------------------------------------------------------------
+
+
+def _packed(part: Part, most: int | None) -> Iterator[tuple[int, Tensor]]:
+    masks = _own_masks(part)
+    for rows in part.packed_rows(most):
+
+        def run(rows: list[list[int]] = rows) -> list[Tensor]:
+            hidden, _ = part.vlm.run(_pack(part, rows, masks), part.shown([row[0] for row in rows]), use_cache=False)
+            return [
+                hidden[at, part.turns[i].rows - part.length + start]
+                for at, row in enumerate(rows) for i, start in zip(row, _starts(part, row), strict=True)
+            ]  # fmt: skip
+
+        yield from zip((part.index[i] for row in rows for i in row), _bounded(run, most is not None), strict=True)
+
+
+def _starts(part: Part, row: list[int]) -> list[int]:
+    """Where each suffix of a packed row begins."""
+    return [part.packed_length(row[:k]) for k in range(len(row))]
+
+
+def _pack(part: Part, rows: list[list[int]], masks: dict[str | None, Tensor]) -> dict[str, Any]:
+    """The model's inputs for packed rows [R, T]: tokens, position ids of each turn's own, the 4-D mask [R, 1, T, T]."""
+    P, lines, positions = part.length, [], []
+    for row in rows:
+        lines.append(_joined([part.turns[i].inputs for i in row], P))
+        own = [part.positions[..., i, P : part.lengths[i]] for i in row]
+        positions.append(torch.cat([part.positions[..., row[0], :P], *own], -1))
+    inputs = collate(lines, part.vlm.tokenizer.pad_token_id)
+    R, T = inputs["input_ids"].shape
+    inputs["position_ids"] = torch.stack([nn.functional.pad(p, (0, T - p.shape[-1])) for p in positions], -2)
+    packed = {}
+    for kind, own in masks.items():
+        mask = own.new_full((R, 1, T, T), torch.finfo(own.dtype).min)
+        mask.diagonal(dim1=-2, dim2=-1).zero_()  # padding sees itself: a softmax over nothing would be NaN on some devices
+        for r, row in enumerate(rows):
+            mask[r, 0, :P, :P] = own[:P, :P]
+            for i, start in zip(row, _starts(part, row), strict=True):
+                length = part.lengths[i] - P
+                mask[r, 0, start : start + length, :P] = own[P : P + length, :P]
+                mask[r, 0, start : start + length, start : start + length] = own[P : P + length, P : P + length]
+        packed[kind] = mask
+    inputs["attention_mask"] = packed.get(None, packed)
+    return inputs
+
+
+def _joined(row: list[dict[str, Tensor]], P: int) -> dict[str, Tensor]:
+    """Several turns' inputs as one: what stands beside each token prefix + s_1 + ... + s_k, the rest (image grids) once."""
+    whole = {k: torch.cat([row[0][k][:, :P], *(x[k][:, P:] for x in row)], 1) for k in row[0] if _per_token(row[0], k)}
+    return row[0] | whole
+
+
+class _Eager:
+    """A model's configuration as the mask functions read it, for eager attention: the only one whose mask is always written
+    out, where others leave it to the kernel."""
+
+    def __init__(self, config: Any) -> None:
+        self._config, self._text = config, copy.copy(config.get_text_config())
+        self._text._attn_implementation = "eager"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+    def get_text_config(self, *args: Any, **options: Any) -> Any:
+        return self._text
+
+
+@torch.no_grad()
+def _own_masks(part: Part) -> dict[str | None, Tensor]:
+    """The model's additive masks [T, T] for its longest turn, by kind of layer, or one under None where they are all the same.
+
+    Those of shorter turns are their upper left corners: a mask depends on places and token types, and these agree.
+    Raises ValueError where no mask can keep samples apart or the prefix looks at what follows it.
+    """
+    base, i = part.vlm.base, max(range(len(part.turns)), key=lambda i: part.lengths[i])
+    config, inputs, T = base.config, part.turns[i].inputs, part.lengths[i]
+    if odd := sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()) - ATTENTION):
+        raise ValueError(f"its {', '.join(odd)} layers carry a state from token to token")
+    if "flash" in (config.get_text_config()._attn_implementation or ""):
+        raise ValueError("flash attention takes no 4-D mask")
+    beside = {k: v for k, v in inputs.items() if _per_token(inputs, k) and k not in ("input_ids", "attention_mask")}
+    make = getattr(base, "create_masks_for_generate", create_masks_for_generate)
+    found = make(config=_Eager(config), inputs_embeds=torch.zeros(1, T, 1, dtype=base.dtype, device=part.vlm.device),
+                 attention_mask=None, past_key_values=None, position_ids=None, is_first_iteration=True, **beside)  # fmt: skip
+    masks = {kind: mask[0, 0] for kind, mask in (found if isinstance(found, dict) else {None: found}).items()}
+    if any((mask[: part.length, part.length :] == 0).any() for mask in masks.values()):
+        raise ValueError("its prefix looks at what follows it")
+    one = next(iter(masks.values()))
+    return {None: one} if all(torch.equal(one, mask) for mask in masks.values()) else masks
+
+
+# Key/value --------------------------------------------------------------------------------------------------------------
+
+
+def _key_value(part: Part, most: int | None) -> Iterator[tuple[int, Tensor]]:
+    size = most or len(part.groups)
+    for at in range(0, len(part.groups), size):
+        groups = part.groups[at : at + size]
+        # A single prefix is run once; of several batches of prefixes only the keys and values stay.
+        several = most is not None and size < len(part.groups)
+        cache = _bounded(functools.partial(_prefix, part, [g[0] for g in groups]), several)
+        picture = {i: row for row, group in enumerate(groups) for i in group}
+        for members in part.chunks(most, list(picture)):
+            rows = torch.tensor([picture[i] for i in members], device=part.vlm.device)
+
+            def run(members: list[int] = members, rows: Tensor = rows, cache: Any = cache, n: int = len(groups)) -> list[Tensor]:
+                hidden, _ = part.vlm.run(_suffixes(part, members), past_key_values=_fork(cache, n, rows))
+                return [hidden[row, part.turns[i].rows - part.length] for row, i in enumerate(members)]
+
+            yield from zip((part.index[i] for i in members), _bounded(run, most is not None), strict=True)
+
+
+def _prefix(part: Part, heads: list[int]) -> Any:
+    """The cache of one prefix for each picture, with its graph. Raises ValueError where the model returns none."""
+    inputs = collate([part.turns[i].inputs for i in heads], 0)
+    inputs = {k: v[:, : part.length] if _per_token(inputs, k) else v for k, v in inputs.items()}
+    inputs["position_ids"] = part.positions[..., heads, : part.length]
+    _, output = part.vlm.run(inputs, part.shown(heads), use_cache=True)
+    cache = output.past_key_values
+    if cache is None or cache.get_seq_length() != part.length:
+        raise ValueError("it returns no cache of its keys and values")
+    return cache
+
+
+def _suffixes(part: Part, members: list[int]) -> dict[str, Tensor]:
+    """A right-padded batch [n, L] of what follows the prefix; the mask [n, P + L] covers both."""
+    P = part.length
+    L = max(part.lengths[i] for i in members) - P
+    cut = [{k: part.turns[i].inputs[k][:, P:] for k in ("input_ids", "attention_mask")} for i in members]
+    inputs = collate(cut, part.vlm.tokenizer.pad_token_id)
+    inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (P, 0), value=1)
+    inputs["position_ids"] = part.positions[..., members, P : P + L]
+    return inputs
+
+
+def _fork(cache: Any, pictures: int, rows: Tensor) -> Any:
+    """A cache with row rows[k] of another's in row k, differentiable; the other stays as it is, for the next batch.
+
+    Transformers' own reordering would copy the prefix of every layer n times at once; a view is enough for one picture, since
+    each layer concatenates, and so copies, when its turn comes. Recurrent states are small and written in place: copies.
+    """
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in fork.layers:
+        for name, value in list(vars(layer).items()):
+            if isinstance(value, Tensor) and value.ndim > 1:
+                spread = value.expand(len(rows), *value.shape[1:]) if pictures == 1 else value.index_select(0, rows)
+                setattr(layer, name, spread)
+            elif isinstance(value, dict):
+                setattr(layer, name, {k: v.index_select(0, rows) if isinstance(v, Tensor) else v for k, v in value.items()})
+        if hasattr(layer, "update_recurrent_state"):
+            layer.update_recurrent_state = functools.partial(_replace, layer)
+    return fork
+
+
+def _replace(layer: Any, states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
+    """`update_recurrent_state` of a forked layer: the original copies into the old state, which autograd still needs."""
+    layer.recurrent_states[state_idx] = states
+    layer.is_recurrent_states_initialized[state_idx] = True
+    return states
+
+
+RUN: dict[str, Callable[[Part, int | None], Iterator[tuple[int, Tensor]]]] = {
+    "packed": _packed, "key/value": _key_value, "plain": _plain,
+}  # fmt: skip
