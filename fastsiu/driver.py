@@ -117,10 +117,11 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
         loaded = vlm.load(name, revision=revision, device=device, dtype=dtype, quantize=chosen.quantize,
                           attention=chosen.attention, budget=plan.budget(chosen, recipe.batch_size))  # fmt: skip
     try:
-        trained = forget(loaded, request, recipe, picture, listener=listener, seconds=seconds)
-        listener.stage("Asking again, with the adapter on and off")
-        with _timed(seconds, "verdict"):
-            verdict, answers = examine(trained.scene, more, rest)
+        with vlm.threads(loaded):
+            trained = forget(loaded, request, recipe, picture, listener=listener, seconds=seconds)
+            listener.stage("Asking again, with the adapter on and off")
+            with _timed(seconds, "verdict"):
+                verdict, answers = examine(trained.scene, more, rest)
         report = report_of(request, recipe, name, verdict, answers, trained)
         write(destination, loaded, [request], [report], recipe, origins, digest, weights, settings)
     finally:

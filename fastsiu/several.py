@@ -154,7 +154,8 @@ def unlearn_several(file: str | Path, *, mode: Mode = "sequence", output: str | 
         loaded = vlm.load(name, revision=revision, device=device, dtype=dtype, quantize=chosen.quantize,
                           attention=chosen.attention, budget=plan.budget(chosen, recipe.batch_size))  # fmt: skip
         try:
-            job.run(loaded, done, todo)
+            with vlm.threads(loaded):
+                job.run(loaded, done, todo)
         finally:
             adapter.detach(loaded)
     return Several([job.outcomes[line] for line in asked], job.matrix, job.output, len(done))

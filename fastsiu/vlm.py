@@ -7,10 +7,11 @@ is found by measuring (`probe_head`), because configurations name transforms tha
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,22 @@ def load(name: str, *, revision: str | None = None, device: str | None = None, d
     if not torch.isfinite(vlm.head_weight).all():
         raise NumericFailure(f"The output head of {name} holds NaN or infinite weights.")
     return vlm
+
+
+SMALL = 20_000_000  # parameters
+
+
+@contextlib.contextmanager
+def threads(vlm: VLM) -> Iterator[None]:
+    """Inside, a small model on a CPU computes on one thread: a second gains it little, and where other processes want the cores,
+    OpenMP's threads wait for each other: the embedded model's demo then took more than 7 minutes instead of 1."""
+    before = torch.get_num_threads()
+    if vlm.device.type == "cpu" and sum(p.numel() for p in vlm.base.parameters()) < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def checkpoint_layers(base: Any) -> None:

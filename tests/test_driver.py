@@ -336,3 +336,18 @@ def test_a_damaged_recipe_of_the_model_is_a_sentence(tmp_path):
     (tmp_path / driver.MODEL_RECIPE).write_text("{")
     with pytest.raises(BadInput, match="not a JSON object"):
         driver.choose_recipe(str(tmp_path), "default", {})
+
+
+def test_a_small_model_takes_one_thread_and_gives_the_others_back(loaded):
+    from fastsiu import vlm
+
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), vlm.threads(loaded):
+            assert torch.get_num_threads() == 1
+            raise KeyError
+        assert torch.get_num_threads() == 2
+        with vlm.threads(VLM("large", None, torch.nn.Linear(5000, 5000, device="meta"), loaded.base, None)):
+            assert torch.get_num_threads() == 1  # what counts is the base that was loaded
+    finally:
+        torch.set_num_threads(1)
