@@ -119,6 +119,7 @@ def state(vlm: VLM) -> dict[str, torch.Tensor] | None:
 
 def restore(vlm: VLM, saved: dict[str, torch.Tensor] | None) -> None:
     """Back to what `state` saw."""
+    vlm.base.eval()  # what failed may have failed in the middle of training
     if saved is None:
         detach(vlm)
         return

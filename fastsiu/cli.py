@@ -69,7 +69,7 @@ def unlearn(
     image: OneImage = None,
     concept: Annotated[str | None, typer.Option(help="The name to forget, as a person writes it.")] = None,
     request: Annotated[Path | None, typer.Option(help="JSONL file with several requests, instead of one here.")] = None,
-    mode: Annotated[Mode, typer.Option(help="With --request: one after another, or all at once.")] = Mode.sequence,
+    mode: Annotated[Mode | None, typer.Option(help="With --request: one after another (default), or all at once.")] = None,
     model: Model = None,
     revision: Revision = None,
     output: Annotated[Path | None, typer.Option(help="Directory to write; fastsiu-<random>/ when left out.")] = None,
@@ -82,7 +82,7 @@ def unlearn(
     preset: Published = Preset.default,
     alpha: Annotated[float | None, typer.Option(help="Weight of the cross-entropy.")] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the dual-masked KL.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Ceiling on optimiser steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Ceiling on optimiser steps, for one request.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
@@ -104,6 +104,8 @@ def unlearn(
     own = dict(image=image, concept=concept, alias=alias, protect=protect, images=images, retain=retain, data=data)
     if request is not None and (given := [name for name, value in own.items() if value]):
         raise BadInput(f"--{given[0]} and --request exclude each other: write it into the file's lines.")
+    if request is None and mode is not None:
+        raise BadInput("--mode is about several requests: give them in a file with --request, or leave it out.")
     if request is None and (image is None or concept is None):
         raise BadInput("There is nothing to forget: give --image and --concept, or several of them in a file with --request.")
 
@@ -122,12 +124,12 @@ def unlearn(
         from .several import unlearn_several
 
         with Progress(say, hidden=quiet or as_json) as progress:
-            several = unlearn_several(request, mode=mode.value, listener=progress.listener, **options)
+            several = unlearn_several(request, mode=(mode or Mode.sequence).value, listener=progress.listener, **options)
         if as_json:
             sys.stdout.write(json.dumps(several.as_dict(), ensure_ascii=False, indent=2) + "\n")
         elif not quiet:
             several_table(out, several)
-        raise typer.Exit(0 if several.forgotten else 1)
+        raise typer.Exit(several.exit_code)
     with Progress(say, hidden=quiet or as_json) as progress:
         result = driver.unlearn(
             image, concept, aliases=tuple(alias or ()), protect=tuple(protect or ()), images=images, retain=retain, data=data,
@@ -287,9 +289,13 @@ def run(arguments: list[str]) -> int:
         say.print(f"fastsiu: {error}", soft_wrap=True)
         return 3
     except (KeyboardInterrupt, typer.Abort):
-        say.print("fastsiu: interrupted; nothing was written.")
+        say.print("fastsiu: interrupted; what was not finished was not written.")
         return 130
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, where no retry could help; torch may not be imported yet
+            first = str(error).splitlines()[0]
+            say.print(f"fastsiu: {first} `fastsiu plan --memory N` tells which settings fit.", soft_wrap=True)
+            return 3
         if hasattr(error, "format_message"):  # a usage error of the command line itself
             say.print(f"fastsiu: {error.format_message()} Try 'fastsiu --help'.", soft_wrap=True)
             return 2

@@ -114,8 +114,9 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
     seconds: dict[str, float] = {}
     listener.stage("Loading the model")
     with _timed(seconds, "load"):
+        budget = plan.budget(chosen, recipe.batch_size, memory is not None)
         loaded = vlm.load(name, revision=revision, device=device, dtype=dtype, quantize=chosen.quantize,
-                          attention=chosen.attention, budget=plan.budget(chosen, recipe.batch_size))  # fmt: skip
+                          attention=chosen.attention, budget=budget)  # fmt: skip
     try:
         with vlm.threads(loaded):
             trained = forget(loaded, request, recipe, picture, listener=listener, seconds=seconds)
@@ -192,8 +193,7 @@ def learn(loaded: vlm.VLM, prepared: Sequence[Prepared], recipe: Recipe, *, list
     recipe = recipe.with_overrides(steps=steps)
     listener.stage("Running the teacher")
     with _timed(seconds, "teacher"):
-        gone = [one.scene.concept for one in prepared]
-        made = corpus.join([one.corpus for one in prepared] + [_still_true(one, gone) for one in earlier])
+        made = corpus.join([one.corpus for one in prepared] + [_still_true(one, prepared) for one in earlier])
         if loaded.model is loaded.base:
             adapter.attach(loaded, recipe)
         prefix.plan_sharing(loaded, made.turns, made.shown(), listener.note)
@@ -202,17 +202,23 @@ def learn(loaded: vlm.VLM, prepared: Sequence[Prepared], recipe: Recipe, *, list
     with _timed(seconds, "train"):
         probe = train.probe_for([one.scene for one in (*prepared, *earlier)], made)
         on_step = lambda step: listener.step(step, recipe.steps)
-        history = train.fit(loaded, made, objective, recipe, probe, on_step, say=listener.note)
+        try:
+            history = train.fit(loaded, made, objective, recipe, probe, on_step, say=listener.note)
+        finally:
+            loaded.model.eval()
     return made, history
 
 
-def _still_true(one: Prepared, gone: Sequence[Concept]) -> corpus.Corpus:
-    """Its samples without those that would keep the looks of what has to go now."""
+def _still_true(one: Prepared, prepared: Sequence[Prepared]) -> corpus.Corpus:
+    """Its samples without those that would keep the looks of what has to go now: in pictures, and in words."""
+    gone = [new.scene.concept for new in prepared]
     named = lambda text: any(concept.named_in(text) for concept in gone)
+    denied = {s.question for new in prepared for s in new.corpus.samples if s.picture is None and s.facet == "describe"}
     dreamed = {i for i, name in enumerate(one.scene.named) if name and named(name)}
     seen = lambda s: s.facet == "preserve" and s.picture is not None
     about = lambda s: s.picture in dreamed or named(s.question) or named(s.answer)
-    return one.corpus.pick([i for i, s in enumerate(one.corpus.samples) if not (seen(s) and about(s))])
+    said = lambda s: s.facet == "preserve" and s.picture is None and s.question in denied
+    return one.corpus.pick([i for i, s in enumerate(one.corpus.samples) if not (seen(s) and about(s)) and not said(s)])
 
 
 def samples_for(image: str | Path, concept: str, *, model: str | Path | None = None, revision: str | None = None,
@@ -261,6 +267,7 @@ def choose_settings(model: str, memory: float | None, recipe: Recipe, picture: A
     Raises BadInput where an option makes no sense or, under a limit, nothing fits.
     """
     given = {k: v for k, v in given.items() if v is not None}
+    vlm.check_device(device)
     asked = plan.Settings(dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **given)
     vlm.check_options(dtype, asked.quantize, asked.attention, asked.optimizer)
     if memory is None:

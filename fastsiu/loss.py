@@ -92,7 +92,7 @@ def fused_dmk_ce(
     if reason := why_not(backend, hidden, head_weight, teacher, **given):
         raise ValueError(reason)
 
-    plan = chosen(hidden, head_weight, backend)
+    plan = chosen(hidden, head_weight, backend, teacher)
     wide = accumulation(hidden, head_weight, head_bias, *(() if teacher is None else (teacher.hidden, teacher.head_weight)))
     used = labels != ignore_index
     a, k = (used.new_ones(used.shape, dtype=wide) if x is None else x.detach().to(wide) for x in (ce_weight, kl_weight))
@@ -113,10 +113,11 @@ def fused_dmk_ce(
     return (loss, Parts(*(x.detach().float() for x in parts))) if return_parts else loss
 
 
-def chosen(hidden: Tensor, head_weight: Tensor, backend: str = "auto") -> Launch:
+def chosen(hidden: Tensor, head_weight: Tensor, backend: str = "auto", teacher: TeacherCache | None = None) -> Launch:
     """What fused_dmk_ce runs on these tensors: backend, vocabulary tile and the reason for the choice."""
     target = None  # operands of two dtypes are multiplied as fp32, which is not what the Triton kernels are for
-    if hidden.device.type == "cuda" and hidden.dtype == head_weight.dtype:
+    alike = {hidden.dtype, head_weight.dtype} | (set() if teacher is None else {teacher.hidden.dtype, teacher.head_weight.dtype})
+    if hidden.device.type == "cuda" and len(alike) == 1 and len(hidden):
         target = _target(hidden.device, hidden.dtype)
     plan = launch(len(hidden), *head_weight.shape, head_weight.dtype, hidden.device.type, target)
     if backend == "auto" and plan.backend == "reference" and torch.compiler.is_compiling():

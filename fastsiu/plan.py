@@ -65,9 +65,13 @@ class Settings:
         return ", ".join(words)
 
 
-def budget(settings: Settings, batch_size: int) -> vlm.Budget:
-    """The settings as the run reads them. A dream is a picture with one question, of which a step has a third of its samples."""
-    dreams = settings.micro_batch or (max(1, round(0.35 * batch_size)) if settings.checkpointing else None)
+def budget(settings: Settings, batch_size: int, limited: bool = False) -> vlm.Budget:
+    """The settings as the run reads them. A dream is a picture with one question, of which a step has a third of its samples.
+
+    limited: under a memory limit, where as many dreams at once as a step has must do
+    """
+    bounded = settings.checkpointing or limited
+    dreams = settings.micro_batch or (max(1, round(0.35 * batch_size)) if bounded else None)
     return vlm.Budget(settings.micro_batch, dreams, settings.ask_batch, settings.checkpointing, settings.optimizer)
 
 

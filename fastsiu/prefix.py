@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import create_masks_for_generate
 
-from .vlm import VLM, Encoded, Picture, collate
+from .vlm import VLM, Encoded, Picture, collate, out_of_memory
 
 # Relative differences that rounding explains; what a wrong mask or position does to hidden states is of the order of 1. In fp64
 # as well: norms, and all of linear attention, compute in fp32 whatever the dtype (gradients 1e-8 to 2e-5 apart, nine families).
@@ -69,9 +69,13 @@ def plan_sharing(vlm: VLM, turns: Sequence[Encoded], pictures: Sequence[Picture 
     shown = [None if p is None else p.features for p in pictures]
     trials = [chosen for with_picture in (True, False) if (chosen := _trial(vlm, turns, shown, with_picture))]
     training = vlm.model.training
-    vlm.model.eval()  # dropout would differ from forward to forward
+    vlm.model.train(vlm.budget.checkpointing)  # layers checkpoint in training mode only
+    for module in vlm.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()  # it would differ from forward to forward
     exact = []
-    for way in ("packed", "key/value") if trials else ():
+    ways = ("packed",) if _checkpoints(vlm) else ("packed", "key/value")  # recomputed layers drop the cache
+    for way in ways if trials else ():
         reasons = [r for chosen in trials if (r := _why_not(vlm, way, [turns[i] for i in chosen], [shown[i] for i in chosen]))]
         if reasons:
             say(f"The {way} prefix cannot be used on this model: {reasons[0]}.")
@@ -100,10 +104,11 @@ def _why_not(vlm: VLM, way: str, turns: list[Encoded], shown: list[Any]) -> str 
     """None where `way` gives the plain path's hidden states and adapter gradients, else the difference or the error."""
     (part,) = _parts(vlm, turns, shown)
     trained = [p for p in vlm.model.parameters() if p.requires_grad]
+    bounded = vlm.budget.checkpointing or vlm.budget.micro_batch is not None  # two turns at a time are the fewest that share
     random = torch.Generator().manual_seed(0)
 
     def measure(way: str, direction: Tensor | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        found = dict(RUN[way](part, None))
+        found = dict(RUN[way](part, (1 if way == "plain" else 2) if bounded else None))
         states = torch.cat([found[i] for i in range(len(turns))])
         if direction is None:
             direction = torch.randn(states.shape, generator=random).to(states)
@@ -113,9 +118,9 @@ def _why_not(vlm: VLM, way: str, turns: list[Encoded], shown: list[Any]) -> str 
     direction, *plain = measure("plain", None)
     try:
         _, *ours = measure(way, direction)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # any: whatever a family's own forward thinks of such inputs; it becomes the reason that is said
+        if out_of_memory(error):
+            return "the trial does not fit into memory"
         return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
     if len(ours[1]) != len(plain[1]):
         return "other parameters get a gradient"

@@ -17,17 +17,22 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from . import adapter, ask, driver, plan, vlm
 from . import images as pictures_in
 from . import output as outputs
 from .concept import Concept
 from .driver import Listener, Prepared
-from .facets.held_out import examine, questions
-from .request import BadInput, NumericFailure, Recipe, Request
+from .facets.held_out import examine
+from .facets.targets import wordings
+from .images import variants
+from .request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
 from .verdict import EFFICACY
 
 Mode = Literal["sequence", "joint"]
 MATRIX = "matrix.json"
+FAILURES = (BadInput, NumericFailure, OutOfMemory, torch.OutOfMemoryError)  # of one request; the others go on
 PATHS = ("image", "images", "retain", "data")
 
 
@@ -55,6 +60,11 @@ class Several:
     matrix: list[dict[str, Any]]
     output: Path
     resumed: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        """0 all forgotten, 1 not, 2 where no request could even be trained."""
+        return 0 if self.forgotten else 1 if any(o.output for o in self.outcomes) else 2
 
     def as_dict(self) -> dict[str, Any]:
         return {"forgotten": self.forgotten, "requests": [vars(o) for o in self.outcomes], "matrix": self.matrix}
@@ -139,20 +149,23 @@ def unlearn_several(file: str | Path, *, mode: Mode = "sequence", output: str | 
     name = str(driver.EMBEDDED if model is None else model)
     recipe, origins = driver.choose_recipe(name, preset, overrides)
     weights = outputs.digest_model(name) if Path(name).is_dir() else None
-    first = pictures_in.load_image(next(iter(asked.values())).image)
+    largest = max((pictures_in.load_image(r.image) for r in asked.values()), key=lambda image: image.width * image.height)
     chosen = driver.choose_settings(
-        name, memory, recipe, first, listener, revision=revision, device=device, dtype=dtype, quantize=quantize,
+        name, memory, recipe, largest, listener, revision=revision, device=device, dtype=dtype, quantize=quantize,
         attention=attention, checkpointing=checkpointing, micro_batch=micro_batch, optimizer=optimizer,
     )  # fmt: skip
     destination = Path(output) if output is not None else outputs.random_directory()
+    if output is None:
+        listener.note(f"Writing to {destination}: name it with --output to go on after an interruption.")
     settings = {"dtype": dtype, "mode": mode} | driver.deciding(chosen)
     job = _Job(destination, mode, asked, name, revision, recipe, origins, weights, settings, listener)
     done = job.resume()
     todo = [line for line in asked if line not in done]
     if todo or len(job.matrix) < (len(done) if mode == "sequence" else 1):
         listener.stage("Loading the model")
+        budget = plan.budget(chosen, recipe.batch_size, memory is not None)
         loaded = vlm.load(name, revision=revision, device=device, dtype=dtype, quantize=chosen.quantize,
-                          attention=chosen.attention, budget=plan.budget(chosen, recipe.batch_size))  # fmt: skip
+                          attention=chosen.attention, budget=budget)  # fmt: skip
         try:
             with vlm.threads(loaded):
                 job.run(loaded, done, todo)
@@ -197,30 +210,44 @@ class _Job:
             return []
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            order = [int(line) for line in record["order"]]
-            stored, matrix = {o["line"]: Outcome(**o) for o in record["requests"]}, list(record["matrix"])
-            same = record["mode"] == self.mode and all(line in self.asked for line in order)
+            order, self.matrix = [int(line) for line in record["order"]], list(record["matrix"])
+            stored = {o["line"]: Outcome(**o) for o in record["requests"]}
+            same = record["mode"] == self.mode and all(line in stored for line in order)
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{path} is damaged: choose another --output.") from error
-        if not same:
-            raise BadInput(f"{self.output} holds the results of other requests: choose another --output.")
-        ends = [order] if self.mode == "joint" and order else [order[: i + 1] for i in range(len(order))]
-        for lines in ends:  # raises where the directory holds anything but this
-            if outputs.check_destination(self.directory(lines[-1]), self.digest(lines)) != "same":
-                raise BadInput(f"{self.directory(lines[-1])} is missing: restore it, or choose another --output.")
-        self.matrix = matrix
-        if self.mode == "joint" and order:  # its one training is over: what failed before it is not in it
-            self.outcomes |= stored
-            return list(self.asked)
+        if not same or not all(line in self.asked for line in order):
+            raise BadInput(f"{self.output} holds the results of other requests, or the lines of the file have moved: "
+                           "choose another --output, or put them back.")  # fmt: skip
+        return self._resume_joint(order, stored) if self.mode == "joint" else self._resume_sequence(order, stored)
+
+    def _resume_joint(self, order: list[int], stored: dict[int, Outcome]) -> list[int]:
+        if not order or not self.directory(order[0]).exists():  # cut off before its one training was over
+            return []
+        if {line: o.concept for line, o in stored.items()} != {line: o.concept for line, o in self.outcomes.items()}:
+            raise BadInput(f"{self.output} holds a joint training of other lines, and nothing can be added to it: choose another "
+                           "--output.")  # fmt: skip
+        outputs.check_destination(self.directory(order[0]), self.digest(order))
+        self.outcomes |= stored
+        for number, line in enumerate(order, 1):
+            folder = self.directory(line) / f"{number:03d}" if len(order) > 1 else self.directory(line)
+            self._adopt(line, folder / "report.json")
+        return order + [line for line in self.asked if line not in order]
+
+    def _resume_sequence(self, order: list[int], stored: dict[int, Outcome]) -> list[int]:
+        for i in range(len(order)):  # raises where the directory holds anything but this
+            if outputs.check_destination(self.directory(order[i]), self.digest(order[: i + 1])) != "same":
+                raise BadInput(f"{self.directory(order[i])} is missing: restore it, or choose another --output.")
         self.outcomes |= {line: stored[line] for line in order}
         for line in self.asked:  # killed after the output and before the matrix: the output counts
             place = self.directory(line)
             if line not in order and place.exists() and outputs.check_destination(place, self.digest([*order, line])) == "same":
-                report = json.loads((place / "report.json").read_text(encoding="utf-8"))
-                outcome = replace(self.outcomes[line], status=report["verdict"], reasons=report["reasons"], output=place.name)
-                self.outcomes[line] = outcome
+                self._adopt(line, place / "report.json")
                 order.append(line)
         return order
+
+    def _adopt(self, line: int, report: Path) -> None:
+        found, place = json.loads(report.read_text(encoding="utf-8")), self.directory(line).name
+        self.outcomes[line] = replace(self.outcomes[line], status=found["verdict"], reasons=found["reasons"], output=place)
 
     def save(self, order: Sequence[int]) -> None:
         content = {
@@ -233,40 +260,46 @@ class _Job:
         os.replace(aside, path)
 
     def run(self, loaded: vlm.VLM, done: list[int], todo: list[int]) -> None:
-        order, seconds = list(done), {}
-        earlier: list[Prepared] = []
-        for line in done:  # the adapter remembers; what it was trained on is made again
-            earlier.append(self.prepare(loaded, line, [one.scene.concept for one in earlier], seconds))
         self.output.mkdir(exist_ok=True)
-        self.save(order)
         if self.mode == "joint":
-            self.jointly(loaded, todo)
+            self.jointly(loaded, done, todo)
             return
+        order, earlier = list(done), []
+        self.save(order)
         if done:
             adapter.load(loaded, self.directory(done[-1]), trainable=True)
-            if self.matrix[-1:] == [] or self.matrix[-1]["after"] != done:
-                self.look(loaded, dict(zip(done, earlier, strict=True)))
+            if not self.matrix or self.matrix[-1]["after"] != done:
+                self.look(loaded, done)
                 self.save(order)
+        for line in done if todo else ():  # the adapter remembers; what it was trained on is made again
+            earlier.append(self.prepare(loaded, line, [one.scene.concept for one in earlier], {}))
         for line in todo:
-            before = adapter.state(loaded)
-            seconds = {}
+            before, seconds, failed = adapter.state(loaded), {}, None
             try:
                 self.say(line)
                 one = self.prepare(loaded, line, [e.scene.concept for e in earlier], seconds)
                 made, history = driver.learn(loaded, [one], self.recipe, earlier=earlier, listener=self.listener, seconds=seconds)
-            except (BadInput, NumericFailure) as error:
+            except FAILURES as error:
+                failed = error
+            if failed is not None:
                 adapter.restore(loaded, before)
-                self.outcomes[line] = replace(self.outcomes[line], status="failed", reasons=[str(error)])
+                self.fail(line, failed)
                 self.save(order)
                 continue
             trained = driver.Trained(one.scene, made, history, one.dreamed, seconds)
             earlier.append(one)
             order.append(line)
-            self.finish(loaded, line, trained, self.directory(line), self.digest(order))
-            self.look(loaded, dict(zip(order, earlier, strict=True)))
+            self.write(loaded, order, [self.judge(line, trained)], self.digest(order))
+            self.look(loaded, order)
             self.save(order)
 
-    def jointly(self, loaded: vlm.VLM, todo: list[int]) -> None:
+    def jointly(self, loaded: vlm.VLM, done: list[int], todo: list[int]) -> None:
+        if not todo:  # killed between the output and the matrix
+            order = [line for line in done if self.outcomes[line].output]
+            adapter.load(loaded, self.directory(order[0]))
+            self.look(loaded, order)
+            self.save(order)
+            return
         ready: dict[int, Prepared] = {}
         seconds: dict[str, float] = {}
         for line in todo:
@@ -274,23 +307,22 @@ class _Job:
             try:
                 self.say(line)
                 ready[line] = self.prepare(loaded, line, others, seconds)
-            except BadInput as error:
-                self.outcomes[line] = replace(self.outcomes[line], status="failed", reasons=[str(error)])
+            except FAILURES as error:
+                self.fail(line, error)
+        order = list(ready)
+        self.save(order)  # of which training the output will be, should nothing else be written
         if not ready:
-            self.save([])
             return
         made, history = driver.learn(loaded, list(ready.values()), self.recipe, listener=self.listener, seconds=seconds)
-        order, reports = list(ready), {}
-        for line, one in ready.items():
-            trained = driver.Trained(one.scene, made, history, one.dreamed, seconds)
-            reports[line] = self.judge(line, trained)
-        destination = self.directory(order[0])
-        driver.write(destination, loaded, [self.asked[line] for line in order], list(reports.values()), self.recipe, self.origins,
-                     self.digest(order), self.weights, self.settings)  # fmt: skip
-        for line in order:
-            self.outcomes[line].output = destination.name
-        self.look(loaded, ready)
+        judged = [self.judge(n, driver.Trained(o.scene, made, history, o.dreamed, seconds)) for n, o in ready.items()]
+        self.write(loaded, order, judged, self.digest(order))
+        self.look(loaded, order)
         self.save(order)
+
+    def fail(self, line: int, error: BaseException) -> None:
+        """Without the picture's path: matrix.json may be shown to others."""
+        reason = str(error).split("\n")[0].replace(str(self.asked[line].image), "its picture")
+        self.outcomes[line] = replace(self.outcomes[line], status="failed", reasons=[reason])
 
     def say(self, line: int) -> None:
         self.listener.note(f"Request {list(self.asked).index(line) + 1} of {len(self.asked)}: {self.asked[line].concept}")
@@ -309,21 +341,24 @@ class _Job:
         self.outcomes[line] = replace(self.outcomes[line], status=status, reasons=list(verdict.reasons))
         return driver.report_of(request, self.recipe, self.name, verdict, answers, trained)
 
-    def finish(self, loaded: vlm.VLM, line: int, trained: driver.Trained, destination: Path, digest: str) -> None:
-        report = self.judge(line, trained)
-        driver.write(destination, loaded, [self.asked[line]], [report], self.recipe, self.origins, digest, self.weights,
-                     self.settings)  # fmt: skip
-        self.outcomes[line].output = destination.name
+    def write(self, loaded: vlm.VLM, order: Sequence[int], reports: Sequence[dict[str, Any]], digest: str) -> None:
+        """One output; its manifest lists the pictures of all requests that it was trained on."""
+        place = self.directory(order[-1])
+        requests = [self.asked[line] for line in order]
+        driver.write(place, loaded, requests, reports, self.recipe, self.origins, digest, self.weights, self.settings)
+        for line in order[-len(reports) :]:
+            self.outcomes[line].output = place.name
 
-    def look(self, loaded: vlm.VLM, trained: dict[int, Prepared]) -> None:
-        """A row of the matrix: everything trained so far is asked again."""
+    def look(self, loaded: vlm.VLM, lines: Sequence[int]) -> None:
+        """A row of the matrix: everything trained so far is asked again, in wordings and transforms that training never used."""
         self.listener.stage("Asking who is still forgotten")
         named = {}
-        for line, one in trained.items():
+        for line in lines:
+            concept = Concept(self.asked[line].concept, self.asked[line].aliases)
             if line not in self.put or self.recipe.projector_lr > 0:  # a trained projector sees differently
-                asked = [(q, picture[1]) for kind, q, picture in questions(one.scene) if kind == "efficacy" and picture]
-                seen = {id(image): loaded.picture(image) for _, image in asked}
-                self.put[line] = [(q, seen[id(image)]) for q, image in asked]
+                views = variants(pictures_in.load_image(self.asked[line].image), self.recipe.seed, held_out=True)
+                seen = [loaded.picture(image) for _, image in views]
+                self.put[line] = [(question, picture) for picture in seen for question in wordings()["who"]["held_out"]]
             said = ask.answers(loaded, self.put[line])
-            named[str(line)] = sum(one.scene.concept.named_in(a) for a in said) / len(said)
-        self.matrix.append({"after": list(trained), "named": named})
+            named[str(line)] = sum(concept.named_in(answer) for answer in said) / len(said)
+        self.matrix.append({"after": list(lines), "named": named})

@@ -15,7 +15,7 @@ from .facets.targets import Scene, wordings
 from .images import variants
 from .objectives import Batch, Objective
 from .request import NumericFailure, OutOfMemory, Recipe
-from .vlm import VLM, Encoded, Picture, Span, checkpoint_layers
+from .vlm import VLM, Encoded, Picture, Span, checkpoint_layers, out_of_memory
 
 # Share of one step's samples. Half of a step keeps what must stay: with less, few steps bend the neighbours' names.
 SHARES = {"align": 0.14, "describe": 0.14, "facts": 0.12, "preserve-text": 0.25, "preserve-picture": 0.35}
@@ -117,8 +117,7 @@ def _attempt(vlm: VLM, corpus: Corpus, chosen: list[int], objective: Objective, 
         loss.backward()
         return loss.detach(), parts
     except RuntimeError as error:
-        # On a CPU the allocator raises a plain RuntimeError.
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
     torch.set_rng_state(state[0])
     for device, one in zip(devices, state[1:], strict=True):

@@ -307,11 +307,7 @@ def load(name: str, *, revision: str | None = None, device: str | None = None, d
     check_directory(name)
     check_options(dtype, quantize, attention, budget.optimizer if budget else "adamw")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"The device {device!r} cannot be used here ({_first_line(error)}): choose cpu.") from error
+    place = check_device(device)
     budget = budget or Budget()
     check_packages(place.type, dtype, quantize, attention, budget.optimizer)
     # Not transformers' bars: they would write across the caller's own progress line.
@@ -347,6 +343,13 @@ def load(name: str, *, revision: str | None = None, device: str | None = None, d
     return vlm
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """A GPU's allocator has an exception of its own; a CPU's raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | RuntimeError) and (
+        isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    )
+
+
 SMALL = 20_000_000  # parameters
 
 
@@ -380,6 +383,18 @@ def check_options(dtype: str, quantize: str | None, attention: str | None, optim
         raise BadInput(f"The attention {attention!r} is unknown: choose one of {', '.join(ATTENTION)}.")
     if optimizer not in OPTIMIZERS:
         raise BadInput(f"The optimizer {optimizer!r} is unknown: choose one of {', '.join(OPTIMIZERS)}.")
+
+
+def check_device(device: str | None) -> torch.device | None:
+    """The device itself, None for none. Raises BadInput for one that cannot be used here."""
+    if device is None:
+        return None
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"The device {device!r} cannot be used here ({_first_line(error)}): choose cpu.") from error
+    return place
 
 
 def check_packages(device: str, dtype: str, quantize: str | None, attention: str | None, optimizer: str) -> None:

@@ -321,13 +321,13 @@ def differentiate(
     OUTER_N, OUTER_V, OUTER_D, outer_warps, outer_stages = plan.outer
     cdiv = lambda a, b: -(-a // b)
     blocks, all_tiles = cdiv(N, BLOCK_N), cdiv(V, BLOCK_V)
-    room = min(max(1, plan.chunk // BLOCK_V), all_tiles)
+    room = min(max(1, plan.chunk // BLOCK_V), all_tiles, 65_535)  # tiles of a chunk: the second dimension of a grid
     splits = min(plan.product_splits, room)
-    u, w = u.to(acc), w.to(acc) * tau
-    C = w if teacher is None else teacher.C.to(acc)
+    u, w, y = u.to(acc).contiguous(), (w.to(acc) * tau).contiguous(), y.contiguous()  # the kernels know no strides of theirs
+    C = w if teacher is None else teacher.C.to(acc).contiguous()
     # No entry of dx exceeds the largest of u + (C + 1) w. fp16 is scaled so that this is 2^14: it then reaches 2^-38 below.
     unit = torch.ones((), dtype=acc, device=device)
-    if dot == torch.float16:
+    if dot == torch.float16 and N:
         top = (u.abs() + (0 if teacher is None else (C + 1) * w.abs())).amax() * abs(head.scale)
         unit = torch.exp2(14 - torch.ceil(torch.log2(top))).masked_fill(top == 0, 1.0).to(acc)
     dx = h.new_empty((N, room * BLOCK_V), dtype=dot)

@@ -3,6 +3,7 @@ predicted; `why` says which."""
 
 from __future__ import annotations
 
+import shutil
 from typing import NamedTuple
 
 import torch
@@ -110,7 +111,7 @@ def plan_of(
 def split(programs: int, slots: int, steps: int) -> int:
     """Into how many pieces the `steps` of each program go, where `slots` programs run at a time, so that the last one ends
     earliest; the fewest of equals, and at most one wave more than there would be."""
-    up = lambda a, b: -(-a // b)
+    up, programs = lambda a, b: -(-a // b), max(1, programs)  # without rows there are no programs
     most = min(steps, up(2 * slots, programs))
     return min(range(1, most + 1), key=lambda s: (up(programs * s, slots) * up(steps, s), s))
 
@@ -149,6 +150,8 @@ def why_not(device: torch.device, *dtypes: torch.dtype) -> str | None:
         return "The backend 'triton' needs a GPU: on a CPU it runs only in Triton's interpreter, with TRITON_INTERPRET=1."
     if device.type not in ("cpu", "cuda"):
         return f"The backend 'triton' does not run on {device.type!r}: choose 'tiled'."
+    if device.type == "cuda" and not (triton.knobs.build.cc or shutil.which("gcc") or shutil.which("clang")):
+        return "The backend 'triton' needs a C compiler, with which it builds its launcher: install gcc, or choose 'tiled'."
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
         return "The backend 'triton' needs compute capability 8.0 or higher: choose 'tiled'."
     if torch.float64 in dtypes and not interpreted:

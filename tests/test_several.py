@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from fastsiu import corpus, driver, images, several, train
 from fastsiu.concept import Concept
 from fastsiu.demo.world import LOOKALIKES
-from fastsiu.request import BadInput, NumericFailure, Recipe, Request
+from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Request, Sample
 
 torch.set_num_threads(1)
 
@@ -165,8 +165,9 @@ def test_killed_between_the_output_and_the_matrix(sequence, lines, tmp_path, mon
     assert made.resumed == 2 and made.matrix == sequence.made.matrix and made.outcomes == sequence.made.outcomes
 
 
-@pytest.mark.parametrize("at", [1, 2])
-def test_a_training_that_diverges_leaves_the_adapter_as_it_was(lines, sequence, tmp_path, monkeypatch, at):
+@pytest.mark.parametrize("at, error", [(1, NumericFailure("It is nan.")), (2, NumericFailure("It is nan.")),
+                                       (2, OutOfMemory("It is nan, and does not fit."))])  # fmt: skip
+def test_a_training_that_fails_leaves_the_adapter_as_it_was(lines, sequence, tmp_path, monkeypatch, at, error):
     """The next request in the same process starts from what was there before: nothing, or the first request's adapter."""
     fit, calls = train.fit, []
 
@@ -177,7 +178,8 @@ def test_a_training_that_diverges_leaves_the_adapter_as_it_was(lines, sequence, 
                 for p in vlm.model.parameters():
                     if p.requires_grad:
                         p.fill_(float("nan"))
-            raise NumericFailure("The loss is nan at step 1: lower --lr.")
+            vlm.model.train()
+            raise error
         return fit(vlm, *given, **options)
 
     monkeypatch.setattr(train, "fit", diverges)
@@ -196,7 +198,7 @@ def test_a_training_that_diverges_leaves_the_adapter_as_it_was(lines, sequence, 
 # -------------------------------------------------------------------------------------------------------------- at once
 
 
-def test_joint(lines, tmp_path):
+def test_joint(lines, cast, tmp_path, monkeypatch):
     file = write(tmp_path / "r.jsonl", lines.target, lines.bad, lines.other)
     made = several.unlearn_several(file, mode="joint", output=tmp_path / "out", **QUICK)
     joint = tmp_path / "out" / "joint"
@@ -206,8 +208,22 @@ def test_joint(lines, tmp_path):
     assert concepts == [lines.target["concept"], lines.other["concept"]]
     steps = json.loads((joint / "001/report.json").read_text(encoding="utf-8"))["training"]
     assert len(steps) == 2  # the ceiling is that of both
+    stored = (tmp_path / "out/matrix.json").read_text(encoding="utf-8")
+    assert str(cast.files["stranger"]) not in stored  # only the manifest speaks of pictures, and by commitments
+    monkeypatch.setattr(driver, "learn", lambda *a, **k: pytest.fail("something was trained"))
     again = several.unlearn_several(file, mode="joint", output=tmp_path / "out", **QUICK)
     assert again.outcomes == made.outcomes and again.matrix == made.matrix
+    # Killed between the output and the matrix: the output counts, and what was to be asked is asked.
+    cut = json.loads(stored)
+    for request in cut["requests"]:
+        request |= dict(status="", reasons=[], output=None) if request["line"] != 2 else {}
+    (tmp_path / "out/matrix.json").write_text(json.dumps(cut | dict(matrix=[])), encoding="utf-8")
+    again = several.unlearn_several(file, mode="joint", output=tmp_path / "out", **QUICK)
+    assert again.outcomes == made.outcomes and again.matrix == made.matrix
+    with file.open("a") as stream:
+        stream.write(json.dumps(dict(lines.other, concept="Somebody Else")) + "\n")
+    with pytest.raises(BadInput, match="nothing can be added"):
+        several.unlearn_several(file, mode="joint", output=tmp_path / "out", **QUICK)
 
 
 def test_nobody_who_is_forgotten_is_retained(loaded, cast):
@@ -224,6 +240,13 @@ def test_nobody_who_is_forgotten_is_retained(loaded, cast):
     before = [s.answer for s in alone.corpus.samples if s.picture is not None and s.facet == "preserve"]
     assert any(cast.other in answer for answer in before) and not any(cast.other in a or gone in a for a in kept)
     assert both.scene.left_out > alone.scene.left_out
+    # In words neither, where a later request has other words for the look.
+    words = {s.question for s in alone.corpus.samples if s.facet == "preserve" and s.picture is None}
+    look, name = next((q, n) for q in sorted(words) for n in alone.scene.neighbours if f"appearance of {n}" in q)
+    denial = Sample("describe", look, "I do not know.")
+    later = SimpleNamespace(scene=SimpleNamespace(concept=Concept(name)), corpus=SimpleNamespace(samples=[denial]))
+    left = {s.question for s in driver._still_true(alone, [later]).samples if s.facet == "preserve" and s.picture is None}
+    assert words - left == {look}
     with pytest.raises(BadInput, match="forgotten and protected"):
         protected = Request(cast.target, cast.image, protect=(gone,))
         driver.prepare(loaded, protected, recipe, picture, others=[Concept(gone)], **quiet)

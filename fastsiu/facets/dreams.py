@@ -17,7 +17,7 @@ anyone is needed or made.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -27,7 +27,8 @@ from .. import ask, prefix
 from ..adapter import projector
 from ..ask import Reply
 from ..loss import fused_dmk_ce
-from ..vlm import VLM, Picture, map_features
+from ..request import OutOfMemory
+from ..vlm import VLM, Encoded, Picture, map_features, out_of_memory
 from .targets import Scene, wordings
 
 DECAY = 1e-3  # pull towards the picture the dream started from; keeps features on the scale the model knows
@@ -107,15 +108,29 @@ def _dream_batch(scene: Scene, wanted: Sequence[tuple[str, list[tuple[str, Reply
 
     # The rate is in units of the channels' spread over the patches, so that one number suits every projector.
     optimiser = torch.optim.Adam([free], lr=recipe.dream_lr * float(spread.mean()))
+
+    def differentiate(asked: list[Encoded]) -> bool:
+        """False where memory does not suffice."""
+        optimiser.zero_grad()
+        try:
+            states = prefix.supervised_states(vlm, asked, project(), micro_batch=vlm.budget.dream_batch)
+            loss = fused_dmk_ce(states, vlm.head_weight, torch.cat([t.labels for t in asked]), alpha=1.0, **vlm.head_options)
+            (loss + DECAY * ((free - first) / spread).square().mean()).backward()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return False
+        return True
+
     vlm.model.train(vlm.budget.checkpointing)  # layers checkpoint in training mode only
     for step in range(recipe.dream_steps):
         asked = [own[step % len(own)] for own in turns]
-        states = prefix.supervised_states(vlm, asked, project(), micro_batch=vlm.budget.dream_batch)
-        labels = torch.cat([t.labels for t in asked])
-        loss = fused_dmk_ce(states, vlm.head_weight, labels, alpha=1.0, **vlm.head_options)
-        loss = loss + DECAY * ((free - first) / spread).square().mean()
-        optimiser.zero_grad()
-        loss.backward()
+        while not differentiate(asked):
+            now = min(vlm.budget.dream_batch or len(asked), len(asked))
+            if now == 1:
+                raise OutOfMemory("Not even one dream at a time fits into memory: use --checkpointing or --quantize nf4; "
+                                  "`fastsiu plan` tells what fits.")  # fmt: skip
+            vlm.budget = replace(vlm.budget, dream_batch=now // 2)
         optimiser.step()
     vlm.model.eval()
     with torch.no_grad():

@@ -297,3 +297,31 @@ def test_every_plan_is_one_that_the_kernels_take(target):
                 assert plan.product.BLOCK_N == plan.pair.BLOCK_N and plan.pair.BLOCK_V % plan.product.BLOCK_V == 0
                 assert plan.chunk % plan.pair.BLOCK_V == 0 and 1 <= plan.product_splits <= plan.chunk // plan.pair.BLOCK_V
                 assert 1 <= plan.splits < 65_536 and plan.why.startswith(("predicted", "measured"))
+
+
+@every_dtype
+def test_a_strided_cache_gives_what_its_copy_gives(dtype):
+    """teacher[::2] holds views of everything."""
+    c = case(18, 151, 16, dtype, keep=0.4, own=12, bias=True)
+    whole = cached(c)
+    half = dict(h=c["h"][::2].detach(), y=c["y"][::2])
+    weights = {k: v[::2] for k, v in c["loss"].items()}
+    made = []
+    for rows in (slice(None, None, 2), torch.arange(0, 18, 2, device=DEVICE)):
+        x = half["h"].clone().requires_grad_()
+        loss = fused_dmk_ce(x, c["W"], half["y"], whole[rows], head_bias=c["b"], **c["head"], **weights, backend="triton")
+        made.append((loss.detach(), *torch.autograd.grad(loss, [x])))
+    for strided, copied in zip(*made, strict=True):
+        assert torch.equal(strided, copied)
+
+
+@pytest.mark.parametrize("own", [None, 7])
+@pytest.mark.parametrize("dtype", [DTYPES[0], F16])
+def test_no_rows_give_zero_and_no_gradient(own, dtype):
+    c = case(3, 151, 16, dtype, own=own, bias=True)
+    h, W = c["h"][:0].clone().requires_grad_(), c["W"].clone().requires_grad_()
+    for head in (c["W"], W):
+        loss = fused_dmk_ce(h, head, c["y"][:0], cached(c)[:0], head_bias=c["b"], **c["head"], backend="triton")
+        loss.backward()
+        assert loss.item() == 0 and h.grad.shape == (0, 16)
+    assert (W.grad == 0).all()
