@@ -67,6 +67,11 @@ def attach(vlm: VLM, recipe: Recipe) -> None:
     for parameter in vlm.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for wrapper in vlm.model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):  # a projector in fp32 between 16 bit neighbours
+            trained, dtype = wrapper.modules_to_save["default"], next(wrapper.original_module.parameters()).dtype
+            trained.register_forward_pre_hook(lambda module, given: tuple(x.float() for x in given))
+            trained.register_forward_hook(lambda module, given, out, dtype=dtype: out.to(dtype))
     vlm.model.eval()
 
 

@@ -306,6 +306,14 @@ def test_the_papers_preset_trains_the_projector(quick, demo_dir, tmp_path, cast)
     assert ask.answers(loaded, [(r["question"], variants[r["picture"]]) for r in rows]) == [r["after"] for r in rows]
 
 
+def test_the_projector_trains_in_fp32_beside_a_16_bit_model(quick, tmp_path):
+    result = quick(tmp_path / "paper", preset="paper", steps=2, lr=None, dreams=None, batch_size=None, dtype="bfloat16")
+    saved = load_file(result.output / WEIGHTS)
+    trained = [v for k, v in saved.items() if "multi_modal_projector" in k]
+    assert trained and all(v.dtype == torch.float32 for v in trained)
+    assert any(not torch.equal(v, v.bfloat16().float()) for v in trained)  # moved by less than bf16 resolves
+
+
 def test_a_loaded_model_serves_another_request_afterwards(cast, gathered):
     """Two requests on one session, the paper's projector training in between: the second is as if it were the first."""
     from fastsiu.request import Request
