@@ -299,6 +299,10 @@ def plan_for(model: str | Path | None = None, memory: float | None = None, *, pr
     """
     name = str(EMBEDDED if model is None else model)
     recipe, _ = choose_recipe(name, preset, {"rank": rank, "batch_size": batch_size})
+    try:
+        torch.device(settings.get("device") or "cuda")
+    except RuntimeError as error:
+        raise BadInput(f"There is no device {settings['device']!r}: choose cuda or cpu.") from error
     given = settings | {"checkpointing": checkpointing, "micro_batch": micro_batch}
     given = {k: v for k, v in given.items() if v is not None}
     config = work = None

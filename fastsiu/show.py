@@ -141,16 +141,19 @@ def explanation(console: Console, scene: Scene, corpus: Corpus) -> None:
 
 
 def plan_table(console: Console, plan: Plan) -> None:
-    """A row for each of the settings that were estimated, in GB of 2**30 bytes, and the verdict."""
-    headings = ("settings", "weights", "adapter", "gradient, optimiser", "activations", "features, teacher", "overhead", "asking",
-                "peak")  # fmt: skip
-    table = Table(title=f"{plan.model}: GB of memory, estimated", title_justify="left")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "settings" else "right")
+    """A column for each of the settings that were estimated, in GB of 2**30 bytes, and the verdict."""
+    table = Table("", title=f"{plan.model}: GB of memory, estimated", title_justify="left")
     for e in plan.estimates:
-        sizes = (e.weights, e.trained, e.gradient + e.optimizer, e.activations, e.kept, e.overhead, e.asking, e.peak)
-        fits = "" if plan.memory is None else " fits" if e.peak <= plan.memory else ""
-        table.add_row(str(e.settings), *(f"{size / 2**30:.2f}" for size in sizes[:-1]), f"{sizes[-1] / 2**30:.2f}{fits}")
+        table.add_column(str(e.settings), justify="right", overflow="fold")
+    parts = {
+        "weights": "weights", "adapter": "trained", "gradient": "gradient", "optimiser": "optimizer",
+        "activations": "activations", "features, teacher": "kept", "driver, allocator": "overhead", "(while asking)": "asking",
+    }  # fmt: skip
+    for label, name in parts.items():
+        table.add_row(label, *(f"{getattr(e, name) / 2**30:.2f}" for e in plan.estimates))
+    table.add_row("peak", *(f"{e.peak / 2**30:.2f}" for e in plan.estimates))
+    if plan.memory is not None:
+        table.add_row("", *("fits" if e.peak <= plan.memory else "does not fit" for e in plan.estimates))
     console.print(table)
     work = plan.work
     console.print(f"A picture is {work.prefix} tokens with what stands before its question, a question and its answer "
