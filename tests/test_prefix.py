@@ -20,7 +20,7 @@ from fastsiu import adapter, ask, corpus, driver, prefix, show, train
 from fastsiu.images import load_image
 from fastsiu.objectives import siu
 from fastsiu.request import OutOfMemory, Recipe, Request
-from fastsiu.vlm import VLM, Budget, Encoded, Picture, join_features, map_features
+from fastsiu.vlm import VLM, Budget, Encoded, Picture, checkpoint_layers, join_features, map_features
 
 torch.set_num_threads(1)
 
@@ -455,7 +455,7 @@ def test_when_every_way_fails_plain_batches_are_said_once(monkeypatch, tokens, a
     assert sorted(shapes) == [(3, 12), (6, 24)]
 
 
-def test_an_error_is_said_and_lack_of_memory_is_not_taken_for_one(monkeypatch):
+def test_an_error_is_said_and_so_is_a_lack_of_memory(monkeypatch):
     case = build(llava)
 
     def fails(error):
@@ -468,9 +468,28 @@ def test_an_error_is_said_and_lack_of_memory_is_not_taken_for_one(monkeypatch):
     exact, said = planned(case)
     assert exact == ("key/value",)
     assert said == ["The packed prefix cannot be used on this model: The wrapper takes no such mask."]
-    monkeypatch.setitem(prefix.RUN, "packed", fails(torch.OutOfMemoryError("CUDA out of memory")))
-    with pytest.raises(torch.OutOfMemoryError):
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        monkeypatch.setitem(prefix.RUN, "packed", fails(error))
+        exact, said = planned(case)
+        assert exact == ("key/value",) and "does not fit into memory" in said[0]
+    monkeypatch.setitem(prefix.RUN, "plain", fails(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):  # there is nothing smaller to go on with
         planned(case)
+
+
+@pytest.mark.parametrize("budget, most", [
+    (Budget(), [None, None]), (Budget(micro_batch=8), [1, 2]), (Budget(checkpointing=True), [1, 2]),
+])  # fmt: skip
+def test_the_trial_stays_within_the_budget(monkeypatch, budget, most):
+    case, seen = build(llava), []
+    case.vlm.budget = budget
+    if budget.checkpointing:
+        checkpoint_layers(case.vlm.base)
+    for way, run in dict(prefix.RUN).items():
+        monkeypatch.setitem(prefix.RUN, way, lambda part, most, run=run, way=way: seen.append((way, most)) or run(part, most))
+    exact, said = planned(case)
+    assert exact == (("packed",) if budget.checkpointing else BOTH) and not said
+    assert {way: n for way, n in seen} == {"plain": most[0]} | dict.fromkeys(exact, most[1])
 
 
 @pytest.mark.parametrize("way", BOTH)
