@@ -193,7 +193,8 @@ def learn(loaded: vlm.VLM, prepared: Sequence[Prepared], recipe: Recipe, *, list
     recipe = recipe.with_overrides(steps=steps)
     listener.stage("Running the teacher")
     with _timed(seconds, "teacher"):
-        made = corpus.join([one.corpus for one in prepared] + [_still_true(one, prepared) for one in earlier])
+        all_others = lambda one: [other for other in (*prepared, *earlier) if other is not one]  # what went in between, too
+        made = corpus.join([one.corpus for one in prepared] + [_still_true(one, all_others(one)) for one in earlier])
         if loaded.model is loaded.base:
             adapter.attach(loaded, recipe)
         prefix.plan_sharing(loaded, made.turns, made.shown(), listener.note)
