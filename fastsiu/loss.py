@@ -13,11 +13,12 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, library, nn
+from torch import Tensor, nn
 
-from .kernels import general, reference, tiled, triton_launch
-from .kernels.launch import Launch, launch, narrow
+from .kernels import reference, triton_launch
+from .kernels.launch import Launch, launch
 from .kernels.reference import accumulation
+from .ops import same, tiled_dmk_ce, weighed
 from .teacher import TeacherCache, check_head
 
 BACKENDS = ("auto", "reference", "tiled", "triton", "cpu")
@@ -198,14 +199,6 @@ def _check_types(labels: Any, teacher: Any, ce_weight: Any, kl_weight: Any, alph
             raise ValueError(f"{name} is {x}: it must be a finite number of at least 0.")
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """One and the same memory, seen without reading it."""
-    if a is None or b is None:
-        return a is b
-    memory = lambda x: (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device)
-    return a is b or memory(a) == memory(b)
-
-
 def _head_options(
     head_weight: Tensor,
     teacher: TeacherCache | None,
@@ -228,7 +221,7 @@ def _head_options(
         raise ValueError("head_bias is given but the teacher has none: build the teacher's cache with its head's bias.")
     # A bias that trains, or belongs to another head, may differ from the teacher's; that of one frozen head may not.
     frozen = bias is not None and not bias.requires_grad and not torch.compiler.is_compiling()
-    if frozen and _same(head_weight, teacher.head_weight) and not _same(bias, teacher.head_bias):
+    if frozen and same(head_weight, teacher.head_weight) and not same(bias, teacher.head_bias):
         if bias.device != teacher.head_bias.device or not torch.equal(bias, teacher.head_bias):
             raise ValueError("head_bias differs from the teacher's under the same head: build the cache with this bias.")
         bias = teacher.head_bias  # equal, as after loading: then the fast path sees one head
@@ -294,16 +287,11 @@ def _reference(
     theirs = {} if teacher is None else dict(
         teacher_hidden=teacher.hidden, teacher_weight=teacher.head_weight, teacher_bias=teacher.head_bias,
         vocab_keep=teacher.vocab_keep, renormalize=teacher.renormalize,
-        same_head=_same(head_weight, teacher.head_weight) and _same(options["head_bias"], teacher.head_bias),
+        same_head=same(head_weight, teacher.head_weight) and same(options["head_bias"], teacher.head_bias),
     )  # fmt: skip
     with torch.autocast(hidden.device.type, enabled=False):  # autocast would deliver bf16 logits
         parts = reference.dmk_ce(hidden, head_weight, labels, ignore_index=ignore_index, **options, **theirs)
     return weighed(u, parts[0]) + weighed(w, parts[1]), parts
-
-
-def weighed(weight: Tensor, x: Tensor) -> Tensor:
-    """weight * x, 0 where the weight is 0 whatever x is."""
-    return torch.where(weight == 0, 0.0, weight * x)
 
 
 def _tiled(
@@ -324,140 +312,3 @@ def _tiled(
         entropy,
     )  # fmt: skip
     return rows, (ce, kl, entropies)
-
-
-def _unpack(head_weight, head_bias, logit_scale, logit_softcap, temperature, renormalize, t_hidden, t_m, t_C, t_lse, t_top, t_p,
-            t_weight, t_bias, t_keep):  # fmt: skip
-    head = tiled.Head(head_weight, head_bias, logit_scale, logit_softcap)
-    if t_hidden is None:
-        return head, None
-    theirs = tiled.Head(t_weight, t_bias, logit_scale, logit_softcap)
-    return head, tiled.Teacher(t_hidden, t_m, t_C, t_lse, t_top, t_p, theirs, t_keep, renormalize, temperature)
-
-
-# torch.compile's caches on disk know an op by its name and not by its signature: a new signature takes a new name.
-@library.custom_op("fastsiu::dmk_ce_v2", mutates_args=())
-def tiled_dmk_ce(
-    hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, labels: Tensor, u: Tensor, w: Tensor,
-    t_hidden: Tensor | None, t_m: Tensor | None, t_C: Tensor | None, t_lse: Tensor | None, t_top: Tensor | None,
-    t_p: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None, t_keep: Tensor | None, renormalize: bool,
-    logit_scale: float, logit_softcap: float | None, temperature: float, ignore_index: int, tile: int, fused: bool,
-    ahead: bool, trains: bool, entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Rows u * CE + w * KL, CE, KL and entropy [N]; dh [N, D] if `ahead`, else [0, D]; both logsumexps [2, N].
-
-    With a frozen head the gradient is made here, where the tiles are at hand, for an upstream gradient of 1: it scales by row.
-    A head that trains needs the upstream gradient inside the sum over rows, so its gradients are made in the backward pass.
-    """
-    head, teacher = _unpack(head_weight, head_bias, logit_scale, logit_softcap, temperature, renormalize, t_hidden, t_m, t_C,
-                            t_lse, t_top, t_p, t_weight, t_bias, t_keep)  # fmt: skip
-    y, ignored = labels.masked_fill(labels == ignore_index, 0), labels == ignore_index
-    one_head = teacher is None or (_same(head_weight, t_weight) and _same(head_bias, t_bias))
-    dh, lse = None, u.new_zeros((2, len(hidden)), dtype=torch.float64)
-    if fused:
-        from .kernels import triton_general, triton_sweep  # not every machine has triton
-    with torch.autocast(hidden.device.type, enabled=False):
-        if one_head and not trains and (teacher is None or logit_softcap is None):
-            visit = tiled.sweep
-            if fused:
-                tile, visit = triton_sweep.chunk(hidden, head_weight), triton_sweep.sweep
-            ce, kl, H, dh = tiled.shared(hidden, head, y, teacher, u, w, ahead, entropy, tile, visit)
-        else:
-            normalise, differentiate, tile = general.normalise, general.differentiate, narrow(tile)
-            if fused:
-                normalise, differentiate, tile = triton_general.normalise, triton_general.differentiate, None
-            ce, kl, H, *lse = normalise(hidden, head, y, teacher, teacher is not None and not ahead, entropy, tile)
-            still = _still(hidden, teacher, one_head)
-            if ahead:
-                moving = w if still is None else w.masked_fill(still, 0)
-                kl, dh, _, _ = differentiate(hidden, head, y, teacher, u, moving, *lse, True, False, False, tile)
-            if still is not None:
-                kl = kl.masked_fill(still, 0)
-            lse = torch.stack(lse)
-    ce = ce.masked_fill(ignored, 0)
-    rows = weighed(u, ce.to(u.dtype)) + weighed(w, kl.to(u.dtype))
-    dh = hidden.new_empty((0, hidden.shape[1]), dtype=u.dtype) if dh is None else dh.to(u.dtype)
-    return rows, ce.to(u.dtype), kl.to(u.dtype), H.to(u.dtype), dh, lse
-
-
-@tiled_dmk_ce.register_fake
-def _(hidden, head_weight, head_bias, labels, u, *rest):
-    ahead, N, D = rest[-3], *hidden.shape
-    one = lambda: u.new_empty(N)
-    return one(), one(), one(), one(), u.new_empty((N if ahead else 0, D)), u.new_empty((2, N), dtype=torch.float64)
-
-
-@library.custom_op("fastsiu::dmk_ce_backward_v2", mutates_args=())
-def tiled_dmk_ce_backward(
-    hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, labels: Tensor, u: Tensor, w: Tensor, lse: Tensor,
-    t_hidden: Tensor | None, t_m: Tensor | None, t_C: Tensor | None, t_lse: Tensor | None, t_top: Tensor | None,
-    t_p: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None, t_keep: Tensor | None, renormalize: bool,
-    logit_scale: float, logit_softcap: float | None, temperature: float, ignore_index: int, tile: int,
-    fused: bool, need_h: bool, need_W: bool, need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dh [N, D], dW [V, D] and db [V] of sum(u * CE + w * KL); those not needed have no rows."""
-    head, teacher = _unpack(head_weight, head_bias, logit_scale, logit_softcap, temperature, renormalize, t_hidden, t_m, t_C,
-                            t_lse, t_top, t_p, t_weight, t_bias, t_keep)  # fmt: skip
-    still = _still(hidden, teacher, teacher is not None and _same(head_weight, t_weight) and _same(head_bias, t_bias))
-    w = w if still is None else w.masked_fill(still, 0)
-    y = labels.masked_fill(labels == ignore_index, 0)
-    differentiate, tile = general.differentiate, narrow(tile)
-    if fused:
-        from .kernels import triton_general
-
-        differentiate, tile = triton_general.differentiate, None
-    with torch.autocast(hidden.device.type, enabled=False):
-        _, dh, dW, db = differentiate(hidden, head, y, teacher, u, w, lse[0], lse[1], need_h, need_W, need_b, tile)
-    none = lambda x: x.new_empty((0, *x.shape[1:]))
-    return (
-        none(hidden) if dh is None else dh.to(hidden.dtype),
-        none(head_weight) if dW is None else dW,
-        none(hidden[:, 0] if head_bias is None else head_bias) if db is None else db,
-    )
-
-
-@tiled_dmk_ce_backward.register_fake
-def _(hidden, head_weight, head_bias, labels, u, w, lse, *rest):
-    need_h, need_W, need_b = rest[-3:]
-    bias = hidden[:, 0] if head_bias is None else head_bias
-    return tuple(
-        x.new_empty((x.shape[0] if need else 0, *x.shape[1:]))
-        for x, need in ((hidden, need_h), (head_weight, need_W), (bias, need_b))
-    )
-
-
-def _still(hidden: Tensor, teacher: tiled.Teacher | None, one_head: bool) -> Tensor | None:
-    """Rows [N] that have neither KL nor its gradient because nothing has moved and C is 1; None = no such rule here."""
-    if teacher is None or not one_head or not teacher.whole:
-        return None
-    return (hidden == teacher.hidden).all(1)
-
-
-def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    tensors, ctx.rest = inputs[:15], inputs[15:]
-    *_, ctx.ahead, ctx.trains, _ = inputs
-    ctx.save_for_backward(output[4], output[5], *(tensors if ctx.trains else ()))
-    ctx.dtype = inputs[0].dtype
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, g: Tensor | None, *unused: Any) -> tuple:
-    if torch.is_grad_enabled():
-        raise RuntimeError("fused_dmk_ce has no second derivative: use backend='reference' for create_graph=True.")
-    nothing = [None] * 25
-    if g is None:
-        return tuple(nothing)
-    dh, lse, *tensors = ctx.saved_tensors
-    if ctx.ahead:
-        nothing[0] = (dh * g[:, None]).to(ctx.dtype)
-    elif ctx.trains:
-        hidden, head_weight, head_bias, labels, u, w, *theirs = tensors
-        need_h, need_W, need_b = (ctx.needs_input_grad[i] for i in range(3))
-        made = tiled_dmk_ce_backward(
-            hidden, head_weight, head_bias, labels, u * g, w * g, lse, *theirs, *ctx.rest[:-3], need_h, need_W, need_b
-        )
-        nothing[:3] = (x if need else None for x, need in zip(made, (need_h, need_W, need_b), strict=True))
-    return tuple(nothing)
-
-
-tiled_dmk_ce.register_autograd(_backward, setup_context=_setup)
