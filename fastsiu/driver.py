@@ -24,6 +24,7 @@ from . import output as outputs
 from .concept import Concept
 from .facets import dreams, targets
 from .facets.held_out import Shown, examine
+from .memory import Settings, budget
 from .objectives import Objective, siu
 from .request import PAPER, BadInput, Recipe, Request, Sample
 from .verdict import Answer, Verdict
@@ -88,7 +89,7 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
             **overrides: Any) -> Result:  # fmt: skip
     """Makes a model forget how one concept looks, from one picture.
 
-    memory: GB that the run may take: picks the other settings of `plan.Settings` that are left out, and says so first
+    memory: GB that the run may take: picks the other settings of `memory.Settings` that are left out, and says so first
     overrides: fields of `Recipe`; what is left out comes from the preset, then the model's own directory, then `Recipe`.
     Writes the adapter, report and manifest to `output` (default fastsiu-<random>/) in one transaction.
 
@@ -114,9 +115,9 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
     seconds: dict[str, float] = {}
     listener.stage("Loading the model")
     with _timed(seconds, "load"):
-        budget = plan.budget(chosen, recipe.batch_size, memory is not None)
+        room = budget(chosen, recipe.batch_size, memory is not None)
         loaded = vlm.load(name, revision=revision, device=device, dtype=dtype, quantize=chosen.quantize,
-                          attention=chosen.attention, budget=budget)  # fmt: skip
+                          attention=chosen.attention, budget=room)  # fmt: skip
     try:
         with vlm.threads(loaded):
             trained = forget(loaded, request, recipe, picture, listener=listener, seconds=seconds)
@@ -232,10 +233,8 @@ def samples_for(image: str | Path, concept: str, *, model: str | Path | None = N
     recipe, _ = choose_recipe(name, preset, overrides)
     picture = pictures_in.load_image(request.image)
     loaded = vlm.load(name, revision=revision, device=device, dtype=dtype)
-    scene = targets.Scene(loaded, Concept(request.concept, request.aliases), recipe, [loaded.picture(picture)])
-    check_known(scene, request)
-    samples, _ = gather(scene, request, Listener(), {})
-    return scene, corpus.build(loaded, scene.concept, samples, scene.pictures, recipe)
+    one = prepare(loaded, request, recipe, picture, listener=Listener(), seconds={})
+    return one.scene, one.corpus
 
 
 def interview(questions: Sequence[str], *, model: str | Path | None = None, adapter_dir: str | Path | None = None,
@@ -262,14 +261,14 @@ def interview(questions: Sequence[str], *, model: str | Path | None = None, adap
 
 
 def choose_settings(model: str, memory: float | None, recipe: Recipe, picture: Any, listener: Listener, *,
-                    revision: str | None, device: str | None, dtype: str, **given: Any) -> plan.Settings:  # fmt: skip
+                    revision: str | None, device: str | None, dtype: str, **given: Any) -> Settings:  # fmt: skip
     """What was asked for; under a memory limit the least sparing settings that fit it, which are said before anything is loaded.
 
     Raises BadInput where an option makes no sense or, under a limit, nothing fits.
     """
     given = {k: v for k, v in given.items() if v is not None}
     vlm.check_device(device)
-    asked = plan.Settings(dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **given)
+    asked = Settings(dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **given)
     vlm.check_options(dtype, asked.quantize, asked.attention, asked.optimizer)
     if memory is None:
         return asked
@@ -283,7 +282,7 @@ def choose_settings(model: str, memory: float | None, recipe: Recipe, picture: A
     return found.chosen.settings
 
 
-def deciding(settings: plan.Settings) -> dict[str, Any]:
+def deciding(settings: Settings) -> dict[str, Any]:
     """Those settings that decide the result, as the manifest and the digest of a request have them; those left alone are not."""
     values = {"quantize": settings.quantize, "attention": settings.attention}
     values["optimizer"] = settings.optimizer if settings.optimizer != "adamw" else None
@@ -294,7 +293,7 @@ def plan_for(model: str | Path | None = None, memory: float | None = None, *, pr
              batch_size: int | None = None, checkpointing: bool | None = None, micro_batch: int | None = None,
              image: Path | None = None, image_tokens: int | None = None, revision: str | None = None,
              **settings: Any) -> plan.Plan:  # fmt: skip
-    """What a run would take, from the configuration alone. settings: further fields of `plan.Settings`; those given stay.
+    """What a run would take, from the configuration alone. settings: further fields of `memory.Settings`; those given stay.
 
     image: a picture whose tokens are counted, for which the model's processor is loaded as well
     """
@@ -312,7 +311,7 @@ def plan_for(model: str | Path | None = None, memory: float | None = None, *, pr
         vlm.check_directory(name)
         config, processor, revision = vlm.describe(name, revision)
         work = plan.workload_of(config, processor, picture)
-    return plan.plan(name, memory, plan.Settings(**given), recipe=recipe, config=config, work=work, revision=revision,
+    return plan.plan(name, memory, Settings(**given), recipe=recipe, config=config, work=work, revision=revision,
                      image_tokens=image_tokens, fixed=frozenset(given))  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from . import adapter, ask, driver, plan, vlm
+from . import adapter, ask, driver, vlm
 from . import images as pictures_in
 from . import output as outputs
 from .concept import Concept
@@ -27,6 +27,7 @@ from .driver import Listener, Prepared
 from .facets.held_out import examine
 from .facets.targets import wordings
 from .images import variants
+from .memory import budget
 from .request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
 from .verdict import EFFICACY
 
@@ -163,9 +164,9 @@ def unlearn_several(file: str | Path, *, mode: Mode = "sequence", output: str | 
     todo = [line for line in asked if line not in done]
     if todo or len(job.matrix) < (len(done) if mode == "sequence" else 1):
         listener.stage("Loading the model")
-        budget = plan.budget(chosen, recipe.batch_size, memory is not None)
+        room = budget(chosen, recipe.batch_size, memory is not None)
         loaded = vlm.load(name, revision=revision, device=device, dtype=dtype, quantize=chosen.quantize,
-                          attention=chosen.attention, budget=budget)  # fmt: skip
+                          attention=chosen.attention, budget=room)  # fmt: skip
         try:
             with vlm.threads(loaded):
                 job.run(loaded, done, todo)

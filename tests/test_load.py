@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import modeling_utils
 
-from fastsiu import adapter, driver, plan, vlm
+from fastsiu import adapter, driver, memory, vlm
 from fastsiu.request import BadInput
 
 torch.set_num_threads(1)
@@ -50,7 +50,7 @@ def test_the_weights_take_what_the_plan_says(small):
             state = weight.quant_state
             parts += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
         shape = torch.Size((layer.out_features, layer.in_features))
-        assert plan.quantised_bytes(shape, kind) == sum(x.numel() * x.element_size() for x in parts)
+        assert memory.quantised_bytes(shape, kind) == sum(x.numel() * x.element_size() for x in parts)
 
 
 @quantised

@@ -20,9 +20,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from fastsiu import adapter, cli, plan, prefix, vlm
+from fastsiu import adapter, cli, memory, plan, prefix, vlm
+from fastsiu.memory import GB, Settings
 from fastsiu.objectives import Batch, siu
-from fastsiu.plan import GB, Settings
 from fastsiu.request import Recipe
 from fastsiu.teacher import TeacherCache
 
@@ -89,7 +89,7 @@ def test_weights_are_those_of_the_published_model(name):
     build, parameters, tokens = PUBLISHED[name]
     config = build()
     work, assumed = plan.workload(config)
-    weights, trained = plan.Simulation(config, Recipe(), work).resting(Settings())
+    weights, trained = memory.Simulation(config, Recipe(), work).resting(Settings())
     assert weights / 2 == pytest.approx(parameters, rel=2e-3)
     assert (tokens is None) == bool(assumed) and (tokens is None or work.prefix == tokens + 24)
     # LoRA: rank * (in + out) for every linear of the language model, fp32.
@@ -101,13 +101,13 @@ def test_weights_are_those_of_the_published_model(name):
 
 def tracked(config, settings, work, recipe):
     """The peak of two whole AdamW steps at full depth, in bytes, counted from the first weight on."""
-    base = plan.skeleton(config, settings, recipe)
-    plan.materialise(base)
+    base = memory.skeleton(config, settings, recipe)
+    memory.materialise(base)
     base.train(settings.checkpointing)
     trained = [p for p in base.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     head = base.get_output_embeddings().weight
-    with plan._mode(), plan.Tracker() as tracker:
+    with memory._mode(), memory.Tracker() as tracker:
         tracker.hold(base)
         for _ in range(2):
             states = []
@@ -132,7 +132,7 @@ def test_within_a_tenth_of_the_tracked_peak(name, checkpointing):
     config, recipe = PUBLISHED[name][0](), Recipe(batch_size=8)
     work, _ = plan.workload(config)
     settings = Settings(checkpointing=checkpointing, device="cpu")
-    found = plan.Simulation(config, recipe, work).estimate(settings)
+    found = memory.Simulation(config, recipe, work).estimate(settings)
     peak = tracked(config, settings, work, recipe)
     print(f"\n{name:14s} {settings!s:40s} estimate {(found.training - found.kept) / GB:6.2f} GB, tracked {peak / GB:6.2f} GB")
     assert found.training - found.kept == pytest.approx(peak, rel=0.1)
@@ -212,8 +212,8 @@ STEPS = [Settings(), Settings(checkpointing=True), Settings(micro_batch=2), Sett
 def test_within_a_tenth_of_what_a_real_step_allocates(settings):
     settings = replace(settings, dtype="float32", device="cpu")
     config, loaded = small()
-    work, recipe = plan.Workload(324 + 24, 324), Recipe(batch_size=8)
-    found = plan.Simulation(config, recipe, work).estimate(settings)
+    work, recipe = memory.Workload(324 + 24, 324), Recipe(batch_size=8)
+    found = memory.Simulation(config, recipe, work).estimate(settings)
     turns, shown = turns_of(config, work, recipe.batch_size)
     step = real_step(loaded, turns, shown, recipe, settings)
     resident = sum(p.untyped_storage().nbytes() for p in loaded.base.parameters()) + found.trained * 3  # gradient and states
@@ -233,8 +233,8 @@ def test_a_real_step_on_quantised_weights(kind, tmp_path):
         tmp_path, dtype=torch.float32, device_map={"": "cpu"}, quantization_config=vlm._quantisation(config, kind, torch.float32)
     ).requires_grad_(False)
     loaded.base = loaded.model = quantised.eval()
-    work, recipe = plan.Workload(324 + 24, 324), Recipe(batch_size=8)
-    found = plan.Simulation(config, recipe, work).estimate(settings)
+    work, recipe = memory.Workload(324 + 24, 324), Recipe(batch_size=8)
+    found = memory.Simulation(config, recipe, work).estimate(settings)
     turns, shown = turns_of(config, work, recipe.batch_size)
     real = found.weights + 4 * found.trained + allocated(real_step(loaded, turns, shown, recipe, settings))
     print(f"\n{settings!s:50s} estimate {(found.training - found.kept) / 2**20:6.1f} MB, real {real / 2**20:6.1f} MB")
@@ -250,14 +250,14 @@ def test_a_few_layers_give_the_whole_stack():
     config, recipe = llava(512, 1376, 12, 4, 2000, (64, 128, 2, 4, 336)), Recipe(batch_size=8)
     work, _ = plan.workload(config)
     for settings in (Settings(), Settings(checkpointing=True, micro_batch=4), Settings(quantize="nf4")):
-        short = plan.Simulation(config, recipe, work).estimate(settings)
-        assert short == plan.Simulation(config, recipe, work, whole=True).estimate(settings)
+        short = memory.Simulation(config, recipe, work).estimate(settings)
+        assert short == memory.Simulation(config, recipe, work, whole=True).estimate(settings)
 
 
 def test_each_saving_saves():
     config, recipe = tiny(), Recipe(batch_size=32)
     work, _ = plan.workload(config)
-    simulation = plan.Simulation(config, recipe, work)
+    simulation = memory.Simulation(config, recipe, work)
     plain = simulation.estimate(Settings())
     changes = {"checkpointing": True, "micro_batch": 4, "quantize": "nf4", "optimizer": "adamw8bit", "ask_batch": 8}
     less = {name: simulation.estimate(replace(Settings(), **{name: value})) for name, value in changes.items()}
@@ -267,12 +267,12 @@ def test_each_saving_saves():
     assert less["optimizer"].optimizer * 4 == pytest.approx(plain.optimizer, rel=0.02)
     assert less["ask_batch"].asking < 0.2 * plain.asking
     assert simulation.estimate(Settings(attention="eager")).activations > plain.activations
-    assert plan.Simulation(config, replace(recipe, rank=64), work).estimate(Settings()).trained == 4 * plain.trained
+    assert memory.Simulation(config, replace(recipe, rank=64), work).estimate(Settings()).trained == 4 * plain.trained
 
 
 def test_the_least_lossy_settings_that_fit_are_picked():
     config = tiny()
-    simulation = plan.Simulation(config, Recipe(), plan.workload(config)[0])
+    simulation = memory.Simulation(config, Recipe(), plan.workload(config)[0])
     steps = list(plan.ladder(Settings(), frozenset(), 32))
     assert steps[0] == Settings() and steps[1] == Settings(checkpointing=True)
     assert [s.micro_batch for s in steps[2:7]] == [16, 8, 4, 2, 1] and all(s.checkpointing for s in steps[1:7])
@@ -298,9 +298,9 @@ def test_a_picture_is_counted_by_the_processor(cast, demo_dir, loaded, shown, ca
 
 
 def test_budget_is_what_the_run_reads():
-    assert plan.budget(Settings(), 32) == vlm.Budget()
-    assert plan.budget(Settings(checkpointing=True, ask_batch=8), 32) == vlm.Budget(None, 11, 8, True)
-    assert plan.budget(Settings(micro_batch=4, optimizer="adamw8bit"), 32) == vlm.Budget(4, 4, 64, False, "adamw8bit")
+    assert memory.budget(Settings(), 32) == vlm.Budget()
+    assert memory.budget(Settings(checkpointing=True, ask_batch=8), 32) == vlm.Budget(None, 11, 8, True)
+    assert memory.budget(Settings(micro_batch=4, optimizer="adamw8bit"), 32) == vlm.Budget(4, 4, 64, False, "adamw8bit")
 
 
 @pytest.mark.parametrize("arguments, part", [
