@@ -41,7 +41,7 @@ def one_run(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:
     row, concept, seed, overrides = job
     import torch
 
-    from fastsiu import adapter, driver, vlm
+    from fastsiu import adapter, driver, images, session, vlm
     from fastsiu.demo import MODEL_DIR
     from fastsiu.demo.world import KNOWN, LOOKALIKES, World, draw
     from fastsiu.request import Request
@@ -59,7 +59,7 @@ def one_run(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:
                 draw(world.scene((name,), f"bench retain {seed}")).save(retain / f"{i:02d}.png")
         recipe, _ = driver.choose_recipe(str(MODEL_DIR), "default", {**overrides, "seed": seed})
         started = time.perf_counter()
-        trained = driver.forget(loaded, Request(concept, image, retain=retain), recipe, driver.pictures_in.load_image(image))
+        trained = session.forget(loaded, Request(concept, image, retain=retain), recipe, images.load_image(image))
         seconds = time.perf_counter() - started
     asked = questions(world, concept, seed, LOOKALIKES.get(concept))
     with adapter.teacher(loaded):

@@ -30,7 +30,7 @@ def one_run(mode: str, requests: int, seed: int, **overrides: Any) -> dict[str, 
     from fastsiu.concept import Concept
     from fastsiu.demo import MODEL_DIR
     from fastsiu.demo.world import KNOWN, LOOKALIKES, World, draw
-    from fastsiu.driver import Listener
+    from fastsiu.session import Listener
 
     world, wanted = World(), KNOWN[:requests]
     with tempfile.TemporaryDirectory() as name:

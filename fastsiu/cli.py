@@ -161,13 +161,14 @@ def ask(
 ) -> None:
     """Ask a model, with or without an adapter."""
     from . import driver
-    from .show import answers_table
+    from .show import Progress, answers_table
 
     if compare and adapter is None:
         raise BadInput("--compare needs an adapter to compare with: add --adapter DIR.")
-    rows = driver.interview(question, model=model, adapter_dir=adapter, image=image, compare=compare, revision=revision,
-                            device=device, dtype=dtype, quantize=quantize, attention=attention,
-                            max_new_tokens=max_new_tokens)  # fmt: skip
+    with Progress(say, hidden=as_json) as progress:
+        rows = driver.interview(question, model=model, adapter_dir=adapter, image=image, compare=compare, revision=revision,
+                                device=device, dtype=dtype, quantize=quantize, attention=attention,
+                                max_new_tokens=max_new_tokens, listener=progress.listener)  # fmt: skip
     if as_json:
         for row in rows:
             sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -192,20 +193,24 @@ def data(
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    memory: Memory = None,
+    quantize: Quantize = None,
+    attention: Attention = None,
 ) -> None:
     """The training samples and their masks, before anything is trained."""
     from . import corpus, driver
-    from .show import explanation
+    from .show import Progress, explanation
 
     if output is not None and output.exists():
         raise BadInput(f"{output} exists: remove it or name another file.")
     if output is not None and not output.parent.is_dir():
         raise BadInput(f"There is no directory {output.parent} to write to: create it or name another file.")
-    scene, made = driver.samples_for(
-        image, concept, model=model, revision=revision, aliases=tuple(alias or ()), protect=tuple(protect or ()), retain=retain,
-        data=data, preset=preset.value, device=device, dtype=dtype, substitute=substitute.value if substitute else None,
-        seed=seed,
-    )  # fmt: skip
+    with Progress(say, hidden=False) as progress:
+        scene, made = driver.samples_for(
+            image, concept, model=model, revision=revision, aliases=tuple(alias or ()), protect=tuple(protect or ()),
+            retain=retain, data=data, preset=preset.value, device=device, dtype=dtype, memory=memory, quantize=quantize,
+            attention=attention, substitute=substitute.value if substitute else None, seed=seed, listener=progress.listener,
+        )  # fmt: skip
     if explain:
         explanation(out, scene, made)
     elif output is not None:

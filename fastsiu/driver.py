@@ -1,16 +1,13 @@
 """The story of one request: load, check, samples, teacher, train, verdict, save.
 
-`unlearn` tells it from beginning to end. `forget` is its middle for a model that is already loaded, and leaves the
-adapter on so that the caller can look before it is taken off.
+`unlearn` tells it from beginning to end; `session` has its middle, what happens on a model that is already loaded.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,54 +15,20 @@ from typing import Any
 import torch
 from transformers.utils import cached_file
 
-from . import adapter, ask, corpus, plan, prefix, train, vlm
+from . import adapter, ask, corpus, plan, source, vlm
 from . import images as pictures_in
 from . import output as outputs
-from .concept import Concept
-from .facets import dreams, targets
+from .facets import targets
 from .facets.held_out import Shown, examine
 from .memory import Settings, budget
-from .objectives import Objective, siu
-from .request import PAPER, BadInput, Recipe, Request, Sample
+from .request import PAPER, BadInput, Recipe, Request
+from .session import Listener, Trained, forget, prepare, timed
 from .verdict import Answer, Verdict
 
 MODEL_RECIPE = "fastsiu.json"  # what a model's own directory may say about the hyper-parameters it needs
 EMBEDDED = Path(__file__).parent / "demo" / "model"  # the path alone: what draws and trains it is the command line's
 CAVEAT = "The adapter can be dropped; only merged weights forget."
 DEMO_NOTE = "No --model was given: this is the embedded demo model, which knows only its own fictional creatures."
-
-
-@dataclass
-class Listener:
-    """Where progress goes. Every field may be left as it is: then nothing is said.
-
-    stage: what is being done now;  step: one optimisation step and their ceiling;  note: a sentence that should stay
-    """
-
-    stage: Callable[[str], None] = lambda text: None
-    step: Callable[[train.Step, int], None] = lambda step, ceiling: None
-    note: Callable[[str], None] = lambda text: None
-
-
-@dataclass
-class Prepared:
-    """One request before it is trained: its scene, its samples with their masks, what became of the dreams."""
-
-    request: Request
-    scene: targets.Scene
-    corpus: corpus.Corpus
-    dreamed: list[dict[str, Any]]
-
-
-@dataclass
-class Trained:
-    """What `forget` made: the adapter is on the model, and this is how it came to be."""
-
-    scene: targets.Scene
-    corpus: corpus.Corpus
-    history: list[train.Step]
-    dreamed: list[dict[str, Any]]
-    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -113,16 +76,13 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
     more, rest = shown(request.images), shown(request.retain)  # a damaged picture is told now, not after the training
 
     seconds: dict[str, float] = {}
-    listener.stage("Loading the model")
-    with _timed(seconds, "load"):
-        room = budget(chosen, recipe.batch_size, memory is not None)
-        loaded = vlm.load(name, revision=revision, device=device, dtype=dtype, quantize=chosen.quantize,
-                          attention=chosen.attention, budget=room)  # fmt: skip
+    with timed(seconds, "load"):
+        loaded = load(name, revision, chosen, budget(chosen, recipe.batch_size, memory is not None), listener)
     try:
         with vlm.threads(loaded):
             trained = forget(loaded, request, recipe, picture, listener=listener, seconds=seconds)
             listener.stage("Asking again, with the adapter on and off")
-            with _timed(seconds, "verdict"):
+            with timed(seconds, "verdict"):
                 verdict, answers = examine(trained.scene, more, rest)
         report = report_of(request, recipe, name, verdict, answers, trained)
         write(destination, loaded, [request], [report], recipe, origins, digest, weights, settings)
@@ -157,94 +117,37 @@ def write(destination: Path, loaded: vlm.VLM, requests: Sequence[Request], repor
         ))  # fmt: skip
 
 
-def forget(loaded: vlm.VLM, request: Request, recipe: Recipe, picture: Any, *, objective: Objective = siu,
-           listener: Listener | None = None, seconds: dict[str, float] | None = None) -> Trained:  # fmt: skip
-    """Samples, teacher and training on a loaded model; `picture` is the RGB image. The adapter is on afterwards."""
-    listener, seconds = listener or Listener(), seconds if seconds is not None else {}
-    one = prepare(loaded, request, recipe, picture, listener=listener, seconds=seconds)
-    made, history = learn(loaded, [one], recipe, objective=objective, listener=listener, seconds=seconds)
-    return Trained(one.scene, made, history, one.dreamed, seconds)
-
-
-def prepare(loaded: vlm.VLM, request: Request, recipe: Recipe, picture: Any, *, listener: Listener, seconds: dict[str, float],
-            others: Sequence[Concept] = ()) -> Prepared:  # fmt: skip
-    """The samples of one request in the untouched model's words: an adapter that is on is switched off meanwhile.
-
-    others: what the same model is to forget, or has forgotten: it is neither protected nor named in what is kept
-
-    Raises BadInput where the model does not recognise the concept.
-    """
-    with adapter.teacher(loaded):
-        scene = targets.Scene(loaded, Concept(request.concept, request.aliases), recipe, [loaded.picture(picture)],
-                              others=list(others))  # fmt: skip
-        check_known(scene, request)
-        samples, dreamed = gather(scene, request, listener, seconds)
-        made = corpus.build(loaded, scene.concept, samples, scene.pictures, recipe)
-    return Prepared(request, scene, made, dreamed)
-
-
-def learn(loaded: vlm.VLM, prepared: Sequence[Prepared], recipe: Recipe, *, listener: Listener, seconds: dict[str, float],
-          earlier: Sequence[Prepared] = (), objective: Objective = siu) -> tuple[corpus.Corpus, list[train.Step]]:  # fmt: skip
-    """Trains one adapter on all of `prepared`: the adapter that is on, else a fresh one. It is on afterwards.
-
-    earlier: requests that this adapter forgets already; what they were trained on is trained on again, without pictures and
-             answers of what is forgotten now: each training bends the others a little, and no later one would bend them back
-    """
-    steps = recipe.steps * len(prepared) + recipe.steps * len(earlier) // 2  # a ceiling: all names gone and all else held ends it
-    recipe = recipe.with_overrides(steps=steps)
-    listener.stage("Running the teacher")
-    with _timed(seconds, "teacher"):
-        all_others = lambda one: [other for other in (*prepared, *earlier) if other is not one]  # what went in between, too
-        made = corpus.join([one.corpus for one in prepared] + [_still_true(one, all_others(one)) for one in earlier])
-        if loaded.model is loaded.base:
-            adapter.attach(loaded, recipe)
-        prefix.plan_sharing(loaded, made.turns, made.shown(), listener.note)
-        corpus.run_teacher(loaded, made, recipe)
-    listener.stage("Training")
-    with _timed(seconds, "train"):
-        probe = train.probe_for([one.scene for one in (*prepared, *earlier)], made)
-        on_step = lambda step: listener.step(step, recipe.steps)
-        try:
-            history = train.fit(loaded, made, objective, recipe, probe, on_step, say=listener.note)
-        finally:
-            loaded.model.eval()
-    return made, history
-
-
-def _still_true(one: Prepared, prepared: Sequence[Prepared]) -> corpus.Corpus:
-    """Its samples without those that would keep the looks of what has to go now: in pictures, and in words."""
-    gone = [new.scene.concept for new in prepared]
-    named = lambda text: any(concept.named_in(text) for concept in gone)
-    denied = {s.question for new in prepared for s in new.corpus.samples if s.picture is None and s.facet == "describe"}
-    dreamed = {i for i, name in enumerate(one.scene.named) if name and named(name)}
-    seen = lambda s: s.facet == "preserve" and s.picture is not None
-    about = lambda s: s.picture in dreamed or named(s.question) or named(s.answer)
-    said = lambda s: s.facet == "preserve" and s.picture is None and s.question in denied
-    return one.corpus.pick([i for i, s in enumerate(one.corpus.samples) if not (seen(s) and about(s)) and not said(s)])
-
-
 def samples_for(image: str | Path, concept: str, *, model: str | Path | None = None, revision: str | None = None,
                 aliases: tuple[str, ...] = (), protect: tuple[str, ...] = (), retain: str | Path | None = None,
                 data: str | Path | None = None, preset: str = "default", device: str | None = None, dtype: str = "auto",
-                **overrides: Any) -> tuple[targets.Scene, corpus.Corpus]:  # fmt: skip
-    """The samples and masks that `unlearn` would train on, with nothing trained."""
+                listener: Listener | None = None, quantize: str | None = None, attention: str | None = None,
+                memory: float | None = None, **overrides: Any) -> tuple[targets.Scene, corpus.Corpus]:  # fmt: skip
+    """The samples and masks that `unlearn` would train on, with nothing trained. Options as there."""
+    listener = listener or Listener()
     request = Request(concept.strip(), Path(image), aliases, protect, None, _path(retain), _path(data))
     name = str(EMBEDDED if model is None else model)
     recipe, _ = choose_recipe(name, preset, overrides)
     picture = pictures_in.load_image(request.image)
-    loaded = vlm.load(name, revision=revision, device=device, dtype=dtype)
-    one = prepare(loaded, request, recipe, picture, listener=Listener(), seconds={})
+    chosen = choose_settings(name, memory, recipe, picture, listener, revision=revision, device=device, dtype=dtype,
+                             quantize=quantize, attention=attention)  # fmt: skip
+    loaded = load(name, revision, chosen, budget(chosen, recipe.batch_size, memory is not None), listener)
+    with vlm.threads(loaded):
+        one = prepare(loaded, request, recipe, picture, listener=listener, seconds={})
     return one.scene, one.corpus
 
 
 def interview(questions: Sequence[str], *, model: str | Path | None = None, adapter_dir: str | Path | None = None,
               image: str | Path | None = None, compare: bool = False, revision: str | None = None, device: str | None = None,
               dtype: str = "auto", quantize: str | None = None, attention: str | None = None,
-              max_new_tokens: int = 64) -> list[dict[str, str]]:  # fmt: skip
+              max_new_tokens: int = 64, listener: Listener | None = None) -> list[dict[str, str]]:  # fmt: skip
     """Greedy answers, one record a question: `answer`, or `before` and `after` with `compare`."""
+    listener = listener or Listener()
     picture = pictures_in.load_image(Path(image)) if image is not None else None
-    loaded = vlm.load(str(EMBEDDED if model is None else model), revision=revision, device=device, dtype=dtype, quantize=quantize,
-                      attention=attention)  # fmt: skip
+    name = str(EMBEDDED if model is None else model)
+    chosen = choose_settings(name, None, Recipe(), picture, listener, revision=revision, device=device, dtype=dtype,
+                             quantize=quantize, attention=attention)  # fmt: skip
+    loaded = load(name, revision, chosen, vlm.Budget(), listener)
+    listener.stage("Asking")
 
     def ask_all() -> list[str]:
         shown = None if picture is None else loaded.picture(picture)
@@ -260,6 +163,13 @@ def interview(questions: Sequence[str], *, model: str | Path | None = None, adap
     return [{"question": q, "before": b, "after": a} for q, b, a in zip(questions, before, after, strict=True)]
 
 
+def load(name: str, revision: str | None, chosen: Settings, room: vlm.Budget, listener: Listener) -> vlm.VLM:
+    listener.stage("Loading the model")
+    with listener.loading() as bars:
+        return vlm.load(name, revision=revision, device=chosen.device, dtype=chosen.dtype, quantize=chosen.quantize,
+                        attention=chosen.attention, budget=room, bars=bars)  # fmt: skip
+
+
 def choose_settings(model: str, memory: float | None, recipe: Recipe, picture: Any, listener: Listener, *,
                     revision: str | None, device: str | None, dtype: str, **given: Any) -> Settings:  # fmt: skip
     """What was asked for; under a memory limit the least sparing settings that fit it, which are said before anything is loaded.
@@ -267,13 +177,13 @@ def choose_settings(model: str, memory: float | None, recipe: Recipe, picture: A
     Raises BadInput where an option makes no sense or, under a limit, nothing fits.
     """
     given = {k: v for k, v in given.items() if v is not None}
-    vlm.check_device(device)
+    source.check_device(device)
     asked = Settings(dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **given)
-    vlm.check_options(dtype, asked.quantize, asked.attention, asked.optimizer)
+    source.check_options(dtype, asked.quantize, asked.attention, asked.optimizer)
     if memory is None:
         return asked
-    vlm.check_directory(model)
-    config, processor, _ = vlm.describe(model, revision)
+    source.check_directory(model)
+    config, processor, _ = source.describe(model, revision)
     work = plan.workload_of(config, processor, picture)
     found = plan.plan(model, memory, asked, recipe=recipe, config=config, work=work, fixed=frozenset(given))
     if found.chosen is None:
@@ -308,48 +218,11 @@ def plan_for(model: str | Path | None = None, memory: float | None = None, *, pr
     config = work = None
     if image is not None:
         picture = pictures_in.load_image(image)
-        vlm.check_directory(name)
-        config, processor, revision = vlm.describe(name, revision)
+        source.check_directory(name)
+        config, processor, revision = source.describe(name, revision)
         work = plan.workload_of(config, processor, picture)
     return plan.plan(name, memory, Settings(**given), recipe=recipe, config=config, work=work, revision=revision,
                      image_tokens=image_tokens, fixed=frozenset(given))  # fmt: skip
-
-
-def check_known(scene: targets.Scene, request: Request) -> None:
-    """Raises BadInput unless the untouched model names the concept in the picture: there would be nothing to forget."""
-    words = targets.wordings()["who"]
-    said = scene.ask(words["train"] + words["held_out"], 0)
-    if not any(scene.concept.named_in(answer) for answer in said):
-        raise BadInput(f"The model does not name {request.concept} in {request.image} (it says {said[0]!r}): "
-                       "give a picture and a name that it recognises.")  # fmt: skip
-
-
-def gather(scene: targets.Scene, request: Request, listener: Listener,
-           seconds: dict[str, float]) -> tuple[list[Sample], list[dict[str, Any]]]:  # fmt: skip
-    """The samples of all four targets, and what became of the dreams."""
-    own = corpus.read_jsonl(request.data) if request.data else []
-    for name in request.protect:
-        if scene.forgotten_in(name, include_parts=False):
-            raise BadInput(f"{name} cannot be forgotten and protected at once: leave it out of --protect.")
-    listener.stage("Finding the names to protect")
-    with _timed(seconds, "samples"):
-        first = corpus.vocabulary_mask(scene.concept, scene.vlm.tokenizer, scene.vlm.head_weight.shape[0])
-        scene.masked = frozenset(first.masked)
-        scene.neighbours = list(request.protect) or targets.neighbours(scene)
-    listener.stage(f"Dreaming {len(scene.neighbours)} neighbours")
-    with _timed(seconds, "dreams"):
-        transforms = pictures_in.variants(scene.pictures[0].image, scene.recipe.seed)[1:]
-        scene.views = [scene.vlm.picture(view) for _, view in transforms]
-        dreamed = _dream(scene)
-    for path in _listed(request.retain):
-        scene.pictures.append(scene.vlm.picture(pictures_in.load_image(path)))
-        scene.named.append(None)
-    listener.stage("Asking the teacher for the samples")
-    with _timed(seconds, "samples"):
-        samples = [sample for facet in targets.TARGETS for sample in facet(scene)]
-    # A sample of the user's own takes the place of the built one with the same question about the same picture.
-    taken = {(s.question, s.picture) for s in own}
-    return [s for s in samples if (s.question, s.picture) not in taken] + own, dreamed
 
 
 def choose_recipe(model: str, preset: str, overrides: dict[str, Any]) -> tuple[Recipe, dict[str, str]]:
@@ -380,18 +253,6 @@ def _model_recipe(model: str) -> dict[str, Any]:
     if unknown := sorted(set(values) - known):
         raise BadInput(f"{path} names an unknown hyper-parameter {unknown[0]!r}: remove it.")
     return values
-
-
-def _dream(scene: targets.Scene) -> list[dict[str, Any]]:
-    """Adds accepted dreams to the scene. A name that the teacher itself proposed but cannot see is not protected further."""
-    if not scene.neighbours or not scene.recipe.dreams:
-        return []
-    made = dreams.dream(scene)
-    for one in made:
-        scene.pictures.append(one.picture)
-        scene.named.append(one.name)
-    accepted = Counter(one.name for one in made)
-    return [{"name": n, "accepted": accepted[n], "of": scene.recipe.dreams} for n in scene.neighbours]
 
 
 def report_of(request: Request, recipe: Recipe, model: str, verdict: Verdict, answers: list[Answer],
@@ -454,10 +315,3 @@ def _path(value: str | Path | None) -> Path | None:
 def _snapshot(loaded: vlm.VLM) -> Path:
     """Where in the hub's cache a loaded model's files are."""
     return Path(cached_file(loaded.name, "config.json", revision=loaded.revision, local_files_only=True)).parent
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText
 
-from . import adapter, vlm
+from . import adapter, source, vlm
 from .kernels.launch import launch
 from .loss import fused_dmk_ce
 from .request import BadInput, Recipe
@@ -209,7 +209,7 @@ class Simulation:
 
     def estimate(self, settings: Settings) -> Estimate:
         weights, trained = self.resting(settings)
-        itemsize = vlm.DTYPES[settings.dtype].itemsize
+        itemsize = source.DTYPES[settings.dtype].itemsize
         width = self.config.get_text_config().hidden_size
         rows = self.work.samples * self.work.rows
         kept = self.work.pictures * self.work.prefix * width * itemsize
@@ -290,7 +290,7 @@ def skeleton(config: Any, settings: Settings, recipe: Recipe) -> Any:
     attention = None if settings.attention == "flash_attention_2" else settings.attention
     try:
         with torch.device("meta"):
-            dtype = vlm.DTYPES[settings.dtype]
+            dtype = source.DTYPES[settings.dtype]
             base = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
     except (ValueError, ImportError, KeyError) as error:
         raise BadInput(f"{type(config).__name__} cannot be built as an image-text model ({str(error).splitlines()[0]}): "

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from . import vlm
+from . import source
 from .memory import GB, Estimate, Settings, Simulation, Workload
 from .request import BadInput, Recipe
+from .vlm import VLM, Picture
 
 DYNAMIC = (768, 1024)  # pixels assumed of a picture where the model takes any size and none was given
 TEMPLATE = 24  # tokens of a chat template and the beginning of a question
@@ -67,9 +68,9 @@ def plan(model: str, memory: float | None = None, settings: Settings | None = No
         raise BadInput(f"--memory is {memory}: give the card's size in GB, for instance 24, 16, 12 or 8.")
     if image_tokens is not None and image_tokens < 1:
         raise BadInput(f"--image-tokens is {image_tokens}: give the number of tokens that one picture takes, at least 1.")
-    vlm.check_options(settings.dtype, settings.quantize, settings.attention, settings.optimizer)
-    config = vlm.read_config(model, revision) if config is None else config
-    settings = replace(settings, dtype=vlm.dtype_name(config, settings.dtype, settings.device))
+    source.check_options(settings.dtype, settings.quantize, settings.attention, settings.optimizer)
+    config = source.read_config(model, revision) if config is None else config
+    settings = replace(settings, dtype=source.dtype_name(config, settings.dtype, settings.device))
     assumed: list[str] = []
     if work is None:
         work, assumed = workload(config, image_tokens)
@@ -113,8 +114,8 @@ def workload_of(config: Any, processor: Any, image: Image.Image) -> Workload:
     """The tokens of a step about this picture, as the model's own processor makes them."""
     with torch.device("meta"):
         base = AutoModelForImageTextToText.from_config(config)
-    model = vlm.VLM("", None, base, base, processor)  # on the meta device tokens have a number and no value
-    prefix = model.encode_prompt(".", vlm.Picture(image, None))["input_ids"].shape[1]
+    model = VLM("", None, base, base, processor)  # on the meta device tokens have a number and no value
+    prefix = model.encode_prompt(".", Picture(image, None))["input_ids"].shape[1]
     return workload(config, max(1, prefix - TEMPLATE))[0]
 
 

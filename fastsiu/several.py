@@ -19,16 +19,16 @@ from typing import Any, Literal
 
 import torch
 
-from . import adapter, ask, driver, vlm
+from . import adapter, ask, driver, session, vlm
 from . import images as pictures_in
 from . import output as outputs
 from .concept import Concept
-from .driver import Listener, Prepared
 from .facets.held_out import examine
 from .facets.targets import wordings
 from .images import variants
 from .memory import budget
 from .request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
+from .session import Listener, Prepared, Trained
 from .verdict import EFFICACY
 
 Mode = Literal["sequence", "joint"]
@@ -163,10 +163,7 @@ def unlearn_several(file: str | Path, *, mode: Mode = "sequence", output: str | 
     done = job.resume()
     todo = [line for line in asked if line not in done]
     if todo or len(job.matrix) < (len(done) if mode == "sequence" else 1):
-        listener.stage("Loading the model")
-        room = budget(chosen, recipe.batch_size, memory is not None)
-        loaded = vlm.load(name, revision=revision, device=device, dtype=dtype, quantize=chosen.quantize,
-                          attention=chosen.attention, budget=room)  # fmt: skip
+        loaded = driver.load(name, revision, chosen, budget(chosen, recipe.batch_size, memory is not None), listener)
         try:
             with vlm.threads(loaded):
                 job.run(loaded, done, todo)
@@ -279,7 +276,8 @@ class _Job:
             try:
                 self.say(line)
                 one = self.prepare(loaded, line, [e.scene.concept for e in earlier], seconds)
-                made, history = driver.learn(loaded, [one], self.recipe, earlier=earlier, listener=self.listener, seconds=seconds)
+                made, history = session.learn(loaded, [one], self.recipe, earlier=earlier, listener=self.listener,
+                                              seconds=seconds)  # fmt: skip
             except FAILURES as error:
                 failed = error
             if failed is not None:
@@ -287,7 +285,7 @@ class _Job:
                 self.fail(line, failed)
                 self.save(order)
                 continue
-            trained = driver.Trained(one.scene, made, history, one.dreamed, seconds)
+            trained = Trained(one.scene, made, history, one.dreamed, seconds)
             earlier.append(one)
             order.append(line)
             self.write(loaded, order, [self.judge(line, trained)], self.digest(order))
@@ -314,8 +312,8 @@ class _Job:
         self.save(order)  # of which training the output will be, should nothing else be written
         if not ready:
             return
-        made, history = driver.learn(loaded, list(ready.values()), self.recipe, listener=self.listener, seconds=seconds)
-        judged = [self.judge(n, driver.Trained(o.scene, made, history, o.dreamed, seconds)) for n, o in ready.items()]
+        made, history = session.learn(loaded, list(ready.values()), self.recipe, listener=self.listener, seconds=seconds)
+        judged = [self.judge(n, Trained(o.scene, made, history, o.dreamed, seconds)) for n, o in ready.items()]
         self.write(loaded, order, judged, self.digest(order))
         self.look(loaded, order)
         self.save(order)
@@ -330,10 +328,10 @@ class _Job:
 
     def prepare(self, loaded: vlm.VLM, line: int, others: Sequence[Concept], seconds: dict[str, float]) -> Prepared:
         request = self.asked[line]
-        return driver.prepare(loaded, request, self.recipe, pictures_in.load_image(request.image), others=others,
-                              listener=self.listener, seconds=seconds)  # fmt: skip
+        return session.prepare(loaded, request, self.recipe, pictures_in.load_image(request.image), others=others,
+                               listener=self.listener, seconds=seconds)  # fmt: skip
 
-    def judge(self, line: int, trained: driver.Trained) -> dict[str, Any]:
+    def judge(self, line: int, trained: Trained) -> dict[str, Any]:
         """The report of one request, whose outcome it settles."""
         request = self.asked[line]
         self.listener.stage("Asking again, with the adapter on and off")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from fastsiu import driver
+from fastsiu import session
 from fastsiu.concept import Concept
 from fastsiu.facets import dreams, targets
 from fastsiu.vlm import Picture
@@ -24,7 +24,7 @@ def again(gathered, **changes):
     """The dreams of a scene that has none yet."""
     recipe, pictures = replace(gathered.recipe, **changes), gathered.scene.pictures[:1]
     scene = replace(gathered.scene, recipe=recipe, pictures=pictures, named=[None])
-    record = driver._dream(scene)
+    record = session._dream(scene)
     return scene, record
 
 

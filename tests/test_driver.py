@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from fastsiu import ask, driver, images
+from fastsiu import ask, driver, images, session
 from fastsiu.facets import targets
 from fastsiu.request import PAPER, BadInput, NumericFailure, Recipe, Sample
 from fastsiu.verdict import KINDS, Answer, judge
@@ -220,7 +220,7 @@ def test_a_numeric_failure_writes_nothing_and_leaves_no_adapter(quick, tmp_path,
     load = driver.vlm.load
     monkeypatch.setattr(driver.vlm, "load", lambda *a, **k: seen.append(load(*a, **k)) or seen[0])
     nan = lambda batch, recipe: (batch.hidden.sum() * float("nan"), {"ce": 0.0, "kl": 0.0})
-    monkeypatch.setitem(driver.forget.__kwdefaults__, "objective", nan)
+    monkeypatch.setitem(session.forget.__kwdefaults__, "objective", nan)
     with pytest.raises(NumericFailure, match="loss is nan"):
         quick(tmp_path / "out")
     assert listing(tmp_path) == [] and seen[0].model is seen[0].base
@@ -324,7 +324,7 @@ def test_a_loaded_model_serves_another_request_afterwards(cast, gathered):
     histories = []
     plain_recipe = Recipe(steps=2, dreams=0, batch_size=8)
     for recipe in (plain_recipe, PAPER.with_overrides(steps=1), plain_recipe):
-        histories.append(driver.forget(loaded, request, recipe, picture).history)
+        histories.append(session.forget(loaded, request, recipe, picture).history)
         driver.adapter.detach(loaded)
         after = loaded.base.state_dict()
         assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
+from rich.console import Console
 from torch import nn
 from transformers import modeling_utils
 
-from fastsiu import adapter, driver, memory, vlm
-from fastsiu.request import BadInput
+from fastsiu import adapter, driver, memory, session, show, source, vlm
+from fastsiu.request import BadInput, Recipe
 
 torch.set_num_threads(1)
 quantised = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -73,7 +76,7 @@ def test_the_teacher_is_the_quantised_model_and_adapters_return(small, shown, tm
     turn = model.encode_prompt("Who is this?", shown)
     with torch.no_grad():
         untouched = model.hidden([turn], [shown.features])
-        adapter.attach(model, driver.Recipe())
+        adapter.attach(model, Recipe())
         trained = {n: p for n, p in model.model.named_parameters() if p.requires_grad}
         assert trained and all(p.dtype == torch.float32 and "lora_" in n for n, p in trained.items())
         for name, p in trained.items():
@@ -104,7 +107,7 @@ def test_unlearning_on_nf4(quick, tmp_path):
 
 def test_a_budget_changes_no_result(quick, trained, tmp_path, monkeypatch):
     notes, stages, recomputed = [], ["start"], set()
-    listener = driver.Listener(note=notes.append, stage=lambda text: stages.append(text.split()[0]))
+    listener = session.Listener(note=notes.append, stage=lambda text: stages.append(text.split()[0]))
     checkpoint = modeling_utils.checkpoint
 
     def counted(*args, **options):
@@ -143,10 +146,10 @@ def test_a_missing_package_is_named_with_its_extra(demo_dir, options, monkeypatc
 
 
 def test_what_is_stored_quantised_is_not_quantised_again(demo_dir):
-    config = vlm.read_config(str(demo_dir))
+    config = source.read_config(str(demo_dir))
     config.quantization_config = {"quant_method": "gptq"}
     with pytest.raises(BadInput, match="already"):
-        vlm._quantisation(config, "nf4", torch.float32)
+        source.quantisation(config, "nf4", torch.float32)
 
 
 def test_eager_attention_is_used(demo_dir, loaded, shown):
@@ -160,6 +163,7 @@ def test_eager_attention_is_used(demo_dir, loaded, shown):
 MEASURE = """
 import sys
 import torch
+import transformers
 from fastsiu import vlm
 torch.set_num_threads(1)
 def resident(field):
@@ -196,3 +200,22 @@ def test_loading_takes_the_model_once(demo_dir, tmp_path):
     size, most = map(float, done.stdout.split())
     print(f"\n{size:.0f} MB of weights, {most:.0f} MB at most")
     assert size > 280 and 0.9 * size < most < 1.3 * size
+
+
+def test_bars_only_where_they_were_asked_for_and_the_switch_is_put_back(demo_dir, capfd):
+    logging = transformers.utils.logging
+    before = logging.is_progress_bar_enabled()
+    vlm.load(str(demo_dir))
+    assert "weights" not in capfd.readouterr().err and logging.is_progress_bar_enabled() == before
+    vlm.load(str(demo_dir), bars=True)
+    assert "Loading weights: 100%" in capfd.readouterr().err and logging.is_progress_bar_enabled() == before
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_the_loading_and_a_file_does_not(terminal, capfd):
+    screen = io.StringIO()
+    with show.Progress(Console(file=screen, width=100, force_terminal=terminal), hidden=False) as progress:
+        progress.listener.note("stays")
+        driver.interview(["Who?"], listener=progress.listener)
+    assert ("Loading weights: 100%" in capfd.readouterr().err) == terminal == ("Asking" in screen.getvalue())
+    assert "stays" in screen.getvalue() and (terminal or screen.getvalue() == "stays\n")

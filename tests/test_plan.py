@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from fastsiu import adapter, cli, memory, plan, prefix, vlm
+from fastsiu import adapter, cli, memory, plan, prefix, source, vlm
 from fastsiu.memory import GB, Settings
 from fastsiu.objectives import Batch, siu
 from fastsiu.request import Recipe
@@ -229,8 +229,9 @@ def test_a_real_step_on_quantised_weights(kind, tmp_path):
     settings = Settings("float32", kind, device="cpu")
     config, loaded = small()
     loaded.base.save_pretrained(tmp_path)
+    how = source.quantisation(config, kind, torch.float32)
     quantised = AutoModelForImageTextToText.from_pretrained(
-        tmp_path, dtype=torch.float32, device_map={"": "cpu"}, quantization_config=vlm._quantisation(config, kind, torch.float32)
+        tmp_path, dtype=torch.float32, device_map={"": "cpu"}, quantization_config=how
     ).requires_grad_(False)
     loaded.base = loaded.model = quantised.eval()
     work, recipe = memory.Workload(324 + 24, 324), Recipe(batch_size=8)

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from fastsiu import adapter, ask, corpus, driver, prefix, show, train
+from fastsiu import adapter, ask, corpus, prefix, session, show, train
 from fastsiu.images import load_image
 from fastsiu.objectives import siu
 from fastsiu.request import OutOfMemory, Recipe, Request
@@ -710,7 +710,7 @@ def test_what_the_check_finds_reaches_the_user(loaded, cast, monkeypatch):
     recipe = Recipe(steps=1, dreams=0, batch_size=8)
     try:
         with show.Progress(Console(file=screen, width=200), hidden=False) as progress:
-            driver.forget(loaded, Request(cast.target, cast.image, protect=cast.others[:1]), recipe, load_image(cast.image),
+            session.forget(loaded, Request(cast.target, cast.image, protect=cast.others[:1]), recipe, load_image(cast.image),
                           listener=progress.listener)  # fmt: skip
         assert loaded.shares == ("key/value",)
         assert screen.getvalue().count("The packed prefix cannot be used on this model: no such mask.") == 1

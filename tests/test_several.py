@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastsiu import corpus, driver, images, several, train
+from fastsiu import corpus, driver, images, session, several, train
 from fastsiu.concept import Concept
 from fastsiu.demo.world import LOOKALIKES
 from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Request, Sample
@@ -137,7 +137,7 @@ def test_again_does_what_is_missing_and_no_more(sequence, monkeypatch):
 
 def test_an_interrupted_run_ends_as_if_it_had_not_been(sequence, lines, tmp_path, monkeypatch):
     file = write(tmp_path / "r.jsonl", lines.target, lines.other)
-    learn, calls = driver.learn, []
+    learn, calls = session.learn, []
 
     def interrupted(*given, **options):
         calls.append(1)
@@ -145,7 +145,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(sequence, lines, tmp_path
             raise KeyboardInterrupt
         return learn(*given, **options)
 
-    monkeypatch.setattr(driver, "learn", interrupted)
+    monkeypatch.setattr(session, "learn", interrupted)
     with pytest.raises(KeyboardInterrupt):
         several.unlearn_several(file, output=tmp_path / "out", **QUICK)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["001", "matrix.json"]
@@ -160,7 +160,7 @@ def test_killed_between_the_output_and_the_matrix(sequence, lines, tmp_path, mon
     stored = json.loads((out / "matrix.json").read_text(encoding="utf-8"))
     stored |= dict(order=[1], matrix=stored["matrix"][:1])
     (out / "matrix.json").write_text(json.dumps(stored), encoding="utf-8")
-    monkeypatch.setattr(driver, "learn", lambda *a, **k: pytest.fail("something was trained"))
+    monkeypatch.setattr(session, "learn", lambda *a, **k: pytest.fail("something was trained"))
     made = several.unlearn_several(sequence.file, output=out, **QUICK)
     assert made.resumed == 2 and made.matrix == sequence.made.matrix and made.outcomes == sequence.made.outcomes
 
@@ -184,7 +184,7 @@ def test_a_training_that_fails_leaves_the_adapter_as_it_was(lines, sequence, tmp
 
     monkeypatch.setattr(train, "fit", diverges)
     records = [lines.target, lines.other] if at == 1 else [lines.target, dict(lines.other, concept="Nobody Else"), lines.other]
-    monkeypatch.setattr(driver, "check_known", lambda *given: None)
+    monkeypatch.setattr(session, "check_known", lambda *given: None)
     made = several.unlearn_several(write(tmp_path / "r.jsonl", *records), output=tmp_path / "out", **QUICK)
     assert made.outcomes[at - 1].status == "failed" and "nan" in made.outcomes[at - 1].reasons[0]
     monkeypatch.undo()
@@ -210,7 +210,7 @@ def test_joint(lines, cast, tmp_path, monkeypatch):
     assert len(steps) == 2  # the ceiling is that of both
     stored = (tmp_path / "out/matrix.json").read_text(encoding="utf-8")
     assert str(cast.files["stranger"]) not in stored  # only the manifest speaks of pictures, and by commitments
-    monkeypatch.setattr(driver, "learn", lambda *a, **k: pytest.fail("something was trained"))
+    monkeypatch.setattr(session, "learn", lambda *a, **k: pytest.fail("something was trained"))
     again = several.unlearn_several(file, mode="joint", output=tmp_path / "out", **QUICK)
     assert again.outcomes == made.outcomes and again.matrix == made.matrix
     # Killed between the output and the matrix: the output counts, and what was to be asked is asked.
@@ -229,12 +229,12 @@ def test_joint(lines, cast, tmp_path, monkeypatch):
 def test_nobody_who_is_forgotten_is_retained(loaded, cast):
     """Neither protected nor named in an answer about a picture that is kept; and asking to protect one is refused."""
     recipe, _ = driver.choose_recipe(str(driver.EMBEDDED), "default", dict(dreams=1, dream_steps=5))
-    quiet = dict(listener=driver.Listener(), seconds={})
+    quiet = dict(listener=session.Listener(), seconds={})
     picture = images.load_image(cast.image)
     request = Request(cast.target, cast.image, retain=cast.files["other"].parent)
-    alone = driver.prepare(loaded, request, recipe, picture, **quiet)
+    alone = session.prepare(loaded, request, recipe, picture, **quiet)
     gone = next(n for n in alone.scene.neighbours if n != LOOKALIKES.get(cast.target))
-    both = driver.prepare(loaded, request, recipe, picture, others=[Concept(gone), Concept(cast.other)], **quiet)
+    both = session.prepare(loaded, request, recipe, picture, others=[Concept(gone), Concept(cast.other)], **quiet)
     assert {gone, cast.other} & set(alone.scene.neighbours) and not {gone, cast.other} & set(both.scene.neighbours)
     kept = [s.answer for s in both.corpus.samples if s.picture is not None and s.facet == "preserve"]
     before = [s.answer for s in alone.corpus.samples if s.picture is not None and s.facet == "preserve"]
@@ -245,11 +245,11 @@ def test_nobody_who_is_forgotten_is_retained(loaded, cast):
     look, name = next((q, n) for q in sorted(words) for n in alone.scene.neighbours if f"appearance of {n}" in q)
     denial = Sample("describe", look, "I do not know.")
     later = SimpleNamespace(scene=SimpleNamespace(concept=Concept(name)), corpus=SimpleNamespace(samples=[denial]))
-    left = {s.question for s in driver._still_true(alone, [later]).samples if s.facet == "preserve" and s.picture is None}
+    left = {s.question for s in session._still_true(alone, [later]).samples if s.facet == "preserve" and s.picture is None}
     assert words - left == {look}
     with pytest.raises(BadInput, match="forgotten and protected"):
         protected = Request(cast.target, cast.image, protect=(gone,))
-        driver.prepare(loaded, protected, recipe, picture, others=[Concept(gone)], **quiet)
+        session.prepare(loaded, protected, recipe, picture, others=[Concept(gone)], **quiet)
 
 
 def test_joined_corpora(loaded, cast, gathered):

@@ -1,0 +1,179 @@
+"""A loaded model and what it is to forget: samples, teacher, training.
+
+`forget` is the whole of it for one request and leaves the adapter on, so that the caller can look before it is taken off;
+`prepare` and `learn` are its two halves, for several requests on one model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from . import adapter, corpus, prefix, train
+from . import images as pictures_in
+from .concept import Concept
+from .facets import dreams, targets
+from .objectives import Objective, siu
+from .request import BadInput, Recipe, Request, Sample
+from .vlm import VLM
+
+
+@dataclass
+class Listener:
+    """Where progress goes. Every field may be left as it is: then nothing is said.
+
+    stage: what is being done now;  step: one optimisation step and their ceiling;  note: a sentence that should stay
+    loading: entered while a model is loaded, gives whether transformers may draw its own bars (download, weights) on stderr
+    """
+
+    stage: Callable[[str], None] = lambda text: None
+    step: Callable[[train.Step, int], None] = lambda step, ceiling: None
+    note: Callable[[str], None] = lambda text: None
+    loading: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(False)
+
+
+@dataclass
+class Prepared:
+    """One request before it is trained: its scene, its samples with their masks, what became of the dreams."""
+
+    request: Request
+    scene: targets.Scene
+    corpus: corpus.Corpus
+    dreamed: list[dict[str, Any]]
+
+
+@dataclass
+class Trained:
+    """What `forget` made: the adapter is on the model, and this is how it came to be."""
+
+    scene: targets.Scene
+    corpus: corpus.Corpus
+    history: list[train.Step]
+    dreamed: list[dict[str, Any]]
+    seconds: dict[str, float]
+
+
+def forget(loaded: VLM, request: Request, recipe: Recipe, picture: Any, *, objective: Objective = siu,
+           listener: Listener | None = None, seconds: dict[str, float] | None = None) -> Trained:  # fmt: skip
+    """Samples, teacher and training on a loaded model; `picture` is the RGB image. The adapter is on afterwards."""
+    listener, seconds = listener or Listener(), seconds if seconds is not None else {}
+    one = prepare(loaded, request, recipe, picture, listener=listener, seconds=seconds)
+    made, history = learn(loaded, [one], recipe, objective=objective, listener=listener, seconds=seconds)
+    return Trained(one.scene, made, history, one.dreamed, seconds)
+
+
+def prepare(loaded: VLM, request: Request, recipe: Recipe, picture: Any, *, listener: Listener, seconds: dict[str, float],
+            others: Sequence[Concept] = ()) -> Prepared:  # fmt: skip
+    """The samples of one request in the untouched model's words: an adapter that is on is switched off meanwhile.
+
+    others: what the same model is to forget, or has forgotten: it is neither protected nor named in what is kept
+
+    Raises BadInput where the model does not recognise the concept.
+    """
+    with adapter.teacher(loaded):
+        scene = targets.Scene(loaded, Concept(request.concept, request.aliases), recipe, [loaded.picture(picture)],
+                              others=list(others))  # fmt: skip
+        check_known(scene, request)
+        samples, dreamed = gather(scene, request, listener, seconds)
+        made = corpus.build(loaded, scene.concept, samples, scene.pictures, recipe)
+    return Prepared(request, scene, made, dreamed)
+
+
+def learn(loaded: VLM, prepared: Sequence[Prepared], recipe: Recipe, *, listener: Listener, seconds: dict[str, float],
+          earlier: Sequence[Prepared] = (), objective: Objective = siu) -> tuple[corpus.Corpus, list[train.Step]]:  # fmt: skip
+    """Trains one adapter on all of `prepared`: the adapter that is on, else a fresh one. It is on afterwards.
+
+    earlier: requests that this adapter forgets already; what they were trained on is trained on again, without pictures and
+             answers of what is forgotten now: each training bends the others a little, and no later one would bend them back
+    """
+    steps = recipe.steps * len(prepared) + recipe.steps * len(earlier) // 2  # a ceiling: all names gone and all else held ends it
+    recipe = recipe.with_overrides(steps=steps)
+    listener.stage("Running the teacher")
+    with timed(seconds, "teacher"):
+        all_others = lambda one: [other for other in (*prepared, *earlier) if other is not one]  # what went in between, too
+        made = corpus.join([one.corpus for one in prepared] + [_still_true(one, all_others(one)) for one in earlier])
+        if loaded.model is loaded.base:
+            adapter.attach(loaded, recipe)
+        prefix.plan_sharing(loaded, made.turns, made.shown(), listener.note)
+        corpus.run_teacher(loaded, made, recipe)
+    listener.stage("Training")
+    with timed(seconds, "train"):
+        probe = train.probe_for([one.scene for one in (*prepared, *earlier)], made)
+        on_step = lambda step: listener.step(step, recipe.steps)
+        try:
+            history = train.fit(loaded, made, objective, recipe, probe, on_step, say=listener.note)
+        finally:
+            loaded.model.eval()
+    return made, history
+
+
+def _still_true(one: Prepared, prepared: Sequence[Prepared]) -> corpus.Corpus:
+    """Its samples without those that would keep the looks of what has to go now: in pictures, and in words."""
+    gone = [new.scene.concept for new in prepared]
+    named = lambda text: any(concept.named_in(text) for concept in gone)
+    denied = {s.question for new in prepared for s in new.corpus.samples if s.picture is None and s.facet == "describe"}
+    dreamed = {i for i, name in enumerate(one.scene.named) if name and named(name)}
+    seen = lambda s: s.facet == "preserve" and s.picture is not None
+    about = lambda s: s.picture in dreamed or named(s.question) or named(s.answer)
+    said = lambda s: s.facet == "preserve" and s.picture is None and s.question in denied
+    return one.corpus.pick([i for i, s in enumerate(one.corpus.samples) if not (seen(s) and about(s)) and not said(s)])
+
+
+def check_known(scene: targets.Scene, request: Request) -> None:
+    """Raises BadInput unless the untouched model names the concept in the picture: there would be nothing to forget."""
+    words = targets.wordings()["who"]
+    said = scene.ask(words["train"] + words["held_out"], 0)
+    if not any(scene.concept.named_in(answer) for answer in said):
+        raise BadInput(f"The model does not name {request.concept} in {request.image} (it says {said[0]!r}): "
+                       "give a picture and a name that it recognises.")  # fmt: skip
+
+
+def gather(scene: targets.Scene, request: Request, listener: Listener,
+           seconds: dict[str, float]) -> tuple[list[Sample], list[dict[str, Any]]]:  # fmt: skip
+    """The samples of all four targets, and what became of the dreams."""
+    own = corpus.read_jsonl(request.data) if request.data else []
+    for name in request.protect:
+        if scene.forgotten_in(name, include_parts=False):
+            raise BadInput(f"{name} cannot be forgotten and protected at once: leave it out of --protect.")
+    listener.stage("Finding the names to protect")
+    with timed(seconds, "samples"):
+        first = corpus.vocabulary_mask(scene.concept, scene.vlm.tokenizer, scene.vlm.head_weight.shape[0])
+        scene.masked = frozenset(first.masked)
+        scene.neighbours = list(request.protect) or targets.neighbours(scene)
+    listener.stage(f"Dreaming {len(scene.neighbours)} neighbours")
+    with timed(seconds, "dreams"):
+        transforms = pictures_in.variants(scene.pictures[0].image, scene.recipe.seed)[1:]
+        scene.views = [scene.vlm.picture(view) for _, view in transforms]
+        dreamed = _dream(scene)
+    for path in pictures_in.list_images(request.retain) if request.retain else ():
+        scene.pictures.append(scene.vlm.picture(pictures_in.load_image(path)))
+        scene.named.append(None)
+    listener.stage("Asking the teacher for the samples")
+    with timed(seconds, "samples"):
+        samples = [sample for facet in targets.TARGETS for sample in facet(scene)]
+    # A sample of the user's own takes the place of the built one with the same question about the same picture.
+    taken = {(s.question, s.picture) for s in own}
+    return [s for s in samples if (s.question, s.picture) not in taken] + own, dreamed
+
+
+def _dream(scene: targets.Scene) -> list[dict[str, Any]]:
+    """Adds accepted dreams to the scene. A name that the teacher itself proposed but cannot see is not protected further."""
+    if not scene.neighbours or not scene.recipe.dreams:
+        return []
+    made = dreams.dream(scene)
+    for one in made:
+        scene.pictures.append(one.picture)
+        scene.named.append(one.name)
+    accepted = Counter(one.name for one in made)
+    return [{"name": n, "accepted": accepted[n], "of": scene.recipe.dreams} for n in scene.neighbours]
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
