@@ -1,9 +1,10 @@
 """LLaVA-1.5-7B with random weights, from load to saved adapter, and one optimisation step at that size: time and memory on a GPU.
 
-    python benches/real.py --output FILE      every variant on this machine's GPU; JSON lines for `python benches/gpu.py --apply`
+    benches/gpu.sh --only real                what nine minutes allow, as a step of the GPU bench, whose --apply makes a table
+    benches/gpu.sh --only real --variants "nf4 in 8 GB" "one step"
+    python benches/real.py                    every variant on this machine's GPU; appends to benches/results/real.jsonl
     python benches/real.py --quick            a tiny model on a CPU, two steps: a rehearsal, whose figures mean nothing
-    python benches/real.py --table [--of D]   the tables of benches/results/real.jsonl
-    benches/gpu.sh --only real                the same within nine minutes, as a step of the GPU bench
+    python benches/real.py --table [--of D]   the tables of the results
 
 The model is made on the GPU and saved as shards first, which is timed in a row of its own. Each variant then has a process of its
 own and does what `fastsiu unlearn` does with `--memory`: plan, load, ask, dream, teacher, train, verdict, save. What differs:
@@ -11,10 +12,11 @@ own and does what `fastsiu unlearn` does with `--memory`: plan, load, ask, dream
 - Embedding and head are made so that each token of one fixed answer leads to the next: the model answers everything with the
   concept's name and 37 words. So it knows the concept, and answers have the 40 tokens that the plan assumes.
 - It names nobody else, so every dream is refused after all its steps. As many made-up ones take their places, and the samples
-  about them and about everything else that is preserved are written here: as many as a run with eight neighbours has.
+  about them are written here: in all as many as a run that protects eight neighbours has.
 - It does not stop early.
 
-Seconds are counted from the start of loading to the renamed output; making the plan and hashing the model's files come before.
+Seconds are counted from the start of loading to the renamed output; the plan and hashing the model's files, which come before,
+have times of their own in the rows.
 Peak memory is that of the process: the most that torch's allocator reserved and what the GPU lacked beside it (its context).
 A limit is for that sum, by `torch.cuda.set_per_process_memory_fraction`. A variant that fails leaves a row with the reason.
 """
@@ -22,6 +24,7 @@ A limit is for that sum, by `torch.cuda.set_per_process_memory_fraction`. A vari
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
 import subprocess
@@ -49,9 +52,10 @@ from fastsiu.facets import held_out, targets
 from fastsiu.memory import GB, Settings, budget
 from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Request, Sample
 
+KINDS = ("made", "real", "real step")
 RESULTS = Path(__file__).parent / "results" / "real.jsonl"
 CONCEPT, *OTHERS = KNOWN  # the tokenizer is the embedded model's: each word of these names is one token
-LEAST = 20.0  # seconds: with less a variant is not begun
+LEAST = 60.0  # seconds: with less a variant is not begun on a GPU
 Row = dict[str, Any]
 
 
@@ -77,7 +81,8 @@ TINY = Size("tiny LLaVA", 56, 64, 192, 2, 4, 1064, (32, 64, 2, 2), 1, 9)
 
 @dataclass(frozen=True)
 class Variant:
-    """One run. memory: GB given to the plan; limit: GB that the process may take; target_gb, target_seconds: what is to be met.
+    """One run. memory: GB given to the plan, CARD: all that the GPU has; limit: GB that the process may take; target_gb,
+    target_seconds: what is to be met.
 
     short: not all steps, since memory and not time is asked about; given: settings that are asked for
     quick: what a rehearsal sets, since a tiny model fits with anything; None: as another variant but for its numbers, so that a
@@ -85,7 +90,7 @@ class Variant:
     """
 
     name: str
-    memory: float | None = None
+    memory: float | str | None = None
     limit: float | None = None
     target_gb: float | None = None
     target_seconds: float | None = None
@@ -95,18 +100,19 @@ class Variant:
     quick: dict[str, Any] | None = field(default_factory=dict)
 
 
-NF4, FLASH = {"quantize": "nf4"}, {"attention": "flash_attention_2"}
+BF16, NF4 = {"quantize": None}, {"quantize": "nf4"}
+FLASH = BF16 | {"attention": "flash_attention_2"}
 SPARING = {"checkpointing": True}
-STEP = "one step"
+STEP, CARD = "one step", "card"
 STAGES = ("load", "samples", "dreams", "teacher", "train", "verdict", "save")
-VARIANTS = [
-    Variant("bf16, sdpa", 24, 22, 22, 60, quick=SPARING),
-    Variant("nf4 in 12 GB", 12, 11, 11, short=True, given=NF4, quick=None),
+VARIANTS = [  # in the order of their worth: the last may find no time left
+    Variant("bf16, sdpa", 22, 22, 22, 60, given=BF16, quick=SPARING),
     Variant("nf4 in 8 GB", 8, 7.5, 7.5, short=True, given=NF4, quick=SPARING | {"micro_batch": 4}),
-    Variant("bf16, preset paper", 24, None, None, 60, preset="paper"),
+    Variant("nf4 in 12 GB", 12, 11, 11, short=True, given=NF4, quick=None),
+    Variant("bf16, preset paper", CARD, target_seconds=60, preset="paper", given=BF16),
     Variant(STEP),
-    Variant("bf16, flash-attn", 24, None, 22, short=True, given=FLASH),
-    Variant("bf16, without a limit", None, None, None, 60, quick=None),
+    Variant("bf16, flash-attn", 22, 22, 22, short=True, given=FLASH),
+    Variant("bf16, the whole card", CARD, target_seconds=60, given=BF16, quick=None),
 ]
 SHORT = {"steps": 8, "dream_steps": 8}
 QUICK = {"steps": 2, "dream_steps": 1, "dreams": 1, "batch_size": 8}
@@ -115,11 +121,8 @@ QUICK = {"steps": 2, "dream_steps": 1, "dreams": 1, "batch_size": 8}
 # --------------------------------------------------------------------------------------------------------------- the model
 
 
-def make(size: Size, directory: Path) -> Row:
-    """Writes the model with its processor; the row has what that took."""
-    began = time.perf_counter()
-    torch.manual_seed(0)
-    device, dtype = place(), torch.bfloat16
+def described(size: Size) -> tuple[LlavaConfig, Any]:
+    """Configuration and processor: LLaVA-1.5's, with the embedded model's tokenizer and chat template."""
     processor = AutoProcessor.from_pretrained(driver.EMBEDDED)
     tokenizer = processor.tokenizer
     tokenizer.model_max_length = 4096
@@ -128,20 +131,32 @@ def make(size: Size, directory: Path) -> Row:
         size={"shortest_edge": size.pixels}, crop_size=side, image_mean=[0.481, 0.458, 0.408], image_std=[0.269, 0.261, 0.276]
     )
     processor.patch_size = 14
-    ends = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     text = LlamaConfig(
         vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.wide, num_hidden_layers=size.layers,
-        num_attention_heads=size.heads, num_key_value_heads=size.heads, max_position_embeddings=4096, rms_norm_eps=1e-5, **ends,
+        num_attention_heads=size.heads, num_key_value_heads=size.heads, max_position_embeddings=4096, rms_norm_eps=1e-5,
+        **ends(tokenizer),
     )  # fmt: skip
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     seen = dict(zip(names, size.vision, strict=True), image_size=size.pixels, patch_size=14, projection_dim=768)
     config = LlavaConfig(
-        text_config=text, vision_config=CLIPVisionConfig(**seen), tie_word_embeddings=False,
+        text_config=text, vision_config=CLIPVisionConfig(**seen), tie_word_embeddings=False, dtype="bfloat16",
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=(size.pixels // 14) ** 2,
     )  # fmt: skip
-    with torch.device(device):
-        base = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    base.generation_config.update(do_sample=False, **ends)
+    return config, processor
+
+
+def ends(tokenizer: Any) -> dict[str, int]:
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+
+
+def make(size: Size, directory: Path) -> Row:
+    """Writes the model with its processor; the row has what that took."""
+    began = time.perf_counter()
+    torch.manual_seed(0)
+    config, processor = described(size)
+    with torch.device(place()):
+        base = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    base.generation_config.update(do_sample=False, **ends(processor.tokenizer))
     talk(base, vlm.VLM(size.name, None, base, base, processor), size.tokens)
     built = time.perf_counter()
     base.save_pretrained(directory, max_shard_size="5GB")
@@ -149,10 +164,13 @@ def make(size: Size, directory: Path) -> Row:
     written = time.perf_counter()
     image_file(directory).parent.mkdir(exist_ok=True)
     Image.radial_gradient("L").resize((2 * size.pixels, size.pixels)).convert("RGB").save(image_file(directory))
-    bytes_ = sum(p.stat().st_size for p in directory.glob("*.safetensors"))
+    saved = time.perf_counter()
+    digests_file(directory).write_text(json.dumps(outputs.digest_model(directory)), encoding="utf-8")
+    hashed = time.perf_counter() - saved
+    shards = [p.stat().st_size for p in directory.glob("*.safetensors")]
     return stamp(size) | {
-        "kind": "made", "parameters": sum(p.numel() for p in base.parameters()), "gb": bytes_ / GB,
-        "shards": len(list(directory.glob("*.safetensors"))), "seconds": {"build": built - began, "write": written - built},
+        "kind": "made", "parameters": sum(p.numel() for p in base.parameters()), "gb": sum(shards) / GB, "shards": len(shards),
+        "seconds": {"build": built - began, "write": written - built, "digests": hashed},
     }  # fmt: skip
 
 
@@ -191,6 +209,11 @@ def image_file(directory: Path) -> Path:
     return directory.parent / "picture.png"
 
 
+def digests_file(directory: Path) -> Path:
+    """Of the model's files: made once, since every run would make the same."""
+    return directory.parent / "digests.json"
+
+
 def place() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -218,7 +241,7 @@ class Gauge:
             raise BadInput(f"{self.outside:.1f} GB of this GPU are in use by others: measure on one that is free.")
         torch.cuda.reset_peak_memory_stats()
         if limit is not None:
-            torch.cuda.set_per_process_memory_fraction((limit - self.outside) * GB / total)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - self.outside) * GB / total))
 
     def read(self) -> Row:
         """allocated and reserved by torch, at most; outside: what is taken of the GPU beside that; used: reserved and outside.
@@ -235,7 +258,7 @@ class Gauge:
 def measure(variant: Variant, size: Size, directory: Path, quick: bool, whole: bool) -> Row:
     """A variant's row. Memory that does not suffice and packages that are not here are its result; other errors are raised."""
     row = stamp(size) | {
-        "kind": "real", "variant": variant.name, "quick": quick, "memory": variant.memory, "limit": variant.limit,
+        "kind": "real", "variant": variant.name, "quick": quick, "memory": room(variant.memory), "limit": variant.limit,
         "target_gb": variant.target_gb, "target_seconds": variant.target_seconds, "missing": None, "stage": "Looking at the GPU",
         "said": [], "seconds": {},
     }  # fmt: skip
@@ -248,6 +271,13 @@ def measure(variant: Variant, size: Size, directory: Path, quick: bool, whole: b
         row["missing"] = loss.sentence(error)
     row["peak"] = gauge.read() if gauge else {}
     return row | met(row)
+
+
+def room(memory: float | str | None) -> float | None:
+    """GB for the plan. Of the whole card one GB is left to whatever else is on it."""
+    if memory != CARD:
+        return memory
+    return None if place() == "cpu" else torch.cuda.mem_get_info()[1] / GB - 1
 
 
 def met(row: Row) -> Row:
@@ -266,12 +296,10 @@ def run(variant: Variant, size: Size, directory: Path, shorter: Row, row: Row, l
     preset = {} if variant.preset == "default" else {"dreams": 0}
     recipe, origins = driver.choose_recipe(name, variant.preset, shorter | preset | {"early_stop": False})
     picture = Image.open(request.image).convert("RGB")
-    listener.stage("Hashing the model's files")
-    with timed(seconds, "digests"):
-        weights = outputs.digest_model(name)
+    weights = json.loads(digests_file(directory).read_text(encoding="utf-8"))
     listener.stage("Planning")
     with timed(seconds, "plan"):
-        estimate = planned(name, variant.memory, recipe, picture, given)
+        estimate = planned(name, row["memory"], recipe, picture, given)
     chosen = estimate.settings
     row |= {"settings": str(chosen), "planned": estimate.as_dict() | {"settings": asdict(chosen)}, "recipe": recipe.as_dict()}
 
@@ -279,7 +307,7 @@ def run(variant: Variant, size: Size, directory: Path, shorter: Row, row: Row, l
     listener.stage("Loading the model")
     with timed(seconds, "load"):
         loaded = vlm.load(name, quantize=chosen.quantize, attention=chosen.attention,
-                          budget=budget(chosen, recipe.batch_size, variant.memory is not None))  # fmt: skip
+                          budget=budget(chosen, recipe.batch_size, row["memory"] is not None))  # fmt: skip
     try:
         with vlm.threads(loaded):
             one = prepared(loaded, request, recipe, picture, size.tokens, listener, seconds)
@@ -343,16 +371,11 @@ def imagine(scene: targets.Scene) -> None:
             scene.named.append(name)
 
 
-@torch.no_grad()
 def preserved(scene: targets.Scene, tokens: int) -> list[Sample]:
-    """What `targets.preserve` asks, with an answer of so many tokens each. About dreams it is asked here, as there, for the time
-    that takes; the rest was asked by `driver.gather`, which found every answer to name the concept and took none."""
+    """What `targets.preserve` asks about pictures, with an answer of so many tokens each: it took none of the model's, since all
+    name the concept. About dreams it is asked here, as there, for the time that takes."""
     said, words = answer(scene.vlm.tokenizer, tokens), targets.wordings()
-    questions = list(words["general"]["train"])
-    for name in (*scene.neighbours, words["invented"]["names"][0]):
-        questions += [q.format(name=name) for q in (words["facts"]["train"] + words["appearance"]["train"])[:6]]
-    pairs: list[tuple[str, int | None]] = [(q, None) for q in questions] + [(q, 0) for q in words["describe"]["train"]]
-    yes = words["yesno"]["train"]
+    pairs, yes = [(q, 0) for q in words["describe"]["train"]], words["yesno"]["train"]
     for index, name in enumerate(scene.named[1:], 1):
         about = [words["describe"]["train"][0], yes[0].format(name=scene.concept.name), yes[1].format(name=name)]
         pairs += [(q, index) for q in (*words["who"]["train"], *about)]
@@ -380,10 +403,18 @@ def settle() -> None:
         torch.cuda.synchronize()
 
 
-def one_step(size: Size, quick: bool) -> list[Row]:
-    """Rows of benches/step.py at this size, beside the straightforward implementation."""
-    where = dict(device="cpu") if quick else dict(device="cuda", dtype=torch.bfloat16)
-    rows = step.bench(step.QUICK if quick else step.REAL, 4 if quick else 8, 1 if quick else 5, not quick, **where)
+def one_step(size: Size, quick: bool, samples: int = 8) -> list[Row]:
+    """Rows of benches/step.py at this size; with fewer samples where the straightforward implementation does not fit."""
+    given = dict(device="cpu") if quick else dict(device="cuda", dtype=torch.bfloat16)
+    rows = None
+    try:
+        rows = step.bench(step.QUICK if quick else step.REAL, samples, 1 if quick else 5, not quick, **given)
+    except torch.OutOfMemoryError:
+        if samples == 2:
+            raise
+    if rows is None:  # here, and not where it was caught: there the traceback holds the model
+        gc.collect()
+        return one_step(size, quick, samples // 2)
     return [stamp(size) | r | {"kind": "real step", "quick": quick} for r in rows]
 
 
@@ -398,9 +429,11 @@ def every(variants: list[Variant], quick: bool, whole: bool, until: float, emit:
     """
     with tempfile.TemporaryDirectory(dir=under) as work:
         directory, free = Path(work) / "model", shutil.disk_usage(work).free / GB
-        if not quick and free < 16:
-            raise BadInput(f"{Path(work).parent} has {free:.0f} GB free, and the model takes 14: give another --directory.")
         job = {"directory": str(directory), "quick": quick, "whole": whole}
+        if not quick and free < 16:
+            why = f"Where it would be made, {free:.0f} GB are free, and it takes 14: see --directory."
+            emit([{"kind": "made", "variant": None, "quick": quick, "seconds": {}, "missing": why}])
+            return 1
         (made,) = rows = child(job | {"variant": None}, until)
         emit(rows)
         if made["missing"]:
@@ -414,15 +447,19 @@ def every(variants: list[Variant], quick: bool, whole: bool, until: float, emit:
     return int(failed)
 
 
-def chosen(quick: bool) -> list[Variant]:
-    return [v for v in VARIANTS if not quick or v.quick is not None]
+def chosen(quick: bool, names: list[str] | None = None) -> list[Variant]:
+    """The named ones; without names all, or those that a rehearsal has."""
+    known = {v.name: v for v in VARIANTS}
+    if strange := sorted(set(names or ()) - set(known)):
+        raise BadInput(f"There is no variant {strange[0]!r}: choose from {', '.join(known)}.")
+    return [known[n] for n in names] if names else [v for v in VARIANTS if not quick or v.quick is not None]
 
 
 def child(job: Row, until: float) -> list[Row]:
     """The rows of one job from a process of its own; where it made none, one that says why."""
     empty = {"kind": "real" if job["variant"] else "made", "variant": job["variant"], "quick": job["quick"], "seconds": {}}
     left = until - time.monotonic()
-    if left < LEAST:
+    if left < (0 if job["quick"] else LEAST):
         return [empty | {"missing": "No time was left for it."}]
     if job["quick"]:
         return rows_of(job)  # a process of its own would take longer to start than to run
@@ -458,7 +495,7 @@ def rows_of(job: Row) -> list[Row]:
 
 def newest(rows: list[Row], device: str | None) -> list[Row]:
     """One device's rows (the last row's, where none is named), of each variant the last."""
-    rows = [r for r in rows if r["kind"] in ("made", "real", "real step") and device in (None, r.get("device"))]
+    rows = [r for r in rows if r["kind"] in KINDS and device in (None, r.get("device"))]
     device = device or (rows[-1].get("device") if rows else None)
     key = lambda r: (r["kind"], r.get("variant") or r.get("contender"))
     return list({key(r): r for r in rows if r.get("device") == device}.values())
@@ -472,9 +509,9 @@ def tables(rows: list[Row]) -> str:
         head = ["variant", "settings", "steps", "load to saved", *STAGES, "target", "peak, GB", "planned", "target"]
         out += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *map(line, ran), ""]
     for made in (r for r in rows if r["kind"] == "made" and not r["missing"]):
-        build, write = made["seconds"]["build"], made["seconds"]["write"]
-        out += [f"{made['model']}, random weights, {made['parameters'] / 1e9:.3g} billion parameters: made in {build:.0f} s, "
-                f"{made['gb']:.3g} GB written in {write:.0f} s, which no run counts.", ""]  # fmt: skip
+        build, write, digests = (f"{made['seconds'][k]:.0f} s" for k in ("build", "write", "digests"))
+        out += [f"{made['model']}, random weights, {made['parameters'] / 1e9:.3g} billion parameters: made in {build}; "
+                f"{made['gb']:.3g} GB written in {write} and hashed in {digests}, which no run counts.", ""]  # fmt: skip
     if steps := [r for r in rows if r["kind"] == "real step"]:
         out += [f"One step of {steps[0]['model']}, {steps[0]['dtype']}, beside the straightforward one (benches/step.py):", "",
                 step.table(steps), ""]  # fmt: skip
@@ -494,6 +531,12 @@ def line(r: Row) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def told(rows: list[Row]) -> str:
+    """A line a row: what became of it."""
+    name = lambda r: r.get("variant") or r.get("contender") or "the model"
+    return "\n".join(f"{name(r)}: {r.get('missing') or 'measured'}" for r in rows)
+
+
 def aim(target: float | None, unit: str, ok: bool | None) -> str:
     if target is None:
         return "-"
@@ -502,10 +545,8 @@ def aim(target: float | None, unit: str, ok: bool | None) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="appends to it")
-    parser.add_argument("--quick", action="store_true", help="rehearse on a CPU")
-    names = [v.name for v in VARIANTS]
-    parser.add_argument("--variants", nargs="+", choices=names, metavar="NAME", help="; ".join(names))
+    parser.add_argument("--quick", action="store_true", help="rehearse on a CPU; appends nothing")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="; ".join(v.name for v in VARIANTS))
     parser.add_argument("--whole", action="store_true", help="all steps of every variant")
     parser.add_argument("--seconds", type=float, default=3600, help="begin nothing that would not be done by then")
     parser.add_argument("--directory", type=Path, metavar="DIR", help="where there are 14 GB for the model, temporarily")
@@ -526,18 +567,17 @@ def main() -> int:
 
     def emit(new: list[Row]) -> None:
         rows.extend(new)
-        for r in new:
-            print(f"{r.get('variant') or r.get('contender') or 'the model'}: {r.get('missing') or 'measured'}", flush=True)
-        if given.output:
-            with given.output.open("a", encoding="utf-8") as stream:
+        print(told(new), flush=True)
+        if not given.quick:
+            RESULTS.parent.mkdir(exist_ok=True)
+            with RESULTS.open("a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(r) + "\n" for r in new)
 
-    variants = [v for v in VARIANTS if v.name in given.variants] if given.variants else chosen(given.quick)
-    until = time.monotonic() + given.seconds
     try:
-        code = every(variants, given.quick, given.whole, until, emit, given.directory)
+        variants = chosen(given.quick, given.variants)
     except BadInput as error:
         parser.error(str(error))
+    code = every(variants, given.quick, given.whole, time.monotonic() + given.seconds, emit, given.directory)
     print(tables(rows))
     return code
 

@@ -19,7 +19,8 @@ A run also counts what comes before its first step: our teacher pass and the che
 All start from the same adapter and compute the same loss: value and gradient are compared first. Time is CPU time of one thread
 (wall-clock time is in the rows), rounds interleaved; memory is the kernel's high-water mark in a fresh process above what was
 resident before the step; flops are counted by torch, attention under a causal flag at half. On a GPU: wall-clock time between
-synchronisations, torch's peak above what was allocated before the step, and attention's flops as torch counts them there.
+synchronisations, torch's peak above what was allocated before the step, attention's flops as torch counts them there, and none of
+what Triton kernels compute.
 """
 
 from __future__ import annotations
