@@ -44,7 +44,7 @@ import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from fastsiu import adapter, ask, corpus, driver, plan, vlm
+from fastsiu import adapter, ask, corpus, driver, plan, session, source, vlm
 from fastsiu import output as outputs
 from fastsiu.concept import Concept
 from fastsiu.demo.world import KNOWN
@@ -263,7 +263,7 @@ def measure(variant: Variant, size: Size, directory: Path, quick: bool, whole: b
         "target_gb": variant.target_gb, "target_seconds": variant.target_seconds, "missing": None, "stage": "Looking at the GPU",
         "said": [], "seconds": {},
     }  # fmt: skip
-    listener = driver.Listener(stage=lambda text: row.update(stage=text), note=row["said"].append)
+    listener = session.Listener(stage=lambda text: row.update(stage=text), note=row["said"].append)
     gauge = None
     try:
         gauge = Gauge(variant.limit)
@@ -289,7 +289,7 @@ def met(row: Row) -> Row:
     return {"met_gb": fits, "met_seconds": fast}
 
 
-def run(variant: Variant, size: Size, directory: Path, shorter: Row, row: Row, listener: driver.Listener) -> Row:
+def run(variant: Variant, size: Size, directory: Path, shorter: Row, row: Row, listener: session.Listener) -> Row:
     """`driver.unlearn` step by step; `row["seconds"]` fills as it goes."""
     seconds, name = row["seconds"], str(directory)
     given = variant.given | ((variant.quick or {}) if row["quick"] else {})
@@ -312,9 +312,9 @@ def run(variant: Variant, size: Size, directory: Path, shorter: Row, row: Row, l
     try:
         with vlm.threads(loaded):
             one = prepared(loaded, request, recipe, picture, size.tokens, listener, seconds)
-            made, history = driver.learn(loaded, [one], recipe, listener=listener, seconds=seconds)
+            made, history = session.learn(loaded, [one], recipe, listener=listener, seconds=seconds)
             settle()
-            trained = driver.Trained(one.scene, made, history, one.dreamed, seconds)
+            trained = session.Trained(one.scene, made, history, one.dreamed, seconds)
             listener.stage("Asking again, with the adapter on and off")
             with timed(seconds, "verdict"):
                 verdict, answers = held_out.examine(one.scene)
@@ -338,8 +338,8 @@ def run(variant: Variant, size: Size, directory: Path, shorter: Row, row: Row, l
 def planned(name: str, memory: float | None, recipe: Recipe, picture: Any, given: Row) -> Any:
     """The estimate of the settings that the driver would choose. Raises BadInput where none fits or a package is not here."""
     asked = Settings(dtype="auto", device=place(), **given)
-    vlm.check_packages(place(), asked.dtype, asked.quantize, asked.attention, asked.optimizer)
-    config, processor, _ = vlm.describe(name, None)
+    source.check_packages(place(), asked.dtype, asked.quantize, asked.attention, asked.optimizer)
+    config, processor, _ = source.describe(name, None)
     work = plan.workload_of(config, processor, picture)
     found = plan.plan(name, memory, asked, recipe=recipe, config=config, work=work, fixed=frozenset(given))
     if found.chosen is None and memory is not None:
@@ -347,18 +347,18 @@ def planned(name: str, memory: float | None, recipe: Recipe, picture: Any, given
     return found.chosen or found.estimates[0]
 
 
-def prepared(loaded: vlm.VLM, request: Request, recipe: Recipe, picture: Any, tokens: int, listener: driver.Listener,
-             seconds: Row) -> driver.Prepared:  # fmt: skip
-    """`driver.prepare`, with made-up dreams in the place of the refused ones and with samples of what is preserved."""
+def prepared(loaded: vlm.VLM, request: Request, recipe: Recipe, picture: Any, tokens: int, listener: session.Listener,
+             seconds: Row) -> session.Prepared:  # fmt: skip
+    """`session.prepare`, with made-up dreams in the place of the refused ones and with samples of what is preserved."""
     with timed(seconds, "samples"):
         scene = targets.Scene(loaded, Concept(request.concept), recipe, [loaded.picture(picture)])
-        driver.check_known(scene, request)
-    samples, dreamed = driver.gather(scene, request, listener, seconds)
+        session.check_known(scene, request)
+    samples, dreamed = session.gather(scene, request, listener, seconds)
     with timed(seconds, "samples"):
         imagine(scene)
         samples += preserved(scene, tokens)
         made = corpus.build(loaded, scene.concept, samples, scene.pictures, recipe)
-    return driver.Prepared(request, scene, made, dreamed)
+    return session.Prepared(request, scene, made, dreamed)
 
 
 def imagine(scene: targets.Scene) -> None:
