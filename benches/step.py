@@ -27,7 +27,8 @@ batch of their own.
 
 All start from the same adapter and compute the same loss: value and gradient are compared first. Time is CPU time of one thread
 (wall-clock time is in the rows), rounds interleaved; memory is the kernel's high-water mark in a fresh process above what was
-resident before the step; flops are counted by torch, attention under a causal flag at half.
+resident before the step, where what is freed goes back at once: else glibc keeps up to as much again, differently from process to
+process; flops are counted by torch, attention under a causal flag at half.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -248,7 +250,8 @@ def times(work: Work, rounds: int) -> dict[str, dict[str, list[float]]]:
 def memory(contender: str, size: Size, samples: int) -> dict[str, Any]:
     """{"mib": peak extra memory of a step} in a process of its own, or {"mib_missing": why}."""
     job = json.dumps([contender, [size.pixels, size.hidden, size.layers], samples])
-    done = subprocess.run([sys.executable, __file__, "--memory", job], capture_output=True, text=True)
+    returned = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # and the threshold no longer grows with what is freed
+    done = subprocess.run([sys.executable, __file__, "--memory", job], capture_output=True, text=True, env=returned)
     lines = done.stdout.strip().splitlines()
     return json.loads(lines[-1]) if done.returncode == 0 and lines else {"mib_missing": done.stderr.strip()[-300:]}
 
