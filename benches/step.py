@@ -11,16 +11,27 @@ The model is LLaVA-1.5's with everything divided by 16: 576 image tokens from a 
 flops do not depend on them. A sample is one question with its answer, 40 tokens behind the prefix, 20 of them supervised.
 
 straightforward  right-padded batches of whole samples; the vision tower, the logits and the teacher (adapter off) in every step
+torchunlearn     its SIU trainer as its authors wrote it, where it can be imported. PyPI's torchunlearn 0.1.0 has none:
+                 pip install git+https://github.com/Harry24k/machine-unlearning-pytorch
 plain            ours without a shared prefix: image features and teacher cached, fused loss on the supervised rows
 packed, key/value, as chosen   the same with the prefix shared
 
-A run also counts what comes before its first step: our teacher pass and the check of the ways of sharing; they need neither.
+A run also counts what comes before its first step: our teacher pass and the check of the ways of sharing. The straightforward one
+needs neither; torchunlearn copies the model, which neither its seconds nor its memory count (`reference_mib` in the rows).
+
+torchunlearn is given finished batches (its collator does not run), the same adapter, optimiser and weights, and what costs it the
+least time: nothing clipped, recorded or checkpointed. By its design the copy, with an idle adapter, sees every batch in every
+step, and both softmaxes cover all positions, image tokens included. Its loss is the same: means over the supervised positions of
+the cross entropy and of the KL's terms that the vocabulary mask leaves, not normalised again (it cuts probabilities off at
+1e-12). It differs where this bench does not go: it searches for K_S and K_V by token ids, and averages retained samples in a
+batch of their own.
 
 All start from the same adapter and compute the same loss: value and gradient are compared first. Time is CPU time of one thread
 (wall-clock time is in the rows), rounds interleaved; memory is the kernel's high-water mark in a fresh process above what was
-resident before the step; flops are counted by torch, attention under a causal flag at half. On a GPU: wall-clock time between
-synchronisations, torch's peak above what was allocated before the step, attention's flops as torch counts them there, and none of
-what Triton kernels compute.
+resident before the step, where what is freed goes back at once: else glibc keeps up to as much again, differently from process to
+process; flops are counted by torch, attention under a causal flag at half. On a GPU: wall-clock time between synchronisations,
+torch's peak above what was allocated before the step, attention's flops as torch counts them there, and none of what Triton
+kernels compute.
 """
 
 from __future__ import annotations
@@ -29,6 +40,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -50,10 +62,21 @@ from fastsiu import TeacherCache, adapter, fused_dmk_ce, prefix
 from fastsiu.request import Recipe
 from fastsiu.vlm import VLM, Encoded, Picture, collate
 
+try:
+    import torchunlearn
+    from torchunlearn.nn import SeqRobModel
+    from torchunlearn.unlearn.trainers.seq import SIU
+
+    LEFT_OUT = None
+except ImportError as error:
+    LEFT_OUT = f"torchunlearn's SIU is left out ({error}): pip install git+https://github.com/Harry24k/machine-unlearning-pytorch"
+
 RESULTS = Path(__file__).parent / "results" / "step.jsonl"
 SUFFIX, SUPERVISED, ALPHA, BETA = 40, 20, 0.9, 0.75
-THEIRS = "straightforward"
+THEIRS, SIU_THERE = "straightforward", "torchunlearn"
 WAYS: dict[str, tuple[str, ...] | None] = {"plain": (), "packed": ("packed",), "key/value": ("key/value",), "as chosen": None}
+OTHERS = (THEIRS,) if LEFT_OUT else (THEIRS, SIU_THERE)
+NAME = range(20, 30)  # the concept's tokens, which the vocabulary mask leaves out
 
 
 @dataclass(frozen=True)
@@ -72,6 +95,15 @@ class Size:
 FULL, QUICK, REAL = Size(336, 256, 4), Size(112, 64, 2), Size(336, 4096, 32)
 
 
+class Numbers:
+    """A tokenizer whose words are ids."""
+
+    pad_token, pad_token_id = "<pad>", 0
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
 class Work:
     """One model with an adapter, `samples` turns about one picture, and a step of each contender on the same batch."""
 
@@ -86,7 +118,7 @@ class Work:
         config = LlavaConfig(text_config=text, vision_config=seen, image_token_index=image, image_seq_length=size.tokens)
         with torch.device(device):
             base = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval().requires_grad_(False)
-        self.vlm = VLM("bench", None, base, base, SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0)))
+        self.vlm = VLM("bench", None, base, base, SimpleNamespace(tokenizer=Numbers()))
         self.pixels = torch.rand(1, 3, size.pixels, size.pixels).to(device, dtype)
         with torch.no_grad():
             features = base.model.get_image_features(self.pixels, return_dict=True)
@@ -99,8 +131,13 @@ class Work:
             rows = torch.arange(ids.shape[1] - 1 - SUPERVISED, ids.shape[1] - 1, device=device)
             self.turns.append(Encoded({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, rows, ids[0, rows + 1]))
         self.keep = torch.ones(V, dtype=torch.bool, device=device)
-        self.keep[20:30] = False
+        self.keep[list(NAME)] = False
         adapter.attach(self.vlm, Recipe())
+        if not LEFT_OUT:  # before the adapter moves: at its first cost it copies the model, adapter and all, as the reference
+            wrapped = SeqRobModel(self.vlm.model, self.vlm.processor, modality="image_text")
+            self.siu = SIU(wrapped, " ".join(map(str, NAME)), ce_weight=ALPHA, dmk_weight=BETA)
+            with torch.no_grad():
+                self.siu.calculate_cost(self.siu_batch(1))
         self.trained = [p for p in self.vlm.model.parameters() if p.requires_grad]
         for parameter in self.trained:  # a student that has moved: B is zero at first
             torch.nn.init.normal_(parameter, std=0.02)
@@ -108,6 +145,8 @@ class Work:
         self.labels = torch.cat([turn.labels for turn in self.turns])
 
     def loss(self, contender: str) -> Tensor:
+        if contender == SIU_THERE:
+            return self.siu.calculate_cost(self.siu_batch())
         return self.theirs() if contender == THEIRS else self.ours(contender)
 
     def ours(self, contender: str) -> Tensor:
@@ -124,11 +163,21 @@ class Work:
             hidden = prefix.supervised_states(self.vlm, self.turns, features, micro_batch=8)
         self.teacher = TeacherCache.from_hidden(hidden, self.vlm.head_weight, vocab_keep=self.keep)
 
+    def batch(self, samples: int | None = None) -> dict[str, Tensor]:
+        batch = collate([turn.inputs for turn in self.turns[:samples]], 0)
+        return batch | {"pixel_values": self.pixels.expand(len(batch["input_ids"]), -1, -1, -1)}
+
+    def siu_batch(self, samples: int | None = None) -> dict[str, dict[str, Tensor]]:
+        """As its collator gives it: labels unshifted, -100 where there is no loss."""
+        batch = self.batch(samples)
+        labels = torch.full_like(batch["input_ids"], -100)
+        for row, turn in zip(labels, self.turns, strict=False):
+            row[turn.rows + 1] = turn.labels
+        return {"Forget": batch | {"labels": labels}}
+
     def theirs(self) -> Tensor:
         """What one writes with transformers and peft: two forwards of the whole batch, and the formula on their logits."""
-        batch = collate([turn.inputs for turn in self.turns], 0)
-        batch["pixel_values"] = self.pixels.expand(len(self.turns), -1, -1, -1)
-        model = self.vlm.model
+        batch, model = self.batch(), self.vlm.model
         with torch.no_grad(), model.disable_adapter():
             teacher = model(**batch, use_cache=False).logits
         student = model(**batch, use_cache=False).logits
@@ -138,11 +187,16 @@ class Work:
         kl = (log_p.exp() * (log_p - log_q) * self.keep).sum(-1).mean()
         return ALPHA * ce + BETA * kl
 
-    def step(self, contender: str, optimiser: torch.optim.Optimizer) -> None:
+    def step(self, contender: str, optimiser: torch.optim.Optimizer) -> float:
+        if contender == SIU_THERE:
+            self.siu.setup(optimiser, clip_grad_norm=None).fit([self.siu_batch()], n_epochs=1, record_type=None)
+            self.vlm.model.eval()
+            return self.siu.dict_record["Cost"]
         loss = self.loss(contender)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
+        return loss.item()
 
     def optimiser(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.trained, lr=0.0, weight_decay=0.0)  # every round computes the same
@@ -160,9 +214,9 @@ def agreement(work: Work) -> dict[str, dict[str, float]]:
     allowed = prefix.TOLERANCE[work.vlm.head_weight.dtype]
     count, value, gradient = found(THEIRS)
     results = {THEIRS: {"flops": count, "loss": value, "loss_error": 0.0, "grad_error": 0.0}}
-    for contender in WAYS:
-        count, loss, ours = found(contender)
-        off = {"loss_error": abs(loss / value - 1), "grad_error": float((ours - gradient).norm() / gradient.norm())}
+    for contender in (*OTHERS[1:], *WAYS):
+        count, loss, other = found(contender)
+        off = {"loss_error": abs(loss / value - 1), "grad_error": float((other - gradient).norm() / gradient.norm())}
         if not max(off.values()) <= allowed:
             raise SystemExit(f"{contender} computes something else: {off}")
         results[contender] = {"flops": count, "loss": loss, **off}
@@ -187,7 +241,7 @@ def counting() -> FlopCounterMode:
 
 def times(work: Work, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of one step, CPU and wall clock; every round visits every contender, in turning order."""
-    optimisers = {c: work.optimiser() for c in (THEIRS, *WAYS)}
+    optimisers = {c: work.optimiser() for c in (*OTHERS, *WAYS)}
     results = {c: {"cpu": [], "wall": []} for c in optimisers}
     wait = torch.cuda.synchronize if work.pixels.is_cuda else lambda: None
     for number in range(rounds):
@@ -205,7 +259,8 @@ def times(work: Work, rounds: int) -> dict[str, dict[str, list[float]]]:
 def memory(contender: str, size: Size, samples: int) -> dict[str, Any]:
     """{"mib": peak extra memory of a step} in a process of its own, or {"mib_missing": why}."""
     job = json.dumps([contender, [size.pixels, size.hidden, size.layers], samples])
-    done = subprocess.run([sys.executable, __file__, "--memory", job], capture_output=True, text=True)
+    returned = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # and the threshold no longer grows with what is freed
+    done = subprocess.run([sys.executable, __file__, "--memory", job], capture_output=True, text=True, env=returned)
     lines = done.stdout.strip().splitlines()
     return json.loads(lines[-1]) if done.returncode == 0 and lines else {"mib_missing": done.stderr.strip()[-300:]}
 
@@ -251,13 +306,15 @@ def bench(size: Size, samples: int, rounds: int, with_memory: bool = True, devic
     chosen = part.cheapest(None)
     timing = times(work, rounds)
     rows = []
-    for contender in (THEIRS, *WAYS):
+    reference = sum(p.numel() * p.element_size() for p in work.vlm.model.parameters()) / 2**20
+    for contender in (*OTHERS, *WAYS):
         row = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(), "device": device_name(device),
             "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__,
             "contender": contender, "samples": samples, "dtype": str(dtype).removeprefix("torch."), "prefix": part.length,
             "suffix": SUFFIX, "hidden": size.hidden, "layers": size.layers,
             "chosen": chosen if contender == "as chosen" else None, **errors[contender],
+            **({"torchunlearn": torchunlearn.__version__, "reference_mib": reference} if contender == SIU_THERE else {}),
             "cpu_seconds": statistics.median(timing[contender]["cpu"]), "rounds": timing[contender]["cpu"],
             "wall_seconds": statistics.median(timing[contender]["wall"]),
             **(gpu_memory(work, contender) if gpu else memory(contender, size, samples) if with_memory else {}),
@@ -271,29 +328,25 @@ def bench(size: Size, samples: int, rounds: int, with_memory: bool = True, devic
 
 
 def run(size: Size, samples: int, batch: int, steps: int) -> list[dict[str, Any]]:
-    """A whole run of both, from a model without teacher or check to its last step: time, loss curve, final adapter."""
+    """A whole run of each, from a model without teacher or check to its last step: time, loss curve, final adapter."""
     work, curves, adapters, rows = Work(size, samples), {}, {}, []
     start = [p.detach().clone() for p in work.trained]
     turns, labels = work.turns, work.labels
-    for contender in (THEIRS, "as chosen"):
+    for contender in (*OTHERS, "as chosen"):
         with torch.no_grad():
             for p, value in zip(work.trained, start, strict=True):
                 p.copy_(value)
         work.turns, work.labels, work.found = turns, labels, ()
         optimiser = torch.optim.AdamW(work.trained, lr=2e-4, weight_decay=0.0)
         cpu, wall, curve = time.process_time(), time.perf_counter(), []
-        if contender != THEIRS:
+        if contender not in OTHERS:
             work.prepare()
         teacher = work.teacher
         for step in range(steps):
             chosen = [(step * batch + i) % samples for i in range(batch)]
             at = torch.tensor([n for i in chosen for n in range(i * SUPERVISED, (i + 1) * SUPERVISED)])
             work.turns, work.labels, work.teacher = [turns[i] for i in chosen], labels[at], teacher[at]
-            loss = work.loss(contender)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            curve.append(loss.item())
+            curve.append(work.step(contender, optimiser))
         work.teacher = teacher
         curves[contender], adapters[contender] = curve, torch.cat([p.detach().flatten() for p in work.trained])
         rows.append({
@@ -304,12 +357,12 @@ def run(size: Size, samples: int, batch: int, steps: int) -> list[dict[str, Any]
             "wall_seconds": time.perf_counter() - wall, "losses": curve,
         })  # fmt: skip
     moved = adapters[THEIRS] - torch.cat([x.flatten() for x in start])
-    off = {
-        "loss_error": max(abs(a / b - 1) for a, b in zip(curves["as chosen"], curves[THEIRS], strict=True)),
-        "adapter_error": float((adapters["as chosen"] - adapters[THEIRS]).norm() / moved.norm()),
-    }
     for row in rows:
-        row |= {"faster": rows[0]["cpu_seconds"] / row["cpu_seconds"]} | off
+        row |= {
+            "faster": rows[0]["cpu_seconds"] / row["cpu_seconds"],
+            "loss_error": max(abs(a / b - 1) for a, b in zip(row["losses"], curves[THEIRS], strict=True)),
+            "adapter_error": float((adapters[row["contender"]] - adapters[THEIRS]).norm() / moved.norm()),
+        }
     return rows
 
 
@@ -354,6 +407,8 @@ def main() -> None:
         contender, size, samples = json.loads(options.memory)
         print(json.dumps(peak(contender, Size(*size), samples)))
         return
+    if LEFT_OUT:
+        print(LEFT_OUT, flush=True)
     real = dict(device="cuda", dtype=torch.bfloat16) if options.real else {}
     if options.real and not torch.cuda.is_available():
         parser.error("--real needs a GPU, and there is none here")
