@@ -399,7 +399,9 @@ def _suffixes(part: Part, members: list[int]) -> dict[str, Tensor]:
     """A right-padded batch [n, L] of what follows the prefix; the mask [n, P + L] covers both."""
     P = part.length
     L = max(part.lengths[i] for i in members) - P
-    cut = [{k: part.turns[i].inputs[k][:, P:] for k in ("input_ids", "attention_mask")} for i in members]
+    # Token types mark the picture, which is in the prefix. Which tiles a token looks at across is said of every token.
+    kept = [k for k in ("input_ids", "attention_mask", "cross_attention_mask") if k in part.turns[members[0]].inputs]
+    cut = [{k: part.turns[i].inputs[k][:, P:] for k in kept} for i in members]
     inputs = collate(cut, part.vlm.tokenizer.pad_token_id)
     inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (P, 0), value=1)
     inputs["position_ids"] = part.positions[..., members, P : P + L]
