@@ -35,8 +35,9 @@ PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "pixel_attent
 # How image features enter a model's forward, the first that it takes: put where the placeholders are, or looked at by layers of
 # their own, to which `cross_attention_mask` says which tokens look.
 ENTRIES = ("mm_encoder_outputs", "cross_attention_states")
-# What of an image's features the language model reads: the last hidden state where the projector runs inside the forward.
-READ = ("pooler_output", "last_hidden_state")
+# Where a model's image features are, the first of them that it gives: the last hidden state where the projector runs inside the
+# forward, the last name where every layer of the language model that takes some has its own.
+READ = ("pooler_output", "last_hidden_state", "deepstack_features")
 
 
 @dataclass
@@ -232,8 +233,11 @@ class VLM:
         encoder = self.base.base_model.get_image_features
         wanted = {k: found[k] for k in inspect.signature(encoder).parameters if k in found}
         features = encoder(**wanted, return_dict=True)
-        for key in set(features) - {read_key(features), "deepstack_features"}:
-            features[key] = None  # some families drag every vision layer's hidden states along
+        unread = {"hidden_states", "attentions"}  # some families drag those of every vision layer along
+        if read_key(features) == "pooler_output":
+            unread.add("last_hidden_state")
+        for key in unread & set(features):
+            features[key] = None
         return features
 
     def picture(self, image: Image.Image) -> Picture:
@@ -286,32 +290,50 @@ def collate(batch: Sequence[dict[str, Tensor]], pad_id: int) -> dict[str, Any]:
 def join_features(parts: Sequence[Any]) -> Any:
     """The image features of several turns as one batch's."""
     joined = type(parts[0])(**{k: v for k, v in parts[0].items()})
-    key = read_key(joined)
-    joined[key] = _concatenate([p[key] for p in parts])
-    if parts[0].get("deepstack_features") is not None:
-        layers = range(len(parts[0]["deepstack_features"]))
-        joined["deepstack_features"] = [_concatenate([p["deepstack_features"][i] for p in parts]) for i in layers]
+    for key in set(joined):
+        values = [p[key] for p in parts]
+        by_layer = key == "deepstack_features"
+        joined[key] = [_concatenate(layer) for layer in zip(*values, strict=True)] if by_layer else _concatenate(values)
     return joined
 
 
 def _concatenate(values: Sequence[Any]) -> Any:
-    if isinstance(values[0], Tensor):
+    first = values[0]
+    if isinstance(first, Tensor):
         return torch.cat(list(values))
-    return type(values[0])(x for value in values for x in value)
+    if isinstance(first[0], int):  # the layer that the features enter
+        return first[0], _concatenate([value[1] for value in values])
+    return type(first)(x for value in values for x in value)
 
 
 def map_features(features: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same features with `change` applied to what the projector delivered (deepstack layers are kept as they are)."""
+    """The same features with `change` applied to what the language model reads first (`READ`), the rest kept as it is."""
     out = type(features)(**{k: v for k, v in features.items()})
     key = read_key(features)
-    read = features[key]
-    out[key] = change(read) if isinstance(read, Tensor) else type(read)(change(x) for x in read)
+    out[key] = _changed(features[key], change)
     return out
 
 
+def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    return value if isinstance(value, int) else type(value)(_changed(x, change) for x in value)
+
+
+def feature_tensors(features: Any) -> list[Tensor]:
+    """What `map_features` changes, in its order."""
+    found: list[Tensor] = []
+    map_features(features, lambda x: found.append(x) or x)
+    return found
+
+
 def read_key(features: Any) -> str:
-    """Under which name the language model reads an image's features."""
-    return next(key for key in READ if features.get(key) is not None)
+    """Under which name the language model reads an image's features. Raises BadInput where there are none of a known name."""
+    found = next((key for key in READ if features.get(key) is not None), None)
+    if found is None:
+        raise BadInput(f"The model's get_image_features gives {', '.join(features) or 'nothing'}: it would need to give "
+                       f"one of {', '.join(READ)}.")  # fmt: skip
+    return found
 
 
 def features_entry(base: Any) -> str:

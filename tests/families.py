@@ -51,20 +51,24 @@ class Parts:
 
 
 BOTH = ("packed", "key/value")
-HALF = "computes in fp32 whatever the dtype"
 
 
 @dataclass(frozen=True)
 class Family:
-    """build: its parts; shares: the ways of sharing a prefix that are exact, where the questions differ; transform: of the head;
-    fp64: how near fp64 gets, and `why` where that is no better than fp32's rounding; tied: the head is the input embedding."""
+    """build:     its parts
+    shares:    the ways of sharing a prefix that are exact where the questions differ
+    transform: scale and softcap between the head and the logits
+    fp32:      relative difference allowed of hidden states and of gradients; fp64: the same, and `why` where it is not 1e-9
+    needs:     a package without which its processor cannot be made
+    """
 
     build: Callable[[], Parts]
     shares: tuple[str, ...] = BOTH
     transform: tuple[float, float | None] = (1.0, None)
+    fp32: float = 1e-5
     fp64: float = 1e-9
     why: str = ""
-    tied: bool = False
+    needs: str = ""
 
     @property
     def name(self) -> str:
@@ -473,12 +477,87 @@ def lfm2_vl():
     return Parts(config, tok, pictures(config, TinyLfm2ImageProcessor), "Lfm2VlProcessor", chatml("<image>"))
 
 
+# Nobody wrote a line for these: they follow transformers' public API ----------------------------------------------------------
+
+
+def vipllava():
+    """Features of several layers of the tower."""
+    tok = tokenizer(image_token="<image>")
+    config = transformers.VipLlavaConfig(vision_config={**clip(), "num_hidden_layers": 2}, text_config=text(tok, "llama"),
+                                         image_token_index=tok.image_token_id, vision_feature_layer=[-2, -1])  # fmt: skip
+    return Parts(config, tok, transformers.CLIPImageProcessorPil(**CLIP), "LlavaProcessor", vicuna(), LLAVA)
+
+
+def idefics2():
+    """A resampler makes the picture's tokens."""
+    tok = tokenizer("<end_of_utterance>", image_token="<image>", image_boundary_token="<fake_token_around_image>",
+                    eos="<end_of_utterance>")  # fmt: skip
+    tower = {k: v for k, v in vision("", patch_size=7).items() if k != "model_type"}
+    resampler = {"hidden_size": HIDDEN, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2,
+                 "resampler_head_dim": 16, "num_key_value_heads": 1}  # fmt: skip
+    config = transformers.Idefics2Config(vision_config=tower, perceiver_config=resampler, text_config=text(tok, "mistral"),
+                                         image_token_id=tok.image_token_id)  # fmt: skip
+    images = transformers.Idefics2ImageProcessorPil(size={"shortest_edge": 14, "longest_edge": SIDE}, do_image_splitting=False)
+    template = turns("User:", "Assistant:", "<end_of_utterance>\n", "<image>")
+    return Parts(config, tok, images, "Idefics2Processor", template, {"image_seq_len": 4})
+
+
+def ovis2():
+    """A visual vocabulary."""
+    marks = ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
+    tok = tokenizer(*CHAT, *marks, "<IMG_ATOM>", image_token="<image>", bos=None, eos="<|im_end|>")
+    tower = {**vision("ovis2_vision", patch_size=7), "vocab_size": 40, "hidden_stride": 2, "num_visual_indicator_tokens": 5}
+    config = transformers.Ovis2Config(
+        vision_config=tower, text_config=text(tok, "qwen2"), image_token_id=tok.convert_tokens_to_ids("<IMG_ATOM>"),
+        visual_indicator_token_ids=tok.convert_tokens_to_ids(list(marks)), hidden_size=HIDDEN, vocab_size=len(tok),
+    )  # fmt: skip
+    images = transformers.Ovis2ImageProcessorPil(**square(crop_to_patches=False))
+    return Parts(config, tok, images, "Ovis2Processor", chatml("<image>\n"), {"image_seq_length": 4})
+
+
+def deepseek_vl():
+    tok = tokenizer(*CHAT, image_token="<image_placeholder>", eos="<|im_end|>")
+    config = transformers.DeepseekVLConfig(vision_config=siglip(), text_config=text(tok, "llama"), image_token_id=tok.image_token_id)
+    images = transformers.DeepseekVLImageProcessorPil(**square(min_size=14))
+    return Parts(config, tok, images, "DeepseekVLProcessor", chatml("<image_placeholder>"), {"num_image_tokens": 4})
+
+
+def qwen3_5_moe():
+    rope, tower = {**INTERLEAVED, "partial_rotary_factor": 1.0}, {k: v for k, v in DEEP.items() if "deepstack" not in k}
+    more = {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 32}
+    return qwen(transformers.Qwen3_5MoeConfig, "qwen3_5_moe_text", tower, "Qwen3VLProcessor", 16, rope, **more)
+
+
+def granite4_vision():
+    """Features of several layers of the tower enter several layers of the language model; a scale on the logits that counts."""
+    tok = tokenizer(image_token="<image>")
+    tower = siglip(num_hidden_layers=2) | {"hidden_size": 64, "patch_size": 7}
+    described = text(tok, "granite4_vision_text", logits_scaling=8.0, embedding_multiplier=2.0, residual_multiplier=0.5,
+                     attention_multiplier=0.25)  # fmt: skip
+    config = transformers.Granite4VisionConfig(
+        vision_config=tower, text_config=described, image_token_index=tok.image_token_id, image_grid_pinpoints=PINS,
+        image_seq_length=4, downsample_rate="1/2", deepstack_layer_map=[[-2, 0]], spatial_target_layers=[1],
+        vision_feature_select_strategy="full", projector_dropout=0.0,
+    )  # fmt: skip
+    images = transformers.LlavaNextImageProcessorPil(**CLIP, image_grid_pinpoints=PINS)
+    options = {"patch_size": 7, "vision_feature_select_strategy": "full", "downsample_rate": "1/2"}
+    return Parts(config, tok, images, "Granite4VisionProcessor", vicuna(), options)
+
+
+NORMS = "its norms compute in fp32 whatever the dtype"
+LINEAR_ATTENTION = {"shares": BOTH[1:], "fp32": 1e-4, "fp64": 1e-4, "why": "linear attention computes in fp32 whatever the dtype"}
+
 FAMILIES = {f.name: f for f in (
     Family(llava), Family(llava_next), Family(llava_next_granite), Family(llava_onevision), Family(fast_vlm),
-    Family(qwen2_vl), Family(qwen2_5_vl), Family(qwen3_vl), Family(qwen3_vl_moe), Family(qwen3_5, BOTH[1:]), Family(glm4v),
-    Family(paligemma, ()), Family(paligemma2, (), (1.0, 0.5)), Family(gemma3), Family(gemma4, transform=(1.0, 0.5)),
-    Family(idefics3), Family(smolvlm), Family(internvl), Family(cohere2_vision), Family(aya_vision), Family(mistral3),
-    Family(mllama), Family(llama4), Family(lfm2_vl, BOTH[1:]),
+    Family(qwen2_vl), Family(qwen2_5_vl), Family(qwen3_vl), Family(qwen3_vl_moe, fp64=1e-7, why="its router computes in fp32"),
+    Family(qwen3_5, **LINEAR_ATTENTION), Family(glm4v),
+    Family(paligemma, ()), Family(paligemma2, (), (1.0, 0.5), fp64=1e-7, why="its softmax computes in fp32"),
+    Family(gemma3), Family(gemma4, transform=(1.0, 0.5), fp64=1e-7, why=NORMS),
+    Family(idefics3), Family(smolvlm, needs="num2words"), Family(internvl), Family(cohere2_vision, fp64=1e-7, why=NORMS),
+    Family(aya_vision, fp64=1e-7, why=NORMS), Family(mistral3), Family(mllama), Family(llama4, fp64=1e-7, why=NORMS),
+    Family(lfm2_vl, BOTH[1:]),
+    Family(vipllava), Family(idefics2), Family(ovis2), Family(deepseek_vl), Family(qwen3_5_moe, **LINEAR_ATTENTION),
+    Family(granite4_vision, BOTH[:1], transform=(0.125, None)),
 )}  # fmt: skip
 
 
@@ -540,6 +619,7 @@ class Case:
         """The same case in fp64, its pictures seen anew."""
         twin = copy.deepcopy(self.vlm.model).double()
         without_rounding(twin)
+        twin.base_model.model.set_experts_implementation("eager")  # grouped products know no fp64
         loaded = replace(self.vlm, model=twin, base=twin.base_model.model)
         again = {id(p): loaded.picture(p.image) for p in self.shown if p is not None}
         return replace(self, vlm=loaded, shown=[p and again[id(p)] for p in self.shown])
@@ -547,8 +627,11 @@ class Case:
 
 def open_case(family: Family, directory: Path) -> Case:
     loaded = vlm.load(str(save(family, directory)), device="cpu")
-    with calls(loaded.base) as tower:
+    with calls(loaded.base) as ran:
         seen = [loaded.picture(picture(seed)) for seed in (0, 1)]
+    language = {name for name, module in loaded.base.named_modules()
+                if any(module is m for m in (*loaded.base.get_decoder().modules(), loaded.base.get_output_embeddings()))}  # fmt: skip
+    tower = {name: n for name, n in ran.items() if name not in language}
     shown = [None if which is None else seen[which] for *_, which in SAID]
     encoded = [loaded.encode(question, answer, p) for (question, answer, _), p in zip(SAID, shown, strict=True)]
     adapter.attach(loaded, Recipe(rank=4, lora_dropout=0.0))
@@ -556,7 +639,7 @@ def open_case(family: Family, directory: Path) -> Case:
     for name, parameter in loaded.model.named_parameters():
         if "lora_B" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=random)
-    return Case(family, directory, loaded, encoded, shown, dict(tower))
+    return Case(family, directory, loaded, encoded, shown, tower)
 
 
 def without_rounding(model):

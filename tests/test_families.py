@@ -1,0 +1,132 @@
+"""Every family of tests/families.py, saved as the hub saves models and loaded as a user loads them: the shared prefix against
+separate forwards with pixels, the vision tower and the head counted, adapters as plain peft reads them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+from fastsiu import adapter, ask, prefix, vlm
+from fastsiu.request import BadInput
+
+SPEC = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
+families = sys.modules.setdefault("families", importlib.util.module_from_spec(SPEC))
+SPEC.loader.exec_module(families)
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=families.FAMILIES)
+def case(request, tmp_path_factory):
+    family = families.FAMILIES[request.param]
+    if family.needs and importlib.util.find_spec(family.needs) is None:
+        pytest.skip(f"needs {family.needs}")
+    return families.open_case(family, tmp_path_factory.mktemp(family.name))
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch):
+    """Sharing is used wherever it was found exact, at these sizes too."""
+    monkeypatch.setattr(prefix, "WORTH", float("inf"))
+    monkeypatch.setattr(prefix, "FORWARD", 0)
+
+
+def test_turns_hold_their_answers(case):
+    tokenizer = case.vlm.tokenizer
+    for (_, answer, which), turn in zip(families.SAID, case.turns, strict=True):
+        assert torch.equal(turn.inputs["input_ids"][0, turn.rows + 1], turn.labels)
+        said = [label for label, (start, end) in zip(turn.labels.tolist(), turn.offsets, strict=True) if end > start]
+        assert tokenizer.decode(said).strip() == answer
+        assert turn.labels[-1] in tokenizer.all_special_ids and not turn.offsets[-1][1] > turn.offsets[-1][0]
+        image = getattr(case.vlm.base.config, "image_token_id", None)
+        assert bool((turn.inputs["input_ids"] == image).any()) is (which is not None)
+
+
+def test_the_heads_transform_is_measured(case):
+    loaded = case.vlm
+    assert (loaded.logit_scale, loaded.logit_softcap) == (pytest.approx(case.family.transform[0]), case.family.transform[1])
+    with torch.no_grad():
+        own = loaded.model(**case.turns[0].inputs, **loaded.entering(case.features[:1])).logits[0]
+        made = loaded.logits(loaded.hidden([case.turns[0].inputs], case.features[:1])[0])
+    assert torch.allclose(made, own.float(), atol=1e-4 * float(own.abs().max()))
+
+
+def test_ways_of_sharing(case):
+    exact, said = families.plan(case)
+    assert exact == case.family.shares, said
+    assert len(said) == (2 - len(exact) if exact else 1), said
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_states_and_gradients_are_those_of_separate_forwards(case, micro_batch):
+    expected = families.gradients(case, families.separate(case))
+    for way in ("plain", *case.family.shares):
+        found = families.apart(families.shared(case, way, micro_batch), expected)
+        assert max(found) < case.family.fp32, (way, found)
+
+
+def test_in_fp64(case):
+    double = case.double()
+    expected = families.gradients(double, families.separate(double))
+    for way in ("plain", *case.family.shares):
+        found = families.apart(families.shared(double, way), expected)
+        assert max(found) < case.family.fp64, (way, found)
+
+
+def test_the_tower_runs_once_a_picture_and_the_head_never(case):
+    assert case.tower and min(case.tower.values()) == 2  # of two pictures
+    for way in ("plain", *case.family.shares):
+        with families.calls(case.vlm.base) as ran, families.Products(case.vlm.head_weight) as products:
+            families.shared(case, way, 2)
+        assert not set(ran) & set(case.tower) and ran and not products.seen
+    with families.Products(case.vlm.head_weight) as products:
+        case.vlm.base(**case.turns[-1].inputs)
+    assert products.seen == 1  # so that a head could be seen
+
+
+def test_the_adapter_is_on_the_language_models_linears_only(case):
+    base = case.vlm.base
+    adapted = {name for name, module in base.named_modules() if hasattr(module, "lora_A")}
+    inside = {name for name, module in base.named_modules() if any(module is m for m in base.get_decoder().modules())}
+    assert adapted == {n for n in inside if hasattr(base.get_submodule(n), "base_layer") or type(base.get_submodule(n)) is nn.Linear
+                       and not n.rsplit(".", 1)[-1] == "base_layer" and ".lora_" not in n}  # fmt: skip
+    assert adapted and not adapted & set(case.tower)
+    trained = [name for name, p in case.vlm.model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+
+
+def test_plain_peft_loads_saves_and_merges(case, tmp_path):
+    loaded, directory = case.vlm, tmp_path / "adapter"
+    adapter.save(loaded, directory)
+    inputs = {**case.turns[0].inputs, **loaded.entering(case.features[:1])}
+    with torch.no_grad():
+        expected = loaded.model(**inputs).logits
+        fresh = AutoModelForImageTextToText.from_pretrained(case.directory).eval()
+        untouched = fresh(**inputs).logits
+        plain = PeftModel.from_pretrained(fresh, directory).eval()
+        assert torch.equal(plain(**inputs).logits, expected)
+        with adapter.teacher(loaded):
+            assert torch.equal(loaded.model(**inputs).logits, untouched)
+        merged = plain.merge_and_unload()(**inputs).logits
+    assert float((untouched - expected).abs().max()) > 1e-3
+    assert float((merged - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+def test_answers_are_those_of_the_models_own_generate(case):
+    """With the cached features; the model's own way takes pixels."""
+    loaded, (shown, other) = case.vlm, case.shown[1:3]
+    questions = [("What is this?", shown), ("What is this?", other), ("Who is five?", None)]
+    said = ask.answers(loaded, questions, max_new_tokens=6)
+    for (question, picture), found in zip(questions[:2], said, strict=False):
+        inputs = loaded.processor(text=[loaded.render(question, True)], images=[picture.image], return_tensors="pt",
+                                  add_special_tokens=False)  # fmt: skip
+        inputs = {k: v for k, v in inputs.items() if k != "labels"}
+        tokens = loaded.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        assert found == loaded.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
