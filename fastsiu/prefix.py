@@ -126,7 +126,8 @@ def _why_not(vlm: VLM, way: str, turns: list[Encoded], shown: list[Any]) -> str 
         return "other parameters get a gradient"
     norm = lambda tensors: sum(float(x.float().norm()) ** 2 for x in tensors) ** 0.5
     off = [norm(a - b for a, b in zip(*pair, strict=True)) / (norm(pair[1]) or 1.0) for pair in zip(ours, plain, strict=True)]
-    if all(x <= TOLERANCE[direction.dtype] for x in off):  # false for NaN
+    rounded = any(type(m).__name__ == "Linear8bitLt" for m in vlm.base.modules())  # activations too, to 1 of 127 steps
+    if all(x <= TOLERANCE[torch.bfloat16 if rounded else direction.dtype] for x in off):  # false for NaN
         return None
     return f"hidden states differ by {off[0]:.1e}, gradients by {off[1]:.1e}"
 

@@ -50,17 +50,21 @@ PARTS = {
 
 
 def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
-    """The processor saved beside a model. Raises BadInput where it needs a package that is not installed."""
+    """The processor saved beside a model. Raises BadInput where there is none, or it needs a package that is not installed."""
+    torchvision = importlib.util.find_spec("torchvision") is not None
     try:
         made = processor_class(name, config, revision)
-        if made and "video_processor" in made.get_attributes() and not importlib.util.find_spec("torchvision"):
+        if made and "video_processor" in made.get_attributes() and not torchvision:
             return assemble(made, name, revision)
         return AutoProcessor.from_pretrained(name, revision=revision)
-    except ImportError as error:
-        line = str(error).strip().split("\n")[0]
-        if "torchvision" in line.lower():
+    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
+        if "torchvision" in str(error).lower() and not torchvision:
             raise BadInput(f"The processor of {name} needs torchvision, which is not installed: pip install torchvision.") from error
-        raise BadInput(f"The processor of {name} needs a package that is not installed ({line.rstrip('.')}).") from error
+        line = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        if isinstance(error, ImportError):
+            raise BadInput(f"The processor of {name} needs a package that is not installed ({line}).") from error
+        raise BadInput(f"{name} has no processor that transformers can load ({line}): save the processor beside the model, or give "
+                       "another model.") from error  # fmt: skip
 
 
 def processor_class(name: str, config: Any, revision: str | None) -> type[ProcessorMixin] | None:

@@ -265,6 +265,15 @@ class VLM:
         joined = join_features(features)
         return {self.entry: {"image": joined} if self.entry == "mm_encoder_outputs" else joined["pooler_output"]}
 
+    def prompts(self, inputs: dict[str, Any], features: Sequence[Any]) -> dict[str, Any]:
+        """The inputs of a batch of prompts for `generate`."""
+        if not features or self.entry == "mm_encoder_outputs":
+            return {**inputs, **self.entering(features)}
+        # Layers that look across cache what they are given, and `generate` would give it to them again with every token: all but
+        # the last token of the prompt go first.
+        begun = {k: v[:, :-1] if v.shape[:2] == inputs["input_ids"].shape else v for k, v in inputs.items()}
+        return {**inputs, "past_key_values": self.run(begun, features, use_cache=True)[1].past_key_values}
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, D] -> [n, V] fp32 logits, for a handful of rows."""
         x = hidden.float() @ self.head_weight.float().T
@@ -342,7 +351,10 @@ def features_entry(base: Any) -> str:
     found = next((entry for entry in ENTRIES if entry in taken), None)
     if found is None:
         raise BadInput(f"{type(base).__name__} takes no precomputed image features: its forward would need a parameter "
-                       "mm_encoder_outputs, as most image-text models of transformers have.")  # fmt: skip
+                       f"{ENTRIES[0]}, as most image-text models of transformers have.")  # fmt: skip
+    if found == "mm_encoder_outputs" and not hasattr(base.base_model, "get_image_features"):
+        raise BadInput(f"{type(base.base_model).__name__} would need a method get_image_features, which makes what its forward "
+                       f"takes as {found}.")  # fmt: skip
     return found
 
 
@@ -368,7 +380,8 @@ def probe_head(model: Any, inputs: dict[str, Tensor]) -> tuple[float, float | No
         model(**inputs, use_cache=False)
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
-        raise BadInput(f"The model's output head is a {type(head).__name__}, not a plain linear layer: load it unquantised.")
+        raise BadInput(f"The model's output head is a {type(head).__name__}, not a plain linear layer: give a model whose head is "
+                       "neither quantised nor adapted.")  # fmt: skip
     x = head(kept["hidden"]).float()
     z = model(**inputs, use_cache=False).logits.float()
     tolerance = (1e-4 if head.weight.dtype == torch.float32 else 4e-3) * float(z.abs().max()) + 1e-6
@@ -471,6 +484,8 @@ def checkpoint_layers(base: Any) -> None:
     """From now on layers keep their inputs only, in training mode, and are computed again in the backward pass."""
     # Named anew in transformers 5; both do the same.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    if not base.supports_gradient_checkpointing:
+        raise BadInput(f"{type(base).__name__} has no activation checkpointing: leave it out, or train with a smaller micro batch.")
     enable()
 
 
@@ -549,10 +564,10 @@ def describe(name: str, revision: str | None) -> tuple[Any, Any, str | None]:
         if not Path(name).is_dir():  # from here on one commit, and the one that the manifest names: branches move
             found = cached_file(name, "config.json", revision=revision, local_files_only=True)
             revision = extract_commit_hash(found, None) or revision
-        processor = load_processor(name, config, revision)
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise BadInput(f"{name} has no processor that transformers can load ({_first_line(error)}): "
                        "save the processor beside the model, or give another model.") from error  # fmt: skip
+    processor = load_processor(name, config, revision)
     templated = getattr(processor, "chat_template", None) or takes_suffix(processor)
     if getattr(processor, "image_processor", None) is None or not templated:
         raise BadInput(f"{name} has no image processor or no chat template: save the model's full processor beside it.")
@@ -586,7 +601,9 @@ def outside_decoder(base: Any) -> list[str]:
 
     A list of what is not to be quantised replaces transformers' own, so the head has to be in it.
     """
-    decoder, out = base.get_decoder(), []
+    decoder, head, out = base.get_decoder(), base.get_output_embeddings(), []
+    if any(m is head for m in decoder.modules()):  # Llama 4's decoder is a whole causal language model
+        out += [name for name, module in base.named_modules() if module is head]
     for holder, module in base.named_modules():
         if module is not decoder and any(m is decoder for m in module.modules()):
             inside = [(f"{holder}.{name}".lstrip("."), child) for name, child in module.named_children()]
