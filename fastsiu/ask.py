@@ -52,7 +52,8 @@ def replies(vlm: VLM, questions: Sequence[Question], *, begin: Sequence[str] | N
             chosen = members[at : at + batch_size]
             inputs = collate([prompts[i] for i in chosen], vlm.tokenizer.pad_token_id)
             features = [p.features for i in chosen if (p := questions[i][1]) is not None]
-            tokens = vlm.model.generate(**vlm.prompts(inputs, features), max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+            inputs = vlm.prompts(inputs, features)
+            tokens = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
                                         pad_token_id=vlm.tokenizer.pad_token_id, **options)  # fmt: skip
             texts = vlm.tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
             closed = torch.isin(tokens[:, length:], ends).any(1).tolist()

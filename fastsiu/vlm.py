@@ -380,8 +380,8 @@ def probe_head(model: Any, inputs: dict[str, Tensor]) -> tuple[float, float | No
         model(**inputs, use_cache=False)
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
-        raise BadInput(f"The model's output head is a {type(head).__name__}, not a plain linear layer: give a model whose head is "
-                       "neither quantised nor adapted.")  # fmt: skip
+        raise BadInput(f"The model's output head is a {type(head).__name__}, not a plain linear layer: "
+                       "give a model whose head is neither quantised nor adapted.")  # fmt: skip
     x = head(kept["hidden"]).float()
     z = model(**inputs, use_cache=False).logits.float()
     tolerance = (1e-4 if head.weight.dtype == torch.float32 else 4e-3) * float(z.abs().max()) + 1e-6
@@ -485,7 +485,7 @@ def checkpoint_layers(base: Any) -> None:
     # Named anew in transformers 5; both do the same.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     if not base.supports_gradient_checkpointing:
-        raise BadInput(f"{type(base).__name__} has no activation checkpointing: leave it out, or train with a smaller micro batch.")
+        raise BadInput(f"{type(base).__name__} has no activation checkpointing: train with a smaller micro batch instead.")
     enable()
 
 

@@ -1,5 +1,6 @@
 """Tiny models of every family, built from their configurations and saved as the hub saves them: weights, tokenizer, image
 processor, chat template. No download, and no torchvision: see `Pictures` below for the three families that would need it.
+`python -P tests/families.py` measures them and prints what is in docs/families.md (-P: tests/triton is not the package).
 
 Each builder is what a family is made of here, the kinds of layers that matter present: one that slides and one that does not,
 one with a recurrent state and one with attention, one that looks at the picture across. `save` writes the directory.
@@ -11,7 +12,9 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import inspect
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,7 +28,14 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, BaseImageProcessor, BatchFeature, PreTrainedTokenizerFast
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    BaseImageProcessor,
+    BatchFeature,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.processing_utils import ImagesKwargs
 
 from fastsiu import adapter, prefix, vlm
@@ -107,7 +117,7 @@ def ids(tok, **names):
 
 
 def turns(user, assistant, close, image, closing=None):
-    """A chat template: `user` and `assistant` open a turn, `close` (`closing` an answer) ends it, `image` stands for a picture."""
+    """A chat template: `user` and `assistant` open a turn, `close` (an answer: `closing`) ends it, `image` is a picture."""
     part = f"{{% if c.type == 'image' %}}{image}{{% else %}}{{{{ c.text }}}}{{% endif %}}"
     return (
         f"{{% for m in messages %}}{{% if m.role == 'user' %}}{user}{{% else %}}{assistant}{{% endif %}}"
@@ -272,7 +282,7 @@ DEEP = {**MERGED, "patch_size": 16, "num_position_embeddings": 16, "deepstack_vi
 def qwen(config, kind, tower, processor, patch=14, rope=None, **more):
     tok = tokenizer(*CHAT, image_token="<|image_pad|>", video_token="<|video_pad|>", vision_start_token="<|vision_start|>",
                     vision_end_token="<|vision_end|>", bos=None, eos="<|im_end|>")  # fmt: skip
-    found = {f"{key}_id": getattr(tok, f"{key}_id") for key in ("image_token", "video_token", "vision_start_token", "vision_end_token")}
+    found = {f"{k}_token_id": getattr(tok, f"{k}_token_id") for k in ("image", "video", "vision_start", "vision_end")}
     made = config(text_config=text(tok, kind, rope_parameters=rope or ROPE, **more), vision_config=tower, **found)
     images = transformers.Qwen2VLImageProcessorPil(patch_size=patch, min_pixels=(2 * patch) ** 2, max_pixels=(4 * patch) ** 2)
     return Parts(made, tok, images, processor, chatml("<|vision_start|><|image_pad|><|vision_end|>"))
@@ -330,9 +340,11 @@ def glm4v():
 def paligemma(kind="gemma", **more):
     """The question is part of what looks both ways, so that a prefix can be shared only with the question in it."""
     tok = tokenizer(image_token="<image>", bos="<bos>", eos="<eos>")
-    described = text(tok, kind, **more) | {"vocab_size": len(tok) + 1152}  # the processor adds places and segments to the tokenizer
-    config = transformers.PaliGemmaConfig(vision_config=siglip(projection_dim=HIDDEN), text_config=described,
-                                          projection_dim=HIDDEN, hidden_size=HIDDEN, image_token_index=tok.image_token_id)  # fmt: skip
+    described = text(tok, kind, **more) | {"vocab_size": len(tok) + 1152}  # the processor adds tokens for places and segments
+    config = transformers.PaliGemmaConfig(
+        vision_config=siglip(projection_dim=HIDDEN), text_config=described, projection_dim=HIDDEN, hidden_size=HIDDEN,
+        image_token_index=tok.image_token_id,
+    )  # fmt: skip
     images = transformers.SiglipImageProcessorPil(**square(image_seq_length=4))
     return Parts(config, tok, images, "PaliGemmaProcessor", None)
 
@@ -360,8 +372,9 @@ def gemma4():
         tok, "gemma4_text", **SLIDING, global_head_dim=WIDTH, final_logit_softcapping=0.5, vocab_size_per_layer_input=len(tok),
         hidden_size_per_layer_input=8, use_bidirectional_attention="vision",
     )  # fmt: skip
-    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
-             "head_dim": 8, "patch_size": 8, "pooling_kernel_size": 2, "position_embedding_size": 64}  # fmt: skip
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "head_dim": 8, "patch_size": 8, "pooling_kernel_size": 2,
+             "position_embedding_size": 64}  # fmt: skip
     found = {f"{k}_token_id": getattr(tok, f"{k}_token_id") for k in ("image", "boi", "eoi", "video", "audio", "boa")}
     config = transformers.Gemma4Config(text_config=described, vision_config=tower, audio_config=None,
                                        eoa_token_index=tok.eoa_token_id, **found)  # fmt: skip
@@ -431,7 +444,7 @@ def mistral3(config=transformers.Mistral3Config, **more):
     if importlib.util.find_spec("torchvision"):
         return Parts(made, tok, images, "PixtralProcessor", template, {"patch_size": 14})
     # Pixtral's own cannot be imported without torchvision. This one writes the same placeholders but for the breaks of lines.
-    options = {"patch_size": 14, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 0, "image_token": "[IMG]"}
+    options = LLAVA | {"vision_feature_select_strategy": "full", "num_additional_image_tokens": 0}
     return Parts(made, tok, images, "LlavaProcessor", template, options)
 
 
@@ -441,8 +454,8 @@ def mistral3(config=transformers.Mistral3Config, **more):
 def mllama():
     tok = tokenizer("<|python_tag|>", *CHAT, image_token="<|image|>", bos="<|begin_of_text|>", eos="<|im_end|>")
     tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2, "intermediate_size": 24,
-             "vision_output_dim": 32, "image_size": SIDE, "patch_size": 14, "max_num_tiles": 2, "intermediate_layers_indices": [0],
-             "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]}  # fmt: skip
+             "vision_output_dim": 32, "image_size": SIDE, "patch_size": 14, "max_num_tiles": 2,
+             "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]}  # fmt: skip
     described = text(tok, "mllama_text_model", num_hidden_layers=3, cross_attention_layers=[1])
     config = transformers.MllamaConfig(vision_config=tower, text_config=described, image_token_index=tok.image_token_id)
     images = transformers.MllamaImageProcessorPil(**square(max_image_tiles=2))
@@ -452,8 +465,9 @@ def mllama():
 def llama4():
     tok = tokenizer(*CHAT, "<|image_start|>", "<|image_end|>", "<|patch|>", "<|tile_x_separator|>", "<|tile_y_separator|>",
                     image_token="<|image|>", bos="<|begin_of_text|>", eos="<|im_end|>")  # fmt: skip
-    tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vision_output_dim": 32,
-             "projector_input_dim": 32, "projector_output_dim": 32, "image_size": SIDE, "patch_size": 7}  # fmt: skip
+    tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+             "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32, "image_size": SIDE,
+             "patch_size": 7}  # fmt: skip
     described = text(
         tok, "llama4_text", intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=16, no_rope_layers=[1, 0],
         layer_types=["chunked_attention", "full_attention"],
@@ -517,7 +531,8 @@ def ovis2():
 
 def deepseek_vl():
     tok = tokenizer(*CHAT, image_token="<image_placeholder>", eos="<|im_end|>")
-    config = transformers.DeepseekVLConfig(vision_config=siglip(), text_config=text(tok, "llama"), image_token_id=tok.image_token_id)
+    config = transformers.DeepseekVLConfig(vision_config=siglip(), text_config=text(tok, "llama"),
+                                           image_token_id=tok.image_token_id)  # fmt: skip
     images = transformers.DeepseekVLImageProcessorPil(**square(min_size=14))
     return Parts(config, tok, images, "DeepseekVLProcessor", chatml("<image_placeholder>"), {"num_image_tokens": 4})
 
@@ -601,7 +616,7 @@ SAID = (
 class Case:
     """A family's directory as fastsiu loads it, with an adapter far from zero and turns about two pictures and about none.
 
-    tower: names of the modules that ran when the pictures were seen, each with the number of its calls
+    tower: names of the modules without children that saw the two pictures, each with the number of its calls
     """
 
     family: Family
@@ -625,13 +640,12 @@ class Case:
         return replace(self, vlm=loaded, shown=[p and again[id(p)] for p in self.shown])
 
 
-def open_case(family: Family, directory: Path) -> Case:
-    loaded = vlm.load(str(save(family, directory)), device="cpu")
+def open_case(family: Family, directory: Path, **options: Any) -> Case:
+    loaded = vlm.load(str(save(family, directory)), device="cpu", **options)
     with calls(loaded.base) as ran:
         seen = [loaded.picture(picture(seed)) for seed in (0, 1)]
-    language = {name for name, module in loaded.base.named_modules()
-                if any(module is m for m in (*loaded.base.get_decoder().modules(), loaded.base.get_output_embeddings()))}  # fmt: skip
-    tower = {name: n for name, n in ran.items() if name not in language}
+    language = {*loaded.base.get_decoder().modules(), loaded.base.get_output_embeddings()}
+    tower = {name: n for name, n in ran.items() if loaded.base.get_submodule(name) not in language}
     shown = [None if which is None else seen[which] for *_, which in SAID]
     encoded = [loaded.encode(question, answer, p) for (question, answer, _), p in zip(SAID, shown, strict=True)]
     adapter.attach(loaded, Recipe(rank=4, lora_dropout=0.0))
@@ -719,3 +733,50 @@ def shared(case: Case, way: str, micro_batch: int | None = None) -> tuple[Tensor
 def plan(case: Case) -> tuple[tuple[str, ...], list[str]]:
     said: list[str] = []
     return prefix.plan_sharing(case.vlm, case.turns, case.shown, said.append), said
+
+
+# The table of docs/families.md ----------------------------------------------------------------------------------------------
+
+
+def row(family: Family, directory: Path) -> str:
+    """Measures a family: states / gradients, relative to separate forwards with pixels, the worse of all at once and two a time."""
+    case = open_case(family, directory)
+    exact, _ = plan(case)
+    expected, cells = gradients(case, separate(case)), {}
+    for way in ("plain", *exact):
+        pairs = [apart(shared(case, way, most), expected) for most in (None, 2)]
+        cells[way] = " / ".join(f"{max(pair[i] for pair in pairs):.0e}" for i in (0, 1))
+    twin = case.double()
+    expected = gradients(twin, separate(twin))
+    fp64 = max(max(apart(shared(twin, way), expected)) for way in ("plain", *exact))
+    loaded = case.vlm
+    scale = "" if loaded.logit_scale == 1 else f"scale {loaded.logit_scale:g}"
+    head = scale or (f"softcap {loaded.logit_softcap:g}" if loaded.logit_softcap else "plain")
+    tied = loaded.base.get_input_embeddings().weight is loaded.head_weight
+    linears = sum(hasattr(module, "lora_A") for module in loaded.base.modules())
+    beside = f" ({family.why})" if family.why else ""
+    columns = [family.name, cells["plain"], *(cells.get(way, "-") for way in BOTH), f"{fp64:.0e}{beside}",
+               f"{head}{', tied' if tied else ''}", str(linears), loaded.entry]  # fmt: skip
+    return f"| {' | '.join(columns)} |"
+
+
+def others() -> dict[str, list[str]]:
+    """The classes that transformers calls image-text-to-text, by how image features enter them; "" where they cannot."""
+    found: dict[str, list[str]] = {}
+    for kind, name in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()):
+        taken = inspect.signature(getattr(transformers, name).forward).parameters
+        found.setdefault(next((entry for entry in vlm.ENTRIES if entry in taken), ""), []).append(kind)
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    prefix.WORTH, prefix.FORWARD = float("inf"), 0  # sharing is used at these sizes too
+    names = ("family", "plain", *BOTH, "fp64, worst", "head", "linears", "features enter by")
+    print(f"| {' | '.join(names)} |\n|{' --- |' * len(names)}")
+    for made in FAMILIES.values():
+        with tempfile.TemporaryDirectory() as folder:
+            print(row(made, Path(folder)), flush=True)
+    for entry, kinds in others().items():
+        print(f"\n{len(kinds)} model types with {entry or 'none of them'}: {', '.join(kinds)}")

@@ -4,12 +4,14 @@ separate forwards with pixels, the vision tower and the head counted, adapters a
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
@@ -91,16 +93,13 @@ def test_the_tower_runs_once_a_picture_and_the_head_never(case):
     assert products.seen == 1  # so that a head could be seen
 
 
-def prefix_of(base, wanted):
-    return next(f"{name}." for name, module in base.named_modules() if module is wanted)
-
-
 def test_the_adapter_is_on_the_language_models_linears_only(case):
     base = case.vlm.base
     adapted = {name for name, module in base.named_modules() if hasattr(module, "lora_A")}
-    linears = {f"{prefix_of(base, base.get_decoder())}{name}" for name, module in base.get_decoder().named_modules()
-               if type(getattr(module, "base_layer", module)) is nn.Linear and "lora_" not in name and "base_layer" not in name}  # fmt: skip
-    assert adapted == linears - {prefix_of(base, base.get_output_embeddings())[:-1]}
+    names = {name: module for name, module in base.named_modules() if "lora_" not in name and "base_layer" not in name}
+    language = {*base.get_decoder().modules()} - {base.get_output_embeddings()}
+    assert adapted == {name for name, module in names.items()
+                       if type(getattr(module, "base_layer", module)) is nn.Linear and module in language}  # fmt: skip
     assert adapted and not adapted & set(case.tower)
     trained = [name for name, p in case.vlm.model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
@@ -134,3 +133,75 @@ def test_answers_are_those_of_the_models_own_generate(case):
         inputs = {k: v for k, v in inputs.items() if k != "labels"}
         tokens = loaded.model.generate(**inputs, max_new_tokens=6, do_sample=False)
         assert found == loaded.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+# What cannot be handled says so ---------------------------------------------------------------------------------------------
+
+
+def on_meta(config):
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def test_a_model_that_takes_no_features_says_what_it_lacks():
+    with pytest.raises(BadInput, match="BlipForConditionalGeneration takes no precomputed image features.*mm_encoder_outputs"):
+        vlm.features_entry(on_meta(transformers.BlipConfig()))
+    lacking = on_meta(families.llava().config)
+    lacking.model = lacking.model.language_model
+    with pytest.raises(BadInput, match="LlamaModel would need a method get_image_features"):
+        vlm.features_entry(lacking)
+    with pytest.raises(BadInput, match="gives hidden_states: it would need to give one of pooler_output"):
+        vlm.read_key({"hidden_states": (torch.ones(1),)})
+
+
+def test_a_head_with_an_adapter_is_refused(tmp_path):
+    base = AutoModelForImageTextToText.from_config(families.llava().config).eval()
+    get_peft_model(base, LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(BadInput, match="neither quantised nor adapted"):
+        vlm.probe_head(base, {"input_ids": torch.arange(9)[None]})
+
+
+def saved_with(family, directory, file, **changed):
+    families.save(families.FAMILIES[family], directory)
+    described = json.loads((directory / file).read_text())
+    (directory / file).write_text(json.dumps({**described, **changed}))
+    return str(directory)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
+@pytest.mark.parametrize(
+    "family, file, changed",
+    [("llama4", "preprocessor_config.json", {"image_processor_type": "Llama4ImageProcessor"}),
+     ("mistral3", "processor_config.json", {"processor_class": "PixtralProcessor"})],
+)  # fmt: skip
+def test_a_processor_that_needs_torchvision_says_so(family, file, changed, tmp_path):
+    with pytest.raises(BadInput, match="needs torchvision, which is not installed: pip install torchvision.$"):
+        vlm.load(saved_with(family, tmp_path, file, **changed), device="cpu")
+
+
+def test_a_processor_that_needs_another_package_says_so(tmp_path, monkeypatch):
+    from transformers.models.smolvlm import processing_smolvlm
+
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    with pytest.raises(BadInput, match="needs a package that is not installed .*num2words"):
+        vlm.load(str(families.save(families.FAMILIES["smolvlm"], tmp_path)), device="cpu")
+
+
+def test_a_prefix_model_continues_a_begun_answer(tmp_path):
+    """PaliGemma's answers go in beside the question; what is begun is part of the suffix, and is not ended."""
+    case = families.open_case(families.FAMILIES["paligemma"], tmp_path)
+    for picture in case.shown[0], None:
+        begun = case.vlm.encode_prompt("What is this?", picture, "This is a")
+        whole = case.vlm.encode("What is this?", "This is a", picture)
+        assert torch.equal(begun["input_ids"], whole.inputs["input_ids"][:, :-1])
+        assert begun["token_type_ids"][0].sum() == len(whole.labels) - 1 > 0
+        prompt = case.vlm.encode_prompt("What is this?", picture)
+        length = prompt["input_ids"].shape[1]
+        assert torch.equal(begun["input_ids"][:, :length], prompt["input_ids"]) and not prompt["token_type_ids"].any()
+
+
+def test_int8_rounds_but_shares(tmp_path):
+    """Its activations are rounded as well, to far less than fp32's."""
+    loaded = families.open_case(families.FAMILIES["llama4"], tmp_path, quantize="int8")
+    assert families.plan(loaded) == (families.BOTH, [])
+    assert type(loaded.vlm.base.get_output_embeddings()) is nn.Linear  # inside the decoder, and left alone
