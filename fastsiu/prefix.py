@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 
 from .vlm import VLM, Encoded, Picture, collate, out_of_memory
@@ -389,7 +390,9 @@ def _prefix(part: Part, heads: list[int]) -> Any:
     inputs = collate([part.turns[i].inputs for i in heads], 0)
     inputs = {k: v[:, : part.length] if _per_token(inputs, k) else v for k, v in inputs.items()}
     inputs["position_ids"] = part.positions[..., heads, : part.length]
-    _, output = part.vlm.run(inputs, part.shown(heads), use_cache=True)
+    # Given, since not every model makes its own where only `use_cache` is asked for.
+    empty = DynamicCache(config=part.vlm.base.config.get_text_config())
+    _, output = part.vlm.run(inputs, part.shown(heads), use_cache=True, past_key_values=empty)
     cache = output.past_key_values
     if cache is None or cache.get_seq_length() != part.length:
         raise ValueError("it returns no cache of its keys and values")
