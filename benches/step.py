@@ -14,7 +14,7 @@ straightforward  right-padded batches of whole samples; the vision tower, the lo
 torchunlearn     its SIU trainer as its authors wrote it, where it can be imported. PyPI's torchunlearn 0.1.0 has none:
                  pip install git+https://github.com/Harry24k/machine-unlearning-pytorch
 plain            ours without a shared prefix: image features and teacher cached, fused loss on the supervised rows
-packed, key/value, as chosen   the same with the prefix shared
+packed, key/value, packed key/value, as chosen   the same with the prefix shared
 
 A run also counts what comes before its first step: our teacher pass and the check of the ways of sharing. The straightforward one
 needs neither; torchunlearn copies the model, which neither its seconds nor its memory count (`reference_mib` in the rows).
@@ -74,7 +74,8 @@ except ImportError as error:
 RESULTS = Path(__file__).parent / "results" / "step.jsonl"
 SUFFIX, SUPERVISED, ALPHA, BETA = 40, 20, 0.9, 0.75
 THEIRS, SIU_THERE = "straightforward", "torchunlearn"
-WAYS: dict[str, tuple[str, ...] | None] = {"plain": (), "packed": ("packed",), "key/value": ("key/value",), "as chosen": None}
+SHARED = ("packed", "key/value", "packed key/value")
+WAYS: dict[str, tuple[str, ...] | None] = {"plain": ()} | {way: (way,) for way in SHARED} | {"as chosen": None}
 OTHERS = (THEIRS,) if LEFT_OUT else (THEIRS, SIU_THERE)
 NAME = range(20, 30)  # the concept's tokens, which the vocabulary mask leaves out
 

@@ -4,10 +4,13 @@
                 that sliding windows and image blocks that look both ways come out right. The least memory, and the only way
                 under activation checkpointing. Costs attention between suffixes, which the mask then throws away.
     key/value   the prefix of each picture in one batch with a cache, then all suffixes, right-padded, in a second batch on top
-                of it: for hybrid models, whose state no mask can cut, and where packed rows would be long.
+                of it, which holds a copy of the prefix's keys and values for every suffix: for hybrid models, whose state no mask
+                can cut, and for flash attention, which takes none.
+    packed key/value    a few suffixes packed in each row on top of the prefix's keys and values, under the mask of packed: a copy
+                for a few of them, and no attention between many.
     plain       whole turns in a right-padded batch: one picture each, or nothing was found exact on this model.
 
-All three give the same hidden states and gradients up to rounding. `plan_sharing` finds out which do on a model, by numbers:
+All of them give the same hidden states and gradients up to rounding. `plan_sharing` finds out which do on a model, by numbers:
 configurations lie. What no one checked is not used. `supervised_states` then takes the cheapest for the turns at hand.
 
 Memory is bounded by `micro_batch`: each forward's graph is dropped and made again, alone, when the backward pass comes to it
@@ -43,7 +46,12 @@ ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # laye
 # thread of a Xeon, torch 2.13, 2026-11-21: time of batches of 1 to 24 turns, a line through it).
 FORWARD = 64
 WORTH = 0.9  # share of the plain batch's cost from which on sharing is worth it: the estimate is no better than that
-MEMORY = 1.2  # how much dearer packed may be than key/value, which holds a copy of the prefix for every suffix
+# What goes in with suffixes. Token types mark the picture, which is in the prefix; which tiles a token looks at across is said of
+# every token.
+BESIDE = ("input_ids", "attention_mask", "cross_attention_mask")
+SHORT = 1 / 3  # of the prefix: what a row on top of its keys and values may hold; longer rows copy less and attend to more
+# What a copy of the prefix's keys and values, for every suffix or for every few, is counted as, in time.
+MEMORY = {"packed": 1.0, "packed key/value": 1.05, "key/value": 1.2}
 
 
 def supervised_states(vlm: VLM, turns: Sequence[Encoded], features: Sequence[Any] = (), *,
@@ -75,7 +83,7 @@ def plan_sharing(vlm: VLM, turns: Sequence[Encoded], pictures: Sequence[Picture 
         if isinstance(module, nn.Dropout):
             module.eval()  # it would differ from forward to forward
     exact = []
-    ways = ("packed",) if _checkpoints(vlm) else ("packed", "key/value")  # recomputed layers drop the cache
+    ways = ("packed",) if _checkpoints(vlm) else ("packed", "key/value", "packed key/value")  # recomputed layers drop the cache
     for way in ways if trials else ():
         reasons = [r for chosen in trials if (r := _why_not(vlm, way, [turns[i] for i in chosen], [shown[i] for i in chosen]))]
         if reasons:
@@ -166,9 +174,9 @@ class Part:
         return [self.features[i] for i in members if self.features[i] is not None]
 
     def cheapest(self, most: int | None) -> str:
-        ways = [way for way in self.vlm.shares if self.length and not (way == "key/value" and _checkpoints(self.vlm))]
+        ways = [way for way in self.vlm.shares if self.length and not (way != "packed" and _checkpoints(self.vlm))]
         cost = {way: self.cost(way, most) for way in ways}
-        best = min(ways, key=lambda way: cost[way] * (1 if way == "packed" else MEMORY), default="plain")
+        best = min(ways, key=lambda way: cost[way] * MEMORY[way], default="plain")
         return best if best != "plain" and cost[best] < WORTH * self.cost("plain", most) else "plain"
 
     def cost(self, way: str, most: int | None) -> float:
@@ -180,6 +188,9 @@ class Part:
         whole = [(len(c), max(self.lengths[i] for i in c)) for c in self.chunks(most)]
         if way == "plain":
             return sum(FORWARD + n * (T + T * T * pair) for n, T in whole)
+        if way == "packed key/value":
+            chunks = [[self.packed_length(row) for row in self.short_rows(c)] for c in self.chunks(most)]
+            whole = [(len(lengths), max(lengths)) for lengths in chunks]
         suffixes = sum(FORWARD + n * (T - P) * (1 + T * pair) for n, T in whole)
         return suffixes + FORWARD + len(self.groups) * P * (1 + P * pair)
 
@@ -190,6 +201,20 @@ class Part:
 
     def packed_length(self, row: list[int]) -> int:
         return self.length + sum(self.lengths[i] - self.length for i in row)
+
+    def short_rows(self, members: Sequence[int]) -> list[list[int]]:
+        """Rows of turns of one picture whose suffixes together are no longer than SHORT of the prefix, or two of the longest."""
+        room = max(SHORT * self.length, 2 * (max(self.lengths[i] for i in members) - self.length))
+        rows: list[list[int]] = []
+        for group in self.groups:
+            row: list[int] = []
+            for i in (i for i in group if i in members):
+                if row and self.packed_length([*row, i]) - self.length > room:
+                    rows.append(row)
+                    row = []
+                row.append(i)
+            rows += [row] if row else []
+        return rows
 
     def packed_rows(self, most: int | None) -> list[list[list[int]]]:
         """Forwards of rows of turns. A row has one picture; rows of one forward are about as long, since they are padded."""
@@ -364,10 +389,20 @@ def _own_masks(part: Part) -> dict[str | None, Tensor]:
     return {None: one} if all(torch.equal(one, mask) for mask in masks.values()) else masks
 
 
-# Key/value --------------------------------------------------------------------------------------------------------------
+# Key/value, alone and packed -------------------------------------------------------------------------------------------
 
 
 def _key_value(part: Part, most: int | None) -> Iterator[tuple[int, Tensor]]:
+    return _on_prefixes(part, most, lambda members: [[i] for i in members], _suffixes)
+
+
+def _packed_key_value(part: Part, most: int | None) -> Iterator[tuple[int, Tensor]]:
+    return _on_prefixes(part, most, part.short_rows, functools.partial(_packed_suffixes, masks=_own_masks(part)))
+
+
+def _on_prefixes(part: Part, most: int | None, arrange: Callable[[list[int]], list[list[int]]],
+                 inputs: Callable[[Part, list[list[int]]], dict[str, Any]]) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """Rows of suffixes, as `arrange` has them, on top of the keys and values of their pictures' prefixes."""
     size = most or len(part.groups)
     for at in range(0, len(part.groups), size):
         groups = part.groups[at : at + size]
@@ -376,13 +411,17 @@ def _key_value(part: Part, most: int | None) -> Iterator[tuple[int, Tensor]]:
         cache = _bounded(functools.partial(_prefix, part, [g[0] for g in groups]), several)
         picture = {i: row for row, group in enumerate(groups) for i in group}
         for members in part.chunks(most, list(picture)):
-            rows = torch.tensor([picture[i] for i in members], device=part.vlm.device)
+            rows = arrange(members)
+            of = torch.tensor([picture[row[0]] for row in rows], device=part.vlm.device)
 
-            def run(members: list[int] = members, rows: Tensor = rows, cache: Any = cache, n: int = len(groups)) -> list[Tensor]:
-                hidden, _ = part.vlm.run(_suffixes(part, members), past_key_values=_fork(cache, n, rows))
-                return [hidden[row, part.turns[i].rows - part.length] for row, i in enumerate(members)]
+            def run(rows: list[list[int]] = rows, of: Tensor = of, cache: Any = cache, n: int = len(groups)) -> list[Tensor]:
+                hidden, _ = part.vlm.run(inputs(part, rows), past_key_values=_fork(cache, n, of))
+                return [
+                    hidden[at, part.turns[i].rows - 2 * part.length + start]
+                    for at, row in enumerate(rows) for i, start in zip(row, _starts(part, row), strict=True)
+                ]  # fmt: skip
 
-            yield from zip((part.index[i] for i in members), _bounded(run, most is not None), strict=True)
+            yield from zip((part.index[i] for row in rows for i in row), _bounded(run, most is not None), strict=True)
 
 
 def _prefix(part: Part, heads: list[int]) -> Any:
@@ -399,13 +438,20 @@ def _prefix(part: Part, heads: list[int]) -> Any:
     return cache
 
 
-def _suffixes(part: Part, members: list[int]) -> dict[str, Tensor]:
+def _packed_suffixes(part: Part, rows: list[list[int]], masks: dict[str | None, Tensor]) -> dict[str, Any]:
+    """Packed rows without their prefix [R, L]; the mask [R, 1, L, P + L] covers both."""
+    P, whole = part.length, _pack(part, rows, masks)
+    cut = {k: whole[k][:, P:] for k in BESIDE if k in whole and k != "attention_mask"}
+    mask = whole["attention_mask"]
+    below = {k: v[:, :, P:] for k, v in mask.items()} if isinstance(mask, dict) else mask[:, :, P:]
+    return {**cut, "attention_mask": below, "position_ids": whole["position_ids"][..., P:]}
+
+
+def _suffixes(part: Part, rows: list[list[int]]) -> dict[str, Tensor]:
     """A right-padded batch [n, L] of what follows the prefix; the mask [n, P + L] covers both."""
-    P = part.length
+    P, members = part.length, [i for row in rows for i in row]
     L = max(part.lengths[i] for i in members) - P
-    # Token types mark the picture, which is in the prefix. Which tiles a token looks at across is said of every token.
-    kept = [k for k in ("input_ids", "attention_mask", "cross_attention_mask") if k in part.turns[members[0]].inputs]
-    cut = [{k: part.turns[i].inputs[k][:, P:] for k in kept} for i in members]
+    cut = [{k: part.turns[i].inputs[k][:, P:] for k in BESIDE if k in part.turns[i].inputs} for i in members]
     inputs = collate(cut, part.vlm.tokenizer.pad_token_id)
     inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (P, 0), value=1)
     inputs["position_ids"] = part.positions[..., members, P : P + L]
@@ -440,5 +486,5 @@ def _replace(layer: Any, states: Tensor, state_idx: int = 0, **_: Any) -> Tensor
 
 
 RUN: dict[str, Callable[[Part, int | None], Iterator[tuple[int, Tensor]]]] = {
-    "packed": _packed, "key/value": _key_value, "plain": _plain,
+    "packed": _packed, "key/value": _key_value, "packed key/value": _packed_key_value, "plain": _plain,
 }  # fmt: skip
