@@ -9,6 +9,7 @@ forward ignores. docs/adding-a-family.md says what is asked of a model, in the o
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -103,12 +104,12 @@ class VLM:
     shares: tuple[str, ...] = ()
     budget: Budget = field(default_factory=Budget)
 
-    @property
+    @functools.cached_property
     def entry(self) -> str:
         """The keyword of the model's forward that takes image features. Raises BadInput where it has none."""
         return features_entry(self.base)
 
-    @property
+    @functools.cached_property
     def suffixed(self) -> bool:
         """Whether an answer goes in beside the question: a prefix language model, without a chat template."""
         return takes_suffix(self.processor)
