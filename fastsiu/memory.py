@@ -65,7 +65,7 @@ def budget(settings: Settings, batch_size: int, limited: bool = False) -> vlm.Bu
     """
     bounded = settings.checkpointing or limited
     dreams = settings.micro_batch or (max(1, round(0.35 * batch_size)) if bounded else None)
-    return vlm.Budget(settings.micro_batch, dreams, settings.ask_batch, settings.checkpointing, settings.optimizer)
+    return vlm.Budget(settings.micro_batch, dreams, settings.ask_batch, settings.checkpointing, settings.optimizer, bounded)
 
 
 @dataclass(frozen=True)

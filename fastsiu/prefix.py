@@ -25,6 +25,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -175,6 +176,8 @@ class Part:
 
     def cheapest(self, most: int | None) -> str:
         ways = [way for way in self.vlm.shares if self.length and not (way != "packed" and _checkpoints(self.vlm))]
+        if self.vlm.budget.sparing and "packed" in ways:
+            ways = ["packed"]
         cost = {way: self.cost(way, most) for way in ways}
         best = min(ways, key=lambda way: cost[way] * MEMORY[way], default="plain")
         return best if best != "plain" and cost[best] < WORTH * self.cost("plain", most) else "plain"
@@ -203,17 +206,17 @@ class Part:
         return self.length + sum(self.lengths[i] - self.length for i in row)
 
     def short_rows(self, members: Sequence[int]) -> list[list[int]]:
-        """Rows of turns of one picture whose suffixes together are no longer than SHORT of the prefix, or two of the longest."""
-        room = max(SHORT * self.length, 2 * (max(self.lengths[i] for i in members) - self.length))
+        """Rows of turns of one picture whose suffixes are together about SHORT of the prefix or two of the longest, and which are
+        about as long as each other, since they are padded."""
+        suffix = lambda i: self.lengths[i] - self.length
+        room = max(SHORT * self.length, 2 * max(map(suffix, members)))
         rows: list[list[int]] = []
         for group in self.groups:
-            row: list[int] = []
-            for i in (i for i in group if i in members):
-                if row and self.packed_length([*row, i]) - self.length > room:
-                    rows.append(row)
-                    row = []
-                row.append(i)
-            rows += [row] if row else []
+            own = sorted(set(group) & set(members), key=suffix, reverse=True)
+            of_one: list[list[int]] = [[] for _ in range(math.ceil(sum(map(suffix, own)) / room))]
+            for i in own:
+                min(of_one, key=self.packed_length).append(i)
+            rows += of_one
         return rows
 
     def packed_rows(self, most: int | None) -> list[list[list[int]]]:
@@ -401,7 +404,7 @@ def _packed_key_value(part: Part, most: int | None) -> Iterator[tuple[int, Tenso
 
 
 def _on_prefixes(part: Part, most: int | None, arrange: Callable[[list[int]], list[list[int]]],
-                 inputs: Callable[[Part, list[list[int]]], dict[str, Any]]) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+                 inputs: Callable[[Part, list[list[int]], Any], dict[str, Any]]) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
     """Rows of suffixes, as `arrange` has them, on top of the keys and values of their pictures' prefixes."""
     size = most or len(part.groups)
     for at in range(0, len(part.groups), size):
@@ -415,7 +418,7 @@ def _on_prefixes(part: Part, most: int | None, arrange: Callable[[list[int]], li
             of = torch.tensor([picture[row[0]] for row in rows], device=part.vlm.device)
 
             def run(rows: list[list[int]] = rows, of: Tensor = of, cache: Any = cache, n: int = len(groups)) -> list[Tensor]:
-                hidden, _ = part.vlm.run(inputs(part, rows), past_key_values=_fork(cache, n, of))
+                hidden, _ = part.vlm.run(inputs(part, rows, cache), past_key_values=_fork(cache, n, of))
                 return [
                     hidden[at, part.turns[i].rows - 2 * part.length + start]
                     for at, row in enumerate(rows) for i, start in zip(row, _starts(part, row), strict=True)
@@ -438,16 +441,23 @@ def _prefix(part: Part, heads: list[int]) -> Any:
     return cache
 
 
-def _packed_suffixes(part: Part, rows: list[list[int]], masks: dict[str | None, Tensor]) -> dict[str, Any]:
-    """Packed rows without their prefix [R, L]; the mask [R, 1, L, P + L] covers both."""
+def _packed_suffixes(part: Part, rows: list[list[int]], cache: Any, masks: dict[str | None, Tensor]) -> dict[str, Any]:
+    """Packed rows without their prefix [R, L]; the mask [R, 1, L, P + L] covers both, or as much of the prefix as is kept by the
+    layers that it is for: those with a sliding window drop what no later token sees."""
     P, whole = part.length, _pack(part, rows, masks)
     cut = {k: whole[k][:, P:] for k in BESIDE if k in whole and k != "attention_mask"}
+    kinds = getattr(part.vlm.base.config.get_text_config(), "layer_types", None) or []
+
+    def below(kind: str | None, mask: Tensor) -> Tensor:
+        kept = cache.layers[kinds.index(kind) if kind else 0].keys.shape[-2]
+        return mask[:, :, P:, P - kept :]
+
     mask = whole["attention_mask"]
-    below = {k: v[:, :, P:] for k, v in mask.items()} if isinstance(mask, dict) else mask[:, :, P:]
-    return {**cut, "attention_mask": below, "position_ids": whole["position_ids"][..., P:]}
+    mask = {k: below(k, v) for k, v in mask.items()} if isinstance(mask, dict) else below(None, mask)
+    return {**cut, "attention_mask": mask, "position_ids": whole["position_ids"][..., P:]}
 
 
-def _suffixes(part: Part, rows: list[list[int]]) -> dict[str, Tensor]:
+def _suffixes(part: Part, rows: list[list[int]], cache: Any) -> dict[str, Tensor]:
     """A right-padded batch [n, L] of what follows the prefix; the mask [n, P + L] covers both."""
     P, members = part.length, [i for row in rows for i in row]
     L = max(part.lengths[i] for i in members) - P

@@ -77,6 +77,7 @@ class Budget:
     ask_batch:     questions in one forward that trains nothing
     checkpointing: layers keep their inputs only and are computed again in the backward pass
     optimizer:     adamw, adamw8bit or paged_adamw8bit
+    sparing:       prefixes are shared in the way that takes the least memory, also where another takes less time
     """
 
     micro_batch: int | None = None
@@ -84,6 +85,7 @@ class Budget:
     ask_batch: int = 64
     checkpointing: bool = False
     optimizer: str = "adamw"
+    sparing: bool = False
 
 
 @dataclass

@@ -60,7 +60,7 @@ class Parts:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-BOTH = ("packed", "key/value")
+WAYS = ("packed", "key/value", "packed key/value")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Family:
     """
 
     build: Callable[[], Parts]
-    shares: tuple[str, ...] = BOTH
+    shares: tuple[str, ...] = WAYS
     transform: tuple[float, float | None] = (1.0, None)
     fp32: float = 1e-5
     fp64: float = 1e-9
@@ -560,7 +560,8 @@ def granite4_vision():
 
 
 NORMS = "its norms compute in fp32 whatever the dtype"
-LINEAR_ATTENTION = {"shares": BOTH[1:], "fp32": 1e-4, "fp64": 1e-4, "why": "linear attention computes in fp32 whatever the dtype"}
+STATE = ("key/value",)  # all that can be had where layers carry a state from token to token
+LINEAR_ATTENTION = {"shares": STATE, "fp32": 1e-4, "fp64": 1e-4, "why": "linear attention computes in fp32 whatever the dtype"}
 
 FAMILIES = {f.name: f for f in (
     Family(llava), Family(llava_next), Family(llava_next_granite), Family(llava_onevision), Family(fast_vlm),
@@ -570,7 +571,7 @@ FAMILIES = {f.name: f for f in (
     Family(gemma3), Family(gemma4, transform=(1.0, 0.5), fp64=1e-7, why=NORMS),
     Family(idefics3), Family(smolvlm, needs="num2words"), Family(internvl), Family(cohere2_vision, fp64=1e-7, why=NORMS),
     Family(aya_vision, fp64=1e-7, why=NORMS), Family(mistral3), Family(mllama), Family(llama4, fp64=1e-7, why=NORMS),
-    Family(lfm2_vl, BOTH[1:]),
+    Family(lfm2_vl, STATE),
     Family(vipllava), Family(idefics2), Family(ovis2), Family(deepseek_vl), Family(qwen3_5_moe, **LINEAR_ATTENTION),
     Family(granite4_vision, transform=(0.125, None)),
 )}  # fmt: skip
@@ -755,7 +756,7 @@ def row(family: Family, directory: Path) -> str:
     tied = loaded.base.get_input_embeddings().weight is loaded.head_weight
     linears = sum(hasattr(module, "lora_A") for module in loaded.base.modules())
     beside = f" ({family.why})" if family.why else ""
-    columns = [family.name, cells["plain"], *(cells.get(way, "-") for way in BOTH), f"{fp64:.0e}{beside}",
+    columns = [family.name, cells["plain"], *(cells.get(way, "-") for way in WAYS), f"{fp64:.0e}{beside}",
                f"{head}{', tied' if tied else ''}", str(linears), loaded.entry]  # fmt: skip
     return f"| {' | '.join(columns)} |"
 
@@ -773,7 +774,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     prefix.WORTH, prefix.FORWARD = float("inf"), 0  # sharing is used at these sizes too
-    names = ("family", "plain", *BOTH, "fp64, worst", "head", "linears", "features enter by")
+    names = ("family", "plain", *WAYS, "fp64, worst", "head", "linears", "features enter by")
     print(f"| {' | '.join(names)} |\n|{' --- |' * len(names)}")
     for made in FAMILIES.values():
         with tempfile.TemporaryDirectory() as folder:

@@ -63,7 +63,7 @@ def test_the_heads_transform_is_measured(case):
 def test_ways_of_sharing(case):
     exact, said = families.plan(case)
     assert exact == case.family.shares, said
-    assert len(said) == (2 - len(exact) if exact else 1), said
+    assert len(said) == (len(families.WAYS) - len(exact) if exact else 1), said
 
 
 @pytest.mark.parametrize("micro_batch", [None, 2])
@@ -203,5 +203,5 @@ def test_a_prefix_model_continues_a_begun_answer(tmp_path):
 def test_int8_rounds_but_shares(tmp_path):
     """Its activations are rounded as well, to far less than fp32's."""
     loaded = families.open_case(families.FAMILIES["llama4"], tmp_path, quantize="int8")
-    assert families.plan(loaded) == (families.BOTH, [])
+    assert families.plan(loaded) == (families.WAYS, [])
     assert type(loaded.vlm.base.get_output_embeddings()) is nn.Linear  # inside the decoder, and left alone

@@ -82,7 +82,7 @@ def qwen2_5_vl():
     return config, {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}
 
 
-BOTH = ("packed", "key/value")
+WAYS = ("packed", "key/value", "packed key/value")
 FAMILIES = (llava, gemma3, qwen2_5_vl)  # all the others, through their processors: test_families.py
 
 
@@ -182,9 +182,9 @@ def planned(case):
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
 def test_states_and_gradients_are_those_of_separate_forwards(family, dtype, near, always):
     case = build(family, dtype)
-    assert planned(case) == (BOTH, [])
+    assert planned(case) == (WAYS, [])
     expected = gradients(case.vlm, case.separate())
-    for way in (*BOTH, "plain"):
+    for way in (*WAYS, "plain"):
         case.vlm.shares = (way,) if way != "plain" else ()
         for micro_batch in (None, 2, 1):
             found = gradients(case.vlm, case.states(micro_batch=micro_batch))
@@ -196,11 +196,11 @@ def test_states_and_gradients_are_those_of_separate_forwards(family, dtype, near
 def test_bfloat16_passes_the_check():
     """Rounding alone must not cost the sharing."""
     case = build(llava, torch.bfloat16)
-    assert planned(case) == (BOTH, [])
+    assert planned(case) == (WAYS, [])
 
 
 @pytest.mark.parametrize("family", [llava, qwen2_5_vl, gemma3], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("way", BOTH)
+@pytest.mark.parametrize("way", WAYS)
 def test_gradients_reach_the_features(family, way, always):
     """Dreams are optimised through the same path."""
     case = build(family)
@@ -222,12 +222,12 @@ def test_the_embedded_model(adapted, always):
     made, loaded = adapted.corpus, adapted.vlm
     said = []
     try:
-        assert prefix.plan_sharing(loaded, made.turns, made.shown(), said.append) == BOTH and not said
+        assert prefix.plan_sharing(loaded, made.turns, made.shown(), said.append) == WAYS and not said
         chosen = range(0, len(made.samples), 3)
         turns, shown = [made.turns[i] for i in chosen], [p and p.features for i in chosen for p in [made.shown()[i]]]
         case = Case(loaded, turns, shown)
         expected = gradients(loaded, case.separate())
-        for way in (*BOTH, None):
+        for way in (*WAYS, None):
             loaded.shares = (way,) if way else ()
             assert apart(gradients(loaded, case.states()), expected) < 1e-5, way
             assert apart(gradients(loaded, case.states(micro_batch=7)), expected) < 1e-5, way
@@ -255,16 +255,22 @@ def only(case, *chosen):
     return replace(case, turns=[case.turns[i] for i in chosen], shown=[case.shown[i] for i in chosen])
 
 
-@pytest.mark.parametrize("way", BOTH)
+@pytest.mark.parametrize("way", WAYS)
 def test_a_prefix_is_computed_once(way, always, tokens):
     case = only(build(llava), 0, 3, 5, 7, 2, 6)  # suffixes of 6, 14, 7, 10 tokens, and of 9, 11 to another picture; prefix of 10
     case.vlm.shares = (way,)
     shapes = tokens(case)
     case.states()
-    assert sorted(shapes) == {"packed": [(1, 10 + 20), (1, 10 + 37)], "key/value": [(2, 10), (6, 14)]}[way]
+    assert sorted(shapes) == {
+        "packed": [(1, 10 + 20), (1, 10 + 37)], "key/value": [(2, 10), (6, 14)],
+        "packed key/value": [(2, 10), (3, 14 + 6)],  # about as long as two of the longest: 14 + 6, 10 + 7, 11 + 9
+    }[way]  # fmt: skip
     shapes.clear()
     only(case, 0, 1, 2, 3).states(micro_batch=2)
-    assert sorted(shapes) == {"packed": [(1, 10 + 17), (1, 10 + 20)], "key/value": [(1, 10), (2, 7), (2, 14)]}[way]
+    assert sorted(shapes) == {
+        "packed": [(1, 10 + 17), (1, 10 + 20)], "key/value": [(1, 10), (2, 7), (2, 14)],
+        "packed key/value": [(1, 10), (1, 6 + 7), (1, 10 + 14)],
+    }[way]  # fmt: skip
 
 
 def test_what_nobody_checked_is_not_shared(always, tokens):
@@ -277,7 +283,7 @@ def test_what_nobody_checked_is_not_shared(always, tokens):
 def test_sharing_has_to_pay(tokens):
     """A picture each: nothing is shared. A long prefix and many short questions: it is."""
     case = build(llava)
-    case.vlm.shares = BOTH
+    case.vlm.shares = WAYS
     short = only(case, 0, 2)
     shapes = tokens(case)
     short.states()
@@ -288,23 +294,25 @@ def test_sharing_has_to_pay(tokens):
 
 
 @pytest.mark.parametrize("rows", [16, 64])
-@pytest.mark.parametrize("width, way", [(4096, "packed"), (256, "key/value")])
+@pytest.mark.parametrize("width, way", [(4096, "packed"), (256, "packed key/value")])
 def test_the_way_is_chosen_by_what_it_costs(rows, width, way, monkeypatch):
     """LLaVA's proportions: at full width the packed row's useless attention is cheap, at a small one it is not."""
     case = build(llava)
-    case.vlm.shares = BOTH
+    case.vlm.shares = WAYS
     monkeypatch.setattr(case.vlm.base.config.text_config, "hidden_size", width)
     inputs = {"input_ids": torch.tensor([[1, *[IMAGE] * 576, *range(20, 60)]])}
     turns = [Encoded(inputs, torch.arange(600, 616), torch.arange(16))] * rows
     (part,) = prefix._parts(case.vlm, turns, [case.shown[0]] * rows)
     part = replace(part, length=577)
     assert part.cheapest(None) == way
+    case.vlm.budget = Budget(sparing=True)
+    assert part.cheapest(None) == "packed"
 
 
 def test_pictures_of_several_sizes(always):
     """Twice as many image tokens are another layout: their own prefix, and never the other's features."""
     case = build(llava)
-    case.vlm.shares = BOTH
+    case.vlm.shares = WAYS
     large = join_features([case.shown[0], case.shown[2]])
     large["pooler_output"] = (torch.cat(list(large["pooler_output"])),)
     for i, n in ((0, 8), (3, 9)):
@@ -317,7 +325,7 @@ def test_pictures_of_several_sizes(always):
     assert apart(gradients(case.vlm, case.states()), expected) < 1e-5
 
 
-@pytest.mark.parametrize("way", BOTH)
+@pytest.mark.parametrize("way", WAYS)
 def test_answers_to_one_question(way, always):
     """The prefix ends before the first supervised row, however much more is the same; and so it does for equal turns."""
     case = only(build(llava), 3, 3, 3)
@@ -331,7 +339,7 @@ def test_answers_to_one_question(way, always):
 
 def test_an_image_behind_the_question_is_not_shared(always):
     case = only(build(llava), 0, 3, 5)
-    case.vlm.shares = BOTH
+    case.vlm.shares = WAYS
     for turn in case.turns:
         turn.inputs["input_ids"] = torch.cat([turn.inputs["input_ids"][:, 10:13], turn.inputs["input_ids"]], 1)
         turn.inputs["attention_mask"] = torch.ones_like(turn.inputs["input_ids"])
@@ -355,7 +363,7 @@ def test_a_wrong_mask_makes_the_check_take_the_next_way(monkeypatch, always):
     monkeypatch.setattr(prefix, "_own_masks", leaky)
     exact, said = planned(case)
     assert exact == ("key/value",) == case.vlm.shares
-    assert len(said) == 1 and said[0].startswith("The packed prefix cannot be used on this model: hidden states differ by ")
+    assert len(said) == 2 and said[0].startswith("The packed prefix cannot be used on this model: hidden states differ by ")
     assert apart((case.states(),), (case.separate(),)) < 1e-5
 
 
@@ -381,7 +389,7 @@ def test_when_every_way_fails_plain_batches_are_said_once(monkeypatch, tokens, a
     wrong = property(lambda self: real(self) * 0)
     monkeypatch.setattr(prefix.Part, "positions", wrong)
     exact, said = planned(case)
-    assert exact == () and len(said) == 3 and said[-1].endswith("no way of sharing is exact on this model: plain padded batches.")
+    assert exact == () and len(said) == 4 and said[-1].endswith("no way of sharing is exact on this model: plain padded batches.")
     shapes = tokens(case)
     case.states()
     assert sorted(shapes) == [(3, 12), (6, 24)]
@@ -398,12 +406,12 @@ def test_an_error_is_said_and_so_is_a_lack_of_memory(monkeypatch):
 
     monkeypatch.setitem(prefix.RUN, "packed", fails(RuntimeError("The wrapper takes no such mask.\nMore of it.")))
     exact, said = planned(case)
-    assert exact == ("key/value",)
+    assert exact == WAYS[1:]
     assert said == ["The packed prefix cannot be used on this model: The wrapper takes no such mask."]
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
         monkeypatch.setitem(prefix.RUN, "packed", fails(error))
         exact, said = planned(case)
-        assert exact == ("key/value",) and "does not fit into memory" in said[0]
+        assert exact == WAYS[1:] and "does not fit into memory" in said[0]
     monkeypatch.setitem(prefix.RUN, "plain", fails(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(torch.OutOfMemoryError):  # there is nothing smaller to go on with
         planned(case)
@@ -420,11 +428,11 @@ def test_the_trial_stays_within_the_budget(monkeypatch, budget, most):
     for way, run in dict(prefix.RUN).items():
         monkeypatch.setitem(prefix.RUN, way, lambda part, most, run=run, way=way: seen.append((way, most)) or run(part, most))
     exact, said = planned(case)
-    assert exact == (("packed",) if budget.checkpointing else BOTH) and not said
+    assert exact == (("packed",) if budget.checkpointing else WAYS) and not said
     assert {way: n for way, n in seen} == {"plain": most[0]} | dict.fromkeys(exact, most[1])
 
 
-@pytest.mark.parametrize("way", BOTH)
+@pytest.mark.parametrize("way", WAYS)
 def test_nan_is_not_exact(monkeypatch, way):
     """A mask that leaves a row nothing to look at gives NaN on some devices, and NaN is not above any tolerance."""
     case = build(llava)
@@ -432,7 +440,7 @@ def test_nan_is_not_exact(monkeypatch, way):
     broken = lambda part, most: ((i, x * float("nan") if i == 1 else x) for i, x in real(part, most))
     monkeypatch.setitem(prefix.RUN, way, broken)
     exact, said = planned(case)
-    assert exact == tuple(w for w in BOTH if w != way) and "hidden states differ by nan" in said[0]
+    assert exact == tuple(w for w in WAYS if w != way) and "hidden states differ by nan" in said[0]
 
 
 def test_with_no_two_turns_of_one_picture_nothing_is_tried():
@@ -443,7 +451,7 @@ def test_with_no_two_turns_of_one_picture_nothing_is_tried():
 def test_the_check_leaves_dropout_on_and_is_not_disturbed_by_it():
     case = build(llava, dropout=0.3)
     case.vlm.model.train()
-    assert planned(case) == (BOTH, []) and case.vlm.model.training
+    assert planned(case) == (WAYS, []) and case.vlm.model.training
 
 
 # Memory -------------------------------------------------------------------------------------------------------------------
@@ -451,9 +459,9 @@ def test_the_check_leaves_dropout_on_and_is_not_disturbed_by_it():
 
 def test_activation_checkpointing_goes_with_packed(always, tokens, monkeypatch):
     case = build(llava)
-    assert planned(case)[0] == BOTH
+    assert planned(case)[0] == WAYS
     expected = gradients(case.vlm, case.separate())
-    monkeypatch.setattr(prefix, "MEMORY", 0.01)  # key/value, if it were possible
+    monkeypatch.setitem(prefix.MEMORY, "key/value", 0.01)  # key/value, if it were possible
     assert all(p.cheapest(None) == "key/value" for p in prefix._parts(case.vlm, case.turns, case.shown))
     case.vlm.base.activation_checkpointing_enable()
     case.vlm.model.train()
@@ -465,7 +473,7 @@ def test_activation_checkpointing_goes_with_packed(always, tokens, monkeypatch):
     assert all(b * t in (10 + 37, 10 + 20, 4 + 19) for b, t in shapes)  # packed
 
 
-@pytest.mark.parametrize("way", [*BOTH, None])
+@pytest.mark.parametrize("way", [*WAYS, None])
 def test_a_micro_batch_bounds_what_is_kept_for_the_backward_pass(way, always):
     case = build(llava)
     case = replace(case, turns=[case.turns[i] for i in (0, 3, 5, 7)] * 8, shown=[case.shown[0]] * 32)
@@ -487,7 +495,7 @@ def test_a_micro_batch_bounds_what_is_kept_for_the_backward_pass(way, always):
     assert apart(gradients(case.vlm, small), gradients(case.vlm, whole)) < 1e-5
 
 
-@pytest.mark.parametrize("way", [*BOTH, None])
+@pytest.mark.parametrize("way", [*WAYS, None])
 def test_dropout_is_the_same_when_a_micro_batch_is_computed_again(way, always, monkeypatch):
     case = build(llava, dropout=0.3)
     case.vlm.shares = (way,) if way else ()
@@ -546,7 +554,7 @@ def test_neither_head_nor_vision_tower_runs_in_training(trainable, monkeypatch):
 
 def test_training_is_the_same_whatever_is_shared_and_whatever_the_micro_batch(trainable, always):
     shares = trainable.vlm.shares
-    assert shares == BOTH
+    assert shares == WAYS
     expected = None
     for ways in ((), *((way,) for way in shares)):
         for micro_batch in (None, 5):
@@ -644,7 +652,7 @@ def test_what_the_check_finds_reaches_the_user(loaded, cast, monkeypatch):
         with show.Progress(Console(file=screen, width=200), hidden=False) as progress:
             session.forget(loaded, Request(cast.target, cast.image, protect=cast.others[:1]), recipe, load_image(cast.image),
                           listener=progress.listener)  # fmt: skip
-        assert loaded.shares == ("key/value",)
+        assert loaded.shares == WAYS[1:]
         assert screen.getvalue().count("The packed prefix cannot be used on this model: no such mask.") == 1
     finally:
         adapter.detach(loaded)
