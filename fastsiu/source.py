@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils import cached_file, extract_commit_hash
 
+from .processor import load_processor
 from .request import BadInput
 
 DTYPES = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -94,7 +95,7 @@ def describe(name: str, revision: str | None) -> tuple[Any, Any, str | None]:
         if not Path(name).is_dir():  # from here on one commit, and the one that the manifest names: branches move
             found = cached_file(name, "config.json", revision=revision, local_files_only=True)
             revision = extract_commit_hash(found, None) or revision
-        processor = AutoProcessor.from_pretrained(name, revision=revision)
+        processor = load_processor(name, config, revision)
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise BadInput(f"{name} has no processor that transformers can load ({first_line(error)}): "
                        "save the processor beside the model, or give another model.") from error  # fmt: skip

@@ -1,0 +1,90 @@
+"""A model's processor: what turns text and a picture into tensors, also where torchvision is not installed.
+
+Transformers' processors bring one for videos along, and those need torchvision, which has no build for every torch. Pictures
+do not: most image processors come in a second version that needs Pillow only, and transformers takes it by itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from typing import Any
+
+import transformers
+from transformers import (
+    PROCESSOR_MAPPING,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    ProcessorMixin,
+)
+from transformers.utils import PushToHubMixin
+
+from .request import BadInput
+
+
+class NoVideos(PushToHubMixin):
+    """In place of a processor for videos. SmolVLM's templates read the two settings, also where there is no video."""
+
+    num_frames, fps = None, None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {}
+
+
+class WithoutVideos:
+    """Before a processor class: one that needs no processor for videos, and so no torchvision."""
+
+    def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
+        """The parent's check looks for the class of video processors, which cannot be imported without torchvision."""
+        return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
+
+
+PARTS = {
+    "image_processor": AutoImageProcessor.from_pretrained,
+    "tokenizer": AutoTokenizer.from_pretrained,
+    "feature_extractor": AutoFeatureExtractor.from_pretrained,
+    "video_processor": lambda name, revision: NoVideos(),
+}
+
+
+def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
+    """The processor saved beside a model. Raises BadInput where there is none, or it needs a package that is not installed."""
+    torchvision = importlib.util.find_spec("torchvision") is not None
+    try:
+        made = processor_class(name, config, revision)
+        if made and "video_processor" in made.get_attributes() and not torchvision:
+            return assemble(made, name, revision)
+        return AutoProcessor.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
+        if "torchvision" in str(error).lower() and not torchvision:
+            raise BadInput(f"The processor of {name} needs torchvision, which is not installed: pip install torchvision.") from error
+        line = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        if isinstance(error, ImportError):
+            raise BadInput(f"The processor of {name} needs a package that is not installed ({line}).") from error
+        raise BadInput(f"{name} has no processor that transformers can load ({line}): save the processor beside the model, or give "
+                       "another model.") from error  # fmt: skip
+
+
+def processor_class(name: str, config: Any, revision: str | None) -> type[ProcessorMixin] | None:
+    """The one that was saved, or else the one that transformers has for this kind of model."""
+    saved, _ = ProcessorMixin.get_processor_dict(name, revision=revision)
+    if found := getattr(transformers, saved.get("processor_class") or "", None):
+        return found
+    return PROCESSOR_MAPPING[type(config)] if type(config) in PROCESSOR_MAPPING else None
+
+
+def assemble(made: type[ProcessorMixin], name: str, revision: str | None) -> ProcessorMixin:
+    """What `made.from_pretrained` does, part by part, with no processor for videos."""
+    parts = [PARTS[part](name, revision=revision) for part in made.get_attributes()]
+    saved, _ = made.get_processor_dict(name, revision=revision)
+    return type(made.__name__, (WithoutVideos, made), {}).from_args_and_dict(parts, saved)
+
+
+def takes_suffix(processor: Any) -> bool:
+    """Whether the answer goes in beside the question, as `suffix`, and not inside a chat template.
+
+    So it is with prefix language models: their processor marks, in `token_type_ids`, which tokens look both ways.
+    """
+    return "suffix" in inspect.signature(type(processor).__call__).parameters
