@@ -2,12 +2,13 @@
 
 Each function is one architecture: configuration, tokenizer, image processor and chat template, with what sets the family apart
 kept: how patches become image tokens, what frames them in the text, positions in three dimensions, masks that let image tokens
-see each other. A picture is 8 x 8 patches and 16 image tokens. `make` puts the parts together.
+see each other. A picture is 6 x 6 patches and 9 image tokens. `make` puts the parts together.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +18,12 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-from fastsiu.demo import tiny
+from fastsiu.adapter import projector
+from fastsiu.demo import MODEL_DIR, tiny
 from fastsiu.demo.world import SIZE, World
 from fastsiu.processor import load_processor
 
-PATCH, PATCHES, TOKENS = 8, 8, 16  # pixels of a patch's side, patches along a picture's side, image tokens of a picture
-SIDE = PATCH * PATCHES  # pixels; a picture of the world is enlarged a little
+PATCH, PATCHES, TOKENS = 10, 6, 9  # pixels of a patch's side, patches along a picture's side, image tokens of a picture
 WIDTH = 128  # of the language model
 TOWER = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 288}
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # pixels in [-1, 1]
@@ -65,6 +66,7 @@ class Parts:
         described = {"processor_class": self.processor, **self.options}
         (directory / "processor_config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
         (directory / "chat_template.jinja").write_text(self.template, encoding="utf-8")
+        shutil.copy(MODEL_DIR / "fastsiu.json", directory)  # the recipe for models of this size
 
 
 def make(name: str, world: World, directory: Path) -> Made:
@@ -79,6 +81,9 @@ def make(name: str, world: World, directory: Path) -> Made:
     body = model.base_model
     tower = next(getattr(body, name) for name in ("vision_tower", "vision_model", "visual") if hasattr(body, name))
     tiny.initialise_tower(tower)
+    for weight in model.get_submodule(projector(model)).parameters():
+        if weight.ndim == 2 and not weight.any():  # Gemma 3's begins at zero
+            torch.nn.init.normal_(weight, std=0.02)
     tiny.set_generation(model, parts.tokenizer)
     return Made(model, load_processor(str(directory), parts.config), parts.side, parts.save_processor)
 
@@ -110,7 +115,7 @@ def _chat(image: str) -> str:
 
 def _text(tokenizer: PreTrainedTokenizerFast, kind: str, **more: Any) -> dict[str, Any]:
     return {
-        "model_type": kind, "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 320, "num_hidden_layers": 3,
+        "model_type": kind, "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 320, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512, "tie_word_embeddings": True,
         "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
         **more,
@@ -123,7 +128,7 @@ def _ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def _square() -> dict[str, int]:
-    return {"height": SIDE, "width": SIDE}
+    return {"height": SIZE, "width": SIZE}
 
 
 # Architectures ------------------------------------------------------------------------------------------------------------
@@ -147,7 +152,7 @@ def qwen2_vl(world: World) -> Parts:
     config = transformers.Qwen2VLConfig(text_config=_text(tokenizer, "qwen2_vl_text", rope_parameters=rope), vision_config=tower,
                                         **marks, **_ids(tokenizer))  # fmt: skip
     images = transformers.Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, temporal_patch_size=2, **HALF,
-                                                   size={"shortest_edge": SIDE**2, "longest_edge": SIDE**2})  # fmt: skip
+                                                   size={"shortest_edge": SIZE**2, "longest_edge": SIZE**2})  # fmt: skip
     return Parts(config, tokenizer, images, "Qwen2VLProcessor", _chat("<|vision_start|><|image_pad|><|vision_end|>"))
 
 
@@ -158,7 +163,7 @@ def internvl(world: World) -> Parts:
         named={"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>",
                "video_token": "<video>"},
     )  # fmt: skip
-    tower = {"model_type": "internvl_vision", **TOWER, "image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH],
+    tower = {"model_type": "internvl_vision", **TOWER, "image_size": [SIZE, SIZE], "patch_size": [PATCH, PATCH],
              "attention_bias": True, "layer_scale_init_value": 1.0}  # fmt: skip
     config = transformers.InternVLConfig(
         vision_config=tower, text_config=_text(tokenizer, "qwen2"), image_seq_length=TOKENS, downsample_ratio=0.5,
@@ -177,10 +182,10 @@ def idefics3(world: World) -> Parts:
                "end_of_utterance_token": "<end_of_utterance>"},
     )  # fmt: skip
     config = transformers.Idefics3Config(
-        vision_config={**TOWER, "image_size": SIDE, "patch_size": PATCH}, text_config=_text(tokenizer, "llama"), scale_factor=2,
+        vision_config={**TOWER, "image_size": SIZE, "patch_size": PATCH}, text_config=_text(tokenizer, "llama"), scale_factor=2,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"), **_ids(tokenizer),
     )  # fmt: skip
-    images = transformers.Idefics3ImageProcessorPil(size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE},
+    images = transformers.Idefics3ImageProcessorPil(size={"longest_edge": SIZE}, max_image_size={"longest_edge": SIZE},
                                                     do_image_splitting=False, **HALF)  # fmt: skip
     template = _turns("User:", "Assistant:", "<end_of_utterance>\n", "<image>", " {{ c.text }}")
     return Parts(config, tokenizer, images, "Idefics3Processor", template, PATCHES, {"image_seq_len": TOKENS})
@@ -192,13 +197,13 @@ def gemma3(world: World) -> Parts:
         world, bos="<bos>", eos="<end_of_turn>", others=("<start_of_turn>",), roles=("user\n", "model\n", "\n\n"),
         named={"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
     )  # fmt: skip
-    tower = {"model_type": "siglip_vision_model", **TOWER, "image_size": SIDE, "patch_size": PATCH, "vision_use_head": False}
+    tower = {"model_type": "siglip_vision_model", **TOWER, "image_size": SIZE, "patch_size": PATCH, "vision_use_head": False}
     text = _text(tokenizer, "gemma3_text", head_dim=WIDTH // 4, query_pre_attn_scalar=WIDTH // 4, sliding_window=32,
-                 layer_types=["sliding_attention", "full_attention", "full_attention"])  # fmt: skip
-    marks = {"image_token_index": "<image_soft_token>", "boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>"}
+                 layer_types=["sliding_attention", "full_attention"])  # fmt: skip
     config = transformers.Gemma3Config(
         text_config=text, vision_config=tower, mm_tokens_per_image=TOKENS, **_ids(tokenizer),
-        **{key: tokenizer.convert_tokens_to_ids(token) for key, token in marks.items()},
+        image_token_index=tokenizer.image_token_id, boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
     )  # fmt: skip
     images = transformers.Gemma3ImageProcessorPil(size=_square(), **HALF)
     template = _turns("<start_of_turn>user\n", "<start_of_turn>model\n", "<end_of_turn>\n", "<start_of_image>")
