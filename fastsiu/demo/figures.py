@@ -33,13 +33,13 @@ def answer(model: PreTrainedModel, processor: ProcessorMixin, questions: list[Qu
         part = [i for i in order[:batch] if (questions[i].image is None) == plain]
         order = order[len(part) :]
         prompts = []
-        images: list[Image.Image] = []
+        images: list[list[Image.Image]] = []  # one a prompt
         for i in part:
             content = [{"type": "text", "text": questions[i].question}]
             scene = questions[i].image
             if scene is not None:
                 content.insert(0, {"type": "image"})
-                images.append(draw(scene))
+                images.append([draw(scene)])
             prompts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
         found = processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
         inputs = {key: found[key] for key in inspect.signature(model.forward).parameters if key in found}

@@ -123,7 +123,8 @@ class Sight:
 
     def _processed(self, pictures: list[Image.Image]) -> Any:
         text = [self.prompt] * len(pictures)
-        return self.processor(text=text, images=pictures, return_tensors="pt", add_special_tokens=False)
+        images = [[picture] for picture in pictures]  # one a text; some families take a flat list for one text's
+        return self.processor(text=text, images=images, return_tensors="pt", add_special_tokens=False)
 
     def _seen(self, pixels: Tensor, count: int) -> tuple[Tensor, Any]:
         """(what enters the projector, what leaves it) for pictures as the processor gives them."""
