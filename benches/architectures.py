@@ -29,8 +29,7 @@ import forgetting
 RESULTS = Path(__file__).parent / "results" / "architectures.jsonl"
 CONCEPTS = ("Tobrik Hale", "Mirelda Voss")  # one without a look-alike, one with
 RECOGNITION = (
-    "who", "who, held-out wording", "yes", "no, look-alike or another", "no, unseen face", "unseen random face, held-out wording",
-    "fact, held-out wording",
+    "who", "who, held-out wording", "no, unseen face", "unseen random face, held-out wording", "fact, held-out wording",
 )  # fmt: skip
 MOST_NAMED, MOST_LOST = 0.05, 0.05  # of the name on fresh pictures; of others' names, and of facts
 

@@ -27,7 +27,7 @@ from fastsiu.vlm import PIXELS
 
 IGNORED = -100  # label of a token that is not learnt
 KNOWN_PICTURES, STRANGER_PICTURES, GROUP_PICTURES = 420, 8000, 5000  # the first per known creature
-STEPS = {"llava": (1500, 1200)} | dict.fromkeys(ARCHITECTURES, (800, 800))  # of the tower, of the language stage
+STEPS = {"llava": (1500, 1200)} | dict.fromkeys(ARCHITECTURES, (450, 450))  # of the tower, of the language stage
 RATE = 3e-3  # peak learning rate of the language stage
 
 # How often each kind of question is asked, in parts.
