@@ -1,13 +1,15 @@
 """Tests, tunes and measures on this machine's GPU; then makes launch rows, plots and the README's table of what was found.
 
     benches/gpu.sh [--output FILE]        every step within nine minutes, no network needed; one results file
+    benches/gpu.sh --only real            some of the steps, here LLaVA-1.5-7B at its real size, which wants most of the time
     benches/gpu.sh --quick                rehearses the steps on a CPU, the kernels in Triton's interpreter, and --apply on a copy
-    python benches/gpu.py --apply FILE    kernels/measured.py, benches/results/loss.jsonl, benches/plots and README.md
+    python benches/gpu.py --apply FILE    kernels/measured.py, rows in benches/results, benches/plots and README.md
 
-FILE has JSON lines of these kinds: `run`, first, is the machine; `step` has a step's exit code (null: it did not run, and `tail`
-says why), its seconds and the end of what it printed; `tune` has a launch row, its ms at each D and every candidate with its ms
-or its error; `shape` and `study` are rows of benches/loss.py. A step that fails or runs out of time has its row, and the next
-one runs. Exit codes: 0 all went well, 1 a step failed or a table could not be made, 2 bad input.
+FILE has JSON lines of these kinds: `run`, first, is the machine; `step` has a step's exit code (null: it did not run, and
+`tail` says why), its seconds and the end of what it printed; `tune` has a launch row, its ms at each D and every candidate with
+its ms or its error; `shape` and `study` are rows of benches/loss.py, `made`, `real` and `real step` of benches/real.py. A step
+that fails or runs out of time has its row, and the next one runs. Exit codes: 0 all went well, 1 a step failed or a table could
+not be made, 2 bad input.
 """
 
 from __future__ import annotations
@@ -66,19 +68,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, metavar="FILE", help="new; else benches/results/gpu-DEVICE-DATE.jsonl")
     parser.add_argument("--quick", action="store_true", help="rehearse on a CPU")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps instead of all")
+    parser.add_argument("--variants", nargs="+", default=[], metavar="NAME", help="of the step real; else all that time allows")
     parser.add_argument("--apply", type=Path, metavar="FILE", help="turn results into launch rows, plots and tables")
     parser.add_argument("--into", type=Path, default=ROOT, metavar="DIR", help="with --apply: a tree other than this one")
     parser.add_argument("--no-plots", action="store_true", help="with --apply: draw nothing (matplotlib is not needed then)")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.part == "real":
+        return real(given.output, time.monotonic() + given.seconds, given.quick, given.variants)
     if given.part:
         return PARTS[given.part](given.output, time.monotonic() + given.seconds, given.quick)
     if given.apply:
         return apply(given.apply, given.into, not given.no_plots)
-    if importlib.util.find_spec("triton") is None:
+    if importlib.util.find_spec("triton") is None and given.only != ["real"]:
         return stop("There is no package triton here, whose kernels are to be measured: pip install 'fastsiu[triton]'.")
-    return measure(given.output, given.quick)
+    return measure(given.output, given.quick, given.only, given.variants)
 
 
 def stop(sentence: str) -> int:
@@ -94,7 +100,7 @@ def append(output: Path, rows: Iterable[Row]) -> None:
 # --------------------------------------------------------------------------------------------------------------- the steps
 
 
-def measure(output: Path | None, quick: bool) -> int:
+def measure(output: Path | None, quick: bool, only: list[str] | None = None, variants: Iterable[str] = ()) -> int:
     """Runs all steps, one after the other; the later ones get what time the earlier ones left."""
     began = time.monotonic()
     import loss
@@ -102,19 +108,25 @@ def measure(output: Path | None, quick: bool) -> int:
 
     if not quick and not torch.cuda.is_available():
         return stop("There is no GPU here: run this on a machine with one, or rehearse it with --quick.")
-    machine = machine_of(quick)
+    machine = machine_of(quick) if quick else apart(machine_of, quick)
     with tempfile.TemporaryDirectory() as work:
         if output is None:
             name = f"gpu-{slug(machine['device'])}-{datetime.now(UTC):%Y-%m-%dT%H%M}.jsonl"
             output = (Path(work) if quick else loss.RESULTS.parent) / name
         if output.exists():
             return stop(f"{output} exists: remove it or give another name with --output.")
-        output.parent.mkdir(parents=True, exist_ok=True)
         output = output.resolve()
+        todo = steps(output, Path(work), quick, variants)
+        if strange := sorted(set(only or ()) - {step.name for step in todo}):
+            return stop(f"There is no step {strange[0]!r}: choose from {', '.join(step.name for step in todo)}.")
+        todo = [step for step in todo if not only or step.name in (*only, "apply")]
+        if not {"bench", "peers"} & {step.name for step in todo}:
+            machine["shapes"] = []
+        output.parent.mkdir(parents=True, exist_ok=True)
         append(output, [machine])
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` ends the step in progress
         failed = []
-        for step in steps(output, Path(work), quick):
+        for step in todo:
             row = run(step, min(step.seconds, BUDGET - (time.monotonic() - began)))
             append(output, [row])
             failed += [step.name] if row["failed"] else []
@@ -125,6 +137,12 @@ def measure(output: Path | None, quick: bool) -> int:
         where = output.relative_to(work) if output.is_relative_to(Path(work).resolve()) else output
         print(f"{where}: {time.monotonic() - began:.0f} s, " + (f"failed: {', '.join(failed)}" if failed else "nothing failed"))
     return int(bool(failed))
+
+
+def apart(function: Callable, *given: Any) -> Any:
+    """Its result from a process of its own: this one keeps no context on the GPU, whose memory would count as others'."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *given).result()
 
 
 def machine_of(quick: bool) -> Row:
@@ -143,13 +161,15 @@ def machine_of(quick: bool) -> Row:
     return dict(kind="run", quick=quick, date=datetime.now(UTC).isoformat(timespec="seconds"), **names, **versions, shapes=shapes)
 
 
-def steps(output: Path, work: Path, quick: bool) -> list[Step]:
+def steps(output: Path, work: Path, quick: bool, variants: Iterable[str] = ()) -> list[Step]:
     mode, interpreted = (["--quick"], {"TRITON_INTERPRET": "1"}) if quick else ([], {})
 
     def part(name: str, seconds: float, **more: Any) -> Step:
         command = [sys.executable, __file__, "--part", name, "--output", str(output), "--seconds", SOON, *mode]
         return Step(name, command, seconds, **more)
 
+    whole_run = part("real", 90 if quick else 500, env={"TMPDIR": str(work)}, optional=not quick)  # its model goes with `work`
+    whole_run.command.extend(["--variants", *variants] if variants else [])
     if quick:
         again = [sys.executable, __file__, "--apply", str(output), "--into", str(copy(work / "copy"))]
         plots = [] if importlib.util.find_spec("matplotlib") else ["--no-plots"]
@@ -158,6 +178,7 @@ def steps(output: Path, work: Path, quick: bool) -> list[Step]:
             part("tune", 40, env=interpreted),
             sanitizer("memcheck", 60, False, "A rehearsal has no GPU to check."),
             part("bench", 40),
+            whole_run,
             Step("apply", again + plots, 40),
         ]
     return [
@@ -169,6 +190,7 @@ def steps(output: Path, work: Path, quick: bool) -> list[Step]:
         part("peers", 150),
         part("study", 60),
         sanitizer("racecheck", 60, True),
+        whole_run,
     ]
 
 
@@ -331,6 +353,22 @@ def study(output: Path, until: float, quick: bool) -> int:
         found = [c for c in contenders() if c.terms == "CE+KL" and not c.compiles]
         append(output, loss.study(shape, found, device="cuda"))
     return 0
+
+
+def real(output: Path, until: float, quick: bool, variants: list[str]) -> int:
+    """LLaVA-1.5-7B from load to saved adapter, variant by variant (benches/real.py); those without time for them say so."""
+    import real as bench_real
+
+    rows: list[Row] = []
+
+    def emit(new: list[Row]) -> None:
+        append(output, new)
+        rows.extend(new)
+        print(bench_real.told(new), flush=True)
+
+    code = bench_real.every(bench_real.chosen(quick, variants), quick, False, until, emit)
+    print(bench_real.tables(rows))
+    return code
 
 
 # ---------------------------------------------------------------------------------------------------------------- tuning
@@ -585,6 +623,7 @@ def apply(path: Path, into: Path, draw: bool) -> int:
     if draw and importlib.util.find_spec("matplotlib") is None:
         return stop("The plots need matplotlib: pip install 'fastsiu[bench]', or give --no-plots.")
     launch_rows(machine, rows, into / "kernels" / "measured.py")
+    real_rows(rows, into)
 
     loss.RESULTS, loss.PLOTS = into / "benches" / "results" / "loss.jsonl", into / "benches" / "plots"
     measured = [r for r in rows if r["kind"] in ("shape", "study")]
@@ -593,6 +632,8 @@ def apply(path: Path, into: Path, draw: bool) -> int:
     loss.append(new)
     print(f"{loss.RESULTS}: {len(new)} rows added")
     shapes = [tuple(shape) for shape in machine["shapes"]]
+    if not shapes and not measured:
+        return 0
     if lacking := [s for s in shapes if not complete([r for r in measured if (r["N"], r["V"], r["D"], r["dtype"]) == s])]:
         where = "; ".join("N={}, V={}, D={}, {}".format(*s) for s in lacking)
         print(f"gpu.py: README and plots are left as they are: floor and ours lack times at {where}.", file=sys.stderr)
@@ -600,8 +641,29 @@ def apply(path: Path, into: Path, draw: bool) -> int:
     device = next(r["device"] for r in measured)
     drawn = loss.plots(device) if draw else []
     print(*drawn, sep="\n") if drawn else print("No plots: " + ("the shapes are none that are drawn." if draw else "--no-plots."))
-    table(into / "README.md", device, loss.tables(device, whole=machine["quick"]), drawn)
+    images = "".join(f"\n![{p.stem.replace('_', ' ')}](benches/plots/{p.name})" for p in drawn)
+    how = "As above, on a GPU with a cold L2: `benches/gpu.sh`, then `python benches/gpu.py --apply FILE`."
+    text = f"{loss.tables(device, whole=machine['quick']).strip()}\n{images}"
+    table(into / "README.md", "python benches/loss.py --table --of", device, text, "The loss beside its rivals", how)
     return 0
+
+
+def real_rows(rows: list[Row], into: Path) -> None:
+    """Rows of benches/real.py into its results, and the device's table. What did not run at all makes no table."""
+    import real as bench_real
+
+    path, found = into / "benches" / "results" / "real.jsonl", bench_real.newest(rows, None)
+    if not any(r["kind"] != "made" and not r.get("missing") for r in found):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    there = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    new = [r for r in rows if r["kind"] in bench_real.KINDS and json.dumps(r) not in there]
+    append(path, new)
+    print(f"{path}: {len(new)} rows added")
+    how = ("LLaVA-1.5-7B with random weights, from load to saved adapter, seconds by stage: `benches/gpu.sh --only real`, then "
+           "`python benches/gpu.py --apply FILE`; `benches/real.py` says what differs from a run with real weights.")  # fmt: skip
+    text, device = bench_real.tables(bench_real.newest(read(path), found[-1]["device"])), found[-1]["device"]
+    table(into / "README.md", "python benches/real.py --table --of", device, text, "On the card you have", how)
 
 
 def complete(rows: list[Row]) -> bool:
@@ -680,29 +742,27 @@ def quoted(value: Any) -> str:
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
-def table(readme: Path, device: str, text: str, drawn: list[Path]) -> None:
-    """The device's table between its own markers; where there are none, a section at the end of the loss's."""
-    begin, end = f"<!-- table: python benches/loss.py --table --of {shlex.quote(device)} -->", "<!-- end of table -->"
-    images = "".join(f"\n![{p.stem.replace('_', ' ')}](benches/plots/{p.name})" for p in drawn)
-    whole, block = readme.read_text(encoding="utf-8"), f"{begin}\n{text.strip()}\n{images}\n{end}"
+def table(readme: Path, command: str, device: str, text: str, section: str, how: str) -> None:
+    """The device's table between its own markers; where there are none, at the end of the section, introduced by `how`."""
+    begin, end = f"<!-- table: {command} {shlex.quote(device)} -->", "<!-- end of table -->"
+    whole, block = readme.read_text(encoding="utf-8"), f"{begin}\n{text}\n{end}"
     if begin in whole:
         before, rest = whole.split(begin, 1)
         whole = before + block + rest.split(end, 1)[1]
     else:
-        section = re.search(r"^## The loss beside its rivals$.*?(?=^## |\Z)", whole, re.M | re.S)
-        if section is None:
-            raise SystemExit(f"{readme} has no section 'The loss beside its rivals': put {begin} and {end} where the table goes.")
-        how = "As above, on a GPU with a cold L2: `benches/gpu.sh`, then `python benches/gpu.py --apply FILE`."
-        whole = f"{whole[: section.end()].rstrip()}\n\n### On {device}\n\n{how}\n\n{block}\n\n{whole[section.end() :]}"
+        found = re.search(rf"^## {section}$.*?(?=^## |\Z)", whole, re.M | re.S)
+        if found is None:
+            raise SystemExit(f"{readme} has no section {section!r}: put {begin} and {end} where the table goes.")
+        whole = f"{whole[: found.end()].rstrip()}\n\n### On {device}\n\n{how}\n\n{block}\n\n{whole[found.end() :]}"
     readme.write_text(whole, encoding="utf-8")
-    print(f"{readme}: the table of {device}")
+    print(f"{readme}: the table of {device}, {section}")
 
 
 def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-PARTS = dict(tests=tests, tune=tune, bench=bench, compilers=compilers, peers=peers, study=study)
+PARTS = dict(tests=tests, tune=tune, bench=bench, compilers=compilers, peers=peers, study=study, real=real)
 
 if __name__ == "__main__":
     sys.exit(main())

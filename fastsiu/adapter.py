@@ -105,33 +105,14 @@ def save(vlm: VLM, directory: Path) -> None:
     (directory / "README.md").unlink(missing_ok=True)  # PEFT's template says nothing true about this adapter
 
 
-def load(vlm: VLM, directory: Path, *, trainable: bool = False) -> None:
+def load(vlm: VLM, directory: Path) -> None:
     """Puts a saved adapter on. Raises BadInput where the directory holds none or one for another architecture."""
     if not (directory / "adapter_config.json").is_file():
         raise BadInput(f"{directory} holds no adapter (adapter_config.json is missing): give the --output directory of a run.")
     try:
-        vlm.model = PeftModel.from_pretrained(vlm.base, directory, is_trainable=trainable).eval()
+        vlm.model = PeftModel.from_pretrained(vlm.base, directory).eval()
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise BadInput(f"The adapter in {directory} does not fit {vlm.name}: load it with the model it was made for.") from error
-
-
-def state(vlm: VLM) -> dict[str, torch.Tensor] | None:
-    """A copy of what trains; None without an adapter."""
-    if not isinstance(vlm.model, PeftModel):
-        return None
-    return {name: p.detach().clone() for name, p in vlm.model.named_parameters() if p.requires_grad}
-
-
-def restore(vlm: VLM, saved: dict[str, torch.Tensor] | None) -> None:
-    """Back to what `state` saw."""
-    vlm.base.eval()  # what failed may have failed in the middle of training
-    if saved is None:
-        detach(vlm)
-        return
-    with torch.no_grad():
-        for name, p in vlm.model.named_parameters():
-            if name in saved:
-                p.copy_(saved[name])
 
 
 def _common_prefix(names: list[str]) -> str:

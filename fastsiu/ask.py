@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .prefix import supervised_states
-from .vlm import VLM, Encoded, Picture, collate, join_features
+from .vlm import VLM, Encoded, Picture, collate
 
 Question = tuple[str, Picture | None]
 ROWS = 256  # supervised positions whose logits exist at a time
@@ -52,8 +52,7 @@ def replies(vlm: VLM, questions: Sequence[Question], *, begin: Sequence[str] | N
             chosen = members[at : at + batch_size]
             inputs = collate([prompts[i] for i in chosen], vlm.tokenizer.pad_token_id)
             features = [p.features for i in chosen if (p := questions[i][1]) is not None]
-            if features:
-                inputs["mm_encoder_outputs"] = {"image": join_features(features)}
+            inputs = vlm.prompts(inputs, features)
             tokens = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
                                         pad_token_id=vlm.tokenizer.pad_token_id, **options)  # fmt: skip
             texts = vlm.tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 
 from .vlm import VLM, Encoded, Picture, collate, out_of_memory
@@ -126,7 +127,8 @@ def _why_not(vlm: VLM, way: str, turns: list[Encoded], shown: list[Any]) -> str 
         return "other parameters get a gradient"
     norm = lambda tensors: sum(float(x.float().norm()) ** 2 for x in tensors) ** 0.5
     off = [norm(a - b for a, b in zip(*pair, strict=True)) / (norm(pair[1]) or 1.0) for pair in zip(ours, plain, strict=True)]
-    if all(x <= TOLERANCE[direction.dtype] for x in off):  # false for NaN
+    rounded = any(type(m).__name__ == "Linear8bitLt" for m in vlm.base.modules())  # activations too, to 1 of 127 steps
+    if all(x <= TOLERANCE[torch.bfloat16 if rounded else direction.dtype] for x in off):  # false for NaN
         return None
     return f"hidden states differ by {off[0]:.1e}, gradients by {off[1]:.1e}"
 
@@ -388,7 +390,9 @@ def _prefix(part: Part, heads: list[int]) -> Any:
     inputs = collate([part.turns[i].inputs for i in heads], 0)
     inputs = {k: v[:, : part.length] if _per_token(inputs, k) else v for k, v in inputs.items()}
     inputs["position_ids"] = part.positions[..., heads, : part.length]
-    _, output = part.vlm.run(inputs, part.shown(heads), use_cache=True)
+    # Given, since not every model makes its own where only `use_cache` is asked for.
+    empty = DynamicCache(config=part.vlm.base.config.get_text_config())
+    _, output = part.vlm.run(inputs, part.shown(heads), use_cache=True, past_key_values=empty)
     cache = output.past_key_values
     if cache is None or cache.get_seq_length() != part.length:
         raise ValueError("it returns no cache of its keys and values")
@@ -399,7 +403,9 @@ def _suffixes(part: Part, members: list[int]) -> dict[str, Tensor]:
     """A right-padded batch [n, L] of what follows the prefix; the mask [n, P + L] covers both."""
     P = part.length
     L = max(part.lengths[i] for i in members) - P
-    cut = [{k: part.turns[i].inputs[k][:, P:] for k in ("input_ids", "attention_mask")} for i in members]
+    # Token types mark the picture, which is in the prefix. Which tiles a token looks at across is said of every token.
+    kept = [k for k in ("input_ids", "attention_mask", "cross_attention_mask") if k in part.turns[members[0]].inputs]
+    cut = [{k: part.turns[i].inputs[k][:, P:] for k in kept} for i in members]
     inputs = collate(cut, part.vlm.tokenizer.pad_token_id)
     inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (P, 0), value=1)
     inputs["position_ids"] = part.positions[..., members, P : P + L]

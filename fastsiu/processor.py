@@ -59,12 +59,13 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
         return AutoProcessor.from_pretrained(name, revision=revision)
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         if "torchvision" in str(error).lower() and not torchvision:
-            raise BadInput(f"The processor of {name} needs torchvision, which is not installed: pip install torchvision.") from error
+            raise BadInput(f"The processor of {name} needs torchvision, which is not installed: "
+                           "pip install torchvision.") from error  # fmt: skip
         line = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         if isinstance(error, ImportError):
             raise BadInput(f"The processor of {name} needs a package that is not installed ({line}).") from error
-        raise BadInput(f"{name} has no processor that transformers can load ({line}): save the processor beside the model, or give "
-                       "another model.") from error  # fmt: skip
+        raise BadInput(f"{name} has no processor that transformers can load ({line}): "
+                       "save the processor beside the model, or give another model.") from error  # fmt: skip
 
 
 def processor_class(name: str, config: Any, revision: str | None) -> type[ProcessorMixin] | None:

@@ -84,25 +84,23 @@ def prepare(loaded: VLM, request: Request, recipe: Recipe, picture: Any, *, list
 
 
 def learn(loaded: VLM, prepared: Sequence[Prepared], recipe: Recipe, *, listener: Listener, seconds: dict[str, float],
-          earlier: Sequence[Prepared] = (), objective: Objective = siu) -> tuple[corpus.Corpus, list[train.Step]]:  # fmt: skip
-    """Trains one adapter on all of `prepared`: the adapter that is on, else a fresh one. It is on afterwards.
+          objective: Objective = siu) -> tuple[corpus.Corpus, list[train.Step]]:  # fmt: skip
+    """Trains a fresh adapter on all of `prepared`, which is on afterwards; one that is on is taken off.
 
-    earlier: requests that this adapter forgets already; what they were trained on is trained on again, without pictures and
-             answers of what is forgotten now: each training bends the others a little, and no later one would bend them back
+    Never an adapter that forgets something already: each training bends what nothing holds a little, and no later one bends it
+    back. Trained on, with all of this in every training, the last of ten had others' naming fall by 13 points; at once by 1.4.
     """
-    steps = recipe.steps * len(prepared) + recipe.steps * len(earlier) // 2  # a ceiling: all names gone and all else held ends it
-    recipe = recipe.with_overrides(steps=steps)
+    recipe = recipe.with_overrides(steps=recipe.steps * len(prepared))  # a ceiling: all names gone and all else held ends it
     listener.stage("Running the teacher")
     with timed(seconds, "teacher"):
-        all_others = lambda one: [other for other in (*prepared, *earlier) if other is not one]  # what went in between, too
-        made = corpus.join([one.corpus for one in prepared] + [_still_true(one, all_others(one)) for one in earlier])
-        if loaded.model is loaded.base:
-            adapter.attach(loaded, recipe)
+        made = corpus.join([_still_true(one, [other for other in prepared if other is not one]) for one in prepared])
+        adapter.detach(loaded)
+        adapter.attach(loaded, recipe)
         prefix.plan_sharing(loaded, made.turns, made.shown(), listener.note)
         corpus.run_teacher(loaded, made, recipe)
     listener.stage("Training")
     with timed(seconds, "train"):
-        probe = train.probe_for([one.scene for one in (*prepared, *earlier)], made)
+        probe = train.probe_for([one.scene for one in prepared], made)
         on_step = lambda step: listener.step(step, recipe.steps)
         try:
             history = train.fit(loaded, made, objective, recipe, probe, on_step, say=listener.note)
@@ -111,11 +109,11 @@ def learn(loaded: VLM, prepared: Sequence[Prepared], recipe: Recipe, *, listener
     return made, history
 
 
-def _still_true(one: Prepared, prepared: Sequence[Prepared]) -> corpus.Corpus:
-    """Its samples without those that would keep the looks of what has to go now: in pictures, and in words."""
-    gone = [new.scene.concept for new in prepared]
+def _still_true(one: Prepared, others: Sequence[Prepared]) -> corpus.Corpus:
+    """Its samples without those that would keep the looks of what the others are to forget: in pictures, and in words."""
+    gone = [other.scene.concept for other in others]
     named = lambda text: any(concept.named_in(text) for concept in gone)
-    denied = {s.question for new in prepared for s in new.corpus.samples if s.picture is None and s.facet == "describe"}
+    denied = {s.question for other in others for s in other.corpus.samples if s.picture is None and s.facet == "describe"}
     dreamed = {i for i, name in enumerate(one.scene.named) if name and named(name)}
     seen = lambda s: s.facet == "preserve" and s.picture is not None
     about = lambda s: s.picture in dreamed or named(s.question) or named(s.answer)

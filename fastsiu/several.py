@@ -262,31 +262,26 @@ class _Job:
         if self.mode == "joint":
             self.jointly(loaded, done, todo)
             return
-        order, earlier = list(done), []
+        order, ready = list(done), []
         self.save(order)
-        if done:
-            adapter.load(loaded, self.directory(done[-1]), trainable=True)
-            if not self.matrix or self.matrix[-1]["after"] != done:
-                self.look(loaded, done)
-                self.save(order)
-        for line in done if todo else ():  # the adapter remembers; what it was trained on is made again
-            earlier.append(self.prepare(loaded, line, [one.scene.concept for one in earlier], {}))
+        if done and (not self.matrix or self.matrix[-1]["after"] != done):
+            adapter.load(loaded, self.directory(done[-1]))
+            self.look(loaded, done)
+            self.save(order)
+        for line in done if todo else ():  # what was trained on is not stored
+            ready.append(self.prepare(loaded, line, [one.scene.concept for one in ready], {}))
         for line in todo:
-            before, seconds, failed = adapter.state(loaded), {}, None
+            seconds: dict[str, float] = {}
             try:
                 self.say(line)
-                one = self.prepare(loaded, line, [e.scene.concept for e in earlier], seconds)
-                made, history = session.learn(loaded, [one], self.recipe, earlier=earlier, listener=self.listener,
-                                              seconds=seconds)  # fmt: skip
+                one = self.prepare(loaded, line, [before.scene.concept for before in ready], seconds)
+                made, history = session.learn(loaded, [*ready, one], self.recipe, listener=self.listener, seconds=seconds)
             except FAILURES as error:
-                failed = error
-            if failed is not None:
-                adapter.restore(loaded, before)
-                self.fail(line, failed)
+                self.fail(line, error)
                 self.save(order)
                 continue
             trained = Trained(one.scene, made, history, one.dreamed, seconds)
-            earlier.append(one)
+            ready.append(one)
             order.append(line)
             self.write(loaded, order, [self.judge(line, trained)], self.digest(order))
             self.look(loaded, order)

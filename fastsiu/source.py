@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils import cached_file, extract_commit_hash
 
-from .processor import load_processor
+from .processor import load_processor, takes_suffix
 from .request import BadInput
 
 DTYPES = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -90,16 +90,13 @@ def describe(name: str, revision: str | None) -> tuple[Any, Any, str | None]:
 
     Raises BadInput where either is missing, or the processor takes no pictures or has no chat template.
     """
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        if not Path(name).is_dir():  # from here on one commit, and the one that the manifest names: branches move
-            found = cached_file(name, "config.json", revision=revision, local_files_only=True)
-            revision = extract_commit_hash(found, None) or revision
-        processor = load_processor(name, config, revision)
-    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
-        raise BadInput(f"{name} has no processor that transformers can load ({first_line(error)}): "
-                       "save the processor beside the model, or give another model.") from error  # fmt: skip
-    if getattr(processor, "image_processor", None) is None or not getattr(processor, "chat_template", None):
+    config = read_config(name, revision)
+    if not Path(name).is_dir():  # from here on one commit, and the one that the manifest names: branches move
+        found = cached_file(name, "config.json", revision=revision, local_files_only=True)
+        revision = extract_commit_hash(found, None) or revision
+    processor = load_processor(name, config, revision)
+    templated = getattr(processor, "chat_template", None) or takes_suffix(processor)
+    if getattr(processor, "image_processor", None) is None or not templated:
         raise BadInput(f"{name} has no image processor or no chat template: save the model's full processor beside it.")
     return config, processor, revision
 
@@ -131,7 +128,9 @@ def outside_decoder(base: Any) -> list[str]:
 
     A list of what is not to be quantised replaces transformers' own, so the head has to be in it.
     """
-    decoder, out = base.get_decoder(), []
+    decoder, head, out = base.get_decoder(), base.get_output_embeddings(), []
+    if any(m is head for m in decoder.modules()):  # Llama 4's decoder is a whole causal language model
+        out += [name for name, module in base.named_modules() if module is head]
     for holder, module in base.named_modules():
         if module is not decoder and any(m is decoder for m in module.modules()):
             inside = [(f"{holder}.{name}".lstrip("."), child) for name, child in module.named_children()]

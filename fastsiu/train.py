@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -32,11 +33,13 @@ class Look:
     retained: share of the samples of targets 3 and 4 whose answer is still the most likely one, token by token, and hardly
               less likely than to the teacher: a margin, because dreams are not the neighbours' own pictures
     learned:  share of the samples of targets 1 and 2 whose answer is the most likely one
+    shares:   of all there is to see one look sees so large a part, each look the next: of several requests' as much as of one's
     """
 
     p_name: float
     retained: float
     learned: float
+    shares: int = 1
 
     @property
     def enough(self) -> bool:
@@ -94,7 +97,7 @@ def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: C
         history.append(Step(step, loss.item(), parts["ce"], parts["kl"], look.p_name, look.retained))
         if on_step:
             on_step(history[-1])
-        if recipe.early_stop and good >= GOOD_ENOUGH:
+        if recipe.early_stop and good >= max(GOOD_ENOUGH, look.shares):
             break
     vlm.model.eval()
     return history
@@ -157,22 +160,27 @@ def probe_for(scenes: Sequence[Scene], corpus: Corpus) -> Callable[[], Look]:
             asked += [(vlm.encode(q, a, p), span, p) for q, a, span in naming for p in shown]
         untouched = [log_p.sum() for log_p, _ in ask.label_log_probabilities(vlm, corpus.turns, corpus.shown())]
 
+    turn, shares = itertools.count(), len(scenes)
+
     def look() -> Look:
-        seen = corpus.pictures
+        share = slice(next(turn) % shares, None, shares)
+        members = sorted(i for group in corpus.groups().values() for i in group[share])
+        samples, turns = [corpus.samples[i] for i in members], [corpus.turns[i] for i in members]
+        seen, asking = corpus.pictures, asked[share]
         if recipe.projector_lr > 0:  # a trained projector sees differently
-            for p in {id(p): p for _, _, p in asked}.values():
+            for p in {id(p): p for _, _, p in asking}.values():
                 p.features = vlm.picture(p.image).features
             seen = [vlm.picture(p.image) if p.real else p for p in seen]
-        found = ask.label_log_probabilities(vlm, [t for t, _, _ in asked], [p for _, _, p in asked])
-        inside = [torch.tensor([s < span[1] and e > span[0] for s, e in t.offsets]) for t, span, _ in asked]
+        found = ask.label_log_probabilities(vlm, [t for t, _, _ in asking], [p for _, _, p in asking])
+        inside = [torch.tensor([s < span[1] and e > span[0] for s, e in t.offsets]) for t, span, _ in asking]
         p_name = max(float(log_p[rows.to(log_p.device)].sum().exp()) for (log_p, _), rows in zip(found, inside, strict=True))
-        pictures = [None if s.picture is None else seen[s.picture] for s in corpus.samples]
-        scores = ask.label_log_probabilities(vlm, corpus.turns, pictures)
+        pictures = [None if s.picture is None else seen[s.picture] for s in samples]
+        scores = ask.label_log_probabilities(vlm, turns, pictures)
         right = [bool(ok.all()) for _, ok in scores]
-        held = [r and float(b - log_p.sum()) < MARGIN for r, (log_p, _), b in zip(right, scores, untouched, strict=True)]
-        old = [h for h, s in zip(held, corpus.samples, strict=True) if s.facet in ("facts", "preserve")]
-        new = [r for r, s in zip(right, corpus.samples, strict=True) if s.facet in ("align", "describe")]
-        return Look(p_name, sum(old) / max(1, len(old)), sum(new) / max(1, len(new)))
+        lost = [float(untouched[i] - log_p.sum()) for i, (log_p, _) in zip(members, scores, strict=True)]
+        old = [r and x < MARGIN for r, x, s in zip(right, lost, samples, strict=True) if s.facet in ("facts", "preserve")]
+        new = [r for r, s in zip(right, samples, strict=True) if s.facet in ("align", "describe")]
+        return Look(p_name, sum(old) / max(1, len(old)), sum(new) / max(1, len(new)), shares)
 
     return look
 

@@ -1,8 +1,9 @@
 """Any image-text model of transformers: loaded, asked for hidden states without logits, its image features taken once.
 
-Nothing here knows a model family. Text goes through the processor and the chat template, image features through the
-model's own `get_image_features` and `mm_encoder_outputs`, and what happens between the head's product and the logits
-is found by measuring (`probe_head`), because configurations name transforms that the model's own forward ignores.
+Nothing here knows a model family. Text goes through the processor and the chat template, image features come from the
+model's own `get_image_features` and enter by a keyword of its forward (`ENTRIES`), and what happens between the head's
+product and the logits is found by measuring (`probe_head`), because configurations name transforms that the model's own
+forward ignores. docs/adding-a-family.md says what is asked of a model, in the order in which it is checked.
 """
 
 from __future__ import annotations
@@ -19,14 +20,22 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
 from . import source
+from .processor import takes_suffix
 from .request import BadInput, NumericFailure
 from .rows import no_logits
 
 Span = tuple[int, int]
 PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "pixel_attention_mask", "labels", "image_sizes")
+# How image features enter a model's forward, the first that it takes: put where the placeholders are, or looked at by layers of
+# their own, to which `cross_attention_mask` says which tokens look.
+ENTRIES = ("mm_encoder_outputs", "cross_attention_states")
+# Where a model's image features are, the first of them that it gives: the last hidden state where the projector runs inside the
+# forward, the last name where every layer of the language model that takes some has its own.
+READ = ("pooler_output", "last_hidden_state", "deepstack_features")
 
 
 @dataclass
@@ -95,6 +104,16 @@ class VLM:
     budget: Budget = field(default_factory=Budget)
 
     @property
+    def entry(self) -> str:
+        """The keyword of the model's forward that takes image features. Raises BadInput where it has none."""
+        return features_entry(self.base)
+
+    @property
+    def suffixed(self) -> bool:
+        """Whether an answer goes in beside the question: a prefix language model, without a chat template."""
+        return takes_suffix(self.processor)
+
+    @property
     def tokenizer(self) -> Any:
         return getattr(self.processor, "tokenizer", self.processor)
 
@@ -117,7 +136,12 @@ class VLM:
         return {"head_bias": self.head_bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
 
     def render(self, question: str, with_image: bool, answer: str | None = None) -> str:
-        """The chat template's text: up to where the answer starts, or with `answer` as a closed turn."""
+        """The chat template's text: up to where the answer starts, or with `answer` as a closed turn.
+
+        Of a prefix language model the question or, with `answer`, what follows it.
+        """
+        if self.suffixed:
+            return self.processor.image_token * with_image + question if answer is None else answer + self.tokenizer.eos_token
         content = [{"type": "image"}] * with_image + [{"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         if answer is not None:
@@ -133,12 +157,19 @@ class VLM:
                 text = text.rstrip() + tokenizer.eos_token
         return text
 
-    def tokenise(self, text: str, image: Image.Image | None) -> dict[str, Tensor]:
-        """The processor's tensors (batch of one) for rendered text, pixels left out."""
+    def tokenise(self, text: str, image: Image.Image | None, suffix: str | None = None) -> dict[str, Tensor]:
+        """The processor's tensors (batch of one) for rendered text, pixels left out; suffix: a prefix model's answer."""
         images = {} if image is None else {"images": [image]}
-        # `render` has put the beginning-of-sequence token where the model has one.
-        found = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **images)
-        return {k: v.to(self.device) for k, v in found.items() if k not in PIXELS and isinstance(v, Tensor)}
+        if suffix is not None:
+            images["suffix"] = [suffix]
+        if self.suffixed and image is None:  # such a processor takes no text without a picture
+            found = self.tokenizer([f"{self.tokenizer.bos_token}{text}\n"], suffix and [f"{suffix}{self.tokenizer.eos_token}"],
+                                   return_tensors="pt", add_special_tokens=False, return_token_type_ids=True)  # fmt: skip
+        else:
+            # `render` has put the beginning-of-sequence token where the model has one.
+            found = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **images)
+        wanted = {k: v for k, v in found.items() if k not in PIXELS and isinstance(v, Tensor) and not v.is_floating_point()}
+        return {k: v.to(self.device) for k, v in wanted.items()}
 
     def encode(self, question: str, answer: str, picture: Picture | None, closed: bool = True) -> Encoded:
         """A whole turn with its supervised positions; those that end the turn only where the answer is `closed`.
@@ -152,7 +183,11 @@ class VLM:
             raise BadInput("The model's chat template does not keep the assistant's text as given: its masks cannot be placed.")
         if not self.tokenizer.is_fast:
             raise BadInput("The model's tokenizer reports no character offsets: use one with a fast (tokenizer.json) version.")
-        inputs = self.tokenise(text, None if picture is None else picture.image)
+        image = None if picture is None else picture.image
+        if self.suffixed:
+            inputs = self.tokenise(self.render(question, picture is not None), image, suffix=answer)
+        else:
+            inputs = self.tokenise(text, image)
         plain = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = plain["input_ids"], plain["offset_mapping"]
         first = next(i for i, (_, end) in enumerate(offsets) if end > start)
@@ -173,26 +208,34 @@ class VLM:
 
     def encode_prompt(self, question: str, picture: Picture | None, begin: str = "") -> dict[str, Tensor]:
         """A turn up to where the answer starts, or up to the end of `begin`, the first words of the answer."""
+        image = None if picture is None else picture.image
+        if self.suffixed:
+            whole = self.tokenise(self.render(question, picture is not None), image, suffix=begin or None)
+            return {k: v[:, :-1] for k, v in whole.items()} if begin else whole  # the processor ends an answer
         text = self.render(question, picture is not None, begin or None)
         if begin:
             text = text[: text.rfind(begin) + len(begin)]
-        return self.tokenise(text, None if picture is None else picture.image)
+        return self.tokenise(text, image)
 
     def image_features(self, image: Image.Image) -> Any:
         """What the vision tower and the projector make of one image, reduced to what the language model reads.
 
         Records a graph where the projector trains; wrap in `torch.no_grad()` otherwise.
         """
-        encoder = self.base.base_model.get_image_features
         text = self.render(".", True)
         found = self.processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False).to(self.device)
-        wanted = {k: found[k] for k in inspect.signature(encoder).parameters if k in found}
         dtype = next(self.base.parameters()).dtype
-        wanted = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in wanted.items()}
+        found = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in found.items()}
+        if self.entry == "cross_attention_states":
+            return BaseModelOutputWithPooling(pooler_output=crossed(self.base, found))
+        encoder = self.base.base_model.get_image_features
+        wanted = {k: found[k] for k in inspect.signature(encoder).parameters if k in found}
         features = encoder(**wanted, return_dict=True)
-        for key in list(features.keys()):  # some families drag every vision layer's hidden states along
-            if key not in ("pooler_output", "deepstack_features"):
-                features[key] = None
+        unread = {"hidden_states", "attentions"}  # some families drag those of every vision layer along
+        if read_key(features) == "pooler_output":
+            unread.add("last_hidden_state")
+        for key in unread & set(features):
+            features[key] = None
         return features
 
     def picture(self, image: Image.Image) -> Picture:
@@ -208,11 +251,26 @@ class VLM:
 
         features: those of the pictures, in the order of the rows; options: further keywords of the model's forward
         """
-        if features:
-            inputs = {**inputs, "mm_encoder_outputs": {"image": join_features(features)}}
+        inputs = {**inputs, **self.entering(features)}
         with no_logits(self.base) as kept:
             output = self.model(**inputs, **options)
         return kept["hidden"], output
+
+    def entering(self, features: Sequence[Any]) -> dict[str, Any]:
+        """The image features of a batch's turns as a keyword of the model's forward."""
+        if not features:
+            return {}
+        joined = join_features(features)
+        return {self.entry: {"image": joined} if self.entry == "mm_encoder_outputs" else joined["pooler_output"]}
+
+    def prompts(self, inputs: dict[str, Any], features: Sequence[Any]) -> dict[str, Any]:
+        """The inputs of a batch of prompts for `generate`."""
+        if not features or self.entry == "mm_encoder_outputs":
+            return {**inputs, **self.entering(features)}
+        # Layers that look across cache what they are given, and `generate` would give it to them again with every token: all but
+        # the last token of the prompt go first.
+        begun = {k: v[:, :-1] if v.shape[:2] == inputs["input_ids"].shape else v for k, v in inputs.items()}
+        return {**inputs, "past_key_values": self.run(begun, features, use_cache=True)[1].past_key_values}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, D] -> [n, V] fp32 logits, for a handful of rows."""
@@ -228,7 +286,8 @@ def collate(batch: Sequence[dict[str, Tensor]], pad_id: int) -> dict[str, Any]:
     for key in batch[0]:
         if batch[0][key].shape[:2] == batch[0]["input_ids"].shape:
             fill = pad_id if key == "input_ids" else 0
-            rows = [nn.functional.pad(x[key], (0, longest - x[key].shape[1]), value=fill) for x in batch]
+            after = [0, 0] * (batch[0][key].ndim - 2)  # what stands behind [1, T], such as the tiles that a token looks at
+            rows = [nn.functional.pad(x[key], (*after, 0, longest - x[key].shape[1]), value=fill) for x in batch]
             out[key] = torch.cat(rows)
         else:
             out[key] = torch.cat([x[key] for x in batch])
@@ -238,25 +297,75 @@ def collate(batch: Sequence[dict[str, Tensor]], pad_id: int) -> dict[str, Any]:
 def join_features(parts: Sequence[Any]) -> Any:
     """The image features of several turns as one batch's."""
     joined = type(parts[0])(**{k: v for k, v in parts[0].items()})
-    joined["pooler_output"] = _concatenate([p["pooler_output"] for p in parts])
-    if parts[0].get("deepstack_features") is not None:
-        layers = range(len(parts[0]["deepstack_features"]))
-        joined["deepstack_features"] = [_concatenate([p["deepstack_features"][i] for p in parts]) for i in layers]
+    for key in set(joined):
+        values = [p[key] for p in parts]
+        by_layer = key == "deepstack_features"
+        joined[key] = [_concatenate(layer) for layer in zip(*values, strict=True)] if by_layer else _concatenate(values)
     return joined
 
 
 def _concatenate(values: Sequence[Any]) -> Any:
-    if isinstance(values[0], Tensor):
+    first = values[0]
+    if isinstance(first, Tensor):
         return torch.cat(list(values))
-    return type(values[0])(x for value in values for x in value)
+    if isinstance(first[0], int):  # the layer that the features enter
+        return first[0], _concatenate([value[1] for value in values])
+    return type(first)(x for value in values for x in value)
 
 
 def map_features(features: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same features with `change` applied to what the projector delivered (deepstack layers are kept as they are)."""
+    """The same features with `change` applied to what the language model reads first (`READ`), the rest kept as it is."""
     out = type(features)(**{k: v for k, v in features.items()})
-    pooled = features["pooler_output"]
-    out["pooler_output"] = change(pooled) if isinstance(pooled, Tensor) else type(pooled)(change(x) for x in pooled)
+    key = read_key(features)
+    out[key] = _changed(features[key], change)
     return out
+
+
+def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    return value if isinstance(value, int) else type(value)(_changed(x, change) for x in value)
+
+
+def feature_tensors(features: Any) -> list[Tensor]:
+    """What `map_features` changes, in its order."""
+    found: list[Tensor] = []
+    map_features(features, lambda x: found.append(x) or x)
+    return found
+
+
+def read_key(features: Any) -> str:
+    """Under which name the language model reads an image's features. Raises BadInput where there are none of a known name."""
+    found = next((key for key in READ if features.get(key) is not None), None)
+    if found is None:
+        raise BadInput(f"The model's get_image_features gives {', '.join(features) or 'nothing'}: it would need to give "
+                       f"one of {', '.join(READ)}.")  # fmt: skip
+    return found
+
+
+def features_entry(base: Any) -> str:
+    """The keyword of the model's forward that takes image features. Raises BadInput where it has none."""
+    taken = inspect.signature(base.forward).parameters
+    found = next((entry for entry in ENTRIES if entry in taken), None)
+    if found is None:
+        raise BadInput(f"{type(base).__name__} takes no precomputed image features: its forward would need a parameter "
+                       f"{ENTRIES[0]}, as most image-text models of transformers have.")  # fmt: skip
+    if found == "mm_encoder_outputs" and not hasattr(base.base_model, "get_image_features"):
+        raise BadInput(f"{type(base.base_model).__name__} would need a method get_image_features, which makes what its forward "
+                       f"takes as {found}.")  # fmt: skip
+    return found
+
+
+def crossed(base: Any, inputs: dict[str, Any]) -> Tensor:
+    """What the language model is given as `cross_attention_states` for these inputs with pixels: [tiles, patches, D]."""
+    given: dict[str, Any] = {}
+    hook = base.get_decoder().register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
+    try:
+        with no_logits(base):
+            base(**inputs, use_cache=False)
+    finally:
+        hook.remove()
+    return given["cross_attention_states"]
 
 
 @torch.no_grad()
@@ -269,20 +378,26 @@ def probe_head(model: Any, inputs: dict[str, Tensor]) -> tuple[float, float | No
         model(**inputs, use_cache=False)
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
-        raise BadInput(f"The model's output head is a {type(head).__name__}, not a plain linear layer: load it unquantised.")
+        raise BadInput(f"The model's output head is a {type(head).__name__}, not a plain linear layer: "
+                       "give a model whose head is neither quantised nor adapted.")  # fmt: skip
     x = head(kept["hidden"]).float()
     z = model(**inputs, use_cache=False).logits.float()
     tolerance = (1e-4 if head.weight.dtype == torch.float32 else 4e-3) * float(z.abs().max()) + 1e-6
-    text_config = model.config.get_text_config()
-    caps = {getattr(text_config, k, None) for k in ("final_logit_softcapping", "logits_soft_cap", "output_soft_cap")}
-    for cap in (None, *sorted(c for c in caps if c)):
-        u = z if cap is None else cap * torch.atanh((z / cap).clamp(-0.999, 0.999))
-        scale = float((x * u).sum() / (x * x).sum())
+    for cap in (None, *named_caps(model.config)):
+        free = z.abs() < 0.99 * cap if cap else torch.ones_like(z, dtype=torch.bool)  # what the cap has not flattened
+        u = z[free] if cap is None else cap * torch.atanh(z[free] / cap)
+        scale = float((x[free] * u).sum() / x[free].square().sum()) if free.any() else 0.0
         scale = 1.0 if abs(scale - 1) < 1e-3 else scale
         fitted = scale * x if cap is None else cap * torch.tanh(scale * x / cap)
         if float((fitted - z).abs().max()) <= tolerance:
             return scale, cap
     raise BadInput("The model transforms its logits after the head by more than a scale and a softcap: not supported.")
+
+
+def named_caps(config: Any) -> list[float]:
+    """Every number of a configuration whose name speaks of a cap; which of them is the logits' is not believed but measured."""
+    found = [v for part in (config, config.get_text_config()) for k, v in vars(part).items() if "cap" in k]
+    return sorted({float(v) for v in found if isinstance(v, int | float) and v > 0})
 
 
 def load(name: str, *, revision: str | None = None, device: str | None = None, dtype: str = "auto",
@@ -314,8 +429,7 @@ def load(name: str, *, revision: str | None = None, device: str | None = None, d
         # layout for inference, through which no gradient reaches the layers before it, and nothing says so.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
-        raise BadInput(f"{type(base).__name__} does not take precomputed image features (mm_encoder_outputs): not supported yet.")
+    features_entry(base)
     if budget.checkpointing:
         checkpoint_layers(base)
     base.requires_grad_(False)
@@ -383,4 +497,6 @@ def checkpoint_layers(base: Any) -> None:
     """From now on layers keep their inputs only, in training mode, and are computed again in the backward pass."""
     # Named anew in transformers 5; both do the same.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    if not base.supports_gradient_checkpointing:
+        raise BadInput(f"{type(base).__name__} has no activation checkpointing: train with a smaller micro batch instead.")
     enable()

@@ -37,23 +37,11 @@ from .triton_sweep import (
     nearest_bf16,
     only,
     product_kernel,
+    times_head,
     transform,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def logits(x_rows, W_rows, row, column, offs_d, D, stride_xd, stride_wd, ACC: tl.constexpr, DOT: tl.constexpr,
-           BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """One tile x W^T [BLOCK_N, BLOCK_V]"""
-    z = tl.zeros((BLOCK_N, BLOCK_V), dtype=ACC)
-    for d in range(0, D, BLOCK_D):
-        unit = d + offs_d < D
-        x = tl.load(x_rows + (d + offs_d)[None, :] * stride_xd, mask=row[:, None] & unit[None, :], other=0.0)
-        W = tl.load(W_rows + (d + offs_d)[:, None] * stride_wd, mask=unit[:, None] & column[None, :], other=0.0)
-        z = tl.dot(x.to(DOT), W.to(DOT), z, input_precision="ieee", out_dtype=ACC)
-    return z
 
 
 @triton.jit
@@ -79,12 +67,13 @@ def pair(h_ptr, W_ptr, bias_ptr, ht_ptr, Wt_ptr, bias_t_ptr, offs_n, offs_v, off
             ht = tl.load(ht_rows + (d + offs_d)[None, :] * stride_htd, mask=here, other=0.0).to(DOT)
             t = tl.dot(ht, W, t, input_precision="ieee", out_dtype=ACC)
     else:
-        z = logits(h_rows, W_rows, row, column, offs_d, D, stride_hd, stride_wd, ACC, DOT, BLOCK_N, BLOCK_V, BLOCK_D)
+        z = times_head(h_rows, W_rows, row, column, offs_d, D, stride_hd, stride_wd, ACC, DOT, BLOCK_N, BLOCK_V, BLOCK_D)
         t = z
         if TEACHER:
             ht_rows = ht_ptr + offs_n.to(tl.int64)[:, None] * stride_htn
             Wt_rows = Wt_ptr + offs_v.to(tl.int64)[None, :] * stride_wtv
-            t = logits(ht_rows, Wt_rows, row, column, offs_d, Dt, stride_htd, stride_wtd, ACC, DOT_T, BLOCK_N, BLOCK_V, BLOCK_D)
+            t = times_head(ht_rows, Wt_rows, row, column, offs_d, Dt, stride_htd, stride_wtd, ACC, DOT_T,
+                           BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
     z = transform(z, bias_ptr, offs_v, column, SCALE, SOFTCAP, NEAR, HAS_BIAS, HAS_SOFTCAP)
     if TEACHER:
         t = transform(t, bias_t_ptr, offs_v, column, SCALE, SOFTCAP, NEAR, HAS_BIAS_T, HAS_SOFTCAP)

@@ -47,6 +47,19 @@ def tanh(x, NEAR: tl.constexpr):
 
 
 @triton.jit
+def times_head(x_rows, W_rows, row, column, offs_d, D, stride_xd, stride_wd, ACC: tl.constexpr, DOT: tl.constexpr,
+           BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """One tile x W^T [BLOCK_N, BLOCK_V]"""
+    z = tl.zeros((BLOCK_N, BLOCK_V), dtype=ACC)
+    for d in range(0, D, BLOCK_D):
+        unit = d + offs_d < D
+        x = tl.load(x_rows + (d + offs_d)[None, :] * stride_xd, mask=row[:, None] & unit[None, :], other=0.0)
+        W = tl.load(W_rows + (d + offs_d)[:, None] * stride_wd, mask=unit[:, None] & column[None, :], other=0.0)
+        z = tl.dot(x.to(DOT), W.to(DOT), z, input_precision="ieee", out_dtype=ACC)
+    return z
+
+
+@triton.jit
 def transform(z, bias_ptr, offs_v, column, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr,
               HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):  # fmt: skip
     """A tile of h W^T becomes logits."""
@@ -151,12 +164,7 @@ def sums_kernel(
         offs_v = tile * BLOCK_V + offs_j
         column = offs_v < V
         W_rows = W_ptr + offs_v.to(tl.int64)[None, :] * stride_wv
-        z = tl.zeros((BLOCK_N, BLOCK_V), dtype=ACC)
-        for d in range(0, D, BLOCK_D):
-            unit = d + offs_d < D
-            h = tl.load(h_rows + (d + offs_d)[None, :] * stride_hd, mask=row[:, None] & unit[None, :], other=0.0)
-            W = tl.load(W_rows + (d + offs_d)[:, None] * stride_wd, mask=unit[:, None] & column[None, :], other=0.0)
-            z = tl.dot(h.to(DOT), W.to(DOT), z, input_precision="ieee", out_dtype=ACC)
+        z = times_head(h_rows, W_rows, row, column, offs_d, D, stride_hd, stride_wd, ACC, DOT, BLOCK_N, BLOCK_V, BLOCK_D)
         z = transform(z, bias_ptr, offs_v, column, SCALE, SOFTCAP, NEAR, HAS_BIAS, HAS_SOFTCAP)
         z = tl.where(row[:, None] & column[None, :], z, -float("inf"))
         cut = cuts_ptr + block.to(tl.int64) * (all_tiles + 1) + tile

@@ -212,8 +212,23 @@ def test_all_steps_together_are_bounded(gpu, tmp_path):
     outer = int((ROOT / "benches/gpu.sh").read_text().split("--kill-after=5 ")[1].split()[0])
     assert gpu.BUDGET + 5 < outer + 5 <= 540
     names = [step.name for step in gpu.steps(tmp_path / "out", tmp_path, False)]
+    assert names[-1] == "real" and all(step.optional for step in gpu.steps(tmp_path / "out", tmp_path, False)[-2:])
     assert names.index("tests") < names.index("tune") < names.index("bench") < names.index("peers")
-    assert {step.name for step in gpu.steps(tmp_path / "out", tmp_path, True)} >= {"tests", "tune", "bench", "apply"}
+    assert {step.name for step in gpu.steps(tmp_path / "out", tmp_path, True)} >= {"tests", "tune", "bench", "real", "apply"}
+
+
+def test_some_of_the_steps_can_be_asked_for(gpu, tmp_path, monkeypatch, capsys):
+    some = [python(gpu, "")._replace(name=name) for name in ("tests", "bench", "real")]
+    monkeypatch.setattr(gpu, "steps", lambda *_: some)
+    assert gpu.measure(tmp_path / "one", True, ["real"]) == 0 and gpu.measure(tmp_path / "two", True, ["bench"]) == 0
+    one, two = gpu.read(tmp_path / "one"), gpu.read(tmp_path / "two")
+    assert [r["name"] for r in one[1:]] == ["real"] and one[0]["shapes"] == [] and two[0]["shapes"]
+    assert gpu.measure(tmp_path / "three", True, ["reel"]) == 2 and "'reel'" in capsys.readouterr().err
+    assert not (tmp_path / "three").exists()
+
+
+def test_the_machine_is_looked_at_in_another_process(gpu):
+    assert gpu.apart(os.getpid) != os.getpid()
 
 
 def test_a_sanitizer_that_is_there_is_used(gpu, tmp_path, monkeypatch):
@@ -280,6 +295,152 @@ def test_benches_run_with_the_rows_just_tuned(gpu, visited, tmp_path, monkeypatc
     monkeypatch.setattr("fastsiu.kernels.measured.PLANS", measured.PLANS)
     assert gpu.visit([], synthetic(tmp_path / "results"), 1.0) == 0
     assert set(measured.PLANS) == {("sm_90", "bfloat16", 64), ("sm_90", "bfloat16", 256)}
+
+
+# ------------------------------------------------------------------------------------------------------------- real size
+
+
+def real_row(variant, device="Synthetic GPU", **changes):
+    """A row of benches/real.py that no run has made: all of it in 50 s and 10.5 GB, where 10.25 were planned."""
+    seconds = dict(plan=8.0, load=5.0, samples=10.0, dreams=10.0, teacher=1.0, train=20.0, verdict=3.0, save=1.0)
+    recipe = dict(steps=60, batch_size=32, dreams=2, dream_steps=60)
+    made = dict(kind="real", variant=variant, device=device, missing=None, quick=False, settings="nf4", steps=60, recipe=recipe,
+                seconds=seconds, total=50.0, target_seconds=60, target_gb=11, peak=dict(used=10.5), budget=dict(micro_batch=None),
+                planned=dict(peak=10.25 * 2**30, settings=dict(micro_batch=None)))  # fmt: skip
+    return made | dict(met_seconds=True, met_gb=True) | changes
+
+
+MADE = dict(kind="made", variant=None, device="Synthetic GPU", missing=None, model="A Model", parameters=7e9, gb=13.2,
+            seconds=dict(build=10.0, write=30.0, digests=13.0))  # fmt: skip
+
+
+def with_real(gpu, path, *rows):
+    gpu.append(path, [dict(kind="run", quick=False, device="Synthetic GPU", shapes=[]), MADE, *rows])
+    return path
+
+
+def test_runs_at_the_real_size_get_their_table_once(gpu, tree, tmp_path):
+    slow = real_row("bf16", total=75.25, met_seconds=False, target_gb=None, budget=dict(micro_batch=4))
+    absent = dict(kind="real", variant="flash", device="Synthetic GPU", missing="It is not installed.", seconds={})
+    path = with_real(gpu, tmp_path / "results", real_row("nf4"), slow, absent)
+    for _ in range(2):
+        assert gpu.apply(path, tree, False) == 0
+    readme, original = (tree / "README.md").read_text(), (ROOT / "README.md").read_text()
+    begin = "<!-- table: python benches/real.py --table --of 'Synthetic GPU' -->"
+    table = readme.split(begin)[1].split("<!-- end of table -->")[0]
+    assert readme.count(begin) == 1 and readme.count("### On Synthetic GPU") == 1
+    assert readme.index("## On the card you have") < readme.index(begin) < readme.index("## The loss beside its rivals")
+    one, two = (line for line in table.splitlines() if line.startswith(("| nf4", "| bf16")))
+    assert "| 8.0 | 50.0 s | 5.0 | 10.0 | 10.0 | 1.0 | 20.0 | 3.0 | 1.0 | 60 s: met | 10.50 | 10.25 | 11 GB: met |" in one
+    assert "| 75.2 s |" in two and "| 60 s: not met |" in two and two.endswith("| - |") and "at last micro-batch 4" in two
+    assert "flash (It is not installed)" in table and "13.2 GB written in 30 s" in table
+    assert len((tree / "benches/results/real.jsonl").read_text().splitlines()) == 4
+    start, end = readme.index("\n### On Synthetic GPU"), readme.index("<!-- end of table -->", readme.index(begin))
+    assert readme[:start] + readme[end + len("<!-- end of table -->\n") :] == original
+    assert (tree / "benches/results/loss.jsonl").read_bytes() == (ROOT / "benches/results/loss.jsonl").read_bytes()
+
+
+def test_a_newer_run_takes_the_place_of_the_older_one_of_its_variant(gpu, tree, tmp_path):
+    assert gpu.apply(with_real(gpu, tmp_path / "one", real_row("nf4"), real_row("bf16")), tree, False) == 0
+    assert gpu.apply(with_real(gpu, tmp_path / "two", real_row("nf4", total=40.5)), tree, False) == 0
+    readme = (tree / "README.md").read_text()
+    assert readme.count("| nf4 | nf4 |") == 1 and "| 40.5 s |" in readme and "| bf16 |" in readme
+
+
+def test_nothing_that_ran_makes_no_table(gpu, tree, tmp_path):
+    failed = dict(kind="real", variant="bf16", device="Synthetic GPU", missing="It failed.", seconds={}, failed=True)
+    assert gpu.apply(with_real(gpu, tmp_path / "results", failed), tree, False) == 0
+    assert (tree / "README.md").read_bytes() == (ROOT / "README.md").read_bytes()
+
+
+def test_a_variant_that_fails_loses_no_other(gpu, tmp_path, monkeypatch):
+    """Each job in a process that does what a GPU's would, down to its end."""
+    import real
+
+    script = tmp_path / "jobs.py"
+    script.write_text(
+        "import json, sys, time\n"
+        "job = json.loads(sys.argv[2])\n"
+        "if job['variant'] == 'nf4 in 12 GB': raise RuntimeError('an illegal address')\n"
+        "if job['variant'] == 'nf4 in 8 GB': time.sleep(60)\n"
+        "made = dict.fromkeys(('date', 'commit', 'device', 'gpu', 'torch', 'transformers', 'model'), 'known')\n"
+        "print('said by a library')\n"
+        "print(json.dumps(dict(kind='real', variant=job['variant'], missing=None, **made)))\n"
+    )
+    monkeypatch.setattr(real, "__file__", str(script))
+    monkeypatch.setattr(real, "LEAST", 0.5)
+    monkeypatch.setattr(real.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))
+    rows, chosen = [], real.chosen(False, ["nf4 in 12 GB", "bf16, sdpa", "nf4 in 8 GB", real.STEP])
+    assert real.every(chosen, False, False, time.monotonic() + 8, rows.extend) == 1
+    assert [r["variant"] for r in rows] == [None, *(v.name for v in chosen)] and {r["device"] for r in rows} == {"known"}
+    made, crashed, fine, slow, late = (r["missing"] for r in rows)
+    assert made is fine is None and crashed == "RuntimeError: an illegal address"
+    assert slow.startswith("Not done after") and late == "No time was left for it."
+
+
+def test_targets_are_judged_where_they_were_put_to_the_test(gpu):
+    import real
+
+    row = real_row("a", peak=dict(used=11.5), total=60.0)
+    assert real.met(row) == dict(met_gb=False, met_seconds=True)
+    with pytest.raises(real.BadInput, match="choose from bf16, sdpa, nf4"):
+        real.chosen(False, ["nf4"])
+    for other in (row | dict(missing="It failed."), row | dict(quick=True), row | dict(target_gb=None, target_seconds=None)):
+        assert real.met(other) == dict(met_gb=None, met_seconds=None)
+
+
+def test_the_real_size_is_llava_s(gpu):
+    import real
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText
+
+    config, processor = real.described(real.REAL)
+    with torch.device("meta"):
+        base = AutoModelForImageTextToText.from_config(config)
+    assert sum(p.numel() for p in base.parameters()) == 7_063_427_072  # as published
+    seen = processor(text=["<image> a"], images=[Image.new("RGB", (640, 480))], return_tensors="pt")
+    assert int((seen["input_ids"] == config.image_token_index).sum()) == 576 and seen["pixel_values"].shape[-2:] == (336, 336)
+    text = real.answer(processor.tokenizer, 40, real.CONCEPT)
+    assert len(processor.tokenizer(text, add_special_tokens=False).input_ids) == 39
+
+
+def test_the_limit_is_for_the_whole_process(gpu, monkeypatch):
+    """Of 80 GB, 0.5 are gone before anything is allocated, and 0.75 in the end; torch holds 7 of which 6.5 were in use."""
+    import real
+
+    GB, shares = 2**30, []
+    now = SimpleNamespace(free=79.5, reserved=0.0)
+    fake = dict(mem_get_info=lambda: (now.free * GB, 80 * GB), memory_reserved=lambda: now.reserved * GB,
+                max_memory_reserved=lambda: 7 * GB, max_memory_allocated=lambda: 6.5 * GB, reset_peak_memory_stats=lambda: None,
+                set_per_process_memory_fraction=shares.append)  # fmt: skip
+    for name, function in fake.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(real, "place", lambda: "cuda")
+    gauge = real.Gauge(7.5)
+    real.Gauge(None)
+    real.Gauge(100)
+    assert shares == [7 / 80, 1.0] and real.room(real.CARD) == 79 and real.room(8) == 8
+    now.free, now.reserved = 72.25, 7.0
+    assert gauge.read() == dict(allocated=6.5, reserved=7.0, outside_at_start=0.5, outside=0.75, used=7.75)
+    now.reserved = 0.0
+    with pytest.raises(real.BadInput, match="7.8 GB of this GPU are in use by others"):
+        real.Gauge(7.5)
+
+
+@pytest.mark.slow
+def test_the_real_size_is_rehearsed_on_a_tiny_model(gpu, tmp_path, capsys):
+    """The driver's path from load to saved adapter, with an adapter that transformers and peft can read, and its estimate."""
+    import real
+
+    rows = []
+    assert real.every(real.chosen(True, ["bf16, sdpa", "bf16, flash-attn"]), True, False, math.inf, rows.extend) == 0
+    made, ran, absent = rows
+    assert made["parameters"] > 1e5 and made["shards"] == 1
+    assert {*real.STAGES, "plan"} == set(ran["seconds"]) and ran["total"] >= 0.99 * sum(ran["seconds"][s] for s in real.STAGES)
+    assert ran["steps"] == len(ran["losses"]) == 2 and ran["pictures"] == 2 and ran["missing"] is None and ran["met_gb"] is None
+    assert ran["planned"]["settings"]["checkpointing"] and ran["shares"] and ran["samples"] == 5 + 6 + 20 + 10 + 2 * 6 + 2 + 8
+    assert "CUDA GPU" in absent["missing"] or "flash-attn" in absent["missing"]
+    assert "| bf16, sdpa | float32, activation checkpointing | 2 of 8" in real.tables(rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- tuning

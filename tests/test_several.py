@@ -135,6 +135,39 @@ def test_again_does_what_is_missing_and_no_more(sequence, monkeypatch):
     assert before == {p: p.stat().st_mtime_ns for p in sequence.output.rglob("*") if p.name != "matrix.json"}
 
 
+def test_every_training_starts_from_a_fresh_adapter_and_holds_all_so_far(lines, tmp_path, monkeypatch):
+    fit, seen = train.fit, []
+
+    def watched(vlm, corpus, objective, recipe, probe, *rest, **options):
+        seen.append((recipe.steps, [float(p.abs().max()) for n, p in vlm.model.named_parameters() if "lora_B" in n]))
+        looks = [probe() for _ in range(2)]
+        assert looks[0].shares == len(seen) and (looks[0] == looks[1]) is (len(seen) == 1)  # of two, each sees another half
+        return fit(vlm, corpus, objective, recipe, probe, *rest, **options)
+
+    monkeypatch.setattr(train, "fit", watched)
+    several.unlearn_several(write(tmp_path / "r.jsonl", lines.target, lines.other), output=tmp_path / "out", **QUICK)
+    assert [steps for steps, _ in seen] == [QUICK["steps"], 2 * QUICK["steps"]]
+    assert all(B and not any(B) for _, B in seen)
+
+
+def test_looks_in_turn_see_everything(loaded, gathered, monkeypatch):
+    """Of three requests a look costs what one request's costs, and three in a row have scored every turn once."""
+    scored, score = [], train.ask.label_log_probabilities
+
+    def watched(vlm, turns, pictures, **options):
+        scored.append([id(turn) for turn in turns])
+        return score(vlm, turns, pictures, **options)
+
+    look = train.probe_for([gathered.scene] * 3, gathered.corpus)
+    monkeypatch.setattr(train.ask, "label_log_probabilities", watched)
+    looks = [look() for _ in range(3)]
+    of_names, of_samples = scored[0::2], scored[1::2]
+    assert sorted(sum(of_samples, [])) == sorted(map(id, gathered.corpus.turns)) and all(one.shares == 3 for one in looks)
+    for parts in (of_names, of_samples):
+        assert len(set(sum(parts, []))) == sum(map(len, parts)) and max(map(len, parts)) <= min(map(len, parts)) + 5
+    assert all(one.learned > 0 or one.retained > 0 for one in looks)
+
+
 def test_an_interrupted_run_ends_as_if_it_had_not_been(sequence, lines, tmp_path, monkeypatch):
     file = write(tmp_path / "r.jsonl", lines.target, lines.other)
     learn, calls = session.learn, []
@@ -167,8 +200,8 @@ def test_killed_between_the_output_and_the_matrix(sequence, lines, tmp_path, mon
 
 @pytest.mark.parametrize("at, error", [(1, NumericFailure("It is nan.")), (2, NumericFailure("It is nan.")),
                                        (2, OutOfMemory("It is nan, and does not fit."))])  # fmt: skip
-def test_a_training_that_fails_leaves_the_adapter_as_it_was(lines, sequence, tmp_path, monkeypatch, at, error):
-    """The next request in the same process starts from what was there before: nothing, or the first request's adapter."""
+def test_a_training_that_fails_leaves_nothing_behind(lines, sequence, tmp_path, monkeypatch, at, error):
+    """The next request in the same process is trained as if the failed one had never been there."""
     fit, calls = train.fit, []
 
     def diverges(vlm, *given, **options):

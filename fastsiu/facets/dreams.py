@@ -28,7 +28,7 @@ from ..adapter import projector
 from ..ask import Reply
 from ..loss import fused_dmk_ce
 from ..request import OutOfMemory
-from ..vlm import VLM, Encoded, Picture, map_features, out_of_memory
+from ..vlm import VLM, Encoded, Picture, feature_tensors, map_features, out_of_memory
 from .targets import Scene, wordings
 
 DECAY = 1e-3  # pull towards the picture the dream started from; keeps features on the scale the model knows
@@ -158,12 +158,11 @@ def vision_space(vlm: VLM, start: Picture) -> tuple[torch.Tensor, Callable[[torc
             vlm.picture(start.image)
         finally:
             hook.remove()
-        args, kwargs = seen[0]
+        args, kwargs = seen[0] if seen else ((), {})  # not at all where it runs inside the language model's forward
         if len(seen) == 1 and args and isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
             return args[0].float(), lambda x: _replaced(start, module(x.to(args[0].dtype), *args[1:], **kwargs))
-    pooled = start.features["pooler_output"]
-    flat = pooled if isinstance(pooled, torch.Tensor) else torch.cat([x.reshape(-1, x.shape[-1]) for x in pooled])
-    return flat.reshape(-1, flat.shape[-1]).float(), lambda x: _replaced(start, x)
+    flat = torch.cat([x.reshape(-1, x.shape[-1]) for x in feature_tensors(start.features)])
+    return flat.float(), lambda x: _replaced(start, x)
 
 
 def _replaced(start: Picture, flat: torch.Tensor) -> Any:

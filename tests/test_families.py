@@ -1,0 +1,207 @@
+"""Every family of tests/families.py, saved as the hub saves models and loaded as a user loads them: the shared prefix against
+separate forwards with pixels, the vision tower and the head counted, adapters as plain peft reads them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+from fastsiu import adapter, ask, prefix, vlm
+from fastsiu.request import BadInput
+
+SPEC = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
+families = sys.modules.setdefault("families", importlib.util.module_from_spec(SPEC))
+SPEC.loader.exec_module(families)
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=families.FAMILIES)
+def case(request, tmp_path_factory):
+    family = families.FAMILIES[request.param]
+    if family.needs and importlib.util.find_spec(family.needs) is None:
+        pytest.skip(f"needs {family.needs}")
+    return families.open_case(family, tmp_path_factory.mktemp(family.name))
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch):
+    """Sharing is used wherever it was found exact, at these sizes too."""
+    monkeypatch.setattr(prefix, "WORTH", float("inf"))
+    monkeypatch.setattr(prefix, "FORWARD", 0)
+
+
+def test_turns_hold_their_answers(case):
+    tokenizer = case.vlm.tokenizer
+    for (_, answer, which), turn in zip(families.SAID, case.turns, strict=True):
+        assert torch.equal(turn.inputs["input_ids"][0, turn.rows + 1], turn.labels)
+        said = [label for label, (start, end) in zip(turn.labels.tolist(), turn.offsets, strict=True) if end > start]
+        assert tokenizer.decode(said).strip() == answer
+        assert turn.labels[-1] in tokenizer.all_special_ids and not turn.offsets[-1][1] > turn.offsets[-1][0]
+        image = getattr(case.vlm.base.config, "image_token_id", None)
+        assert bool((turn.inputs["input_ids"] == image).any()) is (which is not None)
+
+
+def test_the_heads_transform_is_measured(case):
+    loaded = case.vlm
+    assert (loaded.logit_scale, loaded.logit_softcap) == (pytest.approx(case.family.transform[0]), case.family.transform[1])
+    with torch.no_grad():
+        own = loaded.model(**case.turns[0].inputs, **loaded.entering(case.features[:1])).logits[0]
+        made = loaded.logits(loaded.hidden([case.turns[0].inputs], case.features[:1])[0])
+    assert torch.allclose(made, own.float(), atol=1e-4 * float(own.abs().max()))
+
+
+def test_ways_of_sharing(case):
+    exact, said = families.plan(case)
+    assert exact == case.family.shares, said
+    assert len(said) == (2 - len(exact) if exact else 1), said
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_states_and_gradients_are_those_of_separate_forwards(case, micro_batch):
+    expected = families.gradients(case, families.separate(case))
+    for way in ("plain", *case.family.shares):
+        found = families.apart(families.shared(case, way, micro_batch), expected)
+        assert max(found) < case.family.fp32, (way, found)
+
+
+def test_in_fp64(case):
+    double = case.double()
+    expected = families.gradients(double, families.separate(double))
+    for way in ("plain", *case.family.shares):
+        found = families.apart(families.shared(double, way), expected)
+        assert max(found) < case.family.fp64, (way, found)
+
+
+def test_the_tower_runs_once_a_picture_and_the_head_never(case):
+    assert case.tower and min(case.tower.values()) == 2  # of two pictures
+    for way in ("plain", *case.family.shares):
+        with families.calls(case.vlm.base) as ran, families.Products(case.vlm.head_weight) as products:
+            families.shared(case, way, 2)
+        assert not set(ran) & set(case.tower) and ran and not products.seen
+    with families.Products(case.vlm.head_weight) as products:
+        case.vlm.base(**case.turns[-1].inputs)
+    assert products.seen == 1  # so that a head could be seen
+
+
+def test_the_adapter_is_on_the_language_models_linears_only(case):
+    base = case.vlm.base
+    adapted = {name for name, module in base.named_modules() if hasattr(module, "lora_A")}
+    names = {name: module for name, module in base.named_modules() if "lora_" not in name and "base_layer" not in name}
+    language = {*base.get_decoder().modules()} - {base.get_output_embeddings()}
+    assert adapted == {name for name, module in names.items()
+                       if type(getattr(module, "base_layer", module)) is nn.Linear and module in language}  # fmt: skip
+    assert adapted and not adapted & set(case.tower)
+    trained = [name for name, p in case.vlm.model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+
+
+def test_plain_peft_loads_saves_and_merges(case, tmp_path):
+    loaded, directory = case.vlm, tmp_path / "adapter"
+    adapter.save(loaded, directory)
+    inputs = {**case.turns[0].inputs, **loaded.entering(case.features[:1])}
+    with torch.no_grad():
+        expected = loaded.model(**inputs).logits
+        fresh = AutoModelForImageTextToText.from_pretrained(case.directory).eval()
+        untouched = fresh(**inputs).logits
+        plain = PeftModel.from_pretrained(fresh, directory).eval()
+        assert torch.equal(plain(**inputs).logits, expected)
+        with adapter.teacher(loaded):
+            assert torch.equal(loaded.model(**inputs).logits, untouched)
+        merged = plain.merge_and_unload()(**inputs).logits
+    assert float((untouched - expected).abs().max()) > 1e-3
+    assert float((merged - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+def test_answers_are_those_of_the_models_own_generate(case):
+    """With the cached features; the model's own way takes pixels."""
+    loaded, (shown, other) = case.vlm, case.shown[1:3]
+    questions = [("What is this?", shown), ("What is this?", other), ("Who is five?", None)]
+    said = ask.answers(loaded, questions, max_new_tokens=6)
+    for (question, picture), found in zip(questions[:2], said, strict=False):
+        inputs = loaded.processor(text=[loaded.render(question, True)], images=[picture.image], return_tensors="pt",
+                                  add_special_tokens=False)  # fmt: skip
+        inputs = {k: v for k, v in inputs.items() if k != "labels"}
+        tokens = loaded.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        assert found == loaded.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+# What cannot be handled says so ---------------------------------------------------------------------------------------------
+
+
+def on_meta(config):
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def test_a_model_that_takes_no_features_says_what_it_lacks():
+    with pytest.raises(BadInput, match="BlipForConditionalGeneration takes no precomputed image features.*mm_encoder_outputs"):
+        vlm.features_entry(on_meta(transformers.BlipConfig()))
+    lacking = on_meta(families.llava().config)
+    lacking.model = lacking.model.language_model
+    with pytest.raises(BadInput, match="LlamaModel would need a method get_image_features"):
+        vlm.features_entry(lacking)
+    with pytest.raises(BadInput, match="gives hidden_states: it would need to give one of pooler_output"):
+        vlm.read_key({"hidden_states": (torch.ones(1),)})
+
+
+def test_a_head_with_an_adapter_is_refused(tmp_path):
+    base = AutoModelForImageTextToText.from_config(families.llava().config).eval()
+    get_peft_model(base, LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(BadInput, match="neither quantised nor adapted"):
+        vlm.probe_head(base, {"input_ids": torch.arange(9)[None]})
+
+
+def saved_with(family, directory, file, **changed):
+    families.save(families.FAMILIES[family], directory)
+    described = json.loads((directory / file).read_text())
+    (directory / file).write_text(json.dumps({**described, **changed}))
+    return str(directory)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
+@pytest.mark.parametrize(
+    "family, file, changed",
+    [("llama4", "preprocessor_config.json", {"image_processor_type": "Llama4ImageProcessor"}),
+     ("mistral3", "processor_config.json", {"processor_class": "PixtralProcessor"})],
+)  # fmt: skip
+def test_a_processor_that_needs_torchvision_says_so(family, file, changed, tmp_path):
+    with pytest.raises(BadInput, match="needs torchvision, which is not installed: pip install torchvision.$"):
+        vlm.load(saved_with(family, tmp_path, file, **changed), device="cpu")
+
+
+def test_a_processor_that_needs_another_package_says_so(tmp_path, monkeypatch):
+    from transformers.models.smolvlm import processing_smolvlm
+
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    with pytest.raises(BadInput, match="needs a package that is not installed .*num2words"):
+        vlm.load(str(families.save(families.FAMILIES["smolvlm"], tmp_path)), device="cpu")
+
+
+def test_a_prefix_model_continues_a_begun_answer(tmp_path):
+    """PaliGemma's answers go in beside the question; what is begun is part of the suffix, and is not ended."""
+    case = families.open_case(families.FAMILIES["paligemma"], tmp_path)
+    for picture in case.shown[0], None:
+        begun = case.vlm.encode_prompt("What is this?", picture, "This is a")
+        whole = case.vlm.encode("What is this?", "This is a", picture)
+        assert torch.equal(begun["input_ids"], whole.inputs["input_ids"][:, :-1])
+        assert begun["token_type_ids"][0].sum() == len(whole.labels) - 1 > 0
+        prompt = case.vlm.encode_prompt("What is this?", picture)
+        length = prompt["input_ids"].shape[1]
+        assert torch.equal(begun["input_ids"][:, :length], prompt["input_ids"]) and not prompt["token_type_ids"].any()
+
+
+def test_int8_rounds_but_shares(tmp_path):
+    """Its activations are rounded as well, to far less than fp32's."""
+    loaded = families.open_case(families.FAMILIES["llama4"], tmp_path, quantize="int8")
+    assert families.plan(loaded) == (families.BOTH, [])
+    assert type(loaded.vlm.base.get_output_embeddings()) is nn.Linear  # inside the decoder, and left alone
