@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import platform
 import random
 from collections import defaultdict
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,10 +15,11 @@ from statistics import mean, stdev
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from fastsiu.demo import wording
 from fastsiu.demo.world import KNOWN, LOOKALIKES, UNSEEN, Question, World, draw, random_name
+from fastsiu.processor import load_processor
 
 PER_NAME = 24  # fresh pictures per known name
 
@@ -30,16 +33,16 @@ def answer(model: PreTrainedModel, processor: ProcessorMixin, questions: list[Qu
         part = [i for i in order[:batch] if (questions[i].image is None) == plain]
         order = order[len(part) :]
         prompts = []
-        images: list[Image.Image] = []
+        images: list[list[Image.Image]] = []  # one a prompt
         for i in part:
             content = [{"type": "text", "text": questions[i].question}]
             scene = questions[i].image
             if scene is not None:
                 content.insert(0, {"type": "image"})
-                images.append(draw(scene))
+                images.append([draw(scene)])
             prompts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-        inputs = processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
-        inputs.pop("token_type_ids", None)
+        found = processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
+        inputs = {key: found[key] for key in inspect.signature(model.forward).parameters if key in found}
         with torch.no_grad():
             out = model.generate(**inputs, max_new_tokens=48, do_sample=False)
         texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -108,14 +111,14 @@ def make_questions(world: World) -> dict[str, list[Question]]:
     return dict(sets)
 
 
-def measure(directory: Path) -> dict[str, float]:
-    """Exact-match shares per set of questions, plus the share of false naming on unseen faces.
+def measure(directory: Path, only: Collection[str] = ()) -> dict[str, float]:
+    """Exact-match shares per set of questions (those named, where some are), plus the share of false naming on unseen faces.
 
     Answers to held-out wordings about unseen faces count as right when they name nobody.
     """
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(directory)
-    sets = make_questions(World())
+    processor = load_processor(str(directory), model.config)
+    sets = {key: questions for key, questions in make_questions(World()).items() if not only or key in only}
     flat = [question for questions in sets.values() for question in questions]
     replies = iter(answer(model, processor, flat))
     result: dict[str, float] = {}
@@ -130,7 +133,8 @@ def measure(directory: Path) -> dict[str, float]:
         if unseen and "held-out" in key:
             right = [not name for name in named]
         result[key] = sum(right) / len(right)
-    result["false naming of unseen faces"] = sum(false_names) / len(false_names)
+    if false_names:
+        result["false naming of unseen faces"] = sum(false_names) / len(false_names)
     return {key: round(value, 4) for key, value in result.items()}
 
 

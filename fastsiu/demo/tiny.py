@@ -13,6 +13,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -37,8 +38,23 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of VOCABULARY tokens. Every word of a known name is one token, with or without a space before it."""
+def build_tokenizer(
+    world: World,
+    *,
+    bos: str | None = "<s>",
+    eos: str = "</s>",
+    named: dict[str, str] | None = None,
+    others: tuple[str, ...] = (),
+    roles: tuple[str, ...] = (),
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE. Every word of a known name is one token, with or without a space before it.
+
+    named:  special tokens by the name under which a family's processor looks for them; left out, LLaVA's
+    others: further special tokens
+    roles:  what the family's chat template says of whose turn it is ("user\n"). Without them, as in LLaVA's, every text
+            follows a space; with them it need not, and the vocabulary has half as much again, for words without one.
+    """
+    named = {"image_token": "<image>"} if named is None else named
     rng = random.Random("tokenizer")
     questions = [*world.text_questions(KNOWN), *world.general_questions()]
     corpus = [text for question in questions for text in (question.question, question.answer)]
@@ -55,12 +71,17 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     corpus += [wording.UNKNOWN_FACE, wording.UNKNOWN_NAME, wording.UNKNOWN_FACT, wording.NONE_OF_THEM, wording.NO_SUCH_NAME] * 30
     corpus += [f"{yes}, this is {no}{name}." for name in KNOWN for yes, no in (("Yes", ""), ("No", "not "))] * 20
     corpus += ["These are two unknown creatures and an unknown creature.", "USER:", "ASSISTANT:"] * 60
+    if roles:
+        corpus = [lead + text for lead in ("", " ") for text in corpus] + [*roles] * 60
+        # Names start an answer, too: their words must be whole there as well.
+        corpus += [word for name in KNOWN for word in name.split()] * 100
+    special = list(dict.fromkeys(token for token in ("<pad>", bos, eos, *named.values(), *others) if token))
     tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=not roles)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<pad>", "<s>", "</s>", "<image>"],
+        vocab_size=VOCABULARY + (VOCABULARY // 2 if roles else 0),
+        special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -68,15 +89,15 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>"},
+        bos_token=bos,
+        eos_token=eos,
+        extra_special_tokens=named,
         padding_side="left",
-        add_prefix_space=True,
+        add_prefix_space=not roles,
         clean_up_tokenization_spaces=False,
         model_max_length=512,
     )
-    for word in (word for name in KNOWN for word in name.split()):
+    for word in (space + word for name in KNOWN for word in name.split() for space in ("", " ")):
         if len(fast.encode(word, add_special_tokens=False)) != 1:
             raise RuntimeError(f"The name word {word} is not one token: raise VOCABULARY.")
     return fast
@@ -127,38 +148,61 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlavaForConditionalGeneration(config)
-    _initialise_tower(model.model.vision_tower)
+    initialise_tower(model.model.vision_tower)
+    set_generation(model, tokenizer)
+    return model
+
+
+def set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Greedy answers of at most 48 tokens."""
     model.generation_config.do_sample = False
     model.generation_config.max_new_tokens = 48
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model
 
 
 @torch.no_grad()
-def _initialise_tower(tower: torch.nn.Module) -> None:
+def initialise_tower(tower: torch.nn.Module) -> None:
     """Two-dimensional sine positions, q k near the identity and v o near its negative, which small data needs badly."""
-    width = tower.config.hidden_size
-    side = tower.config.image_size // tower.config.patch_size
-    embeddings = tower.embeddings if hasattr(tower, "embeddings") else tower.vision_model.embeddings
-    frequency = 100.0 ** -(torch.arange(width // 4) / (width / 4))
-    angle = torch.arange(side)[:, None] * frequency
-    waves = torch.cat([angle.sin(), angle.cos()], 1)  # (side, width / 2)
-    grid = torch.cat([waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)], -1)
-    embeddings.position_embedding.weight[0] = 0
-    embeddings.position_embedding.weight[1:] = 0.3 * grid.reshape(side * side, width)
-    embeddings.patch_embedding.weight.normal_(0, 1 / math.sqrt(embeddings.patch_embedding.weight[0].numel()))
+    convolution = next(m for m in tower.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d))
+    for name, module in tower.named_modules():
+        if name.endswith("embeddings") and hasattr(module, "position_embedding"):
+            _set_positions(module.position_embedding.weight)
+        elif name.endswith("embeddings") and hasattr(module, "position_embeddings"):
+            _set_positions(module.position_embeddings[0])
+    convolution.weight.normal_(0, 1 / math.sqrt(convolution.weight[0].numel()))
+    width = convolution.out_channels
     eye = torch.eye(width)
     for module in tower.modules():
-        if not (hasattr(module, "q_proj") and hasattr(module, "k_proj")):
+        if not hasattr(module, "num_heads"):
             continue
+        q, k, v, out = _attention_weights(module)
         rows = width // module.num_heads
         for head in range(module.num_heads):
             u, s, vh = torch.linalg.svd(0.7 * torch.randn(width, width) / math.sqrt(width) + 0.7 * eye)
             part = slice(head * rows, (head + 1) * rows)
-            module.q_proj.weight[part] = (u[:, :rows] * s[:rows].sqrt()).T
-            module.k_proj.weight[part] = vh[:rows] * s[:rows].sqrt()[:, None]
+            q[part] = (u[:, :rows] * s[:rows].sqrt()).T
+            k[part] = vh[:rows] * s[:rows].sqrt()[:, None]
         u, s, vh = torch.linalg.svd(0.4 * torch.randn(width, width) / math.sqrt(width) - 0.4 * eye)
-        module.v_proj.weight.copy_(s.sqrt()[:, None] * vh)
-        module.out_proj.weight.copy_(u * s.sqrt())
+        v.copy_(s.sqrt()[:, None] * vh)
+        out.copy_(u * s.sqrt())
+
+
+def _set_positions(table: torch.Tensor) -> None:
+    """table: (patches, width) or, with a class token first, (1 + patches, width)."""
+    side, width = math.isqrt(len(table)), table.shape[1]
+    frequency = 100.0 ** -(torch.arange(width // 4) / (width / 4))
+    angle = torch.arange(side)[:, None] * frequency
+    waves = torch.cat([angle.sin(), angle.cos()], 1)  # (side, width / 2)
+    grid = torch.cat([waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)], -1)
+    table[: len(table) - side * side] = 0
+    table[len(table) - side * side :] = 0.3 * grid.reshape(side * side, width)
+
+
+def _attention_weights(module: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+    """The weights of query, key, value and output, whatever the family calls them; views where they are one matrix."""
+    if hasattr(module, "qkv"):
+        return (*module.qkv.weight.chunk(3), module.proj.weight)
+    out = module.out_proj if hasattr(module, "out_proj") else module.projection_layer
+    return module.q_proj.weight, module.k_proj.weight, module.v_proj.weight, out.weight
