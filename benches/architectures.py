@@ -154,19 +154,21 @@ def table(records: list[dict[str, Any]]) -> str:
     """Markdown; losses are in points, before minus after on the same questions."""
     from fastsiu.demo.figures import PER_NAME
     from fastsiu.demo.world import KNOWN
+    from fastsiu.verdict import wilson
 
     asked = PER_NAME * len(KNOWN)
-    head = ["architecture", "all creatures named right", "concept named before", "verdict", "name still given",
+    head = ["architecture", "all creatures named right", "concept named before", "verdict", "name still given", "95 %",
             "others named right before", "others lose", "facts lose", "steps", "training, CPU s", "a request, s"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for record in records:
         cells, runs = record["pooled"], record["runs"]
         facts = forgetting.pooled([{"counts": {"facts": cells[kind]}} for kind in ("facts own", "facts others")])["facts"]
+        low, high = wilson(cells["own"]["named"], cells["own"]["n"])
         forgotten = sum(run["verdict"] == "forgotten" for run in runs)
         lines.append("| " + " | ".join([
             record["row"], f"{100 * record['recognition']['who']:.1f} % (n {asked})", share(cells["own"], "named_before"),
-            f"{forgotten} of {len(runs)} forgotten", share(cells["own"], "named"), share(cells["naming others"], "before"),
-            f"{lost(cells['naming others']):.1f}", f"{lost(facts):.1f} (n {facts['n']})",
+            f"{forgotten} of {len(runs)} forgotten", share(cells["own"], "named"), f"{100 * low:.1f}-{100 * high:.1f}",
+            share(cells["naming others"], "before"), f"{lost(cells['naming others']):.1f}", f"{lost(facts):.1f} (n {facts['n']})",
             ", ".join(str(run["steps"]) for run in runs), str(record["trained"]["cpu_seconds"]),
             f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
         ]) + " |")  # fmt: skip
