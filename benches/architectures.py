@@ -152,18 +152,25 @@ def lost(cell: dict[str, int]) -> float:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown; losses are in points, before minus after on the same questions."""
-    head = ["architecture", "named before", "verdict", "name still given", "others named right before", "others lose",
-            "facts lose", "steps", "training, CPU s", "a request, s"]  # fmt: skip
+    from fastsiu.demo.figures import PER_NAME
+    from fastsiu.demo.world import KNOWN
+    from fastsiu.verdict import wilson
+
+    asked = PER_NAME * len(KNOWN)
+    head = ["architecture", "all creatures named right", "concept named before", "verdict", "name still given", "95 %",
+            "others named right before", "others lose", "facts lose", "steps", "training, CPU s", "a request, s"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for record in records:
         cells, runs = record["pooled"], record["runs"]
         facts = forgetting.pooled([{"counts": {"facts": cells[kind]}} for kind in ("facts own", "facts others")])["facts"]
+        low, high = wilson(cells["own"]["named"], cells["own"]["n"])
         forgotten = sum(run["verdict"] == "forgotten" for run in runs)
         lines.append("| " + " | ".join([
-            record["row"], share(cells["own"], "named_before"), f"{forgotten} of {len(runs)} forgotten",
-            share(cells["own"], "named"), share(cells["naming others"], "before"), f"{lost(cells['naming others']):.1f}",
-            f"{lost(facts):.1f} (n {facts['n']})", ", ".join(str(run["steps"]) for run in runs),
-            str(record["trained"]["cpu_seconds"]), f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
+            record["row"], f"{100 * record['recognition']['who']:.1f} % (n {asked})", share(cells["own"], "named_before"),
+            f"{forgotten} of {len(runs)} forgotten", share(cells["own"], "named"), f"{100 * low:.1f}-{100 * high:.1f}",
+            share(cells["naming others"], "before"), f"{lost(cells['naming others']):.1f}", f"{lost(facts):.1f} (n {facts['n']})",
+            ", ".join(str(run["steps"]) for run in runs), str(record["trained"]["cpu_seconds"]),
+            f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
         ]) + " |")  # fmt: skip
     return "\n".join(lines)
 
@@ -185,7 +192,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="write models and adapters to DIR, which stay there")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="write models and adapters to DIR and leave them there")
     parser.add_argument("--dry", action="store_true", help="append nothing")
     options = parser.parse_args()
     if options.table:
@@ -197,6 +204,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as temporary:
             quick(options.only[0], temporary)
         return 0
+    if options.keep and any((options.keep / name).exists() for name in options.only):
+        parser.error(f"{options.keep} already holds some of these models: name another directory or empty it first")
     import torch
     import transformers
 

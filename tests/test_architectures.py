@@ -90,7 +90,7 @@ def test_a_picture_is_laid_out_in_rows_and_columns(made, scenes):
         changed = picture.copy()
         changed.paste((0, 0, 0), box)
         with torch.no_grad():
-            entering, _ = sight._seen(sight._processed([changed])["pixel_values"], 1)
+            entering, _ = sight.seen(sight.processed([changed])["pixel_values"], 1)
         grids.append(entering.reshape(sight.side, sight.side, -1, sight.width))
     left, bottom = ((grid - grids[0]).square().sum((2, 3)) for grid in grids[1:])
     assert int(left.sum(0).argmax()) == 0

@@ -23,7 +23,9 @@ from fastsiu.demo import MODEL_DIR, tiny
 from fastsiu.demo.world import SIZE, World
 from fastsiu.processor import load_processor
 
-PATCH, PATCHES, TOKENS = 10, 6, 9  # pixels of a patch's side, patches along a picture's side, image tokens of a picture
+PATCH = 10  # pixels
+PATCHES = SIZE // PATCH  # along a picture's side
+TOKENS = (PATCHES // 2) ** 2  # image tokens of one picture: each family makes one of 2 x 2 patches, in its own way
 WIDTH = 128  # of the language model
 TOWER = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 288}
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # pixels in [-1, 1]

@@ -113,20 +113,21 @@ class Sight:
         self.projector = made.model.get_submodule(projector(made.model))
         turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]}]
         self.prompt = made.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        found = self._processed([Image.new("RGB", (SIZE, SIZE))])
+        found = self.processed([Image.new("RGB", (SIZE, SIZE))])
         self.extra = {k: found[k] for k in inspect.signature(self.encode).parameters if k in found and k != "pixel_values"}
         with torch.no_grad():
-            entering, features = self._seen(found["pixel_values"], 1)
+            entering, features = self.seen(found["pixel_values"], 1)
         self.flat = entering.ndim == 2  # all pictures' rows one after another
         self.listed = not isinstance(features, Tensor)  # one entry for each picture
         self.width = entering.shape[-1]
 
-    def _processed(self, pictures: list[Image.Image]) -> Any:
+    def processed(self, pictures: list[Image.Image]) -> Any:
+        """What the processor gives for one turn a picture."""
         text = [self.prompt] * len(pictures)
         images = [[picture] for picture in pictures]  # one a text; some families take a flat list for one text's
         return self.processor(text=text, images=images, return_tensors="pt", add_special_tokens=False)
 
-    def _seen(self, pixels: Tensor, count: int) -> tuple[Tensor, Any]:
+    def seen(self, pixels: Tensor, count: int) -> tuple[Tensor, Any]:
         """(what enters the projector, what leaves it) for pictures as the processor gives them."""
         entering: list[Tensor] = []
         hook = self.projector.register_forward_pre_hook(lambda _, given: entering.append(given[0]))
@@ -142,13 +143,13 @@ class Sight:
         parts = []
         for at in range(0, len(scenes), 256):
             pictures = [draw(scene) for scene in scenes[at : at + 256]]
-            values = self._processed(pictures)["pixel_values"]
+            values = self.processed(pictures)["pixel_values"]
             parts.append(((values + 1) * 127.5).round().to(torch.uint8).view(len(pictures), -1, *values.shape[1:]))
         return torch.cat(parts)
 
     def features(self, images: Tensor) -> Tensor:
         """Features of byte images where they enter the projector: (batch, rows, width)."""
-        entering, _ = self._seen(images.flatten(0, 1).float() / 127.5 - 1, len(images))
+        entering, _ = self.seen(images.flatten(0, 1).float() / 127.5 - 1, len(images))
         return entering.view(len(images), -1, self.width)
 
     def project(self, features: Tensor) -> dict[str, Any]:
