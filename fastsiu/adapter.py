@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def attach(vlm: VLM, recipe: Recipe) -> None:
         target_modules=leaves, exclude_modules=rf"^(?!{re.escape(prefix)}).*", **extra,
     )  # fmt: skip
     torch.manual_seed(recipe.seed)
-    vlm.model = get_peft_model(vlm.base, config)
+    with _not_ours():
+        vlm.model = get_peft_model(vlm.base, config)
     for parameter in vlm.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -73,6 +75,14 @@ def attach(vlm: VLM, recipe: Recipe) -> None:
             trained.register_forward_pre_hook(lambda module, given: tuple(x.float() for x in given))
             trained.register_forward_hook(lambda module, given, out, dtype=dtype: out.to(dtype))
     vlm.model.eval()
+
+
+@contextlib.contextmanager
+def _not_ours() -> Iterator[None]:
+    """Without a warning that is between peft, which asks by the old name, and transformers 5, which has a new one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def detach(vlm: VLM) -> None:
@@ -110,7 +120,8 @@ def load(vlm: VLM, directory: Path) -> None:
     if not (directory / "adapter_config.json").is_file():
         raise BadInput(f"{directory} holds no adapter (adapter_config.json is missing): give the --output directory of a run.")
     try:
-        vlm.model = PeftModel.from_pretrained(vlm.base, directory).eval()
+        with _not_ours():
+            vlm.model = PeftModel.from_pretrained(vlm.base, directory).eval()
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise BadInput(f"The adapter in {directory} does not fit {vlm.name}: load it with the model it was made for.") from error
 

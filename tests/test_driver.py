@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from fastsiu import ask, driver, images, session
+from fastsiu import adapter, ask, driver, images, session
 from fastsiu.facets import targets
 from fastsiu.request import PAPER, BadInput, NumericFailure, Recipe, Sample
 from fastsiu.verdict import KINDS, Answer, judge
@@ -359,3 +359,11 @@ def test_a_small_model_takes_one_thread_and_gives_the_others_back(loaded):
             assert torch.get_num_threads() == 1  # what counts is the base that was loaded
     finally:
         torch.set_num_threads(1)
+
+
+def test_no_warning_of_other_packages_reaches_the_user(loaded, trained, recwarn):
+    adapter.load(loaded, trained.output)
+    adapter.detach(loaded)
+    adapter.attach(loaded, Recipe(rank=1))
+    adapter.detach(loaded)
+    assert not [str(w.message) for w in recwarn if issubclass(w.category, FutureWarning)]
