@@ -91,6 +91,8 @@ def detach(vlm: VLM) -> None:
         # PEFT's unload leaves the trained copy of a whole module (the projector) in place of the original.
         originals = {n: m.original_module for n, m in vlm.base.named_modules() if isinstance(m, ModulesToSaveWrapper)}
         vlm.model.unload()
+        if vlm.budget.checkpointing:  # PEFT has the embeddings' output require a gradient, by one more hook for every adapter
+            vlm.base.disable_input_require_grads()
         for name, module in originals.items():
             vlm.base.set_submodule(name, module)
         vlm.model = vlm.base

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForImageTextToText
 
 from . import adapter, source, vlm
 from .kernels.launch import launch
 from .loss import fused_dmk_ce
 from .request import BadInput, Recipe
+from .rows import no_logits
 from .teacher import TeacherCache, stamp
 
 GB = 2**30
@@ -63,7 +63,7 @@ def budget(settings: Settings, batch_size: int, limited: bool = False) -> vlm.Bu
 
     limited: under a memory limit, where as many dreams at once as a step has must do
     """
-    bounded = settings.checkpointing or limited
+    bounded = settings.checkpointing or settings.micro_batch is not None or limited
     dreams = settings.micro_batch or (max(1, round(0.35 * batch_size)) if bounded else None)
     return vlm.Budget(settings.micro_batch, dreams, settings.ask_batch, settings.checkpointing, settings.optimizer, bounded)
 
@@ -248,7 +248,12 @@ class Simulation:
 
     def _run(self, what: str, settings: Settings) -> int:
         if (what, settings) not in self._done:
-            self._done[what, settings] = self._measure(what, settings)
+            try:
+                self._done[what, settings] = self._measure(what, settings)
+            except Exception as error:  # any: whatever a family's forward thinks of tensors without values
+                said = source.first_line(error)
+                raise BadInput(f"What {type(self.config).__name__} takes cannot be worked out ({said}): leave --memory out and "
+                               "choose --quantize, --checkpointing and --micro-batch.") from error  # fmt: skip
         return self._done[what, settings]
 
     def _measure(self, what: str, settings: Settings) -> int:
@@ -288,13 +293,7 @@ def skeleton(config: Any, settings: Settings, recipe: Recipe) -> Any:
     """
     # Flash attention keeps what sdpa's kernels keep, and cannot be built without a GPU.
     attention = None if settings.attention == "flash_attention_2" else settings.attention
-    try:
-        with torch.device("meta"):
-            dtype = source.DTYPES[settings.dtype]
-            base = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
-    except (ValueError, ImportError, KeyError) as error:
-        raise BadInput(f"{type(config).__name__} cannot be built as an image-text model ({str(error).splitlines()[0]}): "
-                       "give another model, or --attention eager where sdpa is refused.") from error  # fmt: skip
+    base = source.on_meta(config, dtype=source.DTYPES[settings.dtype], attn_implementation=attention)
     base.requires_grad_(False)
     names = adapter.language_linears(base)
     adapter.attach(vlm.VLM("", None, base, base, None), recipe)
@@ -302,9 +301,7 @@ def skeleton(config: Any, settings: Settings, recipe: Recipe) -> Any:
         linear = base.get_submodule(f"{name}.base_layer")
         base.get_submodule(name).base_layer = Packed(linear, settings.quantize)
     if settings.checkpointing:
-        # Named anew in transformers 5; both do the same.
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable()
+        vlm.checkpoint_layers(base)
     return base
 
 
@@ -396,7 +393,7 @@ def _step(base: Any, recipe: Recipe, work: Workload, settings: Settings) -> int:
         rest = memory.peak = memory.now
         found = []
         for sequences, tokens, rows in work.forwards(settings, recipe.batch_size):
-            states = _forward(base, sequences, tokens, head.dtype, width).last_hidden_state
+            states = _states(base, sequences, tokens, head.dtype, width)
             found.append(states.reshape(-1, width)[-rows:])
         del states
         hidden = torch.cat(found)
@@ -426,7 +423,8 @@ def _asking(base: Any, work: Workload, settings: Settings) -> int:
     base.eval()
     with _mode(), Tracker() as memory:
         rest = memory.peak = memory.hold(base)
-        out = _forward(base, n, work.prefix + work.suffix, head.dtype, width, cached=True)
+        with no_logits(base):
+            out = _forward(base, n, work.prefix + work.suffix, head.dtype, width, cached=True)
         cache = memory.now - rest
         del out
         longer = (work.prefix + work.suffix + work.answer) / (work.prefix + work.suffix)
@@ -442,6 +440,13 @@ def _forward(base: Any, sequences: int, tokens: int, dtype: torch.dtype, width: 
     return base.get_decoder()(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=cached)
 
 
+def _states(base: Any, *sizes: Any) -> Tensor:
+    """What feeds the head, [sequences, tokens, width]; of Llama 4 the head is inside the decoder."""
+    with no_logits(base) as kept:
+        made = _forward(base, *sizes)
+    return kept["hidden"] if "hidden" in kept else made.last_hidden_state
+
+
 def _teacher(hidden: Tensor, head: Tensor) -> TeacherCache:
     """The rows that a step takes from the teacher's cache."""
     N, wide = len(hidden), {"dtype": torch.float64}
@@ -453,5 +458,4 @@ def _teacher(hidden: Tensor, head: Tensor) -> TeacherCache:
 
 def largest_weight(config: Any) -> int:
     """Elements of the largest single weight: what loading has in hand beside what is loaded."""
-    with torch.device("meta"):
-        return max(p.numel() for p in AutoModelForImageTextToText.from_config(config).parameters())
+    return max(p.numel() for p in source.on_meta(config).parameters())

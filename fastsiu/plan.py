@@ -9,9 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText
 
 from . import source
 from .memory import GB, Estimate, Settings, Simulation, Workload
@@ -112,8 +110,7 @@ def workload(config: Any, image_tokens: int | None = None) -> tuple[Workload, li
 
 def workload_of(config: Any, processor: Any, image: Image.Image) -> Workload:
     """The tokens of a step about this picture, as the model's own processor makes them."""
-    with torch.device("meta"):
-        base = AutoModelForImageTextToText.from_config(config)
+    base = source.on_meta(config)
     model = VLM("", None, base, base, processor)  # on the meta device tokens have a number and no value
     prefix = model.encode_prompt(".", Picture(image, None))["input_ids"].shape[1]
     return workload(config, max(1, prefix - TEMPLATE))[0]

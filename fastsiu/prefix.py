@@ -51,8 +51,9 @@ WORTH = 0.9  # share of the plain batch's cost from which on sharing is worth it
 # every token.
 BESIDE = ("input_ids", "attention_mask", "cross_attention_mask")
 SHORT = 1 / 3  # of the prefix: what a row on top of its keys and values may hold; longer rows copy less and attend to more
-# What a copy of the prefix's keys and values, for every suffix or for every few, is counted as, in time.
-MEMORY = {"packed": 1.0, "packed key/value": 1.05, "key/value": 1.2}
+# What the time of a way is multiplied by before it is compared, for the copies of keys and values that it holds: one for every
+# suffix, or for every few. Assumed; under a memory limit packed is taken whatever it costs.
+DEARER = {"packed": 1.0, "packed key/value": 1.05, "key/value": 1.2}
 
 
 def supervised_states(vlm: VLM, turns: Sequence[Encoded], features: Sequence[Any] = (), *,
@@ -125,7 +126,13 @@ def _why_not(vlm: VLM, way: str, turns: list[Encoded], shown: list[Any]) -> str 
         used = torch.autograd.grad((states * direction).sum(), trained, allow_unused=True) if trained else ()
         return direction, [states.detach()], [g for g in used if g is not None]
 
-    direction, *plain = measure("plain", None)
+    try:
+        direction, *plain = measure("plain", None)
+    except RuntimeError as error:
+        if bounded or not out_of_memory(error):
+            raise
+        bounded = True
+        direction, *plain = measure("plain", None)
     try:
         _, *ours = measure(way, direction)
     except Exception as error:  # any: whatever a family's own forward thinks of such inputs; it becomes the reason that is said
@@ -179,7 +186,7 @@ class Part:
         if self.vlm.budget.sparing and "packed" in ways:
             ways = ["packed"]
         cost = {way: self.cost(way, most) for way in ways}
-        best = min(ways, key=lambda way: cost[way] * MEMORY[way], default="plain")
+        best = min(ways, key=lambda way: cost[way] * DEARER[way], default="plain")
         return best if best != "plain" and cost[best] < WORTH * self.cost("plain", most) else "plain"
 
     def cost(self, way: str, most: int | None) -> float:

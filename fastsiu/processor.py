@@ -57,7 +57,7 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
         if made and "video_processor" in made.get_attributes() and not torchvision:
             return assemble(made, name, revision)
         return AutoProcessor.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
+    except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError) as error:
         if "torchvision" in str(error).lower() and not torchvision:
             raise BadInput(f"The processor of {name} needs torchvision, which is not installed: "
                            "pip install torchvision.") from error  # fmt: skip
@@ -71,7 +71,8 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
 def processor_class(name: str, config: Any, revision: str | None) -> type[ProcessorMixin] | None:
     """The one that was saved, or else the one that transformers has for this kind of model."""
     saved, _ = ProcessorMixin.get_processor_dict(name, revision=revision)
-    if found := getattr(transformers, saved.get("processor_class") or "", None):
+    found = getattr(transformers, saved.get("processor_class") or "", None)
+    if isinstance(found, type) and issubclass(found, ProcessorMixin):
         return found
     return PROCESSOR_MAPPING[type(config)] if type(config) in PROCESSOR_MAPPING else None
 

@@ -1,7 +1,7 @@
 """Several requests in one load, from a JSONL file: one after another, or all at once.
 
-sequence   each request goes on training the adapter of those before it, and what made them forget is trained on again. Every
-           request has an output of its own, DIR/001, DIR/002, ...: an adapter that forgets everything up to there.
+sequence   every request has an output of its own, DIR/001, DIR/002, ...: an adapter that forgets everything up to there, trained
+           from nothing on all of it.
 joint      one training on all of them, one adapter: DIR/joint, with a report for each request.
 
 After each training everything forgotten so far is asked again: DIR/matrix.json has who is still forgotten, and the order in
@@ -193,7 +193,7 @@ class _Job:
 
     def digest(self, lines: Sequence[int]) -> str:
         """Of the training that ends with the last of these lines: all before it, in their order, are part of it."""
-        chain = ""
+        chain = "all anew" if self.mode == "sequence" else ""  # unlike outputs of adapters that were trained on
         for line in lines:
             chain = outputs.request_digest(self.asked[line], self.recipe, self.name, self.revision, weights=self.weights,
                                            before=chain, **self.settings)  # fmt: skip
@@ -276,14 +276,14 @@ class _Job:
                 self.say(line)
                 one = self.prepare(loaded, line, [before.scene.concept for before in ready], seconds)
                 made, history = session.learn(loaded, [*ready, one], self.recipe, listener=self.listener, seconds=seconds)
+                report = self.judge(line, Trained(one.scene, made, history, one.dreamed, seconds))
             except FAILURES as error:
                 self.fail(line, error)
                 self.save(order)
                 continue
-            trained = Trained(one.scene, made, history, one.dreamed, seconds)
             ready.append(one)
             order.append(line)
-            self.write(loaded, order, [self.judge(line, trained)], self.digest(order))
+            self.write(loaded, order, [report], self.digest(order))
             self.look(loaded, order)
             self.save(order)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils import cached_file, extract_commit_hash
 
@@ -80,7 +81,7 @@ def read_config(name: str, revision: str | None = None) -> Any:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
+    except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise BadInput(f"The configuration of {name} cannot be read ({first_line(error)}): check the model's name "
                        "and the revision.") from error  # fmt: skip
 
@@ -113,14 +114,23 @@ def quantisation(config: Any, quantize: str, dtype: torch.dtype) -> BitsAndBytes
     """Raises BadInput for a model that is stored quantised."""
     if getattr(config, "quantization_config", None) is not None:
         raise BadInput("The model is stored quantised already: leave --quantize out, or give the model that it was made from.")
-    with torch.device("meta"):
-        base = AutoModelForImageTextToText.from_config(config)
+    base = on_meta(config)
     if quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=outside_decoder(base))
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=outside_decoder(base),
     )  # fmt: skip
+
+
+def on_meta(config: Any, **options: Any) -> Any:
+    """The model of a configuration on the meta device, without weights. Raises BadInput where transformers cannot build it."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config, **options)
+    except (ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{type(config).__name__} cannot be built as an image-text model ({first_line(error)}): "
+                       "give another model, or --attention eager where sdpa is refused.") from error  # fmt: skip
 
 
 def outside_decoder(base: Any) -> list[str]:

@@ -48,7 +48,10 @@ class Look:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimisation step: the loss and its unweighted parts (nats per token), and the last look at the probe."""
+    """One optimisation step: the loss and its unweighted parts (nats per token), and the last look at the probe.
+
+    Of several requests a look sees one share, the next one the next (`Look.shares`).
+    """
 
     step: int
     loss: float
@@ -132,7 +135,7 @@ def _use_less(vlm: VLM, samples: int, recipe: Recipe, say: Callable[[str], None]
     """Makes `vlm.budget` smaller by one step. Raises OutOfMemory where it is the smallest already."""
     now = min(vlm.budget.micro_batch or samples, samples)
     if now > 1:
-        vlm.budget = replace(vlm.budget, micro_batch=now // 2)
+        vlm.budget = replace(vlm.budget, micro_batch=now // 2, sparing=True)
         say(f"Out of memory: going on with {now // 2} of {samples} samples at a time.")
     elif not vlm.budget.checkpointing:
         checkpoint_layers(vlm.base)

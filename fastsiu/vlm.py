@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -149,7 +150,12 @@ class VLM:
         messages = [{"role": "user", "content": content}]
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False)
+        try:
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False)
+        except (TypeError, ValueError, TemplateError) as error:
+            said = source.first_line(error)
+            raise BadInput(f"The model's chat template fails ({said}): it is given a question with or without a picture, and "
+                           "then the answer, each as a list of parts.") from error  # fmt: skip
         # Some templates (LLaVA 1.5's) leave the first and the last token to the tokenizer; `tokenise` adds none.
         tokenizer, first = self.tokenizer, self.tokenizer.bos_token
         if first and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] and not text.startswith(first):
@@ -226,7 +232,12 @@ class VLM:
         Records a graph where the projector trains; wrap in `torch.no_grad()` otherwise.
         """
         text = self.render(".", True)
-        found = self.processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False).to(self.device)
+        try:
+            found = self.processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False).to(self.device)
+        except ValueError as error:
+            said = source.first_line(error)
+            raise BadInput(f"The model's processor does not take its chat template's text with a picture ({said}): save a "
+                           "template that marks where the picture is.") from error  # fmt: skip
         dtype = next(self.base.parameters()).dtype
         found = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in found.items()}
         if self.entry == "cross_attention_states":
@@ -234,6 +245,9 @@ class VLM:
         encoder = self.base.base_model.get_image_features
         wanted = {k: found[k] for k in inspect.signature(encoder).parameters if k in found}
         features = encoder(**wanted, return_dict=True)
+        if not isinstance(features, dict):
+            raise BadInput(f"The model's get_image_features gives a {type(features).__name__}: it would need to give an output "
+                           f"with one of {', '.join(READ)}.")  # fmt: skip
         unread = {"hidden_states", "attentions"}  # some families drag those of every vision layer along
         if read_key(features) == "pooler_output":
             unread.add("last_hidden_state")
@@ -368,6 +382,8 @@ def crossed(base: Any, inputs: dict[str, Any]) -> Tensor:
             base(**inputs, use_cache=False)
     finally:
         hook.remove()
+    if "cross_attention_states" not in given:
+        raise BadInput(f"{type(base).__name__} takes cross_attention_states and does not hand them to its decoder.")
     return given["cross_attention_states"]
 
 
@@ -454,10 +470,16 @@ def _read(name: str, revision: str | None, place: torch.device, dtype: str, quan
     if quantize is not None:
         extra["quantization_config"] = source.quantisation(config, quantize, wanted)
     try:
-        base = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=wanted, device_map={"": place}, **extra)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        base, info = AutoModelForImageTextToText.from_pretrained(
+            name, revision=revision, dtype=wanted, device_map={"": place}, output_loading_info=True, **extra
+        )
+    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         said = source.first_line(error)
         raise BadInput(f"{name} cannot be loaded as an image-text model ({said}): check the files.") from error
+    if missing := sorted(info["missing_keys"]):  # transformers makes up random ones
+        raise BadInput(f"{name} lacks {len(missing)} of its weights, {missing[0]} among them: check the files.")
     return base, processor, revision
 
 

@@ -301,7 +301,7 @@ def test_a_picture_is_counted_by_the_processor(cast, demo_dir, loaded, shown, ca
 def test_budget_is_what_the_run_reads():
     assert memory.budget(Settings(), 32) == vlm.Budget()
     assert memory.budget(Settings(checkpointing=True, ask_batch=8), 32) == vlm.Budget(None, 11, 8, True, sparing=True)
-    assert memory.budget(Settings(micro_batch=4, optimizer="adamw8bit"), 32) == vlm.Budget(4, 4, 64, False, "adamw8bit")
+    assert memory.budget(Settings(micro_batch=4, optimizer="adamw8bit"), 32) == vlm.Budget(4, 4, 64, False, "adamw8bit", True)
 
 
 @pytest.mark.parametrize("arguments, part", [

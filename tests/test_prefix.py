@@ -461,7 +461,7 @@ def test_activation_checkpointing_goes_with_packed(always, tokens, monkeypatch):
     case = build(llava)
     assert planned(case)[0] == WAYS
     expected = gradients(case.vlm, case.separate())
-    monkeypatch.setitem(prefix.MEMORY, "key/value", 0.01)  # key/value, if it were possible
+    monkeypatch.setitem(prefix.DEARER, "key/value", 0.01)  # key/value, if it were possible
     assert all(p.cheapest(None) == "key/value" for p in prefix._parts(case.vlm, case.turns, case.shown))
     case.vlm.base.activation_checkpointing_enable()
     case.vlm.model.train()
@@ -608,7 +608,8 @@ def test_a_step_that_does_not_fit_is_the_same_step_in_pieces(trainable, roomless
     losses, weights = fitted(trainable)
     refused = roomless(7, where)
     found, ours = fitted(trainable, say=said.append)
-    assert trainable.vlm.budget in (Budget(micro_batch=5), Budget(micro_batch=6)) and set(refused) == {where}
+    halved = [Budget(micro_batch=n, sparing=True) for n in (5, 6)]
+    assert trainable.vlm.budget in halved and set(refused) == {where}
     assert len(said) == len(refused) == 2 and "samples at a time" in said[-1]  # not in every step: it keeps what fits
     assert torch.allclose(found, losses, rtol=1e-4) and float((ours - weights).norm() / weights.norm()) < 2e-3
 
@@ -618,7 +619,7 @@ def test_checkpointing_is_the_last_resort_and_the_step_still_the_same(trainable,
     losses, weights = fitted(trainable, steps=2)
     roomless(0, "forward")
     found, ours = fitted(trainable, steps=2, say=said.append)
-    assert trainable.vlm.budget == Budget(micro_batch=1, checkpointing=True)
+    assert trainable.vlm.budget == Budget(micro_batch=1, checkpointing=True, sparing=True)
     assert 4 <= len(said) <= 6 and "checkpointing" in said[-1] and not any("checkpointing" in text for text in said[:-1])
     assert torch.allclose(found, losses, rtol=1e-4) and float((ours - weights).norm() / weights.norm()) < 2e-3
 

@@ -148,8 +148,10 @@ def vision_space(vlm: VLM, start: Picture) -> tuple[torch.Tensor, Callable[[torc
     """Where to dream: (the picture's features there, a function from such features to what the language model takes).
 
     In front of the projector where the model has one of a known name, because what leaves a projector lies close to a
-    surface that free vectors would leave; otherwise behind it.
+    surface that free vectors would leave; otherwise behind it. So, too, where the model puts rows of its own between the
+    projector's, such as those that end a line of tiles.
     """
+    there = torch.cat([x.reshape(-1, x.shape[-1]) for x in feature_tensors(start.features)])
     name = projector(vlm.base)
     if name is not None:
         module, seen = vlm.base.get_submodule(name), []
@@ -160,9 +162,12 @@ def vision_space(vlm: VLM, start: Picture) -> tuple[torch.Tensor, Callable[[torc
             hook.remove()
         args, kwargs = seen[0] if seen else ((), {})  # not at all where it runs inside the language model's forward
         if len(seen) == 1 and args and isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
-            return args[0].float(), lambda x: _replaced(start, module(x.to(args[0].dtype), *args[1:], **kwargs))
-    flat = torch.cat([x.reshape(-1, x.shape[-1]) for x in feature_tensors(start.features)])
-    return flat.float(), lambda x: _replaced(start, x)
+            with torch.no_grad():
+                out = module(*args, **kwargs)
+            same = isinstance(out, torch.Tensor) and out.numel() == there.numel()
+            if same and torch.allclose(out.reshape(there.shape), there, rtol=1e-2, atol=1e-2 * float(there.abs().max())):
+                return args[0].float(), lambda x: _replaced(start, module(x.to(args[0].dtype), *args[1:], **kwargs))
+    return there.float(), lambda x: _replaced(start, x)
 
 
 def _replaced(start: Picture, flat: torch.Tensor) -> Any:

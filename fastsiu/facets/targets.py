@@ -5,7 +5,7 @@
     facts     text questions about NAME          -> what the teacher answers
     preserve  everything about anything else     -> what the teacher answers, with dreamed pictures of the neighbours
 
-All answers that the teacher gives are asked here, with the adapter off; the driver calls this before it attaches one.
+All answers that the teacher gives are asked here, with the adapter off.
 """
 
 from __future__ import annotations
