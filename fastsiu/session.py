@@ -88,7 +88,8 @@ def learn(loaded: VLM, prepared: Sequence[Prepared], recipe: Recipe, *, listener
     """Trains a fresh adapter on all of `prepared`, which is on afterwards; one that is on is taken off.
 
     Never an adapter that forgets something already: each training bends what nothing holds a little, and no later one bends it
-    back. Trained on, with all of this in every training, the last of ten had others' naming fall by 13 points; at once by 1.4.
+    back. Trained on, though with all of this in every training, the last of ten lost 13 points of others' naming
+    (benches/several.py at commit 9a96c9b).
     """
     recipe = recipe.with_overrides(steps=recipe.steps * len(prepared))  # a ceiling: all names gone and all else held ends it
     listener.stage("Running the teacher")
