@@ -44,7 +44,7 @@ import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from fastsiu import adapter, ask, corpus, driver, plan, session, source, vlm
+from fastsiu import adapter, ask, corpus, driver, features, plan, session, source, vlm
 from fastsiu import output as outputs
 from fastsiu.concept import Concept
 from fastsiu.demo.world import KNOWN
@@ -368,7 +368,7 @@ def imagine(scene: targets.Scene) -> None:
     start = scene.pictures[0]
     for name in scene.neighbours:
         for _ in range(scene.recipe.dreams):
-            scene.pictures.append(vlm.Picture(start.image, vlm.map_features(start.features, noisy), real=False))
+            scene.pictures.append(vlm.Picture(start.image, features.map_features(start.features, noisy), real=False))
             scene.named.append(name)
 
 

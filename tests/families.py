@@ -38,7 +38,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.processing_utils import ImagesKwargs
 
-from fastsiu import adapter, prefix, vlm
+from fastsiu import adapter, features, prefix, vlm
 from fastsiu.request import Recipe
 from fastsiu.rows import no_logits
 from fastsiu.vlm import VLM, Encoded, Picture
@@ -766,7 +766,7 @@ def others() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for kind, name in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()):
         taken = inspect.signature(getattr(transformers, name).forward).parameters
-        found.setdefault(next((entry for entry in vlm.ENTRIES if entry in taken), ""), []).append(kind)
+        found.setdefault(next((entry for entry in features.ENTRIES if entry in taken), ""), []).append(kind)
     return found
 
 

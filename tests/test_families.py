@@ -15,10 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from fastsiu import adapter, ask, memory, prefix, vlm
+from fastsiu import adapter, ask, features, memory, prefix, vlm
 from fastsiu.facets import dreams
 from fastsiu.request import BadInput, Recipe
-from fastsiu.vlm import feature_tensors
 
 SPEC = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
 families = sys.modules.setdefault("families", importlib.util.module_from_spec(SPEC))
@@ -58,7 +57,7 @@ def test_a_dream_starts_from_what_the_language_model_reads(case):
     """Whatever the model does between its projector and its language model: newline rows, tiles, windows."""
     free, behind = dreams.vision_space(case.vlm, case.shown[0])
     free = free.clone().requires_grad_()
-    pairs = zip(feature_tensors(behind(free)), feature_tensors(case.shown[0].features), strict=True)
+    pairs = zip(features.feature_tensors(behind(free)), features.feature_tensors(case.shown[0].features), strict=True)
     assert all(a.shape == b.shape and torch.allclose(a, b, atol=1e-4) for a, b in pairs)
     states = prefix.supervised_states(case.vlm, case.turns[:1], [behind(free)])
     assert float(torch.autograd.grad(states.square().sum(), free)[0].norm()) > 0
@@ -168,13 +167,13 @@ def on_meta(config):
 
 def test_a_model_that_takes_no_features_says_what_it_lacks():
     with pytest.raises(BadInput, match="BlipForConditionalGeneration takes no precomputed image features.*mm_encoder_outputs"):
-        vlm.features_entry(on_meta(transformers.BlipConfig()))
+        features.features_entry(on_meta(transformers.BlipConfig()))
     lacking = on_meta(families.llava().config)
     lacking.model = lacking.model.language_model
     with pytest.raises(BadInput, match="LlamaModel would need a method get_image_features"):
-        vlm.features_entry(lacking)
+        features.features_entry(lacking)
     with pytest.raises(BadInput, match="gives hidden_states: it would need to give one of pooler_output"):
-        vlm.read_key({"hidden_states": (torch.ones(1),)})
+        features.read_key({"hidden_states": (torch.ones(1),)})
 
 
 def test_a_head_with_an_adapter_is_refused(tmp_path):

@@ -20,10 +20,11 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from fastsiu import adapter, ask, corpus, prefix, session, show, train
+from fastsiu.features import join_features, map_features
 from fastsiu.images import load_image
 from fastsiu.objectives import siu
 from fastsiu.request import OutOfMemory, Recipe, Request
-from fastsiu.vlm import VLM, Budget, Encoded, Picture, checkpoint_layers, join_features, map_features
+from fastsiu.vlm import VLM, Budget, Encoded, Picture, checkpoint_layers
 
 SPEC = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
 families = sys.modules.setdefault("families", importlib.util.module_from_spec(SPEC))

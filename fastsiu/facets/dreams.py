@@ -26,9 +26,10 @@ import torch
 from .. import ask, prefix
 from ..adapter import projector
 from ..ask import Reply
+from ..features import feature_tensors, map_features
 from ..loss import fused_dmk_ce
 from ..request import OutOfMemory
-from ..vlm import VLM, Encoded, Picture, feature_tensors, map_features, out_of_memory
+from ..vlm import VLM, Encoded, Picture, out_of_memory
 from .targets import Scene, wordings
 
 DECAY = 1e-3  # pull towards the picture the dream started from; keeps features on the scale the model knows
