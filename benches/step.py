@@ -58,7 +58,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from fastsiu import TeacherCache, adapter, fused_dmk_ce, prefix
+from fastsiu import TeacherCache, adapter, fused_dmk_ce, prefix, sharing
 from fastsiu.request import Recipe
 from fastsiu.vlm import VLM, Encoded, Picture, collate
 
@@ -159,7 +159,7 @@ class Work:
     def prepare(self) -> None:
         """What a run does once: the teacher, adapter off, and the check of the ways of sharing."""
         features = [self.picture.features] * len(self.turns)
-        self.found = prefix.plan_sharing(self.vlm, self.turns, [self.picture] * len(self.turns), print)
+        self.found = sharing.plan_sharing(self.vlm, self.turns, [self.picture] * len(self.turns), print)
         with torch.no_grad(), adapter.teacher(self.vlm):
             hidden = prefix.supervised_states(self.vlm, self.turns, features, micro_batch=8)
         self.teacher = TeacherCache.from_hidden(hidden, self.vlm.head_weight, vocab_keep=self.keep)
@@ -212,7 +212,7 @@ def agreement(work: Work) -> dict[str, dict[str, float]]:
             gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, work.trained)])
         return float(counter.get_total_flops()), loss.item(), gradient
 
-    allowed = prefix.TOLERANCE[work.vlm.head_weight.dtype]
+    allowed = sharing.TOLERANCE[work.vlm.head_weight.dtype]
     count, value, gradient = found(THEIRS)
     results = {THEIRS: {"flops": count, "loss": value, "loss_error": 0.0, "grad_error": 0.0}}
     for contender in (*OTHERS[1:], *WAYS):
@@ -302,7 +302,7 @@ def bench(size: Size, samples: int, rounds: int, with_memory: bool = True, devic
     work = Work(size, samples, device, dtype)
     gpu, clock = work.pixels.is_cuda, "wall_seconds" if work.pixels.is_cuda else "cpu_seconds"
     errors = agreement(work)
-    (part,) = prefix._parts(work.vlm, work.turns, [work.picture.features] * samples)
+    (part,) = prefix.parts_of(work.vlm, work.turns, [work.picture.features] * samples)
     work.vlm.shares = work.found
     chosen = part.cheapest(None)
     timing = times(work, rounds)

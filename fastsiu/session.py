@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from . import adapter, corpus, prefix, train
+from . import adapter, corpus, sharing, train
 from . import images as pictures_in
 from .concept import Concept
 from .facets import dreams, targets
@@ -97,7 +97,7 @@ def learn(loaded: VLM, prepared: Sequence[Prepared], recipe: Recipe, *, listener
         made = corpus.join([_still_true(one, [other for other in prepared if other is not one]) for one in prepared])
         adapter.detach(loaded)
         adapter.attach(loaded, recipe)
-        prefix.plan_sharing(loaded, made.turns, made.shown(), listener.note)
+        sharing.plan_sharing(loaded, made.turns, made.shown(), listener.note)
         corpus.run_teacher(loaded, made, recipe)
     listener.stage("Training")
     with timed(seconds, "train"):

@@ -89,7 +89,7 @@ class VLM:
     """A loaded model. `model` is what gets called (a PEFT wrapper once an adapter is attached), `base` what was loaded.
 
     revision: the commit that a hub model was loaded from, whatever branch or tag was asked for; a directory has none
-    shares:   the ways of sharing a prefix that were found exact on this model (`prefix.plan_sharing`); none are before that
+    shares:   the ways of sharing a prefix that were found exact on this model (`sharing.plan_sharing`); none are before that
     """
 
     name: str

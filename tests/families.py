@@ -38,7 +38,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.processing_utils import ImagesKwargs
 
-from fastsiu import adapter, features, prefix, vlm
+from fastsiu import adapter, features, prefix, sharing, vlm
 from fastsiu.request import Recipe
 from fastsiu.rows import no_logits
 from fastsiu.vlm import VLM, Encoded, Picture
@@ -733,7 +733,7 @@ def shared(case: Case, way: str, micro_batch: int | None = None) -> tuple[Tensor
 
 def plan(case: Case) -> tuple[tuple[str, ...], list[str]]:
     said: list[str] = []
-    return prefix.plan_sharing(case.vlm, case.turns, case.shown, said.append), said
+    return sharing.plan_sharing(case.vlm, case.turns, case.shown, said.append), said
 
 
 # The table of docs/families.md ----------------------------------------------------------------------------------------------

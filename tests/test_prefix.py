@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from fastsiu import adapter, ask, corpus, prefix, session, show, train
+from fastsiu import adapter, ask, corpus, prefix, session, sharing, show, train
 from fastsiu.features import join_features, map_features
 from fastsiu.images import load_image
 from fastsiu.objectives import siu
@@ -173,7 +173,7 @@ def always(monkeypatch):
 
 def planned(case):
     said = []
-    return prefix.plan_sharing(case.vlm, case.turns, case.pictures, said.append), said
+    return sharing.plan_sharing(case.vlm, case.turns, case.pictures, said.append), said
 
 
 # Exactness --------------------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_the_embedded_model(adapted, always):
     made, loaded = adapted.corpus, adapted.vlm
     said = []
     try:
-        assert prefix.plan_sharing(loaded, made.turns, made.shown(), said.append) == WAYS and not said
+        assert sharing.plan_sharing(loaded, made.turns, made.shown(), said.append) == WAYS and not said
         chosen = range(0, len(made.samples), 3)
         turns, shown = [made.turns[i] for i in chosen], [p and p.features for i in chosen for p in [made.shown()[i]]]
         case = Case(loaded, turns, shown)
@@ -303,7 +303,7 @@ def test_the_way_is_chosen_by_what_it_costs(rows, width, way, monkeypatch):
     monkeypatch.setattr(case.vlm.base.config.text_config, "hidden_size", width)
     inputs = {"input_ids": torch.tensor([[1, *[IMAGE] * 576, *range(20, 60)]])}
     turns = [Encoded(inputs, torch.arange(600, 616), torch.arange(16))] * rows
-    (part,) = prefix._parts(case.vlm, turns, [case.shown[0]] * rows)
+    (part,) = prefix.parts_of(case.vlm, turns, [case.shown[0]] * rows)
     part = replace(part, length=577)
     assert part.cheapest(None) == way
     case.vlm.budget = Budget(sparing=True)
@@ -321,7 +321,7 @@ def test_pictures_of_several_sizes(always):
         rows = torch.arange(ids.shape[1] - 3, ids.shape[1] - 1)
         case.turns[i] = Encoded({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, rows, ids[0, rows + 1])
         case.shown[i] = large
-    assert sorted(p.length for p in prefix._parts(case.vlm, case.turns, case.shown)) == [4, 10, 14]
+    assert sorted(p.length for p in prefix.parts_of(case.vlm, case.turns, case.shown)) == [4, 10, 14]
     expected = gradients(case.vlm, case.separate())
     assert apart(gradients(case.vlm, case.states()), expected) < 1e-5
 
@@ -333,7 +333,7 @@ def test_answers_to_one_question(way, always):
     case.turns[1] = copy.deepcopy(case.turns[1])
     case.turns[1].inputs["input_ids"][0, -1] = 17  # the last token of the answer
     case.vlm.shares = (way,)
-    (part,) = prefix._parts(case.vlm, case.turns, case.shown)
+    (part,) = prefix.parts_of(case.vlm, case.turns, case.shown)
     assert part.length == int(case.turns[0].rows[0])
     assert apart(gradients(case.vlm, case.states()), gradients(case.vlm, case.separate())) < 1e-5
 
@@ -345,9 +345,9 @@ def test_an_image_behind_the_question_is_not_shared(always):
         turn.inputs["input_ids"] = torch.cat([turn.inputs["input_ids"][:, 10:13], turn.inputs["input_ids"]], 1)
         turn.inputs["attention_mask"] = torch.ones_like(turn.inputs["input_ids"])
         turn.rows = turn.rows + 3
-    assert len(prefix._parts(case.vlm, case.turns, case.shown)) == 3
+    assert len(prefix.parts_of(case.vlm, case.turns, case.shown)) == 3
     unknown = SimpleNamespace(base=SimpleNamespace(config=SimpleNamespace()))  # a model that does not say which its tokens are
-    assert [part.length for part in prefix._parts(unknown, case.turns, case.shown)] == [0]
+    assert [part.length for part in prefix.parts_of(unknown, case.turns, case.shown)] == [0]
     assert apart((case.states(),), (case.separate(),)) < 1e-5
 
 
@@ -463,7 +463,7 @@ def test_activation_checkpointing_goes_with_packed(always, tokens, monkeypatch):
     assert planned(case)[0] == WAYS
     expected = gradients(case.vlm, case.separate())
     monkeypatch.setitem(prefix.DEARER, "key/value", 0.01)  # key/value, if it were possible
-    assert all(p.cheapest(None) == "key/value" for p in prefix._parts(case.vlm, case.turns, case.shown))
+    assert all(p.cheapest(None) == "key/value" for p in prefix.parts_of(case.vlm, case.turns, case.shown))
     case.vlm.base.activation_checkpointing_enable()
     case.vlm.model.train()
     layers, shapes = [], tokens(case)
@@ -521,7 +521,7 @@ def raises(*args: Any, **kwargs: Any) -> Tensor:
 @pytest.fixture
 def trainable(adapted):
     """The embedded model with its teacher run and its ways checked."""
-    prefix.plan_sharing(adapted.vlm, adapted.corpus.turns, adapted.corpus.shown(), lambda text: None)
+    sharing.plan_sharing(adapted.vlm, adapted.corpus.turns, adapted.corpus.shown(), lambda text: None)
     corpus.run_teacher(adapted.vlm, adapted.corpus, adapted.recipe)
     yield adapted
     adapted.vlm.shares = ()
