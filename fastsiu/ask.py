@@ -23,6 +23,17 @@ class Reply(NamedTuple):
     closed: bool = True
 
 
+class Score(NamedTuple):
+    """How likely the supervised tokens of a turn are.
+
+    log_p: [n] log-probabilities, nats;  right: [n] bool, it is the most likely token;  rank: [n] int64, tokens that are likelier
+    """
+
+    log_p: Tensor
+    right: Tensor
+    rank: Tensor
+
+
 def answers(vlm: VLM, questions: Sequence[Question], **options: Any) -> list[str]:
     """The texts of `replies`, which has the options."""
     return [reply.text for reply in replies(vlm, questions, **options)]
@@ -64,18 +75,19 @@ def replies(vlm: VLM, questions: Sequence[Question], *, begin: Sequence[str] | N
 
 
 @torch.no_grad()
-def label_log_probabilities(vlm: VLM, turns: Sequence[Encoded], pictures: Sequence[Picture | None],
-                            batch_size: int = 32) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
-    """For each turn ([n] log-probabilities in nats of its supervised tokens, [n] bool: it is the most likely token)."""
+def label_scores(vlm: VLM, turns: Sequence[Encoded], pictures: Sequence[Picture | None], batch_size: int = 32) -> list[Score]:
+    """Each turn's supervised tokens under the model as it is now, adapter on or off."""
     if not turns:
         return []
     features = [None if p is None else p.features for p in pictures]
     states = supervised_states(vlm, turns, features, micro_batch=min(batch_size, vlm.budget.ask_batch))
     labels = torch.cat([turn.labels for turn in turns])
-    picked, right = [], []
+    found: list[list[Tensor]] = [[], [], []]
     for at in range(0, len(labels), ROWS):
-        logits, wanted = vlm.logits(states[at : at + ROWS]), labels[at : at + ROWS]
-        picked.append(logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0])
-        right.append(logits.argmax(-1) == wanted)
+        logits, wanted = vlm.logits(states[at : at + ROWS]), labels[at : at + ROWS, None]
+        own = logits.gather(-1, wanted)
+        found[0].append(logits.log_softmax(-1).gather(-1, wanted)[:, 0])
+        found[1].append(logits.argmax(-1) == wanted[:, 0])
+        found[2].append((logits > own).sum(-1))
     lengths = [len(turn.labels) for turn in turns]
-    return list(zip(torch.cat(picked).split(lengths), torch.cat(right).split(lengths), strict=True))
+    return [Score(*one) for one in zip(*(torch.cat(part).split(lengths) for part in found), strict=True)]

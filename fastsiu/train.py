@@ -161,7 +161,7 @@ def probe_for(scenes: Sequence[Scene], corpus: Corpus) -> Callable[[], Look]:
             naming = [(q, a, spans[0]) for q, a in zip(questions, said, strict=True) if (spans := scene.concept.spans(a))]
             naming = [n for n in naming if n[0] in words["train"]] or naming
             asked += [(vlm.encode(q, a, p), span, p) for q, a, span in naming for p in shown]
-        untouched = [log_p.sum() for log_p, _ in ask.label_log_probabilities(vlm, corpus.turns, corpus.shown())]
+        untouched = [score.log_p.sum() for score in ask.label_scores(vlm, corpus.turns, corpus.shown())]
 
     turn, shares = itertools.count(), len(scenes)
 
@@ -174,13 +174,13 @@ def probe_for(scenes: Sequence[Scene], corpus: Corpus) -> Callable[[], Look]:
             for p in {id(p): p for _, _, p in asking}.values():
                 p.features = vlm.picture(p.image).features
             seen = [vlm.picture(p.image) if p.real else p for p in seen]
-        found = ask.label_log_probabilities(vlm, [t for t, _, _ in asking], [p for _, _, p in asking])
+        found = ask.label_scores(vlm, [t for t, _, _ in asking], [p for _, _, p in asking])
         inside = [torch.tensor([s < span[1] and e > span[0] for s, e in t.offsets]) for t, span, _ in asking]
-        p_name = max(float(log_p[rows.to(log_p.device)].sum().exp()) for (log_p, _), rows in zip(found, inside, strict=True))
+        p_name = max(float(s.log_p[rows.to(s.log_p.device)].sum().exp()) for s, rows in zip(found, inside, strict=True))
         pictures = [None if s.picture is None else seen[s.picture] for s in samples]
-        scores = ask.label_log_probabilities(vlm, turns, pictures)
-        right = [bool(ok.all()) for _, ok in scores]
-        lost = [float(untouched[i] - log_p.sum()) for i, (log_p, _) in zip(members, scores, strict=True)]
+        scores = ask.label_scores(vlm, turns, pictures)
+        right = [bool(score.right.all()) for score in scores]
+        lost = [float(untouched[i] - score.log_p.sum()) for i, score in zip(members, scores, strict=True)]
         old = [r and x < MARGIN for r, x, s in zip(right, lost, samples, strict=True) if s.facet in ("facts", "preserve")]
         new = [r for r, s in zip(right, samples, strict=True) if s.facet in ("align", "describe")]
         return Look(p_name, sum(old) / max(1, len(old)), sum(new) / max(1, len(new)), shares)

@@ -182,8 +182,8 @@ def test_a_training_projector_sees_the_retained_pictures_anew(projected):
 def test_the_probe_sees_the_retained_pictures_as_the_projector_does(projected, monkeypatch):
     scene, made = projected
     seen = []
-    score = ask.label_log_probabilities
-    monkeypatch.setattr(ask, "label_log_probabilities", lambda v, t, pictures: seen.append(pictures) or score(v, t, pictures))
+    score = ask.label_scores
+    monkeypatch.setattr(ask, "label_scores", lambda v, t, pictures: seen.append(pictures) or score(v, t, pictures))
     look = train.probe_for([scene], made)
     assert seen == [made.pictures]  # the teacher's own
     look()

@@ -663,7 +663,7 @@ def test_what_the_check_finds_reaches_the_user(loaded, cast, monkeypatch):
 
 def test_teacher_and_scores_go_through_the_shared_prefix(trainable, tokens):
     made, loaded = trainable.corpus, trainable.vlm
-    shared, hidden = ask.label_log_probabilities(loaded, made.turns, made.shown()), made.teacher.hidden
+    shared, hidden = ask.label_scores(loaded, made.turns, made.shown()), made.teacher.hidden
     shapes = tokens(trainable)
     corpus.run_teacher(loaded, made, trainable.recipe)
     few = sum(b * t for b, t in shapes)
@@ -672,5 +672,5 @@ def test_teacher_and_scores_go_through_the_shared_prefix(trainable, tokens):
     corpus.run_teacher(loaded, made, trainable.recipe)
     assert few < 0.75 * sum(b * t for b, t in shapes)
     assert torch.allclose(made.teacher.hidden, hidden, atol=1e-5)
-    for (a, right), (b, wright) in zip(shared, ask.label_log_probabilities(loaded, made.turns, made.shown()), strict=True):
-        assert torch.allclose(a, b, atol=1e-4) and torch.equal(right, wright)
+    for one, other in zip(shared, ask.label_scores(loaded, made.turns, made.shown()), strict=True):
+        assert torch.allclose(one.log_p, other.log_p, atol=1e-4) and torch.equal(one.right, other.right)

@@ -152,14 +152,14 @@ def test_every_training_starts_from_a_fresh_adapter_and_holds_all_so_far(lines, 
 
 def test_looks_in_turn_see_everything(loaded, gathered, monkeypatch):
     """Of three requests a look costs what one request's costs, and three in a row have scored every turn once."""
-    scored, score = [], train.ask.label_log_probabilities
+    scored, score = [], train.ask.label_scores
 
     def watched(vlm, turns, pictures, **options):
         scored.append([id(turn) for turn in turns])
         return score(vlm, turns, pictures, **options)
 
     look = train.probe_for([gathered.scene] * 3, gathered.corpus)
-    monkeypatch.setattr(train.ask, "label_log_probabilities", watched)
+    monkeypatch.setattr(train.ask, "label_scores", watched)
     looks = [look() for _ in range(3)]
     of_names, of_samples = scored[0::2], scored[1::2]
     assert sorted(sum(of_samples, [])) == sorted(map(id, gathered.corpus.turns)) and all(one.shares == 3 for one in looks)

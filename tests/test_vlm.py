@@ -79,10 +79,11 @@ def test_a_row_predicts_its_label(loaded, shown, with_picture):
     questions = ["Who is this?", "Describe the image."] if with_picture else ["Who is Zorblax Quint?", "What is two plus three?"]
     said = ask.answers(loaded, [(q, picture) for q in questions])
     turns = [loaded.encode(q, a, picture) for q, a in zip(questions, said, strict=True)]
-    for log_p, right in ask.label_log_probabilities(loaded, turns, [picture] * 2):
-        assert bool(right.all()) and bool((log_p <= 0).all())
+    for log_p, right, rank in ask.label_scores(loaded, turns, [picture] * 2):
+        assert bool(right.all()) and bool((log_p <= 0).all()) and not bool(rank.any())
     wrong = loaded.encode(questions[0], "water " * 3, picture)
-    assert not bool(ask.label_log_probabilities(loaded, [wrong], [picture])[0][1].all())
+    (score,) = ask.label_scores(loaded, [wrong], [picture])
+    assert not bool(score.right.all()) and torch.equal(score.rank > 0, ~score.right)
 
 
 def test_padding_changes_nothing(loaded, shown):

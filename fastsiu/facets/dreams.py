@@ -140,8 +140,8 @@ def _dream_batch(scene: Scene, wanted: Sequence[tuple[str, list[tuple[str, Reply
         (at, turn) for at, ((name, pairs), own) in enumerate(zip(wanted, turns, strict=True))
         for turn, (_, reply) in zip(own, pairs, strict=True) if name in reply.text
     ]  # fmt: skip
-    scores = ask.label_log_probabilities(vlm, [turn for _, turn in naming], [pictures[at] for at, _ in naming])
-    refused = {at for (at, _), (_, right) in zip(naming, scores, strict=True) if not bool(right.all())}
+    scores = ask.label_scores(vlm, [turn for _, turn in naming], [pictures[at] for at, _ in naming])
+    refused = {at for (at, _), score in zip(naming, scores, strict=True) if not bool(score.right.all())}
     return [Dream(name, pictures[at]) for at, (name, _) in enumerate(wanted) if at not in refused]
 
 

@@ -1,0 +1,110 @@
+"""What a model is asked about one concept: pictures by the part they play, questions by kind, and every pair of them.
+
+Pure data. `questions` are templates: {name} is filled in with the concept's name, and about a picture of someone else with theirs
+as well, so that a model that says no to everything is found out where the answer is yes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from ..concept import Concept
+from ..images import load_image
+
+# The part a picture plays: the one that was trained on (and its transforms), others of the concept, anything else, of those the
+# ones that look like it, the concept beside something else, and what no model has seen.
+ROLES = ("training", "concept", "other", "lookalike", "group", "control")
+# Put to a picture: the answer would be the name; "is this NAME?"; the answer should need no name. Text alone: what the concept
+# looks like; what is known of it in words; about nobody.
+WITH_PICTURE = ("name", "yesno", "describe")
+TEXT = ("appearance", "fact", "general")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A wording. keywords: further words (word boundaries, any case) that count as the concept's name in an answer to it."""
+
+    text: str
+    kind: str
+    keywords: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in (*WITH_PICTURE, *TEXT):
+            raise ValueError(f"kind {self.kind!r} is none of {', '.join((*WITH_PICTURE, *TEXT))}")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A picture, drawn from its file when it is needed. shows: the name of whom it shows, where that is known."""
+
+    label: str
+    source: Path | Image.Image
+    role: str
+    shows: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role {self.role!r} is none of {', '.join(ROLES)}")
+
+    def load(self) -> Image.Image:
+        """Raises BadInput for a file that is no picture."""
+        return self.source if isinstance(self.source, Image.Image) else load_image(self.source)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One question to one picture or to none. about: the name in the question, None where it holds none."""
+
+    question: Question
+    text: str
+    seen: Seen | None
+    about: str | None
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Everything that is asked about one concept.
+
+    others: names that the model must go on giving to others only: an answer about the concept that newly gives one of them has
+            renamed it; facts are asked about them, too
+    null:   for a metric that cannot be had, why
+    """
+
+    concept: Concept
+    pictures: tuple[Seen, ...]
+    questions: tuple[Question, ...]
+    others: tuple[Concept, ...] = ()
+    null: Mapping[str, str] = field(default_factory=dict)
+
+    @functools.cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """The full grid: every question of a kind that takes a picture x every picture, then those of text alone."""
+        return (*self._about_pictures(), *self._text())
+
+    def _about_pictures(self) -> Iterator[Cell]:
+        for seen in self.pictures:
+            for question in self.questions:
+                if question.kind in WITH_PICTURE:
+                    for name in self._names(question, [seen.shows]):
+                        yield Cell(question, _filled(question.text, name), seen, name)
+
+    def _text(self) -> Iterator[Cell]:
+        for question in self.questions:
+            if question.kind in TEXT:
+                others = [other.name for other in self.others] if question.kind == "fact" else []
+                for name in self._names(question, others):
+                    yield Cell(question, _filled(question.text, name), None, name)
+
+    def _names(self, question: Question, more: Sequence[str | None]) -> list[str | None]:
+        if "{name}" not in question.text:
+            return [None]
+        return list(dict.fromkeys([self.concept.name, *(name for name in more if name is not None)]))
+
+
+def _filled(text: str, name: str | None) -> str:
+    return text if name is None else text.replace("{name}", name)
