@@ -177,6 +177,42 @@ def ask(
 
 
 @app.command()
+def merge(
+    adapter: Annotated[Path, typer.Option(help="An --output directory of `unlearn`.")],
+    output: Annotated[Path, typer.Option(help="Directory to write the merged model to.")],
+    model: Model = None,
+    revision: Revision = None,
+    image: OneImage = None,
+    concept: Annotated[str | None, typer.Option(help="The forgotten name; the adapter's report has it.")] = None,
+    alias: Annotated[list[str] | None, typer.Option(help="Another name of the concept; repeatable.")] = None,
+    images: Annotated[Path | None, typer.Option(help="More pictures of the concept, for the verdict.")] = None,
+    retain: Annotated[Path | None, typer.Option(help="Pictures of anything else, for the verdict.")] = None,
+    verify: Annotated[str, typer.Option(help="Where the verdict is repeated: stored, int8, nf4.")] = "stored,int8,nf4",
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Merge only; no picture is needed.")] = False,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights written: auto (the base's), bfloat16, float16, float32.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of the summary.")] = False,
+) -> None:
+    """A stand-alone model out of a base and an adapter, with the verdict repeated on it, also in 8 and 4 bits."""
+    from .merge import merge as make
+    from .show import Progress, merged_summary
+
+    forms = [] if no_verify else [form.strip() for form in verify.split(",") if form.strip()]
+    if not forms and not no_verify:
+        raise BadInput("--verify names no form: give stored, int8 or nf4, or --no-verify.")
+    with Progress(say, hidden=as_json) as progress:
+        result = make(
+            adapter, output, model=model, revision=revision, image=image, concept=concept, aliases=tuple(alias or ()),
+            images=images, retain=retain, dtype=dtype, verify=forms, device=device, listener=progress.listener,
+        )  # fmt: skip
+    if as_json:
+        sys.stdout.write(json.dumps(result.report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    else:
+        merged_summary(out, result)
+    raise typer.Exit(1 if result.forgotten is False else 0)
+
+
+@app.command()
 def data(
     image: Image,
     concept: Annotated[str, typer.Option(help="The name to forget.")],

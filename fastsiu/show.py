@@ -15,6 +15,7 @@ from rich.text import Text
 from .corpus import Corpus
 from .driver import Result
 from .facets.targets import Scene
+from .merge import Merged
 from .output import KEY
 from .plan import Plan
 from .session import Listener
@@ -114,6 +115,36 @@ def several_table(console: Console, several: Several) -> None:
     console.print("All forgotten." if several.forgotten else "Not all forgotten.")
     console.print(f"Written to {several.output}. Before you publish it, remove each private.key: whoever holds it and one of the "
                   "pictures can tell that the picture was used.", soft_wrap=True)  # fmt: skip
+
+
+def merged_summary(console: Console, result: Merged) -> None:
+    """What became of the weights, and the verdict in every form it was repeated in."""
+    weights = result.report["weights"]
+    console.print(f"Largest change of a weight: {weights['largest']:.3g} in {weights['matrix']}, {weights['relative']:.1%} of "
+                  f"its largest weight; {weights['matrices']} of {weights['of']} tensors changed; rounding undid "
+                  f"{weights['unchanged']:.1%} of the changes.", soft_wrap=True)  # fmt: skip
+    for row in result.report.get("merged", []):
+        if row["verdict"] is None:
+            console.print(f"  {row['dtype']:9s} not verified: {row['reason']}", soft_wrap=True)
+            continue
+        console.print(f"  {row['dtype']:9s} {row['verdict']}")
+        for key, label in (
+            ("efficacy", "name gone on the picture's transforms"), ("generality", "name gone on other pictures"),
+            ("recognition", "look no longer confirmed by name"),
+        ):  # fmt: skip
+            console.print(f"    {label:40s} {_rate(row['before'][key])} -> {_rate(row['after'][key])}", soft_wrap=True)
+        for key, label in (("specificity", "other pictures"), ("facts", "text")):
+            console.print(f"    {label} as the untouched model in {row['dtype']}: {_rate(row['after'][key])}", soft_wrap=True)
+            console.print(f"    {label} as the untouched model as stored: {_rate(row['agreement'][key])}, without unlearning "
+                          f"{_rate(row['control'][key])}", soft_wrap=True)  # fmt: skip
+    if result.forgotten is not None:
+        console.print("Forgotten." if result.forgotten else "Not forgotten:")
+    for reason in result.reasons:
+        console.print(f"  {reason}", soft_wrap=True)
+    for note in (*result.notes, *([] if result.repeated else [f"Written to {result.output}"])):
+        console.print(note, soft_wrap=True)
+    console.print(f"Before you publish it, remove {result.output / KEY}: whoever holds it and one of the pictures can tell "
+                  "that the picture was used; report.* holds the name and the answers.", soft_wrap=True)  # fmt: skip
 
 
 def answers_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:

@@ -359,7 +359,7 @@ def load(name: str, *, revision: str | None = None, device: str | None = None, d
     source.check_packages(place.type, dtype, quantize, attention, budget.optimizer)
     for package in ("transformers", "bitsandbytes"):
         logging.getLogger(package).setLevel(logging.ERROR)
-    with _progress_bars(bars):
+    with progress_bars(bars):
         base, processor, revision = _read(name, revision, place, dtype, quantize, attention)
     base.eval()
     for module in base.modules():
@@ -403,7 +403,7 @@ def _read(name: str, revision: str | None, place: torch.device, dtype: str, quan
 
 
 @contextlib.contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
+def progress_bars(shown: bool) -> Iterator[None]:
     """Transformers' own switch, and the hub's, for the time being."""
     before = transformers_logging.is_progress_bar_enabled()
     switch = {True: transformers_logging.enable_progress_bar, False: transformers_logging.disable_progress_bar}

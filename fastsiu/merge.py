@@ -1,0 +1,320 @@
+"""A stand-alone model out of a base and an adapter, and the verdict repeated on it as it is loaded from disk.
+
+Each matrix is added up in fp32 and rounded once, to the dtype that it is stored in. What forgets in its own dtype need not do so
+in 8 or 4 bits: quantising rounds weights, and with them what unlearning changed. So the same questions go to the merged model
+quantised. That is another model than the adapter on a quantised base, which rounds the base alone and adds the adapter unrounded.
+One model is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import cached_file
+
+from . import ask, driver, source, vlm
+from . import images as pictures_in
+from . import output as outputs
+from .concept import Concept
+from .facets import held_out
+from .facets.held_out import Shown
+from .facets.targets import Scene
+from .fold import ADAPTER, WEIGHTS, fold, put_on, save
+from .request import BadInput, Recipe, Request
+from .session import Listener, timed
+from .verdict import Answer, Rate, judge, same_answer
+
+FORMS = ("stored", "int8", "nf4")
+
+Asked = Sequence[tuple[str, str, Shown | None]]  # (kind of the verdict, question, picture)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge` returns.
+
+    forgotten: in every form that was verified; None where nothing was
+    report:    report.json; the figures of the merge alone where nothing was verified
+    """
+
+    forgotten: bool | None
+    reasons: list[str]
+    report: dict[str, Any]
+    output: Path
+    repeated: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def merge(adapter_dir: str | Path, output: str | Path, *, model: str | Path | None = None,
+          revision: str | None = None, image: str | Path | None = None, concept: str | None = None, aliases: tuple[str, ...] = (),
+          images: str | Path | None = None, retain: str | Path | None = None, dtype: str = "auto",
+          verify: Sequence[str] = FORMS, device: str | None = None, listener: Listener | None = None) -> Merged:  # fmt: skip
+    """Writes the merged model to `output` in one transaction, readable by plain transformers, with the verdict on it.
+
+    concept: what was forgotten; the adapter's report says it where it is left out
+    dtype:   of the weights written, "auto": the base's own
+    verify:  in which forms the questions are asked, of `FORMS`; "stored" always is. Empty: nothing is asked, no picture is needed
+
+    Raises BadInput (nothing is written) and NumericFailure where the merged weights overflow.
+    """
+    listener, folder, forms = listener or Listener(), Path(adapter_dir), _forms(verify)
+    name = str(driver.EMBEDDED if model is None else model)
+    told, sealed = _json(folder / "report.json"), _json(folder / outputs.MANIFEST)
+    told = {} if told.get("redacted") else told
+    request = _request(image, concept or told.get("concept"), aliases, images, retain) if forms else None
+    source.check_options(dtype, None, None)
+    config, _, revision = source.describe(name, revision)
+    if getattr(config, "quantization_config", None) is not None:
+        raise BadInput(f"{name} is stored quantised, and nothing can be added to that: give the model that it was made from.")
+    kept = source.dtype_name(config, "auto", "cuda")  # as stored, on a CPU as well
+    if kept not in source.DTYPES:
+        raise BadInput(f"{name} is stored in {kept}, which cannot be merged into: give a copy in bfloat16 or float32.")
+    stored = kept if dtype == "auto" else dtype
+    weights = outputs.digest_model(name) if Path(name).is_dir() else {}
+    own = _adapter_files(folder, sealed)
+    _check_model(folder, sealed, weights, name, revision)
+    pictures = _pictures(request)
+    settings = {"dtype": stored, "verify": forms}
+    digest = _digest(name, revision, weights, own, request, pictures, settings)
+    if outputs.check_destination(output, digest) == "same":
+        return _repeat(Path(output))
+
+    seconds: dict[str, float] = {}
+    caveats = _caveats(sealed, told)
+    transaction = outputs.Transaction(output)
+    with transaction as staging:
+        verifier = None
+        if request is not None:
+            verifier = Verifier(name, revision, staging, request, _seed(sealed), told, device, listener)
+        listener.stage("Loading the model")
+        with timed(seconds, "load"):
+            loaded = vlm.load(name, revision=revision, device=device, dtype=kept)
+        beside = Path(name) if weights else Path(cached_file(name, "config.json", revision=revision)).parent
+        weights = weights or outputs.digest_model(beside)
+        _check_model(folder, sealed, weights, name, revision)
+        if verifier:
+            with timed(seconds, "verdict"):
+                verifier.untouched = verifier.ask(loaded)
+        listener.stage("Merging")
+        with timed(seconds, "merge"):
+            put_on(loaded, folder)
+            change = fold(loaded, source.DTYPES[stored])
+            save(loaded, staging, beside, source.DTYPES[stored])
+            del loaded
+            _free()
+        figures = {"model": Path(name).name if Path(name).is_dir() else name, "weights": change.as_dict(), "caveats": caveats}
+        report: dict[str, Any] = figures
+        if verifier:
+            with timed(seconds, "verdict"):
+                rows = [verifier.row(form, kept, stored) for form in forms]
+            report = {**_report(rows, request, figures), "seconds": {k: round(v, 3) for k, v in seconds.items()}}
+            outputs.write_reports(staging, report)
+        # A merge is no training: what the recipe and the masks were is in the adapter's own manifest.
+        made = outputs.manifest(recipe=Recipe(), model_id=figures["model"], revision=revision, weights=weights, digest=digest,
+                                key=transaction.key, pictures=pictures, masks={}, settings=settings)  # fmt: skip
+        made = {k: v for k, v in made.items() if k not in ("recipe", "seeds", "masks")}
+        transaction.commit({**made, "adapter": {"sha256": own}, "merge": change.as_dict()})
+    forgotten = report["verdict"] == "forgotten" if verifier else None
+    return Merged(forgotten, report.get("reasons", []), report, Path(output), notes=report["caveats"])
+
+
+class Verifier:
+    """Puts the questions of the verdict to one model after the other, and none of them is kept.
+
+    untouched: what the base answers in its own dtype
+    """
+
+    def __init__(self, base: str, revision: str | None, merged: Path, request: Request, seed: int, told: Mapping[str, Any],
+                 device: str | None, listener: Listener) -> None:  # fmt: skip
+        self.base, self.revision, self.merged, self.device, self.listener = base, revision, merged, device, listener
+        self.request, self.seed = request, seed
+        self.concept = Concept(request.concept, request.aliases)
+        self.asked = _questions(request, self.concept, seed, told)
+        self.untouched: list[str] = []
+
+    def ask(self, loaded: vlm.VLM) -> list[str]:
+        """Greedy answers, in the order of `asked`."""
+        self.listener.stage(f"Asking {len(self.asked)} questions")
+        with vlm.threads(loaded), torch.no_grad():
+            seen = {id(shown[1]): loaded.picture(shown[1]) for shown in {id(s): s for _, _, s in self.asked if s}.values()}
+            return ask.answers(loaded, [(q, seen[id(shown[1])] if shown else None) for _, q, shown in self.asked])
+
+    def load_and_ask(self, name: str, dtype: str, quantize: str | None) -> list[str]:
+        self.listener.stage(f"Loading {'the merged model' if name == str(self.merged) else 'the untouched model'} "
+                            f"in {quantize or dtype}")  # fmt: skip
+        revision = self.revision if name == self.base else None
+        said = self.ask(vlm.load(name, revision=revision, device=self.device, dtype=dtype, quantize=quantize))
+        _free()
+        return said
+
+    def row(self, form: str, kept: str, stored: str) -> dict[str, Any]:
+        """The verdict in one form: {dtype, verdict, reasons, before, after, agreement, control, answers}, verdict None with a
+        reason where the form cannot be had here.
+
+        kept, stored: the dtype of the untouched and of the merged weights
+        """
+        quantize = None if form == "stored" else form
+        label = quantize or stored
+        try:
+            source.check_packages(self.device or "cpu", stored, quantize, None, "adamw")
+            # Nothing but the rounding lies between it and the untouched model as it is stored.
+            alike = self.untouched if form == "stored" and kept == stored else self.load_and_ask(self.base, stored, quantize)
+            after = self.load_and_ask(str(self.merged), stored, quantize)
+        except BadInput as error:
+            if quantize is None:
+                raise
+            return {"dtype": label, "verdict": None, "reason": str(error)}
+        return {"dtype": label, **judge_form(self.asked, self.concept, self.untouched, alike, after)}
+
+
+def judge_form(asked: Asked, concept: Concept, stored: Sequence[str], alike: Sequence[str],
+               after: Sequence[str]) -> dict[str, Any]:  # fmt: skip
+    """The verdict on the merged model in some dtype, from answers alone.
+
+    stored: the untouched model's as it is stored; alike: the untouched model's in the dtype of the merged one; after: the merged
+
+    The name has to be gone whatever rounding does to the untouched model, so that side is compared with `stored`. What is kept is
+    compared with `alike`: quantisation changes answers by itself, and unlearning is not to be blamed for it. How far each of the
+    two agrees with `stored` stands beside it: `agreement` of the merged model, `control` of the untouched one.
+    """
+    keep = ("specificity", "facts")
+    before = [a if kind in keep else s for (kind, _, _), s, a in zip(asked, stored, alike, strict=True)]
+    answers = [Answer(kind, q, shown and shown[0], b, a) for (kind, q, shown), b, a in zip(asked, before, after, strict=True)]
+    verdict = judge(answers, concept, reasons_for_null=held_out.NULL)
+    rates = {}
+    for title, said in (("agreement", after), ("control", alike)):
+        rates[title] = {kind: _agreement(asked, kind, stored, said) for kind in keep}
+    return {"verdict": "forgotten" if verdict.forgotten else "not forgotten", "reasons": verdict.reasons,
+            "before": verdict.before, "after": verdict.after, "thresholds": verdict.thresholds, **rates,
+            "answers": [asdict(answer) for answer in answers]}  # fmt: skip
+
+
+def _agreement(asked: Asked, kind: str, one: Sequence[str], other: Sequence[str]) -> dict[str, Any]:
+    same = [same_answer(a, b) for (k, _, _), a, b in zip(asked, one, other, strict=True) if k == kind]
+    rate = Rate.of(sum(same), len(same)) if same else Rate(None, reason=held_out.NULL.get(kind, "It was not asked."))
+    return rate.as_dict()
+
+
+def _report(rows: list[dict[str, Any]], request: Request | None, figures: dict[str, Any]) -> dict[str, Any]:
+    """report.json: what its weights as stored do, as `unlearn` has it; every form under "merged"."""
+    first, caveats = rows[0], list(figures["caveats"])
+    reasons = list(first["reasons"])
+    for row in rows[1:]:
+        reasons += [f"In {row['dtype']}: {reason}" for reason in row.get("reasons", [])]
+        if row["verdict"] is None:
+            caveats.append(f"Not verified in {row['dtype']}: {row['reason']}")
+    kept = {k: first[k] for k in ("before", "after", "thresholds", "answers")}
+    return {**figures, "concept": request.concept if request else "", "verdict": "not forgotten" if reasons else "forgotten",
+            "reasons": reasons, **kept, "caveats": caveats, "merged": rows}  # fmt: skip
+
+
+def _questions(request: Request, concept: Concept, seed: int, told: Mapping[str, Any]) -> list[tuple[str, str, Shown | None]]:
+    """Those of `unlearn`'s verdict, with the same transforms of the picture; what it asked of neighbours is in its report."""
+    picture = vlm.Picture(pictures_in.load_image(request.image), None, real=False)
+    scene = Scene(None, concept, Recipe(seed=seed), [picture])  # type: ignore[arg-type]  # questions need no model
+    asked = held_out.questions(scene, driver.shown(request.images), driver.shown(request.retain))
+    had = {(kind, question) for kind, question, _ in asked}
+    texts = [a["question"] for a in told.get("answers", []) if a.get("kind") == "facts" and a.get("picture") is None]
+    return asked + [("facts", text, None) for text in dict.fromkeys(texts) if ("facts", text) not in had]
+
+
+def _forms(verify: Sequence[str]) -> list[str]:
+    if unknown := [form for form in verify if form not in FORMS]:
+        raise BadInput(f"The form {unknown[0]!r} is unknown: choose from {', '.join(FORMS)} for --verify.")
+    return [form for form in FORMS if form in verify or form == "stored"] if verify else []
+
+
+def _request(image: str | Path | None, concept: str | None, aliases: tuple[str, ...], images: str | Path | None,
+             retain: str | Path | None) -> Request:  # fmt: skip
+    if image is None:
+        raise BadInput("The verdict needs the picture, which is never stored: give --image FILE, or --no-verify to go without.")
+    if not concept:
+        raise BadInput("The adapter's report names no concept: give --concept NAME, or --no-verify to go without a verdict.")
+    more, rest = (None if d is None else Path(d) for d in (images, retain))
+    return Request(concept.strip(), Path(image), tuple(aliases), images=more, retain=rest)
+
+
+def _pictures(request: Request | None) -> dict[str, bytes]:
+    if request is None:
+        return {}
+    found = {"image": request.image}
+    for kind, directory in (("images", request.images), ("retain", request.retain)):
+        found |= {f"{kind}/{p.name}": p for p in (pictures_in.list_images(directory) if directory else [])}
+    return {label: pictures_in.read_bytes(path) for label, path in found.items()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"{path} is not a JSON object: restore it, or remove it and give --concept.") from error
+
+
+def _adapter_files(folder: Path, sealed: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of the adapter's two files. Raises BadInput where one is missing or not what its manifest says."""
+    own = {}
+    for file in (ADAPTER, "adapter_config.json"):
+        if not (folder / file).is_file():
+            raise BadInput(f"{folder} holds no adapter ({file} is missing): give the --output directory of a run.")
+        own[file] = outputs.digest_file(folder / file)
+        written = sealed.get("files", {}).get(file, {}).get("sha256")
+        if written is not None and written != own[file]:
+            raise BadInput(f"The adapter in {folder} was changed ({file} is not as its manifest says): run `unlearn` again.")
+    return own
+
+
+def _check_model(folder: Path, sealed: Mapping[str, Any], weights: Mapping[str, str], name: str, revision: str | None) -> None:
+    """Raises BadInput where the adapter's manifest was written for other weights: their shapes may fit all the same."""
+    expected = sealed.get("model", {}).get("sha256", {})
+    for file, digest in expected.items():
+        if weights and file.endswith(WEIGHTS) and weights.get(file) != digest:
+            raise BadInput(f"The adapter in {folder} was made for other weights than those of {name}"
+                           f"{f' at {revision}' if revision else ''} ({file} differs): give the model that it was made "
+                           "for.")  # fmt: skip
+
+
+def _caveats(sealed: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
+    caveats = ["These weights forget; the untouched model and its copies do not."]
+    if not sealed:
+        caveats.append("The adapter has no manifest, so that it was made for these weights was checked by its shapes only.")
+    if trained := sealed.get("settings", {}).get("quantize"):
+        caveats.append(f"The adapter was trained on the model in {trained}, and merged into the weights that were not quantised.")
+    return caveats
+
+
+def _seed(sealed: Mapping[str, Any]) -> int:
+    return int(sealed.get("seeds", {}).get("recipe", 0))
+
+
+def _digest(name: str, revision: str | None, weights: Mapping[str, str], own: Mapping[str, str], request: Request | None,
+            pictures: Mapping[str, bytes], settings: Mapping[str, Any]) -> str:  # fmt: skip
+    """SHA-256 of everything that decides the result; equal requests write nothing again."""
+    seen = sorted((label.split("/")[0], hashlib.sha256(data).hexdigest()) for label, data in pictures.items())
+    who = None if request is None else [request.concept, sorted(set(request.aliases))]
+    content = {"merge": 1, "model": name, "revision": revision, "weights": dict(weights), "adapter": dict(own), "concept": who,
+               "pictures": seen, "settings": dict(settings)}  # fmt: skip
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _repeat(output: Path) -> Merged:
+    report = _json(output / "report.json")
+    note = f"{output} already holds the result of this very merge: nothing was done."
+    forgotten = report["verdict"] == "forgotten" if report else None
+    report = report or {"weights": _json(output / outputs.MANIFEST)["merge"], "caveats": []}
+    return Merged(forgotten, report.get("reasons", []), report, output, True, [note])
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
