@@ -1,4 +1,4 @@
-"""An adapter's change added to the weights themselves: a model that needs no adapter, and saved so that plain transformers reads it."""
+"""An adapter added to the weights themselves, each matrix in fp32 and rounded once, and saved as plain transformers reads it."""
 
 from __future__ import annotations
 
@@ -67,16 +67,19 @@ class Change:
 
 
 def put_on(loaded: vlm.VLM, directory: Path) -> None:
-    """Puts a saved adapter on. Raises BadInput unless all of it, and nothing else, finds its place: PEFT ignores what does not."""
+    """Puts a saved adapter on. Raises BadInput unless all of it finds its place: PEFT ignores what does not."""
     adapter.load(loaded, directory)
     assert isinstance(loaded.model, PeftModel)
-    with safe_open(directory / ADAPTER, "pt") as file:
-        stored = set(file.keys())
     placed = set(get_peft_model_state_dict(loaded.model, save_embedding_layers=False))
-    if stray := sorted(stored ^ placed):
-        adapter.detach(loaded)
-        raise BadInput(f"The adapter in {directory} does not fit {loaded.name} ({stray[0]} has no counterpart): load it with the "
-                       "model it was made for.")  # fmt: skip
+    with safe_open(directory / ADAPTER, "pt") as file:
+        if stray := sorted(set(file.keys()) ^ placed):
+            adapter.detach(loaded)
+            raise BadInput(f"The adapter in {directory} does not fit {loaded.name} ({stray[0]} has no counterpart): load it with "
+                           "the model it was made for.")  # fmt: skip
+        for name, module in loaded.base.named_modules():
+            if isinstance(module, ModulesToSaveWrapper):  # PEFT rounds it to the base's dtype
+                for key, trained in module.modules_to_save["default"].named_parameters():
+                    trained.data = file.get_tensor(f"base_model.model.{name}.{key}").float().to(trained.device)
 
 
 @torch.no_grad()
@@ -105,7 +108,7 @@ def fold(loaded: vlm.VLM, dtype: torch.dtype) -> Change:
                 if count[old.data_ptr()] > 1:
                     raise BadInput(f"{name}.{key} is tied to another weight, and the adapter has trained it alone: it cannot be "
                                    "merged.")  # fmt: skip
-                delta = trained[key].data.float() - old.data.float()
+                delta = trained[key].data - old.data.float()
                 old.data = change.add(f"{name}.{key}", old.data, delta, dtype)
     adapter.detach(loaded)
     if not change.matrices:
