@@ -284,7 +284,7 @@ def _check_model(folder: Path, sealed: Mapping[str, Any], weights: Mapping[str, 
 
 
 def _caveats(sealed: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
-    caveats = ["These weights forget; the untouched model and its copies do not."]
+    caveats = ["Only these weights were changed: the untouched model and its copies know what they knew."]
     if not sealed:
         caveats.append("The adapter has no manifest, so that it was made for these weights was checked by its shapes only.")
     if trained := sealed.get("settings", {}).get("quantize"):

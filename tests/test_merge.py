@@ -188,7 +188,8 @@ def test_a_name_that_quantisation_brings_back_is_said():
     """Also where the quantised untouched model has lost it: what counts is the name."""
     gone = judged(STORED, ["A woman.", "I do not know.", *STORED[2:]])
     back = judged(["A woman.", "A red one.", *STORED[2:]], ["This is Ann.", "She has red hair.", *STORED[2:]])
-    assert gone["verdict"] == "forgotten" and back["verdict"] == "not forgotten" and len(back["reasons"]) == 2
+    assert gone["verdict"] == "forgotten" and back["verdict"] == "not forgotten"
+    assert len(back["reasons"]) == 2 and all("still" in reason for reason in back["reasons"])
     rows = [{"dtype": "bfloat16", **gone}, {"dtype": "int8", "verdict": None, "reason": "No."}, {"dtype": "nf4", **back}]
     request, figures = Request("Ann", Path("x.png")), {"model": "m", "weights": {}, "caveats": []}
     report = _report(rows, request, figures)
