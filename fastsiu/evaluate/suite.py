@@ -183,6 +183,8 @@ def _question(record: Any, concept: Concept | None) -> Question:
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
     text = text.strip()
+    if "<image>" in text:
+        raise ValueError("<image> must not stand in a question: leave it out, the model's own template puts the picture in")
     if concept is not None and "{name}" not in text:  # so that the same can be asked about others by their names
         for start, end in reversed(Concept(concept.name).spans(text, include_parts=False)):
             text = f"{text[:start]}{{name}}{text[end:]}"
