@@ -154,7 +154,7 @@ QUESTIONS = "questions.jsonl"
         (CONCEPT, '{"name": "N", "training": ["images/000.png"]}', "is none of images"),
         (CONCEPT, '{"name": "N", "training": "images/000.png", "aliases": "M"}', "'aliases' must be a list"),
         (CONCEPT, '{"name": "N", "training": "images/000.png", "lookalikes": ["n"]}', "look-alike 'n' is the concept itself"),
-        (CONCEPT, '{"name": "Neuschwanstein", "aliases": ["HOHENschwangau"], "training": "images/000.png"}', "name of hohen.* already"),
+        (CONCEPT, '{"name": "Neuschwanstein", "aliases": ["HOHENschwangau"], "training": "images/000.png"}', "of hohen.*already"),
         (QUESTIONS, None, "Nothing asks who hohenschwangau is"),
         (QUESTIONS, '{"question": "Is it {name}?", "kind": "yesno"}', "Nothing asks who hohenschwangau is"),
         (QUESTIONS, '{"question": "Who?", "kind": "name"}\n\n{oops', "questions.jsonl, line 3"),
@@ -201,7 +201,7 @@ def test_what_is_missing_or_leads_out_is_told(documented, tmp_path):
     (place / "images/001.png").unlink()
     (place / "images/001.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
     read = suite.read(documented)  # pixels are not looked at here
-    with pytest.raises(BadInput, match="001.png' is damaged"):
+    with pytest.raises(BadInput, match="001.png' is not a picture that can be read"):
         suite.check(read)
     (documented / "control/b\n.png").write_bytes(b"")
     with pytest.raises(BadInput, match="control character in its name"):

@@ -56,6 +56,11 @@ class Job:
     adapters: Path | None
     adapter_dir: Path | None
 
+    @property
+    def shown(self) -> str:
+        """The model in reports, where a path would tell whose machine it was."""
+        return Path(self.model).name if Path(self.model).is_dir() else self.model
+
     def adapter_of(self, subject: suite.Subject) -> Path | None:
         return self.adapter_dir or (self.adapters and self.adapters / subject.slug)
 
@@ -254,12 +259,13 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
             if extra is not None:
                 listener.stage(f"{subject.slug}: asking again")
                 model = run.examine(loaded, exam, untouched)
-            report = run.report_of(exam, job.model, untouched, model) | (extra or {})
+            adapted = model is not None
+            report = run.report_of(exam, untouched, model, name=job.shown, adapted=adapted, caveats=[driver.CAVEAT] * adapted)
             transaction = outputs.Transaction(job.output / subject.slug)
             with transaction as staging:
                 if job.unlearn:
                     adapter.save(loaded, staging)
-                outputs.write_reports(staging, report)
+                outputs.write_reports(staging, report | (extra or {}))
                 transaction.commit(_manifest(job, subject, transaction.key))
     finally:
         adapter.detach(loaded)
@@ -285,7 +291,7 @@ def _changed(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listen
 
 def _manifest(job: Job, subject: suite.Subject, key: bytes) -> dict[str, Any]:
     return outputs.manifest(
-        recipe=job.recipe, origins=job.origins, model_id=Path(job.model).name if job.weights else job.model,
+        recipe=job.recipe, origins=job.origins, model_id=job.shown,
         revision=job.revision, weights=job.weights or {}, digest=job.digest(subject), key=key,
         pictures={"image": read_bytes(subject.training)}, masks={}, settings=job.deciding,
     )  # fmt: skip
@@ -323,7 +329,7 @@ def _table(job: Job, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]
     content = {
         "format": FORMAT,
         "suite": job.given.title,
-        "model": Path(job.model).name if Path(job.model).is_dir() else job.model,
+        "model": job.shown,
         "of": len(job.given.subjects),
         "concepts": [
             {"slug": o.slug, "concept": o.concept, "status": o.status, "reasons": o.reasons,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..concept import Concept
+from ..facets.targets import wordings
 from ..images import list_images, load_image, variants
 from ..request import BadInput
 from .exam import TEXT, WITH_PICTURE, Exam, Question, Seen
@@ -326,7 +327,7 @@ def exam_of(suite: Suite, subject: Subject, *, per_other: int = 2, limit: int | 
     training = [Seen(f"training, {label}", image, "training", subject.name) for label, image in views]
     rest = seen(suite, subject, per_other, limit)
     questions, others = questions_of(suite, subject), others_of(suite, subject)
-    return Exam(subject.concept, (*training, *rest), questions, others, _missing(subject, rest))
+    return Exam(subject.concept, (*training, *rest), questions, others, stranger_of(suite), null=_missing(subject, rest))
 
 
 def seen(suite: Suite, subject: Subject, per_other: int, limit: int | None) -> list[Seen]:
@@ -350,6 +351,12 @@ def others_of(suite: Suite, subject: Subject) -> tuple[Concept, ...]:
     alike, rest = _apart(suite, subject)
     absent = [Concept(name) for name in subject.lookalikes if not any(_same(other, name) for other in alike)]
     return (*(other.concept for other in alike), *absent, *(other.concept for other in rest))
+
+
+def stranger_of(suite: Suite) -> str | None:
+    """A name that no model knows and no concept of the suite bears or resembles."""
+    known = [subject.concept for subject in suite.subjects]
+    return next((name for name in wordings()["invented"]["names"] if not any(c.named_in(name) for c in known)), None)
 
 
 def _apart(suite: Suite, subject: Subject) -> tuple[list[Subject], list[Subject]]:
