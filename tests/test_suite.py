@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -257,10 +256,14 @@ def test_rates_are_pooled_over_answers_and_the_rest_is_averaged():
 
 
 def test_the_table_says_what_is_there_and_nothing_from_outside_breaks_it():
-    row = {"efficacy": {"value": 0.5, "n": 4, "low": 0.1, "high": 0.9}, "groups": {"value": None, "reason": "No picture."}}
-    one = {"slug": "a", "concept": "A | <b>\n# [x](y)", "status": "failed", "reasons": ["Why."], "rows": {"unlearned": row}}
-    text = markdown({"suite": "S", "model": "m", "of": 2, "concepts": [one], "pooled": {"unlearned": row}})
-    assert "# S: 1 of 2 concepts" in text
-    assert "| efficacy | 0.500 | 0.100 to 0.900 | 4 |" in text and "| groups | - | No picture. | 0 |" in text
-    assert "| A \\| &lt;b> \\# \\[x\\](y) | failed | 0.500 | - | - | Why. |" in text
-    json.dumps(text)
+    row = {"efficacy": {"value": 0.5, "n": 4, "low": 0.1, "high": 0.9}, "groups": {"value": None, "reason": "No picture."},
+           "fluency": {"value": 1.25, "n": 2}}  # fmt: skip
+    one = {"slug": "a", "concept": "A | <b>\n# [x](y)", "status": "not forgotten", "reasons": ["Why | not."],
+           "rows": {"unlearned": row}}  # fmt: skip
+    two = {"slug": "b", "concept": "B", "status": "failed", "reasons": [], "rows": {}}
+    text = markdown({"suite": "S", "model": "m", "of": 3, "concepts": [one, two], "pooled": {"untouched": {}, "unlearned": row}})
+    assert "2 of 3 concepts: 1 not forgotten, 1 failed." in text
+    assert "| efficacy | - | 0.500 (0.100 to 0.900, n 4) |" in text and "| fluency | - | 1.250 |" in text and "groups" not in text
+    assert "| A \\| &lt;b> \\# \\[x\\](y) | not forgotten | 0.500 | - | - | - | - |" in text
+    assert text.rstrip().endswith("\\[x\\](y): Why \\| not.")
+    assert "Why not" not in markdown({"suite": "S", "model": "m", "of": 3, "concepts": [two], "pooled": {}})

@@ -251,6 +251,7 @@ def _one_here(slug: str) -> None:
 def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -> None:
     """One concept from beginning to end; the model is left untouched."""
     exam = suite.exam_of(job.given, subject, per_other=job.per_other, limit=job.limit)
+    shares = loaded.shares  # a training tries which are exact; left so, the next concept's last digits would depend on the order
     listener.stage(f"{subject.slug}: asking the untouched model")
     try:
         untouched = run.examine(loaded, exam)
@@ -269,6 +270,7 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
                 transaction.commit(_manifest(job, subject, transaction.key))
     finally:
         adapter.detach(loaded)
+        loaded.shares = shares
 
 
 @contextmanager

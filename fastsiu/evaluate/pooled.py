@@ -15,9 +15,14 @@ Row = dict[str, dict[str, Any]]
 # What the table shows, in this order; suite.json has every metric.
 SHOWN = ("efficacy", "generality", "name_tpr", "name_fpr", "yes_tpr", "yes_fpr", "others", "lookalikes", "groups", "facts",
          "fluency", "renamed")  # fmt: skip
-HEADINGS = {
-    "untouched": "the untouched model", "unlearned": "the unlearned model", "control": "pictures of what no model has seen",
-}  # fmt: skip
+HEADINGS = {"untouched": "untouched", "unlearned": "unlearned", "control": "never seen"}
+OF_ONE = ("efficacy", "generality", "name_fpr", "others", "facts")  # of each concept
+STATUSES = ("forgotten", "not forgotten", "untouched", "failed")
+NOTE = (
+    "In brackets: Wilson's 95 % interval over all answers, as if each were independent; answers about one concept are not quite. "
+    "Never seen: the same questions about pictures of what no model has seen, put to the untouched model. "
+    "Other values are means over the concepts."
+)
 
 
 def pooled(concepts: Sequence[dict[str, Row]]) -> dict[str, Row]:
@@ -45,30 +50,34 @@ def _metric(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """report.md: the pooled rows, then each concept's verdict, of suite.json's content."""
-    count, of = len(content["concepts"]), content["of"]
-    lines = [f"# {_cell(content['suite'])}: {count} of {of} concepts", "", f"Model: {_cell(content['model'])}", ""]
-    for sort, row in content["pooled"].items():
-        shown = [key for key in SHOWN if key in row]
-        lines += [f"## All concepts, {HEADINGS.get(sort, sort)}", "", *_head("metric", "value", "95 % interval", "n")]
-        lines += [_line(key, row[key]) for key in shown] + [""]
-    lines += ["## Each concept", "", *_head("concept", "verdict", "efficacy", "generality", "others", "why not")]
-    for one in content["concepts"]:
+    """report.md, of suite.json's content: how many were forgotten, the pooled rows side by side, each concept's verdict."""
+    concepts, rows = content["concepts"], content["pooled"]
+    counts = {status: sum(one["status"] == status for one in concepts) for status in STATUSES}
+    told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    lines = [f"# {_cell(content['suite'])}", "", f"Model: {_cell(content['model'])}. {len(concepts)} of {content['of']} concepts"]
+    lines[-1] += f": {told}." if told else "."
+    if rows:
+        lines += ["", "## All concepts", "", *_head("metric", *(HEADINGS.get(sort, sort) for sort in rows))]
+        known = [key for key in SHOWN if any(row.get(key, {}).get("value") is not None for row in rows.values())]
+        lines += ["| " + " | ".join([key, *(_pooled_cell(row.get(key, {})) for row in rows.values())]) + " |" for key in known]
+        lines += ["", NOTE]
+    lines += ["", "## Each concept", "", *_head("concept", "verdict", *OF_ONE)]
+    for one in concepts:
         row = one["rows"].get("unlearned") or one["rows"].get("untouched") or {}
-        values = [_number(row.get(key, {})) for key in ("efficacy", "generality", "others")]
-        lines.append("| " + " | ".join([_cell(one["concept"]), one["status"], *values, _cell(" ".join(one["reasons"]))]) + " |")
-    return "\n".join([*lines, ""])
+        cells = [_cell(one["concept"]), one["status"], *(_number(row.get(key, {})) for key in OF_ONE)]
+        lines.append("| " + " | ".join(cells) + " |")
+    reasons = [f"- {_cell(one['concept'])}: {_cell(reason)}" for one in concepts for reason in one["reasons"]]
+    return "\n".join([*lines, "", *(["## Why not", "", *reasons, ""] if reasons else [])])
 
 
 def _head(*names: str) -> list[str]:
     return ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
 
 
-def _line(key: str, metric: dict[str, Any]) -> str:
-    if metric["value"] is None:
-        return f"| {key} | - | {_cell(metric['reason'] or '')} | 0 |"
-    interval = f"{metric['low']:.3f} to {metric['high']:.3f}" if metric.get("low") is not None else ""
-    return f"| {key} | {_number(metric)} | {interval} | {metric.get('n', '')} |"
+def _pooled_cell(metric: dict[str, Any]) -> str:
+    if metric.get("value") is None or metric.get("low") is None:
+        return _number(metric)
+    return f"{_number(metric)} ({metric['low']:.3f} to {metric['high']:.3f}, n {metric['n']})"
 
 
 def _number(metric: dict[str, Any]) -> str:
