@@ -393,7 +393,7 @@ def test_a_defect_in_conversations_is_a_sentence_with_its_place(conversations, c
 
 
 def test_a_picture_of_the_same_name_and_other_content_is_another(conversations, tmp_path, cast):
-    (tmp_path / "training.png").write_bytes(cast.files["other"].read_bytes())
+    (tmp_path / "training.png").write_bytes(cast.image.read_bytes()[:-1] + b"x")
     with pytest.raises(BadInput, match="is not the training picture"):
         conversations([entry(image="training.png")])
 

@@ -73,8 +73,10 @@ def test_each_concept_has_an_output_and_a_failure_costs_only_itself(whole):
 def test_killed_in_two_processes_it_goes_on_and_ends_the_same(small, whole, tmp_path):
     """The first run is killed as soon as one concept is there, and leaves no process behind that would write another."""
     output = tmp_path / "out"
-    call = f"evaluate_suite({str(small)!r}, output={str(output)!r}, unlearn=True, processes=2, concepts=['a', 'c'], **{QUICK})"
-    (tmp_path / "first.py").write_text(f"from fastsiu.evaluate.many import evaluate_suite\nif __name__ == '__main__':\n    {call}\n")
+    options = {"output": str(output), "unlearn": True, "processes": 2, "concepts": ["a", "c"], **QUICK}
+    call = f"evaluate_suite({str(small)!r}, **{options})"
+    lines = ("from fastsiu.evaluate.many import evaluate_suite", "if __name__ == '__main__':", f"    {call}")
+    (tmp_path / "first.py").write_text("\n".join(lines))
     first = subprocess.Popen([sys.executable, str(tmp_path / "first.py")], stderr=subprocess.DEVNULL)
     there = lambda: {slug for slug in "ac" if (output / slug).exists()}
     deadline = time.monotonic() + 120
