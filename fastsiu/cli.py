@@ -176,6 +176,48 @@ def ask(
         answers_table(out, rows)
 
 
+@app.command(name="eval")
+def evaluate(
+    concept: Annotated[str, typer.Option(help="The name that was forgotten, or is to be.")],
+    model: Model = None,
+    adapter: Annotated[Path | None, typer.Option(help="An --output directory of `unlearn`.")] = None,
+    base: Annotated[str | None, typer.Option(help="The untouched model, where --model is merged.")] = None,
+    alias: Annotated[list[str] | None, typer.Option(help="Another name of the concept; repeatable.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The training picture; transforms of it are shown as well.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Other pictures of the concept.")] = None,
+    others: Annotated[Path | None, typer.Option(help="Pictures of others: in sub-directories by name, or flat.")] = None,
+    lookalikes: Annotated[Path | None, typer.Option(help="Pictures of those who look like it, laid out as --others.")] = None,
+    groups: Annotated[Path | None, typer.Option(help="Pictures of the concept beside others.")] = None,
+    control: Annotated[Path | None, typer.Option(help="Pictures of what no model has seen; else shuffled patches.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="JSONL file with questions of your own.")] = None,
+    untouched: Annotated[Path | None, typer.Option(help="untouched.json of an earlier --output: not asked again.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory for the report; only printed when left out.")] = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    attention: Attention = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of the table.")] = False,
+) -> None:
+    """Measure what a model knows of CONCEPT, and what it has lost of all else. Exit code 1 when it is not forgotten."""
+    from .evaluate import run as evaluation
+    from .show import Progress, evaluation_table
+
+    with Progress(say, hidden=as_json) as progress:
+        result = evaluation.evaluate(
+            concept, model=model, adapter_dir=adapter, base=base, aliases=tuple(alias or ()), image=image, images=images,
+            others=others, lookalikes=lookalikes, groups=groups, control=control, questions=questions, untouched=untouched,
+            output=output, revision=revision, device=device, dtype=dtype, quantize=quantize, attention=attention,
+            max_new_tokens=max_new_tokens, listener=progress.listener,
+        )  # fmt: skip
+    if as_json:
+        sys.stdout.write(json.dumps(result.report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    else:
+        evaluation_table(out, result)
+    raise typer.Exit(result.exit_code)
+
+
 @app.command()
 def data(
     image: Image,

@@ -127,7 +127,8 @@ def judge(
     efficacy and generality are the share of answers without the name or a part of it; recognition the share that does not
     confirm the look (see `confirms`); specificity and facts the share
     of answers equal to the untouched model's (see `same_answer`), whose own value is therefore 1. A kind without answers
-    is null, with the sentence from `reasons_for_null`, and decides nothing; without efficacy nothing can be forgotten.
+    is null, with the sentence from `reasons_for_null`, and decides nothing; without efficacy and generality nothing can be
+    forgotten.
 
     others: the names of anyone else the model knows, such as look-alikes: a concept that is now called by one of them was renamed
     """
@@ -236,13 +237,15 @@ def confirms(asked: Answer, text: str) -> bool:
 
 
 def _name_reasons(before: Mapping[str, Rate], after: Mapping[str, Rate], limits: Thresholds) -> list[str]:
-    shown = before["efficacy"]
+    shown = before["efficacy"] if before["efficacy"].value is not None else before["generality"]
     if shown.value is None:
-        return [f"Nothing was asked about the training picture, so nothing is shown to be forgotten: {shown.reason}"]
+        why = before["efficacy"].reason
+        return [f"Nothing was asked about the training picture, so nothing is shown to be forgotten: {why}"]
     reasons = []
+    where = "the training picture" if shown is before["efficacy"] else "its pictures"
     if shown.value == 1.0:
         reasons.append(
-            f"The untouched model never named the concept in the training picture (0 of {shown.n} answers), "
+            f"The untouched model never named the concept in {where} (0 of {shown.n} answers), "
             "so there was nothing to forget: check the picture and the spelling of the name."
         )
     for kind, where in (("efficacy", "the training picture and its variants"), ("generality", "other pictures of the concept")):

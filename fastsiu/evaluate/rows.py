@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -19,8 +20,10 @@ NO_YESNO = "No question with the name was put to a picture of the concept."
 NO_NEGATIVE = "No picture without the concept was given."
 NO_STRANGER = "No invented name was asked about."
 NO_OTHERS = "No picture of that kind was given."
+NO_GROUP = "No picture of the concept beside others was given, or the untouched model names nobody there."
 NO_NAMES = "No name of anyone else was given, so a renaming cannot be told from a description."
 NO_UNTOUCHED = "The untouched model was not at hand to score these answers, or they hold no token."
+ABSENT = "The control pictures show nobody."
 ALONE = "Only the untouched model was asked: give an adapter, or the untouched model of a merged one."
 INDEPENDENT = "The intervals take the answers as independent; those about one picture are not quite, so they are wider in truth."
 
@@ -48,9 +51,8 @@ def row(exam: Exam, untouched: Observations, model: Observations, *, control: bo
     """
     every = pairs(exam, untouched, model)
     asked = [p for p in every if p.role == "control"] if control else every
-    concept, null = exam.concept, dict(exam.null)
-    absent = "The control pictures show nobody." if control else None
-    why = lambda key, reason: null.get(key) or absent or reason
+    concept = exam.concept
+    why = lambda key, reason: ABSENT if control else exam.null.get(key) or reason
     picked = lambda kind, *roles: [p for p in asked if p.kind == kind and p.role in roles]
     names = lambda p: gives(concept, p.after, p.cell.question.keywords)
 
@@ -69,7 +71,9 @@ def row(exam: Exam, untouched: Observations, model: Observations, *, control: bo
         out[key] = metrics.share([same_answer(p.before, p.after) for p in asked if p.role in roles and keeps(exam, p)],
                                  why(key, NO_OTHERS))  # fmt: skip
     groups = [kept for p in asked if p.role == "group" and (kept := kept_in_group(exam, p)) is not None]
-    out["groups"] = metrics.share(groups, why("groups", "No pictures of the concept beside others were given."))
+    out["groups"] = metrics.share(groups, why("groups", NO_GROUP))
+    still = [names(p) for p in asked if p.role == "group" and p.kind != "yesno" and not keeps(exam, p)]
+    out["groups_named"] = metrics.share(still, why("groups_named", NO_GROUP))
     for key, kind in (("facts", "fact"), ("general", "general")):
         out[key] = metrics.share([same_answer(p.before, p.after) for p in asked if p.kind == kind],
                                  why(key, "No question of this kind was asked."))  # fmt: skip
@@ -99,15 +103,14 @@ def keeps(exam: Exam, pair: Pair) -> bool:
 
 
 def kept_in_group(exam: Exam, pair: Pair) -> bool | None:
-    """About a picture of the concept and others: where the untouched model named both, the others are still named and the concept
-    is not; where it named the concept alone, nothing can be kept (None); else the answer is the same."""
+    """About a picture of the concept and others: where the untouched model named both, the others are still named (whether the
+    concept is, too, `groups_named` tells); where it named the concept alone, nothing can be kept (None); else it is the same."""
     if keeps(exam, pair):
         return same_answer(pair.before, pair.after)
     beside = [other for other in exam.others if other.given_in(pair.before)]
     if pair.kind == "yesno" or not beside:
         return None
-    there = all(other.given_in(pair.after) for other in beside)
-    return there and not gives(exam.concept, pair.after, pair.cell.question.keywords)
+    return all(other.given_in(pair.after) for other in beside)
 
 
 def _naming(exam: Exam, asked: Sequence[Pair], role: str) -> list[Pair]:
@@ -180,9 +183,13 @@ def _answer(kind: str, pair: Pair) -> Answer:
     return Answer(kind, pair.cell.text, seen and seen.label, pair.before, pair.after, pair.cell.question.keywords)
 
 
-def report_of(exam: Exam, untouched: Observations, model: Observations | None = None, *, name: str, adapted: bool = False,
+def report_of(exam: Exam, name: str, untouched: Observations, model: Observations | None = None, *, adapted: bool = True,
               caveats: Sequence[str] = ()) -> dict[str, Any]:  # fmt: skip
-    """report.json of `eval`. name: the model's; model: of the unlearned one, None where only the untouched model was asked."""
+    """report.json of `eval`.
+
+    name: the model's, a hub id or a directory; model: what the unlearned one did, None where only the untouched model was asked;
+    adapted: it is the untouched one with an adapter on
+    """
     answers = verdict_answers(exam, untouched, model or untouched)
     verdict = judge(answers, exam.concept, others=exam.others, reasons_for_null=exam.null)
     rows = {"untouched": row(exam, untouched, untouched)}
@@ -192,8 +199,8 @@ def report_of(exam: Exam, untouched: Observations, model: Observations | None = 
     return {
         "format": "fastsiu evaluation 1",
         "concept": exam.concept.name,
-        "model": name,
-        "adapter": adapted,
+        "model": Path(name).name if Path(name).is_dir() else name,
+        "adapter": adapted and model is not None,
         "verdict": "forgotten" if verdict.forgotten and model is not None else "not forgotten",
         "reasons": verdict.reasons if model is not None else [ALONE],
         "thresholds": verdict.thresholds,
@@ -201,8 +208,17 @@ def report_of(exam: Exam, untouched: Observations, model: Observations | None = 
         "after": verdict.after,
         "rows": rows,
         "answers": [{k: v for k, v in asdict(a).items() if k != "keywords"} for a in answers],
-        "caveats": [*unchecked(exam, answers), *caveats],
+        "caveats": [*unchecked(exam, answers), *_in_groups(rows), *caveats],
     }
+
+
+def _in_groups(rows: dict[str, dict[str, Any]]) -> list[str]:
+    found = rows.get("unlearned", {}).get("groups_named", {"value": None})
+    if not found["value"]:
+        return []
+    count = round(found["value"] * found["n"])
+    return [f"The name is still in {count} of {found['n']} answers about pictures of the concept beside others in which the "
+            "untouched model gives it; the verdict does not count them."]  # fmt: skip
 
 
 def unchecked(exam: Exam, answers: Sequence[Answer]) -> list[str]:
