@@ -178,7 +178,7 @@ def ask(
 
 @app.command(name="eval")
 def evaluate(
-    concept: Annotated[str, typer.Option(help="The name that was forgotten, or is to be.")],
+    concept: Annotated[str | None, typer.Option(help="The name that was forgotten, or is to be.")] = None,
     model: Model = None,
     adapter: Annotated[Path | None, typer.Option(help="An --output directory of `unlearn`.")] = None,
     base: Annotated[str | None, typer.Option(help="The untouched model, where --model is merged.")] = None,
@@ -192,6 +192,21 @@ def evaluate(
     questions: Annotated[Path | None, typer.Option(help="JSONL file with questions of your own.")] = None,
     untouched: Annotated[Path | None, typer.Option(help="untouched.json of an earlier --output: not asked again.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory for the report; only printed when left out.")] = None,
+    suite: Annotated[Path | None, typer.Option(help="Directory with many concepts, instead of one here (docs/suite.md).")] = None,
+    check: Annotated[bool, typer.Option("--check", help="With --suite: read it, decode every picture, and stop.")] = False,
+    concepts: Annotated[list[str] | None, typer.Option(help="With --suite: only this one (slug or name); repeatable.")] = None,
+    unlearn: Annotated[bool, typer.Option("--unlearn", help="With --suite: unlearn each from its training picture.")] = False,
+    adapters: Annotated[Path | None, typer.Option(help="With --suite: directory with the adapter of each in SLUG.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --suite: at most so many pictures of each sort.")] = None,
+    per_other: Annotated[int | None, typer.Option(min=0, help="With --suite: pictures of each other concept (2).")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="With --suite: concepts at once, a model each (1).")] = None,
+    preset: Published = Preset.default,
+    steps: Annotated[int | None, typer.Option(help="With --unlearn: ceiling on optimiser steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="With --unlearn: learning rate.")] = None,
+    rank: Annotated[int | None, typer.Option(help="With --unlearn: LoRA rank.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="With --unlearn: samples in one step.")] = None,
+    seed: Seed = None,
+    memory: Memory = None,
     revision: Revision = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -201,8 +216,43 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of the table.")] = False,
 ) -> None:
     """Measure what a model knows of CONCEPT, and what it has lost of all else. Exit code 1 when it is not forgotten."""
+    one = dict(concept=concept, base=base, alias=alias, image=image, images=images, others=others, lookalikes=lookalikes,
+               groups=groups, control=control, questions=questions, untouched=untouched)  # fmt: skip
+    many = dict(check=check, concepts=concepts, unlearn=unlearn, adapters=adapters, limit=limit, per_other=per_other,
+                processes=processes, preset=preset is Preset.paper, steps=steps, lr=lr, rank=rank, batch_size=batch_size,
+                seed=seed, memory=memory)  # fmt: skip
+    if suite is not None and (given := [name for name, value in one.items() if value is not None]):
+        raise BadInput(f"--{given[0]} and --suite exclude each other: the suite says it for each of its concepts.")
+    if suite is None and (given := [name for name, value in many.items() if value is not None and value is not False]):
+        raise BadInput(f"--{given[0].replace('_', '-')} is about many concepts: give them with --suite DIR, or leave it out.")
+    if suite is None and concept is None:
+        raise BadInput("There is nothing to measure: give --concept, or many concepts with --suite DIR.")
+    if suite is not None and check:
+        from .evaluate import suite as suites
+
+        say.print(suites.told(suites.read(suite)), soft_wrap=True)
+        return
+
+    from .show import Progress, evaluation_table, suite_table
+
+    if suite is not None:
+        from .evaluate.many import evaluate_suite
+
+        with Progress(say, hidden=as_json) as progress:
+            evaluated = evaluate_suite(
+                suite, output=output, model=model, revision=revision, concepts=tuple(concepts or ()), unlearn=unlearn,
+                adapters=adapters, adapter_dir=adapter, limit=limit, per_other=2 if per_other is None else per_other,
+                processes=processes or 1, max_new_tokens=max_new_tokens, preset=preset.value, steps=steps, lr=lr, rank=rank,
+                batch_size=batch_size, seed=seed, memory=memory, device=device, dtype=dtype, quantize=quantize,
+                attention=attention, listener=progress.listener,
+            )  # fmt: skip
+        if as_json:
+            sys.stdout.write(json.dumps(evaluated.report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+        else:
+            suite_table(out, evaluated)
+        raise typer.Exit(evaluated.exit_code)
+
     from .evaluate import run as evaluation
-    from .show import Progress, evaluation_table
 
     with Progress(say, hidden=as_json) as progress:
         result = evaluation.evaluate(

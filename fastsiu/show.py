@@ -14,6 +14,7 @@ from rich.text import Text
 
 from .corpus import Corpus
 from .driver import Result
+from .evaluate.many import Evaluated
 from .evaluate.run import Evaluation
 from .facets.targets import Scene
 from .output import KEY
@@ -188,6 +189,26 @@ def evaluation_table(console: Console, evaluation: Evaluation) -> None:
         console.print(f"  {reason}", soft_wrap=True)
     for note in (*evaluation.notes, *([f"Written to {evaluation.output}"] if evaluation.output and not evaluation.notes else [])):
         console.print(note, soft_wrap=True)
+
+
+def suite_table(console: Console, evaluated: Evaluated) -> None:
+    """The pooled rows, then what became of each concept."""
+    report = evaluated.report
+    table = Table("", title=f"{report['suite']}: {report['model']}", title_justify="left")
+    for name in report["pooled"]:
+        table.add_column(name, justify="right")
+    for key, label in METRICS.items():
+        table.add_row(label, *(_metric(row.get(key, {"value": None})) for row in report["pooled"].values()))
+    if report["pooled"]:
+        console.print(table)
+    for outcome in evaluated.outcomes:
+        console.print(f"{outcome.concept}: {outcome.status}", soft_wrap=True)
+        for reason in outcome.reasons:
+            console.print(f"  {reason}", soft_wrap=True)
+    if evaluated.resumed:
+        console.print(f"{evaluated.resumed} of {len(evaluated.outcomes)} were done already.")
+    console.print(f"Written to {evaluated.output}. Before you publish it, remove each private.key: whoever holds it and one of "
+                  "the pictures can tell that the picture was used.", soft_wrap=True)  # fmt: skip
 
 
 def _metric(one: dict[str, Any]) -> str:

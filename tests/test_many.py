@@ -174,3 +174,27 @@ def test_an_output_that_is_something_else_and_a_damaged_picture_are_refused(smal
             evaluate_suite(small, output=tmp_path / "o", concepts=["a"])
     finally:
         broken.write_bytes(whole)
+
+
+def test_the_command(small, tmp_path, capsys):
+    from fastsiu.cli import run
+
+    assert run(["eval", "--suite", str(small), "--check"]) == 0
+    assert "3 concepts, 9 pictures, 3 questions" in capsys.readouterr().err
+    command = ["eval", "--suite", str(small), "--output", str(tmp_path / "o"), "--limit", "1", "--concepts", "a"]
+    assert run([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [one["slug"] for one in report["concepts"]] == ["a"] and report["of"] == 3
+    assert run(command) == 0
+    assert "1 of 1 were done already" in capsys.readouterr().out
+    for more, sentence in (
+        (["--suite", str(small), "--concept", "X"], "--concept and --suite exclude each other"),
+        (["--concept", "X", "--per-other", "1"], "--per-other is about many concepts"),
+        (["--concept", "X", "--unlearn"], "--unlearn is about many concepts"),
+        (["--concept", "X", "--check"], "--check is about many concepts"),
+        ([], "nothing to measure"),
+        (["--suite", str(small), "--steps", "3"], "add --unlearn"),
+        (["--suite", str(small), "--preset", "paper"], "add --unlearn"),
+    ):
+        assert run(["eval", *more]) == 2
+        assert sentence in " ".join(capsys.readouterr().err.split())

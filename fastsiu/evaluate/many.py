@@ -52,6 +52,7 @@ class Job:
     deciding: dict[str, Any]
     per_other: int
     limit: int | None
+    longest: int  # tokens of an answer
     unlearn: bool
     adapters: Path | None
     adapter_dir: Path | None
@@ -76,6 +77,7 @@ class Job:
             "questions": [asdict(q) for q in suite.questions_of(self.given, subject)],
             "others": [(c.name, c.aliases) for c in suite.others_of(self.given, subject)],
             "limit": self.limit,
+            "longest": self.longest,
             "recipe": self.recipe.as_dict() if self.unlearn else None,
             "adapter": place and {p.name: outputs.digest_file(p) for p in sorted(place.glob("adapter_*")) if p.is_file()},
             "model": self.model,
@@ -118,10 +120,10 @@ class Evaluated:
 def evaluate_suite(directory: str | Path, *, output: str | Path | None = None, model: str | Path | None = None,
                    revision: str | None = None, concepts: Sequence[str] = (), unlearn: bool = False,
                    adapters: str | Path | None = None, adapter_dir: str | Path | None = None, per_other: int = 2,
-                   limit: int | None = None, processes: int = 1, preset: str = "default", device: str | None = None,
-                   dtype: str = "auto", quantize: str | None = None, attention: str | None = None, memory: float | None = None,
-                   checkpointing: bool | None = None, micro_batch: int | None = None, optimizer: str | None = None,
-                   listener: Listener | None = None, **overrides: Any) -> Evaluated:  # fmt: skip
+                   limit: int | None = None, processes: int = 1, max_new_tokens: int = 64, preset: str = "default",
+                   device: str | None = None, dtype: str = "auto", quantize: str | None = None, attention: str | None = None,
+                   memory: float | None = None, checkpointing: bool | None = None, micro_batch: int | None = None,
+                   optimizer: str | None = None, listener: Listener | None = None, **overrides: Any) -> Evaluated:  # fmt: skip
     """Evaluates a model on the concepts of a suite; those of slug, name or alias in `concepts`, or all.
 
     unlearn:   each concept is unlearned from its training picture first; overrides are fields of `Recipe`
@@ -134,7 +136,7 @@ def evaluate_suite(directory: str | Path, *, output: str | Path | None = None, m
     listener = listener or Listener()
     if sum((unlearn, adapters is not None, adapter_dir is not None)) > 1:
         raise BadInput("--unlearn, --adapters and --adapter exclude each other: choose one.")
-    if overrides and any(v is not None for v in overrides.values()) and not unlearn:
+    if not unlearn and (preset != "default" or any(value is not None for value in overrides.values())):
         raise BadInput("The recipe's options are about training: add --unlearn, or leave them out.")
     if processes < 1 or (limit is not None and limit < 1) or per_other < 0:
         raise BadInput("--processes and --limit must be at least 1 and --per-other at least 0: give larger numbers.")
@@ -154,7 +156,8 @@ def evaluate_suite(directory: str | Path, *, output: str | Path | None = None, m
         listener.note(f"Writing to {destination}: name it with --output to go on after an interruption.")
     job = Job(
         given, destination, name, revision, recipe, origins, outputs.digest_model(name) if Path(name).is_dir() else None, chosen,
-        {"dtype": dtype} | driver.deciding(chosen), per_other, limit, unlearn, *map(_path, (adapters, adapter_dir)),
+        {"dtype": dtype} | driver.deciding(chosen), per_other, limit, max_new_tokens, unlearn,
+        *map(_path, (adapters, adapter_dir)),
     )  # fmt: skip
     for subject in subjects:
         place = job.adapter_of(subject)
@@ -254,14 +257,14 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
     shares = loaded.shares  # a training tries which are exact; left so, the next concept's last digits would depend on the order
     listener.stage(f"{subject.slug}: asking the untouched model")
     try:
-        untouched = run.examine(loaded, exam)
+        untouched = run.examine(loaded, exam, max_new_tokens=job.longest)
         with _changed(loaded, job, subject, listener) as extra:
             model = None
             if extra is not None:
                 listener.stage(f"{subject.slug}: asking again")
-                model = run.examine(loaded, exam, untouched)
+                model = run.examine(loaded, exam, untouched, max_new_tokens=job.longest)
             adapted = model is not None
-            report = run.report_of(exam, untouched, model, name=job.shown, adapted=adapted, caveats=[driver.CAVEAT] * adapted)
+            report = run.report_of(exam, job.shown, untouched, model, adapted=adapted, caveats=[driver.CAVEAT] * adapted)
             transaction = outputs.Transaction(job.output / subject.slug)
             with transaction as staging:
                 if job.unlearn:

@@ -117,6 +117,13 @@ def check(suite: Suite) -> int:
     return len(paths)
 
 
+def told(suite: Suite) -> str:
+    """What there is, after `check`. Raises BadInput at the first picture that cannot be read."""
+    pictures = check(suite)
+    questions = len(suite.questions) + sum(len(subject.questions) for subject in suite.subjects)
+    return f"{suite.directory}: {len(suite.subjects)} concepts, {pictures} pictures, {questions} questions and no defect."
+
+
 def _subject(root: Path, place: Path) -> Subject:
     if not _SLUG.fullmatch(place.name):
         raise BadInput(f"{str(place)!r}: a concept's directory is named with at most 64 letters, digits, _ and -: rename it.")
