@@ -190,7 +190,7 @@ def evaluate(
     groups: Annotated[Path | None, typer.Option(help="Pictures of the concept beside others.")] = None,
     control: Annotated[Path | None, typer.Option(help="Pictures of what no model has seen; else shuffled patches.")] = None,
     questions: Annotated[Path | None, typer.Option(help="JSONL file with questions of your own.")] = None,
-    untouched: Annotated[Path | None, typer.Option(help="untouched.json of an earlier --output: not asked again.")] = None,
+    untouched: Annotated[Path | None, typer.Option(help="untouched.json of an earlier --output; for --suite itself.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory for the report; only printed when left out.")] = None,
     suite: Annotated[Path | None, typer.Option(help="Directory with many concepts, instead of one here (docs/suite.md).")] = None,
     check: Annotated[bool, typer.Option("--check", help="With --suite: read it, decode every picture, and stop.")] = False,
@@ -217,7 +217,7 @@ def evaluate(
 ) -> None:
     """Measure what a model knows of CONCEPT, and what it has lost of all else. Exit code 1 when it is not forgotten."""
     one = dict(concept=concept, base=base, alias=alias, image=image, images=images, others=others, lookalikes=lookalikes,
-               groups=groups, control=control, questions=questions, untouched=untouched)  # fmt: skip
+               groups=groups, control=control, questions=questions)  # fmt: skip
     many = dict(check=check, concepts=concepts, unlearn=unlearn, adapters=adapters, limit=limit, per_other=per_other,
                 processes=processes, preset=preset is Preset.paper, steps=steps, lr=lr, rank=rank, batch_size=batch_size,
                 seed=seed, memory=memory)  # fmt: skip
@@ -242,9 +242,9 @@ def evaluate(
             evaluated = evaluate_suite(
                 suite, output=output, model=model, revision=revision, concepts=tuple(concepts or ()), unlearn=unlearn,
                 adapters=adapters, adapter_dir=adapter, limit=limit, per_other=2 if per_other is None else per_other,
-                processes=processes or 1, max_new_tokens=max_new_tokens, preset=preset.value, steps=steps, lr=lr, rank=rank,
-                batch_size=batch_size, seed=seed, memory=memory, device=device, dtype=dtype, quantize=quantize,
-                attention=attention, listener=progress.listener,
+                processes=processes or 1, untouched=untouched, max_new_tokens=max_new_tokens, preset=preset.value, steps=steps,
+                lr=lr, rank=rank, batch_size=batch_size, seed=seed, memory=memory, device=device, dtype=dtype,
+                quantize=quantize, attention=attention, listener=progress.listener,
             )  # fmt: skip
         if as_json:
             sys.stdout.write(json.dumps(evaluated.report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")

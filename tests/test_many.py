@@ -79,7 +79,7 @@ def test_killed_in_two_processes_it_goes_on_and_ends_the_same(small, whole, tmp_
     (tmp_path / "first.py").write_text("\n".join(lines))
     first = subprocess.Popen([sys.executable, str(tmp_path / "first.py")], stderr=subprocess.DEVNULL)
     there = lambda: {slug for slug in "ac" if (output / slug).exists()}
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not there() and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     before = children(first.pid)
@@ -115,7 +115,10 @@ def alive(pid: int) -> bool:
 
 
 def test_saved_adapters_give_the_same_rows_and_another_one_is_another_request(small, whole, tmp_path):
-    found = evaluate_suite(small, output=tmp_path / "o", adapters=whole.output, concepts=["a", "c"], limit=1, per_other=1)
+    options = {"adapters": whole.output, "untouched": whole.output, "limit": 1, "per_other": 1}
+    told: list[str] = []
+    found = evaluate_suite(small, output=tmp_path / "o", concepts=["a", "c"], listener=Listener(stage=told.append), **options)
+    assert "a: asking again" in told and "a: asking the untouched model" not in told
     for slug in "ac":
         one, other = (reports(place, slug)["rows"] for place in (found.output, whole.output))
         for key in ("fluency", "fluency_paper"):  # in the last digits they depend on how the picture's prefix was shared
@@ -126,6 +129,8 @@ def test_saved_adapters_give_the_same_rows_and_another_one_is_another_request(sm
         evaluate_suite(small, output=tmp_path / "n", adapters=whole.output)
     with pytest.raises(BadInput, match="result of another request"):
         evaluate_suite(small, output=tmp_path / "o", adapter_dir=whole.output / "a", concepts=["c"], limit=1, per_other=1)
+    with pytest.raises(BadInput, match="untouched.json is of another exam"):
+        evaluate_suite(small, output=tmp_path / "n", concepts=["c"], untouched=whole.output, limit=2, per_other=1)
     assert not (tmp_path / "n").exists()
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import multiprocessing
 import os
-import threading
+import pickle
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -29,7 +28,8 @@ from ..images import load_image, read_bytes
 from ..memory import Settings, budget
 from ..request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
 from ..session import Listener
-from . import run, suite
+from . import process, run, suite
+from .observe import Observations
 from .pooled import markdown, pooled
 
 FORMAT = "fastsiu suite evaluation 1"
@@ -56,6 +56,7 @@ class Job:
     unlearn: bool
     adapters: Path | None
     adapter_dir: Path | None
+    untouched: Path | None  # an earlier output: the untouched model is not asked again
 
     @property
     def shown(self) -> str:
@@ -67,8 +68,17 @@ class Job:
 
     def digest(self, subject: suite.Subject) -> str:
         """SHA-256 over everything that decides the result of one concept; files by their content."""
-        seen = suite.seen(self.given, subject, self.per_other, self.limit)
         place = self.adapter_of(subject)
+        content = {
+            "untouched": self.exam_digest(subject),
+            "recipe": self.recipe.as_dict() if self.unlearn else None,
+            "adapter": place and {p.name: outputs.digest_file(p) for p in sorted(place.glob("adapter_*")) if p.is_file()},
+        }
+        return _sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
+
+    def exam_digest(self, subject: suite.Subject) -> str:
+        """SHA-256 over everything that decides what the untouched model answers."""
+        seen = suite.seen(self.given, subject, self.per_other, self.limit)
         content = {
             "format": FORMAT,
             "concept": [subject.name, *subject.aliases],
@@ -78,8 +88,6 @@ class Job:
             "others": [(c.name, c.aliases) for c in suite.others_of(self.given, subject)],
             "limit": self.limit,
             "longest": self.longest,
-            "recipe": self.recipe.as_dict() if self.unlearn else None,
-            "adapter": place and {p.name: outputs.digest_file(p) for p in sorted(place.glob("adapter_*")) if p.is_file()},
             "model": self.model,
             "revision": self.revision,
             "weights": self.weights,
@@ -120,15 +128,17 @@ class Evaluated:
 def evaluate_suite(directory: str | Path, *, output: str | Path | None = None, model: str | Path | None = None,
                    revision: str | None = None, concepts: Sequence[str] = (), unlearn: bool = False,
                    adapters: str | Path | None = None, adapter_dir: str | Path | None = None, per_other: int = 2,
-                   limit: int | None = None, processes: int = 1, max_new_tokens: int = 64, preset: str = "default",
-                   device: str | None = None, dtype: str = "auto", quantize: str | None = None, attention: str | None = None,
-                   memory: float | None = None, checkpointing: bool | None = None, micro_batch: int | None = None,
-                   optimizer: str | None = None, listener: Listener | None = None, **overrides: Any) -> Evaluated:  # fmt: skip
+                   limit: int | None = None, processes: int = 1, untouched: str | Path | None = None,
+                   max_new_tokens: int = 64, preset: str = "default", device: str | None = None, dtype: str = "auto",
+                   quantize: str | None = None, attention: str | None = None, memory: float | None = None,
+                   checkpointing: bool | None = None, micro_batch: int | None = None, optimizer: str | None = None,
+                   listener: Listener | None = None, **overrides: Any) -> Evaluated:  # fmt: skip
     """Evaluates a model on the concepts of a suite; those of slug, name or alias in `concepts`, or all.
 
     unlearn:   each concept is unlearned from its training picture first; overrides are fields of `Recipe`
     adapters:  DIR with an adapter of each concept in DIR/SLUG;  adapter_dir: one adapter for all of them
     per_other, limit: see `suite.exam_of`;  processes: each with a copy of the model and one thread
+    untouched: an earlier output of the same exams, with another adapter or recipe: the untouched model is not asked again
 
     Run again, it does what is missing. Raises BadInput where the suite, a picture or the output cannot be used: then nothing is
     loaded. What fails later, for one concept, is that concept's outcome.
@@ -157,12 +167,13 @@ def evaluate_suite(directory: str | Path, *, output: str | Path | None = None, m
     job = Job(
         given, destination, name, revision, recipe, origins, outputs.digest_model(name) if Path(name).is_dir() else None, chosen,
         {"dtype": dtype} | driver.deciding(chosen), per_other, limit, max_new_tokens, unlearn,
-        *map(_path, (adapters, adapter_dir)),
+        *map(_path, (adapters, adapter_dir, untouched)),
     )  # fmt: skip
     for subject in subjects:
         place = job.adapter_of(subject)
         if place is not None and not (place / "adapter_config.json").is_file():
             raise BadInput(f"{place} holds no adapter: give a directory that has one of each concept, or choose with --concepts.")
+        _cached(job, subject)  # of another exam: said now
     done = _done(job)
     todo = [subject for subject in subjects if subject.slug not in done]
     resumed = [subject.slug for subject in subjects if subject.slug in done]
@@ -215,7 +226,8 @@ def _in_turn(job: Job, todo: Sequence[suite.Subject], limited: bool, listener: L
 def _in_processes(job: Job, todo: Sequence[suite.Subject], processes: int, limited: bool) -> Finished:
     """In the order in which they end. A process that dies takes with it what was not finished."""
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(processes, len(todo)), mp_context=spawn, initializer=_start, initargs=(job, limited))
+    packed = pickle.dumps((job, limited))
+    pool = ProcessPoolExecutor(min(processes, len(todo)), mp_context=spawn, initializer=process.start, initargs=(packed,))
     try:
         futures = {pool.submit(_one_here, subject.slug): subject for subject in todo}
         for future in as_completed(futures):
@@ -232,16 +244,9 @@ def _in_processes(job: Job, todo: Sequence[suite.Subject], processes: int, limit
 _HERE: dict[str, Any] = {}  # in a process of the pool: the job and the loaded model
 
 
-def _start(job: Job, limited: bool) -> None:
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)  # killed, it could not say so; what is in progress is another run's now
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def hold(job: Job, limited: bool) -> None:
+    """In a process of the pool: loads the model that `_one_here` asks."""
     torch.set_num_threads(1)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as the command line does in its own process
     loaded = driver.load(job.model, job.revision, job.chosen, budget(job.chosen, job.recipe.batch_size, limited), Listener())
     _HERE.update(job=job, loaded=loaded)
 
@@ -255,9 +260,11 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
     """One concept from beginning to end; the model is left untouched."""
     exam = suite.exam_of(job.given, subject, per_other=job.per_other, limit=job.limit)
     shares = loaded.shares  # a training tries which are exact; left so, the next concept's last digits would depend on the order
-    listener.stage(f"{subject.slug}: asking the untouched model")
     try:
-        untouched = run.examine(loaded, exam, max_new_tokens=job.longest)
+        untouched = _cached(job, subject)
+        if untouched is None:
+            listener.stage(f"{subject.slug}: asking the untouched model")
+            untouched = run.examine(loaded, exam, max_new_tokens=job.longest)
         with _changed(loaded, job, subject, listener) as extra:
             model = None
             if extra is not None:
@@ -270,7 +277,9 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
                 if job.unlearn:
                     adapter.save(loaded, staging)
                 outputs.write_reports(staging, report | (extra or {}))
-                transaction.commit(_manifest(job, subject, transaction.key))
+                kept = {"format": FORMAT, "digest": job.exam_digest(subject), **untouched.as_dict()}
+                (staging / run.UNTOUCHED).write_text(json.dumps(kept, allow_nan=False) + "\n", encoding="utf-8")
+                transaction.commit(_manifest(job, subject, transaction.key, (extra or {}).get("masks", {})))
     finally:
         adapter.detach(loaded)
         loaded.shares = shares
@@ -286,20 +295,38 @@ def _changed(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listen
     elif job.unlearn:
         request = Request(subject.name, subject.training, subject.aliases)
         trained = session.forget(loaded, request, job.recipe, load_image(subject.training), listener=listener)
+        made = trained.corpus
         yield {
             "recipe": job.recipe.as_dict(), "training": [asdict(step) for step in trained.history], "dreams": trained.dreamed,
             "seconds": {key: round(value, 3) for key, value in trained.seconds.items()},
+            "masks": {"tokens_masked": int(sum((~kept).sum() for kept in made.keep)), "tokens": sum(map(len, made.keep)),
+                      "vocabulary_masked": len(made.mask.masked), "spared": sorted(made.mask.spared.values())},
         }  # fmt: skip
     else:
         yield None
 
 
-def _manifest(job: Job, subject: suite.Subject, key: bytes) -> dict[str, Any]:
-    return outputs.manifest(
+def _cached(job: Job, subject: suite.Subject) -> Observations | None:
+    """What the untouched model was found to do in an earlier output. Raises BadInput where that was asked something else."""
+    path = job.untouched and job.untouched / subject.slug / run.UNTOUCHED
+    if not path or not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["digest"] == job.exam_digest(subject):
+            return Observations.from_dict(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is damaged: leave --untouched out.") from error
+    raise BadInput(f"{path} is of another exam: the suite, --limit, --per-other or the model differ; leave --untouched out.")
+
+
+def _manifest(job: Job, subject: suite.Subject, key: bytes, masks: dict[str, Any]) -> dict[str, Any]:
+    whole = outputs.manifest(
         recipe=job.recipe, origins=job.origins, model_id=job.shown,
         revision=job.revision, weights=job.weights or {}, digest=job.digest(subject), key=key,
-        pictures={"image": read_bytes(subject.training)}, masks={}, settings=job.deciding,
+        pictures={"image": read_bytes(subject.training)}, masks=masks, settings=job.deciding,
     )  # fmt: skip
+    return whole if job.unlearn else {k: v for k, v in whole.items() if k not in run.NOT_ASKED}
 
 
 # What is there ------------------------------------------------------------------------------------------------------------
