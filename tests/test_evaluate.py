@@ -386,3 +386,24 @@ def test_bad_input_is_told_before_anything_is_loaded(cast, tmp_path, capsys):
         assert cli.run(["eval", "--concept", cast.target, *options]) == 2
         assert said in capsys.readouterr().err
     assert cli.run(["eval", "--concept", " ", *image]) == 2
+
+
+def test_unlearns_verdict_knows_the_neighbours_names(gathered, cast, monkeypatch):
+    """A model that calls the concept by a neighbour's name passes every other gate."""
+    from fastsiu.facets import held_out
+
+    scene, told = gathered.scene, iter([False, True])
+
+    def answers(vlm, asked, **options):
+        after = next(told)
+        named = lambda q: f"This is {cast.others[1] if after else cast.target}."
+        yes = lambda q: "No, that is nobody." if after else "Yes, it is."
+        look = lambda q: "I do not know." if after else "It is red."
+        open_ones, yesno = wordings()["who"]["held_out"], [w.format(name=cast.target) for w in wordings()["yesno"]["held_out"]]
+        looks = [w.format(name=cast.target) for w in wordings()["appearance"]["held_out"]]
+        return [named(q) if q in open_ones else yes(q) if q in yesno else look(q) if q in looks else q for q, _ in asked]
+
+    monkeypatch.setattr(held_out.ask, "answers", answers)
+    assert cast.others[1] in scene.neighbours
+    found, _ = held_out.examine(scene)
+    assert len(found.reasons) == 1 and "another's name" in found.reasons[0]
