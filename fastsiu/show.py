@@ -160,12 +160,12 @@ METRICS = {
     "efficacy": "name gone, training picture", "generality": "name gone, other pictures", "name_tpr": "named, its pictures",
     "name_fpr": "named, others' pictures", "yes_tpr": "yes to its name, its pictures", "yes_fpr": "yes to its name, others'",
     "yes_stranger": "yes to an invented name", "c_dis": "C-Dis, nats", "delta_log_p": "change of log P(name), nats",
-    "log_p": "log P(name), nats", "rank": "rank of the name, median", "extraction_strength": "extraction strength", "others": "same, others' pictures",
-    "lookalikes": "same, look-alikes", "groups": "same, beside others", "groups_named": "still named beside others",
-    "facts": "same, facts in words", "general": "same, general knowledge", "renamed": "given another's name",
-    "fluency": "perplexity, untouched model", "fluency_paper": "perplexity, the paper's", "diversity": "unique words / words",
-    "distinct_1": "distinct-1", "distinct_2": "distinct-2", "refusals": "refusals", "empty": "empty", "gibberish": "gibberish",
-    "repetition": "repetition",
+    "log_p": "log P(name), nats", "rank": "rank of the name, median", "extraction_strength": "extraction strength",
+    "others": "same, others' pictures", "lookalikes": "same, look-alikes", "groups": "same, beside others",
+    "groups_named": "still named beside others", "facts": "same, facts in words", "general": "same, general knowledge",
+    "renamed": "given another's name", "fluency": "perplexity, untouched model", "fluency_paper": "perplexity, the paper's",
+    "diversity": "unique words / words", "distinct_1": "distinct-1", "distinct_2": "distinct-2", "refusals": "refusals",
+    "empty": "empty", "gibberish": "gibberish", "repetition": "repetition",
 }  # fmt: skip
 
 
