@@ -253,6 +253,8 @@ def test_keywords_of_a_question_count_as_the_name():
     leak = Answer("efficacy", "Which film is he from?", "p", "Oz.", "From OZ!", ("Oz",))
     assert judge([*answers(), leak] * 2, Concept()).after["efficacy"]["value"] == 200 / 202
     assert judge([*answers(), dataclasses.replace(leak, after="He is dozing.")], Concept()).after["efficacy"]["value"] == 1
+    shown = Answer("recognition", "Is this he?", "p", "Correct.", "That is correct.", ("Correct",))
+    assert judge([*answers(), shown], Concept()).after["recognition"]["value"] == 0
 
 
 def test_other_pictures_alone_can_show_it():
