@@ -105,6 +105,11 @@ def test_an_honest_forgetter_passes():
     who, yes = (len(wordings()[key]["held_out"]) for key in ("who", "yesno"))
     assert before["name_tpr"]["n"] == 7 * who and before["name_fpr"]["n"] == 5 * who and control["name_fpr"]["n"] == who
     assert before["yes_tpr"]["n"] == before["yes_stranger"]["n"] == 7 * yes and before["yes_fpr"]["n"] == 5 * yes
+    looks, facts, general, describe = (len(wordings()[k]["held_out"]) for k in ("appearance", "facts", "general", "describe"))
+    about_others = 3 * (who + 2 * yes + describe) + 1 * (who + 2 * yes + describe) + describe  # three, a look-alike, the group
+    counted = {kind: one["n"] for kind, one in report["after"].items()}
+    assert counted == {"efficacy": 6 * who, "generality": who, "recognition": 7 * yes + looks, "specificity": about_others,
+                       "facts": 3 * facts + general}  # fmt: skip
     assert after["fluency"] == {"value": None, "reason": rows.NO_UNTOUCHED}
     json.dumps(report, allow_nan=False)
 
