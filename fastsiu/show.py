@@ -161,27 +161,30 @@ METRICS = {
     "efficacy": "name gone, training picture", "generality": "name gone, other pictures", "name_tpr": "named, its pictures",
     "name_fpr": "named, others' pictures", "yes_tpr": "yes to its name, its pictures", "yes_fpr": "yes to its name, others'",
     "yes_stranger": "yes to an invented name", "c_dis": "C-Dis, nats", "delta_log_p": "change of log P(name), nats",
-    "rank": "rank of the name, median", "extraction_strength": "extraction strength", "others": "same, others' pictures",
-    "lookalikes": "same, look-alikes", "groups": "same, beside others", "groups_named": "still named beside others",
-    "facts": "same, facts in words",
-    "general": "same, general knowledge", "renamed": "given another's name", "fluency": "perplexity, untouched model",
-    "fluency_paper": "perplexity, the paper's", "diversity": "unique words / words", "distinct_1": "distinct-1",
-    "distinct_2": "distinct-2", "refusals": "refusals", "empty": "empty", "gibberish": "gibberish", "repetition": "repetition",
+    "log_p": "log P(name), nats", "rank": "rank of the name, median", "extraction_strength": "extraction strength",
+    "others": "same, others' pictures", "lookalikes": "same, look-alikes", "groups": "same, beside others",
+    "groups_named": "still named beside others", "facts": "same, facts in words", "general": "same, general knowledge",
+    "renamed": "given another's name", "fluency": "perplexity, untouched model", "fluency_paper": "perplexity, the paper's",
+    "diversity": "unique words / words", "distinct_1": "distinct-1", "distinct_2": "distinct-2", "refusals": "refusals",
+    "empty": "empty", "gibberish": "gibberish", "repetition": "repetition",
 }  # fmt: skip
 
 
 def evaluation_table(console: Console, evaluation: Evaluation) -> None:
     """A line for each metric and a column for each row of the report, then the verdict and what was not checked."""
     report = evaluation.report
-    rows = report["rows"]
+    rows = {name: report["rows"][name] for name in ("untouched", "unlearned", "control") if name in report["rows"]}
     table = Table("", title=f"{report['concept']}: {report['model']}", title_justify="left")
     for name in rows:
         table.add_column(name, justify="right")
     for key, label in METRICS.items():
         table.add_row(label, *(_metric(row[key]) for row in rows.values()))
     console.print(table)
-    why = {one["reason"]: None for row in rows.values() for one in row.values() if one["value"] is None}
-    for note in (*(f"-: {reason}" for reason in why), *report["caveats"]):
+    asked: dict[str, list[str]] = {}
+    for key, label in METRICS.items():
+        if (one := list(rows.values())[-2][key])["value"] is None:  # the control's own are of no interest
+            asked.setdefault(one["reason"], []).append(label)
+    for note in (*(f"Not measured ({'; '.join(labels)}): {reason}" for reason, labels in asked.items()), *report["caveats"]):
         console.print(note, soft_wrap=True)
     if evaluation.forgotten is not None:
         console.print("Forgotten." if evaluation.forgotten else "Not forgotten:")

@@ -229,10 +229,10 @@ def affirms(text: str) -> bool:
 
 
 def confirms(asked: Answer, text: str) -> bool:
-    """Does `text` confirm what the concept looks like? With a picture: it says yes. Without one: it is what the untouched
-    model said, and that was no refusal."""
+    """Does `text` confirm what the concept looks like? With a picture: it says yes or a keyword. Without one: it is what the
+    untouched model said, and that was no refusal."""
     if asked.picture is not None:
-        return affirms(text)
+        return affirms(text) or holds(text, asked.keywords)
     return same_answer(text, asked.before) and not is_refusal(text)
 
 

@@ -105,6 +105,11 @@ def test_an_honest_forgetter_passes():
     who, yes = (len(wordings()[key]["held_out"]) for key in ("who", "yesno"))
     assert before["name_tpr"]["n"] == 7 * who and before["name_fpr"]["n"] == 5 * who and control["name_fpr"]["n"] == who
     assert before["yes_tpr"]["n"] == before["yes_stranger"]["n"] == 7 * yes and before["yes_fpr"]["n"] == 5 * yes
+    looks, facts, general, describe = (len(wordings()[k]["held_out"]) for k in ("appearance", "facts", "general", "describe"))
+    about_others = 3 * (who + 2 * yes + describe) + 1 * (who + 2 * yes + describe) + describe  # three, a look-alike, the group
+    counted = {kind: one["n"] for kind, one in report["after"].items()}
+    assert counted == {"efficacy": 6 * who, "generality": who, "recognition": 7 * yes + looks, "specificity": about_others,
+                       "facts": 3 * facts + general}  # fmt: skip
     assert after["fluency"] == {"value": None, "reason": rows.NO_UNTOUCHED}
     json.dumps(report, allow_nan=False)
 
@@ -380,9 +385,30 @@ def test_bad_input_is_told_before_anything_is_loaded(cast, tmp_path, capsys):
         ([], "No picture of"), ([*image, "--others", str(broken)], "a.png"),
         ([*image, "--untouched", str(tmp_path / "u.json")], "u.json"),
         ([*image, "--untouched", str(tmp_path / "none")], "cannot be read"),
-        ([*image, "--adapter", "x", "--base", "y"], "exclude each other"),
+        ([*image, "--adapter", "x", "--base", "y"], "exclude each other"), ([*image, "--adapter", str(broken)], "no adapter"),
         ([*image, "--questions", str(tmp_path)], "cannot be read"),
     ):  # fmt: skip
         assert cli.run(["eval", "--concept", cast.target, *options]) == 2
         assert said in capsys.readouterr().err
     assert cli.run(["eval", "--concept", " ", *image]) == 2
+
+
+def test_unlearns_verdict_knows_the_neighbours_names(gathered, cast, monkeypatch):
+    """A model that calls the concept by a neighbour's name passes every other gate."""
+    from fastsiu.facets import held_out
+
+    scene, told = gathered.scene, iter([False, True])
+
+    def answers(vlm, asked, **options):
+        after = next(told)
+        named = lambda q: f"This is {cast.others[1] if after else cast.target}."
+        yes = lambda q: "No, that is nobody." if after else "Yes, it is."
+        look = lambda q: "I do not know." if after else "It is red."
+        open_ones, yesno = wordings()["who"]["held_out"], [w.format(name=cast.target) for w in wordings()["yesno"]["held_out"]]
+        looks = [w.format(name=cast.target) for w in wordings()["appearance"]["held_out"]]
+        return [named(q) if q in open_ones else yes(q) if q in yesno else look(q) if q in looks else q for q, _ in asked]
+
+    monkeypatch.setattr(held_out.ask, "answers", answers)
+    assert cast.others[1] in scene.neighbours
+    found, _ = held_out.examine(scene)
+    assert len(found.reasons) == 1 and "another's name" in found.reasons[0]

@@ -30,6 +30,7 @@ NULL = {
     "lookalikes": "No picture of a look-alike was given: give some with --lookalikes DIR.",
     "groups": "No picture of the concept beside others was given: give some with --groups DIR.",
 }
+NULL["groups_named"] = NULL["groups"]
 COUNTERFACTUAL = (
     "No --control was given: the never-seen control is the concept's own pictures, cut into 64 patches and shuffled, which keep "
     "its colours."

@@ -20,7 +20,7 @@ NO_YESNO = "No question with the name was put to a picture of the concept."
 NO_NEGATIVE = "No picture without the concept was given."
 NO_STRANGER = "No invented name was asked about."
 NO_OTHERS = "No picture of that kind was given."
-NO_GROUP = "No picture of the concept beside others was given, or the untouched model names nobody there."
+NO_GROUP = "No picture of the concept beside others was given."
 NO_NAMES = "No name of anyone else was given, so a renaming cannot be told from a description."
 NO_UNTOUCHED = "The untouched model was not at hand to score these answers, or they hold no token."
 ABSENT = "The control pictures show nobody."
@@ -73,7 +73,8 @@ def row(exam: Exam, untouched: Observations, model: Observations, *, control: bo
     groups = [kept for p in asked if p.role == "group" and (kept := kept_in_group(exam, p)) is not None]
     out["groups"] = metrics.share(groups, why("groups", NO_GROUP))
     still = [names(p) for p in asked if p.role == "group" and p.kind != "yesno" and not keeps(exam, p)]
-    out["groups_named"] = metrics.share(still, why("groups_named", NO_GROUP))
+    alone = any(p.role == "group" for p in asked) and "The untouched model names the concept in none of them."
+    out["groups_named"] = metrics.share(still, alone or why("groups_named", NO_GROUP))
     for key, kind in (("facts", "fact"), ("general", "general")):
         out[key] = metrics.share([same_answer(p.before, p.after) for p in asked if p.kind == kind],
                                  why(key, "No question of this kind was asked."))  # fmt: skip

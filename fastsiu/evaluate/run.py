@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 from collections.abc import Iterator, Sequence
@@ -56,12 +57,20 @@ class _Model:
     chosen: Settings
     listener: Listener
 
+    @functools.cached_property
+    def weights(self) -> dict[str, str]:
+        """Its files by digest, where it is a directory; about a second per gigabyte."""
+        return outputs.digest_model(self.name) if Path(self.name).is_dir() else {}
+
+    @functools.cached_property
+    def commit(self) -> str | None:
+        """Of a hub model, whatever branch or tag was asked for."""
+        return None if self.weights else source.describe(self.name, self.revision)[2]
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What decides its answers: its files or its commit, and how it computes."""
-        if Path(self.name).is_dir():
-            files: Any = outputs.digest_model(self.name)
-        else:
-            files = [self.name, source.describe(self.name, self.revision)[2]]
+        files: Any = self.weights or [self.name, self.commit]
         # "auto" is another dtype on another device.
         config = source.read_config(self.name, self.revision)
         dtype = source.dtype_name(config, self.chosen.dtype, self.chosen.device)
@@ -96,6 +105,8 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
     listener = listener or Listener()
     if base is not None and adapter_dir is not None:
         raise BadInput("--adapter and --base exclude each other: the untouched model is --model without the adapter.")
+    if adapter_dir is not None:
+        adapter.check_directory(Path(adapter_dir))
     if not concept.strip():
         raise BadInput("The concept's name is empty: pass the name with --concept NAME.")
     exam = directories.exam_of(
@@ -108,10 +119,14 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
         name, None, Recipe(), None, listener, revision=revision, device=device, dtype=dtype, quantize=quantize,
         attention=attention), listener)  # fmt: skip
     name = str(driver.EMBEDDED if model is None else model)
-    measured, first = made(name), made(str(base)) if base is not None else made(name)
-    settings = {"max_new_tokens": max_new_tokens, **first.identity()}
+    measured = made(name)
+    first = measured if base is None else made(str(base))
+    remembered = output is not None or untouched is not None  # else no digest is of use
+    settings = {"max_new_tokens": max_new_tokens} | (first.identity if remembered else {})
     cached = _read(Path(untouched)) if untouched is not None else None
-    destination, digest = _destination(output, exam, settings, measured if base is not None else None, adapter_dir)
+    destination = _path(output)
+    merged = measured if base is not None else None
+    digest = "" if destination is None else _digest(exam, settings, merged, adapter_dir)
     if destination is not None and outputs.check_destination(destination, digest) == "same":
         report = json.loads((destination / "report.json").read_text(encoding="utf-8"))
         forgotten = report["verdict"] == "forgotten" if "unlearned" in report["rows"] else None
@@ -123,7 +138,7 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
         if not exam.others:
             listener.stage("Finding the names of others")
             exam = directories.with_others(exam, _alike(loaded, exam, cached))
-        key = directories.digest(exam, **settings)
+        key = directories.digest(exam, **settings) if remembered else ""
         before = _same(cached, key, Path(str(untouched))) if cached else None
         if before is None:
             listener.stage(f"Asking the untouched model {len(exam.cells)} questions")
@@ -158,16 +173,14 @@ def _alike(loaded: vlm.VLM, exam: Exam, cached: dict[str, Any] | None) -> list[s
     return neighbours(Scene(loaded, exam.concept, Recipe(), []))
 
 
-def _destination(output: str | Path | None, exam: Exam, settings: dict[str, Any], merged: _Model | None,
-                 adapter_dir: str | Path | None) -> tuple[Path | None, str]:  # fmt: skip
-    """Where to write, and the digest of all that decides the report."""
+def _digest(exam: Exam, settings: dict[str, Any], merged: _Model | None, adapter_dir: str | Path | None) -> str:
+    """Of all that decides the report."""
     adapted = None
     if adapter_dir is not None:
         files = [Path(adapter_dir) / file for file in ("adapter_config.json", "adapter_model.safetensors")]
         adapted = [outputs.digest_file(file) for file in files if file.is_file()]
     keywords = [question.keywords for question in exam.questions]
-    more = {"adapter": adapted, "merged": merged and merged.identity(), "keywords": keywords}
-    return _path(output), directories.digest(exam, **settings, **more)
+    return directories.digest(exam, **settings, adapter=adapted, merged=merged and merged.identity, keywords=keywords)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -198,9 +211,8 @@ def _write(destination: Path, report: dict[str, Any], kept: dict[str, Any], dige
     with transaction as staging:
         outputs.write_reports(staging, report)
         (staging / UNTOUCHED).write_text(json.dumps(kept, ensure_ascii=True, allow_nan=False) + "\n", encoding="utf-8")
-        weights = outputs.digest_model(model.name) if Path(model.name).is_dir() else {}
         whole = outputs.manifest(
-            recipe=Recipe(), model_id=report["model"], revision=model.revision, weights=weights, digest=digest,
+            recipe=Recipe(), model_id=report["model"], revision=model.commit, weights=model.weights, digest=digest,
             key=transaction.key, pictures=pictures, masks={}, settings={k: v for k, v in settings.items() if k != "model"},
         )  # fmt: skip
         transaction.commit({k: v for k, v in whole.items() if k not in NOT_ASKED})

@@ -54,5 +54,5 @@ def examine(scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = ()
     after = put(see() if scene.recipe.projector_lr > 0 else pictures)  # a trained projector sees differently
     answers = [Answer(kind, q, shown and shown[0], b, a) for (kind, q, shown), b, a in zip(asked, before, after, strict=True)]
     # An invented name that the recipe puts in the concept's place is nobody's, so it is not among them.
-    others = [Concept(name) for name in scene.neighbours]
+    others = [*map(Concept, scene.neighbours), *scene.others]
     return judge(answers, scene.concept, others=others, reasons_for_null=NULL), answers
