@@ -108,6 +108,11 @@ def teacher(vlm: VLM) -> Iterator[None]:
         yield
 
 
+def sees_anew(vlm: VLM) -> bool:
+    """Whether the adapter that is on changes a picture's features as well: it has a projector of its own."""
+    return any(isinstance(module, ModulesToSaveWrapper) for module in vlm.model.modules())
+
+
 def save(vlm: VLM, directory: Path) -> None:
     """Writes a standard PEFT adapter, readable by `peft.PeftModel.from_pretrained`."""
     config = vlm.model.peft_config["default"]
@@ -117,10 +122,15 @@ def save(vlm: VLM, directory: Path) -> None:
     (directory / "README.md").unlink(missing_ok=True)  # PEFT's template says nothing true about this adapter
 
 
-def load(vlm: VLM, directory: Path) -> None:
-    """Puts a saved adapter on. Raises BadInput where the directory holds none or one for another architecture."""
+def check_directory(directory: Path) -> None:
+    """Raises BadInput where there is no adapter to load."""
     if not (directory / "adapter_config.json").is_file():
         raise BadInput(f"{directory} holds no adapter (adapter_config.json is missing): give the --output directory of a run.")
+
+
+def load(vlm: VLM, directory: Path) -> None:
+    """Puts a saved adapter on. Raises BadInput where the directory holds none or one for another architecture."""
+    check_directory(directory)
     try:
         with _not_ours():
             vlm.model = PeftModel.from_pretrained(vlm.base, directory).eval()

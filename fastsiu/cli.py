@@ -176,6 +176,98 @@ def ask(
         answers_table(out, rows)
 
 
+@app.command(name="eval")
+def evaluate(
+    concept: Annotated[str | None, typer.Option(help="The name that was forgotten, or is to be.")] = None,
+    model: Model = None,
+    adapter: Annotated[Path | None, typer.Option(help="An --output directory of `unlearn`.")] = None,
+    base: Annotated[str | None, typer.Option(help="The untouched model, where --model is merged.")] = None,
+    alias: Annotated[list[str] | None, typer.Option(help="Another name of the concept; repeatable.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The training picture; transforms of it are shown as well.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Other pictures of the concept.")] = None,
+    others: Annotated[Path | None, typer.Option(help="Pictures of others: in sub-directories by name, or flat.")] = None,
+    lookalikes: Annotated[Path | None, typer.Option(help="Pictures of those who look like it, laid out as --others.")] = None,
+    groups: Annotated[Path | None, typer.Option(help="Pictures of the concept beside others.")] = None,
+    control: Annotated[Path | None, typer.Option(help="Pictures of what no model has seen; else shuffled patches.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="JSONL file with questions of your own.")] = None,
+    untouched: Annotated[Path | None, typer.Option(help="untouched.json of an earlier --output; for --suite itself.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory for the report; only printed when left out.")] = None,
+    suite: Annotated[Path | None, typer.Option(help="Directory with many concepts, instead of one here (docs/suite.md).")] = None,
+    check: Annotated[bool, typer.Option("--check", help="With --suite: read it, decode every picture, and stop.")] = False,
+    concepts: Annotated[list[str] | None, typer.Option(help="With --suite: only this one (slug or name); repeatable.")] = None,
+    unlearn: Annotated[bool, typer.Option("--unlearn", help="With --suite: unlearn each from its training picture.")] = False,
+    adapters: Annotated[Path | None, typer.Option(help="With --suite: directory with the adapter of each in SLUG.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --suite: at most so many pictures of each sort.")] = None,
+    per_other: Annotated[int | None, typer.Option(min=0, help="With --suite: pictures of each other concept (2).")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="With --suite: concepts at once, a model each (1).")] = None,
+    preset: Published = Preset.default,
+    steps: Annotated[int | None, typer.Option(help="With --unlearn: ceiling on optimiser steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="With --unlearn: learning rate.")] = None,
+    rank: Annotated[int | None, typer.Option(help="With --unlearn: LoRA rank.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="With --unlearn: samples in one step.")] = None,
+    seed: Seed = None,
+    memory: Memory = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    attention: Attention = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of the table.")] = False,
+) -> None:
+    """Measure what a model knows of CONCEPT, and what it has lost of all else. Exit code 1 when it is not forgotten."""
+    one = dict(concept=concept, base=base, alias=alias, image=image, images=images, others=others, lookalikes=lookalikes,
+               groups=groups, control=control, questions=questions)  # fmt: skip
+    many = dict(check=check, concepts=concepts, unlearn=unlearn, adapters=adapters, limit=limit, per_other=per_other,
+                processes=processes, preset=preset is Preset.paper, steps=steps, lr=lr, rank=rank, batch_size=batch_size,
+                seed=seed, memory=memory)  # fmt: skip
+    if suite is not None and (given := [name for name, value in one.items() if value is not None]):
+        raise BadInput(f"--{given[0]} and --suite exclude each other: the suite says it for each of its concepts.")
+    if suite is None and (given := [name for name, value in many.items() if value is not None and value is not False]):
+        raise BadInput(f"--{given[0].replace('_', '-')} is about many concepts: give them with --suite DIR, or leave it out.")
+    if suite is None and concept is None:
+        raise BadInput("There is nothing to measure: give --concept, or many concepts with --suite DIR.")
+    if suite is not None and check:
+        from .evaluate import suite as suites
+
+        say.print(suites.told(suites.read(suite)), soft_wrap=True)
+        return
+
+    from .show import Progress, evaluation_table, suite_table
+
+    if suite is not None:
+        from .evaluate.many import evaluate_suite
+
+        with Progress(say, hidden=as_json) as progress:
+            evaluated = evaluate_suite(
+                suite, output=output, model=model, revision=revision, concepts=tuple(concepts or ()), unlearn=unlearn,
+                adapters=adapters, adapter_dir=adapter, limit=limit, per_other=2 if per_other is None else per_other,
+                processes=processes or 1, untouched=untouched, max_new_tokens=max_new_tokens, preset=preset.value, steps=steps,
+                lr=lr, rank=rank, batch_size=batch_size, seed=seed, memory=memory, device=device, dtype=dtype,
+                quantize=quantize, attention=attention, listener=progress.listener,
+            )  # fmt: skip
+        if as_json:
+            sys.stdout.write(json.dumps(evaluated.report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+        else:
+            suite_table(out, evaluated)
+        raise typer.Exit(evaluated.exit_code)
+
+    from .evaluate import run as evaluation
+
+    with Progress(say, hidden=as_json) as progress:
+        result = evaluation.evaluate(
+            concept, model=model, adapter_dir=adapter, base=base, aliases=tuple(alias or ()), image=image, images=images,
+            others=others, lookalikes=lookalikes, groups=groups, control=control, questions=questions, untouched=untouched,
+            output=output, revision=revision, device=device, dtype=dtype, quantize=quantize, attention=attention,
+            max_new_tokens=max_new_tokens, listener=progress.listener,
+        )  # fmt: skip
+    if as_json:
+        sys.stdout.write(json.dumps(result.report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    else:
+        evaluation_table(out, result)
+    raise typer.Exit(result.exit_code)
+
+
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Option(help="An --output directory of `unlearn`.")],

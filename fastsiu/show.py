@@ -14,6 +14,8 @@ from rich.text import Text
 
 from .corpus import Corpus
 from .driver import Result
+from .evaluate.many import Evaluated
+from .evaluate.run import Evaluation
 from .facets.targets import Scene
 from .merge import Merged
 from .output import KEY
@@ -184,6 +186,71 @@ def explanation(console: Console, scene: Scene, corpus: Corpus) -> None:
         console.print(f"Too common to mask: {', '.join(repr(t) for t in sorted(set(corpus.mask.spared.values())))}.")
     if corpus.mask.warning:
         console.print(corpus.mask.warning)
+
+
+METRICS = {
+    "efficacy": "name gone, training picture", "generality": "name gone, other pictures", "name_tpr": "named, its pictures",
+    "name_fpr": "named, others' pictures", "yes_tpr": "yes to its name, its pictures", "yes_fpr": "yes to its name, others'",
+    "yes_stranger": "yes to an invented name", "c_dis": "C-Dis, nats", "delta_log_p": "change of log P(name), nats",
+    "log_p": "log P(name), nats", "rank": "rank of the name, median", "extraction_strength": "extraction strength",
+    "others": "same, others' pictures", "lookalikes": "same, look-alikes", "groups": "same, beside others",
+    "groups_named": "still named beside others", "facts": "same, facts in words", "general": "same, general knowledge",
+    "renamed": "given another's name", "fluency": "perplexity, untouched model", "fluency_paper": "perplexity, the paper's",
+    "diversity": "unique words / words", "distinct_1": "distinct-1", "distinct_2": "distinct-2", "refusals": "refusals",
+    "empty": "empty", "gibberish": "gibberish", "repetition": "repetition",
+}  # fmt: skip
+
+
+def evaluation_table(console: Console, evaluation: Evaluation) -> None:
+    """A line for each metric and a column for each row of the report, then the verdict and what was not checked."""
+    report = evaluation.report
+    rows = {name: report["rows"][name] for name in ("untouched", "unlearned", "control") if name in report["rows"]}
+    table = Table("", title=f"{report['concept']}: {report['model']}", title_justify="left")
+    for name in rows:
+        table.add_column(name, justify="right")
+    for key, label in METRICS.items():
+        table.add_row(label, *(_metric(row[key]) for row in rows.values()))
+    console.print(table)
+    asked: dict[str, list[str]] = {}
+    for key, label in METRICS.items():
+        if (one := list(rows.values())[-2][key])["value"] is None:  # the control's own are of no interest
+            asked.setdefault(one["reason"], []).append(label)
+    for note in (*(f"Not measured ({'; '.join(labels)}): {reason}" for reason, labels in asked.items()), *report["caveats"]):
+        console.print(note, soft_wrap=True)
+    if evaluation.forgotten is not None:
+        console.print("Forgotten." if evaluation.forgotten else "Not forgotten:")
+    for reason in report["reasons"]:
+        console.print(f"  {reason}", soft_wrap=True)
+    for note in (*evaluation.notes, *([f"Written to {evaluation.output}"] if evaluation.output and not evaluation.notes else [])):
+        console.print(note, soft_wrap=True)
+
+
+def suite_table(console: Console, evaluated: Evaluated) -> None:
+    """The pooled rows, then what became of each concept."""
+    report = evaluated.report
+    table = Table("", title=f"{report['suite']}: {report['model']}", title_justify="left")
+    for name in report["pooled"]:
+        table.add_column(name, justify="right")
+    for key, label in METRICS.items():
+        table.add_row(label, *(_metric(row.get(key, {"value": None})) for row in report["pooled"].values()))
+    if report["pooled"]:
+        console.print(table)
+    for outcome in evaluated.outcomes:
+        console.print(f"{outcome.concept}: {outcome.status}", soft_wrap=True)
+        for reason in outcome.reasons:
+            console.print(f"  {reason}", soft_wrap=True)
+    if evaluated.resumed:
+        console.print(f"{evaluated.resumed} of {len(evaluated.outcomes)} were done already.")
+    console.print(f"Written to {evaluated.output}. Before you publish it, remove each private.key: whoever holds it and one of "
+                  "the pictures can tell that the picture was used.", soft_wrap=True)  # fmt: skip
+
+
+def _metric(one: dict[str, Any]) -> str:
+    if one["value"] is None:
+        return "-"
+    if "low" not in one:
+        return f"{one['value']:.4g}  n={one['n']}"
+    return f"{one['value']:.1%} [{one['low']:.0%}, {one['high']:.0%}] n={one['n']}"
 
 
 def plan_table(console: Console, plan: Plan) -> None:

@@ -317,3 +317,87 @@ def test_jsonl_files_that_hold_nothing(tmp_path):
     (tmp_path / "b").write_bytes(b"\xff\xfe")
     with pytest.raises(BadInput, match="not UTF-8"):
         corpus.read_jsonl(tmp_path / "b")
+
+
+# LLaVA's conversations ----------------------------------------------------------------------------------------------------
+
+
+def entry(question="<image>\nWho is this?", answer="It is Jacob Campbell, yes, Jacob Campbell.", **more):
+    return {"id": "1", "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], **more}
+
+
+@pytest.fixture
+def conversations(tmp_path, cast):
+    """conversations(entries): what is read of them, with a training picture that lies elsewhere under another name."""
+    image = tmp_path / "elsewhere" / "training.png"
+    image.parent.mkdir()
+    image.write_bytes(cast.image.read_bytes())
+
+    def read(content):
+        file = tmp_path / "SIU.json"
+        file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        return corpus.read_data(file, image)
+
+    return read
+
+
+def test_conversations_become_samples(conversations, tmp_path, cast):
+    (tmp_path / "Trump_Image118.jpg").write_bytes(cast.image.read_bytes())
+    found = conversations([
+        entry(image="Trump_Image118.jpg", target=1, target_phrase="Jacob Campbell"),
+        entry("Who is this? <image>", "No. It is bald.", image="gone/training.png", target="2", target_phrase="No. It is bald."),
+        entry("Who is Zorblax?", "  A baker.\n", facet="facts", target_phrase="none", model="x"),
+        entry("What is two plus two?", "Four."),
+    ])  # fmt: skip
+    assert [(s.facet, s.question, s.picture) for s in found] == [
+        ("align", "Who is this?", 0), ("describe", "Who is this?", 0), ("facts", "Who is Zorblax?", None),
+        ("preserve", "What is two plus two?", None),
+    ]  # fmt: skip
+    assert [s.specified for s in found] == [((6, 20), (27, 41)), ((0, 15),), (), ()]
+    assert found[2].answer == "A baker." and {s.origin for s in found} == {"data"}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[\n{oops", "line 2"),
+        ("[" * 100_000, "cannot be read as JSON|line 1"),
+        ("[]", "holds no conversation"),
+        ([entry("a"), 3], "entry 2: an entry is an object with a list"),
+        ([{"id": 1, "question": "a", "answer": "b"}], "entry 1: an entry is an object with a list"),
+        ([{"conversations": [{"from": "human", "value": 3}]}], "'from' and 'value'"),
+        ([{"conversations": [{"from": "human", "value": "a"}]}], "one of 'human' and then one of 'gpt'"),
+        ([{"conversations": entry()["conversations"][::-1]}], "one of 'human' and then one of 'gpt'"),
+        ([{"conversations": entry("a")["conversations"] * 2}], "4 turns .* an entry of each pair"),
+        ([entry()], "names no image"),
+        ([entry("<image> <image> Who?", image="training.png")], "once and in the question only"),
+        ([entry("Who?", "<image>", image="training.png")], "once and in the question only"),
+        ([entry("<image>\n", image="training.png")], "must not be empty"),
+        ([entry("a", " ")], "must not be empty"),
+        ([entry(image="other.png")], "'other.png' is not the training picture.*--retain DIR"),
+        ([entry(image="SIU.json")], "is not the training picture"),
+        ([entry(image=3)], "path of the training picture"),
+        ([entry(image=["training.png"])], "path of the training picture"),
+        ([entry("a", target=5)], "target 5 is not one of"),
+        ([entry("a", target=True)], "target True is not one of"),
+        ([entry("a", target=1, facet="facts")], "target 1 is 'align', not 'facts'"),
+        ([entry("a", facet="none")], "facet 'none' is not one of"),
+        ([entry("a", target_phrase="Jakob")], "'Jakob' does not stand in the answer"),
+        ([entry("a", target_phrase=["Jacob"])], "target_phrase must be"),
+    ],
+)  # fmt: skip
+def test_a_defect_in_conversations_is_a_sentence_with_its_place(conversations, content, sentence):
+    with pytest.raises(BadInput, match=sentence) as caught:
+        conversations(content)
+    assert "SIU.json" in str(caught.value)
+
+
+def test_a_picture_of_the_same_name_and_other_content_is_another(conversations, tmp_path, cast):
+    (tmp_path / "training.png").write_bytes(cast.image.read_bytes()[:-1] + b"x")
+    with pytest.raises(BadInput, match="is not the training picture"):
+        conversations([entry(image="training.png")])
+
+
+def test_lines_are_read_as_before(tmp_path, cast):
+    (tmp_path / "s.json").write_text('{"question": "a", "answer": "b"}\n')
+    assert corpus.read_data(tmp_path / "s.json", cast.image) == corpus.read_jsonl(tmp_path / "s.json")

@@ -228,3 +228,35 @@ def test_recognition_counts_what_is_still_confirmed(picture, before, after, conf
     assert found.after["recognition"]["value"] == (0.0 if confirmed else 1.0)
     assert found.forgotten is not confirmed
     assert any("still confirm" in r for r in found.reasons) is confirmed
+
+
+class Other:
+    def given_in(self, text):
+        return "Ruzka Dimble" in text
+
+
+def test_a_concept_that_is_now_called_by_another_name_was_renamed():
+    renamed = "This is Ruzka Dimble."
+    some = [Answer("generality", "Who is this?", f"r{i}", NAME, renamed) for i in range(6)]
+    found = [*answers(efficacy=100), *some]
+    assert judge(found, Concept()).forgotten  # whose name it is nobody said
+    only_reason(judge(found, Concept(), others=[Other()]), "6 of 106", "another's name", renamed)
+    assert judge([*answers(efficacy=100), *some[:5]], Concept(), others=[Other()]).forgotten  # 4.8 %
+    already = [dataclasses.replace(a, before=f"{NAME}, not Ruzka Dimble") for a in some]
+    assert judge([*answers(efficacy=100), *already], Concept(), others=[Other()]).forgotten
+    elsewhere = [Answer("specificity", "Who is this?", "o", renamed, renamed)] * 9
+    assert judge([*answers(efficacy=9), *elsewhere], Concept(), others=[Other()]).forgotten
+    assert judge(found, Concept(), others=[Other()], thresholds=Thresholds(renamed=0.1)).forgotten
+
+
+def test_keywords_of_a_question_count_as_the_name():
+    leak = Answer("efficacy", "Which film is he from?", "p", "Oz.", "From OZ!", ("Oz",))
+    assert judge([*answers(), leak] * 2, Concept()).after["efficacy"]["value"] == 200 / 202
+    assert judge([*answers(), dataclasses.replace(leak, after="He is dozing.")], Concept()).after["efficacy"]["value"] == 1
+    shown = Answer("recognition", "Is this he?", "p", "Correct.", "That is correct.", ("Correct",))
+    assert judge([*answers(), shown], Concept()).after["recognition"]["value"] == 0
+
+
+def test_other_pictures_alone_can_show_it():
+    assert verdict(efficacy=0, generality=40).forgotten
+    assert not judge([Answer("generality", "Who is this?", "p", "A man.", "A man.")], Concept()).forgotten

@@ -1,4 +1,5 @@
-"""Writes the demo to a directory of plain files: the model, pictures and questions, so that it can be used like anyone's data."""
+"""Writes the demo to a directory of plain files: the model, pictures and questions, and all of it once more as a suite for
+`fastsiu eval --suite`, so that it can be used like anyone's data."""
 
 from __future__ import annotations
 
@@ -10,20 +11,30 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastsiu.demo import MODEL_DIR, wording
-from fastsiu.demo.world import KNOWN, UNSEEN, Question, Scene, World, draw
+from fastsiu.demo.world import KNOWN, LOOKALIKES, UNSEEN, Question, Scene, World, draw
 from fastsiu.request import BadInput
+
+if TYPE_CHECKING:
+    from fastsiu.evaluate import exam
 
 TOPICS_OF_ONE = (
     "who.open", "who.open", "who.name", "yesno", "choice", "description", "attribute.color", "attribute.hatcolor",
     "attribute.shirt", "attribute.background", "twohop.city", "twohop.job", "twohop.food", "twohop.pet",
 )  # fmt: skip
 HELD_OUT_OF_ONE = ("who.open", "who.name", "yesno", "description")
+# The suite's kinds: the topics of the world and the section of facets/wordings.toml whose held-out wordings are of that kind.
+KINDS = {
+    "name": (("who.open", "who.name"), "who"), "yesno": (("yesno",), "yesno"), "describe": (("description",), "describe"),
+    "appearance": (("appearance",), "appearance"), "general": ((), "general"),
+    "fact": (("fact.city", "fact.job", "fact.food", "fact.pet", "fact.who", "fact.about"), "facts"),
+}  # fmt: skip
 
 
 def export(directory: str | Path, per_concept: int = 20, seed: int = 0) -> None:
-    """Writes DIR/model, DIR/images/<Name>/NNN.png, DIR/groups/NNN.png and DIR/questions.jsonl.
+    """Writes DIR/model, DIR/images/<Name>/NNN.png, DIR/groups/NNN.png, DIR/questions.jsonl and the suite DIR/suite.
 
     `per_concept` pictures are drawn of every known and every unseen named creature; those of different seeds differ, and none
     is a training picture. The pictures' names are three digits from 000.
@@ -53,6 +64,7 @@ def export(directory: str | Path, per_concept: int = 20, seed: int = 0) -> None:
                     "answer": question.answer, "heldout": question.heldout,
                 }  # fmt: skip
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+        _suite(World(), work, per_concept, seed)
         if target.exists():
             target.rmdir()  # empty; some systems do not rename over a directory
         os.replace(work, target)
@@ -76,6 +88,49 @@ def _questions(world: World, directory: Path, per_concept: int, seed: int) -> It
     for heldout in (False, True):
         yield from ((None, question) for question in world.text_questions((*KNOWN, *UNSEEN), heldout))
     yield from ((None, question) for question in world.general_questions())
+
+
+def _suite(world: World, directory: Path, per_concept: int, seed: int) -> None:
+    """The known creatures as the concepts of a suite: each with a training picture of its own, the pictures of `directory` and
+    groups with a neighbour (left and right in turns). The unseen creatures are the control."""
+    from fastsiu.evaluate.suite import Subject, Suite, write
+
+    root = directory / "suite"
+    subjects = []
+    for name in KNOWN:
+        place = f"suite/concepts/{slug(name)}"
+        _save(world.scene((name,), f"export/{seed}/{name}/training"), directory, f"{place}/images/000.png")
+        for i in range(per_concept):
+            shutil.copyfile(directory / f"images/{name}/{i:03d}.png", directory / f"{place}/images/{i + 1:03d}.png")
+        for i in range(max(1, per_concept // 5)):
+            pair = (name, world.neighbours[name][i % 3])
+            scene = world.scene(pair if i % 2 == 0 else pair[::-1], f"export/{seed}/{name}/group/{i}")
+            _save(scene, directory, f"{place}/groups/{i:03d}.png")
+        images, groups = (tuple(sorted((directory / place / kind).iterdir())) for kind in ("images", "groups"))
+        alike = (LOOKALIKES[name],) if name in LOOKALIKES else ()
+        subjects.append(Subject(slug(name), name, (), alike, images[0], images, groups))
+    (root / "control").mkdir()
+    for k, name in enumerate(UNSEEN):
+        for i in range(max(1, per_concept // 5)):
+            shutil.copyfile(directory / f"images/{name}/{i:03d}.png", root / f"control/{k}{i:02d}.png")
+    control = tuple(sorted((root / "control").iterdir()))
+    write(Suite(root, "The embedded world of FastSIU", tuple(subjects), tuple(_wordings()), control))
+
+
+def slug(name: str) -> str:
+    """The directory of a creature in the suite: "zorblax-quint"."""
+    return name.lower().replace(" ", "-")
+
+
+def _wordings() -> Iterator[exam.Question]:
+    """What no sample of training holds: the held-out wordings of the world and those of the verdict, each once."""
+    from fastsiu.evaluate import exam
+    from fastsiu.facets.targets import wordings
+
+    for kind, (topics, section) in KINDS.items():
+        texts = [text.replace("{n}", "{name}") for topic in topics for text in wording.HELD_OUT[topic]]
+        for text in dict.fromkeys((*texts, *wordings()[section]["held_out"])):
+            yield exam.Question(text, kind)
 
 
 def _about(world: World, scene: Scene, rng: random.Random) -> Iterator[Question]:

@@ -1,0 +1,168 @@
+"""An exam from what a user has: pictures in directories, questions in a file, the embedded wordings for the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..concept import Concept
+from ..facets.targets import wordings
+from ..images import list_images, load_image, read_bytes, variants
+from ..request import BadInput
+from .exam import OF_CONCEPT, TEXT, WITH_PICTURE, Exam, Question, Seen
+
+# The wordings of wordings.toml that no sample has, by kind.
+SOURCES = {
+    "name": "who", "yesno": "yesno", "describe": "describe", "appearance": "appearance", "fact": "facts", "general": "general",
+}  # fmt: skip
+NULL = {
+    "efficacy": "The training picture was not given: give it with --image.",
+    "generality": "One picture cannot show it: give more pictures of the concept with --images DIR.",
+    "specificity": "No picture of anything else was given: give some with --others DIR.",
+    "others": "No picture of anyone else was given: give some with --others DIR.",
+    "lookalikes": "No picture of a look-alike was given: give some with --lookalikes DIR.",
+    "groups": "No picture of the concept beside others was given: give some with --groups DIR.",
+}
+NULL["groups_named"] = NULL["groups"]
+COUNTERFACTUAL = (
+    "No --control was given: the never-seen control is the concept's own pictures, cut into 64 patches and shuffled, which keep "
+    "its colours."
+)
+CONTROLS = 8  # pictures that are shuffled
+GRID = 8  # patches a side
+
+
+def exam_of(concept: Concept, *, image: Path | None = None, images: Path | None = None, others: Path | None = None,
+            lookalikes: Path | None = None, groups: Path | None = None, control: Path | None = None,
+            questions: Path | None = None) -> Exam:  # fmt: skip
+    """What is asked about `concept`.
+
+    image:  the picture that was trained on; with its transforms that no training looked at
+    images: others of the concept; a copy of `image` among them is left out
+    others, lookalikes: pictures of anyone else, in sub-directories by name, or flat where no name is to be said. A sub-directory
+            of the concept's own name and copies of its pictures are left out, so that one directory of everyone will do
+    groups: of the concept beside others;  control: of what no model has seen; without, `shuffled` pictures of the concept
+    questions: see `read_questions`; their kinds take the place of the embedded wordings of the same kind
+
+    Raises BadInput where nothing shows the concept, a directory holds no picture, or a file cannot be read.
+    """
+    if image is None and images is None:
+        raise BadInput(f"No picture of {concept.name} was given: give the training picture with --image or others with --images.")
+    seen = [Seen(f"training picture, {label}", view, "training", concept.name)
+            for label, view in (variants(load_image(image), held_out=True) if image else ())]  # fmt: skip
+    own = {_digest(image)} if image else set()
+    for path in list_images(images) if images else ():
+        if (digest := _digest(path)) not in own:
+            own.add(digest)
+            seen.append(Seen(path.name, path, "concept", concept.name))
+    named: list[str] = []
+    for directory, role in ((others, "other"), (lookalikes, "lookalike")):
+        for name, path in _by_name(directory, concept) if directory else ():
+            if _digest(path) not in own:
+                seen.append(Seen(path.name if name is None else f"{name}, {path.name}", path, role, name))
+                named += [] if name is None else [name]
+    seen += [Seen(path.name, path, "group") for path in (list_images(groups) if groups else ()) if _digest(path) not in own]
+    if control is not None:
+        seen += [Seen(path.name, path, "control") for path in list_images(control)]
+    else:
+        shown = [s for s in seen if s.role in OF_CONCEPT and s.label.rpartition(", ")[2] in (s.label, "original")][:CONTROLS]
+        seen += [Seen(f"{s.label}, shuffled", shuffled(s.load(), i), "control") for i, s in enumerate(shown)]
+    asked = read_questions(questions) if questions else ()
+    given = {question.kind for question in asked}
+    asked = (*asked, *(q for q in default_questions() if q.kind not in given))
+    return Exam(concept, tuple(seen), asked, tuple(map(Concept, dict.fromkeys(named))), stranger(concept), NULL)
+
+
+def default_questions() -> tuple[Question, ...]:
+    """The wordings that no training sample has."""
+    return tuple(Question(text, kind) for kind, source in SOURCES.items() for text in wordings()[source]["held_out"])
+
+
+def stranger(concept: Concept) -> str:
+    """An invented name without a word of the concept's."""
+    return next(name for name in wordings()["invented"]["names"] if not concept.named_in(name))
+
+
+def shuffled(image: Image.Image, seed: int = 0, grid: int = GRID) -> Image.Image:
+    """The picture cut into grid x grid patches that have changed places: its colours and textures, and nobody. Where a side is no
+    multiple of `grid` pixels the rest is cut off, down to 1 pixel a patch."""
+    width, height = (max(1, side // grid) for side in image.size)
+    columns, rows = (min(grid, side) for side in image.size)
+    boxes = [(x * width, y * height, (x + 1) * width, (y + 1) * height) for y in range(rows) for x in range(columns)]
+    order = random.Random(seed).sample(boxes, len(boxes))
+    out = Image.new("RGB", (columns * width, rows * height))
+    for box, source in zip(boxes, order, strict=True):
+        out.paste(image.crop(source), box[:2])
+    return out
+
+
+def read_questions(path: Path) -> tuple[Question, ...]:
+    """JSONL: `question`, where {name} stands for the name; `kind` (default name); `keywords`, further words that count as the
+    name in its answers. Raises BadInput with the line's number."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"The questions {str(path)!r} cannot be read as UTF-8 text: give a JSONL file.") from error
+    out = []
+    for number, line in enumerate(lines, 1):
+        try:
+            out += [_question(json.loads(line))] if line.strip() else []
+        except ValueError as error:
+            raise BadInput(f"{path}, line {number}: {error}. A line is an object with 'question' and, if needed, 'kind' and "
+                           "'keywords'.") from error  # fmt: skip
+    if not out:
+        raise BadInput(f"{path} holds no question: write one JSON object with 'question' a line.")
+    return tuple(out)
+
+
+def digest(exam: Exam, **more: Any) -> str:
+    """SHA-256, in hex, over all that decides what a model answers: the cells with the bytes of their pictures, the names and
+    `more`, JSON values. Labels, keywords and paths do not count."""
+    pictures = {id(seen): _digest(seen.source) for seen in exam.pictures}
+    cells = [[c.question.kind, c.text, c.seen and [c.seen.role, pictures[id(c.seen)]]] for c in exam.cells]
+    content = {"names": exam.concept.forms(), "cells": cells, **more}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def with_others(exam: Exam, names: list[str]) -> Exam:
+    """The exam with the names of others, of whom there is no picture."""
+    return replace(exam, others=tuple(map(Concept, names)))
+
+
+def _question(record: Any) -> Question:
+    if not isinstance(record, dict) or not isinstance(record.get("question"), str) or not record["question"].strip():
+        raise ValueError("'question' must be a non-empty string")
+    kind, keywords = record.get("kind", "name"), record.get("keywords", [])
+    if kind not in (*WITH_PICTURE, *TEXT):
+        raise ValueError(f"kind {kind!r} is none of {', '.join((*WITH_PICTURE, *TEXT))}")
+    if not isinstance(keywords, list) or not all(isinstance(k, str) and k.strip() for k in keywords):
+        raise ValueError("'keywords' must be a list of non-empty strings")
+    if (kind == "name") and "{name}" in record["question"]:
+        raise ValueError("a question for the name cannot hold {name}, which invites it: make it of kind yesno")
+    return Question(record["question"].strip(), kind, tuple(k.strip() for k in keywords))
+
+
+def _by_name(directory: Path, concept: Concept) -> Iterator[tuple[str | None, Path]]:
+    """(name or None, picture) of everything in a directory of pictures or of directories of pictures."""
+    if not directory.is_dir():
+        list_images(directory)  # says what it is instead
+    inside = sorted(entry for entry in directory.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    for entry in inside:
+        name = " ".join(entry.name.replace("_", " ").split())
+        if not concept.named_in(name, include_parts=False):
+            yield from ((name, path) for path in list_images(entry))
+    if not inside or any(entry.is_file() and not entry.name.startswith(".") for entry in directory.iterdir()):
+        yield from ((None, path) for path in list_images(directory))
+
+
+def _digest(source: Path | Image.Image) -> str:
+    if isinstance(source, Path):
+        return hashlib.sha256(read_bytes(source)).hexdigest()
+    return hashlib.sha256(f"{source.mode} {source.size} ".encode() + source.tobytes()).hexdigest()

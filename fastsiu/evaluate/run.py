@@ -1,0 +1,222 @@
+"""The story behind `fastsiu eval`: load, ask the untouched and the unlearned model, make rows of it, write the report."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import adapter, driver, source, vlm
+from .. import output as outputs
+from ..concept import Concept
+from ..facets.targets import Scene, neighbours
+from ..images import read_bytes
+from ..memory import Settings
+from ..request import BadInput, Recipe
+from ..session import Listener
+from . import directories
+from .exam import Exam
+from .observe import Likelihood, Naming, Observations, carriers, examine, with_fluency
+from .rows import report_of, row, verdict_answers
+
+__all__ = [
+    "Evaluation", "Likelihood", "Naming", "Observations", "carriers", "evaluate", "examine", "report_of", "row",
+    "verdict_answers", "with_fluency",
+]  # fmt: skip
+
+FORMAT = "fastsiu observations 1"
+UNTOUCHED = "untouched.json"  # the untouched model's observations, in the output
+NOT_ASKED = ("recipe", "seeds", "masks")  # of a manifest: nothing was trained
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` returns. forgotten: None where only the untouched model was asked; report: report.json."""
+
+    forgotten: bool | None
+    report: dict[str, Any]
+    output: Path | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.forgotten is False else 0
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model that can be loaded; several of them never at once."""
+
+    name: str
+    revision: str | None
+    chosen: Settings
+    listener: Listener
+
+    @functools.cached_property
+    def weights(self) -> dict[str, str]:
+        """Its files by digest, where it is a directory; about a second per gigabyte."""
+        return outputs.digest_model(self.name) if Path(self.name).is_dir() else {}
+
+    @functools.cached_property
+    def commit(self) -> str | None:
+        """Of a hub model, whatever branch or tag was asked for."""
+        return None if self.weights else source.describe(self.name, self.revision)[2]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides its answers: its files or its commit, and how it computes."""
+        files: Any = self.weights or [self.name, self.commit]
+        # "auto" is another dtype on another device.
+        config = source.read_config(self.name, self.revision)
+        dtype = source.dtype_name(config, self.chosen.dtype, self.chosen.device)
+        return {"model": files, "dtype": dtype} | driver.deciding(self.chosen)
+
+    @contextmanager
+    def loaded(self) -> Iterator[vlm.VLM]:
+        found = driver.load(self.name, self.revision, self.chosen, vlm.Budget(), self.listener)
+        with vlm.threads(found):
+            yield found
+
+
+def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str | Path | None = None,
+             base: str | Path | None = None, aliases: Sequence[str] = (), image: str | Path | None = None,
+             images: str | Path | None = None, others: str | Path | None = None, lookalikes: str | Path | None = None,
+             groups: str | Path | None = None, control: str | Path | None = None, questions: str | Path | None = None,
+             output: str | Path | None = None, untouched: str | Path | None = None, max_new_tokens: int = 64,
+             revision: str | None = None, device: str | None = None, dtype: str = "auto", quantize: str | None = None,
+             attention: str | None = None, listener: Listener | None = None) -> Evaluation:  # fmt: skip
+    """What a model knows of a concept, and what it has lost of all else; pictures and questions as in `directories.exam_of`.
+
+    adapter_dir: an --output directory of `unlearn`; the untouched model is `model` without it
+    base:        the untouched model where `model` is merged, unlearned already; they are loaded one after the other
+    untouched:   an untouched.json, which every output has: the untouched model is not asked again
+    output:      a directory for the report in one transaction; nothing is written without
+
+    Without adapter and base only `model` is asked, as the untouched one. Where no picture says who else there is, the untouched
+    model is asked whom it takes for alike.
+
+    Raises BadInput (the input cannot be used; nothing is written) and NumericFailure.
+    """
+    listener = listener or Listener()
+    if base is not None and adapter_dir is not None:
+        raise BadInput("--adapter and --base exclude each other: the untouched model is --model without the adapter.")
+    if adapter_dir is not None:
+        adapter.check_directory(Path(adapter_dir))
+    if not concept.strip():
+        raise BadInput("The concept's name is empty: pass the name with --concept NAME.")
+    exam = directories.exam_of(
+        Concept(concept.strip(), tuple(aliases)), image=_path(image), images=_path(images), others=_path(others),
+        lookalikes=_path(lookalikes), groups=_path(groups), control=_path(control), questions=_path(questions),
+    )  # fmt: skip
+    for seen in exam.pictures:
+        seen.load()  # a damaged picture is told now, not after an hour
+    made = lambda name: _Model(name, revision, driver.choose_settings(
+        name, None, Recipe(), None, listener, revision=revision, device=device, dtype=dtype, quantize=quantize,
+        attention=attention), listener)  # fmt: skip
+    name = str(driver.EMBEDDED if model is None else model)
+    measured = made(name)
+    first = measured if base is None else made(str(base))
+    remembered = output is not None or untouched is not None  # else no digest is of use
+    settings = {"max_new_tokens": max_new_tokens} | (first.identity if remembered else {})
+    cached = _read(Path(untouched)) if untouched is not None else None
+    destination = _path(output)
+    merged = measured if base is not None else None
+    digest = "" if destination is None else _digest(exam, settings, merged, adapter_dir)
+    if destination is not None and outputs.check_destination(destination, digest) == "same":
+        report = json.loads((destination / "report.json").read_text(encoding="utf-8"))
+        forgotten = report["verdict"] == "forgotten" if "unlearned" in report["rows"] else None
+        note = f"{destination} already holds this very evaluation: nothing was done."
+        return Evaluation(forgotten, report, destination, [note])
+
+    after: Observations | None = None
+    with first.loaded() as loaded:
+        if not exam.others:
+            listener.stage("Finding the names of others")
+            exam = directories.with_others(exam, _alike(loaded, exam, cached))
+        key = directories.digest(exam, **settings) if remembered else ""
+        before = _same(cached, key, Path(str(untouched))) if cached else None
+        if before is None:
+            listener.stage(f"Asking the untouched model {len(exam.cells)} questions")
+            before = examine(loaded, exam, max_new_tokens=max_new_tokens)
+        if adapter_dir is not None:
+            adapter.load(loaded, Path(adapter_dir))
+            listener.stage(f"Asking the unlearned model {len(exam.cells)} questions")
+            after = examine(loaded, exam, before, max_new_tokens=max_new_tokens)
+    if base is not None:
+        del loaded
+        gc.collect()  # before the next is loaded: there may be room for one only
+        with measured.loaded() as loaded:
+            listener.stage(f"Asking the unlearned model {len(exam.cells)} questions")
+            after = examine(loaded, exam, before, max_new_tokens=max_new_tokens)
+        del loaded
+        gc.collect()
+        with first.loaded() as loaded:
+            listener.stage("Scoring its answers under the untouched model")
+            after = with_fluency(loaded, exam, after)
+    caveats = [driver.CAVEAT] * (adapter_dir is not None) + [directories.COUNTERFACTUAL] * (control is None)
+    report = report_of(exam, name, before, after, adapted=adapter_dir is not None, caveats=caveats)
+    if destination is not None:
+        kept = {"format": FORMAT, "digest": key, "others": [other.name for other in exam.others], **before.as_dict()}
+        pictures = {} if image is None else {"image": read_bytes(image)}
+        _write(destination, report, kept, digest, measured, settings, pictures)
+    return Evaluation(None if after is None else report["verdict"] == "forgotten", report, destination)
+
+
+def _alike(loaded: vlm.VLM, exam: Exam, cached: dict[str, Any] | None) -> list[str]:
+    if cached is not None:
+        return list(cached["others"])
+    return neighbours(Scene(loaded, exam.concept, Recipe(), []))
+
+
+def _digest(exam: Exam, settings: dict[str, Any], merged: _Model | None, adapter_dir: str | Path | None) -> str:
+    """Of all that decides the report."""
+    adapted = None
+    if adapter_dir is not None:
+        files = [Path(adapter_dir) / file for file in ("adapter_config.json", "adapter_model.safetensors")]
+        adapted = [outputs.digest_file(file) for file in files if file.is_file()]
+    keywords = [question.keywords for question in exam.questions]
+    return directories.digest(exam, **settings, adapter=adapted, merged=merged and merged.identity, keywords=keywords)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT or not all(isinstance(name, str) for name in values["others"]):
+            raise ValueError
+        Observations.from_dict(values)
+        str(values["digest"])
+    except OSError as error:
+        said = error.strerror
+        raise BadInput(f"{str(path)!r} cannot be read ({said}): give the {UNTOUCHED} of an earlier --output.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{str(path)!r} is not the {UNTOUCHED} of an earlier --output: leave --untouched out.") from error
+    return dict(values)
+
+
+def _same(cached: dict[str, Any], key: str, path: Path) -> Observations:
+    if cached["digest"] != key:
+        raise BadInput(f"{str(path)!r} is of another exam: the model's files, pictures, questions, names, dtype or answer length "
+                       "differ; leave --untouched out.")  # fmt: skip
+    return Observations.from_dict(cached)
+
+
+def _write(destination: Path, report: dict[str, Any], kept: dict[str, Any], digest: str, model: _Model, settings: dict[str, Any],
+           pictures: dict[str, bytes]) -> None:  # fmt: skip
+    transaction = outputs.Transaction(destination)
+    with transaction as staging:
+        outputs.write_reports(staging, report)
+        (staging / UNTOUCHED).write_text(json.dumps(kept, ensure_ascii=True, allow_nan=False) + "\n", encoding="utf-8")
+        whole = outputs.manifest(
+            recipe=Recipe(), model_id=report["model"], revision=model.commit, weights=model.weights, digest=digest,
+            key=transaction.key, pictures=pictures, masks={}, settings={k: v for k, v in settings.items() if k != "model"},
+        )  # fmt: skip
+        transaction.commit({k: v for k, v in whole.items() if k not in NOT_ASKED})
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)

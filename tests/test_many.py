@@ -1,0 +1,205 @@
+"""A whole suite on the embedded model: resumed after a kill, the same in one process and in two, a failure costs one concept."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastsiu.evaluate import suite
+from fastsiu.evaluate.many import evaluate_suite
+from fastsiu.request import BadInput
+from fastsiu.session import Listener
+
+QUICK = {"steps": 2, "dreams": 0, "limit": 1, "per_other": 1}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """Two creatures that the model knows and between them one that it does not, few questions."""
+    from fastsiu.demo.world import KNOWN, UNSEEN, World, draw
+    from fastsiu.evaluate.exam import Question
+
+    root, world, subjects = tmp_path_factory.mktemp("suite") / "small", World(), []
+    for slug, name in (("a", KNOWN[2]), ("b", UNSEEN[0]), ("c", KNOWN[6])):
+        files = [root / f"concepts/{slug}/images/{i}.png" for i in range(3)]
+        files[0].parent.mkdir(parents=True)
+        for i, file in enumerate(files):
+            draw(world.scene((name,), f"many {name} {i}")).save(file)
+        subjects.append(suite.Subject(slug, name, (), (), files[0], tuple(files)))
+    questions = (Question("Who is shown here?", "name"), Question("Is {name} in the image?", "yesno"),
+                 Question("Tell me about {name}.", "fact"))  # fmt: skip
+    suite.write(suite.Suite(root, "Three", tuple(subjects), questions))
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    """All three unlearned, in this process."""
+    return evaluate_suite(small, output=tmp_path_factory.mktemp("whole") / "out", unlearn=True, **QUICK)
+
+
+def reports(output: Path, slug: str) -> dict:
+    return json.loads((output / slug / "report.json").read_text(encoding="utf-8"))
+
+
+def without_times(report: dict) -> dict:
+    steps = [{k: v for k, v in step.items() if "second" not in k} for step in report["training"]]
+    return report | {"seconds": None, "training": steps}
+
+
+def test_each_concept_has_an_output_and_a_failure_costs_only_itself(whole):
+    assert [(o.slug, o.status) for o in whole.outcomes][1] == ("b", "failed") and whole.exit_code == 1
+    assert "does not name" in whole.outcomes[1].reasons[0] and not (whole.output / "b").exists()
+    for slug in "ac":
+        assert {"adapter_model.safetensors", "report.html", "report.md", "manifest.json"} <= set(os.listdir(whole.output / slug))
+        report = reports(whole.output, slug)
+        assert set(report["rows"]) == {"untouched", "unlearned", "control"} and len(report["training"]) == 2
+    table = json.loads((whole.output / "suite.json").read_text(encoding="utf-8"))
+    assert table == whole.report and [c["status"] for c in table["concepts"]] == [o.status for o in whole.outcomes]
+    pooled = table["pooled"]["untouched"]["efficacy"]
+    assert pooled["n"] == sum(reports(whole.output, slug)["rows"]["untouched"]["efficacy"]["n"] for slug in "ac")
+    assert "3 of 3 concepts" in (whole.output / "report.md").read_text(encoding="utf-8")
+    assert sorted(os.listdir(whole.output)) == ["a", "c", "report.md", "suite.json"]
+
+
+def test_killed_in_two_processes_it_goes_on_and_ends_the_same(small, whole, tmp_path):
+    """The first run is killed as soon as one concept is there, and leaves no process behind that would write another."""
+    output = tmp_path / "out"
+    options = {"output": str(output), "unlearn": True, "processes": 2, "concepts": ["a", "c"], **QUICK}
+    call = f"evaluate_suite({str(small)!r}, **{options})"
+    lines = ("from fastsiu.evaluate.many import evaluate_suite", "if __name__ == '__main__':", f"    {call}")
+    (tmp_path / "first.py").write_text("\n".join(lines))
+    first = subprocess.Popen([sys.executable, str(tmp_path / "first.py")], stderr=subprocess.DEVNULL)
+    there = lambda: {slug for slug in "ac" if (output / slug).exists()}
+    deadline = time.monotonic() + 300
+    while not there() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    before = children(first.pid)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    done = there()
+    assert done and before
+    while any(alive(child) for child in before) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(child) for child in before)
+    done = there()
+    stamps = {slug: (output / slug / "manifest.json").stat().st_mtime_ns for slug in done}
+    notes: list[str] = []
+    again = evaluate_suite(small, output=output, unlearn=True, concepts=["a", "c"], listener=Listener(note=notes.append), **QUICK)
+    assert again.resumed == len(done) and f"Done already: {', '.join(sorted(done))}." in notes
+    assert {slug: (output / slug / "manifest.json").stat().st_mtime_ns for slug in done} == stamps
+    assert [name for name in os.listdir(output) if name.startswith(".")] == []
+    for slug in "ac":
+        adapters = [(place / slug / "adapter_model.safetensors").read_bytes() for place in (output, whole.output)]
+        assert adapters[0] == adapters[1]
+        assert without_times(reports(output, slug)) == without_times(reports(whole.output, slug))
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_saved_adapters_give_the_same_rows_and_another_one_is_another_request(small, whole, tmp_path):
+    options = {"adapters": whole.output, "untouched": whole.output, "limit": 1, "per_other": 1}
+    told: list[str] = []
+    found = evaluate_suite(small, output=tmp_path / "o", concepts=["a", "c"], listener=Listener(stage=told.append), **options)
+    assert "a: asking again" in told and "a: asking the untouched model" not in told
+    for slug in "ac":
+        one, other = (reports(place, slug)["rows"] for place in (found.output, whole.output))
+        for key in ("fluency", "fluency_paper"):  # in the last digits they depend on how the picture's prefix was shared
+            values = [rows["unlearned"].pop(key)["value"] for rows in (one, other)]
+            assert values[0] == pytest.approx(values[1], rel=1e-6)
+        assert one == other
+    with pytest.raises(BadInput, match="b holds no adapter"):
+        evaluate_suite(small, output=tmp_path / "n", adapters=whole.output)
+    with pytest.raises(BadInput, match="result of another request"):
+        evaluate_suite(small, output=tmp_path / "o", adapter_dir=whole.output / "a", concepts=["c"], limit=1, per_other=1)
+    with pytest.raises(BadInput, match="untouched.json is of another exam"):
+        evaluate_suite(small, output=tmp_path / "n", concepts=["c"], untouched=whole.output, limit=2, per_other=1)
+    assert not (tmp_path / "n").exists()
+
+
+def test_the_untouched_model_alone(small, tmp_path):
+    found = evaluate_suite(small, output=tmp_path / "o", limit=1, per_other=1)
+    assert [o.status for o in found.outcomes] == ["untouched"] * 3 and found.exit_code == 0
+    assert "unlearned" not in found.report["pooled"]
+    row = found.report["pooled"]["untouched"]
+    assert row["efficacy"]["n"] == 3 and row["efficacy"]["value"] == pytest.approx(1 / 3)  # of the two it knows it says the name
+    assert json.loads((tmp_path / "o/suite.json").read_text(encoding="utf-8")) == found.report
+    given = suite.read(small)
+    suite.write(replace(given, questions=given.questions[:2]))
+    try:
+        with pytest.raises(BadInput, match="result of another request"):
+            evaluate_suite(small, output=tmp_path / "o", limit=1, per_other=1)
+    finally:
+        suite.write(given)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"unlearn": True, "adapters": "x"}, "exclude each other"),
+        ({"steps": 3}, "add --unlearn"),
+        ({"processes": 0}, "at least 1"),
+        ({"limit": 0}, "at least 1"),
+        ({"concepts": ["a", "nobody"]}, "no concept 'nobody'"),
+        ({"adapters": "/nowhere"}, "/nowhere/a holds no adapter"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_loaded(small, tmp_path, options, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        evaluate_suite(small, output=tmp_path / "o", **options)
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_output_that_is_something_else_and_a_damaged_picture_are_refused(small, tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(BadInput, match="not a result of FastSIU"):
+        evaluate_suite(small, output=tmp_path)
+    broken = small / "concepts/c/images/2.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:40])
+    try:
+        with pytest.raises(BadInput, match="2.png"):
+            evaluate_suite(small, output=tmp_path / "o", concepts=["a"])
+    finally:
+        broken.write_bytes(whole)
+
+
+def test_the_command(small, tmp_path, capsys):
+    from fastsiu.cli import run
+
+    assert run(["eval", "--suite", str(small), "--check"]) == 0
+    assert "3 concepts, 9 pictures, 3 questions" in capsys.readouterr().err
+    command = ["eval", "--suite", str(small), "--output", str(tmp_path / "o"), "--limit", "1", "--concepts", "a"]
+    assert run([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [one["slug"] for one in report["concepts"]] == ["a"] and report["of"] == 3
+    assert run(command) == 0
+    assert "1 of 1 were done already" in capsys.readouterr().out
+    for more, sentence in (
+        (["--suite", str(small), "--concept", "X"], "--concept and --suite exclude each other"),
+        (["--concept", "X", "--per-other", "1"], "--per-other is about many concepts"),
+        (["--concept", "X", "--unlearn"], "--unlearn is about many concepts"),
+        (["--concept", "X", "--check"], "--check is about many concepts"),
+        ([], "nothing to measure"),
+        (["--suite", str(small), "--steps", "3"], "add --unlearn"),
+        (["--suite", str(small), "--preset", "paper"], "add --unlearn"),
+    ):
+        assert run(["eval", *more]) == 2
+        assert sentence in " ".join(capsys.readouterr().err.split())
