@@ -115,7 +115,9 @@ def _trial(vlm: VLM, pictures: Sequence[Picture | None]) -> str:
                 if step < STEPS:
                     rows.go(torch.stack([said[i][step] for i in members]))
         found = torch.stack([state for row in ours for state in row]).float()
-        expected = torch.cat([_plain(part, i, said[i][: len(row) - 1]) for i, row in enumerate(ours)]).float()
+        whole = [_followed(turn.inputs, tokens) for turn, tokens in zip(turns, said, strict=True)]
+        plain = vlm.hidden(whole, part.shown(range(len(turns))))
+        expected = torch.cat([plain[i, part.lengths[i] - 1 :][: len(row)] for i, row in enumerate(ours)]).float()
     except Exception as error:  # any: whatever a family's own forward thinks of such inputs; it is kept as the reason
         if out_of_memory(error):
             return "the trial does not fit into memory"
@@ -124,12 +126,11 @@ def _trial(vlm: VLM, pictures: Sequence[Picture | None]) -> str:
     return "" if apart <= tolerance(vlm, vlm.head_weight.dtype) else f"hidden states differ by {apart:.1e}"  # also for NaN
 
 
-def _plain(part: Part, i: int, said: Tensor) -> Tensor:
-    """[1 + k, D]: the states of a prompt's last token and of k that follow it, in a forward of its own."""
-    inputs, n = part.turns[i].inputs, len(said)
-    whole = {k: torch.cat([v, v[:, -1:].repeat_interleave(n, 1)], 1) if per_token(inputs, k) else v for k, v in inputs.items()}
-    whole["input_ids"][0, -n:] = said
-    return part.vlm.hidden([whole], part.shown([i]))[0, -1 - n :]
+def _followed(inputs: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    """A prompt with these tokens behind it, and beside each what stands beside its last one."""
+    by_token = {k: v for k, v in inputs.items() if per_token(inputs, k)}
+    longer = {k: torch.cat([v, v[:, -1:].repeat_interleave(len(tokens), 1)], 1) for k, v in by_token.items()}
+    return inputs | longer | {"input_ids": torch.cat([inputs["input_ids"], tokens[None]], 1)}
 
 
 def prompt(vlm: VLM, question: str, picture: Picture | None, begin: str = "") -> Encoded:
@@ -213,9 +214,7 @@ def _batches(part: Part, most: int | None, longest: int) -> Iterator[tuple[Rows,
     for groups in _pictures(part, most):
         cache = prefix.prefix_cache(part, [g[0] for g in groups])
         picture = {i: row for row, group in enumerate(groups) for i in group}
-        chunks = [chunk for alike in _alike(part, cache, list(picture), longest) for chunk in part.chunks(most, alike)]
-        while chunks:
-            members = chunks.pop(0)
+        for members in [chunk for alike in _alike(part, cache, list(picture), longest) for chunk in part.chunks(most, alike)]:
             of = torch.tensor([picture[i] for i in members], device=part.vlm.device)
             yield Rows(part, members, cache, len(groups), of), members
 
