@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from fastsiu import adapter, ask, decode, prefix
 from fastsiu.images import load_image
@@ -100,12 +101,19 @@ def test_the_repetition_penalty_is_that_of_generate(loaded, asked, ours, monkeyp
     configure(loaded, monkeypatch, repetition_penalty=penalty)
     found = ours(loaded, asked, max_new_tokens=12)
     assert found == generates(loaded, asked, max_new_tokens=12) and (found != plain) is (penalty != 1.05)
-    scaled = {"logit_scale": 2.0, "logit_softcap": 3.0}
-    for key, value in scaled.items():
-        monkeypatch.setattr(loaded, key, value)
-    state, seen = torch.randn(3, loaded.head_weight.shape[1]), torch.randint(5, 90, (3, 40))
-    from transformers import RepetitionPenaltyLogitsProcessor
+    turns = [decode.prompt(loaded, text, None) for text in WORDS]
+    (part,) = prefix.parts_of(loaded, turns, [None] * len(turns))
+    ((rows, members),) = decode._batches(part, None, 4)
+    assert [set(ids) for ids in rows.seen.tolist()] == [set(turns[i].inputs["input_ids"][0].tolist()) for i in members]
 
+
+@pytest.mark.parametrize("penalty", [1.5, 0.5])
+def test_a_penalty_comes_after_scale_and_softcap(loaded, monkeypatch, penalty):
+    configure(loaded, monkeypatch, repetition_penalty=penalty)
+    for key, value in {"logit_scale": 2.0, "logit_softcap": 3.0}.items():
+        monkeypatch.setattr(loaded, key, value)
+    random = torch.Generator().manual_seed(0)
+    state, seen = torch.randn(60, loaded.head_weight.shape[1], generator=random), torch.randint(999, (60, 400), generator=random)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(seen, loaded.logits(state)).argmax(-1)
     assert torch.equal(decode.rules(loaded).next(loaded, state, seen), expected)
 
