@@ -174,6 +174,25 @@ def test_answers_on_a_shared_prefix_are_those_of_generate(case, monkeypatch):
         assert ask.replies(loaded, questions[:4], max_new_tokens=8) == plain[:4]
 
 
+@pytest.mark.parametrize("over", [0, 1])
+def test_questions_are_padded_up_to_where_a_window_would_slide(over, tmp_path, monkeypatch):
+    """A window counts slots: prompt, padding and answer must fit, or only prompts of equal length are in one batch."""
+    texts, longest = ("What is this?", "Who is in the picture? Describe it, please.", "Is it five?"), 8
+    kind = families.FAMILIES["gemma3"]
+    length = max(families.open_case(kind, tmp_path / "any").vlm.encode_prompt(text, None)["input_ids"].shape[1] for text in texts)
+    monkeypatch.setitem(families.SLIDING, "sliding_window", length + longest - over)
+    loaded = families.open_case(kind, tmp_path / "wide").vlm
+    questions, batches, grow = [(text, None) for text in texts], [], decode.Rows.__init__
+    monkeypatch.setattr(decode, "rules", lambda vlm, suppress: None)
+    plain = ask.replies(loaded, questions, max_new_tokens=longest)
+    monkeypatch.undo()
+    assert decode.exact(loaded, [None])
+    monkeypatch.setattr(decode.Rows, "__init__", lambda self, part, members, *rest: (
+        batches.append(len(members)), grow(self, part, members, *rest))[0])  # fmt: skip
+    assert ask.replies(loaded, questions, max_new_tokens=longest) == plain
+    assert batches == ([1, 1, 1] if over else [3])
+
+
 # What cannot be handled says so ---------------------------------------------------------------------------------------------
 
 
