@@ -181,10 +181,10 @@ class Rows:
         inputs = prefix.suffixes(part, [[i] for i in members], cache)
         self.mask = inputs["attention_mask"]
         hidden, _ = self.vlm.run(inputs, past_key_values=self.cache, use_cache=True)
-        rows, ends = torch.arange(len(members)), torch.tensor([part.lengths[i] for i in members])
-        last = ends - 1 - part.length
+        rows, lengths = torch.arange(len(members)), torch.tensor([part.lengths[i] for i in members])
+        last = lengths - 1 - part.length
         self.states = hidden[rows, last]
-        self.positions = part.positions[..., members, ends - 1][..., None] + 1
+        self.positions = part.positions[..., members, lengths - 1][..., None] + 1
         start = part.turns[members[0]].inputs["input_ids"][:, : part.length].expand(len(members), -1)
         self.seen = torch.cat([start, torch.where(self.mask[:, part.length :] == 1, inputs["input_ids"], start[:, :1])], 1)
         self.beside = {}
