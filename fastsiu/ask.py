@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,10 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import decode
 from .prefix import supervised_states
 from .vlm import VLM, Encoded, Picture, collate
 
 Question = tuple[str, Picture | None]
+FEW = 3  # prompts from which on it is worth trying what is exact on a model
 ROWS = 256  # supervised positions whose logits exist at a time
 
 
@@ -47,30 +50,63 @@ def replies(vlm: VLM, questions: Sequence[Question], *, begin: Sequence[str] | N
     begin:    the first words of each answer, forced (they are part of what is returned)
     suppress: token ids that may not be generated
 
-    Prompts of equal length are batched together, so no answer depends on padding or on its neighbours in the batch.
+    Answers grow on shared prefixes (`decode`) where that is exact and the model's generation_config asks for nothing that is not
+    known there, else in transformers' `generate`.
     """
     begins = list(begin) if begin is not None else [""] * len(questions)
-    prompts = [vlm.encode_prompt(q, p, b) for (q, p), b in zip(questions, begins, strict=True)]
+    turns = _prompts(vlm, questions, begins)
+    size, rules = min(batch_size, vlm.budget.ask_batch), decode.rules(vlm, suppress)
+    said: dict[int, list[int]] = {}
+    for pictured in (True, False):
+        members = [i for i, (_, picture) in enumerate(questions) if (picture is not None) is pictured]
+        pictures = [questions[i][1] for i in members]
+        if rules is None or not members or (len(questions) < FEW and pictured not in vlm.decodes):
+            continue
+        if decode.exact(vlm, pictures):
+            shown = [None if p is None else p.features for p in pictures]
+            found = decode.greedy(vlm, [turns[i] for i in members], shown, rules, max_new_tokens, size)
+            said |= {members[place]: tokens for place, tokens in found}
+    rest = [i for i in range(len(questions)) if i not in said]
+    found = generated(vlm, [turns[i] for i in rest], [questions[i][1] for i in rest], suppress, max_new_tokens, size)
+    said |= dict(zip(rest, found, strict=True))
+    ends = decode.ends(vlm)
+    texts = vlm.tokenizer.batch_decode([said[i] for i in range(len(questions))], skip_special_tokens=True)
+    whole = [f"{b} {text.strip()}" if text[:1].isspace() else f"{b}{text}" for b, text in zip(begins, texts, strict=True)]
+    return [Reply(text.strip(), not ends.isdisjoint(said[i])) for i, text in enumerate(whole)]
+
+
+def _prompts(vlm: VLM, questions: Sequence[Question], begins: Sequence[str]) -> list[Encoded]:
+    """The prompts; the same words about pictures of the same size are one object."""
+
+    @functools.cache
+    def made(question: str, begin: str, size: tuple[int, int] | None, first: int) -> Encoded:
+        return decode.prompt(vlm, question, questions[first][1], begin)
+
+    sizes = [None if picture is None else picture.image.size for _, picture in questions]
+    first = {size: i for i, size in reversed(list(enumerate(sizes)))}
+    return [made(q, b, size, first[size]) for (q, _), b, size in zip(questions, begins, sizes, strict=True)]
+
+
+def generated(vlm: VLM, turns: Sequence[Encoded], pictures: Sequence[Picture | None], suppress: Sequence[int],
+              max_new_tokens: int, batch_size: int) -> list[list[int]]:  # fmt: skip
+    """The ids of each answer, the one that ends it and padding included, by transformers' `generate`.
+
+    Prompts of equal length are batched together, so no answer depends on padding or on its neighbours in the batch.
+    """
     groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
-    for i, (prompt, (_, picture)) in enumerate(zip(prompts, questions, strict=True)):
-        groups[prompt["input_ids"].shape[1], picture is not None].append(i)
-    out = [Reply("")] * len(questions)
-    batch_size = min(batch_size, vlm.budget.ask_batch)
-    ends = torch.tensor(vlm.base.generation_config.eos_token_id or [], dtype=torch.int64, device=vlm.device)
+    for i, (turn, picture) in enumerate(zip(turns, pictures, strict=True)):
+        groups[turn.inputs["input_ids"].shape[1], picture is not None].append(i)
+    out: list[list[int]] = [[]] * len(turns)
     options = {"suppress_tokens": sorted(suppress)} if suppress else {}
     for (length, _), members in groups.items():
         for at in range(0, len(members), batch_size):
             chosen = members[at : at + batch_size]
-            inputs = collate([prompts[i] for i in chosen], vlm.tokenizer.pad_token_id)
-            features = [p.features for i in chosen if (p := questions[i][1]) is not None]
-            inputs = vlm.prompts(inputs, features)
+            inputs = collate([turns[i].inputs for i in chosen], vlm.tokenizer.pad_token_id)
+            inputs = vlm.prompts(inputs, [p.features for i in chosen if (p := pictures[i]) is not None])
             tokens = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
                                         pad_token_id=vlm.tokenizer.pad_token_id, **options)  # fmt: skip
-            texts = vlm.tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
-            closed = torch.isin(tokens[:, length:], ends).any(1).tolist()
-            for i, text, ended in zip(chosen, texts, closed, strict=True):
-                whole = f"{begins[i]} {text.strip()}" if text[:1].isspace() else f"{begins[i]}{text}"
-                out[i] = Reply(whole.strip(), ended)
+            for i, row in zip(chosen, tokens[:, length:].tolist(), strict=True):
+                out[i] = row
     return out
 
 
@@ -80,7 +116,10 @@ def label_scores(vlm: VLM, turns: Sequence[Encoded], pictures: Sequence[Picture 
     if not turns:
         return []
     features = [None if p is None else p.features for p in pictures]
-    states = supervised_states(vlm, turns, features, micro_batch=min(batch_size, vlm.budget.ask_batch))
+    ways = vlm.shares
+    if not ways and len(turns) >= FEW and decode.exact(vlm, pictures):  # nothing was planned, and nothing trains here
+        ways = ("key/value",)
+    states = supervised_states(vlm, turns, features, micro_batch=min(batch_size, vlm.budget.ask_batch), ways=ways)
     labels = torch.cat([turn.labels for turn in turns])
     found: list[list[Tensor]] = [[], [], []]
     for at in range(0, len(labels), ROWS):

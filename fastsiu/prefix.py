@@ -53,18 +53,19 @@ SHORT = 1 / 3  # of the prefix: what a row on top of its keys and values may hol
 DEARER = {"packed": 1.0, "packed key/value": 1.05, "key/value": 1.2}
 
 
-def supervised_states(vlm: VLM, turns: Sequence[Encoded], features: Sequence[Any] = (), *,
-                      micro_batch: int | None = None) -> Tensor:  # fmt: skip
+def supervised_states(vlm: VLM, turns: Sequence[Encoded], features: Sequence[Any] = (), *, micro_batch: int | None = None,
+                      ways: tuple[str, ...] | None = None) -> Tensor:  # fmt: skip
     """The hidden states [N, D] at the supervised positions, in the order of the turns, with their graph.
 
     features:    one entry per turn, None where it shows no picture, or none at all. Turns show the same picture where they have
                  the same object here.
     micro_batch: the most turns (and prefixes) in one forward; all at once when left out
+    ways:        the ways of sharing that are exact here; `vlm.shares` when left out
     """
     shown = list(features) or [None] * len(turns)
     found: dict[int, Tensor] = {}
     for part in parts_of(vlm, turns, shown):
-        found.update(RUN[part.cheapest(micro_batch)](part, micro_batch))
+        found.update(RUN[part.cheapest(micro_batch, ways)](part, micro_batch))
     return torch.cat([found[i] for i in range(len(turns))])
 
 
@@ -91,17 +92,18 @@ class Part:
     @functools.cached_property
     def positions(self) -> Tensor:
         """The model's own position ids for all turns, right-padded: [n, T], or [3, n, T] where they are three-dimensional."""
-        batch = collate([turn.inputs for turn in self.turns], 0)
         own = getattr(self.vlm.base.base_model, "get_rope_index", None)
         if own is None or self.features[0] is None:  # without a picture all three dimensions count tokens
             return torch.arange(max(self.lengths), device=self.vlm.device).expand(len(self.turns), -1)
+        batch = collate([turn.inputs for turn in self.turns], 0)
         return own(**{k: batch[k] for k in inspect.signature(own).parameters if k in batch})[0]
 
     def shown(self, members: Sequence[int]) -> list[Any]:
         return [self.features[i] for i in members if self.features[i] is not None]
 
-    def cheapest(self, most: int | None) -> str:
-        ways = [way for way in self.vlm.shares if self.length and not (way != "packed" and recomputes(self.vlm))]
+    def cheapest(self, most: int | None, exact: tuple[str, ...] | None = None) -> str:
+        exact = self.vlm.shares if exact is None else exact
+        ways = [way for way in exact if self.length and not (way != "packed" and recomputes(self.vlm))]
         if self.vlm.budget.sparing and "packed" in ways:
             ways = ["packed"]
         cost = {way: self.cost(way, most) for way in ways}
@@ -163,12 +165,20 @@ def parts_of(vlm: VLM, turns: Sequence[Encoded], shown: list[Any]) -> list[Part]
     image_token = getattr(vlm.base.config, "image_token_id", None)
     alike: dict[Any, list[int]] = {}
     ends: dict[int, int] = {}
+
+    @functools.cache  # the same question about many pictures is one object
+    def layout(turn: int, pictured: bool) -> tuple[int, Any]:
+        inputs = turns[turn].inputs
+        ids = inputs["input_ids"][0]
+        at = (ids == image_token).nonzero() if pictured and image_token is not None else ()
+        end = int(at[-1]) + 1 if len(at) else 0
+        other = tuple((k, *v.flatten().tolist()) for k, v in inputs.items() if not per_token(inputs, k))
+        return end, (pictured, tuple(ids[:end].tolist()), other)
+
+    first: dict[int, int] = {}
     for i, (turn, features) in enumerate(zip(turns, shown, strict=True)):
-        ids = turn.inputs["input_ids"][0]
-        at = (ids == image_token).nonzero() if features is not None and image_token is not None else ()
-        ends[i] = int(at[-1]) + 1 if len(at) else 0
-        other = tuple((k, *v.flatten().tolist()) for k, v in turn.inputs.items() if not _per_token(turn.inputs, k))
-        alike.setdefault((features is not None, tuple(ids[: ends[i]].tolist()), other), []).append(i)
+        ends[i], key = layout(first.setdefault(id(turn), i), features is not None)
+        alike.setdefault(key, []).append(i)
     parts = []
     for members in alike.values():
         groups: dict[int, list[int]] = {}
@@ -186,20 +196,21 @@ def parts_of(vlm: VLM, turns: Sequence[Encoded], shown: list[Any]) -> list[Part]
 def _common(turns: list[Encoded]) -> int:
     """How many first tokens all turns share, before anyone's first supervised row; 0 where what stands beside the tokens (token
     types) differs in the prefix or is not the same all over the rest, so that one turn's mask would not be another's."""
+    turns = list({id(turn): turn for turn in turns}.values())
     length = min(int(turn.rows[0]) for turn in turns)
     first = turns[0].inputs
     for turn in turns[1:]:
         same = first["input_ids"][0, :length] == turn.inputs["input_ids"][0, :length]
         length = length if bool(same.all()) else int(same.int().argmin())
     for key in first:
-        if key != "input_ids" and _per_token(first, key):
+        if key != "input_ids" and per_token(first, key):
             prefix, rest, all_ = first[key][0, :length], first[key][0, -1], [turn.inputs[key][0] for turn in turns]
             if any(not torch.equal(x[:length], prefix) or (x[length:] != rest).any() for x in all_):
                 return 0
     return length
 
 
-def _per_token(inputs: dict[str, Tensor], key: str) -> bool:
+def per_token(inputs: dict[str, Tensor], key: str) -> bool:
     return inputs[key].shape[:2] == inputs["input_ids"].shape
 
 
@@ -275,7 +286,7 @@ def _pack(part: Part, rows: list[list[int]], masks: dict[str | None, Tensor]) ->
 
 def _joined(row: list[dict[str, Tensor]], P: int) -> dict[str, Tensor]:
     """Several turns' inputs as one: what stands beside each token prefix + s_1 + ... + s_k, the rest (image grids) once."""
-    whole = {k: torch.cat([row[0][k][:, :P], *(x[k][:, P:] for x in row)], 1) for k in row[0] if _per_token(row[0], k)}
+    whole = {k: torch.cat([row[0][k][:, :P], *(x[k][:, P:] for x in row)], 1) for k in row[0] if per_token(row[0], k)}
     return row[0] | whole
 
 
@@ -307,7 +318,7 @@ def _own_masks(part: Part) -> dict[str | None, Tensor]:
         raise ValueError(f"its {', '.join(odd)} layers carry a state from token to token")
     if "flash" in (config.get_text_config()._attn_implementation or ""):
         raise ValueError("flash attention takes no 4-D mask")
-    beside = {k: v for k, v in inputs.items() if _per_token(inputs, k) and k not in ("input_ids", "attention_mask")}
+    beside = {k: v for k, v in inputs.items() if per_token(inputs, k) and k not in ("input_ids", "attention_mask")}
     make = getattr(base, "create_masks_for_generate", create_masks_for_generate)
     found = make(config=_Eager(config), inputs_embeds=torch.zeros(1, T, 1, dtype=base.dtype, device=part.vlm.device),
                  attention_mask=None, past_key_values=None, position_ids=None, is_first_iteration=True, **beside)  # fmt: skip
@@ -322,7 +333,7 @@ def _own_masks(part: Part) -> dict[str | None, Tensor]:
 
 
 def _key_value(part: Part, most: int | None) -> Iterator[tuple[int, Tensor]]:
-    return _on_prefixes(part, most, lambda members: [[i] for i in members], _suffixes)
+    return _on_prefixes(part, most, lambda members: [[i] for i in members], suffixes)
 
 
 def _packed_key_value(part: Part, most: int | None) -> Iterator[tuple[int, Tensor]]:
@@ -337,14 +348,14 @@ def _on_prefixes(part: Part, most: int | None, arrange: Callable[[list[int]], li
         groups = part.groups[at : at + size]
         # A single prefix is run once; of several batches of prefixes only the keys and values stay.
         several = most is not None and size < len(part.groups)
-        cache = _bounded(functools.partial(_prefix, part, [g[0] for g in groups]), several)
+        cache = _bounded(functools.partial(prefix_cache, part, [g[0] for g in groups]), several)
         picture = {i: row for row, group in enumerate(groups) for i in group}
         for members in part.chunks(most, list(picture)):
             rows = arrange(members)
             of = torch.tensor([picture[row[0]] for row in rows], device=part.vlm.device)
 
             def run(rows: list[list[int]] = rows, of: Tensor = of, cache: Any = cache, n: int = len(groups)) -> list[Tensor]:
-                hidden, _ = part.vlm.run(inputs(part, rows, cache), past_key_values=_fork(cache, n, of))
+                hidden, _ = part.vlm.run(inputs(part, rows, cache), past_key_values=fork(cache, n, of))
                 return [
                     hidden[at, part.turns[i].rows - 2 * part.length + start]
                     for at, row in enumerate(rows) for i, start in zip(row, _starts(part, row), strict=True)
@@ -353,10 +364,10 @@ def _on_prefixes(part: Part, most: int | None, arrange: Callable[[list[int]], li
             yield from zip((part.index[i] for row in rows for i in row), _bounded(run, most is not None), strict=True)
 
 
-def _prefix(part: Part, heads: list[int]) -> Any:
+def prefix_cache(part: Part, heads: list[int]) -> Any:
     """The cache of one prefix for each picture, with its graph. Raises ValueError where the model returns none."""
     inputs = collate([part.turns[i].inputs for i in heads], 0)
-    inputs = {k: v[:, : part.length] if _per_token(inputs, k) else v for k, v in inputs.items()}
+    inputs = {k: v[:, : part.length] if per_token(inputs, k) else v for k, v in inputs.items()}
     inputs["position_ids"] = part.positions[..., heads, : part.length]
     # Given, since not every model makes its own where only `use_cache` is asked for.
     empty = DynamicCache(config=part.vlm.base.config.get_text_config())
@@ -383,7 +394,7 @@ def _packed_suffixes(part: Part, rows: list[list[int]], cache: Any, masks: dict[
     return {**cut, "attention_mask": mask, "position_ids": whole["position_ids"][..., P:]}
 
 
-def _suffixes(part: Part, rows: list[list[int]], cache: Any) -> dict[str, Tensor]:
+def suffixes(part: Part, rows: list[list[int]], cache: Any) -> dict[str, Tensor]:
     """A right-padded batch [n, L] of what follows the prefix; the mask [n, P + L] covers both."""
     P, members = part.length, [i for row in rows for i in row]
     L = max(part.lengths[i] for i in members) - P
@@ -394,7 +405,7 @@ def _suffixes(part: Part, rows: list[list[int]], cache: Any) -> dict[str, Tensor
     return inputs
 
 
-def _fork(cache: Any, pictures: int, rows: Tensor) -> Any:
+def fork(cache: Any, pictures: int, rows: Tensor) -> Any:
     """A cache with row rows[k] of another's in row k, differentiable; the other stays as it is, for the next batch.
 
     Transformers' own reordering would copy the prefix of every layer n times at once; a view is enough for one picture, since

@@ -16,6 +16,11 @@ from .vlm import VLM, Encoded, Picture, out_of_memory
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
+def tolerance(vlm: VLM, dtype: torch.dtype) -> float:
+    rounded = any(type(m).__name__ == "Linear8bitLt" for m in vlm.base.modules())  # activations too, to 1 of 127 steps
+    return TOLERANCE[torch.bfloat16 if rounded else dtype]
+
+
 def plan_sharing(vlm: VLM, turns: Sequence[Encoded], pictures: Sequence[Picture | None],
                  say: Callable[[str], None]) -> tuple[str, ...]:  # fmt: skip
     """Tries each way against the plain one and keeps in `vlm.shares` those that are exact: states, and gradients of the adapter.
@@ -88,7 +93,6 @@ def _why_not(vlm: VLM, way: str, turns: list[Encoded], shown: list[Any]) -> str 
         return "other parameters get a gradient"
     norm = lambda tensors: sum(float(x.float().norm()) ** 2 for x in tensors) ** 0.5
     off = [norm(a - b for a, b in zip(*pair, strict=True)) / (norm(pair[1]) or 1.0) for pair in zip(ours, plain, strict=True)]
-    rounded = any(type(m).__name__ == "Linear8bitLt" for m in vlm.base.modules())  # activations too, to 1 of 127 steps
-    if all(x <= TOLERANCE[torch.bfloat16 if rounded else direction.dtype] for x in off):  # false for NaN
+    if all(x <= tolerance(vlm, direction.dtype) for x in off):  # false for NaN
         return None
     return f"hidden states differ by {off[0]:.1e}, gradients by {off[1]:.1e}"

@@ -90,6 +90,8 @@ class VLM:
 
     revision: the commit that a hub model was loaded from, whatever branch or tag was asked for; a directory has none
     shares:   the ways of sharing a prefix that were found exact on this model (`sharing.plan_sharing`); none are before that
+    decodes:  for prompts with a picture (True) and without: "" where answers may grow on a shared prefix, else why not, as
+              `decode.why_not` found; empty before that
     """
 
     name: str
@@ -100,6 +102,7 @@ class VLM:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     shares: tuple[str, ...] = ()
+    decodes: dict[bool, str] = field(default_factory=dict)
     budget: Budget = field(default_factory=Budget)
 
     @functools.cached_property
@@ -287,7 +290,11 @@ class VLM:
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, D] -> [n, V] fp32 logits, for a handful of rows."""
         x = hidden.float() @ self.head_weight.float().T
-        x = self.logit_scale * (x if self.head_bias is None else x + self.head_bias.float())
+        return self.transformed(x if self.head_bias is None else x + self.head_bias.float())
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """What the head gives, as the model's own forward goes on with it."""
+        x = self.logit_scale * x
         return x if self.logit_softcap is None else self.logit_softcap * torch.tanh(x / self.logit_softcap)
 
 

@@ -76,12 +76,14 @@ def adapted(gathered):
 
 
 @pytest.fixture
-def cut(gathered, monkeypatch):
-    """cut(n): the model of `gathered` gives n tokens at most, whatever it is asked for."""
-    whole = gathered.vlm.base.generate
+def cut(monkeypatch):
+    """cut(n): models give n tokens at most, whatever they are asked for."""
+    from fastsiu import ask
+
+    whole = ask.replies
 
     def shorten(most):
-        monkeypatch.setattr(gathered.vlm.base, "generate", lambda **given: whole(**{**given, "max_new_tokens": most}))
+        monkeypatch.setattr(ask, "replies", lambda *given, **options: whole(*given, **{**options, "max_new_tokens": most}))
 
     return shorten
 

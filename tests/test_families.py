@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from fastsiu import adapter, ask, features, memory, prefix, vlm
+from fastsiu import adapter, ask, decode, features, memory, prefix, vlm
 from fastsiu.facets import dreams
 from fastsiu.request import BadInput, Recipe
 
@@ -24,6 +24,7 @@ families = sys.modules.setdefault("families", importlib.util.module_from_spec(SP
 SPEC.loader.exec_module(families)
 
 torch.set_num_threads(1)
+LOOKS_AHEAD = ("paligemma", "paligemma2")  # their prefix looks at the question
 UNKNOWN = ("gemma4",)  # whose memory cannot be worked out: on stand-ins for its tokens the forward asks for values
 
 
@@ -155,6 +156,41 @@ def test_answers_are_those_of_the_models_own_generate(case):
         inputs = {k: v for k, v in inputs.items() if k != "labels"}
         tokens = loaded.model.generate(**inputs, max_new_tokens=6, do_sample=False)
         assert found == loaded.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_answers_on_a_shared_prefix_are_those_of_generate(case, monkeypatch):
+    """Unequal questions, some answers shorter; where the trial finds a difference, it is generate that answers."""
+    loaded, (one, other) = case.vlm, case.shown[1:3]
+    texts = ("What is this?", "Who is in the picture? Describe it, please.", "Is it five?")
+    questions = [(text, picture) for text in texts for picture in (one, None, other)]
+    monkeypatch.setattr(decode, "rules", lambda vlm, suppress: None)
+    plain = ask.replies(loaded, questions, max_new_tokens=8)
+    monkeypatch.undo()
+    monkeypatch.setattr(loaded, "decodes", {})
+    assert ask.replies(loaded, questions, max_new_tokens=8) == plain
+    assert [bool(why) for why in loaded.decodes.values()] == [case.family.name in LOOKS_AHEAD] * 2, loaded.decodes
+    monkeypatch.setattr(ask, "generated", lambda vlm, turns, *rest: [] if not turns else pytest.fail("generate was asked"))
+    if not any(loaded.decodes.values()):
+        assert ask.replies(loaded, questions[:4], max_new_tokens=8) == plain[:4]
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_questions_are_padded_up_to_where_a_window_would_slide(over, tmp_path, monkeypatch):
+    """A window counts slots: prompt, padding and answer must fit, or only prompts of equal length are in one batch."""
+    texts, longest = ("What is this?", "Who is in the picture? Describe it, please.", "Is it five?"), 8
+    kind = families.FAMILIES["gemma3"]
+    length = max(families.open_case(kind, tmp_path / "any").vlm.encode_prompt(text, None)["input_ids"].shape[1] for text in texts)
+    monkeypatch.setitem(families.SLIDING, "sliding_window", length + longest - over)
+    loaded = families.open_case(kind, tmp_path / "wide").vlm
+    questions, batches, grow = [(text, None) for text in texts], [], decode.Rows.__init__
+    monkeypatch.setattr(decode, "rules", lambda vlm, suppress: None)
+    plain = ask.replies(loaded, questions, max_new_tokens=longest)
+    monkeypatch.undo()
+    assert decode.exact(loaded, [None])
+    monkeypatch.setattr(decode.Rows, "__init__", lambda self, part, members, *rest: (
+        batches.append(len(members)), grow(self, part, members, *rest))[0])  # fmt: skip
+    assert ask.replies(loaded, questions, max_new_tokens=longest) == plain
+    assert batches == ([1, 1, 1] if over else [3])
 
 
 # What cannot be handled says so ---------------------------------------------------------------------------------------------

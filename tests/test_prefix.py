@@ -371,7 +371,7 @@ def test_a_wrong_mask_makes_the_check_take_the_next_way(monkeypatch, always):
 def test_a_gradient_that_does_not_reach_the_prefix_is_found(monkeypatch):
     """The hidden states are right: only gradients tell."""
     case = build(llava)
-    real = prefix._prefix
+    real = prefix.prefix_cache
 
     def cut(part, heads):
         cache = real(part, heads)
@@ -379,7 +379,7 @@ def test_a_gradient_that_does_not_reach_the_prefix_is_found(monkeypatch):
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
         return cache
 
-    monkeypatch.setattr(prefix, "_prefix", cut)
+    monkeypatch.setattr(prefix, "prefix_cache", cut)
     exact, said = planned(case)
     assert exact == ("packed",) and "gradients by" in said[0]
 
