@@ -281,6 +281,7 @@ def test_an_exam_from_directories(cast, folders):
     assert len(labels["training"]) == 13 and labels["concept"] == ["0.png"]  # not the copy of the training picture
     assert labels["other"] == [f"{cast.other}, 0.png"] and exam.others == (Concept(cast.other),)
     assert labels["control"] == ["training picture, original, shuffled", "0.png, shuffled"]
+    assert directories.exam_of(Concept(cast.target), image=cast.image, others=folders.everyone).others == (Concept(cast.other),)
     flat = directories.exam_of(Concept(cast.target), image=cast.image, others=folders.flat, control=folders.control)
     assert [s.shows for s in flat.pictures if s.role == "other"] == [None] and flat.others == ()
     assert [s.label for s in flat.pictures if s.role == "control"] == ["a.png"]
