@@ -108,10 +108,10 @@ def teacher(vlm: VLM) -> Iterator[None]:
         yield
 
 
-def save(vlm: VLM, directory: Path) -> None:
-    """Writes a standard PEFT adapter, readable by `peft.PeftModel.from_pretrained`."""
+def save(vlm: VLM, directory: Path, *, named: bool = True) -> None:
+    """Writes a standard PEFT adapter, readable by `peft.PeftModel.from_pretrained`. named=False: of which model is not said."""
     config = vlm.model.peft_config["default"]
-    config.base_model_name_or_path = vlm.name
+    config.base_model_name_or_path = vlm.name if named else ""
     config.revision = vlm.revision
     vlm.model.save_pretrained(directory, save_embedding_layers=False)
     (directory / "README.md").unlink(missing_ok=True)  # PEFT's template says nothing true about this adapter
