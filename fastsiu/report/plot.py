@@ -50,7 +50,7 @@ def trade_off(report: Mapping[str, Any]) -> dict[str, Any] | None:
     box = None
     if gone in limits and kept in limits:
         box = (_x(limits[kept]), 0.0, WIDTH - _x(limits[kept]), _y(limits[gone]))
-    ticks = [(f"{share:.0%}", _x(share), _y(share)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    ticks = [(f"{100 * share:.0f} %", _x(share), _y(share)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
     return {"gone": gone, "kept": kept, "points": points, "box": box, "ticks": ticks, "width": WIDTH, "height": HEIGHT,
             "least": (limits.get(kept), limits.get(gone))}  # fmt: skip
 

@@ -32,6 +32,7 @@ ORIGINS = ("default", "model directory", "preset paper", "command line")
 # The program's own sentences: # is a number, ... where a name or an answer is quoted, which is left out.
 SENTENCES = (
     *LIMITS,
+    "Nothing was asked about the training picture, so nothing is shown to be forgotten: No answers of this kind were collected.",
     "Nothing was asked about the training picture, so nothing is shown to be forgotten: ...",
     "The untouched model never named the concept in the training picture (# of # answers), so there was nothing to forget: check "
     "the picture and the spelling of the name.",
@@ -51,6 +52,7 @@ SENTENCES = (
     "# answers about dreamed or retained pictures named the concept and were not trained on.",
     "No picture and no dream of anything else was trained on: other concepts' recognition may suffer.",
     "Specificity was measured on the retained pictures, which were trained on in other wordings.",
+    "The model does not name ... in its picture (it says ...): give a picture and a name that it recognises.",
     "Every token of ... is common elsewhere, so only the positions of the name are masked, not the vocabulary.",
 )
 _NUMBER = r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
@@ -83,11 +85,12 @@ _PATTERNS = [_pattern(known) for known in SENTENCES]
 
 
 def _model(report: Mapping[str, Any]) -> str:
-    """A hub id, unless the concept's name or a word of it is in there."""
-    model, concept = str(report.get("model") or ""), str(report.get("concept") or "").casefold()
-    words = [concept, *(w for w in re.findall(r"\w+", concept) if len(w) > 2 and w not in COMMON_WORDS)]
+    """A hub id, unless a name or a word of one is in it."""
+    model = str(report.get("model") or "")
+    names = [str(report.get("concept") or ""), *map(str, report.get("aliases") or ())]
+    words = {w for name in names for w in re.findall(r"\w+", name.casefold()) if len(w) > 2 and w not in COMMON_WORDS}
     hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
-    return model if hub and not any(w and w in model.casefold() for w in words) else MODEL
+    return model if hub and not any(w in model.casefold() for w in words) else MODEL
 
 
 def _number(value: Any) -> Any:

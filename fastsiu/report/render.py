@@ -100,20 +100,19 @@ def _measures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _summary(measures: Sequence[Mapping[str, Any]]) -> list[str]:
     """What was counted, as sentences."""
     told = {
-        "efficacy": "Asked {n} times who the training picture shows, the model gave the name {was} times before and {now} times "
-                    "after.",
-        "generality": "Asked {n} times who other pictures of the same show, it gave the name {was} times before and {now} times "
-                      "after.",
-        "recognition": "Of {n} questions that hold the name, it confirmed the look in {was} before and in {now} after.",
-        "specificity": "Of {n} answers about pictures of anything else, {kept} are the same as before.",
-        "facts": "Of {n} answers to questions without a picture, {kept} are the same as before.",
-    }  # fmt: skip
+        "efficacy": "Asked {times} who the training picture shows, the model gave the name {was} before and {now} after.",
+        "generality": "Asked {times} who other pictures of the same show, it gave the name {was} before and {now} after.",
+        "recognition": "Asked {times} with the name in the question, it confirmed the look {was} before and {now} after.",
+        "specificity": "Of {n} answers about pictures of anything else, {kept} stayed the same.",
+        "facts": "Of {n} answers to questions without a picture, {kept} stayed the same.",
+    }
+    times = lambda count: f"{count} time" if count == 1 else f"{count} times"
     sentences = []
     for m in measures:
-        before, after = m["before"].get("value"), m["after"].get("value")
-        if before is not None and after is not None:
-            n, was, now = m["after"]["n"], round((1 - before) * m["before"]["n"]), round((1 - after) * m["after"]["n"])
-            sentences.append(told[m["kind"]].format(n=n, was=was, now=now, kept=n - now))
+        before, after = m["before"], m["after"]
+        if before.get("value") is not None and after.get("value") is not None:
+            n, was, now = after["n"], round((1 - before["value"]) * before["n"]), round((1 - after["value"]) * after["n"])
+            sentences.append(told[m["kind"]].format(n=n, times=times(n), was=times(was), now=times(now), kept=n - now))
     return sentences
 
 
@@ -234,7 +233,10 @@ def _markdown(value: Any) -> Markup:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+    """One decimal; what is not 0 or 100 is not rounded to it."""
+    if 0 < share < 0.0005 or 0.9995 <= share < 1:
+        return "<0.1 %" if share < 0.5 else ">99.9 %"
+    return f"{100 * share:.1f}".removesuffix(".0") + " %"
 
 
 def _number(value: Any) -> str:
