@@ -27,7 +27,8 @@ from .facets.held_out import examine
 from .facets.targets import wordings
 from .images import variants
 from .memory import budget
-from .report.redact import CONCEPT, sentence
+from .report.redact import sentence
+from .report.words import CONCEPT
 from .request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
 from .session import Listener, Prepared, Trained
 from .verdict import EFFICACY

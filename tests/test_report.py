@@ -246,6 +246,19 @@ def test_the_control_is_a_level_where_nothing_of_it_is_kept():
     assert trade_off({"concept": "X"}) is None
 
 
+def test_a_merged_model_in_every_precision():
+    forms = [
+        {"dtype": "bfloat16", "verdict": "forgotten", "reasons": [], "after": report()["after"]},
+        {"dtype": "nf4", "verdict": "not forgotten", "reasons": ["It is back."], "after": {"efficacy": rate(0.25)}},
+        {"dtype": "int8", "verdict": None, "reason": "bitsandbytes is missing: install it."},
+    ]
+    page, text = assert_self_contained(render_html(report(merged=forms))), render_markdown(report(merged=forms))
+    for words in ("bfloat16", "nf4", "not forgotten", "25 %", "not asked: bitsandbytes is missing"):
+        assert words in page.text and words in text, words
+    assert LIMITS[0] not in page.text and LIMITS[1] in page.text  # there is no adapter that could be dropped
+    assert "precision" not in render_markdown(report())
+
+
 # ---------------------------------------------------------------------------------------------------------- the picture
 
 

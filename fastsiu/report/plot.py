@@ -14,6 +14,11 @@ ROW_OF = {"efficacy": "efficacy", "generality": "generality", "specificity": "ot
 NOT_NAMED = {"efficacy": "name_fpr", "generality": "name_fpr", "recognition": "yes_fpr"}  # where a row has nothing nearer
 
 
+def untouched_alone(report: Mapping[str, Any]) -> bool:
+    """Whether nothing was unlearned: an evaluation of one model, which is the untouched one."""
+    return not report.get("verdict") or ("rows" in report and "unlearned" not in report["rows"])
+
+
 def sides(report: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
     """{"untouched" | "unlearned" | "control": {measure: rate}} from what the verdict saw, else from an evaluation's rows."""
     rows = report.get("rows") or {}
@@ -34,6 +39,8 @@ def trade_off(report: Mapping[str, Any]) -> dict[str, Any] | None:
     {"gone", "kept": the two measures, "box": (x, y, width, height) or None, "points": [{who, x, y, at, bars}]}, x None where
     only y is known, bars the 95 % intervals as lines (x1, y1, x2, y2); all in units of `WIDTH` x `HEIGHT`
     """
+    if untouched_alone(report):
+        return None
     of, limits = sides(report), report.get("thresholds") or {}
     margin = lambda kind: _value(of["unlearned"][kind]) - limits.get(kind, 1.0)
     gone, kept = (

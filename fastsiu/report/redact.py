@@ -13,14 +13,13 @@ from typing import Any
 
 from ..concept import COMMON_WORDS
 from ..request import FACETS, Recipe
-from .words import ASKED, LIMITS, MEASURES, METRICS, ROWS
+from .words import CONCEPT, LIMITS, MEASURES, METRICS, ROWS
 
-CONCEPT = "the concept"
 MODEL = "a model from a directory"
 LEFT_OUT = "A sentence was left out here: it may hold a name or an answer."
 VERDICTS = ("forgotten", "not forgotten")
 FORMATS = ("fastsiu evaluation 1",)
-KINDS = (*MEASURES, *ASKED)
+KINDS = tuple(MEASURES)
 METRIC_KEYS = tuple(key for group in METRICS.values() for key in group)
 THRESHOLDS = (*MEASURES, "new_degenerate", "refusal_rise", "renamed")
 COUNTS = ("tokens_masked", "tokens", "vocabulary_masked")
@@ -45,9 +44,43 @@ SENTENCES = (
     "# of # answers became empty, repetition or gibberish (at most # allowed), first ...",
     "The model refuses everything: all # answers about the training picture are refusals, and refusals of other questions rose "
     "from # % to # % (at most # % more allowed).",
+    "The untouched model never named the concept in its pictures (# of # answers), so there was nothing to forget: check the "
+    "picture and the spelling of the name.",
+    "# of # answers about the concept's pictures give another's name instead (# %; at most # % is allowed), first ...",
     "No answers of this kind were collected.",
     "One picture cannot show it: give more pictures of the concept with --images DIR.",
     "No picture of anything else was given: give some with --retain DIR.",
+    "No picture of anything else was given: give some with --others DIR.",
+    "The training picture was not given: give it with --image.",
+    "The training picture was not given.",
+    "No picture of anyone else was given: give some with --others DIR.",
+    "No picture of a look-alike was given: give some with --lookalikes DIR.",
+    "No picture of the concept beside others was given: give some with --groups DIR.",
+    "One picture cannot show it: no other pictures of the concept were given.",
+    "No question whose answer is the name was put to a picture of the concept.",
+    "No question with the name was put to a picture of the concept.",
+    "No picture without the concept was given.",
+    "No invented name was asked about.",
+    "No picture of that kind was given.",
+    "No picture of the concept beside others was given, or the untouched model names nobody there.",
+    "No name of anyone else was given, so a renaming cannot be told from a description.",
+    "The untouched model was not at hand to score these answers, or they hold no token.",
+    "The control pictures show nobody.",
+    "It compares two models on the same picture.",
+    "No question of this kind was asked.",
+    "Nothing was asked.",
+    "No answer has # words.",
+    "Only the untouched model was asked: give an adapter, or the untouched model of a merged one.",
+    "The intervals take the answers as independent; those about one picture are not quite, so they are wider in truth.",
+    "No picture of anyone else was asked about: a model that answers every picture the same would not be noticed.",
+    "No question without a picture was asked: a model that refuses or denies everything would not be noticed.",
+    "No name of anyone else was given: a concept that is now called by another's name would not be noticed.",
+    "No question with the name was asked: a model that still confirms it would not be noticed.",
+    "Whom the other pictures show was not said: they are compared with the untouched model only.",
+    "The name is still in # of # answers about pictures of the concept beside others in which the untouched model gives it; the "
+    "verdict does not count them.",
+    "No --control was given: the never-seen control is the concept's own pictures, cut into # patches and shuffled, which keep "
+    "its colours.",
     "Not seen by the model, so protected in text only: ...",
     "# answers about dreamed or retained pictures named the concept and were not trained on.",
     "No picture and no dream of anything else was trained on: other concepts' recognition may suffer.",

@@ -20,8 +20,8 @@ from PIL import Image
 from ..concept import Concept
 from ..request import BadInput
 from ..verdict import affirms, same_answer
-from .plot import chart, sides, trade_off
-from .words import ASKED, LIMITS, MEASURES, METRICS, PLACES, ROWS, Metric
+from .plot import chart, sides, trade_off, untouched_alone
+from .words import CONCEPT, LIMITS, MEASURES, METRICS, PLACES, ROWS, Metric
 
 LARGEST = 512  # pixels a side of the embedded picture
 EXAMPLES = 3  # of each kind, where the answers are too many to be read
@@ -42,27 +42,30 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
     training, names = list(report.get("training") or []), _names(report)
     answers, measures = list(report.get("answers") or []), _measures(report)
     rows = report.get("rows") or {}
+    verdict = None if untouched_alone(report) else report.get("verdict")
+    adapter = report.get("adapter") is not False and "merged" not in report
     return {
-        "concept": str(report["concept"]),
+        "concept": str(report.get("concept") or CONCEPT),
         "names": names,
         "redacted": bool(report.get("redacted")),
         "model": report.get("model"),
-        "adapter": report.get("adapter") is not False,
-        "verdict": report.get("verdict"),
-        "forgotten": report.get("verdict") == "forgotten",
-        "reasons": list(report.get("reasons") or []),
-        "summary": _summary(measures) if report.get("verdict") else [],
-        "measures": measures if report.get("verdict") else [],
+        "adapter": adapter,
+        "verdict": verdict,
+        "forgotten": verdict == "forgotten",
+        "reasons": list(report.get("reasons") or []) if verdict else [],
+        "summary": _summary(measures) if verdict else [],
+        "measures": measures if verdict else [],
         "trade_off": trade_off(report),
         "headings": {kind: heading for kind, (heading, _, _) in MEASURES.items()},
         "places": PLACES,
         "who": {who: ROWS[who] for who in ROWS if who in rows},
         "metrics": _metrics(rows),
-        "unmeasured": _unmeasured(measures if report.get("verdict") else [], rows),
+        "unmeasured": _unmeasured(measures if verdict else [], rows),
+        "forms": list(report.get("merged") or []),
         "answers": _by_kind(answers),
         "asked": len(answers),
-        "examples": _examples(answers, names) if len(answers) > FEW else [],
-        "compared": any(a.get("after") is not None for a in answers),
+        "examples": _examples(answers, names if verdict else None) if len(answers) > FEW else [],
+        "compared": bool(verdict),
         "losses": chart(training, ("loss", "ce", "kl")),
         "named": chart(training, ("p_name",), top=1.0),
         "training": training,
@@ -72,7 +75,7 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "dreams": list(report.get("dreams") or []),
         "seconds": dict(report.get("seconds") or {}),
         "caveats": [c for c in report.get("caveats") or [] if c not in LIMITS],
-        "limits": LIMITS if report.get("adapter") is not False else LIMITS[1:],
+        "limits": LIMITS if adapter else LIMITS[1:],
     }
 
 
@@ -147,10 +150,10 @@ def _unmeasured(measures: Sequence[Mapping[str, Any]], rows: Mapping[str, Mappin
 
 
 def _by_kind(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    of: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in (*MEASURES, *ASKED)}
+    of: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in MEASURES}
     for answer in answers:
         of.setdefault(str(answer.get("kind")), []).append(answer)
-    heading = lambda kind: MEASURES[kind][0] if kind in MEASURES else ASKED.get(kind, kind)
+    heading = lambda kind: MEASURES[kind][0] if kind in MEASURES else kind
     return [{"kind": kind, "heading": heading(kind), "rows": rows} for kind, rows in of.items() if rows]
 
 
@@ -193,8 +196,8 @@ def _names(report: Mapping[str, Any]) -> Concept | None:
     if report.get("redacted"):
         return None
     try:
-        return Concept(str(report["concept"]), tuple(report.get("aliases") or ()))
-    except BadInput:  # of invisible characters only
+        return Concept(str(report.get("concept") or ""), tuple(report.get("aliases") or ()))
+    except BadInput:  # empty, or of invisible characters only
         return None
 
 

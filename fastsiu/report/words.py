@@ -13,15 +13,7 @@ MEASURES = {
     "facts": ("Questions without a picture", "answers unchanged", "Does the model still know in words what it knew?"),
 }
 GONE, KEPT = ("efficacy", "generality", "recognition"), ("specificity", "facts")
-# Kinds of questions of an exam, where answers are listed by those.
-ASKED = {
-    "name": "Who or what is in the picture?",
-    "yesno": "Is this the one named?",
-    "describe": "What is in the picture?",
-    "appearance": "What does it look like? (no picture)",
-    "fact": "What is known of it? (no picture)",
-    "general": "Anything else (no picture)",
-}
+CONCEPT = "the concept"  # where it has no name, or none that may be told
 LIMITS = (
     "The adapter can be dropped; only merged weights forget.",
     "This is a technical measurement on the questions listed here. It is no statement of legal compliance.",
@@ -76,6 +68,16 @@ METRICS = {
             DOWN,
             "Asked whether this is the one named: of the answers about pictures of others, those that say yes.",
         ),
+        "yes_stranger": Metric(
+            "Says yes to an invented name",
+            DOWN,
+            "Asked whether this is someone who does not exist: of the answers about its own pictures, those that say yes.",
+        ),
+        "groups_named": Metric(
+            "Names it in group pictures",
+            DOWN,
+            "Of the answers about pictures that show it beside others, those that still give the name.",
+        ),
         "renamed": Metric(
             "Given another's name",
             DOWN,
@@ -92,14 +94,21 @@ METRICS = {
         ),
         "delta_log_p": Metric(
             "Change of the name's probability",
-            "Further below 0 is better.",
-            "Natural logarithm of the name's probability, less the untouched model's: -2.3 is ten times less likely.",
+            "Good: as far below 0 as the control.",
+            "Natural logarithm of the name's probability, less the untouched model's for its own pictures: -2.3 is ten times "
+            "less likely.",
+            share=False,
+        ),
+        "log_p": Metric(
+            "The name's probability",
+            CONTROL,
+            "Natural logarithm of the probability that the model gives to the name where it stood. 0: it is certain.",
             share=False,
         ),
         "rank": Metric(
             "Rank of the name",
-            UP,
-            "How many other words the model would sooner say where the name stood. 0: the name is its first choice.",
+            "Good: as far back as the control.",
+            "Place of the name among all that the model might say where it stood, in the middle case. 1: its first choice.",
             share=False,
         ),
         "extraction_strength": Metric(
@@ -189,10 +198,10 @@ METRICS = {
 ROWS = {  # of an evaluation: heading, what it is
     "untouched": ("Untouched", "the model before"),
     "unlearned": ("Unlearned", "the model after"),
-    "control": ("Control", "asked about what it never saw"),
+    "control": ("Control", "of what no model has seen"),
 }
 PLACES = {  # in the forget/retain plot: what a point stands for
     "untouched": "Untouched model",
     "unlearned": "Unlearned model",
-    "control": "Control: what it says of something it never saw",
+    "control": "Control, never seen by the model",
 }
