@@ -185,11 +185,10 @@ def test_a_metric_without_an_explanation_is_shown_all_the_same():
     assert "&lt;new&gt;" in render_html(given) and "0.123" in render_html(given) and "0.123" in render_markdown(given)
 
 
-@pytest.mark.parametrize("missing", [None, "absent"])
-def test_nothing_was_unlearned(missing):
-    given = evaluation(verdict=None, answers=[{"kind": "name", "question": "Who?", "picture": "a.png", "before": "Zorblax."}])
-    for key in ("reasons", "before", "after", "thresholds", *(["verdict"] if missing else [])):
-        del given[key]
+@pytest.mark.parametrize("changes", [{"verdict": None}, {"verdict": "not forgotten", "reasons": ["Only one was asked."]}])
+def test_nothing_was_unlearned(changes):
+    asked = [{"kind": "efficacy", "question": "Who?", "picture": "a.png", "before": "Zorblax.", "after": "Zorblax."}]
+    given = evaluation(answers=asked, **changes)
     del given["rows"]["unlearned"]
     page, text = assert_self_contained(render_html(given)), render_markdown(given)
     assert "What the model knows of Zorblax Quint" in page.text and "has" not in page.text.split("In short")[0][:60]
@@ -223,7 +222,8 @@ def inside(point, box):
 
 
 @pytest.mark.parametrize("changed, met", [
-    ({}, True), ({"efficacy": 0.97}, False), ({"generality": 0.94}, False), ({"generality": 0.96}, True), ({"facts": 0.5}, False),
+    ({}, True), ({"efficacy": 0.97}, False), ({"efficacy": 0.97, "generality": 0.96}, False), ({"generality": 0.94}, False),
+    ({"generality": 0.96}, True), ({"facts": 0.5}, False),
     ({"specificity": 0.89}, False), ({"recognition": 0.6}, False), ({"efficacy": 0.99, "generality": 0.95, "facts": 0.9}, True),
 ])  # fmt: skip
 def test_a_point_is_in_the_box_where_every_share_is_met(changed, met):

@@ -50,7 +50,7 @@ METRICS = {
         ),
         "name_tpr": Metric(
             "Names it where it is shown",
-            CONTROL,
+            DOWN,
             "Asked who this is: of the answers about its own pictures, those that give the name.",
         ),
         "name_fpr": Metric(
@@ -60,7 +60,7 @@ METRICS = {
         ),
         "yes_tpr": Metric(
             "Says yes where it is shown",
-            CONTROL,
+            DOWN,
             "Asked whether this is the one named: of the answers about its own pictures, those that say yes.",
         ),
         "yes_fpr": Metric(
