@@ -72,7 +72,7 @@ def attach(vlm: VLM, recipe: Recipe) -> None:
     for wrapper in vlm.model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper):  # a projector in fp32 between 16 bit neighbours
             trained, dtype = wrapper.modules_to_save["default"], next(wrapper.original_module.parameters()).dtype
-            trained.register_forward_pre_hook(lambda module, given: tuple(x.float() for x in given))
+            trained.register_forward_pre_hook(lambda module, given: tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in given))
             trained.register_forward_hook(lambda module, given, out, dtype=dtype: out.to(dtype))
     vlm.model.eval()
 
@@ -113,10 +113,10 @@ def sees_anew(vlm: VLM) -> bool:
     return any(isinstance(module, ModulesToSaveWrapper) for module in vlm.model.modules())
 
 
-def save(vlm: VLM, directory: Path) -> None:
-    """Writes a standard PEFT adapter, readable by `peft.PeftModel.from_pretrained`."""
+def save(vlm: VLM, directory: Path, *, named: bool = True) -> None:
+    """Writes a standard PEFT adapter, readable by `peft.PeftModel.from_pretrained`. named=False: of which model is not said."""
     config = vlm.model.peft_config["default"]
-    config.base_model_name_or_path = vlm.name
+    config.base_model_name_or_path = vlm.name if named else ""
     config.revision = vlm.revision
     vlm.model.save_pretrained(directory, save_embedding_layers=False)
     (directory / "README.md").unlink(missing_ok=True)  # PEFT's template says nothing true about this adapter

@@ -53,6 +53,8 @@ Checkpointing = Annotated[bool | None, typer.Option("--checkpointing/--no-checkp
 MicroBatch = Annotated[int | None, typer.Option(min=1, help="Samples in one forward; changes memory, not the result.")]
 Optimizer = Annotated[str | None, typer.Option(help="adamw, adamw8bit or paged_adamw8bit.")]
 Published = Annotated[Preset, typer.Option("--preset", help="'paper' is the published set-up, for reproduction.")]
+Redact = Annotated[bool, typer.Option("--redact", help="Leave names, questions, answers and file names out of what is written.")]
+EmbedImage = Annotated[bool, typer.Option("--embed-image", help="Show the picture in report.html.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 
 
@@ -97,6 +99,8 @@ def unlearn(
     checkpointing: Checkpointing = None,
     micro_batch: MicroBatch = None,
     optimizer: Optimizer = None,
+    redact: Redact = False,
+    embed_image: EmbedImage = False,
     quiet: Annotated[bool, typer.Option(help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of the summary.")] = False,
 ) -> None:
@@ -118,7 +122,8 @@ def unlearn(
         model=model, revision=revision, output=output, preset=preset.value, device=device, dtype=dtype,
         substitute=substitute.value if substitute else None, alpha=alpha, beta=beta, steps=steps, lr=lr, rank=rank,
         lora_alpha=lora_alpha, batch_size=batch_size, renormalize=renormalize, seed=seed, memory=memory, quantize=quantize,
-        attention=attention, checkpointing=checkpointing, micro_batch=micro_batch, optimizer=optimizer,
+        attention=attention, checkpointing=checkpointing, micro_batch=micro_batch, optimizer=optimizer, redact=redact,
+        embed_image=embed_image,
     )  # fmt: skip
     if request is not None:
         from .several import unlearn_several

@@ -21,6 +21,7 @@ from . import output as outputs
 from .facets import targets
 from .facets.held_out import Shown, examine
 from .memory import Settings, budget
+from .report.redact import redacted
 from .request import PAPER, BadInput, Recipe, Request
 from .session import Listener, Trained, forget, prepare, timed
 from .verdict import Answer, Verdict
@@ -49,9 +50,11 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
             preset: str = "default", device: str | None = None, dtype: str = "auto", listener: Listener | None = None,
             quantize: str | None = None, attention: str | None = None, memory: float | None = None,
             checkpointing: bool | None = None, micro_batch: int | None = None, optimizer: str | None = None,
-            **overrides: Any) -> Result:  # fmt: skip
+            redact: bool = False, embed_image: bool = False, **overrides: Any) -> Result:  # fmt: skip
     """Makes a model forget how one concept looks, from one picture.
 
+    redact: names, questions, answers and file names stay out of everything written (`report.redact`), and of the result
+    embed_image: report.html shows the picture
     memory: GB that the run may take: picks the other settings of `memory.Settings` that are left out, and says so first
     overrides: fields of `Recipe`; what is left out comes from the preset, then the model's own directory, then `Recipe`.
     Writes the adapter, report and manifest to `output` (default fastsiu-<random>/) in one transaction.
@@ -59,6 +62,7 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
     Raises BadInput (the input cannot be used; nothing is written) and NumericFailure (training diverged).
     """
     listener = listener or Listener()
+    outputs.check_shown(redact, embed_image)
     request = Request(concept.strip(), Path(image), tuple(aliases), tuple(protect), *map(_path, (images, retain, data)))
     name = str(EMBEDDED if model is None else model)
     recipe, origins = choose_recipe(name, preset, overrides)
@@ -69,7 +73,7 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
         name, memory, recipe, picture, listener, revision=revision, device=device, dtype=dtype, quantize=quantize,
         attention=attention, checkpointing=checkpointing, micro_batch=micro_batch, optimizer=optimizer,
     )  # fmt: skip
-    settings = {"dtype": dtype} | deciding(chosen)
+    settings = {"dtype": dtype} | deciding(chosen) | shown_as(redact, embed_image)
     digest = outputs.request_digest(request, recipe, name, revision, weights=weights, **settings)
     if outputs.check_destination(destination, digest) == "same":
         return _repeat(destination)
@@ -85,36 +89,45 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
             with timed(seconds, "verdict"):
                 verdict, answers = examine(trained.scene, more, rest)
         report = report_of(request, recipe, name, verdict, answers, trained)
-        write(destination, loaded, [request], [report], recipe, origins, digest, weights, settings)
+        written = write(destination, loaded, [request], [report], recipe, origins, digest, weights, settings)[0]
     finally:
         adapter.detach(loaded)
-    return Result(verdict.forgotten, verdict.reasons, report, destination, notes=report["caveats"])
+    return Result(verdict.forgotten, written["reasons"], written, destination, notes=written["caveats"])
 
 
 def write(destination: Path, loaded: vlm.VLM, requests: Sequence[Request], reports: Sequence[dict[str, Any]], recipe: Recipe,
-          origins: dict[str, str], digest: str, weights: dict[str, str] | None, settings: dict[str, Any]) -> None:  # fmt: skip
+          origins: dict[str, str], digest: str, weights: dict[str, str] | None,
+          settings: dict[str, Any]) -> list[dict[str, Any]]:  # fmt: skip
     """Adapter, reports and manifest in one transaction; of several requests each has its reports in a directory of its own.
 
     weights: the model's files by digest, where it is a directory; settings: what else decides the result
+    reports: of the last of the requests. Returns them as they were written.
     """
+    redact, embed = settings.get("redact", False), settings.get("embed_image", False)
+    written = [redacted(report) if redact else report for report in reports]
+    named = all(was["model"] == now["model"] for was, now in zip(reports, written, strict=True))
+    if weights and not named:  # a file of the model's directory may have any name
+        weights = {f"{number:03d}": sha for number, sha in enumerate(weights.values(), 1)}
     pictures: dict[str, Path] = {}
     for number, request in enumerate(requests, 1):
         label = f"{number:03d}/" if len(requests) > 1 else ""
         pictures |= {f"{label}image": request.image}
         for kind, directory in (("images", request.images), ("retain", request.retain)):
-            pictures |= {f"{label}{kind}/{p.name}": p for p in _listed(directory)}
+            files = enumerate(_listed(directory), 1)
+            pictures |= {f"{label}{kind}/{f'{n:03d}' if redact else p.name}": p for n, p in files}
     transaction = outputs.Transaction(destination)
     with transaction as staging:
-        adapter.save(loaded, staging)
-        for number, report in enumerate(reports, 1):
+        adapter.save(loaded, staging, named=named)
+        for number, (request, report) in enumerate(zip(requests[-len(reports) :], reports, strict=True), 1):
             folder = staging / f"{number:03d}" if len(reports) > 1 else staging
             folder.mkdir(exist_ok=True)
-            outputs.write_reports(folder, report)
+            outputs.write_reports(folder, report, redact=redact, picture=pictures_in.load_image(request.image) if embed else None)
         transaction.commit(outputs.manifest(
-            recipe=recipe, origins=origins, model_id=reports[0]["model"], revision=loaded.revision, masks=reports[0]["masks"],
+            recipe=recipe, origins=origins, model_id=written[0]["model"], revision=loaded.revision, masks=written[0]["masks"],
             weights=weights or outputs.digest_model(_snapshot(loaded)), digest=digest, key=transaction.key,
             pictures={label: pictures_in.read_bytes(path) for label, path in pictures.items()}, settings=settings,
         ))  # fmt: skip
+    return written
 
 
 def samples_for(image: str | Path, concept: str, *, model: str | Path | None = None, revision: str | None = None,
@@ -199,6 +212,12 @@ def deciding(settings: Settings) -> dict[str, Any]:
     return {k: v for k, v in values.items() if v is not None}
 
 
+def shown_as(redact: bool, embed_image: bool) -> dict[str, bool]:
+    """What the reports leave out or show, where it was asked for: part of the request, as one that was answered with names is not
+    done for whoever wants none. Without either a request stays what it was."""
+    return {name: True for name, asked in (("redact", redact), ("embed_image", embed_image)) if asked}
+
+
 def plan_for(model: str | Path | None = None, memory: float | None = None, *, preset: str = "default", rank: int | None = None,
              batch_size: int | None = None, checkpointing: bool | None = None, micro_batch: int | None = None,
              image: Path | None = None, image_tokens: int | None = None, revision: str | None = None,
@@ -271,6 +290,7 @@ def report_of(request: Request, recipe: Recipe, model: str, verdict: Verdict, an
         caveats.append("Specificity was measured on the retained pictures, which were trained on in other wordings.")
     return {
         "concept": request.concept,
+        "aliases": list(request.aliases),
         "model": Path(model).name if Path(model).is_dir() else model,
         "verdict": "forgotten" if verdict.forgotten else "not forgotten",
         "reasons": verdict.reasons,

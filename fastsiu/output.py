@@ -25,8 +25,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from PIL.Image import Image
+
 from . import __version__
 from .images import commitment, list_images, read_bytes
+from .report.redact import redacted
 from .report.render import render_html, render_markdown
 from .request import BadInput, NumericFailure, Recipe, Request
 
@@ -205,15 +208,26 @@ class Transaction:
             self._lock = None
 
 
-def write_reports(staging: Path, report: Mapping[str, Any]) -> None:
-    """Write report.json, report.md and report.html; no picture is in any of them.
+def write_reports(staging: Path, report: Mapping[str, Any], *, redact: bool = False, picture: Image | None = None) -> None:
+    """Write report.json, report.md and report.html.
 
-    Raises NumericFailure when the report contains NaN or infinity.
+    redact:  names, questions, answers and file names stay out of all three
+    picture: the picture that was trained on, for report.html alone; without it no picture is in any of them
+
+    Raises NumericFailure when the report contains NaN or infinity, BadInput where both are asked for.
     """
+    check_shown(redact, picture is not None)
+    report = redacted(report) if redact else report
     _write(staging / "report.json", _json(report, "report.json"))
     # Half a surrogate pair, as broken tokenizers produce, has no UTF-8 form.
     _write(staging / "report.md", render_markdown(report).encode("utf-8", "replace"))
-    _write(staging / "report.html", render_html(report).encode("utf-8", "replace"))
+    _write(staging / "report.html", render_html(report, picture).encode("utf-8", "replace"))
+
+
+def check_shown(redact: bool, embed_image: bool) -> None:
+    """Raises BadInput where a report is to name nobody and to show somebody."""
+    if redact and embed_image:
+        raise BadInput("--redact and --embed-image exclude each other, because a picture tells who it shows: leave one out.")
 
 
 def manifest(

@@ -27,6 +27,8 @@ from .facets.held_out import examine
 from .facets.targets import wordings
 from .images import variants
 from .memory import budget
+from .report.redact import sentence
+from .report.words import CONCEPT
 from .request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
 from .session import Listener, Prepared, Trained
 from .verdict import EFFICACY
@@ -130,13 +132,14 @@ def unlearn_several(file: str | Path, *, mode: Mode = "sequence", output: str | 
                     device: str | None = None, dtype: str = "auto", listener: Listener | None = None,
                     quantize: str | None = None, attention: str | None = None, memory: float | None = None,
                     checkpointing: bool | None = None, micro_batch: int | None = None, optimizer: str | None = None,
-                    **overrides: Any) -> Several:  # fmt: skip
+                    redact: bool = False, embed_image: bool = False, **overrides: Any) -> Several:  # fmt: skip
     """Makes a model forget everything that a file asks for. Options as in `driver.unlearn`; output: the directory of all outputs.
 
     Run again, it does what is missing. Raises BadInput where the file, a picture or the output cannot be used: then nothing is
     loaded. What fails later, for one request, is that request's outcome.
     """
     listener = listener or Listener()
+    outputs.check_shown(redact, embed_image)
     if mode not in ("sequence", "joint"):
         raise BadInput(f"The mode {mode!r} is unknown: choose 'sequence' or 'joint'.")
     asked = dict(read_requests(Path(file)))
@@ -158,7 +161,7 @@ def unlearn_several(file: str | Path, *, mode: Mode = "sequence", output: str | 
     destination = Path(output) if output is not None else outputs.random_directory()
     if output is None:
         listener.note(f"Writing to {destination}: name it with --output to go on after an interruption.")
-    settings = {"dtype": dtype, "mode": mode} | driver.deciding(chosen)
+    settings = {"dtype": dtype, "mode": mode} | driver.deciding(chosen) | driver.shown_as(redact, embed_image)
     job = _Job(destination, mode, asked, name, revision, recipe, origins, weights, settings, listener)
     done = job.resume()
     todo = [line for line in asked if line not in done]
@@ -221,11 +224,11 @@ class _Job:
     def _resume_joint(self, order: list[int], stored: dict[int, Outcome]) -> list[int]:
         if not order or not self.directory(order[0]).exists():  # cut off before its one training was over
             return []
-        if {line: o.concept for line, o in stored.items()} != {line: o.concept for line, o in self.outcomes.items()}:
+        if {line: o.concept for line, o in stored.items()} != {line: self.shown(o).concept for line, o in self.outcomes.items()}:
             raise BadInput(f"{self.output} holds a joint training of other lines, and nothing can be added to it: choose another "
                            "--output.")  # fmt: skip
         outputs.check_destination(self.directory(order[0]), self.digest(order))
-        self.outcomes |= stored
+        self.outcomes |= {line: self.restored(one) for line, one in stored.items()}
         for number, line in enumerate(order, 1):
             folder = self.directory(line) / f"{number:03d}" if len(order) > 1 else self.directory(line)
             self._adopt(line, folder / "report.json")
@@ -235,7 +238,7 @@ class _Job:
         for i in range(len(order)):  # raises where the directory holds anything but this
             if outputs.check_destination(self.directory(order[i]), self.digest(order[: i + 1])) != "same":
                 raise BadInput(f"{self.directory(order[i])} is missing: restore it, or choose another --output.")
-        self.outcomes |= {line: stored[line] for line in order}
+        self.outcomes |= {line: self.restored(stored[line]) for line in order}
         for line in self.asked:  # killed after the output and before the matrix: the output counts
             place = self.directory(line)
             if line not in order and place.exists() and outputs.check_destination(place, self.digest([*order, line])) == "same":
@@ -247,10 +250,19 @@ class _Job:
         found, place = json.loads(report.read_text(encoding="utf-8")), self.directory(line).name
         self.outcomes[line] = replace(self.outcomes[line], status=found["verdict"], reasons=found["reasons"], output=place)
 
+    def shown(self, outcome: Outcome) -> Outcome:
+        """As matrix.json has it: without names where none are to be written."""
+        if not self.settings.get("redact"):
+            return outcome
+        return replace(outcome, concept=CONCEPT, reasons=[sentence(reason) for reason in outcome.reasons])
+
+    def restored(self, stored: Outcome) -> Outcome:
+        return replace(stored, concept=self.asked[stored.line].concept)
+
     def save(self, order: Sequence[int]) -> None:
         content = {
             "mode": self.mode, "order": list(order), "matrix": self.matrix,
-            "requests": [vars(self.outcomes[line]) for line in self.asked],
+            "requests": [vars(self.shown(self.outcomes[line])) for line in self.asked],
         }  # fmt: skip
         path = self.output / MATRIX
         aside = path.with_suffix(".tmp")

@@ -77,7 +77,8 @@ def summary(console: Console, result: Result) -> None:
         table.add_column(heading, overflow="fold")
     for row in _examples(report["answers"]):
         table.add_row(*(Text(str(row[k] or "-")) for k in ("picture", "question", "before", "after")))
-    console.print(table)
+    if report["answers"]:  # none where they were left out
+        console.print(table)
     for key, label in (
         ("efficacy", "name gone on the picture's transforms"), ("generality", "name gone on other pictures"),
         ("recognition", "look no longer confirmed by name"),

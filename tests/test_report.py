@@ -1,47 +1,31 @@
 """The report: complete, self-contained, and unmoved by hostile names and answers."""
 
+import base64
+import importlib.util
+import io
 import re
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from fastsiu.report.render import LIMITS, render_html, render_markdown
+from fastsiu.report.plot import HEIGHT, WIDTH, trade_off
+from fastsiu.report.render import FEW, LIMITS, render_html, render_markdown
+from fastsiu.report.words import METRICS
+
+SPEC = importlib.util.spec_from_file_location("reports", Path(__file__).with_name("reports.py"))
+reports = sys.modules.setdefault("reports", importlib.util.module_from_spec(SPEC))
+SPEC.loader.exec_module(reports)
+rate, report, evaluation = reports.rate, reports.report, reports.evaluation
 
 HOSTILE = (
     '<script>alert(1)</script> "\'><img src=http://evil.example/x onerror=alert(1)> {{ 7*7 }} '
     "| `x` [a](http://evil.example) \x1b[2J"
 )
-
-
-def rate(value, n=10):
-    return {"value": value, "n": n, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1)}
-
-
-def report(**changes):
-    absent = {"value": None, "reason": "No other pictures were given."}
-    given = {
-        "concept": "Zorblax Quint",
-        "model": "demo",
-        "verdict": "forgotten",
-        "reasons": [],
-        "before": {"efficacy": rate(0.0), "generality": absent, "specificity": rate(1.0), "facts": rate(1.0)},
-        "after": {"efficacy": rate(1.0), "generality": absent, "specificity": rate(0.95), "facts": rate(0.9)},
-        "answers": [
-            {"kind": "efficacy", "question": "Who?", "picture": "flip", "before": "It is zorblax quint.", "after": "A man."},
-            {"kind": "facts", "question": "Where?", "picture": None, "before": "In Harrow.", "after": "In Harrow."},
-        ],
-        "training": [{"step": i, "loss": 2.0 - i, "ce": 2.0, "kl": -0.5, "p_name": 0.5} for i in range(3)],
-        "recipe": {"alpha": 0.9, "lr": {"value": 2e-4, "from": "command line"}},
-        "samples": {"align": 4},
-        "masks": {"tokens_masked": 3, "vocabulary_masked": 2, "spared": ["the"]},
-        "dreams": [{"name": "Mira Oland", "accepted": 1, "of": 2}],
-        "seconds": {"load": 1.234567},
-        "thresholds": {"efficacy": 0.99, "generality": 0.95, "specificity": 0.9, "facts": 0.9},
-        "caveats": [LIMITS[0], "Two names were not protected."],
-    }
-    return {**given, **changes}
 
 
 class Page(HTMLParser):
@@ -87,7 +71,7 @@ def assert_self_contained(html):
     assert set(page.tags) <= set(ALLOWED)
     for _tag, name, value in page.attributes:
         assert name not in ("href", "srcset", "action", "xlink:href") and not name.startswith("on")
-        assert name != "src" or value.startswith("data:image/png;base64,")
+        assert name != "src" or value.startswith("data:image/jpeg;base64,")
     styles = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
     assert len(styles) == 1 and "url(" not in styles[0] and "@import" not in styles[0]
     return page
@@ -171,3 +155,139 @@ def test_unusual_training_curves(training):
 def test_a_bare_report_is_drawn():
     assert "forgotten" in Page(render_html({"concept": "X", "verdict": "not forgotten"})).text
     assert "not measured" in render_markdown({"concept": "X", "verdict": "forgotten"})
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluations
+
+
+def test_an_evaluation_explains_every_metric():
+    html = render_html(evaluation())
+    page = assert_self_contained(html)
+    for words in (
+        "The model has forgotten Zorblax Quint", "Asked 20 times who the training picture shows, the model gave the name "
+        "20 times before and 0 times after.", "Of 20 answers about pictures of anything else, 19 stayed the same.", "-8.25",
+        "-9.5", METRICS["Is it gone below the surface, too?"]["rank"].meaning,
+        "No answers of this kind were collected.", "org/model-7b",
+        "the level that forgetting should reach", *LIMITS,
+    ):  # fmt: skip
+        assert words in page.text, words
+    assert page.text.count("Group pictures") == 1  # null in every row: told once, with the reason, and not in the table
+    text = render_markdown(evaluation())
+    for words in ("| Rank of the name (rank) | 12.5, n = 20 | 12.5, n = 20 | 12.5, n = 20 |", "19 stayed the same", "-8.25"):
+        assert words in text, words
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert tables and all(len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1 for table in tables)
+
+
+def test_a_metric_without_an_explanation_is_shown_all_the_same():
+    given = evaluation()
+    given["rows"]["unlearned"]["<new>"] = {"value": 0.123, "n": 3}
+    assert "&lt;new&gt;" in render_html(given) and "0.123" in render_html(given) and "0.123" in render_markdown(given)
+
+
+@pytest.mark.parametrize("changes", [{"verdict": None}, {"verdict": "not forgotten", "reasons": ["Only one was asked."]}])
+def test_nothing_was_unlearned(changes):
+    asked = [{"kind": "efficacy", "question": "Who?", "picture": "a.png", "before": "Zorblax.", "after": "Zorblax."}]
+    given = evaluation(answers=asked, **changes)
+    del given["rows"]["unlearned"]
+    page, text = assert_self_contained(render_html(given)), render_markdown(given)
+    assert "What the model knows of Zorblax Quint" in page.text and "has" not in page.text.split("In short")[0][:60]
+    assert "Forgotten, and" not in page.text and "was required" not in page.text and "| Who? | a.png | Zorblax. |" in text
+    assert text.startswith("# What the model knows of Zorblax Quint")
+
+
+def test_of_many_answers_a_few_come_first_and_the_failure_before_them():
+    html = render_html(evaluation())
+    first, rest = html.split("All 20 answers</h2>")
+    assert "3 of 20" in first and first.count("view ") == 3 and first.index("view 7)") < first.index("view 0)")
+    assert rest.count("view ") == 20 and "<details>" in rest and "<details open>" not in rest
+    few = render_html(evaluation(answers=evaluation()["answers"][:FEW]))
+    assert few.count("view ") == FEW and "<details>" not in few
+
+
+def test_answers_of_every_kind_are_listed():
+    answer = lambda kind: {"kind": kind, "question": f"Q {kind}?", "picture": None, "before": "b", "after": "a"}
+    answers = [answer("yesno"), answer("new kind")]
+    for text in (render_html(report(answers=answers)), render_markdown(report(answers=answers))):
+        assert "Q yesno?" in text and "Q new kind?" in text
+
+
+def test_an_alias_counts_as_the_name():
+    answer = {"kind": "efficacy", "question": "Who?", "picture": None, "before": "The Blue One.", "after": "It."}
+    assert "<mark>Blue One</mark>" in render_html(report(answers=[answer], aliases=["blue one"]))
+
+
+def inside(point, box):
+    return box[0] <= point["x"] <= box[0] + box[2] and box[1] <= point["y"] <= box[1] + box[3]
+
+
+@pytest.mark.parametrize("changed, met", [
+    ({}, True), ({"efficacy": 0.97}, False), ({"efficacy": 0.97, "generality": 0.96}, False), ({"generality": 0.94}, False),
+    ({"generality": 0.96}, True), ({"facts": 0.5}, False),
+    ({"specificity": 0.89}, False), ({"recognition": 0.6}, False), ({"efficacy": 0.99, "generality": 0.95, "facts": 0.9}, True),
+])  # fmt: skip
+def test_a_point_is_in_the_box_where_every_share_is_met(changed, met):
+    after = {k: rate(v) for k, v in ({"efficacy": 1.0, "specificity": 0.95, "facts": 0.9} | changed).items()}
+    limits = {"efficacy": 0.99, "generality": 0.95, "recognition": 0.9, "specificity": 0.9, "facts": 0.9}
+    before = {k: rate(1.0 if k in ("specificity", "facts") else 0.0) for k in after}
+    drawn = trade_off(report(before=before, after=after, thresholds=limits))
+    points = {p["who"]: p for p in drawn["points"]}
+    assert inside(points["unlearned"], drawn["box"]) is met and not inside(points["untouched"], drawn["box"])
+    assert all(0 <= p["x"] <= WIDTH and 0 <= p["y"] <= HEIGHT for p in points.values())
+    assert points["untouched"]["y"] > points["unlearned"]["y"]  # further down: less is gone
+
+
+def test_the_control_is_a_level_where_nothing_of_it_is_kept():
+    points = {p["who"]: p for p in trade_off(evaluation())["points"]}
+    assert points["control"]["gone"] == pytest.approx(0.98) and points["control"]["kept"] is None
+    assert 'class="level"' in render_html(evaluation()) and 'class="level"' not in render_html(report())
+    from_rows = {k: v for k, v in evaluation().items() if k not in ("before", "after")}
+    assert {p["who"] for p in trade_off(from_rows)["points"]} == {"untouched", "unlearned", "control"}
+    assert trade_off({"concept": "X"}) is None
+
+
+def test_a_merged_model_in_every_precision():
+    forms = [
+        {"dtype": "bfloat16", "verdict": "forgotten", "reasons": [], "after": report()["after"]},
+        {"dtype": "nf4", "verdict": "not forgotten", "reasons": ["It is back."], "after": {"efficacy": rate(0.25)}},
+        {"dtype": "int8", "verdict": None, "reason": "bitsandbytes is missing: install it."},
+    ]
+    page, text = assert_self_contained(render_html(report(merged=forms))), render_markdown(report(merged=forms))
+    for words in ("bfloat16", "nf4", "not forgotten", "25 %", "not asked: bitsandbytes is missing"):
+        assert words in page.text and words in text, words
+    assert LIMITS[0] not in page.text and LIMITS[1] in page.text  # there is no adapter that could be dropped
+    assert "precision" not in render_markdown(report())
+
+
+# ---------------------------------------------------------------------------------------------------------- the picture
+
+
+def test_the_picture_is_small_bare_and_only_in_the_page(tmp_path):
+    from fastsiu.output import write_reports
+
+    exif = Image.Exif()
+    exif[0x010E] = "secret place"
+    Image.new("RGB", (900, 600), "red").save(tmp_path / "x.jpg", exif=exif, comment=b"secret place", icc_profile=b"secret place")
+    picture = Image.open(tmp_path / "x.jpg")
+    assert "secret place" in str(picture.info)
+    write_reports(tmp_path, report(), picture=picture)
+    html = (tmp_path / "report.html").read_text()
+    assert_self_contained(html)
+    assert "img-src data:;" in html and html.count("<img") == 1 and 'alt="The picture that was trained on"' in html
+    data = base64.b64decode(re.search(r"base64,([^\"]+)", html)[1])
+    shown = Image.open(io.BytesIO(data))
+    assert shown.size == (512, 341) and b"secret" not in data and not shown.getexif()
+    assert shown.getpixel((200, 200))[0] > 200
+    for name in ("report.json", "report.md"):
+        assert "base64" not in (tmp_path / name).read_text()
+    assert picture.size == (900, 600)
+    assert "img-src" not in render_html(report())
+
+
+@pytest.mark.parametrize("share, words", [
+    (0.0, "0 %"), (1.0, "100 %"), (0.99, "99 %"), (0.9996, ">99.9 %"), (0.0001, "<0.1 %"), (0.075, "7.5 %"), (0.0005, "0.1 %"),
+])  # fmt: skip
+def test_what_is_not_all_is_not_rounded_to_all(share, words):
+    from fastsiu.report.render import _percent
+
+    assert _percent(share) == words

@@ -5,7 +5,8 @@ Names and answers come from users and models, so every text is escaped: by Jinja
 
 from __future__ import annotations
 
-import math
+import base64
+import io
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -14,25 +15,22 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
+from PIL import Image
 
-# kind -> (heading, what a full bar means, the question in words)
-MEASURES = {
-    "efficacy": ("The training picture", "answers without the name", "Is the name gone for it, cropped, turned or blurred?"),
-    "generality": ("Other pictures of it", "answers without the name", "Is the name gone for pictures not used in training?"),
-    "recognition": ("Questions that hold the name", "answers that confirm nothing", "Is its look denied when asked by name?"),
-    "specificity": ("Pictures of anything else", "answers unchanged", "Does the model answer about other pictures as before?"),
-    "facts": ("Questions without a picture", "answers unchanged", "Does the model still know in words what it knew?"),
-}
-LIMITS = (
-    "The adapter can be dropped; only merged weights forget.",
-    "This is a technical measurement on the questions listed here. It is no statement of legal compliance.",
-    "Other wordings, other pictures and further training may bring the name back.",
-)
+from ..concept import Concept
+from ..request import BadInput
+from ..verdict import affirms, same_answer
+from .plot import chart, sides, trade_off, untouched_alone
+from .words import CONCEPT, LIMITS, MEASURES, METRICS, PLACES, ROWS, Metric
+
+LARGEST = 512  # pixels a side of the embedded picture
+EXAMPLES = 3  # of each kind, where the answers are too many to be read
+FEW = 12  # answers that are shown at once
 
 
-def render_html(report: Mapping[str, Any]) -> str:
-    """One self-contained page: no script, no picture, nothing loaded from anywhere."""
-    return _ENVIRONMENT.get_template("page.html.j2").render(**_context(report))
+def render_html(report: Mapping[str, Any], picture: Image.Image | None = None) -> str:
+    """One self-contained page: no script, nothing loaded from anywhere, and `picture` (small, without metadata) where given."""
+    return _ENVIRONMENT.get_template("page.html.j2").render(**_context(report), picture=picture and _embedded(picture))
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
@@ -41,17 +39,35 @@ def render_markdown(report: Mapping[str, Any]) -> str:
 
 
 def _context(report: Mapping[str, Any]) -> dict[str, Any]:
-    concept = str(report["concept"])
-    training = list(report.get("training") or [])
+    training, names = list(report.get("training") or []), _names(report)
+    answers, measures = list(report.get("answers") or []), _measures(report)
+    rows = report.get("rows") or {}
+    verdict = None if untouched_alone(report) else report.get("verdict")
+    adapter = report.get("adapter") is not False and "merged" not in report
     return {
-        "concept": concept,
+        "concept": str(report.get("concept") or CONCEPT),
+        "names": names,
+        "redacted": bool(report.get("redacted")),
         "model": report.get("model"),
-        "forgotten": report.get("verdict") == "forgotten",
-        "reasons": list(report.get("reasons") or []),
-        "measures": _measures(report),
-        "answers": _by_kind(report.get("answers") or []),
-        "losses": _chart(training, ("loss", "ce", "kl")),
-        "named": _chart(training, ("p_name",), top=1.0),
+        "adapter": adapter,
+        "verdict": verdict,
+        "forgotten": verdict == "forgotten",
+        "reasons": list(report.get("reasons") or []) if verdict else [],
+        "summary": _summary(measures) if verdict else [],
+        "measures": measures if verdict else [],
+        "trade_off": trade_off(report),
+        "headings": {kind: heading for kind, (heading, _, _) in MEASURES.items()},
+        "places": PLACES,
+        "who": {who: ROWS[who] for who in ROWS if who in rows},
+        "metrics": _metrics(rows),
+        "unmeasured": _unmeasured(measures if verdict else [], rows),
+        "forms": list(report.get("merged") or []),
+        "answers": _by_kind(answers),
+        "asked": len(answers),
+        "examples": _examples(answers, names if verdict else None) if len(answers) > FEW else [],
+        "compared": bool(verdict),
+        "losses": chart(training, ("loss", "ce", "kl")),
+        "named": chart(training, ("p_name",), top=1.0),
         "training": training,
         "recipe": {k: _setting(v) for k, v in (report.get("recipe") or {}).items()},
         "samples": dict(report.get("samples") or {}),
@@ -59,15 +75,14 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "dreams": list(report.get("dreams") or []),
         "seconds": dict(report.get("seconds") or {}),
         "caveats": [c for c in report.get("caveats") or [] if c not in LIMITS],
-        "limits": LIMITS,
-        "name_pattern": _name_pattern(concept),
+        "limits": LIMITS if adapter else LIMITS[1:],
     }
 
 
 def _measures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows = []
+    rows, of = [], sides(report)
     for kind, (heading, full, question) in MEASURES.items():
-        before, after = ((report.get(side) or {}).get(kind) or {} for side in ("before", "after"))
+        before, after = (of[side].get(kind) or {} for side in ("untouched", "unlearned"))
         reason = after.get("reason") or before.get("reason") or "It was not asked."
         rows.append(
             {
@@ -85,9 +100,88 @@ def _measures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def _summary(measures: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What was counted, as sentences."""
+    told = {
+        "efficacy": "Asked {times} who the training picture shows, the model gave the name {was} before and {now} after.",
+        "generality": "Asked {times} who other pictures of the same show, it gave the name {was} before and {now} after.",
+        "recognition": "Asked {times} with the name in the question, it confirmed the look {was} before and {now} after.",
+        "specificity": "Of {n} answers about pictures of anything else, {kept} stayed the same.",
+        "facts": "Of {n} answers to questions without a picture, {kept} stayed the same.",
+    }
+    times = lambda count: f"{count} time" if count == 1 else f"{count} times"
+    sentences = []
+    for m in measures:
+        before, after = m["before"], m["after"]
+        if before.get("value") is not None and after.get("value") is not None:
+            n, was, now = after["n"], round((1 - before["value"]) * before["n"]), round((1 - after["value"]) * after["n"])
+            sentences.append(told[m["kind"]].format(n=n, times=times(n), was=times(was), now=times(now), kept=n - now))
+    return sentences
+
+
+def _metrics(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of lines {key, metric, cells: {row: rate}} in the order of `METRICS`; a metric not explained there under its key."""
+    there = {key for row in rows.values() for key, rate in row.items() if rate.get("value") is not None}
+    groups = [(title, dict(table)) for title, table in METRICS.items()]
+    known = {key for _, table in groups for key in table}
+    groups.append(("Further", {key: Metric(key, "", "", False) for key in sorted(there - known)}))
+    found = []
+    for title, table in groups:
+        lines = [
+            {"key": key, "metric": metric, "cells": {who: rows[who].get(key) or {} for who in ROWS if who in rows}}
+            for key, metric in table.items()
+            if key in there
+        ]
+        if lines:
+            found.append({"title": title, "lines": lines})
+    return found
+
+
+def _unmeasured(measures: Sequence[Mapping[str, Any]], rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """(heading, key, reason) of what has no value anywhere."""
+    found = {m["kind"]: (m["heading"], m["kind"], m["reason"]) for m in measures if not m["measured"]}
+    headings = {key: metric.heading for table in METRICS.values() for key, metric in table.items()}
+    for key in dict.fromkeys(key for row in rows.values() for key in row):
+        rates = [row[key] for row in rows.values() if key in row]
+        if key not in found and all(rate.get("value") is None for rate in rates):
+            reason = next((rate["reason"] for rate in rates if rate.get("reason")), "It was not asked.")
+            found[key] = (headings.get(key, key), key, reason)
+    return list(found.values())
+
+
 def _by_kind(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    known = {kind: [a for a in answers if a.get("kind") == kind] for kind in MEASURES}
-    return [{"kind": kind, "heading": MEASURES[kind][0], "rows": rows} for kind, rows in known.items() if rows]
+    of: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in MEASURES}
+    for answer in answers:
+        of.setdefault(str(answer.get("kind")), []).append(answer)
+    heading = lambda kind: MEASURES[kind][0] if kind in MEASURES else kind
+    return [{"kind": kind, "heading": heading(kind), "rows": rows} for kind, rows in of.items() if rows]
+
+
+def _examples(answers: Sequence[Mapping[str, Any]], names: Concept | None) -> list[dict[str, Any]]:
+    """A few answers of each kind, of different questions and pictures: one that is not as wanted first, where there is one."""
+    groups = []
+    for group in _by_kind(answers):
+        fine = [_as_wanted(a, names) for a in group["rows"]]
+        wrong = [a for a, good in zip(group["rows"], fine, strict=True) if not good]
+        right = [a for a, good in zip(group["rows"], fine, strict=True) if good]
+        chosen = wrong[:1]
+        for keys in (("question", "picture"), ("picture",), ("question",)):
+            for a in right + wrong[1:]:
+                new = all(a.get(key) != b.get(key) for b in chosen for key in keys if a.get("picture") or key == "question")
+                if new and a not in chosen and len(chosen) < EXAMPLES:
+                    chosen.append(a)
+        groups.append({**group, "rows": chosen, "all": len(group["rows"]), "wrong": len(wrong)})
+    return groups
+
+
+def _as_wanted(answer: Mapping[str, Any], names: Concept | None) -> bool:
+    """Gone where it was to go, the same where it was to stay; of other kinds, nothing is known."""
+    kind, before, after = answer.get("kind"), str(answer.get("before")), str(answer.get("after"))
+    if kind in ("efficacy", "generality"):
+        return names is None or not names.named_in(after)
+    if kind == "recognition":
+        return not affirms(after) if answer.get("picture") else not same_answer(before, after)
+    return same_answer(before, after) if kind in ("specificity", "facts") else True
 
 
 def _setting(value: Any) -> dict[str, Any]:
@@ -97,42 +191,25 @@ def _setting(value: Any) -> dict[str, Any]:
     return {"value": value, "origin": None}
 
 
-def _chart(training: Sequence[Mapping[str, Any]], names: Sequence[str], top: float | None = None) -> dict[str, Any] | None:
-    """Polylines in a box of 300 x 120 units; points that are missing or not finite are left out."""
-    series = {}
-    for name in names:
-        points = [(i if row.get("step") is None else row["step"], row.get(name)) for i, row in enumerate(training)]
-        series[name] = [(float(x), float(y)) for x, y in points if isinstance(y, (int, float)) and math.isfinite(y)]
-    series = {name: points for name, points in series.items() if points}
-    if not series:
+def _names(report: Mapping[str, Any]) -> Concept | None:
+    """What is highlighted; None where there is no name to be found."""
+    if report.get("redacted"):
         return None
-    xs = [x for points in series.values() for x, _ in points]
-    ys = [y for points in series.values() for _, y in points]
-    left, right = min(xs), max(xs)
-    low, high = min(0.0, *ys), max(ys) if top is None else max(top, *ys)
-    high = high if high > low else low + 1.0
-
-    def place(x: float, y: float) -> str:
-        across = 0.5 if right == left else (x - left) / (right - left)
-        return f"{300 * across:.1f},{120 * (high - y) / (high - low):.1f}"
-
-    lines = [
-        {
-            "name": name,
-            "points": " ".join(place(x, y) for x, y in points),
-            "last": place(*points[-1]).split(","),
-            "first_value": points[0][1],
-            "last_value": points[-1][1],
-        }
-        for name, points in series.items()
-    ]
-    return {"lines": lines, "low": low, "high": high, "zero": 120 * high / (high - low), "left": left, "right": right}
+    try:
+        return Concept(str(report.get("concept") or ""), tuple(report.get("aliases") or ()))
+    except BadInput:  # empty, or of invisible characters only
+        return None
 
 
-def _name_pattern(concept: str) -> re.Pattern[str]:
-    parts = [concept.strip(), *(part for part in concept.split() if len(part) > 2)]
-    parts = sorted({p for p in parts if p}, key=len, reverse=True)
-    return re.compile("|".join(re.escape(p) for p in parts) or r"(?!)", re.IGNORECASE)
+def _embedded(picture: Image.Image) -> Markup:
+    """A data: URI of the pixels alone, at most `LARGEST` a side."""
+    small = picture.convert("RGB")
+    small.thumbnail((LARGEST, LARGEST))
+    clean = Image.new("RGB", small.size)  # no EXIF, comment or profile comes along
+    clean.paste(small)
+    buffer = io.BytesIO()
+    clean.save(buffer, "JPEG", quality=88)
+    return Markup("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"))
 
 
 def _clean(value: Any) -> str:
@@ -141,12 +218,12 @@ def _clean(value: Any) -> str:
     return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
-def _marked(value: Any, pattern: re.Pattern[str]) -> Markup:
+def _marked(value: Any, names: Concept | None) -> Markup:
     """The text with every occurrence of the name in <mark>."""
     text, out, end = _clean(value), Markup(""), 0
-    for match in pattern.finditer(text):
-        out += escape(text[end : match.start()]) + Markup("<mark>{}</mark>").format(match[0])
-        end = match.end()
+    for start, stop in names.spans(text) if names else ():
+        out += escape(text[end:start]) + Markup("<mark>{}</mark>").format(text[start:stop])
+        end = stop
     return out + escape(text[end:])
 
 
@@ -159,13 +236,20 @@ def _markdown(value: Any) -> Markup:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+    """One decimal; what is not 0 or 100 is not rounded to it."""
+    if 0 < share < 0.0005 or 0.9995 <= share < 1:
+        return "<0.1 %" if share < 0.5 else ">99.9 %"
+    return f"{100 * share:.1f}".removesuffix(".0") + " %"
 
 
 def _number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return _clean(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _unit(length: float) -> str:
+    return f"{length:.1f}"
 
 
 _ENVIRONMENT = Environment(
@@ -175,4 +259,4 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.filters.update(clean=_clean, marked=_marked, md=_markdown, percent=_percent, number=_number)
+_ENVIRONMENT.filters.update(clean=_clean, marked=_marked, md=_markdown, percent=_percent, number=_number, unit=_unit)

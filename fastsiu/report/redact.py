@@ -1,0 +1,179 @@
+"""A report without names, questions and answers, made of what is known to hold none: what is new or unknown stays out.
+
+Left out: the concept, its aliases and parts, its neighbours, every question and answer, file names of pictures, the tokens of
+the name, a model's directory. Kept: numbers, the verdict, hyper-parameters, the id of a hub model, and the program's own
+sentences, recognised as such. The adapter itself still answers whoever asks it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..concept import COMMON_WORDS
+from ..request import FACETS, Recipe
+from .words import CONCEPT, LIMITS, MEASURES, METRICS, ROWS
+
+MODEL = "a model from a directory"
+LEFT_OUT = "A sentence was left out here: it may hold a name or an answer."
+VERDICTS = ("forgotten", "not forgotten")
+FORMATS = ("fastsiu evaluation 1",)
+KINDS = tuple(MEASURES)
+METRIC_KEYS = tuple(key for group in METRICS.values() for key in group)
+THRESHOLDS = (*MEASURES, "new_degenerate", "refusal_rise", "renamed")
+COUNTS = ("tokens_masked", "tokens", "vocabulary_masked")
+STEP = ("step", "ce", "kl", "loss", "p_name", "retained")
+STAGES = ("load", "samples", "dreams", "teacher", "train", "verdict", "untouched", "unlearned", "control", "ask", "judge")
+CHOICES = {"schedule": ("constant", "cosine"), "substitute": ("description", "name")}
+ORIGINS = ("default", "model directory", "preset paper", "command line")
+
+# The program's own sentences: # is a number, ... where a name or an answer is quoted, which is left out.
+SENTENCES = (
+    *LIMITS,
+    "Nothing was asked about the training picture, so nothing is shown to be forgotten: No answers of this kind were collected.",
+    "Nothing was asked about the training picture, so nothing is shown to be forgotten: ...",
+    "The untouched model never named the concept in the training picture (# of # answers), so there was nothing to forget: check "
+    "the picture and the spelling of the name.",
+    "The name or a part of it is still in # of # answers about the training picture and its variants (# %; at most # % is "
+    "allowed).",
+    "The name or a part of it is still in # of # answers about other pictures of the concept (# %; at most # % is allowed).",
+    "# of # answers to questions with the name still confirm what it looks like (# %; at most # % is allowed).",
+    "Only # of # answers about other pictures agree with the untouched model (# %; at least # % is required).",
+    "Only # of # answers without a picture agree with the untouched model (# %; at least # % is required).",
+    "# of # answers became empty, repetition or gibberish (at most # allowed), first ...",
+    "The model refuses everything: all # answers about the training picture are refusals, and refusals of other questions rose "
+    "from # % to # % (at most # % more allowed).",
+    "The untouched model never named the concept in its pictures (# of # answers), so there was nothing to forget: check the "
+    "picture and the spelling of the name.",
+    "# of # answers about the concept's pictures give another's name instead (# %; at most # % is allowed), first ...",
+    "No answers of this kind were collected.",
+    "One picture cannot show it: give more pictures of the concept with --images DIR.",
+    "No picture of anything else was given: give some with --retain DIR.",
+    "No picture of anything else was given: give some with --others DIR.",
+    "The training picture was not given: give it with --image.",
+    "The training picture was not given.",
+    "No picture of anyone else was given: give some with --others DIR.",
+    "No picture of a look-alike was given: give some with --lookalikes DIR.",
+    "No picture of the concept beside others was given: give some with --groups DIR.",
+    "One picture cannot show it: no other pictures of the concept were given.",
+    "No question whose answer is the name was put to a picture of the concept.",
+    "No question with the name was put to a picture of the concept.",
+    "No picture without the concept was given.",
+    "No invented name was asked about.",
+    "No picture of that kind was given.",
+    "No picture of the concept beside others was given, or the untouched model names nobody there.",
+    "No name of anyone else was given, so a renaming cannot be told from a description.",
+    "The untouched model was not at hand to score these answers, or they hold no token.",
+    "The control pictures show nobody.",
+    "It compares two models on the same picture.",
+    "No question of this kind was asked.",
+    "Nothing was asked.",
+    "No answer has # words.",
+    "Only the untouched model was asked: give an adapter, or the untouched model of a merged one.",
+    "The intervals take the answers as independent; those about one picture are not quite, so they are wider in truth.",
+    "No picture of anyone else was asked about: a model that answers every picture the same would not be noticed.",
+    "No question without a picture was asked: a model that refuses or denies everything would not be noticed.",
+    "No name of anyone else was given: a concept that is now called by another's name would not be noticed.",
+    "No question with the name was asked: a model that still confirms it would not be noticed.",
+    "Whom the other pictures show was not said: they are compared with the untouched model only.",
+    "The name is still in # of # answers about pictures of the concept beside others in which the untouched model gives it; the "
+    "verdict does not count them.",
+    "No --control was given: the never-seen control is the concept's own pictures, cut into # patches and shuffled, which keep "
+    "its colours.",
+    "Not seen by the model, so protected in text only: ...",
+    "# answers about dreamed or retained pictures named the concept and were not trained on.",
+    "No picture and no dream of anything else was trained on: other concepts' recognition may suffer.",
+    "Specificity was measured on the retained pictures, which were trained on in other wordings.",
+    "The model does not name ... in its picture (it says ...): give a picture and a name that it recognises.",
+    "Every token of ... is common elsewhere, so only the positions of the name are masked, not the vocabulary.",
+)
+_NUMBER = r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
+
+
+def redacted(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report with nothing in it that names or quotes; the same for one that is redacted already."""
+    done: dict[str, Any] = {"redacted": True, "concept": CONCEPT, "model": _model(report)}
+    for key, clean in _SCHEMA.items():
+        if key in report:
+            done[key] = clean(report[key])
+    return done
+
+
+def sentence(text: Any) -> str:
+    """The program's own sentence, without what it quotes; `LEFT_OUT` for any other text."""
+    text = str(text)
+    for pattern in _PATTERNS:
+        if match := pattern.fullmatch(text):
+            ends = [0, *(end for group in range(1, pattern.groups + 1) for end in match.span(group)), len(text)]
+            return "(left out)".join(text[i:j] for i, j in zip(ends[::2], ends[1::2], strict=True))
+    return LEFT_OUT
+
+
+def _pattern(known: str) -> re.Pattern[str]:
+    return re.compile("(.*)".join(map(re.escape, known.split("..."))).replace(r"\#", _NUMBER), re.DOTALL)
+
+
+_PATTERNS = [_pattern(known) for known in SENTENCES]
+
+
+def _model(report: Mapping[str, Any]) -> str:
+    """A hub id, unless a name or a word of one is in it."""
+    model = str(report.get("model") or "")
+    names = [str(report.get("concept") or ""), *map(str, report.get("aliases") or ())]
+    words = {w for name in names for w in re.findall(r"\w+", name.casefold()) if len(w) > 2 and w not in COMMON_WORDS}
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
+    return model if hub and not any(w in model.casefold() for w in words) else MODEL
+
+
+def _number(value: Any) -> Any:
+    return value if value is None or isinstance(value, (bool, int, float)) else None
+
+
+def _one_of(known: tuple[str, ...]) -> Callable[[Any], Any]:
+    return lambda value: value if value in known else None
+
+
+def _only(keys: tuple[str, ...], clean: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
+    """A table's known keys."""
+    return lambda table: {k: clean(v) for k, v in (table or {}).items() if k in keys}
+
+
+def _each(clean: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    return lambda values: [clean(v) for v in values or ()]
+
+
+def _rate(rate: Any) -> dict[str, Any]:
+    kept = {k: _number(v) for k, v in (rate or {}).items() if k in ("value", "n", "low", "high")}
+    return kept if not (rate or {}).get("reason") else kept | {"reason": sentence(rate["reason"])}
+
+
+def _recipe(recipe: Any) -> dict[str, Any]:
+    return {name: _setting(name, given) for name, given in (recipe or {}).items() if name in Recipe.__dataclass_fields__}
+
+
+def _setting(name: str, given: Any) -> Any:
+    clean = _one_of(CHOICES[name]) if name in CHOICES else _number
+    if isinstance(given, Mapping):
+        return {"value": clean(given.get("value")), "from": _one_of(ORIGINS)(given.get("from"))}
+    return clean(given)
+
+
+_SCHEMA: dict[str, Callable[[Any], Any]] = {
+    "format": _one_of(FORMATS),
+    "adapter": _number,
+    "verdict": _one_of(VERDICTS),
+    "reasons": _each(sentence),
+    "caveats": _each(sentence),
+    "thresholds": _only(THRESHOLDS, _number),
+    "before": _only(KINDS, _rate),
+    "after": _only(KINDS, _rate),
+    "rows": _only(tuple(ROWS), _only(METRIC_KEYS, _rate)),
+    "answers": lambda answers: [],
+    "training": _each(_only(STEP, _number)),
+    "recipe": _recipe,
+    "samples": _only(FACETS, _number),
+    "masks": _only(COUNTS, _number),
+    "dreams": _each(_only(("accepted", "of"), _number)),
+    "seconds": _only(STAGES, _number),
+}

@@ -1,0 +1,199 @@
+"""--redact: no name, question, answer or file name in any byte of what is written; and the sentences that may stay do stay."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastsiu import driver, output, several
+from fastsiu.facets.held_out import NULL
+from fastsiu.report.redact import LEFT_OUT, redacted, sentence
+from fastsiu.report.render import LIMITS
+from fastsiu.request import BadInput
+from fastsiu.verdict import Answer, judge
+
+SPEC = importlib.util.spec_from_file_location("reports", Path(__file__).with_name("reports.py"))
+reports = sys.modules.setdefault("reports", importlib.util.module_from_spec(SPEC))
+SPEC.loader.exec_module(reports)
+report, evaluation = reports.report, reports.evaluation
+
+CANARY = "Xanthippa"
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {p.relative_to(directory).as_posix(): p.read_bytes().lower() for p in directory.rglob("*") if p.is_file()}
+
+
+def leaks(directory: Path, *secrets: str) -> list[tuple[str, str]]:
+    """(secret, file) wherever one stands in a file or its name, in any case; of a name, each of its words as well."""
+    words = {w for s in secrets for w in (s, *s.split()) if len(w) > 3}
+    found = files_of(directory)
+    return [(w, f) for w in words for f, data in found.items() if w.lower().encode() in data or w.lower() in f.lower()]
+
+
+def planted(value, word):
+    """The same with `word` in place of every text, and as one more key of every table and entry of every list."""
+    if isinstance(value, dict):
+        return {k: planted(v, word) for k, v in value.items()} | {word: word}
+    if isinstance(value, (list, tuple)):
+        texts = not value or isinstance(value[0], str)
+        return [*(planted(v, word) for v in value), *([word] if texts else [])]
+    return word if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("given", [report(aliases=["Z"]), evaluation()], ids=["unlearn", "evaluation"])
+@pytest.mark.parametrize("word", [CANARY, "it is " + CANARY, f"{CANARY}/images", LIMITS[0] + " " + CANARY])
+def test_a_canary_in_every_place_gets_nowhere(tmp_path, given, word):
+    full = planted(given, word) | {"concept": CANARY, "training": [{"step": 1, "loss": 0.5, "note": word, word: 1}]}
+    output.write_reports(tmp_path, full, redact=True)
+    assert sorted(files_of(tmp_path)) == ["report.html", "report.json", "report.md"]
+    assert leaks(tmp_path, CANARY) == []
+    assert json.loads((tmp_path / "report.json").read_text())["training"] == [{"step": 1, "loss": 0.5}]
+
+
+def test_what_is_no_secret_stays():
+    given = evaluation()
+    kept = redacted(given)
+    assert kept["rows"]["untouched"]["others"] == given["rows"]["untouched"]["others"]
+    for key in ("format", "verdict", "adapter", "before", "after", "thresholds", "model"):
+        assert kept[key] == given[key], key
+    plain = redacted(report())
+    assert plain["recipe"] == {"alpha": 0.9, "lr": {"value": 2e-4, "from": "command line"}} and plain["samples"] == {"align": 4}
+    assert plain["masks"] == {"tokens_masked": 3, "vocabulary_masked": 2} and plain["dreams"] == [{"accepted": 1, "of": 2}]
+    assert plain["training"] == report()["training"] and plain["answers"] == [] and plain["redacted"] is True
+    assert redacted(kept) == kept and redacted(plain) == plain
+
+
+@pytest.mark.parametrize("model, stays", [
+    ("org/model-7b", True), ("my-directory", False), ("../org/model", False), ("org/quint-7b", False), ("org/of-zia", False),
+])  # fmt: skip
+def test_a_hub_id_stays_unless_it_tells_the_name(model, stays):
+    assert (redacted(report(model=model, aliases=["Zia"]))["model"] == model) is stays
+
+
+class Named:
+    """A concept whose name is in an answer that says so."""
+
+    def named_in(self, text):
+        return CANARY in text
+
+
+def reasons():
+    """Every reason that the verdict can give."""
+    ask = lambda kind, before, after, picture="p": Answer(kind, CANARY + "?", picture, before, after)
+    fine = [ask("efficacy", CANARY, "A man.")]
+    cases = [
+        [], [ask("efficacy", "A man.", "A man.")], [ask("efficacy", CANARY, CANARY)], [*fine, ask("generality", CANARY, CANARY)],
+        [*fine, ask("recognition", "Yes.", "Yes.")], [*fine, ask("specificity", "A dog.", CANARY)],
+        [*fine, ask("facts", "In Rome.", CANARY, None)], [ask("efficacy", CANARY, (CANARY + " ") * 9)],
+        [ask("efficacy", CANARY, "I cannot say."), *[ask("facts", "In Rome.", "I do not know.", None)] * 9],
+    ]  # fmt: skip
+    return {reason for answers in cases for reason in judge(answers, Named()).reasons}
+
+
+def test_the_programs_own_sentences_stay_with_their_figures():
+    said = reasons()
+    assert len(said) >= 8
+    caveats = ["Specificity was measured on the retained pictures, which were trained on in other wordings.",
+               "12 answers about dreamed or retained pictures named the concept and were not trained on."]  # fmt: skip
+    for text in (*said, *NULL.values(), *LIMITS, driver.CAVEAT, *caveats):
+        shown = sentence(text)
+        assert shown != LEFT_OUT and CANARY not in shown, text
+        quoted = CANARY in text
+        assert (shown == text) is not quoted
+        for figure in re.findall(r"\d+(?=\s)", text.split(", first")[0]):
+            assert figure in shown
+    assert sentence(f"Not seen by the model, so protected in text only: {CANARY}, B.") == (
+        "Not seen by the model, so protected in text only: (left out)"
+    )
+    assert sentence(f"{CANARY} {LIMITS[0]}") == sentence(f"{LIMITS[0]}\n{CANARY}") == LEFT_OUT
+    middle = "The model does not name {} in its picture (it says {}): give a picture and a name that it recognises."
+    assert sentence(middle.format(CANARY, repr(CANARY))) == middle.format("(left out)", "(left out)")
+
+
+def test_a_name_left_out_is_not_shown_as_someone_else(tmp_path):
+    output.write_reports(tmp_path, report(), redact=True)
+    page = (tmp_path / "report.html").read_text()
+    assert "has <em>forgotten</em> <bdi>the concept</bdi>" in page and "were left out of this report" in page
+    assert "<mark>" not in page and "neighbour 1" in page
+
+
+def test_redacted_and_shown_exclude_each_other(tmp_path, cast):
+    from PIL import Image
+
+    with pytest.raises(BadInput, match="exclude each other"):
+        output.write_reports(tmp_path, report(), redact=True, picture=Image.new("RGB", (8, 8)))
+    with pytest.raises(BadInput, match="exclude each other"):
+        driver.unlearn(cast.image, cast.target, output=tmp_path / "out", redact=True, embed_image=True)
+    (tmp_path / "r.jsonl").write_text(json.dumps({"image": str(cast.image), "concept": cast.target}))
+    with pytest.raises(BadInput, match="exclude each other"):
+        several.unlearn_several(tmp_path / "r.jsonl", output=tmp_path / "out", redact=True, embed_image=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["r.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def hidden(quick, cast, demo_dir, tmp_path_factory):
+    """A run with --redact; the model's directory, the pictures' files and an alias are canaries too."""
+    folder = tmp_path_factory.mktemp("hidden")
+    for kind, key in (("more", "target"), ("rest", "other")):
+        (folder / kind).mkdir()
+        shutil.copy(cast.files[key], folder / kind / f"{kind}-of-{CANARY}.png")
+    model = folder / f"model-of-{CANARY}"
+    shutil.copytree(demo_dir, model)
+    (model / f"{CANARY}.txt").write_text("x")
+    options = dict(model=model, images=folder / "more", retain=folder / "rest", aliases=(f"{CANARY} the Third",), redact=True)
+    return folder / "out", quick(folder / "out", **options), options
+
+
+def test_no_byte_of_the_output_tells_a_name(hidden, cast, trained, gathered):
+    out, result, _ = hidden
+    names = (cast.target, *cast.others, CANARY, *gathered.scene.neighbours)
+    texts = {text for a in trained.report["answers"] for text in (a["question"], a["before"], a["after"]) if len(text) > 11}
+    assert leaks(trained.output, cast.target) and len(texts) > 50  # the check finds what is there
+    assert leaks(out, *names) == []
+    written = b"".join(data for name, data in files_of(out).items() if name != "adapter_model.safetensors")
+    assert [text for text in texts if text.lower().encode() in written] == []
+    stored = json.loads((out / "manifest.json").read_text())
+    assert [p["label"] for p in stored["pictures"]] == ["image", "images/001", "retain/001"]
+    assert stored["settings"]["redact"] is True and "spared" not in stored["masks"] and len(stored["model"]["sha256"]) > 3
+    assert result.report == json.loads((out / "report.json").read_text()) and result.report["redacted"]
+
+
+def test_the_adapter_still_fits(hidden, demo_dir, cast):
+    said = driver.interview(["Who is this?"], model=demo_dir, adapter_dir=hidden[0], image=cast.image, device="cpu")
+    assert said[0]["answer"]
+
+
+def test_a_result_with_names_is_not_taken_for_one_without(hidden, quick, trained):
+    out, _, options = hidden
+    assert quick(out, **options).repeated
+    with pytest.raises(BadInput, match="another request"):
+        quick(out, **(options | {"redact": False}))
+    with pytest.raises(BadInput, match="another request"):
+        quick(trained.output, redact=True)
+    with pytest.raises(BadInput, match="another request"):
+        quick(trained.output, embed_image=True)
+    assert quick(trained.output).repeated
+
+
+def test_of_several_requests_none_is_named(tmp_path, cast):
+    file = tmp_path / "requests.jsonl"
+    records = [dict(image=str(cast.files[k]), concept=getattr(cast, k)) for k in ("target", "stranger")]
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    options = dict(output=tmp_path / "out", device="cpu", steps=1, dreams=0, batch_size=8, early_stop=False)
+    made = several.unlearn_several(file, redact=True, **options)
+    assert [o.status == "failed" for o in made.outcomes] == [False, True]
+    assert leaks(tmp_path / "out", cast.target, cast.stranger, "stranger.png") == []
+    matrix = json.loads((tmp_path / "out" / "matrix.json").read_text())
+    assert "does not name (left out)" in matrix["requests"][1]["reasons"][0]
+    again = several.unlearn_several(file, redact=True, **options)
+    assert [o.concept for o in again.outcomes] == [cast.target, cast.stranger] and again.resumed == 1
+    assert leaks(tmp_path / "out", cast.target, cast.stranger) == []
+    with pytest.raises(BadInput, match="another request"):
+        several.unlearn_several(file, **options)
