@@ -72,9 +72,14 @@ def attach(vlm: VLM, recipe: Recipe) -> None:
     for wrapper in vlm.model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper):  # a projector in fp32 between 16 bit neighbours
             trained, dtype = wrapper.modules_to_save["default"], next(wrapper.original_module.parameters()).dtype
-            trained.register_forward_pre_hook(lambda module, given: tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in given))
+            trained.register_forward_pre_hook(lambda module, given: tuple(map(_wide, given)))
             trained.register_forward_hook(lambda module, given, out, dtype=dtype: out.to(dtype))
     vlm.model.eval()
+
+
+def _wide(given: Any) -> Any:
+    """In fp32 what is a tensor of floats: some projectors are given sizes as well."""
+    return given.float() if isinstance(given, torch.Tensor) and given.is_floating_point() else given
 
 
 @contextlib.contextmanager
