@@ -218,16 +218,25 @@ def evaluate(
     quantize: Quantize = None,
     attention: Attention = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    redact: Redact = False,
+    embed_image: EmbedImage = False,
+    judge: Annotated[str | None, typer.Option(help="URL of an OpenAI-compatible server that grades answers (G-Eval).")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="With --judge: its model.")] = None,
+    judge_key: Annotated[Path | None, typer.Option(help="With --judge: file with the API key.")] = None,
+    judge_plain_http: Annotated[bool, typer.Option("--judge-plain-http", help="With --judge: http:// to elsewhere.")] = False,
+    allow_network: Annotated[bool, typer.Option("--allow-network", help="With --judge: what is told may be sent.")] = False,
+    lmms_eval: Annotated[Path | None, typer.Option(help="With --base: directory for the public benchmarks' script.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of the table.")] = False,
 ) -> None:
     """Measure what a model knows of CONCEPT, and what it has lost of all else. Exit code 1 when it is not forgotten."""
     one = dict(concept=concept, base=base, alias=alias, image=image, images=images, others=others, lookalikes=lookalikes,
-               groups=groups, control=control, questions=questions)  # fmt: skip
+               groups=groups, control=control, questions=questions, redact=redact or None, embed_image=embed_image or None,
+               judge=judge, lmms_eval=lmms_eval)  # fmt: skip
     many = dict(check=check, concepts=concepts, unlearn=unlearn, adapters=adapters, limit=limit, per_other=per_other,
                 processes=processes, preset=preset is Preset.paper, steps=steps, lr=lr, rank=rank, batch_size=batch_size,
                 seed=seed, memory=memory)  # fmt: skip
     if suite is not None and (given := [name for name, value in one.items() if value is not None]):
-        raise BadInput(f"--{given[0]} and --suite exclude each other: the suite says it for each of its concepts.")
+        raise BadInput(f"--{given[0].replace('_', '-')} is about one concept, and --suite about many: leave one of them out.")
     if suite is None and (given := [name for name, value in many.items() if value is not None and value is not False]):
         raise BadInput(f"--{given[0].replace('_', '-')} is about many concepts: give them with --suite DIR, or leave it out.")
     if suite is None and concept is None:
@@ -258,13 +267,18 @@ def evaluate(
         raise typer.Exit(evaluated.exit_code)
 
     from .evaluate import run as evaluation
+    from .evaluate.judge import Options
 
+    if (judge is None) != (judge_model is None):
+        raise BadInput("A judge is a server and one of its models: give --judge URL and --judge-model NAME, or neither.")
+    judged_by = judge and Options(judge, str(judge_model), judge_key, allow_network, judge_plain_http)
     with Progress(say, hidden=as_json) as progress:
         result = evaluation.evaluate(
             concept, model=model, adapter_dir=adapter, base=base, aliases=tuple(alias or ()), image=image, images=images,
             others=others, lookalikes=lookalikes, groups=groups, control=control, questions=questions, untouched=untouched,
             output=output, revision=revision, device=device, dtype=dtype, quantize=quantize, attention=attention,
-            max_new_tokens=max_new_tokens, listener=progress.listener,
+            max_new_tokens=max_new_tokens, redact=redact, embed_image=embed_image, judged_by=judged_by or None,
+            lmms_eval=lmms_eval, listener=progress.listener,
         )  # fmt: skip
     if as_json:
         sys.stdout.write(json.dumps(result.report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")

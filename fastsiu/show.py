@@ -198,7 +198,7 @@ METRICS = {
     "groups_named": "still named beside others", "facts": "same, facts in words", "general": "same, general knowledge",
     "renamed": "given another's name", "fluency": "perplexity, untouched model", "fluency_paper": "perplexity, the paper's",
     "diversity": "unique words / words", "distinct_1": "distinct-1", "distinct_2": "distinct-2", "refusals": "refusals",
-    "empty": "empty", "gibberish": "gibberish", "repetition": "repetition",
+    "empty": "empty", "gibberish": "gibberish", "repetition": "repetition", "g_eval": "G-Eval, 1 to 5",
 }  # fmt: skip
 
 

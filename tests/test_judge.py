@@ -9,7 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from fastsiu.evaluate import judge
+from fastsiu import cli
+from fastsiu.evaluate import directories, judge
+from fastsiu.evaluate.exam import Question
 from fastsiu.evaluate.judge import Options, Pair, judge_answers, read_score, summary
 from fastsiu.request import BadInput
 
@@ -160,8 +162,8 @@ def test_a_refusal_stops_everything(stub):
 )
 def test_urls_that_may_not_be_used(url, match, tmp_path):
     with pytest.raises(BadInput, match=match):
-        judge.announcement(Options(url, "j"), "Ann", PAIRS)
-    judge.announcement(Options("http://example.org/v1", "j", plain_http=True), "Ann", PAIRS)
+        judge.announcement(Options(url, "j"), "Ann", 6)
+    judge.announcement(Options("http://example.org/v1", "j", plain_http=True, allow_network=True), "Ann", 6)
     (tmp_path / "empty").write_text("\n")
     for path in (tmp_path / "empty", tmp_path / "missing"):
         with pytest.raises(BadInput, match="key"):
@@ -187,3 +189,44 @@ def test_the_interval_is_never_too_narrow():
     spread = summary([1, 5] * 5)
     assert (spread["low"] - 1) / 4 == pytest.approx(0.2366, abs=1e-3) and spread["value"] == 3.0
     assert summary([3, None, 3])["n"] == 2 and summary([])["value"] is None and "no answer to grade" in summary([])["reason"]
+
+
+def test_eval_grades_what_is_said_of_the_concept(stub, cast, demo_dir, tmp_path, monkeypatch, capsys):
+    questions = (Question("Who do you see here?", "name"), Question("Is this {name}?", "yesno"))
+    monkeypatch.setattr(directories, "default_questions", lambda: questions)
+    views = directories.variants
+    monkeypatch.setattr(directories, "variants", lambda image, held_out: views(image, held_out=held_out)[:2])
+    stub.answer = lambda i, given: said("Score: 5")
+    command = ["eval", "--model", str(demo_dir), "--concept", cast.target, "--image", str(cast.image), "--device", "cpu",
+               "--output", str(tmp_path / "out"), "--judge", stub.url]  # fmt: skip
+    assert cli.run(command) == 2 and "--judge-model" in capsys.readouterr().err
+    command += ["--judge-model", "j"]
+    assert cli.run(command) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "would be sent 2 answers" in told and "Nothing was sent" in told and not stub.seen and not (tmp_path / "out").exists()
+    assert cli.run([*command, "--allow-network"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["rows"]["untouched"]["g_eval"]["value"] == 5 and report["rows"]["untouched"]["g_eval"]["n"] == 2
+    assert report["rows"]["control"]["g_eval"]["value"] is None
+    sent = [json.loads(given["messages"][1]["content"]) for given in stub.seen]
+    assert {s["question"] for s in sent} == {"Who do you see here?"} and all(cast.target in s["answer"] for s in sent)
+    assert "G-Eval" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_eval_that_names_nobody(cast, demo_dir, tmp_path, monkeypatch, capsys):
+    """--redact reaches everything that eval writes, and --embed-image only its page."""
+    questions = (Question("Who do you see here?", "name"), Question("What is two plus six?", "general"))
+    monkeypatch.setattr(directories, "default_questions", lambda: questions)
+    out = tmp_path / "out"
+    command = ["eval", "--model", str(demo_dir), "--concept", cast.target, "--image", str(cast.image), "--device", "cpu"]
+    assert cli.run([*command, "--output", str(out), "--redact", "--embed-image"]) == 2
+    assert cli.run([*command, "--embed-image"]) == 2 and "--output" in capsys.readouterr().err
+    assert cli.run([*command, "--lmms-eval", str(tmp_path)]) == 2 and "--base" in capsys.readouterr().err
+    assert cli.run([*command, "--output", str(out), "--redact"]) == 0
+    assert {p.name for p in out.iterdir()} == {"report.json", "report.md", "report.html", "manifest.json", "private.key"}
+    for path in out.iterdir():
+        found = path.read_bytes().lower()
+        assert not any(word.lower().encode() in found for word in cast.target.split()), path
+    assert cli.run([*command, "--output", str(out)]) == 2  # what was asked for with names is another request
+    assert cli.run([*command, "--output", str(tmp_path / "shown"), "--embed-image"]) == 0
+    assert "data:image/jpeg;base64," in (tmp_path / "shown" / "report.html").read_text()

@@ -94,21 +94,25 @@ def judge_answers(options: Options, concept: str, pairs: Sequence[Pair], say: Ca
 
     Raises BadInput without `allow_network`, for options that cannot be used, and where the server refuses altogether.
     """
-    told = announcement(options, concept, pairs)
-    if not options.allow_network:
-        raise BadInput(f"{told} Nothing was sent: add --allow-network to agree.")
+    size = sum(len(json.dumps(body(options, concept, pair))) for pair in pairs)
+    told = announcement(options, concept, len(pairs), size)
     say(told)
     graded = score(options, concept, pairs)
     return {**summary([g.score for g in graded]), "of": len(graded), "judge": options.model, "host": _host(options),
             "problems": dict(Counter(g.problem for g in graded if g.problem))}  # fmt: skip
 
 
-def announcement(options: Options, concept: str, pairs: Sequence[Pair]) -> str:
-    """One sentence: what would leave this machine, and where to. Raises BadInput for a URL that may not be used."""
-    where = _host(options)
-    size = sum(len(json.dumps(body(options, concept, pair))) for pair in pairs)
-    return (f"The judge {options.model} at {where} would be sent {len(pairs)} answers with their questions, as many reference "
-            f"texts and the name {concept!r}, {size / 1000:.1f} kB in all, and no picture.")  # fmt: skip
+def announcement(options: Options, concept: str, pairs: int, size: int | None = None) -> str:
+    """One sentence: what leaves this machine, and where to; size in bytes, once the answers are there.
+
+    Raises BadInput without `allow_network`, and for a URL that may not be used.
+    """
+    amount = "" if size is None else f", {size / 1000:.1f} kB in all"
+    told = (f"The judge {options.model} at {_host(options)} {'is' if options.allow_network else 'would be'} sent {pairs} answers "
+            f"with their questions, as many reference texts and the name {concept!r}{amount}, and no picture.")  # fmt: skip
+    if not options.allow_network:
+        raise BadInput(f"{told} Nothing was sent: add --allow-network to agree.")
+    return told
 
 
 def score(options: Options, concept: str, pairs: Sequence[Pair]) -> list[Graded]:

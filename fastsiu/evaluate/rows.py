@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +24,7 @@ NO_GROUP = "No picture of the concept beside others was given."
 NO_NAMES = "No name of anyone else was given, so a renaming cannot be told from a description."
 NO_UNTOUCHED = "The untouched model was not at hand to score these answers, or they hold no token."
 ABSENT = "The control pictures show nobody."
+NO_JUDGE = "No judge was asked."
 ALONE = "Only the untouched model was asked: give an adapter, or the untouched model of a merged one."
 INDEPENDENT = "The intervals take the answers as independent; those about one picture are not quite, so they are wider in truth."
 
@@ -160,6 +161,12 @@ def _of_the_text(exam: Exam, asked: Sequence[Pair], model: Observations, control
     return out | metrics.shares(texts, nothing)
 
 
+def to_grade(exam: Exam, untouched: Observations, model: Observations) -> list[Pair]:
+    """What a judge is shown of a model: its answers about the concept's pictures in which the name would stand."""
+    every = pairs(exam, untouched, model)
+    return [p for part in OF_CONCEPT for p in _naming(exam, every, part)]
+
+
 def verdict_answers(exam: Exam, untouched: Observations, model: Observations) -> list[Answer]:
     """The pairs that the verdict is about, by its kinds. Not among them: control pictures, the stranger's name, answers about the
     concept beside others in which the untouched model names it, and descriptions of it without its name."""
@@ -185,11 +192,11 @@ def _answer(kind: str, pair: Pair) -> Answer:
 
 
 def report_of(exam: Exam, name: str, untouched: Observations, model: Observations | None = None, *, adapted: bool = True,
-              caveats: Sequence[str] = ()) -> dict[str, Any]:  # fmt: skip
+              caveats: Sequence[str] = (), graded: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
     """report.json of `eval`.
 
     name: the model's, a hub id or a directory; model: what the unlearned one did, None where only the untouched model was asked;
-    adapted: it is the untouched one with an adapter on
+    adapted: it is the untouched one with an adapter on; graded: a judge's mean score of a row, by its name
     """
     answers = verdict_answers(exam, untouched, model or untouched)
     verdict = judge(answers, exam.concept, others=exam.others, reasons_for_null=exam.null)
@@ -197,9 +204,12 @@ def report_of(exam: Exam, name: str, untouched: Observations, model: Observation
     if model is not None:
         rows["unlearned"] = row(exam, untouched, model)
     rows["control"] = row(exam, untouched, untouched, control=True)
+    for side, one in rows.items():
+        one["g_eval"] = (graded or {}).get(side, {"value": None, "reason": NO_JUDGE})
     return {
         "format": "fastsiu evaluation 1",
         "concept": exam.concept.name,
+        "aliases": list(exam.concept.aliases),
         "model": Path(name).name if Path(name).is_dir() else name,
         "adapter": adapted and model is not None,
         "verdict": "forgotten" if verdict.forgotten and model is not None else "not forgotten",

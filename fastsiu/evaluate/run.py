@@ -11,18 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from .. import adapter, driver, source, vlm
 from .. import output as outputs
 from ..concept import Concept
 from ..facets.targets import Scene, neighbours
-from ..images import read_bytes
+from ..images import load_image, read_bytes
 from ..memory import Settings
+from ..report.redact import redacted
 from ..request import BadInput, Recipe
 from ..session import Listener
-from . import directories
-from .exam import Exam
+from . import directories, judge, lmms
+from .exam import OF_CONCEPT, Exam
 from .observe import Likelihood, Naming, Observations, carriers, examine, with_fluency
-from .rows import report_of, row, verdict_answers
+from .rows import report_of, row, to_grade, verdict_answers
 
 __all__ = [
     "Evaluation", "Likelihood", "Naming", "Observations", "carriers", "evaluate", "examine", "report_of", "row",
@@ -89,13 +92,18 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
              groups: str | Path | None = None, control: str | Path | None = None, questions: str | Path | None = None,
              output: str | Path | None = None, untouched: str | Path | None = None, max_new_tokens: int = 64,
              revision: str | None = None, device: str | None = None, dtype: str = "auto", quantize: str | None = None,
-             attention: str | None = None, listener: Listener | None = None) -> Evaluation:  # fmt: skip
+             attention: str | None = None, redact: bool = False, embed_image: bool = False,
+             judged_by: judge.Options | None = None, lmms_eval: str | Path | None = None,
+             listener: Listener | None = None) -> Evaluation:  # fmt: skip
     """What a model knows of a concept, and what it has lost of all else; pictures and questions as in `directories.exam_of`.
 
     adapter_dir: an --output directory of `unlearn`; the untouched model is `model` without it
     base:        the untouched model where `model` is merged, unlearned already; they are loaded one after the other
     untouched:   an untouched.json, which every output has: the untouched model is not asked again
     output:      a directory for the report in one transaction; nothing is written without
+    redact:      nothing that names or quotes is written; embed_image: report.html shows the training picture
+    judged_by:   who grades the answers about the concept's pictures (G-Eval); what leaves the machine is told first
+    lmms_eval:   where the script for the public benchmarks is written, or where what it found is read; for a merged model
 
     Without adapter and base only `model` is asked, as the untouched one. Where no picture says who else there is, the untouched
     model is asked whom it takes for alike.
@@ -105,6 +113,11 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
     listener = listener or Listener()
     if base is not None and adapter_dir is not None:
         raise BadInput("--adapter and --base exclude each other: the untouched model is --model without the adapter.")
+    outputs.check_shown(redact, embed_image)
+    if embed_image and (image is None or output is None):
+        raise BadInput("--embed-image shows the training picture in report.html: give it with --image, and an --output.")
+    if lmms_eval is not None and base is None:
+        raise BadInput("--lmms-eval compares a merged model with the untouched one: give them with --model and --base.")
     if adapter_dir is not None:
         adapter.check_directory(Path(adapter_dir))
     if not concept.strip():
@@ -123,10 +136,16 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
     first = measured if base is None else made(str(base))
     remembered = output is not None or untouched is not None  # else no digest is of use
     settings = {"max_new_tokens": max_new_tokens} | (first.identity if remembered else {})
+    if judged_by is not None:  # without permission it ends here, before anybody waits for answers
+        asked = sum(1 for cell in exam.cells if cell.seen and cell.seen.role in OF_CONCEPT and cell.question.kind == "name")
+        judge.announcement(judged_by, exam.concept.name, asked * (1 if base is None and adapter_dir is None else 2))
+    benchmarks = None if lmms_eval is None else _benchmarks(Path(lmms_eval), first.name, measured.name)
     cached = _read(Path(untouched)) if untouched is not None else None
     destination = _path(output)
     merged = measured if base is not None else None
-    digest = "" if destination is None else _digest(exam, settings, merged, adapter_dir)
+    shown = driver.shown_as(redact, embed_image) | ({} if judged_by is None else {"judge": [judged_by.url, judged_by.model]})
+    shown |= {} if benchmarks is None else {"benchmarks": benchmarks}
+    digest = "" if destination is None else _digest(exam, settings | shown, merged, adapter_dir)
     if destination is not None and outputs.check_destination(destination, digest) == "same":
         report = json.loads((destination / "report.json").read_text(encoding="utf-8"))
         forgotten = report["verdict"] == "forgotten" if "unlearned" in report["rows"] else None
@@ -159,11 +178,15 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
             listener.stage("Scoring its answers under the untouched model")
             after = with_fluency(loaded, exam, after)
     caveats = [driver.CAVEAT] * (adapter_dir is not None) + [directories.COUNTERFACTUAL] * (control is None)
-    report = report_of(exam, name, before, after, adapted=adapter_dir is not None, caveats=caveats)
+    graded = {} if judged_by is None else _graded(judged_by, exam, before, after, listener)
+    report = report_of(exam, name, before, after, adapted=adapter_dir is not None, caveats=caveats, graded=graded)
+    if benchmarks is not None:
+        report["benchmarks"] = benchmarks
     if destination is not None:
         kept = {"format": FORMAT, "digest": key, "others": [other.name for other in exam.others], **before.as_dict()}
         pictures = {} if image is None else {"image": read_bytes(image)}
-        _write(destination, report, kept, digest, measured, settings, pictures)
+        report = _write(destination, report, kept, digest, measured, settings | driver.shown_as(redact, embed_image), pictures,
+                        load_image(Path(image)) if embed_image and image is not None else None)  # fmt: skip
     return Evaluation(None if after is None else report["verdict"] == "forgotten", report, destination)
 
 
@@ -205,17 +228,44 @@ def _same(cached: dict[str, Any], key: str, path: Path) -> Observations:
     return Observations.from_dict(cached)
 
 
+def _graded(options: judge.Options, exam: Exam, before: Observations, after: Observations | None,
+            listener: Listener) -> dict[str, Any]:  # fmt: skip
+    """By row: the judge's mean score of its answers, beside the untouched model's own."""
+    sides = {"untouched": before} | ({} if after is None else {"unlearned": after})
+    listener.stage(f"Asking the judge {options.model}")
+    found = {}
+    for side, said in sides.items():
+        given = [judge.Pair(p.cell.text, p.after, p.before) for p in to_grade(exam, before, said)]
+        found[side] = judge.judge_answers(options, exam.concept.name, given, listener.note)
+    return found
+
+
+def _benchmarks(directory: Path, untouched: str, merged: str) -> dict[str, Any]:
+    """What lmms-eval found there; where it has not been told yet what to do, it is."""
+    if not (directory / lmms.FOLDER).exists():
+        lmms.write(directory, untouched, merged)
+    return lmms.read_results(directory)
+
+
 def _write(destination: Path, report: dict[str, Any], kept: dict[str, Any], digest: str, model: _Model, settings: dict[str, Any],
-           pictures: dict[str, bytes]) -> None:  # fmt: skip
+           pictures: dict[str, bytes], picture: Image.Image | None) -> dict[str, Any]:  # fmt: skip
+    """Returns the report as it was written. A redacted one has no untouched.json beside it, which holds names and answers."""
+    redact = settings.get("redact", False)
+    written = redacted(report) if redact else report
+    weights = model.weights
+    if written["model"] != report["model"]:  # a file of the model's directory may have any name
+        weights = {f"{number:03d}": sha for number, sha in enumerate(weights.values(), 1)}
     transaction = outputs.Transaction(destination)
     with transaction as staging:
-        outputs.write_reports(staging, report)
-        (staging / UNTOUCHED).write_text(json.dumps(kept, ensure_ascii=True, allow_nan=False) + "\n", encoding="utf-8")
+        outputs.write_reports(staging, report, redact=redact, picture=picture)
+        if not redact:
+            (staging / UNTOUCHED).write_text(json.dumps(kept, ensure_ascii=True, allow_nan=False) + "\n", encoding="utf-8")
         whole = outputs.manifest(
-            recipe=Recipe(), model_id=report["model"], revision=model.commit, weights=model.weights, digest=digest,
+            recipe=Recipe(), model_id=written["model"], revision=model.commit, weights=weights, digest=digest,
             key=transaction.key, pictures=pictures, masks={}, settings={k: v for k, v in settings.items() if k != "model"},
         )  # fmt: skip
         transaction.commit({k: v for k, v in whole.items() if k not in NOT_ASKED})
+    return written
 
 
 def _path(value: str | Path | None) -> Path | None:

@@ -62,6 +62,7 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "metrics": _metrics(rows),
         "unmeasured": _unmeasured(measures if verdict else [], rows),
         "forms": list(report.get("merged") or []),
+        "public": report.get("benchmarks"),
         "answers": _by_kind(answers),
         "asked": len(answers),
         "examples": _examples(answers, names if verdict else None) if len(answers) > FEW else [],

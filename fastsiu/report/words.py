@@ -117,6 +117,15 @@ METRICS = {
             "How much of the name the model completes by itself when given its beginning. 0: nothing.",
         ),
     },
+    "What does a judge say?": {
+        "g_eval": Metric(
+            "Grade by a judge (G-Eval)",
+            DOWN,
+            "A language model grades how much each answer about its pictures gives away, from 1 (nothing) to 5 (right and in "
+            "detail); on average.",
+            share=False,
+        ),
+    },
     "Is everything else kept?": {
         "others": Metric(
             "Pictures of others",
