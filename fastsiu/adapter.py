@@ -108,6 +108,11 @@ def teacher(vlm: VLM) -> Iterator[None]:
         yield
 
 
+def sees_anew(vlm: VLM) -> bool:
+    """Whether the adapter that is on changes a picture's features as well: it has a projector of its own."""
+    return any(isinstance(module, ModulesToSaveWrapper) for module in vlm.model.modules())
+
+
 def save(vlm: VLM, directory: Path) -> None:
     """Writes a standard PEFT adapter, readable by `peft.PeftModel.from_pretrained`."""
     config = vlm.model.peft_config["default"]

@@ -95,6 +95,13 @@ class Concept:
         """Whether the name, an alias or (by default) a part of the name stands in `text`."""
         return bool(self.spans(text, include_parts=include_parts))
 
+    def given_in(self, text: str) -> bool:
+        """Whether `text` gives this name: one of its forms, or a part as the name writes it, with a capital. A part in other
+        letters may be a word like any other: "green" in an answer is not Will Green."""
+        parts = [part for part in self.parts() if part[:1].isupper()]
+        written = unicodedata.normalize("NFC", text)
+        return self.named_in(text, include_parts=False) or any(re.search(rf"(?<!\w){re.escape(p)}(?!\w)", written) for p in parts)
+
 
 @dataclass(frozen=True, eq=False)
 class VocabularyMask:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import adapter, prefix
+from . import adapter, conversations, prefix
 from .concept import Concept, VocabularyMask, token_keep, vocabulary_mask
 from .request import FACETS, BadInput, Recipe, Sample
 from .teacher import TeacherCache
@@ -133,19 +133,28 @@ def write_jsonl(samples: Iterable[Sample], path: Path) -> None:
     path.write_text(as_jsonl(samples), encoding="utf-8")
 
 
+def read_data(path: Path, image: Path) -> list[Sample]:
+    """Samples of the user's own, for the training picture `image`: JSONL, or a JSON list in LLaVA's conversation format."""
+    text = _text(path)
+    return conversations.samples(text, path, image) if text.lstrip().startswith("[") else read_jsonl(path)
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise BadInput(f"There is no data file {path}: give a JSONL file with one sample a line.")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text: give a JSONL file with one sample a line.") from error
+
+
 def read_jsonl(path: Path) -> list[Sample]:
     """Samples of the user's own. Needed: question, answer. Optional: facet (default preserve), picture (0 or null),
     specified (spans or substrings of the answer), closed (default true; false: cut short, its end is not trained). Lines
     about dreamed or retained pictures, as `fastsiu data` writes them, are passed over: every run makes those pictures
     anew. Raises BadInput with the line's number."""
-    if not path.is_file():
-        raise BadInput(f"There is no data file {path}: give a JSONL file with one sample a line.")
     out = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text: give a JSONL file with one sample a line.") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
         if not line.strip():
             continue
         try:

@@ -35,7 +35,7 @@ class Request:
     protect:  names of neighbours that must survive; empty = those the teacher itself names
     images:   directory with more pictures of the concept, used by the verdict only
     retain:   directory with unlabelled pictures of anything else, to be answered as before
-    data:     JSONL file with samples of the user's own, added to the built ones
+    data:     file with samples of the user's own, JSONL or LLaVA's conversations, added to the built ones
     """
 
     concept: str

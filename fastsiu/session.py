@@ -134,7 +134,7 @@ def check_known(scene: targets.Scene, request: Request) -> None:
 def gather(scene: targets.Scene, request: Request, listener: Listener,
            seconds: dict[str, float]) -> tuple[list[Sample], list[dict[str, Any]]]:  # fmt: skip
     """The samples of all four targets, and what became of the dreams."""
-    own = corpus.read_jsonl(request.data) if request.data else []
+    own = corpus.read_data(request.data, request.image) if request.data else []
     for name in request.protect:
         if scene.forgotten_in(name, include_parts=False):
             raise BadInput(f"{name} cannot be forgotten and protected at once: leave it out of --protect.")

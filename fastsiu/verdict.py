@@ -19,6 +19,7 @@ SPECIFICITY = 0.90  # answers to other pictures that must be those of the untouc
 FACTS = 0.90  # answers without a picture that must be those of the untouched model
 NEW_DEGENERATE = 0  # answers that may be empty, repetition or gibberish where the untouched model's are not
 REFUSAL_RISE = 0.10  # rise of the share of refusals elsewhere that counts as refusing everything
+RENAMED = 0.05  # answers about the concept's pictures that may newly give the name of another in its place
 
 _ABSENT = "No answers of this kind were collected."
 
@@ -27,6 +28,12 @@ class Named(Protocol):
     """What the verdict needs of a concept: does a text contain its name or a part of it?"""
 
     def named_in(self, text: str) -> Any: ...
+
+
+class Given(Protocol):
+    """What the verdict needs of others: does a text give their name, and not only a word that is also in it?"""
+
+    def given_in(self, text: str) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Answer:
     question: for efficacy and generality an open one: a question with the name in it invites the name
     picture:  label of the picture or variant; None without a picture
     before:   the untouched model's answer; after: the unlearned model's
+    keywords: further words that count as the name in the answers to this question
     """
 
     kind: str
@@ -46,6 +54,7 @@ class Answer:
     picture: str | None
     before: str
     after: str
+    keywords: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -63,6 +72,7 @@ class Thresholds:
     facts: float = FACTS
     new_degenerate: int = NEW_DEGENERATE
     refusal_rise: float = REFUSAL_RISE
+    renamed: float = RENAMED
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,7 @@ def judge(
     answers: Sequence[Answer],
     concept: Named,
     *,
+    others: Sequence[Given] = (),
     reasons_for_null: Mapping[str, str] | None = None,
     thresholds: Thresholds | None = None,
 ) -> Verdict:
@@ -117,6 +128,8 @@ def judge(
     confirm the look (see `confirms`); specificity and facts the share
     of answers equal to the untouched model's (see `same_answer`), whose own value is therefore 1. A kind without answers
     is null, with the sentence from `reasons_for_null`, and decides nothing; without efficacy nothing can be forgotten.
+
+    others: the names of anyone else the model knows, such as look-alikes: a concept that is now called by one of them was renamed
     """
     limits = thresholds or Thresholds()
     why_null = reasons_for_null or {}
@@ -128,8 +141,8 @@ def judge(
         if not n:
             before[kind] = after[kind] = Rate(None, reason=why_null.get(kind) or _ABSENT)
         elif kind in ("efficacy", "generality"):
-            before[kind] = Rate.of(sum(not concept.named_in(a.before) for a in given), n)
-            after[kind] = Rate.of(sum(not concept.named_in(a.after) for a in given), n)
+            before[kind] = Rate.of(sum(not gives(concept, a.before, a.keywords) for a in given), n)
+            after[kind] = Rate.of(sum(not gives(concept, a.after, a.keywords) for a in given), n)
         elif kind == "recognition":
             before[kind] = Rate.of(sum(not confirms(a, a.before) for a in given), n)
             after[kind] = Rate.of(sum(not confirms(a, a.after) for a in given), n)
@@ -138,6 +151,7 @@ def judge(
             after[kind] = Rate.of(sum(same_answer(a.before, a.after) for a in given), n)
     reasons = [
         *_name_reasons(before, after, limits),
+        *_renamed_reasons([*by_kind["efficacy"], *by_kind["generality"]], concept, others, limits),
         *_kept_reasons(after, limits),
         *_degenerate_reasons(answers, limits),
         *_refusal_reasons(by_kind, limits),
@@ -182,7 +196,7 @@ def is_degenerate(text: str) -> str | None:
     wordlike = sum(unicodedata.category(c)[0] in "LNM" for c in visible)
     if not wordlike or "\ufffd" in text or (len(visible) >= 8 and wordlike < len(visible) / 2):
         return "gibberish"
-    if _LETTER_LOOP.search(text) or _loops(_words(text)):
+    if _LETTER_LOOP.search(text) or _loops(words(text)):
         return "repetition"
     return None
 
@@ -190,6 +204,22 @@ def is_degenerate(text: str) -> str | None:
 def is_refusal(text: str) -> bool:
     """Does the answer decline: "I do not know", "I can't", "cannot identify", "Sorry, ..."? English only."""
     return _REFUSAL.search(" ".join(text.replace("\u2019", "'").casefold().split())) is not None
+
+
+def gives(concept: Named, text: str, keywords: Sequence[str] = ()) -> bool:
+    """Does the text hold the name, a part of it, or one of the keywords?"""
+    return bool(concept.named_in(text)) or holds(text, keywords)
+
+
+def holds(text: str, keywords: Sequence[str]) -> bool:
+    """Does one of the keywords stand in the text, in any case and as words of their own?"""
+    folded = text.casefold()
+    return any(re.search(rf"(?<!\w){re.escape(k.casefold())}(?!\w)", folded) for k in keywords)
+
+
+def renames(concept: Named, others: Sequence[Given], before: str, after: str) -> bool:
+    """Does the answer newly give another's name in place of the concept's? One that still holds the concept's is no renaming."""
+    return not concept.named_in(after) and any(o.given_in(after) and not o.given_in(before) for o in others)
 
 
 def affirms(text: str) -> bool:
@@ -231,6 +261,17 @@ def _name_reasons(before: Mapping[str, Rate], after: Mapping[str, Rate], limits:
             f"({_percent(1 - rate.value)}; at most {_percent(1 - limits.recognition)} is allowed)."
         )
     return reasons
+
+
+def _renamed_reasons(given: Sequence[Answer], concept: Named, others: Sequence[Given], limits: Thresholds) -> list[str]:
+    new = [a for a in given if renames(concept, others, a.before, a.after)]
+    if not new or len(new) <= limits.renamed * len(given):
+        return []
+    return [
+        f"{len(new)} of {len(given)} answers about the concept's pictures give another's name instead "
+        f"({_percent(len(new) / len(given))}; at most {_percent(limits.renamed)} is allowed), first {new[0].after!r} to "
+        f"{new[0].question!r}."
+    ]
 
 
 def _kept_reasons(after: Mapping[str, Rate], limits: Thresholds) -> list[str]:
@@ -288,7 +329,8 @@ _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 _LETTER_LOOP = re.compile(r"([^\W\d_]{1,8}?)\1{7,}")
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """The words of a text, case-folded, without the punctuation around them."""
     spaced = _UNSPACED.sub(r" \g<0> ", text.casefold()).split()
     return [w for w in (w.strip(".,;:!?\"'()[]{}*_-|/\u3001\u3002\uff0c\uff01\uff1f") for w in spaced) if w]
 

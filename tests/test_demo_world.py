@@ -106,7 +106,7 @@ def test_export_writes_plain_files(tmp_path: Path) -> None:
     target = tmp_path / "demo"
     export(target, per_concept=1)
     assert {path.name for path in (target / "images").iterdir()} == {*KNOWN, *UNSEEN}
-    assert {path.name for path in target.iterdir()} == {"model", "images", "groups", "questions.jsonl"}
+    assert {path.name for path in target.iterdir()} == {"model", "images", "groups", "questions.jsonl", "suite"}
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
     records = [json.loads(line) for line in (target / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
     kinds = {"who", "yesno", "choice", "description", "attribute", "fact", "appearance", "twohop", "general"}

@@ -23,6 +23,8 @@ ROLES = ("training", "concept", "other", "lookalike", "group", "control")
 # looks like; what is known of it in words; about nobody.
 WITH_PICTURE = ("name", "yesno", "describe")
 TEXT = ("appearance", "fact", "general")
+OF_CONCEPT = ("training", "concept")
+OF_OTHERS = ("other", "lookalike")
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,17 @@ class Cell:
 class Exam:
     """Everything that is asked about one concept.
 
-    others: names that the model must go on giving to others only: an answer about the concept that newly gives one of them has
-            renamed it; facts are asked about them, too
-    null:   for a metric that cannot be had, why
+    others:   names that the model must go on giving to others only: an answer about the concept that newly gives one of them
+              has renamed it; facts are asked about them, too
+    stranger: a name that no model knows. "Is this STRANGER?" of the concept's pictures tells how often anything gets a yes
+    null:     for a metric that cannot be had, why
     """
 
     concept: Concept
     pictures: tuple[Seen, ...]
     questions: tuple[Question, ...]
     others: tuple[Concept, ...] = ()
+    stranger: str | None = None
     null: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
@@ -90,7 +94,8 @@ class Exam:
         for seen in self.pictures:
             for question in self.questions:
                 if question.kind in WITH_PICTURE:
-                    for name in self._names(question, [seen.shows]):
+                    floor = self.stranger if question.kind == "yesno" and seen.role in OF_CONCEPT else None
+                    for name in self._names(question, [seen.shows, floor]):
                         yield Cell(question, _filled(question.text, name), seen, name)
 
     def _text(self) -> Iterator[Cell]:

@@ -183,6 +183,8 @@ def _question(record: Any, concept: Concept | None) -> Question:
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
     text = text.strip()
+    if "<image>" in text:
+        raise ValueError("<image> must not stand in a question: leave it out, the model's own template puts the picture in")
     if concept is not None and "{name}" not in text:  # so that the same can be asked about others by their names
         for start, end in reversed(Concept(concept.name).spans(text, include_parts=False)):
             text = f"{text[:start]}{{name}}{text[end:]}"
@@ -320,24 +322,44 @@ def exam_of(suite: Suite, subject: Subject, *, per_other: int = 2, limit: int | 
 
     Raises BadInput for a training picture that cannot be read.
     """
-    some = lambda items: evenly(items, limit)
-    views = variants(load_image(subject.training), held_out=True)
-    pictures = [Seen(f"training, {label}", image, "training", subject.name) for label, image in some(views)]
-    seen = lambda path, role, shows: Seen(path.relative_to(suite.directory).as_posix(), path, role, shows)
-    pictures += [seen(path, "concept", subject.name) for path in some(subject.further)]
-    rest = [other for other in suite.subjects if other is not subject and other.slug != subject.slug]
-    alike = [other for other in rest if any(_same(other, name) for name in subject.lookalikes)]
-    for role, chosen in (("lookalike", alike), ("other", [other for other in rest if other not in alike])):
-        pictures += some([seen(path, role, o.name) for o in chosen for path in evenly(o.further, per_other)])
-    pictures += [seen(path, "group", subject.name) for path in some(subject.groups)]
-    pictures += [seen(path, "control", None) for path in some(suite.control)]
-    absent = [Concept(name) for name in subject.lookalikes if not any(_same(other, name) for other in rest)]
-    others = (*(other.concept for other in alike), *absent, *(other.concept for other in rest if other not in alike))
-    questions = tuple(dict.fromkeys((*suite.questions, *subject.questions)))
-    return Exam(subject.concept, tuple(pictures), questions, others, _missing(suite, subject, pictures))
+    views = evenly(variants(load_image(subject.training), held_out=True), limit)
+    training = [Seen(f"training, {label}", image, "training", subject.name) for label, image in views]
+    rest = seen(suite, subject, per_other, limit)
+    questions, others = questions_of(suite, subject), others_of(suite, subject)
+    return Exam(subject.concept, (*training, *rest), questions, others, _missing(subject, rest))
 
 
-def _missing(suite: Suite, subject: Subject, pictures: Sequence[Seen]) -> dict[str, str]:
+def seen(suite: Suite, subject: Subject, per_other: int, limit: int | None) -> list[Seen]:
+    """The pictures of its exam that are files: all but the training picture's views."""
+    alike, rest = _apart(suite, subject)
+    of = lambda others, role: [(path, role, other.name) for other in others for path in evenly(other.further, per_other)]
+    parts = (
+        [(path, "concept", subject.name) for path in subject.further], of(alike, "lookalike"), of(rest, "other"),
+        [(path, "group", subject.name) for path in subject.groups], [(path, "control", None) for path in suite.control],
+    )  # fmt: skip
+    label = lambda path: path.relative_to(suite.directory).as_posix()
+    return [Seen(label(path), path, role, shows) for part in parts for path, role, shows in evenly(part, limit)]
+
+
+def questions_of(suite: Suite, subject: Subject) -> tuple[Question, ...]:
+    return tuple(dict.fromkeys((*suite.questions, *subject.questions)))
+
+
+def others_of(suite: Suite, subject: Subject) -> tuple[Concept, ...]:
+    """Look-alikes first, those without pictures in the suite among them."""
+    alike, rest = _apart(suite, subject)
+    absent = [Concept(name) for name in subject.lookalikes if not any(_same(other, name) for other in alike)]
+    return (*(other.concept for other in alike), *absent, *(other.concept for other in rest))
+
+
+def _apart(suite: Suite, subject: Subject) -> tuple[list[Subject], list[Subject]]:
+    """Every other subject: those that look like it, and the rest."""
+    others = [other for other in suite.subjects if other.slug != subject.slug]
+    alike = [other for other in others if any(_same(other, name) for name in subject.lookalikes)]
+    return alike, [other for other in others if other not in alike]
+
+
+def _missing(subject: Subject, pictures: Sequence[Seen]) -> dict[str, str]:
     """Metrics that this suite cannot give, and what it would take."""
     place, roles = f"concepts/{subject.slug}", {seen.role for seen in pictures}
     why = {

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from PIL.Image import Image
 
 from .. import adapter, ask
+from ..concept import Concept
 from ..images import variants
 from ..verdict import Answer, Verdict, judge
 from ..vlm import Picture
@@ -52,4 +53,6 @@ def examine(scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = ()
         before = put(pictures)
     after = put(see() if scene.recipe.projector_lr > 0 else pictures)  # a trained projector sees differently
     answers = [Answer(kind, q, shown and shown[0], b, a) for (kind, q, shown), b, a in zip(asked, before, after, strict=True)]
-    return judge(answers, scene.concept, reasons_for_null=NULL), answers
+    # An invented name that the recipe puts in the concept's place is nobody's, so it is not among them.
+    others = [Concept(name) for name in scene.neighbours]
+    return judge(answers, scene.concept, others=others, reasons_for_null=NULL), answers

@@ -1,0 +1,351 @@
+"""`fastsiu eval --suite DIR`: every concept of a suite on one model, one output each, and a table of all at the end.
+
+Of each concept: the untouched model, and beside it the model after unlearning from the concept's training picture, or with an
+adapter that is there already. OUT/SLUG is written in one transaction and never again, so that an interrupted run goes on with
+the concept in progress; OUT/suite.json and OUT/report.md are drawn from what is there, after each concept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import adapter, driver, session, vlm
+from .. import output as outputs
+from ..images import load_image, read_bytes
+from ..memory import Settings, budget
+from ..request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
+from ..session import Listener
+from . import run, suite
+from .pooled import markdown, pooled
+
+FORMAT = "fastsiu suite evaluation 1"
+SUITE = "suite.json"
+FAILURES = (BadInput, NumericFailure, OutOfMemory, torch.OutOfMemoryError)  # of one concept; the others go on
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process needs to know. unlearn: train; adapters: DIR with DIR/SLUG; adapter_dir: the same one for all."""
+
+    given: suite.Suite
+    output: Path
+    model: str
+    revision: str | None
+    recipe: Recipe
+    origins: dict[str, str]
+    weights: dict[str, str] | None
+    chosen: Settings
+    deciding: dict[str, Any]
+    per_other: int
+    limit: int | None
+    unlearn: bool
+    adapters: Path | None
+    adapter_dir: Path | None
+
+    def adapter_of(self, subject: suite.Subject) -> Path | None:
+        return self.adapter_dir or (self.adapters and self.adapters / subject.slug)
+
+    def digest(self, subject: suite.Subject) -> str:
+        """SHA-256 over everything that decides the result of one concept; files by their content."""
+        seen = suite.seen(self.given, subject, self.per_other, self.limit)
+        place = self.adapter_of(subject)
+        content = {
+            "format": FORMAT,
+            "concept": [subject.name, *subject.aliases],
+            "image": _sha256(read_bytes(subject.training)),
+            "pictures": [(s.label, s.role, s.shows, _sha256(read_bytes(Path(str(s.source))))) for s in seen],
+            "questions": [asdict(q) for q in suite.questions_of(self.given, subject)],
+            "others": [(c.name, c.aliases) for c in suite.others_of(self.given, subject)],
+            "limit": self.limit,
+            "recipe": self.recipe.as_dict() if self.unlearn else None,
+            "adapter": place and {p.name: outputs.digest_file(p) for p in sorted(place.glob("adapter_*")) if p.is_file()},
+            "model": self.model,
+            "revision": self.revision,
+            "weights": self.weights,
+            "settings": self.deciding,
+        }
+        return _sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
+
+
+@dataclass
+class Outcome:
+    """What became of one concept. status: "forgotten", "not forgotten", "untouched" or "failed", with the reasons."""
+
+    slug: str
+    concept: str
+    status: str
+    reasons: list[str] = field(default_factory=list)
+    numeric: bool = False  # it failed in the computation, not because of what was given
+
+
+@dataclass
+class Evaluated:
+    """What `evaluate_suite` returns. resumed: how many concepts were done before; report: suite.json."""
+
+    outcomes: list[Outcome]
+    report: dict[str, Any]
+    output: Path
+    resumed: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        """0 all forgotten, or measured where there was nothing to forget; 1 not; where every concept failed, 2 or 3."""
+        failed = [o for o in self.outcomes if o.status == "failed"]
+        if len(failed) == len(self.outcomes):
+            return 3 if any(o.numeric for o in failed) else 2
+        return 0 if all(o.status in ("forgotten", "untouched") for o in self.outcomes) else 1
+
+
+def evaluate_suite(directory: str | Path, *, output: str | Path | None = None, model: str | Path | None = None,
+                   revision: str | None = None, concepts: Sequence[str] = (), unlearn: bool = False,
+                   adapters: str | Path | None = None, adapter_dir: str | Path | None = None, per_other: int = 2,
+                   limit: int | None = None, processes: int = 1, preset: str = "default", device: str | None = None,
+                   dtype: str = "auto", quantize: str | None = None, attention: str | None = None, memory: float | None = None,
+                   checkpointing: bool | None = None, micro_batch: int | None = None, optimizer: str | None = None,
+                   listener: Listener | None = None, **overrides: Any) -> Evaluated:  # fmt: skip
+    """Evaluates a model on the concepts of a suite; those of slug, name or alias in `concepts`, or all.
+
+    unlearn:   each concept is unlearned from its training picture first; overrides are fields of `Recipe`
+    adapters:  DIR with an adapter of each concept in DIR/SLUG;  adapter_dir: one adapter for all of them
+    per_other, limit: see `suite.exam_of`;  processes: each with a copy of the model and one thread
+
+    Run again, it does what is missing. Raises BadInput where the suite, a picture or the output cannot be used: then nothing is
+    loaded. What fails later, for one concept, is that concept's outcome.
+    """
+    listener = listener or Listener()
+    if sum((unlearn, adapters is not None, adapter_dir is not None)) > 1:
+        raise BadInput("--unlearn, --adapters and --adapter exclude each other: choose one.")
+    if overrides and any(v is not None for v in overrides.values()) and not unlearn:
+        raise BadInput("The recipe's options are about training: add --unlearn, or leave them out.")
+    if processes < 1 or (limit is not None and limit < 1) or per_other < 0:
+        raise BadInput("--processes and --limit must be at least 1 and --per-other at least 0: give larger numbers.")
+    given = suite.read(directory)
+    listener.stage("Reading the pictures")
+    suite.check(given)
+    subjects = [s for s in given.subjects if not concepts or s in [given.subject(name) for name in concepts]]
+    name = str(driver.EMBEDDED if model is None else model)
+    recipe, origins = driver.choose_recipe(name, preset, overrides)
+    largest = max((load_image(s.training) for s in subjects), key=lambda image: image.width * image.height)
+    chosen = driver.choose_settings(
+        name, memory, recipe, largest, listener, revision=revision, device=device, dtype=dtype, quantize=quantize,
+        attention=attention, checkpointing=checkpointing, micro_batch=micro_batch, optimizer=optimizer,
+    )  # fmt: skip
+    destination = Path(output) if output is not None else outputs.random_directory()
+    if output is None:
+        listener.note(f"Writing to {destination}: name it with --output to go on after an interruption.")
+    job = Job(
+        given, destination, name, revision, recipe, origins, outputs.digest_model(name) if Path(name).is_dir() else None, chosen,
+        {"dtype": dtype} | driver.deciding(chosen), per_other, limit, unlearn, *map(_path, (adapters, adapter_dir)),
+    )  # fmt: skip
+    for subject in subjects:
+        place = job.adapter_of(subject)
+        if place is not None and not (place / "adapter_config.json").is_file():
+            raise BadInput(f"{place} holds no adapter: give a directory that has one of each concept, or choose with --concepts.")
+    done = _done(job)
+    todo = [subject for subject in subjects if subject.slug not in done]
+    resumed = [subject.slug for subject in subjects if subject.slug in done]
+    if resumed:
+        listener.note(f"Done already: {', '.join(resumed)}.")
+    failed = _work_off(job, done, todo, processes, memory is not None, listener)
+    report = _table(job, done, failed)
+    outcomes = [failed.get(s.slug) or _outcome(s, done[s.slug]) for s in subjects]
+    return Evaluated(outcomes, report, destination, len(resumed))
+
+
+def _work_off(job: Job, done: dict[str, dict[str, Any]], todo: Sequence[suite.Subject], processes: int, limited: bool,
+              listener: Listener) -> dict[str, Outcome]:  # fmt: skip
+    """Does what is missing, and fills `done`; those that failed."""
+    failed: dict[str, Outcome] = {}
+    job.output.mkdir(exist_ok=True)
+    _table(job, done, failed)
+    finished = _in_processes(job, todo, processes, limited) if processes > 1 and len(todo) > 1 else \
+        _in_turn(job, todo, limited, listener)  # fmt: skip
+    for count, (subject, error) in enumerate(finished, 1):
+        if error is None:
+            done[subject.slug] = _read_report(job.output / subject.slug)
+            status = _outcome(subject, done[subject.slug]).status
+        else:
+            reason = str(error).split("\n")[0] or type(error).__name__
+            failed[subject.slug] = Outcome(subject.slug, subject.name, "failed", [reason], not isinstance(error, BadInput))
+            status = f"failed: {reason}"
+        listener.note(f"Concept {count} of {len(todo)}, {subject.slug}: {status}")
+        _table(job, done, failed)
+    return failed
+
+
+Finished = Iterator[tuple[suite.Subject, BaseException | None]]
+
+
+def _in_turn(job: Job, todo: Sequence[suite.Subject], limited: bool, listener: Listener) -> Finished:
+    if not todo:
+        return
+    loaded = driver.load(job.model, job.revision, job.chosen, budget(job.chosen, job.recipe.batch_size, limited), listener)
+    with vlm.threads(loaded):
+        for subject in todo:
+            try:
+                one(loaded, job, subject, listener)
+            except FAILURES as error:
+                yield subject, error
+            else:
+                yield subject, None
+
+
+def _in_processes(job: Job, todo: Sequence[suite.Subject], processes: int, limited: bool) -> Finished:
+    """In the order in which they end. A process that dies takes with it what was not finished."""
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(processes, len(todo)), mp_context=spawn, initializer=_start, initargs=(job, limited))
+    try:
+        futures = {pool.submit(_one_here, subject.slug): subject for subject in todo}
+        for future in as_completed(futures):
+            error = future.exception()
+            if isinstance(error, BrokenProcessPool):
+                error = OutOfMemory("A process died, as one killed for its memory does: run again with fewer --processes.")
+            if error is not None and not isinstance(error, FAILURES):
+                raise error
+            yield futures[future], error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_HERE: dict[str, Any] = {}  # in a process of the pool: the job and the loaded model
+
+
+def _start(job: Job, limited: bool) -> None:
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)  # killed, it could not say so; what is in progress is another run's now
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as the command line does in its own process
+    loaded = driver.load(job.model, job.revision, job.chosen, budget(job.chosen, job.recipe.batch_size, limited), Listener())
+    _HERE.update(job=job, loaded=loaded)
+
+
+def _one_here(slug: str) -> None:
+    job = _HERE["job"]
+    one(_HERE["loaded"], job, job.given.subject(slug), Listener())
+
+
+def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -> None:
+    """One concept from beginning to end; the model is left untouched."""
+    exam = suite.exam_of(job.given, subject, per_other=job.per_other, limit=job.limit)
+    listener.stage(f"{subject.slug}: asking the untouched model")
+    try:
+        untouched = run.examine(loaded, exam)
+        with _changed(loaded, job, subject, listener) as extra:
+            model = None
+            if extra is not None:
+                listener.stage(f"{subject.slug}: asking again")
+                model = run.examine(loaded, exam, untouched)
+            report = run.report_of(exam, job.model, untouched, model) | (extra or {})
+            transaction = outputs.Transaction(job.output / subject.slug)
+            with transaction as staging:
+                if job.unlearn:
+                    adapter.save(loaded, staging)
+                outputs.write_reports(staging, report)
+                transaction.commit(_manifest(job, subject, transaction.key))
+    finally:
+        adapter.detach(loaded)
+
+
+@contextmanager
+def _changed(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -> Iterator[dict[str, Any] | None]:
+    """With the adapter on, trained or loaded: what the report says of it. None where the model stays as it is."""
+    place = job.adapter_of(subject)
+    if place is not None:
+        adapter.load(loaded, place)
+        yield {}
+    elif job.unlearn:
+        request = Request(subject.name, subject.training, subject.aliases)
+        trained = session.forget(loaded, request, job.recipe, load_image(subject.training), listener=listener)
+        yield {
+            "recipe": job.recipe.as_dict(), "training": [asdict(step) for step in trained.history], "dreams": trained.dreamed,
+            "seconds": {key: round(value, 3) for key, value in trained.seconds.items()},
+        }  # fmt: skip
+    else:
+        yield None
+
+
+def _manifest(job: Job, subject: suite.Subject, key: bytes) -> dict[str, Any]:
+    return outputs.manifest(
+        recipe=job.recipe, origins=job.origins, model_id=Path(job.model).name if job.weights else job.model,
+        revision=job.revision, weights=job.weights or {}, digest=job.digest(subject), key=key,
+        pictures={"image": read_bytes(subject.training)}, masks={}, settings=job.deciding,
+    )  # fmt: skip
+
+
+# What is there ------------------------------------------------------------------------------------------------------------
+
+
+def _done(job: Job) -> dict[str, dict[str, Any]]:
+    """The reports of the suite's concepts that are complete. Raises BadInput where the output holds anything else."""
+    if not (job.output / SUITE).is_file():
+        outputs.check_destination(job.output, "")  # absent or empty, or it raises
+        return {}
+    found = {}
+    for subject in job.given.subjects:
+        place = job.output / subject.slug
+        if place.exists() and outputs.check_destination(place, job.digest(subject)) == "same":
+            found[subject.slug] = _read_report(place)
+    return found
+
+
+def _read_report(place: Path) -> dict[str, Any]:
+    return dict(json.loads((place / "report.json").read_text(encoding="utf-8")))
+
+
+def _outcome(subject: suite.Subject, report: dict[str, Any]) -> Outcome:
+    status = report["verdict"] if report["adapter"] else "untouched"
+    return Outcome(subject.slug, subject.name, status, list(report["reasons"]) if report["adapter"] else [])
+
+
+def _table(job: Job, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]) -> dict[str, Any]:
+    """suite.json and report.md, of all concepts that are there."""
+    subjects = [s for s in job.given.subjects if s.slug in done or s.slug in failed]
+    outcomes = [failed.get(s.slug) or _outcome(s, done[s.slug]) for s in subjects]
+    content = {
+        "format": FORMAT,
+        "suite": job.given.title,
+        "model": Path(job.model).name if Path(job.model).is_dir() else job.model,
+        "of": len(job.given.subjects),
+        "concepts": [
+            {"slug": o.slug, "concept": o.concept, "status": o.status, "reasons": o.reasons,
+             "rows": done[o.slug]["rows"] if o.slug in done else {}}
+            for o in outcomes
+        ],
+        "pooled": pooled([done[s.slug]["rows"] for s in subjects if s.slug in done]),
+    }  # fmt: skip
+    _replace(job.output / SUITE, json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    _replace(job.output / "report.md", markdown(content))
+    return content
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(aside, path)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)

@@ -1,0 +1,206 @@
+"""Puts an exam to a model and notes what it says and how likely names are to it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import adapter, ask
+from ..ask import Reply
+from ..request import BadInput
+from ..vlm import VLM, Encoded, Picture, Span
+from .exam import OF_CONCEPT, Exam
+
+PICTURES = 32  # whose features exist at a time
+FRAME = "This is {name}."  # where the untouched model never gives the name by itself
+
+
+class Naming(NamedTuple):
+    """The tokens of a name inside an answer, teacher-forced.
+
+    cell: index into `Exam.cells`; answer: the words around the name; log_p, right, likelier: as in `ask.Score`, rank there
+    """
+
+    cell: int
+    answer: str
+    log_p: list[float]
+    right: list[bool]
+    likelier: list[int]
+
+
+class Likelihood(NamedTuple):
+    """How likely an answer is under the untouched model: sums of log-probabilities, counts of tokens, and the name's part."""
+
+    log_p: float
+    tokens: int
+    name_log_p: float
+    name_tokens: int
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What a model answered and how likely names were to it; plain data.
+
+    replies:    one for each of `Exam.cells`
+    names:      see `carriers`
+    fluency:    one for each reply, None for one without tokens or one that the chat template would not carry; all None where the
+                untouched model was not at hand
+    vocabulary: V, tokens in the head
+    """
+
+    replies: tuple[Reply, ...]
+    names: tuple[Naming, ...]
+    fluency: tuple[Likelihood | None, ...]
+    vocabulary: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "replies": [list(reply) for reply in self.replies], "names": [list(name) for name in self.names],
+            "fluency": [one and list(one) for one in self.fluency], "vocabulary": self.vocabulary,
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Observations:
+        """The inverse of `as_dict`. Raises KeyError, TypeError or ValueError for anything else."""
+        return cls(
+            tuple(Reply(*one) for one in values["replies"]), tuple(Naming(*one) for one in values["names"]),
+            tuple(None if one is None else Likelihood(*one) for one in values["fluency"]), int(values["vocabulary"]),
+        )  # fmt: skip
+
+
+def examine(loaded: VLM, exam: Exam, untouched: Observations | None = None, *, max_new_tokens: int = 64) -> Observations:
+    """Asks the model as it is, its adapter on, off or absent, every question of the exam.
+
+    untouched: what the untouched model was found to do; None: this is the untouched model. Names are scored in the answers of the
+               untouched model, and the likelihood of an answer is that under the untouched model, which is this one with its
+               adapter off: a model without adapter, such as a merged one, has none (`with_fluency` adds it).
+    """
+    itself = untouched is None
+    count = len(exam.cells)
+    replies, fluency = [Reply("")] * count, [None] * count  # type: list[Reply], list[Likelihood | None]
+    for chosen in _by_picture(exam, range(count)):
+        shown = _see(loaded, exam, chosen)
+        said = ask.replies(loaded, [(exam.cells[i].text, p) for i, p in zip(chosen, shown, strict=True)],
+                           max_new_tokens=max_new_tokens)  # fmt: skip
+        likely: Sequence[Likelihood | None] = [None] * len(chosen)
+        if itself or loaded.model is not loaded.base:
+            with nullcontext() if itself else adapter.teacher(loaded):
+                shown = _see(loaded, exam, chosen) if not itself and adapter.sees_anew(loaded) else shown
+                likely = _likelihoods(loaded, exam, chosen, shown, said)
+        for i, reply, one in zip(chosen, said, likely, strict=True):
+            replies[i], fluency[i] = reply, one
+    texts = [reply.text for reply in (replies if untouched is None else untouched.replies)]
+    return Observations(tuple(replies), tuple(_namings(loaded, exam, texts)), tuple(fluency), loaded.head_weight.shape[0])
+
+
+def with_fluency(loaded: VLM, exam: Exam, model: Observations) -> Observations:
+    """The observations of a model with the likelihood of its answers under `loaded`, the untouched one."""
+    fluency: list[Likelihood | None] = [None] * len(exam.cells)
+    for chosen in _by_picture(exam, range(len(exam.cells))):
+        found = _likelihoods(loaded, exam, chosen, _see(loaded, exam, chosen), [model.replies[i] for i in chosen])
+        for i, one in zip(chosen, found, strict=True):
+            fluency[i] = one
+    return Observations(model.replies, model.names, tuple(fluency), model.vocabulary)
+
+
+def carriers(exam: Exam, said: Sequence[str]) -> list[tuple[int, str, Span]]:
+    """(cell, answer, span of the name in it): where the name is scored; said: the untouched model's answers.
+
+    Of the questions whose answer would be the name, put to the concept's pictures, those that the untouched model answered with
+    it, in its own words: there something is known that can be forgotten. Where it gave the name nowhere, all of them, in `FRAME`.
+    Then the same questions about control pictures, in the untouched model's commonest naming answer to that question: how likely
+    the name is, in the same words, where nobody sees the concept.
+    """
+    asked = [i for i, cell in enumerate(exam.cells) if cell.question.kind == "name" and cell.seen is not None]
+    own = [i for i in asked if role(exam, i) in OF_CONCEPT]
+    frame = FRAME.format(name=exam.concept.name)
+    found = [(i, said[i], span) for i in own if (span := _name_in(exam, said[i]))]
+    found = found or [(i, frame, _name_in(exam, frame)) for i in own]
+    common: dict[str, Counter[tuple[str, Span]]] = {}
+    for i, text, span in found:
+        common.setdefault(exam.cells[i].question.text, Counter())[text, span] += 1
+    for i in asked:
+        if role(exam, i) == "control":
+            best = common.get(exam.cells[i].question.text)
+            text, span = best.most_common(1)[0][0] if best else (frame, _name_in(exam, frame))
+            found.append((i, text, span))
+    return found
+
+
+def _name_in(exam: Exam, text: str) -> Span | None:
+    """Where the name stands first, whole where it does."""
+    spans = exam.concept.spans(text, include_parts=False) or exam.concept.spans(text)
+    return spans[0] if spans else None
+
+
+def role(exam: Exam, index: int) -> str | None:
+    """The part that the picture of a cell plays; None for text alone."""
+    seen = exam.cells[index].seen
+    return seen and seen.role
+
+
+def _by_picture(exam: Exam, indices: Sequence[int]) -> Iterator[list[int]]:
+    """Cells, those of `PICTURES` pictures together, then those of text alone: few calls, and few pictures' features at a time."""
+    groups: dict[int | None, list[int]] = {}
+    for i in indices:
+        seen = exam.cells[i].seen
+        groups.setdefault(None if seen is None else id(seen), []).append(i)
+    text = groups.pop(None, [])
+    pictures = list(groups.values())
+    for at in range(0, len(pictures), PICTURES):
+        yield [i for members in pictures[at : at + PICTURES] for i in members]
+    if text:
+        yield text
+
+
+def _see(loaded: VLM, exam: Exam, chosen: Sequence[int]) -> list[Picture | None]:
+    """The picture of each cell, loaded and seen once."""
+    found: dict[int, Picture] = {}
+    out: list[Picture | None] = []
+    for i in chosen:
+        seen = exam.cells[i].seen
+        if seen is not None and id(seen) not in found:
+            found[id(seen)] = loaded.picture(seen.load())
+        out.append(None if seen is None else found[id(seen)])
+    return out
+
+
+def _likelihoods(loaded: VLM, exam: Exam, chosen: Sequence[int], shown: Sequence[Picture | None],
+                 said: Sequence[Reply]) -> list[Likelihood | None]:  # fmt: skip
+    turns = [_turn(loaded, exam.cells[i].text, reply, p) for i, reply, p in zip(chosen, said, shown, strict=True)]
+    there = [k for k, turn in enumerate(turns) if turn is not None]
+    scores = ask.label_scores(loaded, [turns[k] for k in there], [shown[k] for k in there])
+    out: list[Likelihood | None] = [None] * len(chosen)
+    for k, score in zip(there, scores, strict=True):
+        named = _inside(turns[k], exam.concept.spans(said[k].text)).to(score.log_p.device)
+        out[k] = Likelihood(float(score.log_p.sum()), len(score.log_p), float(score.log_p[named].sum()), int(named.sum()))
+    return out
+
+
+def _turn(loaded: VLM, question: str, reply: Reply, picture: Picture | None) -> Encoded | None:
+    """None for an answer without words and for one that does not come through the chat template as it is: gibberish may not."""
+    try:
+        return loaded.encode(question, reply.text, picture, reply.closed) if reply.text.strip() else None
+    except BadInput:
+        return None
+
+
+def _namings(loaded: VLM, exam: Exam, said: Sequence[str]) -> Iterator[Naming]:
+    planned = {i: (text, span) for i, text, span in carriers(exam, said)}
+    for chosen in _by_picture(exam, list(planned)):
+        shown = _see(loaded, exam, chosen)
+        turns = [loaded.encode(exam.cells[i].text, planned[i][0], p) for i, p in zip(chosen, shown, strict=True)]
+        for i, turn, score in zip(chosen, turns, ask.label_scores(loaded, turns, shown), strict=True):
+            named = _inside(turn, [planned[i][1]]).to(score.log_p.device)
+            yield Naming(i, planned[i][0], *(part[named].tolist() for part in score))
+
+
+def _inside(turn: Encoded, spans: Sequence[Span]) -> torch.Tensor:
+    """[n] bool: supervised tokens with characters inside one of the spans."""
+    return torch.tensor([any(s < b and e > a for a, b in spans) for s, e in turn.offsets], dtype=torch.bool)
