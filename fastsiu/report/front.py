@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 # Table 1 of arXiv 2405.12523 (LLaVA-1.5 7B, Trump, mean of 3 trials): EM, C-Dis, Specificity, Fluency, Diversity.
 PUBLISHED = (
     ("PO", "58.3", "0.4", "58.3", "75.1", "93.5"), ("GA", "36.3", "1.6", "9.0", "373.6", "6.3"),
@@ -34,6 +37,16 @@ def table(report: Mapping[str, Any]) -> list[list[str]]:
     return [cells({"method": "untouched model", **report["untouched"]}), *(cells(row) for row in report["rows"])]
 
 
+def show(console: Console, report: Mapping[str, Any]) -> None:
+    """The table in a terminal."""
+    drawn = Table(title=f"{', '.join(report['concepts'])}: forgotten and retained", title_justify="left")
+    for name in COLUMNS:
+        drawn.add_column(name, justify="left" if name == "method" else "right")
+    for row in table(report):
+        drawn.add_row(*row)
+    console.print(drawn)
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The table, how the settings were chosen, and the paper's own table."""
     search, floor = report["search"], report["floor"]
@@ -47,10 +60,10 @@ def markdown(report: Mapping[str, Any]) -> str:
         "names kept*: of those that the untouched model gives. *Facts*: answers that are the untouched model's word for word. "
         "*Broken*: answers that became empty, repetition or gibberish.", "",
         "Every method has the same picture, questions, retained samples, dreams, LoRA, batch and shares, and the same search: "
-        f"learning rates {rates}, looked at after {steps} steps, on pictures that the test does not see. Chosen is the setting "
-        f"with the lowest share of the name among those that keep at least {100 * floor:.0f} % of others' names (look-alikes "
-        "included) and of facts; \u2020: none does, and this keeps most. The test trains anew with other seeds and dreams, for "
-        "exactly so many steps. *Front*: no other method keeps as much and gives the name as rarely.", "",
+        f"learning rates {rates}, looked at after {steps} steps, on pictures of {search['concept']} that the test does not see. "
+        f"Chosen is the setting with the lowest share of the name among those that keep at least {100 * floor:.0f} % of others' "
+        "names (look-alikes included) and of facts; \u2020: none does, and this keeps most. The test trains anew with other "
+        "seeds and dreams, for exactly so many steps. *Front*: no other method keeps as much and gives the name as rarely.", "",
         "## Published, other model and data, not comparable in level", "",
         "arXiv 2405.12523, Table 1: LLaVA-1.5 7B, one concept, 3 trials, learning rates not searched. EM is the share of "
         "answers without the name (higher is better), Specificity the mean of eight public benchmarks.", "",
