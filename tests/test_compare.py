@@ -290,10 +290,13 @@ def test_the_plot_is_drawn_or_a_sentence_says_why_not(rows, tmp_path, monkeypatc
     assert "matplotlib is not installed" in front.plot(report(rows), tmp_path)[0]
 
 
-def test_labels_do_not_overlap():
-    places = front.labels_at([(99.0, 100.0), (98.9, 100.0), (97.0, 99.5), (96.0, 0.5), (95.0, 0.0)], gap=3.0)
-    heights = sorted(y for _, y in places)
-    assert all(b - a >= 3.0 - 1e-9 for a, b in zip(heights, heights[1:], strict=False)) and heights[0] >= 0
+def test_labels_keep_the_order_and_their_distance():
+    points = [(99.0, 100.0), (98.9, 100.0), (97.0, 50.0), (96.0, 0.5), (95.0, 0.0)]
+    heights = front.labels_at(points, gap=0.1)
+    assert all(a - b >= 0.1 - 1e-9 for a, b in zip(heights, heights[1:], strict=False)) and heights[2] == 0.5
+    assert heights[0] == 1.0 and heights[-1] == 0.0
+    crowd = front.labels_at([(99.0, 1.0)] * 40)
+    assert len(set(crowd)) == 40 and min(crowd) >= 0 and max(crowd) <= 1 + 1e-9
 
 
 def test_bad_input_is_a_sentence(bench, demo_dir):

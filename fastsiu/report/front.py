@@ -88,7 +88,7 @@ def plot(report: Mapping[str, Any], directory: Path) -> list[str]:
 
     rows = [row for row in report["rows"] if row["named"]["value"] is not None]
     with pyplot.style.context("default"):
-        figure, axes = pyplot.subplots(figsize=(8.5, 5.6), dpi=160)
+        figure, axes = pyplot.subplots(figsize=(9.5, 5.6), dpi=160)
         best = sorted((r for r in rows if r["front"]), key=lambda r: r["kept"]["value"])
         axes.plot([100 * r["kept"]["value"] for r in best], [100 - 100 * r["named"]["value"] for r in best], color="#9bb8d3",
                   zorder=1, linewidth=2, label="front")  # fmt: skip
@@ -100,10 +100,11 @@ def plot(report: Mapping[str, Any], directory: Path) -> list[str]:
             height = [[_apart(y, [100 - 100 * s["named"] for s in row["seeds"]], side)] for side in (-1, 1)]
             axes.errorbar(x, y, xerr=spread, yerr=height, fmt="o" if row["front"] else "x", color=colour, markersize=7,
                           elinewidth=0.8, alpha=0.9, zorder=2)  # fmt: skip
-        for row, (x, y) in zip(rows, labels_at([(100 * r["kept"]["value"], 100 - 100 * r["named"]["value"]) for r in rows]),
-                               strict=True):  # fmt: skip
+        places = labels_at([(100 * row["kept"]["value"], 100 - 100 * row["named"]["value"]) for row in rows])
+        for row, height in zip(rows, places, strict=True):
             axes.annotate(row["method"] + ("" if row["floor_met"] else " \u2020"), (100 * row["kept"]["value"],
-                          100 - 100 * row["named"]["value"]), xytext=(x, y), fontsize=8, va="center",
+                          100 - 100 * row["named"]["value"]), xytext=(1.03, height), textcoords="axes fraction", fontsize=8,
+                          va="center", fontweight="bold" if row["front"] else "normal",
                           arrowprops={"arrowstyle": "-", "color": "#cccccc", "linewidth": 0.6})  # fmt: skip
         axes.set_xlabel("retained: the smaller of others' names and facts, % of the untouched model's")
         axes.set_ylabel("answers without the name, %")
@@ -116,18 +117,18 @@ def plot(report: Mapping[str, Any], directory: Path) -> list[str]:
     return []
 
 
-def labels_at(points: Sequence[tuple[float, float]], gap: float = 3.4) -> list[tuple[float, float]]:
-    """Where the names of points in percent stand: a column at the left of the cluster, none closer than `gap` to the next."""
-    if not points:
-        return []
-    left = min(x for x, _ in points)
-    order = sorted(range(len(points)), key=lambda i: -points[i][1])
-    heights, last = {}, float("inf")
+def labels_at(points: Sequence[tuple[float, float]], gap: float = 0.052) -> list[float]:
+    """Heights, 0 to 1, of a column of labels beside points in percent: in the points' order from above, at least `gap` apart."""
+    gap = min(gap, 1 / max(1, len(points) - 1))
+    order = sorted(range(len(points)), key=lambda i: (-points[i][1], -points[i][0]))
+    heights, last = {}, 1.0 + gap
     for i in order:
-        heights[i] = last = min(points[i][1], last - gap)
-    lift = max(0.0, -min(heights.values()))
-    width = max(max(x for x, _ in points) - left, 4.0)
-    return [(left - 0.28 * width, heights[i] + lift) for i in range(len(points))]
+        heights[i] = last = min(points[i][1] / 100, last - gap)
+    floor = 0.0
+    for i in reversed(order):  # what sank below the plot is pushed up again
+        heights[i] = max(heights[i], floor)
+        floor = heights[i] + gap
+    return [heights[i] for i in range(len(points))]
 
 
 def _apart(centre: float, values: Sequence[float], side: int) -> float:
