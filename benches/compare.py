@@ -54,7 +54,6 @@ def main() -> None:
             Path(folder) / "demo" / "suite", None, names=options.methods, concepts=options.concepts, seeds=options.seeds,
             processes=options.processes, quick=options.quick, listener=Listener(stage=lambda text: print(text, flush=True)),
         )  # fmt: skip
-    report["model"] = "embedded"
     print("\n".join(front.grid(front.COLUMNS, front.table(report))))
     print(f"{report['seconds']['all']} s")
     if options.quick or options.dry:

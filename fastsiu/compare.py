@@ -80,7 +80,7 @@ def compare(
 
     Raises BadInput for names that do not exist, a suite too small for a search and a test, or a concept the model does not name.
     """
-    listener, started, model = listener or Listener(), time.perf_counter(), str(model or driver.EMBEDDED)
+    listener, started, model = listener or Listener(), time.perf_counter(), model or str(driver.EMBEDDED)
     if quick:
         names, lrs, steps, seeds, processes = list(names)[:1] or ["siu"], (1.0,), 8, 1, 1
     chosen = list(dict.fromkeys(names)) or list(methods.METHODS)
@@ -105,6 +105,9 @@ def compare(
         try:
             units = [(slugs[0], SEARCH_SEED), *((slug, seed) for seed in range(1, seeds + 1) for slug in slugs)]
             prepared = sum(_told(listener, "Preparing", pool.map("prepare", units), units))
+            untouched = total(pool.map("untouched", [(slug,) for slug in slugs]))
+            if not any(untouched[key][1] for key in ("others", "lookalikes", "facts")):
+                raise BadInput("Nothing could be retained: add a concept that the model names, or a question of kind 'fact'.")
             jobs = [(*units[0], name, lr, looks, "search") for name in chosen for lr in rates]
             found: dict[str, list[Point]] = {name: [] for name in chosen}
             searched = _told(listener, "Searching", pool.map("run", jobs), jobs)
@@ -113,7 +116,6 @@ def compare(
             settings = {name: choose(points, floor) for name, points in found.items() if points}
             jobs = [(*unit, name, point.lr, (point.step,), "test") for unit in units[1:] for name, (point, _) in settings.items()]
             tested = list(zip(jobs, _told(listener, "Testing", pool.map("run", jobs), jobs), strict=True))
-            untouched = total(pool.map("untouched", [(slug,) for slug in slugs]))
         finally:
             pool.close()
     rows = [_row(name, settings.get(name), [(job, points, s) for job, (points, s) in tested if job[2] == name], found[name])
@@ -122,8 +124,8 @@ def compare(
     for row, best in zip(ran, front(ran), strict=True):
         row |= {"front": best, "clearly_beaten_by": beaten_clearly(row, ran)}
     return {
-        "format": FORMAT, "suite": held.title, "concepts": [s.name for s in subjects], "model": model, "floor": floor,
-        "recipe": recipe.as_dict(),
+        "format": FORMAT, "suite": held.title, "concepts": [s.name for s in subjects],
+        "model": "embedded" if model == str(driver.EMBEDDED) else model, "floor": floor, "recipe": recipe.as_dict(),
         "search": {"concept": subjects[0].name, "lr": rates, "steps": list(looks), "seed": SEARCH_SEED, "ruin": RUIN,
                    "done": DONE, "asked": asdict(SEARCH)},
         "test": {"seeds": list(range(1, seeds + 1)), "asked": asdict(TEST)},

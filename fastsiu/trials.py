@@ -87,10 +87,10 @@ def exam(suite: Suite, subject: Subject, part: str) -> Exam:
     size = SEARCH if part == "search" else TEST
     half = lambda one: one.further[part != "search" :: 2]
     seen = lambda path, role, name: Seen(path.relative_to(suite.directory).as_posix(), path, role, name)
-    rest = [s for s in suite.subjects if s is not subject]
-    alike = [s for s in rest if s.name in subject.lookalikes]
+    alike = [s for s in suite.subjects if s.name in subject.lookalikes]
+    rest = [s for s in suite.subjects if s is not subject and s not in alike]
     pictures = [seen(p, "concept", subject.name) for p in evenly(half(subject), size.own)]
-    for role, some, most in (("lookalike", alike, size.alike), ("other", [s for s in rest if s not in alike], size.other)):
+    for role, some, most in (("lookalike", alike, size.alike), ("other", rest, size.other)):
         pictures += [seen(p, role, s.name) for s in some for p in evenly(half(s), most)]
     asked = dict.fromkeys((*suite.questions, *subject.questions))
     of = lambda kind, most: evenly([q for q in asked if q.kind == kind], most)

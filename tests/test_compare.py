@@ -344,4 +344,7 @@ def test_the_story_is_told_in_order(suite, monkeypatch, tmp_path):
     siu, ga = found["rows"]
     assert (siu["steps"], ga["steps"]) == (1, 6) and ga["lr"] == max(found["search"]["lr"]) and siu["front"] and ga["front"]
     assert {j[4:6] for j in test} == {(siu["lr"], (1,)), (ga["lr"], (6,))}
+    monkeypatch.setattr(Made, "untouched", lambda self, slug: {key: (0, 9 * (key == "named")) for key in trials.COUNTS})
+    with pytest.raises(BadInput, match="Nothing could be retained"):
+        compare.compare(tmp_path, None)
     assert siu["named"]["n"] == 400 and found["untouched"]["named"]["value"] == 1.0
