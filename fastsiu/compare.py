@@ -21,7 +21,7 @@ from . import driver, methods
 from .evaluate.suite import Subject, Suite, read
 from .request import BadInput
 from .session import Listener
-from .trials import COUNTS, DONE, RUIN, SEARCH, TEST, Point, Pool, Settings, added, share, total
+from .trials import COUNTS, DONE, RUIN, RUINED, SEARCH, TEST, Point, Pool, Settings, added, share, total
 from .verdict import Rate
 
 FORMAT = "fastsiu comparison 1"
@@ -126,7 +126,7 @@ def compare(
     return {
         "format": FORMAT, "suite": held.title, "concepts": [s.name for s in subjects],
         "model": "embedded" if model == str(driver.EMBEDDED) else model, "floor": floor, "recipe": recipe.as_dict(),
-        "search": {"concept": subjects[0].name, "lr": rates, "steps": list(looks), "seed": SEARCH_SEED, "ruin": RUIN,
+        "search": {"concept": subjects[0].name, "lr": rates, "steps": list(looks), "seed": SEARCH_SEED, "ruin": [RUIN, RUINED],
                    "done": DONE, "asked": asdict(SEARCH)},
         "test": {"seeds": list(range(1, seeds + 1)), "asked": asdict(TEST)},
         "untouched": _rates(untouched), "rows": rows, "processes": processes,

@@ -54,8 +54,10 @@ def test_equals_are_told_apart_by_what_they_keep_then_by_steps_then_by_rate():
 
 
 def test_a_run_ends_when_it_is_ruined_or_done():
-    good, bad, ahead = point(0, 50), point(0, 20), point(1, 50)
-    assert not trials.over([bad], 0.95) and trials.over([bad, bad], 0.95) and not trials.over([bad, ahead, bad], 0.95)
+    good, ahead, bad = point(0, 50), point(1, 50), [point(0, 5, step) for step in (2, 3, 4, 5, 6)]
+    assert trials.over(bad, 0.95) and not trials.over(bad[1:], 0.95) and not trials.over([*bad[:4], ahead], 0.95)
+    assert not trials.over([point(0, 5, step) for step in (1, 2, 3, 4)], 0.95)  # too early to tell: what bends may mend
+    assert not trials.over([point(0, 5, step) for step in (20, 27, 36, 48, 59)], 0.95)
     assert trials.over([good] * 3, 0.95) and not trials.over([good, good], 0.95) and not trials.over([ahead, good, good], 0.95)
     assert not trials.over([point(0, 47)] * 3, 0.95)
 
