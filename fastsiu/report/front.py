@@ -38,12 +38,13 @@ def table(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def show(console: Console, report: Mapping[str, Any]) -> None:
-    """The table in a terminal."""
-    drawn = Table(title=f"{', '.join(report['concepts'])}: forgotten and retained", title_justify="left")
-    for name in COLUMNS:
-        drawn.add_column(name, justify="left" if name == "method" else "right")
+    """The table in a terminal of 80 columns: shares in %, no seconds."""
+    drawn = Table(title=f"{', '.join(report['concepts'])}: forgotten and retained, %", title_justify="left", box=None,
+                  padding=(0, 1, 0, 0))  # fmt: skip
+    for name in ("method", "lr", "steps", "named", "95 %", "others", "alike", "facts", "broken", "front"):
+        drawn.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in table(report):
-        drawn.add_row(*row)
+        drawn.add_row(*(text.removesuffix(" %") for text in (*row[:9], row[10])))
     console.print(drawn)
 
 
