@@ -324,6 +324,57 @@ def merge(
 
 
 @app.command()
+def compare(
+    output: Annotated[Path | None, typer.Option(help="Directory to write; fastsiu-<random>/ when left out.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Names, separated by commas; all when left out.")] = None,
+    suite: Annotated[Path | None, typer.Option(help="Directory of a suite; the embedded world when left out.")] = None,
+    concepts: Annotated[list[str] | None, typer.Option(help="A concept of the suite, repeatable; two when left out.")] = None,
+    model: Model = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each method at its best setting.")] = 3,
+    floor: Annotated[float, typer.Option(help="Share of others' names and of facts that a setting must keep.")] = 0.95,
+    processes: Annotated[int, typer.Option(min=1, help="Processes, each with a model of its own.")] = 2,
+    quick: Annotated[bool, typer.Option(help="One method, rate, concept and seed, few steps: does it run?")] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print compare.json instead of the table.")] = False,
+) -> None:
+    """SIU beside other methods, each at its best setting: what is forgotten, what is retained."""
+    import tempfile
+    from contextlib import ExitStack
+
+    from . import compare as comparison
+    from .output import random_directory
+    from .report import front
+    from .show import Progress
+
+    if model is not None and suite is None:
+        raise BadInput("--model needs --suite: the embedded suite shows what the embedded model knows.")
+    directory = output or random_directory()
+    if directory.exists():
+        raise BadInput(f"{directory} exists: remove it or name another --output.")
+    with ExitStack() as stack:
+        if suite is None:
+            from .demo.export import export
+
+            suite = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "demo"
+            export(suite)
+            suite /= "suite"
+        names = [name.strip() for name in methods.split(",")] if methods else []
+        progress = stack.enter_context(Progress(say, hidden=as_json))
+        report = comparison.compare(
+            suite, model, names=names, concepts=concepts or [], seeds=seeds, floor=floor, processes=processes, quick=quick,
+            device=device, dtype=dtype, listener=progress.listener,
+        )  # fmt: skip
+    notes = comparison.write(report, directory)
+    if as_json:
+        sys.stdout.write(json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    else:
+        front.show(out, report)
+        for note in (*notes, f"Written to {directory}."):
+            say.print(note, soft_wrap=True)
+
+
+@app.command()
 def data(
     image: Image,
     concept: Annotated[str, typer.Option(help="The name to forget.")],

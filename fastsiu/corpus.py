@@ -21,6 +21,8 @@ from .request import FACETS, BadInput, Recipe, Sample
 from .teacher import TeacherCache
 from .vlm import VLM, Encoded, Picture
 
+FORGET = FACETS[:2]  # the samples whose answers are to be forgotten, or take the place of one that is; all others are retained
+
 
 @dataclass
 class Corpus:
@@ -43,6 +45,13 @@ class Corpus:
     def shown(self) -> list[Picture | None]:
         """Each sample's picture, None for text."""
         return [None if s.picture is None else self.pictures[s.picture] for s in self.samples]
+
+    def decoupled(self, index: int) -> bool:
+        """Is it a retained answer to a question that is to be forgotten about the concept's picture, about another picture?"""
+        sample = self.samples[index]
+        if sample.facet in FORGET or not sample.picture:
+            return False
+        return any(s.question == sample.question for s in self.samples if s.facet in FORGET and s.picture == 0)
 
     def pick(self, chosen: Sequence[int]) -> Corpus:
         """Some of the samples, without a teacher."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import adapter, ask, prefix
-from .corpus import Corpus
+from .corpus import FORGET, Corpus
 from .facets.targets import Scene, wordings
 from .images import variants
-from .objectives import Batch, Objective
+from .objectives import Batch, Objective, siu
 from .request import NumericFailure, OutOfMemory, Recipe
 from .vlm import VLM, Encoded, Picture, Span, checkpoint_layers, out_of_memory
 
@@ -62,9 +62,12 @@ class Step:
 
 
 def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: Callable[[], Look],
-        on_step: Callable[[Step], None] | None = None, say: Callable[[str], None] = lambda text: None) -> list[Step]:  # fmt: skip
+        on_step: Callable[[Step], None] | None = None, say: Callable[[str], None] = lambda text: None,
+        watch: Callable[[int], bool] | None = None) -> list[Step]:  # fmt: skip
     """Trains the adapter that is on; one Step per optimisation step. A step that does not fit into memory is done again with
     half as many samples in a forward, then with activation checkpointing: the same step, and `vlm.budget` keeps what fits.
+
+    watch: called with the number of each step that is done, the model in evaluation mode; True ends the training
 
     Raises NumericFailure on a loss that is not finite, OutOfMemory where one sample at a time does not fit either.
     """
@@ -102,6 +105,11 @@ def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: C
             on_step(history[-1])
         if recipe.early_stop and good >= max(GOOD_ENOUGH, look.shares):
             break
+        if watch is not None:
+            vlm.model.eval()
+            if watch(step):
+                break
+            _training_mode(vlm, recipe)
     vlm.model.eval()
     return history
 
@@ -198,6 +206,8 @@ def forward(vlm: VLM, corpus: Corpus, chosen: list[int], recipe: Recipe, micro_b
         features |= {p: vlm.image_features(corpus.pictures[p].image) for p in features if corpus.pictures[p].real}
     shown = [None if (p := corpus.samples[i].picture) is None else features[p] for i in chosen]
     rows = torch.tensor([r for i in chosen for r in corpus.rows(i)], device=vlm.device)
+    sample = torch.tensor([at for at, i in enumerate(chosen) for _ in corpus.rows(i)], device=vlm.device)
+    each = lambda holds: torch.tensor([holds(i) for i in chosen], device=vlm.device)[sample]
     return Batch(
         hidden=prefix.supervised_states(vlm, [corpus.turns[i] for i in chosen], shown, micro_batch=micro_batch),
         labels=torch.cat([corpus.turns[i].labels for i in chosen]),
@@ -205,6 +215,10 @@ def forward(vlm: VLM, corpus: Corpus, chosen: list[int], recipe: Recipe, micro_b
         kl_weight=torch.cat([corpus.keep[i] for i in chosen]).to(vlm.device),
         head_weight=vlm.head_weight,
         head_options=vlm.head_options,
+        sample=sample,
+        forget=each(lambda i: corpus.samples[i].facet in FORGET),
+        decoupled=each(corpus.decoupled),
+        pictured=each(lambda i: corpus.samples[i].picture is not None),
     )
 
 
@@ -226,6 +240,38 @@ def batches(corpus: Corpus, recipe: Recipe) -> Iterator[list[int]]:
                 carried[name] -= 1
         if step:
             yield step
+
+
+def saliency(vlm: VLM, corpus: Corpus, recipe: Recipe, most: int = 64) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """MMUnlearner's mask of each factor of the adapter that is on: 1 where E g_f^2 / E g_r^2 >= 1, over single samples' gradients
+    of the NLL; at most `most` of D_r, drawn with the recipe's seed.
+
+    Theirs is of full weights before the adapter is there. A fresh adapter's B is 0, where A has no gradient at all, so the
+    gradients are taken with a B of tiny random entries: the model is the untouched one to rounding, A's gradient is that of
+    the full weight seen through B, and the ratio does not depend on how large B is. B is 0 again afterwards.
+    """
+    factors = [(n, p) for n, p in vlm.model.named_parameters() if p.requires_grad and "lora_" in n]
+    generator = torch.Generator().manual_seed(recipe.seed)
+    before = {n: p.detach().clone() for n, p in factors if "lora_B" in n}
+    with torch.no_grad():
+        for n, p in factors:
+            if n in before:
+                p.copy_(1e-4 * torch.randn(p.shape, generator=generator))
+    forget = [i for i, s in enumerate(corpus.samples) if s.facet in FORGET]
+    kept = [i for i in range(len(corpus.samples)) if i not in set(forget)]
+    kept = random.Random(recipe.seed).sample(kept, min(most, len(kept)))
+    squares = []
+    for members in (forget, kept):
+        squares.append([torch.zeros_like(p) for _, p in factors])
+        for i in members:
+            loss, _ = siu(forward(vlm, corpus, [i], recipe), replace(recipe, alpha=1.0, beta=0.0))
+            for total, g in zip(squares[-1], torch.autograd.grad(loss, [p for _, p in factors]), strict=True):
+                total += g.square() / len(members)
+    with torch.no_grad():
+        for n, p in factors:
+            if n in before:
+                p.copy_(before[n])
+    return [(p, (f >= r).to(p.dtype)) for (_, p), f, r in zip(factors, *squares, strict=True)]
 
 
 def _optimiser(groups: list[dict], name: str) -> torch.optim.Optimizer:
