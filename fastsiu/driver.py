@@ -297,7 +297,7 @@ def report_of(request: Request, recipe: Recipe, model: str, verdict: Verdict, an
         "before": verdict.before,
         "after": verdict.after,
         "thresholds": verdict.thresholds,
-        "answers": [asdict(a) for a in answers],
+        "answers": [a.as_dict() for a in answers],
         "training": [asdict(s) for s in trained.history],
         "recipe": recipe.as_dict(),
         "samples": dict(Counter(s.facet for s in made.samples)),

@@ -193,7 +193,7 @@ def judge_form(asked: Asked, concept: Concept, stored: Sequence[str], alike: Seq
         rates[title] = {kind: _agreement(asked, kind, stored, said) for kind in keep}
     return {"verdict": "forgotten" if verdict.forgotten else "not forgotten", "reasons": verdict.reasons,
             "before": verdict.before, "after": verdict.after, "thresholds": verdict.thresholds, **rates,
-            "answers": [asdict(answer) for answer in answers]}  # fmt: skip
+            "answers": [answer.as_dict() for answer in answers]}  # fmt: skip
 
 
 def _agreement(asked: Asked, kind: str, one: Sequence[str], other: Sequence[str]) -> dict[str, Any]:

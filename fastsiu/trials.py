@@ -13,6 +13,7 @@ from typing import Any
 
 from . import ask, methods, vlm
 from .evaluate.exam import Exam, Seen
+from .evaluate.process import end_with_parent
 from .evaluate.suite import Subject, Suite, evenly, read
 from .images import load_image
 from .request import NumericFailure, Recipe, Request
@@ -206,6 +207,7 @@ _bench: Workbench | None = None  # of a worker process
 
 def _start(settings: Settings) -> None:
     global _bench
+    end_with_parent()
     _bench = Workbench(settings)
 
 

@@ -60,6 +60,10 @@ class Answer:
         if self.kind not in KINDS:
             raise ValueError(f"kind {self.kind!r} is none of {', '.join(KINDS)}")
 
+    def as_dict(self) -> dict[str, Any]:
+        """As a report has it."""
+        return {k: v for k, v in asdict(self).items() if k != "keywords"}
+
 
 @dataclass(frozen=True)
 class Thresholds:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -218,7 +217,7 @@ def report_of(exam: Exam, name: str, untouched: Observations, model: Observation
         "before": verdict.before,
         "after": verdict.after,
         "rows": rows,
-        "answers": [{k: v for k, v in asdict(a).items() if k != "keywords"} for a in answers],
+        "answers": [a.as_dict() for a in answers],
         "caveats": [*unchecked(exam, answers), *_in_groups(rows), *caveats],
     }
 
