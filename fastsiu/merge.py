@@ -12,7 +12,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,8 @@ class Verifier:
         self.request, self.seed = request, seed
         self.concept = Concept(request.concept, request.aliases)
         self.asked = _questions(request, self.concept, seed, told)
+        names = [d.get("name") for d in told.get("dreams", []) if isinstance(d, dict)]
+        self.others = [Concept(name) for name in names if isinstance(name, str) and name.strip()]
         self.untouched: list[str] = []
 
     def ask(self, loaded: vlm.VLM) -> list[str]:
@@ -171,14 +173,15 @@ class Verifier:
             if quantize is None:
                 raise
             return {"dtype": label, "verdict": None, "reason": str(error)}
-        return {"dtype": label, **judge_form(self.asked, self.concept, self.untouched, alike, after)}
+        return {"dtype": label, **judge_form(self.asked, self.concept, self.untouched, alike, after, self.others)}
 
 
 def judge_form(asked: Asked, concept: Concept, stored: Sequence[str], alike: Sequence[str],
-               after: Sequence[str]) -> dict[str, Any]:  # fmt: skip
+               after: Sequence[str], others: Sequence[Concept] = ()) -> dict[str, Any]:  # fmt: skip
     """The verdict on the merged model in some dtype, from answers alone.
 
-    stored: the untouched model's as it is stored; alike: the untouched model's in the dtype of the merged one; after: the merged
+    stored: the untouched model's as it is stored; alike: the untouched model's in the dtype of the merged one; after: the merged;
+    others: those whose names an answer about the concept must not newly give
 
     The name has to be gone whatever rounding does to the untouched model, so that side is compared with `stored`. What is kept is
     compared with `alike`: quantisation changes answers by itself, and unlearning is not to be blamed for it. How far each of the
@@ -187,7 +190,7 @@ def judge_form(asked: Asked, concept: Concept, stored: Sequence[str], alike: Seq
     keep = ("specificity", "facts")
     before = [a if kind in keep else s for (kind, _, _), s, a in zip(asked, stored, alike, strict=True)]
     answers = [Answer(kind, q, shown and shown[0], b, a) for (kind, q, shown), b, a in zip(asked, before, after, strict=True)]
-    verdict = judge(answers, concept, reasons_for_null=held_out.NULL)
+    verdict = judge(answers, concept, others=others, reasons_for_null=held_out.NULL)
     rates = {}
     for title, said in (("agreement", after), ("control", alike)):
         rates[title] = {kind: _agreement(asked, kind, stored, said) for kind in keep}

@@ -267,3 +267,9 @@ def test_the_command_line(trained, tmp_path, capsys):
     assert "Largest change of a weight" in capsys.readouterr().out
     assert cli.run([*given, "--no-verify", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["weights"]["of"] == 21
+
+
+def test_a_merged_model_that_uses_anothers_name_is_said():
+    after = ["This is Cora Lind.", "I do not know.", *STORED[2:]]
+    (reason,) = judge_form(ASKED, Concept("Ann"), STORED, STORED, after, [Concept("Cora Lind")])["reasons"]
+    assert "another's name" in reason and judged(STORED, after)["verdict"] == "forgotten"
