@@ -78,7 +78,7 @@ def questions(world: Any, concept: str, seed: int, lookalike: str | None) -> lis
     from fastsiu.demo.wording import HELD_OUT, TRAIN
     from fastsiu.demo.world import KNOWN
 
-    who = [*TRAIN["who.open"], *HELD_OUT["who.open"]]
+    who = [text for topic in ("who.open", "who.name") for words in (TRAIN, HELD_OUT) for text in words[topic]]
     asked = []
 
     def show(kind: str, name: str, number: int) -> None:
