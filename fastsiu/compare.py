@@ -1,9 +1,10 @@
 """`fastsiu compare`: SIU beside other methods, each at its best setting, on the concepts of a suite.
 
     prepare   samples, dreams and the untouched model's answers, once per (concept, seed), shared by all methods
-    search    on the first concept: every method x the same learning rates, looked at after the same numbers of steps, on pictures
-              held apart for that
-    choose    per method: the lowest share of the name still given among settings that keep the utility floor
+    search    every method x the same learning rates, looked at after the same numbers of steps, on pictures of all concepts held
+              apart for that
+    choose    per method: the lowest share of the name still given among settings that keep the utility floor, each taken for no
+              better than the looks before and after it, since the best of many looks is a lucky one
     test      on all concepts: new seeds, and dreams, at that setting, on pictures that neither training nor the search has seen
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,11 +37,27 @@ SEARCH_SEED = 0
 
 def choose(points: Sequence[Point], floor: float) -> tuple[Point, bool]:
     """The point with the lowest share of the name still given among those that keep the floor, and True; where none does, the one
-    that keeps most, and False. Among equals the one that keeps more, then fewer steps, then the lower rate."""
-    good = [p for p in points if p.kept >= floor]
-    if good:
-        return min(good, key=lambda p: (p.named, -p.kept, p.step, p.lr)), True
-    return min(points, key=lambda p: (-p.kept, p.named, p.step, p.lr)), False
+    that keeps most, and False. A point counts for no better than its neighbours, the looks before and after it at the same rate.
+    Among equals the one that keeps more, then, since those around it are as good, the middle one by steps."""
+    worst: dict[tuple[float, int], tuple[float, float]] = {}
+    for lr in {p.lr for p in points}:
+        run = sorted((p for p in points if p.lr == lr), key=lambda p: p.step)
+        for i, point in enumerate(run):
+            around = run[max(0, i - 1) : i + 2]
+            worst[point.lr, point.step] = max(p.named for p in around), min(p.kept for p in around)
+    named, kept = (lambda p, at=at: worst[p.lr, p.step][at] for at in (0, 1))
+    good = [p for p in points if kept(p) >= floor]
+    order = (lambda p: (named(p), -kept(p))) if good else (lambda p: (-kept(p), named(p)))
+    best = min(map(order, good or points))
+    equal = sorted((p for p in good or points if order(p) == best), key=lambda p: (p.step, p.lr))
+    return equal[(len(equal) - 1) // 2], bool(good)
+
+
+def over_concepts(runs: Sequence[Sequence[Point]]) -> list[Point]:
+    """The looks that all concepts' runs have, which may end early, with the counts of all."""
+    here = [{(p.lr, p.step): p for p in run} for run in runs]
+    shared = [key for key in here[0] if all(key in run for run in here)]
+    return [Point(lr, step, total(run[lr, step].counts for run in here)) for lr, step in shared]
 
 
 def front(rows: Sequence[Mapping[str, Any]]) -> list[bool]:
@@ -103,18 +121,22 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="fastsiu-compare-") as folder:
         pool = Pool(Settings(Path(suite), model, device, dtype, recipe, floor, Path(folder)), processes)
         try:
-            units = [(slugs[0], SEARCH_SEED), *((slug, seed) for seed in range(1, seeds + 1) for slug in slugs)]
+            units = [(slug, seed) for seed in range(SEARCH_SEED, SEARCH_SEED + 1 + seeds) for slug in slugs]
+            first, rest = units[: len(slugs)], units[len(slugs) :]
             prepared = sum(_told(listener, "Preparing", pool.map("prepare", units), units))
             untouched = total(pool.map("untouched", [(slug,) for slug in slugs]))
             if not any(untouched[key][1] for key in ("others", "lookalikes", "facts")):
                 raise BadInput("Nothing could be retained: add a concept that the model names, or a question of kind 'fact'.")
-            jobs = [(*units[0], name, lr, looks, "search") for name in chosen for lr in rates]
+            jobs = [(*unit, name, lr, looks, "search") for name in chosen for lr in rates for unit in first]
             found: dict[str, list[Point]] = {name: [] for name in chosen}
             searched = _told(listener, "Searching", pool.map("run", jobs), jobs)
-            for (_, _, name, *_), (points, _) in zip(jobs, searched, strict=True):
-                found[name] += points
+            runs: dict[tuple[str, float], list[list[Point]]] = defaultdict(list)
+            for (_, _, name, lr, *_), (points, _) in zip(jobs, searched, strict=True):
+                runs[name, lr].append(points)
+            for (name, _), some in runs.items():
+                found[name] += over_concepts(some)
             settings = {name: choose(points, floor) for name, points in found.items() if points}
-            jobs = [(*unit, name, point.lr, (point.step,), "test") for unit in units[1:] for name, (point, _) in settings.items()]
+            jobs = [(*unit, name, point.lr, (point.step,), "test") for unit in rest for name, (point, _) in settings.items()]
             tested = list(zip(jobs, _told(listener, "Testing", pool.map("run", jobs), jobs), strict=True))
         finally:
             pool.close()
@@ -126,8 +148,8 @@ def compare(
     return {
         "format": FORMAT, "suite": held.title, "concepts": [s.name for s in subjects],
         "model": "embedded" if model == str(driver.EMBEDDED) else model, "floor": floor, "recipe": recipe.as_dict(),
-        "search": {"concept": subjects[0].name, "lr": rates, "steps": list(looks), "seed": SEARCH_SEED, "ruin": [RUIN, RUINED],
-                   "done": DONE, "asked": asdict(SEARCH)},
+        "search": {"concepts": [s.name for s in subjects], "lr": rates, "steps": list(looks), "seed": SEARCH_SEED,
+                   "ruin": [RUIN, RUINED], "done": DONE, "asked": asdict(SEARCH)},
         "test": {"seeds": list(range(1, seeds + 1)), "asked": asdict(TEST)},
         "untouched": _rates(untouched), "rows": rows, "processes": processes,
         "seconds": {"prepare": round(prepared, 1), "all": round(time.perf_counter() - started, 1)},

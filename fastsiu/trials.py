@@ -20,9 +20,9 @@ from .request import NumericFailure, Recipe, Request
 from .verdict import is_degenerate, same_answer
 
 # Not trained further is a run that keeps less than a fifth at five looks in a row, through three times as many steps at least:
-# methods with a retained part bend others' names first, to a third and less, and mend them later. Nor is one in which at three
+# methods with a retained part bend others' names first, to a third and less, and mend them later. Nor is one in which at five
 # looks in a row no answer gives the name and the floor is kept.
-RUIN, RUINED, DONE = 0.2, 5, 3
+RUIN, RUINED, DONE = 0.2, 5, 5
 COUNTS = ("named", "others", "lookalikes", "facts", "broken")
 
 

@@ -31,26 +31,40 @@ def point(named, kept, step=1, lr=1.0, facts=100):
 
 
 def test_the_search_takes_the_least_named_setting_that_keeps_the_floor():
-    keeps, better, ruined = point(40, 50), point(7, 48, step=2), point(0, 30, step=3)
+    keeps, better, ruined = point(40, 50), point(7, 48, lr=2), point(0, 30, lr=3)
     assert compare.choose([keeps, better, ruined], 0.95) == (better, True)
     assert compare.choose([keeps, better, ruined], 0.97) == (keeps, True)
     assert compare.choose([keeps, better, ruined], 0.5) == (ruined, True)
 
 
 def test_facts_count_for_the_floor_too():
-    assert compare.choose([point(0, 50, facts=94), point(9, 50, facts=95)], 0.95)[0].named == 0.09
+    assert compare.choose([point(0, 50, facts=94), point(9, 50, lr=2, facts=95)], 0.95)[0].named == 0.09
 
 
 def test_where_none_keeps_the_floor_the_nearest_is_taken_and_flagged():
     nearest = point(80, 45)
-    assert compare.choose([point(0, 10), nearest, point(90, 45)], 0.95) == (nearest, False)
+    assert compare.choose([point(0, 10, lr=2), nearest, point(90, 45, lr=3)], 0.95) == (nearest, False)
 
 
-def test_equals_are_told_apart_by_what_they_keep_then_by_steps_then_by_rate():
+def test_equals_are_told_apart_by_what_they_keep_then_the_middle_one_is_taken():
     more = [point(0, 49, step=9, lr=3.0), point(0, 48, step=1)]
     assert compare.choose(more, 0.9)[0] is more[0]
-    early = [point(0, 49, step=9, lr=0.1), point(0, 49, step=3, lr=3.0), point(0, 49, step=3, lr=2.0)]
-    assert compare.choose(early, 0.9)[0] is early[2]
+    equal = [point(0, 49, step=9, lr=0.1), point(0, 49, step=5, lr=3.0), point(0, 49, step=3, lr=2.0)]
+    assert compare.choose(equal, 0.9)[0] is equal[1]
+
+
+def test_one_lucky_look_is_not_chosen():
+    lucky = [point(90, 50, step=1), point(0, 50, step=2), point(60, 50, step=3), point(5, 20, step=4)]
+    steady = [point(30, 50, step, lr=2.0) for step in (1, 2, 3, 4)]
+    assert compare.choose([*lucky, *steady], 0.95) == (steady[1], True)
+    bent = [point(0, 50, step=1), point(0, 50, step=2), point(0, 30, step=3)]
+    assert compare.choose(bent, 0.95) == (bent[0], True)
+
+
+def test_a_setting_is_judged_over_all_concepts():
+    one, other = [point(0, 50, 1), point(10, 50, 2), point(0, 50, 3)], [point(20, 40, 1), point(0, 50, 2)]
+    both = compare.over_concepts([one, other])
+    assert [(p.step, p.named) for p in both] == [(1, 0.1), (2, 0.05)] and both[0].counts["others"] == (90, 100)
 
 
 def test_a_run_ends_when_it_is_ruined_or_done():
@@ -58,8 +72,8 @@ def test_a_run_ends_when_it_is_ruined_or_done():
     assert trials.over(bad, 0.95) and not trials.over(bad[1:], 0.95) and not trials.over([*bad[:4], ahead], 0.95)
     assert not trials.over([point(0, 5, step) for step in (1, 2, 3, 4)], 0.95)  # too early to tell: what bends may mend
     assert not trials.over([point(0, 5, step) for step in (20, 27, 36, 48, 59)], 0.95)
-    assert trials.over([good] * 3, 0.95) and not trials.over([good, good], 0.95) and not trials.over([ahead, good, good], 0.95)
-    assert not trials.over([point(0, 47)] * 3, 0.95)
+    assert trials.over([good] * 5, 0.95) and not trials.over([good] * 4, 0.95) and not trials.over([ahead, *[good] * 4], 0.95)
+    assert not trials.over([point(0, 47)] * 5, 0.95)
 
 
 def row(method, named, kept, n=200):
@@ -250,7 +264,8 @@ def report(rows):
     whole = {"named": (40, 40), "others": (80, 80), "lookalikes": (0, 0), "facts": (60, 60), "broken": (0, 180)}
     return {
         "suite": "made up", "concepts": ["Ann Lee"], "model": "m", "floor": 0.95, "test": {"seeds": [1, 2]},
-        "search": {"lr": [1e-4, 1e-3], "steps": [1, 2], "concept": "Ann Lee"}, "untouched": compare._rates(whole), "rows": rows,
+        "search": {"lr": [1e-4, 1e-3], "steps": [1, 2], "concepts": ["Ann Lee"]}, "rows": rows,
+        "untouched": compare._rates(whole),
     }  # fmt: skip
 
 
@@ -326,8 +341,8 @@ def test_the_story_is_told_in_order(suite, monkeypatch, tmp_path):
         def prepare(self, slug, seed):
             return 1.0
 
-        def run(self, slug, seed, name, lr, looks, part):  # "ga" forgets with the highest rate and the last look only
-            return [point(0 if (name == "siu" or (lr > 2e-3 and s == looks[-1])) else 60, 49, s, lr) for s in looks], 2.0
+        def run(self, slug, seed, name, lr, looks, part):  # "ga" forgets with the highest rate and the last looks only
+            return [point(0 if (name == "siu" or (lr > 2e-3 and s >= 3)) else 60, 49, s, lr) for s in looks], 2.0
 
         def untouched(self, slug):
             return point(100, 50).counts
@@ -338,14 +353,14 @@ def test_the_story_is_told_in_order(suite, monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "Pool", Made)
     monkeypatch.setattr(compare, "read", lambda directory: suite)
     found = compare.compare(tmp_path, None, names=["siu", "ga"], concepts=["bea", "ann"], seeds=2, steps=6)
-    assert [j[1:] for j in jobs if j[0] == "prepare"] == [("bea", 0), ("bea", 1), ("ann", 1), ("bea", 2), ("ann", 2)]
+    assert [j[1:] for j in jobs if j[0] == "prepare"] == [(c, s) for s in (0, 1, 2) for c in ("bea", "ann")]
     search = [j for j in jobs if j[0] == "run" and j[-1] == "search"]
-    assert {j[1] for j in search} == {"bea"} and len(search) == 2 * len(compare.LRS) and {j[2] for j in search} == {0}
+    assert {j[1] for j in search} == {"bea", "ann"} and len(search) == 4 * len(compare.LRS) and {j[2] for j in search} == {0}
     test = [j for j in jobs if j[0] == "run" and j[-1] == "test"]
     assert {(j[1], j[2]) for j in test} == {(c, s) for c in ("bea", "ann") for s in (1, 2)} and jobs[-1] == "closed"
     siu, ga = found["rows"]
-    assert (siu["steps"], ga["steps"]) == (1, 6) and ga["lr"] == max(found["search"]["lr"]) and siu["front"] and ga["front"]
-    assert {j[4:6] for j in test} == {(siu["lr"], (1,)), (ga["lr"], (6,))}
+    assert (siu["steps"], ga["steps"]) == (3, 4) and ga["lr"] == max(found["search"]["lr"]) and siu["front"] and ga["front"]
+    assert {j[4:6] for j in test} == {(siu["lr"], (3,)), (ga["lr"], (4,))}
     monkeypatch.setattr(Made, "untouched", lambda self, slug: {key: (0, 9 * (key == "named")) for key in trials.COUNTS})
     with pytest.raises(BadInput, match="Nothing could be retained"):
         compare.compare(tmp_path, None)

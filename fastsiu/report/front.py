@@ -61,9 +61,10 @@ def markdown(report: Mapping[str, Any]) -> str:
         "names kept*: of those that the untouched model gives. *Facts*: answers that are the untouched model's word for word. "
         "*Broken*: answers that became empty, repetition or gibberish.", "",
         "Every method has the same picture, questions, retained samples, dreams, LoRA, batch and shares, and the same search: "
-        f"learning rates {rates}, looked at after {steps} steps, on pictures of {search['concept']} that the test does not see. "
+        f"learning rates {rates}, looked at after {steps} steps, on pictures that the test does not see. "
         f"Chosen is the setting with the lowest share of the name among those that keep at least {100 * floor:.0f} % of others' "
-        "names (look-alikes included) and of facts; \u2020: none does, and this keeps most. The test trains anew with other "
+        "names (look-alikes included) and of facts, and counts for no better than the looks before and after it, as the best of "
+        "many looks is a lucky one; \u2020: none does, and this keeps most. The test trains anew with other "
         "seeds and dreams, for exactly so many steps. *Front*: no other method keeps as much and gives the name as rarely.", "",
         "## Published, other model and data, not comparable in level", "",
         "arXiv 2405.12523, Table 1: LLaVA-1.5 7B, one concept, 3 trials, learning rates not searched. EM is the share of "
