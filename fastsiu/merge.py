@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from transformers.utils import cached_file
 
-from . import ask, driver, source, vlm
+from . import adapter, ask, driver, source, vlm
 from . import images as pictures_in
 from . import output as outputs
 from .concept import Concept
 from .facets import held_out
 from .facets.held_out import Shown
 from .facets.targets import Scene
-from .fold import ADAPTER, WEIGHTS, fold, put_on, save
+from .fold import fold, save
 from .request import BadInput, Recipe, Request
 from .session import Listener, timed
 from .verdict import Answer, Rate, judge, same_answer
@@ -66,7 +66,7 @@ def merge(adapter_dir: str | Path, output: str | Path, *, model: str | Path | No
     """
     listener, folder, forms = listener or Listener(), Path(adapter_dir), _forms(verify)
     name = str(driver.EMBEDDED if model is None else model)
-    told, sealed = _json(folder / "report.json"), _json(folder / outputs.MANIFEST)
+    told, sealed = _json(folder / "report.json"), adapter.manifest_of(folder)
     told = {} if told.get("redacted") else told
     request = _request(image, concept or told.get("concept"), aliases, images, retain) if forms else None
     source.check_options(dtype, None, None)
@@ -78,8 +78,10 @@ def merge(adapter_dir: str | Path, output: str | Path, *, model: str | Path | No
         raise BadInput(f"{name} is stored in {kept}, which cannot be merged into: give a copy in bfloat16 or float32.")
     stored = kept if dtype == "auto" else dtype
     weights = outputs.digest_model(name) if Path(name).is_dir() else {}
-    own = _adapter_files(folder, sealed)
-    _check_model(folder, sealed, weights, name, revision)
+    if not (folder / adapter.ADAPTER).is_file():
+        raise BadInput(f"{folder} holds no adapter ({adapter.ADAPTER} is missing): give the --output directory of a run.")
+    own = adapter.check_files(folder, sealed)
+    adapter.check_weights(folder, sealed, weights, name, revision)
     pictures = _pictures(request)
     settings = {"dtype": stored, "verify": forms}
     digest = _digest(name, revision, weights, own, request, pictures, settings)
@@ -98,13 +100,13 @@ def merge(adapter_dir: str | Path, output: str | Path, *, model: str | Path | No
             loaded = vlm.load(name, revision=revision, device=device, dtype=kept)
         beside = Path(name) if weights else Path(cached_file(name, "config.json", revision=revision)).parent
         weights = weights or outputs.digest_model(beside)
-        _check_model(folder, sealed, weights, name, revision)
+        adapter.check_weights(folder, sealed, weights, name, revision)
         if verifier:
             with timed(seconds, "verdict"):
                 verifier.untouched = verifier.ask(loaded)
         listener.stage("Merging")
         with timed(seconds, "merge"):
-            put_on(loaded, folder)
+            adapter.load(loaded, folder)
             change = fold(loaded, source.DTYPES[stored])
             save(loaded, staging, beside, source.DTYPES[stored])
             del loaded
@@ -263,33 +265,10 @@ def _json(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path} is not a JSON object: restore it, or remove it and give --concept.") from error
 
 
-def _adapter_files(folder: Path, sealed: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of the adapter's two files. Raises BadInput where one is missing or not what its manifest says."""
-    own = {}
-    for file in (ADAPTER, "adapter_config.json"):
-        if not (folder / file).is_file():
-            raise BadInput(f"{folder} holds no adapter ({file} is missing): give the --output directory of a run.")
-        own[file] = outputs.digest_file(folder / file)
-        written = sealed.get("files", {}).get(file, {}).get("sha256")
-        if written is not None and written != own[file]:
-            raise BadInput(f"The adapter in {folder} was changed ({file} is not as its manifest says): run `unlearn` again.")
-    return own
-
-
-def _check_model(folder: Path, sealed: Mapping[str, Any], weights: Mapping[str, str], name: str, revision: str | None) -> None:
-    """Raises BadInput where the adapter's manifest was written for other weights: their shapes may fit all the same."""
-    expected = sealed.get("model", {}).get("sha256", {})
-    for file, digest in expected.items():
-        if weights and file.endswith(WEIGHTS) and weights.get(file) != digest:
-            raise BadInput(f"The adapter in {folder} was made for other weights than those of {name}"
-                           f"{f' at {revision}' if revision else ''} ({file} differs): give the model that it was made "
-                           "for.")  # fmt: skip
-
-
 def _caveats(sealed: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
     caveats = ["Only these weights were changed: the untouched model and its copies know what they knew."]
-    if not sealed:
-        caveats.append("The adapter has no manifest, so that it was made for these weights was checked by its shapes only.")
+    if not sealed.get("model", {}).get("sha256"):
+        caveats.append(adapter.UNSEALED)
     if trained := sealed.get("settings", {}).get("quantize"):
         caveats.append(f"The adapter was trained on the model in {trained}, and merged into the weights that were not quantised.")
     return caveats
