@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import ModulesToSaveWrapper
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
+from transformers.utils import cached_file
 
+from . import output as outputs
 from .request import BadInput, Recipe
 from .vlm import VLM
 
 # What LoRA adapts, by exact class: some routers subclass Linear and return tuples. By name, so that bitsandbytes stays unloaded.
 LINEARS = {"torch.nn.modules.linear.Linear", "bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt"}
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+STORED = (ADAPTER, "adapter_model.bin")  # what PEFT reads
+WEIGHTS = (".safetensors", ".bin", ".pt")  # of a model
+UNSEALED = "Nothing says for which weights the adapter was made, so that was checked by its shapes only."
 PROJECTORS = ("multi_modal_projector", "connector", "merger", "mlp1", "embed_vision")
 
 
@@ -69,12 +77,21 @@ def attach(vlm: VLM, recipe: Recipe) -> None:
     for parameter in vlm.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    for wrapper in vlm.model.modules():
-        if isinstance(wrapper, ModulesToSaveWrapper):  # a projector in fp32 between 16 bit neighbours
-            trained, dtype = wrapper.modules_to_save["default"], next(wrapper.original_module.parameters()).dtype
-            trained.register_forward_pre_hook(lambda module, given: tuple(map(_wide, given)))
-            trained.register_forward_hook(lambda module, given, out, dtype=dtype: out.to(dtype))
+    for _, wrapper in _copies(vlm):
+        _between(wrapper)
     vlm.model.eval()
+
+
+def _copies(vlm: VLM) -> list[tuple[str, ModulesToSaveWrapper]]:
+    """By name in the base, the modules of which the adapter has a trained copy: the projector."""
+    return [(name, module) for name, module in vlm.base.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+
+
+def _between(wrapper: ModulesToSaveWrapper) -> None:
+    """Lets a trained copy in fp32 stand between 16 bit neighbours."""
+    trained, dtype = wrapper.modules_to_save["default"], next(wrapper.original_module.parameters()).dtype
+    trained.register_forward_pre_hook(lambda module, given: tuple(map(_wide, given)))
+    trained.register_forward_hook(lambda module, given, out: out.to(dtype))
 
 
 def _wide(given: Any) -> Any:
@@ -129,18 +146,113 @@ def save(vlm: VLM, directory: Path, *, named: bool = True) -> None:
 
 def check_directory(directory: Path) -> None:
     """Raises BadInput where there is no adapter to load."""
-    if not (directory / "adapter_config.json").is_file():
-        raise BadInput(f"{directory} holds no adapter (adapter_config.json is missing): give the --output directory of a run.")
+    for name, files in ((CONFIG, (CONFIG,)), (ADAPTER, STORED)):
+        if not any((directory / file).is_file() for file in files):
+            raise BadInput(f"{directory} holds no adapter ({name} is missing): give the --output directory of a run.")
 
 
 def load(vlm: VLM, directory: Path) -> None:
-    """Puts a saved adapter on. Raises BadInput where the directory holds none or one for another architecture."""
+    """Puts a saved adapter on; what it has trained as a whole, a projector, in fp32, as `attach` had it.
+
+    Raises BadInput where the directory holds none or one for another architecture: PEFT only warns of what finds no place. The
+    model is then as it was.
+    """
     check_directory(directory)
+    fits = f"The adapter in {directory} does not fit {vlm.name}{{}}: load it with the model it was made for."
     try:
-        with _not_ours():
+        with _not_ours(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # said below
             vlm.model = PeftModel.from_pretrained(vlm.base, directory).eval()
-    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-        raise BadInput(f"The adapter in {directory} does not fit {vlm.name}: load it with the model it was made for.") from error
+            older = getattr(vlm.base, "_checkpoint_conversion_mapping", None)  # names of earlier releases, as PEFT maps them
+            stored = load_peft_weights(str(directory), device="cpu", key_mapping=older)
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError) as error:
+        _strip(vlm)
+        raise BadInput(fits.format("")) from error
+    if stray := sorted(stored.keys() ^ get_peft_model_state_dict(vlm.model, save_embedding_layers=False).keys()):
+        detach(vlm)
+        raise BadInput(fits.format(f" ({stray[0]} has no counterpart)"))
+    for name, wrapper in _copies(vlm):  # PEFT rounds it to the base's dtype
+        for key, trained in wrapper.modules_to_save["default"].named_parameters():
+            trained.data = stored[f"base_model.model.{name}.{key}"].float().to(trained.device)
+        _between(wrapper)
+
+
+def _strip(vlm: VLM) -> None:
+    """Takes off what PEFT has put on before it failed."""
+    for name, module in list(vlm.base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            vlm.base.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            vlm.base.set_submodule(name, module.original_module)
+    vars(vlm.base).pop("peft_config", None)
+    if vlm.budget.checkpointing:
+        vlm.base.disable_input_require_grads()
+    vlm.model = vlm.base
+
+
+# Does it belong to this model? --------------------------------------------------------------------------------------------
+
+
+def manifest_of(directory: Path) -> dict[str, Any]:
+    """manifest.json; empty where there is none. Raises BadInput where it is damaged."""
+    path = directory / outputs.MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"{path} is not a JSON object: restore it or remove it.") from error
+
+
+def check_files(directory: Path, sealed: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of the adapter's files. Raises BadInput where one is missing or not what its manifest says."""
+    check_directory(directory)
+    own = {file: outputs.digest_file(directory / file) for file in (*STORED, CONFIG) if (directory / file).is_file()}
+    for file, digest in own.items():
+        written = sealed.get("files", {}).get(file, {}).get("sha256")
+        if written is not None and written != digest:
+            raise BadInput(f"The adapter in {directory} was changed ({file} is not as its manifest says): run `unlearn` again.")
+    return own
+
+
+def check_weights(directory: Path, sealed: Mapping[str, Any], weights: Mapping[str, str], name: str,
+                  revision: str | None) -> None:  # fmt: skip
+    """Raises BadInput where the adapter's manifest was written for other weights: their shapes may fit all the same.
+
+    weights: the model's files by digest; none of its weights among them: nothing is known of it
+    """
+    expected, here = _made_for(sealed), {file: digest for file, digest in weights.items() if file.endswith(WEIGHTS)}
+    if all(file.isdigit() for file in expected):  # of a redacted manifest
+        wrong = [file for file, digest in here.items() if expected and digest not in expected.values()]
+    else:
+        wrong = [file for file, digest in expected.items() if here and file.endswith(WEIGHTS) and here.get(file) != digest]
+    if wrong:
+        raise BadInput(f"The adapter in {directory} was made for other weights than those of {name}"
+                       f"{f' at {revision}' if revision else ''} ({wrong[0]} differs): give the model that it was made "
+                       "for.")  # fmt: skip
+
+
+def check_belongs(directory: Path, name: str, revision: str | None, weights: Mapping[str, str] | None = None) -> list[str]:
+    """What there is to say of an adapter without a manifest. Raises BadInput for one that was changed or made for other weights.
+
+    name, revision: of a model that is loaded already, where it is the hub's
+    weights:        its files by digest, where they are known. Else they are read, a second a gigabyte, unless it is the very
+                    commit of the hub that the manifest names
+    """
+    sealed = manifest_of(directory)
+    check_files(directory, sealed)
+    if not _made_for(sealed):
+        return [UNSEALED]
+    local, model = Path(name).is_dir(), sealed["model"]
+    if local or revision is None or (model.get("id"), model.get("revision")) != (name, revision):
+        found = cached_file(name, "config.json", revision=revision, local_files_only=not local)
+        check_weights(directory, sealed, weights or outputs.digest_model(Path(str(found)).parent), name, revision)
+    return []
+
+
+def _made_for(sealed: Mapping[str, Any]) -> dict[str, str]:
+    """The files of the model that an adapter was made for, by digest; of a redacted manifest, numbers stand for their names."""
+    return dict((sealed.get("model") or {}).get("sha256") or {})
 
 
 def _common_prefix(names: list[str]) -> str:

@@ -300,6 +300,7 @@ def merge(
     retain: Annotated[Path | None, typer.Option(help="Pictures of anything else, for the verdict.")] = None,
     verify: Annotated[str, typer.Option(help="Where the verdict is repeated: stored, int8, nf4.")] = "stored,int8,nf4",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Merge only; no picture is needed.")] = False,
+    redact: Redact = False,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="Of the weights written: auto (the base's), bfloat16, float16, float32.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of the summary.")] = False,
@@ -314,7 +315,8 @@ def merge(
     with Progress(say, hidden=as_json) as progress:
         result = make(
             adapter, output, model=model, revision=revision, image=image, concept=concept, aliases=tuple(alias or ()),
-            images=images, retain=retain, dtype=dtype, verify=forms, device=device, listener=progress.listener,
+            images=images, retain=retain, dtype=dtype, verify=forms, redact=redact, device=device,
+            listener=progress.listener,
         )  # fmt: skip
     if as_json:
         sys.stdout.write(json.dumps(result.report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")

@@ -153,13 +153,21 @@ def interview(questions: Sequence[str], *, model: str | Path | None = None, adap
               image: str | Path | None = None, compare: bool = False, revision: str | None = None, device: str | None = None,
               dtype: str = "auto", quantize: str | None = None, attention: str | None = None,
               max_new_tokens: int = 64, listener: Listener | None = None) -> list[dict[str, str]]:  # fmt: skip
-    """Greedy answers, one record a question: `answer`, or `before` and `after` with `compare`."""
+    """Greedy answers, one record a question: `answer`, or `before` and `after` with `compare`.
+
+    Raises BadInput for an adapter that does not belong to the model; where its manifest names other files than a commit of the
+    hub, they are read for that, a second a gigabyte.
+    """
     listener = listener or Listener()
+    if adapter_dir is not None:
+        adapter.check_directory(Path(adapter_dir))
     picture = pictures_in.load_image(Path(image)) if image is not None else None
     name = str(EMBEDDED if model is None else model)
     chosen = choose_settings(name, None, Recipe(), picture, listener, revision=revision, device=device, dtype=dtype,
                              quantize=quantize, attention=attention)  # fmt: skip
     loaded = load(name, revision, chosen, vlm.Budget(), listener)
+    for note in adapter.check_belongs(Path(adapter_dir), name, loaded.revision) if adapter_dir is not None else ():
+        listener.note(note)
     listener.stage("Asking")
 
     def ask_all() -> list[str]:

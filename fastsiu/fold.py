@@ -9,18 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from . import adapter, vlm
 from .request import BadInput, NumericFailure
 
-ADAPTER = "adapter_model.safetensors"
-WEIGHTS = (".safetensors", ".bin", ".pt")
 # What stands beside a model's weights and is taken over as it is: processor, tokenizer, chat template, how to generate, licence,
 # and the hyper-parameters that this model needs, for whoever makes it forget something else.
 BESIDE = (
@@ -64,22 +60,6 @@ class Change:
         share = self.rounded / self.asked if self.asked else None
         return {"largest": self.largest, "matrix": self.matrix, "relative": self.relative, "matrices": self.matrices,
                 "of": self.of, "weights": self.asked, "unchanged": share}  # fmt: skip
-
-
-def put_on(loaded: vlm.VLM, directory: Path) -> None:
-    """Puts a saved adapter on. Raises BadInput unless all of it finds its place: PEFT ignores what does not."""
-    adapter.load(loaded, directory)
-    assert isinstance(loaded.model, PeftModel)
-    placed = set(get_peft_model_state_dict(loaded.model, save_embedding_layers=False))
-    with safe_open(directory / ADAPTER, "pt") as file:
-        if stray := sorted(set(file.keys()) ^ placed):
-            adapter.detach(loaded)
-            raise BadInput(f"The adapter in {directory} does not fit {loaded.name} ({stray[0]} has no counterpart): load it with "
-                           "the model it was made for.")  # fmt: skip
-        for name, module in loaded.base.named_modules():
-            if isinstance(module, ModulesToSaveWrapper):  # PEFT rounds it to the base's dtype
-                for key, trained in module.modules_to_save["default"].named_parameters():
-                    trained.data = file.get_tensor(f"base_model.model.{name}.{key}").float().to(trained.device)
 
 
 @torch.no_grad()
@@ -130,7 +110,7 @@ def save(loaded: vlm.VLM, directory: Path, beside: Path, dtype: torch.dtype) -> 
     for shard in directory.glob("*.safetensors"):  # safetensors writes for the owner alone; a model is served by others
         shard.chmod((directory / "config.json").stat().st_mode)
     for pattern in BESIDE:
-        for path in sorted(p for p in beside.glob(pattern) if p.is_file() and p.suffix not in WEIGHTS):
+        for path in sorted(p for p in beside.glob(pattern) if p.is_file() and p.suffix not in adapter.WEIGHTS):
             target = directory / path.relative_to(beside)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)

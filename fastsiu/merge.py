@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from transformers.utils import cached_file
 
-from . import ask, driver, source, vlm
+from . import adapter, ask, driver, source, vlm
 from . import images as pictures_in
 from . import output as outputs
 from .concept import Concept
 from .facets import held_out
 from .facets.held_out import Shown
 from .facets.targets import Scene
-from .fold import ADAPTER, WEIGHTS, fold, put_on, save
+from .fold import fold, save
+from .report.redact import MODEL, redacted
 from .request import BadInput, Recipe, Request
 from .session import Listener, timed
 from .verdict import Answer, Rate, judge, same_answer
@@ -55,18 +56,22 @@ class Merged:
 def merge(adapter_dir: str | Path, output: str | Path, *, model: str | Path | None = None,
           revision: str | None = None, image: str | Path | None = None, concept: str | None = None, aliases: tuple[str, ...] = (),
           images: str | Path | None = None, retain: str | Path | None = None, dtype: str = "auto",
-          verify: Sequence[str] = FORMS, device: str | None = None, listener: Listener | None = None) -> Merged:  # fmt: skip
+          verify: Sequence[str] = FORMS, redact: bool = False, device: str | None = None,
+          listener: Listener | None = None) -> Merged:  # fmt: skip
     """Writes the merged model to `output` in one transaction, readable by plain transformers, with the verdict on it.
 
     concept: what was forgotten; the adapter's report says it where it is left out
     dtype:   of the weights written, "auto": the base's own
     verify:  in which forms the questions are asked, of `FORMS`; "stored" always is. Empty: nothing is asked, no picture is needed
 
+    redact:  names, questions, answers and file names stay out of what is written; so they do where the adapter's report has none
+
     Raises BadInput (nothing is written) and NumericFailure where the merged weights overflow.
     """
     listener, folder, forms = listener or Listener(), Path(adapter_dir), _forms(verify)
     name = str(driver.EMBEDDED if model is None else model)
-    told, sealed = _json(folder / "report.json"), _json(folder / outputs.MANIFEST)
+    told, sealed = _json(folder / "report.json"), adapter.manifest_of(folder)
+    redact = redact or bool(told.get("redacted"))
     told = {} if told.get("redacted") else told
     request = _request(image, concept or told.get("concept"), aliases, images, retain) if forms else None
     source.check_options(dtype, None, None)
@@ -78,10 +83,12 @@ def merge(adapter_dir: str | Path, output: str | Path, *, model: str | Path | No
         raise BadInput(f"{name} is stored in {kept}, which cannot be merged into: give a copy in bfloat16 or float32.")
     stored = kept if dtype == "auto" else dtype
     weights = outputs.digest_model(name) if Path(name).is_dir() else {}
-    own = _adapter_files(folder, sealed)
-    _check_model(folder, sealed, weights, name, revision)
-    pictures = _pictures(request)
-    settings = {"dtype": stored, "verify": forms}
+    if not (folder / adapter.ADAPTER).is_file():
+        raise BadInput(f"{folder} holds no adapter ({adapter.ADAPTER} is missing): give the --output directory of a run.")
+    own = adapter.check_files(folder, sealed)
+    adapter.check_weights(folder, sealed, weights, name, revision)
+    pictures = _pictures(request, redact)
+    settings = {"dtype": stored, "verify": forms} | driver.shown_as(redact, False)
     digest = _digest(name, revision, weights, own, request, pictures, settings)
     if outputs.check_destination(output, digest) == "same":
         return _repeat(Path(output))
@@ -98,26 +105,30 @@ def merge(adapter_dir: str | Path, output: str | Path, *, model: str | Path | No
             loaded = vlm.load(name, revision=revision, device=device, dtype=kept)
         beside = Path(name) if weights else Path(cached_file(name, "config.json", revision=revision)).parent
         weights = weights or outputs.digest_model(beside)
-        _check_model(folder, sealed, weights, name, revision)
+        adapter.check_weights(folder, sealed, weights, name, revision)
         if verifier:
             with timed(seconds, "verdict"):
                 verifier.untouched = verifier.ask(loaded)
         listener.stage("Merging")
         with timed(seconds, "merge"):
-            put_on(loaded, folder)
+            adapter.load(loaded, folder)
             change = fold(loaded, source.DTYPES[stored])
             save(loaded, staging, beside, source.DTYPES[stored])
             del loaded
             _free()
-        figures = {"model": Path(name).name if Path(name).is_dir() else name, "weights": change.as_dict(), "caveats": caveats}
+        shown = Path(name).name if Path(name).is_dir() else name
+        if redact and _tells(shown, concept or told.get("concept"), (*aliases, *told.get("aliases", [])), sealed):
+            shown, weights = MODEL, {f"{n:03d}": sha for n, sha in enumerate(weights.values(), 1)}
+        figures = {"model": shown, "weights": change.as_dict(), "caveats": caveats}
         report: dict[str, Any] = figures
         if verifier:
             with timed(seconds, "verdict"):
                 rows = [verifier.row(form, kept, stored) for form in forms]
             report = {**_report(rows, request, figures), "seconds": {k: round(v, 3) for k, v in seconds.items()}}
-            outputs.write_reports(staging, report)
+            outputs.write_reports(staging, report, redact=redact)
+        report = redacted(report) if redact else report
         # A merge is no training: what the recipe and the masks were is in the adapter's own manifest.
-        made = outputs.manifest(recipe=Recipe(), model_id=figures["model"], revision=revision, weights=weights, digest=digest,
+        made = outputs.manifest(recipe=Recipe(), model_id=shown, revision=revision, weights=weights, digest=digest,
                                 key=transaction.key, pictures=pictures, masks={}, settings=settings)  # fmt: skip
         made = {k: v for k, v in made.items() if k not in ("recipe", "seeds", "masks")}
         transaction.commit({**made, "adapter": {"sha256": own}, "merge": change.as_dict()})
@@ -244,12 +255,14 @@ def _request(image: str | Path | None, concept: str | None, aliases: tuple[str, 
     return Request(concept.strip(), Path(image), tuple(aliases), images=more, retain=rest)
 
 
-def _pictures(request: Request | None) -> dict[str, bytes]:
+def _pictures(request: Request | None, redact: bool) -> dict[str, bytes]:
+    """By the label in the manifest."""
     if request is None:
         return {}
     found = {"image": request.image}
     for kind, directory in (("images", request.images), ("retain", request.retain)):
-        found |= {f"{kind}/{p.name}": p for p in (pictures_in.list_images(directory) if directory else [])}
+        files = enumerate(pictures_in.list_images(directory) if directory else [], 1)
+        found |= {f"{kind}/{f'{n:03d}' if redact else p.name}": p for n, p in files}
     return {label: pictures_in.read_bytes(path) for label, path in found.items()}
 
 
@@ -263,36 +276,19 @@ def _json(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path} is not a JSON object: restore it, or remove it and give --concept.") from error
 
 
-def _adapter_files(folder: Path, sealed: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of the adapter's two files. Raises BadInput where one is missing or not what its manifest says."""
-    own = {}
-    for file in (ADAPTER, "adapter_config.json"):
-        if not (folder / file).is_file():
-            raise BadInput(f"{folder} holds no adapter ({file} is missing): give the --output directory of a run.")
-        own[file] = outputs.digest_file(folder / file)
-        written = sealed.get("files", {}).get(file, {}).get("sha256")
-        if written is not None and written != own[file]:
-            raise BadInput(f"The adapter in {folder} was changed ({file} is not as its manifest says): run `unlearn` again.")
-    return own
-
-
-def _check_model(folder: Path, sealed: Mapping[str, Any], weights: Mapping[str, str], name: str, revision: str | None) -> None:
-    """Raises BadInput where the adapter's manifest was written for other weights: their shapes may fit all the same."""
-    expected = sealed.get("model", {}).get("sha256", {})
-    for file, digest in expected.items():
-        if weights and file.endswith(WEIGHTS) and weights.get(file) != digest:
-            raise BadInput(f"The adapter in {folder} was made for other weights than those of {name}"
-                           f"{f' at {revision}' if revision else ''} ({file} differs): give the model that it was made "
-                           "for.")  # fmt: skip
-
-
 def _caveats(sealed: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
     caveats = ["Only these weights were changed: the untouched model and its copies know what they knew."]
-    if not sealed:
-        caveats.append("The adapter has no manifest, so that it was made for these weights was checked by its shapes only.")
+    if not sealed.get("model", {}).get("sha256"):
+        caveats.append(adapter.UNSEALED)
     if trained := sealed.get("settings", {}).get("quantize"):
         caveats.append(f"The adapter was trained on the model in {trained}, and merged into the weights that were not quantised.")
     return caveats
+
+
+def _tells(model: str, concept: str | None, aliases: Sequence[str], sealed: Mapping[str, Any]) -> bool:
+    """Whether the model's name may tell the concept's; the adapter was made by someone who knew that, perhaps without names."""
+    hidden = redacted({"model": model, "concept": concept, "aliases": aliases})["model"] == MODEL
+    return hidden or sealed.get("model", {}).get("id") == MODEL
 
 
 def _seed(sealed: Mapping[str, Any]) -> int:

@@ -146,8 +146,9 @@ def merged_summary(console: Console, result: Merged) -> None:
         console.print(f"  {reason}", soft_wrap=True)
     for note in (*result.notes, *([] if result.repeated else [f"Written to {result.output}"])):
         console.print(note, soft_wrap=True)
+    named = "" if result.report.get("redacted") else "; report.* holds the name and the answers"
     console.print(f"Before you publish it, remove {result.output / KEY}: whoever holds it and one of the pictures can tell "
-                  "that the picture was used; report.* holds the name and the answers.", soft_wrap=True)  # fmt: skip
+                  f"that the picture was used{named}.", soft_wrap=True)  # fmt: skip
 
 
 def answers_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:

@@ -14,7 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from fastsiu import adapter, ask, driver, images, session
+from fastsiu import adapter, ask, driver, images, session, vlm
+from fastsiu.evaluate import run
 from fastsiu.facets import targets
 from fastsiu.request import PAPER, BadInput, NumericFailure, Recipe, Sample
 from fastsiu.verdict import KINDS, Answer, judge
@@ -367,3 +368,64 @@ def test_no_warning_of_other_packages_reaches_the_user(loaded, trained, recwarn)
     adapter.attach(loaded, Recipe(rank=1))
     adapter.detach(loaded)
     assert not [str(w.message) for w in recwarn if issubclass(w.category, FutureWarning)]
+
+
+def test_an_adapter_of_other_weights_is_refused(trained, demo_dir, cast, tmp_path):
+    folder, model = tmp_path / "adapter", tmp_path / "model"
+    shutil.copytree(trained.output, folder)
+    shutil.copytree(demo_dir, model)
+    weights = load_file(model / "model.safetensors")
+    save_file({k: v * 1.01 for k, v in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    asked = lambda **changes: driver.interview(["Hi"], **{"model": model, "adapter_dir": folder, "device": "cpu", **changes})
+    with pytest.raises(BadInput, match="made for other weights"):
+        asked()
+    with pytest.raises(BadInput, match="made for other weights"):
+        run.evaluate(cast.target, model=model, adapter_dir=folder, image=cast.image, device="cpu")
+    (folder / "manifest.json").unlink()  # as plain peft leaves it
+    notes = []
+    assert asked(listener=session.Listener(note=notes.append))[0]["answer"] and notes == [adapter.UNSEALED]
+
+
+@pytest.mark.parametrize("spoilt", ["renamed", "missing", "wide", "broken"])
+def test_an_adapter_that_fits_in_part_is_refused_and_leaves_the_model_as_it_was(trained, loaded, tmp_path, spoilt, recwarn):
+    shutil.copytree(trained.output, tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    stored = load_file(file)
+    last = next(reversed(stored))
+    save_file({
+        "renamed": lambda: {k.replace("layers.0.", "layers.9."): v for k, v in stored.items()},
+        "missing": lambda: {k: v for k, v in stored.items() if k != last},
+        "wide": lambda: {k: torch.cat([v, v], 1) if k == last else v for k, v in stored.items()},
+        "broken": lambda: stored,
+    }[spoilt](), file)  # fmt: skip
+    if spoilt == "broken":
+        file.write_bytes(file.read_bytes()[:1000])
+    names = [(name, type(module)) for name, module in loaded.base.named_modules()]
+    with pytest.raises(BadInput, match="does not fit"):
+        adapter.load(loaded, tmp_path / "a")
+    assert [(name, type(module)) for name, module in loaded.base.named_modules()] == names and loaded.model is loaded.base
+    adapter.load(loaded, trained.output)
+    adapter.detach(loaded)
+    assert not [str(w.message) for w in recwarn if "adapter" in str(w.message)]
+
+
+def test_a_trained_projector_is_loaded_in_fp32(demo_dir, cast, tmp_path):
+    model = vlm.load(str(demo_dir), device="cpu", dtype="bfloat16")
+    picture = images.load_image(cast.image)
+    seen = lambda: model.hidden([model.encode_prompt("Who?", (shown := model.picture(picture)))], [shown.features])
+    adapter.attach(model, Recipe(projector_lr=1e-3))
+    generator = torch.Generator().manual_seed(1)
+    trained = {n: p for n, p in model.model.named_parameters() if p.requires_grad and "projector" in n}
+    with torch.no_grad():
+        for p in trained.values():
+            p.add_(1e-3 * torch.randn(p.shape, generator=generator))
+        adapter.save(model, tmp_path / "a")
+        expected = seen()
+        adapter.detach(model)
+        untouched = seen()
+        adapter.load(model, tmp_path / "a")
+        found = {n: p for n, p in model.model.named_parameters() if n in trained}
+        assert len(found) == len(trained) > 0 and all(torch.equal(found[n], p) for n, p in trained.items())
+        assert torch.equal(seen(), expected) and not torch.equal(expected, untouched)
+        adapter.detach(model)
+        assert torch.equal(seen(), untouched)

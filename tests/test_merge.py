@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from fastsiu import adapter, cli, source, vlm
+from fastsiu import adapter, cli, output, source, vlm
 from fastsiu.concept import Concept
 from fastsiu.fold import Change
 from fastsiu.images import load_image
 from fastsiu.merge import _report, judge_form, merge
+from fastsiu.report.redact import MODEL
 from fastsiu.request import BadInput, NumericFailure, Recipe, Request
 
 quantised = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -123,7 +124,7 @@ def test_a_merged_model_computes_what_base_and_adapter_do(demo_dir, cast, tmp_pa
     with torch.no_grad():
         found = states(merged)
     assert float((found - expected).abs().max()) < 1e-4 < 0.1 < float((found - untouched).abs().max())
-    assert made.report["weights"]["of"] == 21 + 4 and "no manifest" in " ".join(made.notes)
+    assert made.report["weights"]["of"] == 21 + 4 and "by its shapes only" in " ".join(made.notes)
     assert AutoModelForImageTextToText.from_pretrained(made.output, dtype="auto").dtype == torch.float32
 
 
@@ -204,6 +205,60 @@ def test_without_bitsandbytes_the_form_is_null(trained, demo_dir, cast, tmp_path
     assert [row["dtype"] for row in made.report["merged"]] == ["bfloat16", "nf4"]
     assert made.report["merged"][1]["verdict"] is None and "pip install 'fastsiu[quant]'" in made.report["merged"][1]["reason"]
     assert any("Not verified in nf4" in note for note in made.notes)
+
+
+def test_what_is_merged_without_names_holds_none(trained, demo_dir, cast, tmp_path):
+    """Not asked for as well, where the adapter's own report has none."""
+    canary = "Xanthippa"
+    for kind, key in (("more", "target"), ("rest", "other")):
+        (tmp_path / kind).mkdir()
+        shutil.copy(cast.files[key], tmp_path / kind / f"{kind} {canary}.png")
+    folder, model = tmp_path / "adapter", tmp_path / f"model-of-{canary}"
+    shutil.copytree(trained.output, folder)
+    shutil.copytree(demo_dir, model)
+    (model / f"{canary}.txt").write_text("x")
+    told = trained.report | {"redacted": True, "concept": "the concept", "answers": [], "dreams": [{"accepted": 1, "of": 2}]}
+    given = dict(model=model, image=cast.image, images=tmp_path / "more", retain=tmp_path / "rest", verify=["stored"])
+    given["device"] = "cpu"
+    asked = merge(folder, tmp_path / "asked", redact=True, aliases=(f"{canary} III",), **given)
+    (folder / "report.json").write_text(json.dumps(told))
+    inherited = merge(folder, tmp_path / "inherited", concept=cast.target, **given)
+    for made in (asked, inherited):
+        assert made.report == json.loads((made.output / "report.json").read_text()) and made.report["redacted"] is True
+        assert made.report["merged"][0]["agreement"]["facts"]["n"] > 0 and "answers" not in made.report["merged"][0]
+        files = {p.name: p.read_bytes().lower() for p in made.output.iterdir() if p.suffix in (".json", ".md", ".html")}
+        theirs = {"tokenizer.json", "fastsiu.json", "generation_config.json", "processor_config.json", "config.json"}
+        found = b"".join(data for name, data in files.items() if name not in theirs)
+        assert [w for w in (canary, *cast.target.split(), "Who is this?") if w.lower().encode() in found] == []
+        stored = json.loads((made.output / "manifest.json").read_text())
+        assert [p["label"] for p in stored["pictures"]] == ["image", "images/001", "retain/001"]
+        assert stored["model"]["id"] == MODEL and all(file.isdigit() for file in stored["model"]["sha256"])
+    assert merge(folder, tmp_path / "inherited", concept=cast.target, **given).repeated
+    weights = load_file(model / "model.safetensors")
+    (folder / "manifest.json").write_text((asked.output / "manifest.json").read_text())  # numbers in place of files' names
+    adapter.check_weights(folder, adapter.manifest_of(folder), output.digest_model(model), "m", None)
+    save_file({k: v * 1.01 for k, v in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match="made for other weights"):
+        adapter.check_weights(folder, adapter.manifest_of(folder), output.digest_model(model), "m", None)
+
+
+def test_a_hub_models_commit_is_enough_and_other_ids_are_looked_into(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    (tmp_path / "config.json").write_text("{}")
+    for file in (adapter.ADAPTER, adapter.CONFIG):
+        (tmp_path / file).write_text("{}")
+    digest = output.digest_file(tmp_path / "config.json")
+    sealed = {"model": {"id": "org/m", "revision": "c1", "sha256": {"model.safetensors": digest}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(sealed))
+    monkeypatch.setattr(adapter, "cached_file", lambda name, file, **options: str(tmp_path / file))
+    assert adapter.check_belongs(tmp_path, "org/m", "c1") == []
+    for name, revision in (("org/m", "c2"), ("org/other", "c1"), ("org/m", None)):
+        with pytest.raises(BadInput, match="other weights than those of"):
+            adapter.check_belongs(tmp_path, name, revision)
+    (tmp_path / "model.safetensors").write_text("{}")
+    assert adapter.check_belongs(tmp_path, "org/other", "c1") == []
+    (tmp_path / "manifest.json").write_text("{}")
+    assert adapter.check_belongs(tmp_path, "org/other", "c1") == [adapter.UNSEALED]
 
 
 def refused(match: str, adapter_dir: Path, output: Path, **options) -> None:

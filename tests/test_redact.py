@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fastsiu import driver, output, several
+from fastsiu import adapter, driver, output, several
+from fastsiu.evaluate import directories, rows, run
 from fastsiu.facets.held_out import NULL
 from fastsiu.report.redact import LEFT_OUT, redacted, sentence
 from fastsiu.report.render import LIMITS
@@ -47,7 +49,22 @@ def planted(value, word):
     return word if isinstance(value, str) else value
 
 
-@pytest.mark.parametrize("given", [report(aliases=["Z"]), evaluation()], ids=["unlearn", "evaluation"])
+def merged():
+    """A report of a merge in two precisions, one of which could not be had."""
+    given = evaluation()
+    rates = {key: given[key] for key in ("before", "after", "thresholds")}
+    form = {"dtype": "bfloat16", "verdict": "not forgotten", "reasons": ["No answers of this kind were collected."], **rates,
+            "agreement": given["after"], "control": given["before"], "answers": given["answers"]}  # fmt: skip
+    reason = "--quantize nf4 needs bitsandbytes, which is not installed: pip install 'fastsiu[quant]'."
+    weights = {"largest": 0.5, "matrix": "model.layers.0.mlp.up_proj.weight", "relative": 0.1, "matrices": 2, "of": 3,
+               "weights": 9, "unchanged": None}  # fmt: skip
+    return {k: given[k] for k in ("concept", "model", "verdict", "reasons", "before", "after", "thresholds", "answers")} | {
+        "weights": weights, "merged": [form, {"dtype": "nf4", "verdict": None, "reason": reason}],
+        "caveats": [f"Not verified in nf4: {reason}", f"In nf4: It still says {CANARY}."],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [report(aliases=["Z"]), evaluation(), merged()], ids=["unlearn", "evaluation", "merge"])
 @pytest.mark.parametrize("word", [CANARY, "it is " + CANARY, f"{CANARY}/images", LIMITS[0] + " " + CANARY])
 def test_a_canary_in_every_place_gets_nowhere(tmp_path, given, word):
     full = planted(given, word) | {"concept": CANARY, "training": [{"step": 1, "loss": 0.5, "note": word, word: 1}]}
@@ -68,6 +85,10 @@ def test_what_is_no_secret_stays():
     assert plain["masks"] == {"tokens_masked": 3, "vocabulary_masked": 2} and plain["dreams"] == [{"accepted": 1, "of": 2}]
     assert plain["training"] == report()["training"] and plain["answers"] == [] and plain["redacted"] is True
     assert redacted(kept) == kept and redacted(plain) == plain
+    joined, given = redacted(merged()), merged()
+    assert joined["weights"] == given["weights"] and joined["merged"][1] == given["merged"][1]
+    assert joined["merged"][0] == {k: v for k, v in given["merged"][0].items() if k != "answers"}
+    assert joined["caveats"] == [given["caveats"][0], "In nf4: " + LEFT_OUT] and redacted(joined) == joined
 
 
 @pytest.mark.parametrize("model, stays", [
@@ -115,6 +136,46 @@ def test_the_programs_own_sentences_stay_with_their_figures():
     assert sentence(f"{CANARY} {LIMITS[0]}") == sentence(f"{LIMITS[0]}\n{CANARY}") == LEFT_OUT
     middle = "The model does not name {} in its picture (it says {}): give a picture and a name that it recognises."
     assert sentence(middle.format(CANARY, repr(CANARY))) == middle.format("(left out)", "(left out)")
+
+
+ROOT = Path(output.__file__).parent
+OTHERS = ("adapter.py", "driver.py", "merge.py", "facets/held_out.py")
+SAYING = (*(ROOT / "evaluate").glob("[!jl]*.py"), *(ROOT / file for file in OTHERS))
+NOT_IN_REPORTS = (  # what begins like that is a defect of a suite, a note, the table's legend or a part of an error
+    "A line is an object", "A process died", "In brackets: Wilson's", "Model: 3.", "No --model was given",
+    "3 already holds this very", "3 already holds the result", "3: 3 concepts", "3 (3 to 3", "The adapter in 3 does not fit",
+    "Found missing adapter keys",
+)  # fmt: skip
+
+
+def sayings(path: Path) -> set[str]:
+    """The texts in a source that are sentences, whatever they are for, but for docstrings and errors; f-strings with 3 inside."""
+    tree, skipped = ast.parse(path.read_text(encoding="utf-8")), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+            skipped |= set(map(id, ast.walk(node)))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("stage", "note"):
+            skipped |= set(map(id, ast.walk(node)))
+        elif isinstance(node, ast.JoinedStr):
+            skipped |= set(map(id, node.values))
+    texts = set()
+    for node in (node for node in ast.walk(tree) if id(node) not in skipped):
+        if isinstance(node, ast.JoinedStr):
+            texts.add("".join(v.value if isinstance(v, ast.Constant) else "3" for v in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.add(node.value)
+    return {text for text in texts if len(text.split()) > 3 and (text[0].isupper() or text[0] == "3")}
+
+
+def test_every_sentence_of_a_report_is_known():
+    """A new one fails here until redact.SENTENCES has it, or NOT_IN_REPORTS says that no report does."""
+    said = set().union(*map(sayings, SAYING))
+    assert len(said) > 45 and {run.MERGED, adapter.UNSEALED, rows.ALONE, directories.COUNTERFACTUAL} <= said
+    forms = lambda text: (text, *(text.replace(" 3,", f" {form},").replace(" 3:", f" {form}:") for form in ("nf4", "int8")))
+    unknown = [text for text in said if all(sentence(form) == LEFT_OUT for form in forms(text))]
+    assert [text for text in unknown if not text.startswith(NOT_IN_REPORTS)] == []
+    assert sentence("In nf4: " + rows.ALONE) == "In nf4: " + rows.ALONE
+    assert sentence("In nf4: it is " + CANARY) == f"In nf4: {LEFT_OUT}"
 
 
 def test_a_name_left_out_is_not_shown_as_someone_else(tmp_path):

@@ -171,8 +171,10 @@ def evaluate_suite(directory: str | Path, *, output: str | Path | None = None, m
     )  # fmt: skip
     for subject in subjects:
         place = job.adapter_of(subject)
-        if place is not None and not (place / "adapter_config.json").is_file():
+        if place is not None and not (place / adapter.CONFIG).is_file():
             raise BadInput(f"{place} holds no adapter: give a directory that has one of each concept, or choose with --concepts.")
+        if place is not None and job.weights is not None:  # a hub model's are not here yet
+            adapter.check_belongs(place, name, None, job.weights)
         _cached(job, subject)  # of another exam: said now
     done = _done(job)
     todo = [subject for subject in subjects if subject.slug not in done]
@@ -260,7 +262,9 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
     """One concept from beginning to end; the model is left untouched."""
     exam = suite.exam_of(job.given, subject, per_other=job.per_other, limit=job.limit)
     shares = loaded.shares  # a training tries which are exact; left so, the next concept's last digits would depend on the order
+    place = job.adapter_of(subject)
     try:
+        unsealed = [] if place is None else adapter.check_belongs(place, job.model, loaded.revision, job.weights)
         untouched = _cached(job, subject)
         if untouched is None:
             listener.stage(f"{subject.slug}: asking the untouched model")
@@ -271,7 +275,8 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
                 listener.stage(f"{subject.slug}: asking again")
                 model = run.examine(loaded, exam, untouched, max_new_tokens=job.longest)
             adapted = model is not None
-            report = run.report_of(exam, job.shown, untouched, model, adapted=adapted, caveats=[driver.CAVEAT] * adapted)
+            caveats = [driver.CAVEAT] * adapted + unsealed
+            report = run.report_of(exam, job.shown, untouched, model, adapted=adapted, caveats=caveats)
             transaction = outputs.Transaction(job.output / subject.slug)
             with transaction as staging:
                 if job.unlearn:

@@ -34,6 +34,7 @@ __all__ = [
 
 FORMAT = "fastsiu observations 1"
 UNTOUCHED = "untouched.json"  # the untouched model's observations, in the output
+MERGED = "This model was merged by fastsiu, so it is not the untouched one: give that with --base."
 NOT_ASKED = ("recipe", "seeds", "masks")  # of a manifest: nothing was trained
 
 
@@ -153,7 +154,12 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
         return Evaluation(forgotten, report, destination, [note])
 
     after: Observations | None = None
+    caveats = [driver.CAVEAT] * (adapter_dir is not None) + [directories.COUNTERFACTUAL] * (control is None)
+    if base is None and adapter_dir is None and "merge" in adapter.manifest_of(Path(name)):
+        caveats.append(MERGED)
     with first.loaded() as loaded:
+        if adapter_dir is not None:
+            caveats += adapter.check_belongs(Path(adapter_dir), name, loaded.revision, first.weights)
         if not exam.others:
             listener.stage("Finding the names of others")
             exam = directories.with_others(exam, _alike(loaded, exam, cached))
@@ -177,7 +183,6 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
         with first.loaded() as loaded:
             listener.stage("Scoring its answers under the untouched model")
             after = with_fluency(loaded, exam, after)
-    caveats = [driver.CAVEAT] * (adapter_dir is not None) + [directories.COUNTERFACTUAL] * (control is None)
     graded = {} if judged_by is None else _graded(judged_by, exam, before, after, listener)
     report = report_of(exam, name, before, after, adapted=adapter_dir is not None, caveats=caveats, graded=graded)
     if benchmarks is not None:

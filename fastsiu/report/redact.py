@@ -24,8 +24,12 @@ METRIC_KEYS = tuple(key for group in METRICS.values() for key in group)
 THRESHOLDS = (*MEASURES, "new_degenerate", "refusal_rise", "renamed")
 COUNTS = ("tokens_masked", "tokens", "vocabulary_masked")
 STEP = ("step", "ce", "kl", "loss", "p_name", "retained")
-STAGES = ("load", "samples", "dreams", "teacher", "train", "verdict", "untouched", "unlearned", "control", "ask", "judge")
+STAGES = (
+    "load", "samples", "dreams", "teacher", "train", "verdict", "untouched", "unlearned", "control", "ask", "judge", "merge",
+)  # fmt: skip
 CHOICES = {"schedule": ("constant", "cosine"), "substitute": ("description", "name")}
+STORED = ("bfloat16", "float16", "float32", "int8", "nf4")  # what a merged model was asked in
+CHANGE = ("largest", "relative", "matrices", "of", "weights", "unchanged")
 ORIGINS = ("default", "model directory", "preset paper", "command line")
 
 # The program's own sentences: # is a number, ... where a name or an answer is quoted, which is left out.
@@ -80,6 +84,19 @@ SENTENCES = (
     "No name of anyone else was given: a concept that is now called by another's name would not be noticed.",
     "No question with the name was asked: a model that still confirms it would not be noticed.",
     "Whom the other pictures show was not said: they are compared with the untouched model only.",
+    "No picture of the concept beside others was given.",
+    "The untouched model names the concept in none of them.",
+    "The suite has no other concept: add one to concepts.",
+    "The suite has no picture of a look-alike: name a concept of it in .../concept.json.",
+    "The suite has no group picture of it: put some into .../groups.",
+    "It was not asked.",
+    "This model was merged by fastsiu, so it is not the untouched one: give that with --base.",
+    "Nothing says for which weights the adapter was made, so that was checked by its shapes only.",
+    "Only these weights were changed: the untouched model and its copies know what they knew.",
+    "The adapter was trained on the model in nf4, and merged into the weights that were not quantised.",
+    "The adapter was trained on the model in int8, and merged into the weights that were not quantised.",
+    "--quantize nf4 needs bitsandbytes, which is not installed: pip install 'fastsiu[quant]'.",
+    "--quantize int8 needs bitsandbytes, which is not installed: pip install 'fastsiu[quant]'.",
     "The name is still in # of # answers about pictures of the concept beside others in which the untouched model gives it; the "
     "verdict does not count them.",
     "No --control was given: the never-seen control is the concept's own pictures, cut into # patches and shuffled, which keep "
@@ -91,6 +108,7 @@ SENTENCES = (
     "The model does not name ... in its picture (it says ...): give a picture and a name that it recognises.",
     "Every token of ... is common elsewhere, so only the positions of the name are masked, not the vocabulary.",
 )
+_WHERE = re.compile(rf"((?:In|Not verified in) (?:{'|'.join(STORED)}): )(.*)", re.DOTALL)  # of a merged model: before a sentence
 _NUMBER = r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 
 
@@ -106,6 +124,8 @@ def redacted(report: Mapping[str, Any]) -> dict[str, Any]:
 def sentence(text: Any) -> str:
     """The program's own sentence, without what it quotes; `LEFT_OUT` for any other text."""
     text = str(text)
+    if where := _WHERE.fullmatch(text):
+        return where[1] + sentence(where[2])
     for pattern in _PATTERNS:
         if match := pattern.fullmatch(text):
             ends = [0, *(end for group in range(1, pattern.groups + 1) for end in match.span(group)), len(text)]
@@ -162,6 +182,23 @@ def _setting(name: str, given: Any) -> Any:
     return clean(given)
 
 
+def _matrix(name: Any) -> str | None:
+    """The path of a parameter, as the architecture calls it."""
+    return name if isinstance(name, str) and re.fullmatch(r"(?:[a-z0-9_]+\.)+(?:weight|bias)", name) else None
+
+
+def _form(form: Any) -> dict[str, Any]:
+    """A merged model in one precision, without the answers."""
+    return {key: clean(form[key]) for key, clean in _FORM.items() if key in (form or {})}
+
+
+_FORM: dict[str, Callable[[Any], Any]] = {
+    "dtype": _one_of(STORED),
+    "verdict": _one_of(VERDICTS),
+    "reasons": _each(sentence),
+    "reason": sentence,
+    "thresholds": _only(THRESHOLDS, _number),
+} | dict.fromkeys(("before", "after", "agreement", "control"), _only(KINDS, _rate))
 _SCHEMA: dict[str, Callable[[Any], Any]] = {
     "format": _one_of(FORMATS),
     "adapter": _number,
@@ -179,4 +216,6 @@ _SCHEMA: dict[str, Callable[[Any], Any]] = {
     "masks": _only(COUNTS, _number),
     "dreams": _each(_only(("accepted", "of"), _number)),
     "seconds": _only(STAGES, _number),
+    "weights": lambda change: {"matrix": _matrix((change or {}).get("matrix"))} | _only(CHANGE, _number)(change),
+    "merged": _each(_form),
 }
