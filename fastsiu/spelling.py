@@ -33,58 +33,58 @@ ORDINARY = frozenset(
     """
     a about above act adult after again against age air airport all almost alone along also always am among an and angel
     animal another answer any anyone anything apple apron are area arm army around art artist as at avenue away baby back bad
-    bag baker ball band bank bar barber barker barrel barren base basket bat bath bay be beach bean bear beard beautiful
-    beauty because bed bee been beer before behind being bell below belt bench beneath beside best better between big bike
-    bird birthday bishop bitter black blazer blond blonde blossom blue board boat body bold bone book boot border both bottle
-    bottom bowl box boy branch brave bread breeze bride bridge bright broad brook brother brown brush building bull bunny
-    burger burn burner bus bush business but butler butter butterfly button by cake call camera camp can candle candy cap
-    captain car card care carpenter cartoon carver case castle cat cathedral cave center central chair champion chance change
-    chapel character charm chart charter chase cheese chef chess chicken chief child children christmas church circle city
-    classic clay clean clear clerk clever cliff clock close cloth clothes cloud clown club coach coal coast coat cock coffee
-    coin cold collar college color colour comic common company concept cook cookie cool cooper copper coral corn corner cotton
-    country couple court cow cowboy crane cream creature cross crow crown crystal cup curly curtain cut cute daisy dance
-    dancer dark darken dash date dawn day dead dear deep deer desert design desk detail diamond did different dish do does dog
-    doll dollar dolphin done donkey doodle door double dove down dragon draw drawing dream dress drink drive driver drum duck
-    duke dwarf each eagle ear early earth east easter eight elephant elf else emerald emperor empire end engine english enough
-    even evening event ever every everyone everything eye fable face fact fair fairy falcon fall family famous fan far farm
-    farmer fashion fast father favorite favourite feather feature field fig figure film find fine finger fire first fish
-    fisher five flag flame flat flower fly folder foot for ford forest form fort foster fountain four fox frame free french
-    fresh friend friends frog from front frost fruit full fun funny game garden gardener garter gate general genre gentle
-    german ghost giant gift girl give glass go goat god gold golden good goose grand grant grape graphic grass gray great
-    green grey ground group grove guard guitar gull guy had hair half hall hammer hand handsome happy harbor harbour hard hare
-    harp harper has hat have hawk he head heart heath heaven hello her here hero hey hi high hill him his hobby holder holiday
-    holly home honey hood hope horn horse hospital hot hotel house how human hunt hunter husband i ice icon idea if image in
-    inside into iron is island it item its ivory ivy jacket jade jar jazz jelly jewel job joy judge jump just kettle key kid
-    kind king kingdom kiss kitchen kite kitten kitty knife knight know known lady lake lamb lamp land lane large last late
-    laugh law lead leader leaf league lean leather left leg legend lemon leopard letter library life light like lily line lion
-    list litter little live lizard local lodge logo lone long look lord love low luck lucky lunch machine made magic maid mail
-    main make male mall man many map maple marble march marine mark market marsh marshal mask mason master match matter may me
-    mean meat melon member memorial men merry metal middle might mild mill miller mind mine mint minute mirror miss mister
-    modern moment monday money monk monkey monster month monument moon moor more morning mortar moss most mother mountain
-    mouse mouth movie much mule museum music must mutton my name narrow nation national natural nature near neck never new
-    next nice night nine no noble none north nose not note nothing now number nurse oak object ocean odd of off office officer
-    often oil old olive on once one only open or orange orchid order other our out outside over owl own page paint painter
-    painting pair palace palm panda paper park parking parrot part party path pattern pea peace peach peacock pear pearl pen
-    penguin people pepper perfect person pet photo photograph piano pick picture pie pig pike pilot pine pink pipe pirate
-    place plain plane planet plant plate play player plaza please plum poet point police pond pony pool poor pop pope popular
-    port porter portrait post poster pot potter power present president pretty price pride priest prime prince princess print
-    prize public puppet puppy purple quartz queen quick quiet rabbit race rain rainbow ram random ranger rat raven ray ready
-    real red reed reef render rest restaurant ribbon rice rich ride rider right ring river road robin robot rock rocket roll
-    roman roof room root rose rough round royal ruby rug ruler run rush sage sail sailor saint salt same sand satin saturday
-    savage saw say school science scientist sea seal season second see seller sender serious set seven shadow shape shark
-    sharp she sheep shell shepherd ship shirt shoe shop shore short show shown shy side silver simple singer single sister sit
-    six size skin sky slim small smile smith smoke smooth snake snow so soap soft soldier some someone something son song soon
-    south space spain spark sparrow speaker special spice spider sport spot spring square squirrel staff stage stair stand
-    star state station statue steel stem step still stone store storm story straight strange stranger straw street strong
-    student style sugar suit summer sun sunday sunny super sure swan sweet sword symbol table tail tailor tall tea teacher
-    team teller temple ten tender tent text than thank that the their them then there these they thin thing think this those
-    three throne thunder tie tiger time tin tiny to toast today together tone too tool top touch tour tower town toy track
-    trade train traveler tree trick trip true truth tulip tunnel turner turtle twin two type umbrella uncle under uniform
-    union university up us valley van vase velvet vendor very vest view village villain vine vintage violet violin visitor
-    voice wagon waiter walk walker wall wander war ward warm warrant warrior was wash watch water wave way we weaver wedding
-    week well were west western whale what wheat wheel when where which while white who whole why wide wife wild will willow
-    wind window wine wing winter wise wish witch with without wizard wolf woman women wonder wood wooden wool word work worker
-    world worm would wren writer year yellow yes yet you young your zebra zoo
+    bag baker ball band bank bar barber barely barker barley barrel barren base basket bat bath bay be beach bean bear beard
+    beautiful beauty because bed bee been beer before behind being bell below belt bench beneath beside best better between
+    big bike bird birthday bishop bitter black blazer blond blonde blossom blue board boat body bold bone book boot border
+    both bottle bottom bowl box boy branch brave bread breeze bride bridge bright broad brook brother brown brush building
+    bull bunny burger burn burner bus bush business but butler butter butterfly button by cake call camera camp can candle
+    candy cap captain car card care carpenter cartoon carver case castle cat cathedral cave center central chair champion
+    chance change chapel character charm chart charter chase cheese chef chess chicken chief child children christmas church
+    circle city classic clay clean clear clerk clever cliff clock close cloth clothes cloud clown club coach coal coast coat
+    cock coffee coin cold collar college color colour comic common company concept cook cookie cool cooper copper coral corn
+    corner cotton country couple court cow cowboy crane cream creature cross crow crown crystal cup curly curtain cut cute
+    daisy dance dancer dark darken dash date dawn day dead dear deep deer desert design desk detail diamond did different dish
+    do does dog doll dollar dolphin done donkey doodle door double dove down dragon draw drawing dream dress drink drive
+    driver drum duck duke dwarf each eagle ear early earth east easter eight elephant elf else emerald emperor empire end
+    engine english enough even evening event ever every everyone everything eye fable face fact fair fairy falcon fall family
+    famous fan far farm farmer fashion fast father favorite favourite feather feature field fig figure film find fine finger
+    fire first fish fisher five flag flame flat flower fly folder foot for ford forest form fort foster fountain four fox
+    frame free french fresh friend friends frog from front frost fruit full fun funny game garden gardener garter gate general
+    genre gentle german ghost giant gift girl give glass go goat god gold golden good goose grand grant grape graphic grass
+    gray great green grey ground group grove guard guitar gull guy had hair half hall hammer hand handsome happy harbor
+    harbour hard hare harp harper has hat have hawk he head heart heath heaven hello her here hero hey hi high hill him his
+    hobby holder holiday holly home honey hood hope horn horse hospital hot hotel house how human hunt hunter husband i ice
+    icon idea if image in inside into iron is island it item its ivory ivy jacket jade jar jazz jelly jewel job joy judge jump
+    just kettle key kid kind king kingdom kiss kitchen kite kitten kitty knife knight know known lady lake lamb lamp land lane
+    large last late laugh law lead leader leaf league lean leather left leg legend lemon leopard letter library life light
+    like lily line lion list litter little live lizard local lodge logo lone long look lord love low luck lucky lunch machine
+    made magic maid mail main make male mall man many map maple marble march marine mark market marsh marshal mask mason
+    master match matter may me mean meat melon member memorial men merry metal middle might mild mill miller mind mine mint
+    minute mirror miss mister modern moment monday money monk monkey monster month monument moon moor more morning mortar moss
+    most mother mountain mouse mouth movie much mule museum music must mutton my name narrow nation national natural nature
+    near neck never new next nice night nine no noble none north nose not note nothing now number nurse oak object ocean odd
+    of off office officer often oil old olive on once one only open or orange orchid order other our out outside over owl own
+    page paint painter painting pair palace palm panda paper park parking parrot part party path pattern pea peace peach
+    peacock pear pearl pen penguin people pepper perfect person pet photo photograph piano pick picture pie pig pike pilot
+    pine pink pipe pirate place plain plane planet plant plate play player plaza please plum poet point police pond pony pool
+    poor pop pope popular port porter portrait post poster pot potter power present president pretty price pride priest prime
+    prince princess print prize public puppet puppy purple quartz queen quick quiet rabbit race rain rainbow ram random ranger
+    rat raven ray ready real red reed reef render rest restaurant ribbon rice rich ride rider right ring river road robin
+    robot rock rocket roll roman roof room root rose rough round royal ruby rug ruler run rush sage sail sailor saint salt
+    same sand satin saturday savage saw say school science scientist sea seal season second see seller sender serious set
+    seven shadow shape shark sharp she sheep shell shepherd ship shirt shoe shop shore short show shown shy side silver simple
+    singer single sister sit six size skin sky slim small smile smith smoke smooth snake snow so soap soft soldier some
+    someone something son song soon south space spain spark sparrow speaker special spice spider sport spot spring square
+    squirrel staff stage stair stand star state station statue steel stem step still stone store storm story straight strange
+    stranger straw street strong student style sugar suit summer sun sunday sunny super sure swan sweet sword symbol table
+    tail tailor tall tea teacher team teller temple ten tender tent text than thank that the their them then there these they
+    thin thing think this those three throne thunder tie tiger time tin tiny to toast today together tone too tool top touch
+    tour tower town toy track trade train traveler tree trick trip true truth tulip tunnel turner turtle twin two type
+    umbrella uncle under uniform union university up us valley van vase velvet vendor very vest view village villain vine
+    vintage violet violin visitor voice wagon waiter walk walker wall wander war ward warm warrant warrior was wash watch
+    water wave way we weaver wedding week well were west western whale what wheat wheel when where which while white who whole
+    why wide wife wild will willow wind window wine wing winter wise wish witch with without wizard wolf woman women wonder
+    wood wooden wool word work worker world worm would wren writer year yellow yes yet you young your zebra zoo
     """.split()
 )
 _ENDINGS = ("s", "es", "ed", "d", "er", "r", "ing", "ly", "y", "n", "en", "est", "ish", "like")
