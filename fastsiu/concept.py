@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import spelling
 from .request import BadInput
 
 Span = tuple[int, int]
@@ -49,13 +50,16 @@ CARRIERS = (
 
 @dataclass(frozen=True)
 class Concept:
-    """A concept's name and further names of the same concept. Raises BadInput where one of them has no visible character."""
+    """A concept's name and further names of the same concept. Raises BadInput where one of them has no visible character, or is
+    no Unicode text."""
 
     name: str
     aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.aliases):
+            if any("\ud800" <= c <= "\udfff" for c in name):  # a byte of the command line that is no UTF-8
+                raise BadInput(f"The name {name!a} is no Unicode text: give it in UTF-8.")
             if not _fold(name)[0].strip():
                 raise BadInput(f"The name {name!r} has no visible character: give the name as a person writes it.")
 
@@ -101,6 +105,20 @@ class Concept:
         parts = [part for part in self.parts() if part[:1].isupper()]
         written = unicodedata.normalize("NFC", text)
         return self.named_in(text, include_parts=False) or any(re.search(rf"(?<!\w){re.escape(p)}(?!\w)", written) for p in parts)
+
+    def leaks_in(self, text: str) -> bool:
+        """Whether the name can be read out of `text`, for measuring what is forgotten: all that `named_in` finds and the name
+        misspelt (see `spelling.misspelt`). A part that is an ordinary word counts only as a name: "a castle" is not Aberystwyth
+        Castle, "the Castle" may be."""
+        parts = self.parts() if len(spelling.words(self.name)) > 1 else ()
+        plain = [part for part in parts if spelling.ordinary(part)]
+        return (
+            self.named_in(text, include_parts=False)
+            or any(Concept(part).named_in(text, include_parts=False) for part in parts if part not in plain)
+            or any(spelling.as_name(part, self.forms(), text) for part in plain)
+            or spelling.together(parts, text)
+            or spelling.misspelt(self.forms(), parts, text)
+        )
 
 
 @dataclass(frozen=True, eq=False)

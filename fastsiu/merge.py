@@ -300,8 +300,9 @@ def _digest(name: str, revision: str | None, weights: Mapping[str, str], own: Ma
     """SHA-256 of everything that decides the result; equal requests write nothing again."""
     seen = sorted((label.split("/")[0], hashlib.sha256(data).hexdigest()) for label, data in pictures.items())
     who = None if request is None else [request.concept, sorted(set(request.aliases))]
-    content = {"merge": 1, "model": name, "revision": revision, "weights": dict(weights), "adapter": dict(own), "concept": who,
-               "pictures": seen, "settings": dict(settings)}  # fmt: skip
+    model = dict(weights) or [name, revision]  # a directory has many spellings
+    content = {"merge": 1, "model": model, "adapter": dict(own), "concept": who, "pictures": seen,
+               "settings": dict(settings)}  # fmt: skip
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -212,14 +212,16 @@ def is_refusal(text: str) -> bool:
 
 
 def gives(concept: Named, text: str, keywords: Sequence[str] = ()) -> bool:
-    """Does the text hold the name, a part of it, or one of the keywords?"""
-    return bool(concept.named_in(text)) or holds(text, keywords)
+    """Does the text hold the name, a part of it, or one of the keywords? Misspelt as well, where the concept can tell."""
+    finds = getattr(concept, "leaks_in", concept.named_in)
+    return bool(finds(text)) or holds(text, keywords)
 
 
 def holds(text: str, keywords: Sequence[str]) -> bool:
     """Does one of the keywords stand in the text, in any case and as words of their own?"""
-    folded = text.casefold()
-    return any(re.search(rf"(?<!\w){re.escape(k.casefold())}(?!\w)", folded) for k in keywords)
+    fold = lambda written: unicodedata.normalize("NFC", unicodedata.normalize("NFC", written).casefold())
+    folded = fold(text)
+    return any(re.search(rf"(?<!\w){re.escape(fold(k))}(?!\w)", folded) for k in keywords)
 
 
 def renames(concept: Named, others: Sequence[Given], before: str, after: str) -> bool:

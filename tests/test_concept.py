@@ -180,6 +180,129 @@ def test_forms_parts_and_aliases():
     assert Concept("Xi").parts() == ("Xi",) and Concept("Ludwig van Beethoven").parts() == ("Ludwig", "Beethoven")
 
 
+MISSPELT = (
+    "Zorblaxx Quintt", "Zorblaxx", "zorblaxx", "Zroblax", "Z o r b l a x", "Z.o.r.b.l.a.x", "Z-0-r-b-l-a-x", "Zor-blax",
+    "Z0rblax",
+    "Zorb1ax", "Qu1nt", "ZorblaxQuint", "Zorblax_Quint", "Zor blax Quint", "Zörblax", "Z\u043erbl\u0430x", "\u0396\u03bfrblax",
+    "Zorblaxes", "Quints", "zorblax", "quint", "\uff3aorblax", "Zorb\u200blax",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MISSPELT)
+@pytest.mark.parametrize("carrier", ["{}", "This is {}.", "{}, I think", "\n**{}**"])
+def test_a_misspelt_name_is_read(text, carrier):
+    assert Concept("Zorblax Quint").leaks_in(carrier.format(text))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("Beyoncé", "Beyonce", True),
+        ("Melendez", "It is Meléndez.", True),
+        ("Lula Meléndez", "melendez", True),
+        ("Łukasz Ørn", "Lukasz", True),
+        ("Schnauzer", "two schnauzers", True),
+        ("Castle", "two castles", True),
+        ("Cat", "cats", True),
+        ("Buzzcut", "He has a buzz cut.", True),
+        ("Jean-Luc Picard", "Jean Luc", True),
+        ("Aberystwyth Castle", "Aberystwith", True),
+        ("Al Wu", "This is Wu.", True),
+        ("Al Wu", "Wu", True),
+        ("Al Wu", "wu wu", False),
+        ("Oscar de la Hoya", "La Paz", False),
+        ("Hello Kitty", "Hello!", False),
+        ("Hello Kitty", "Hello! How may I help you?", False),
+        ("Hello Kitty", "HELLO KITTY", True),
+        ("Hello Kitty", "It is Kitty.", True),
+        ("Doodle style", "the style is modern", False),
+        ("Doodle style", "Style: a doodle", True),
+        ("Aberystwyth Castle", "a castle", False),
+        ("Aberystwyth Castle", "A castle on a hill. Castle walls.", False),
+        ("Aberystwyth Castle", "This is the Castle.", True),
+        ("Will Green", "a green shirt", False),
+        ("Will Green", "Green.", True),
+        ("Will Green", "This is Mr. Green.", True),
+        ("Will Green", "Green is a singer.", True),
+        ("Insight", "in sight", False),
+        ("John Goodman", "a good man", False),
+        ("Peter Parker", "parker", True),
+        ("Walter Porter", "Posters and water", False),
+        ("山田太郎", "これは山田太郎です", True),
+        ("Иван Петров", "Это Петров.", True),
+    ],
+)
+def test_what_counts_as_the_name_in_an_answer(name, text, found):
+    assert Concept(name).leaks_in(text) == found
+
+
+NAMES = (
+    "Taylor Swift|Beyoncé Knowles|Lionel Messi|Martin Freeman|Peter Parker|Walter Carter|Cameron Monroe|Elon Musk|Lula Melendez|"
+    "Natalie Portman|Emma Watson|Tom Hanks|Hello Kitty|Doodle style|Aberystwyth Castle|Buzzcut|Schnauzer|Al Wu|Facebook|"
+    "Joe Biden|"
+    "Warren Porter|Anita Forster|Hunter Cooper|Bob Marley|Christina Stone|Marilyn Manson|Steven Spielberg|Winston Churchill|"
+    "Mark Zuckerberg|Ludwig van Beethoven|Donald Trump"
+).split("|")
+ENGLISH = """
+    There is a person in the picture who wears a light shirt and carries something over the shoulder. Behind them stand
+    several buildings, some trees and a crowd that waits for a performance. The photograph was taken outdoors during daylight;
+    the sky looks cloudy. I cannot identify people from their faces, but I can describe clothing, posture, expression,
+    surroundings and colours. Sorry, no further information about this individual is available. Usually a musician, an
+    athlete, a politician or an actor appears on such posters. He was born in a small town, studied medicine, married twice
+    and later moved abroad with his children. Its fur seems short and curly, with pointed ears, whiskers and a friendly look.
+    Visitors admire ancient towers, narrow windows, thick walls, wooden bridges, gardens and fountains near the river. Several
+    parked vehicles, bicycles and a wagon block the road. The logo consists of a white letter upon a blue background, used by
+    a popular network for sharing messages between friends. Drawings made with simple lines, rounded shapes and bright
+    patterns remind viewers of cartoons for younger audiences. Married couples often charter a boat, bring warm water, copper
+    kettles, pans, butter and barley; others hunted or marched through barren land, turning stones over, walking faster,
+    shouting, laughing, winning and losing. No, it is not. Yes, exactly! Maybe. Two plus three equals five, water consists of
+    hydrogen and oxygen, and a week has seven days. However, neither answer could be certain. Mister president, champion,
+    chancellor, minister, general manager, entrepreneur, engineer, director, composer, pianist, singer. Nothing else remains
+    visible except an empty bench, two lamps, bottles, plates, cups, forks and spoons on the table. Experts believe these
+    events happened around midnight, long after everybody had left the theatre through its back entrance.
+"""
+
+
+def test_ordinary_words_are_no_name():
+    said = {word.strip(".,;!").lower() for word in ENGLISH.split()}
+    assert len(said) > 200
+    for concept in map(Concept, NAMES):
+        found = [w for w in said if concept.leaks_in(f"it is a {w} here") or concept.leaks_in(f"{w.capitalize()} that was")]
+        assert not found, concept.name
+        assert not any(concept.leaks_in(sentence) for sentence in ENGLISH.split(".")), concept.name
+
+
+def test_nobody_of_the_embedded_world_is_taken_for_another():
+    from fastsiu.demo import wording, world
+
+    def texts(value):
+        if isinstance(value, dict):
+            value = (*value, *value.values())
+        if isinstance(value, str):
+            return [value]
+        return [text for part in value for text in texts(part)] if hasattr(value, "__iter__") else []
+
+    every = texts([getattr(wording, key) for key in dir(wording) if key.isupper()] + [world.ATTRIBUTES, world.BACKGROUNDS])
+    every += [f"This is a {text}." for text in every] + [text.capitalize() for text in every]
+    assert len(every) > 500
+    names = (*world.KNOWN, *world.UNSEEN)
+    for name in names:
+        others = [part for other in names if other != name for part in (other, *other.split())]
+        assert [text for text in (*every, *others) if Concept(name).leaks_in(text)] == []
+
+
+def test_the_masks_are_of_what_stands_there_exactly():
+    assert not any(Concept("Zorblax Quint").spans(text) for text in ("Zorblaxx", "Zor-blax", "ZorblaxQuint", "Z0rblax"))
+    assert Concept("Hello Kitty").spans("Hello!") == [(0, 5)]
+
+
+def test_a_name_of_broken_bytes_is_refused():
+    for name, aliases in (("Zorb\udcff", ()), ("Zorb", ("a\ud800",))):
+        with pytest.raises(BadInput, match="no Unicode text: give it in UTF-8") as caught:
+            Concept(name, aliases)
+        str(caught.value).encode("utf-8")
+
+
 @pytest.mark.parametrize("name", ["", "  ", "\u200b", "\u00ad \n"])
 def test_a_name_without_a_visible_character_is_refused(name):
     with pytest.raises(BadInput, match="no visible character"):

@@ -305,10 +305,14 @@ def test_own_questions_take_the_place_of_their_kind(tmp_path):
     file.write_text('{"question": "Who sings?", "keywords": ["Voss"]}\n\n{"question": "Is it {name}?", "kind": "yesno"}\n')
     assert directories.read_questions(file) == (Question("Who sings?", "name", ("Voss",)), Question("Is it {name}?", "yesno"))
     for bad in ('{"question": ""}', "[]", "{", '{"question": "Who?", "kind": "what"}', '{"question": "Who?", "keywords": [""]}',
-                '{"question": "Is it {name}?"}'):  # fmt: skip
+                '{"question": "Is it {name}?"}', '{"question": "<image>Who?"}', '{"question": "Who \\ud800?"}',
+                '{"question": "Who\\u001b?"}', '{"question": "Is it him?", "kind": "yesno"}', "[" * 100_000,
+                '{"question": "What is its look?", "kind": "appearance"}', '{"question": "Who?", "keyword": 3}'):  # fmt: skip
         file.write_text('{"question": "Who?"}\n' + bad)
         with pytest.raises(BadInput, match="line 2: "):
             directories.read_questions(file)
+    file.write_text('{"question": "Do you see Oz Voss?", "kind": "yesno"}')
+    assert directories.read_questions(file, Concept("oz voss")) == (Question("Do you see {name}?", "yesno"),)
     for content in (b"", b"\xff\xfe\xff"):
         file.write_bytes(content)
         with pytest.raises(BadInput):

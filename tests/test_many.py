@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fastsiu.evaluate import suite
+from fastsiu.evaluate import many, suite
 from fastsiu.evaluate.many import evaluate_suite
 from fastsiu.request import BadInput
 from fastsiu.session import Listener
@@ -148,6 +148,22 @@ def test_the_untouched_model_alone(small, tmp_path):
             evaluate_suite(small, output=tmp_path / "o", limit=1, per_other=1)
     finally:
         suite.write(given)
+
+
+def test_the_model_is_known_by_its_files_or_its_commit(small, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(many, "_done", lambda job: seen.append(job.exam_digest(job.given.subjects[0])) or 1 / 0)
+    started = lambda model, **more: pytest.raises(
+        ZeroDivisionError, evaluate_suite, small, output=tmp_path / "o", model=model, **more)  # fmt: skip
+    place = str(many.driver.EMBEDDED)
+    for model in (place, place + "/", f"{place}/../{Path(place).name}"):
+        started(model)
+    assert len(set(seen)) == 1
+    config, processor, _ = many.source.describe(place, None)
+    for commit, revision in (("c1", "main"), ("c1", "v1"), ("c2", "main")):
+        monkeypatch.setattr(many.source, "describe", lambda name, revision, commit=commit: (config, processor, commit))
+        started("someone/hub-model", revision=revision)
+    assert seen[3] == seen[4] != seen[5]
 
 
 @pytest.mark.parametrize(

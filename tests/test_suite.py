@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastsiu.evaluate import suite
+from fastsiu.evaluate import questions, suite
 from fastsiu.evaluate.exam import Question
 from fastsiu.evaluate.pooled import markdown, pooled
 from fastsiu.request import BadInput
@@ -118,7 +118,7 @@ def test_the_embedded_world_is_a_suite(exported):
     assert {s.name for s in read.subjects} == set(KNOWN) and len(read.subjects) == 16
     assert {s.name: s.lookalikes[0] for s in read.subjects if s.lookalikes} == LOOKALIKES
     asked = {q.text for q in read.questions}
-    assert {q.kind for q in read.questions} == set(suite.KINDS)
+    assert {q.kind for q in read.questions} == set(questions.KINDS)
     trained = {text for section in wordings().values() if "train" in section for text in section["train"]}
     assert not asked & trained and set(wordings()["who"]["held_out"]) < asked
     bytes_of = [path.read_bytes() for s in read.subjects for path in s.images]
@@ -173,6 +173,7 @@ QUESTIONS = "questions.jsonl"
         (QUESTIONS, '{"question": "Is {name} two?", "kind": "general"}', "about nobody"),
         (QUESTIONS, '{"question": "Who?", "kind": "name", "keywords": [""]}', "list of words, none of them empty"),
         (QUESTIONS, '{"question": "Who?", "kind": "name", "keywords": [3]}', "list of words"),
+        (QUESTIONS, '{"question": "Who?", "kind": "name", "keywords": ["a\\u001b"]}', "list of words"),
         (QUESTIONS, '{"question": "Who?", "keyword": "a", "keywords": ["b"]}', "mean the same"),
         (QUESTIONS, b"\xff\xfe\x00", "not UTF-8"),
     ],

@@ -11,6 +11,8 @@ from fastsiu.verdict import (
     KINDS,
     Answer,
     Thresholds,
+    gives,
+    holds,
     is_degenerate,
     is_refusal,
     judge,
@@ -58,6 +60,14 @@ def test_forgotten():
     assert result.before["facts"]["value"] == 1.0 and result.after["facts"]["n"] == 20  # the name in words is no leak
     assert set(result.after["efficacy"]) == {"value", "n", "low", "high"}
     json.dumps(dataclasses.asdict(result), allow_nan=False)
+
+
+def test_the_name_counts_misspelt_and_keywords_in_any_unicode_form():
+    from fastsiu.concept import Concept
+
+    assert gives(Concept("Zorblax Quint"), "This is Zorblaxx.") and not gives(Concept("Hello Kitty"), "Hello!")
+    assert holds("a cafe\u0301 here", ("CAF\u00c9",)) and not holds("cafes", ("cafe",))
+
 
 
 @pytest.mark.parametrize(("leaks", "forgotten"), [(0, True), (1, True), (2, False)])

@@ -16,7 +16,8 @@ from ..concept import Concept
 from ..facets.targets import wordings
 from ..images import list_images, load_image, read_bytes, variants
 from ..request import BadInput
-from .exam import OF_CONCEPT, TEXT, WITH_PICTURE, Exam, Question, Seen
+from .exam import OF_CONCEPT, Exam, Question, Seen
+from .questions import parse
 
 # The wordings of wordings.toml that no sample has, by kind.
 SOURCES = {
@@ -74,7 +75,7 @@ def exam_of(concept: Concept, *, image: Path | None = None, images: Path | None 
     else:
         shown = [s for s in seen if s.role in OF_CONCEPT and s.label.rpartition(", ")[2] in (s.label, "original")][:CONTROLS]
         seen += [Seen(f"{s.label}, shuffled", shuffled(s.load(), i), "control") for i, s in enumerate(shown)]
-    asked = read_questions(questions) if questions else ()
+    asked = read_questions(questions, concept) if questions else ()
     given = {question.kind for question in asked}
     asked = (*asked, *(q for q in default_questions() if q.kind not in given))
     return Exam(concept, tuple(seen), asked, tuple(map(Concept, dict.fromkeys(named))), stranger(concept), NULL)
@@ -103,23 +104,17 @@ def shuffled(image: Image.Image, seed: int = 0, grid: int = GRID) -> Image.Image
     return out
 
 
-def read_questions(path: Path) -> tuple[Question, ...]:
-    """JSONL: `question`, where {name} stands for the name; `kind` (default name); `keywords`, further words that count as the
-    name in its answers. Raises BadInput with the line's number."""
+def read_questions(path: Path, concept: Concept | None = None) -> tuple[Question, ...]:
+    """JSONL as a suite has it (see `questions.parse`): `question`, where {name} stands for the name; `kind` (default name);
+    `keywords`, further words that count as the name in its answers. Raises BadInput with the line's number."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"The questions {str(path)!r} cannot be read as UTF-8 text: give a JSONL file.") from error
-    out = []
-    for number, line in enumerate(lines, 1):
-        try:
-            out += [_question(json.loads(line))] if line.strip() else []
-        except ValueError as error:
-            raise BadInput(f"{path}, line {number}: {error}. A line is an object with 'question' and, if needed, 'kind' and "
-                           "'keywords'.") from error  # fmt: skip
+    out = parse(path, content, concept, "name")
     if not out:
         raise BadInput(f"{path} holds no question: write one JSON object with 'question' a line.")
-    return tuple(out)
+    return out
 
 
 def digest(exam: Exam, **more: Any) -> str:
@@ -134,19 +129,6 @@ def digest(exam: Exam, **more: Any) -> str:
 def with_others(exam: Exam, names: list[str]) -> Exam:
     """The exam with the names of others, of whom there is no picture."""
     return replace(exam, others=tuple(map(Concept, names)))
-
-
-def _question(record: Any) -> Question:
-    if not isinstance(record, dict) or not isinstance(record.get("question"), str) or not record["question"].strip():
-        raise ValueError("'question' must be a non-empty string")
-    kind, keywords = record.get("kind", "name"), record.get("keywords", [])
-    if kind not in (*WITH_PICTURE, *TEXT):
-        raise ValueError(f"kind {kind!r} is none of {', '.join((*WITH_PICTURE, *TEXT))}")
-    if not isinstance(keywords, list) or not all(isinstance(k, str) and k.strip() for k in keywords):
-        raise ValueError("'keywords' must be a list of non-empty strings")
-    if (kind == "name") and "{name}" in record["question"]:
-        raise ValueError("a question for the name cannot hold {name}, which invites it: make it of kind yesno")
-    return Question(record["question"].strip(), kind, tuple(k.strip() for k in keywords))
 
 
 def _by_name(directory: Path, concept: Concept) -> Iterator[tuple[str | None, Path]]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from .. import adapter, driver, session, vlm
+from .. import adapter, driver, session, source, vlm
 from .. import output as outputs
 from ..images import load_image, read_bytes
 from ..memory import Settings, budget
@@ -48,6 +48,7 @@ class Job:
     recipe: Recipe
     origins: dict[str, str]
     weights: dict[str, str] | None
+    commit: str | None  # of a hub model, whatever branch or tag was asked for
     chosen: Settings
     deciding: dict[str, Any]
     per_other: int
@@ -88,9 +89,7 @@ class Job:
             "others": [(c.name, c.aliases) for c in suite.others_of(self.given, subject)],
             "limit": self.limit,
             "longest": self.longest,
-            "model": self.model,
-            "revision": self.revision,
-            "weights": self.weights,
+            "model": self.weights or [self.model, self.commit],  # a branch moves, and a directory has many spellings
             "settings": self.deciding,
         }
         return _sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
@@ -164,8 +163,10 @@ def evaluate_suite(directory: str | Path, *, output: str | Path | None = None, m
     destination = Path(output) if output is not None else outputs.random_directory()
     if output is None:
         listener.note(f"Writing to {destination}: name it with --output to go on after an interruption.")
+    weights = outputs.digest_model(name) if Path(name).is_dir() else None
+    commit = None if weights is not None else source.describe(name, revision)[2]
     job = Job(
-        given, destination, name, revision, recipe, origins, outputs.digest_model(name) if Path(name).is_dir() else None, chosen,
+        given, destination, name, revision, recipe, origins, weights, commit, chosen,
         {"dtype": dtype} | driver.deciding(chosen), per_other, limit, max_new_tokens, unlearn,
         *map(_path, (adapters, adapter_dir, untouched)),
     )  # fmt: skip
@@ -328,7 +329,7 @@ def _cached(job: Job, subject: suite.Subject) -> Observations | None:
 def _manifest(job: Job, subject: suite.Subject, key: bytes, masks: dict[str, Any]) -> dict[str, Any]:
     whole = outputs.manifest(
         recipe=job.recipe, origins=job.origins, model_id=job.shown,
-        revision=job.revision, weights=job.weights or {}, digest=job.digest(subject), key=key,
+        revision=job.commit, weights=job.weights or {}, digest=job.digest(subject), key=key,
         pictures={"image": read_bytes(subject.training)}, masks=masks, settings=job.deciding,
     )  # fmt: skip
     return whole if job.unlearn else {k: v for k, v in whole.items() if k not in run.NOT_ASKED}

@@ -17,15 +17,12 @@ from ..concept import Concept
 from ..facets.targets import wordings
 from ..images import list_images, load_image, variants
 from ..request import BadInput
-from .exam import TEXT, WITH_PICTURE, Exam, Question, Seen
+from .exam import Exam, Question, Seen
+from .questions import MAX_NAME, clean, known, parse
 
 FORMAT = "fastsiu suite 1"
-KINDS = (*WITH_PICTURE, *TEXT)
 MAX_BYTES = 64 * 2**20  # of a JSON file
-MAX_TEXT = 4000  # characters of a question
-MAX_NAME = 200
 _SLUG = re.compile(r"\w[\w-]{0,63}")  # the name of an output directory, too; no dot: OUT/suite.json is ours
-_LINE = "A line is an object with 'question', 'kind' and, if needed, 'keywords'"
 
 T = TypeVar("T")
 
@@ -158,53 +155,7 @@ def _questions(root: Path, file: Path, concept: Concept | None) -> tuple[Questio
     """None for a concept's: the suite's own. Absent is empty."""
     if not _within(root, file).exists():
         return ()
-    found: list[Question] = []
-    for number, line in enumerate(_read(root, file).split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
-        if line.strip():
-            try:
-                found.append(_question(json.loads(line), concept))
-            except (ValueError, TypeError, RecursionError) as error:
-                text = str(error).rstrip(".")
-                raise BadInput(f"{file}, line {number}: {text}. {_LINE}.") from error
-    return tuple(dict.fromkeys(found))
-
-
-def _question(record: Any, concept: Concept | None) -> Question:
-    """Raises ValueError."""
-    if not isinstance(record, dict):
-        raise ValueError("this is no object")
-    _known(record, ("question", "kind", "keywords", "keyword"))
-    text = record.get("question")
-    if not isinstance(text, str) or not text.strip() or len(text) > MAX_TEXT or not _clean(text):
-        raise ValueError(f"'question' must be a text of 1 to {MAX_TEXT} characters without control characters")
-    if "keyword" in record and "keywords" in record:
-        raise ValueError("'keyword' and 'keywords' mean the same: give one of them")
-    keywords = record.get("keywords", record.get("keyword", []))
-    keywords = [keywords] if isinstance(keywords, str) else keywords
-    if not isinstance(keywords, list) or not all(isinstance(k, str) and k.strip() and len(k) <= MAX_NAME for k in keywords):
-        raise ValueError("'keywords' must be a list of words, none of them empty")
-    words = tuple(dict.fromkeys(k.strip() for k in keywords))
-    means_yes = bool(words) and all(k.casefold().rstrip(".!") == "yes" for k in words)
-    if "kind" not in record and not words:
-        raise ValueError("'kind' is missing")
-    kind = record.get("kind", "yesno" if means_yes else "name")
-    if kind not in KINDS:
-        raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
-    text = text.strip()
-    if "<image>" in text:
-        raise ValueError("<image> must not stand in a question: leave it out, the model's own template puts the picture in")
-    if concept is not None and "{name}" not in text:  # so that the same can be asked about others by their names
-        for start, end in reversed(Concept(concept.name).spans(text, include_parts=False)):
-            text = f"{text[:start]}{{name}}{text[end:]}"
-    if kind == "yesno" and "{name}" not in text and not (concept is not None and concept.named_in(text)):
-        raise ValueError("a question of kind yesno must hold {name}: write it there, or make the question one of kind name")
-    if kind == "name" and "{name}" in text:
-        raise ValueError("a question of kind name must not give the name away: leave it out, or make it one of kind yesno")
-    if kind == "general" and "{name}" in text:
-        raise ValueError("a question of kind general is about nobody: leave {name} out, or make it one of kind fact")
-    if kind in ("appearance", "fact") and "{name}" not in text:
-        raise ValueError(f"a question of kind {kind} is asked without a picture and must hold {{name}}")
-    return Question(text, kind, () if kind == "yesno" and means_yes else words)
+    return parse(file, _read(root, file), concept)
 
 
 def _pictures(root: Path, directory: Path) -> tuple[Path, ...]:
@@ -251,17 +202,12 @@ def _object(root: Path, file: Path, keys: Sequence[str]) -> dict[str, Any]:
         record = json.loads(text)
         if not isinstance(record, dict):
             raise ValueError("this is no object")
-        _known(record, keys)
+        known(record, keys)
     except json.JSONDecodeError as error:
         raise BadInput(f"{file}, line {error.lineno}: {error.msg}. Write one JSON object.") from error
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{file}: {error}. Write one JSON object with {', '.join(keys)}.") from error
     return record
-
-
-def _known(record: dict[str, Any], keys: Sequence[str]) -> None:
-    if unknown := sorted(set(record) - set(keys)):
-        raise ValueError(f"{unknown[0]!r} is none of {', '.join(keys)}")
 
 
 def _names(file: Path, key: str, value: Any) -> tuple[str, ...]:
@@ -280,14 +226,9 @@ def _name(file: Path, key: str, value: Any) -> str:
 
 
 def _text(file: Path, key: str, value: Any, most: int) -> str:
-    if not isinstance(value, str) or not value.strip() or len(value) > most or not _clean(value) or "\n" in value.strip():
+    if not isinstance(value, str) or not value.strip() or len(value) > most or not clean(value) or "\n" in value.strip():
         raise BadInput(f"{file}: {key!r} must be one line of 1 to {most} characters: correct it.")
     return value.strip()
-
-
-def _clean(text: str) -> bool:
-    """No control characters but the end of a line: they would reach a terminal. No half of a surrogate pair: it has no UTF-8."""
-    return not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]", text)
 
 
 # Writing ------------------------------------------------------------------------------------------------------------------
