@@ -417,7 +417,8 @@ def test_unlearns_verdict_knows_the_neighbours_names(gathered, cast, monkeypatch
 
 def test_models_that_were_asked_in_different_ways_are_told():
     exam = stub_exam()
-    before, after = observed(exam, untouched), dataclasses.replace(observed(exam, untouched), slow="hidden states differ by 4.0e-02")
+    before = observed(exam, untouched)
+    after = dataclasses.replace(before, slow="hidden states differ by 4.0e-02")
     assert any("unlearned model alone" in text for text in report_of(exam, "stub", before, after)["caveats"])
     assert any("one length at a time" in text for text in report_of(exam, "stub", after, after)["caveats"])
     assert not any("generate" in text for text in report_of(exam, "stub", before, before)["caveats"])
