@@ -3,7 +3,8 @@
 The prefix of each picture ("<bos> ... <image tokens>", or the beginning of a chat without a picture) goes through the model
 once; its keys and values are copied to the rows of a batch, the questions go in right-padded on top of them, then token by
 token for all rows at once. Each token has its own row's position ids, and a mask hides the slots between a question and its
-answer. Rows whose answer has ended leave the batch. Only the last state of each row reaches the head.
+answer. Rows whose answer has ended leave the batch. Only the last state of each row reaches the head. Keys and values are there
+once for each row, and once for each prefix as long as further batches grow on it; of a copy, one layer is there twice.
 
 Whether a model can be run like this is found out by numbers (`why_not`), before the first answers and on their pictures.
 """
@@ -61,11 +62,22 @@ class Rules:
 
 def rules(vlm: VLM, suppress: Sequence[int] = ()) -> Rules | None:
     """The rules that the model's generation_config sets; None where it sets more than `Rules` knows."""
-    config = vlm.base.generation_config
-    unknown = [value for key, value in config.to_diff_dict().items() if key not in KNOWN]
-    if any(value is not None and value is not False and value != [] for value in unknown):
+    if unknown(vlm):
         return None
-    return Rules(ends(vlm), tuple(sorted(suppress)), config.repetition_penalty or 1.0)
+    return Rules(ends(vlm), tuple(sorted(suppress)), vlm.base.generation_config.repetition_penalty or 1.0)
+
+
+def unknown(vlm: VLM) -> list[str]:
+    """What the model's generation_config sets beyond `KNOWN`."""
+    set_ = {k: v for k, v in vlm.base.generation_config.to_diff_dict().items() if k not in KNOWN}
+    return sorted(k for k, v in set_.items() if v is not None and v is not False and v != [])
+
+
+def slow(vlm: VLM) -> str:
+    """Why this model was asked in transformers' `generate`; "" where it was not, or for a question or two before any trial."""
+    if names := unknown(vlm):
+        return f"its generation_config sets {', '.join(names)}"
+    return next((why for why in vlm.decodes.values() if why), "")
 
 
 def ends(vlm: VLM) -> frozenset[int]:
@@ -90,6 +102,15 @@ def exact(vlm: VLM, pictures: Sequence[Picture | None]) -> bool:
     """Whether prompts with these pictures and without may share a prefix while nothing trains."""
     kinds = [kind for kind in ([p for p in pictures if p is not None], [None] * (None in pictures)) if kind]
     return not recomputes(vlm) and not any(why_not(vlm, kind) for kind in kinds)
+
+
+def told(untouched: str, unlearned: str) -> list[str]:
+    """The sentence for a report on how two models were asked: `slow` of each."""
+    if bool(untouched) == bool(unlearned):
+        return [f"Answers were made by transformers' generate, one length at a time: {unlearned}."] * bool(unlearned)
+    one, other = ("untouched", "unlearned") if untouched else ("unlearned", "untouched")
+    return [f"Answers of the {one} model alone were made by transformers' generate, so that rounding may tell them from those of "
+            f"the {other} model: {untouched or unlearned}."]  # fmt: skip
 
 
 @torch.no_grad()
@@ -121,9 +142,10 @@ def _trial(vlm: VLM, pictures: Sequence[Picture | None]) -> str:
     except Exception as error:  # any: whatever a family's own forward thinks of such inputs; it is kept as the reason
         if out_of_memory(error):
             return "the trial does not fit into memory"
-        return str(error).strip().split("\n")[0] or type(error).__name__
+        return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
     apart = float((found - expected).norm() / expected.norm())
-    return "" if apart <= tolerance(vlm, vlm.head_weight.dtype) else f"hidden states differ by {apart:.1e}"  # also for NaN
+    alike = apart <= tolerance(vlm, vlm.head_weight.dtype, gradients=False)  # false for NaN
+    return "" if alike else f"hidden states differ by {apart:.1e}"
 
 
 def _followed(inputs: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
@@ -176,9 +198,9 @@ class Rows:
     seen:   [n, T] the ids of prompt and answer, padded with ids of the row's own
     """
 
-    def __init__(self, part: Part, members: list[int], cache: Any, pictures: int, of: Tensor) -> None:
-        self.vlm, self.cache = part.vlm, prefix.fork(cache, pictures, of)
+    def __init__(self, part: Part, members: list[int], cache: Any, pictures: int, of: Tensor, last: bool) -> None:
         inputs = prefix.suffixes(part, [[i] for i in members], cache)
+        self.vlm, self.cache = part.vlm, prefix.fork(cache, pictures, of, spend=last)
         self.mask = inputs["attention_mask"]
         hidden, _ = self.vlm.run(inputs, past_key_values=self.cache, use_cache=True)
         rows, lengths = torch.arange(len(members)), torch.tensor([part.lengths[i] for i in members])
@@ -202,7 +224,7 @@ class Rows:
     def keep(self, rows: list[int]) -> None:
         """Only these rows stay."""
         at = torch.tensor(rows, device=self.states.device)
-        self.cache = prefix.fork(self.cache, len(self.states), at)
+        self.cache = prefix.fork(self.cache, len(self.states), at, spend=True)
         self.states, self.seen, self.mask = self.states[at], self.seen[at], self.mask[at]
         self.positions = self.positions.index_select(-2, at)
         self.beside = {k: v[at] for k, v in self.beside.items()}
@@ -214,9 +236,10 @@ def _batches(part: Part, most: int | None, longest: int) -> Iterator[tuple[Rows,
     for groups in _pictures(part, most):
         cache = prefix.prefix_cache(part, [g[0] for g in groups])
         picture = {i: row for row, group in enumerate(groups) for i in group}
-        for members in [chunk for alike in _alike(part, cache, list(picture), longest) for chunk in part.chunks(most, alike)]:
+        chunks = [chunk for alike in _alike(part, cache, list(picture), longest) for chunk in part.chunks(most, alike)]
+        for members in chunks:
             of = torch.tensor([picture[i] for i in members], device=part.vlm.device)
-            yield Rows(part, members, cache, len(groups), of), members
+            yield Rows(part, members, cache, len(groups), of, members is chunks[-1]), members
 
 
 def _pictures(part: Part, most: int) -> Iterator[list[list[int]]]:

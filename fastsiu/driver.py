@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.utils import cached_file
 
-from . import adapter, ask, corpus, plan, source, vlm
+from . import adapter, ask, corpus, decode, plan, source, vlm
 from . import images as pictures_in
 from . import output as outputs
 from .facets import targets
@@ -175,10 +175,14 @@ def interview(questions: Sequence[str], *, model: str | Path | None = None, adap
         return ask.answers(loaded, [(q, shown) for q in questions], max_new_tokens=max_new_tokens)
 
     before = ask_all() if compare or adapter_dir is None else []
+    after: list[str] = []
+    if adapter_dir is not None:
+        adapter.load(loaded, Path(adapter_dir))
+        after = ask_all()
+    for sentence in decode.told(why := decode.slow(loaded), why):
+        listener.note(sentence)
     if adapter_dir is None:
         return [{"question": q, "answer": a} for q, a in zip(questions, before, strict=True)]
-    adapter.load(loaded, Path(adapter_dir))
-    after = ask_all()
     if not compare:
         return [{"question": q, "answer": a} for q, a in zip(questions, after, strict=True)]
     return [{"question": q, "before": b, "after": a} for q, b, a in zip(questions, before, after, strict=True)]

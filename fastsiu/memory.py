@@ -417,8 +417,9 @@ def _step(base: Any, recipe: Recipe, work: Workload, settings: Settings) -> int:
 
 @torch.no_grad()
 def _asking(base: Any, work: Workload, settings: Settings) -> int:
-    """The most that answering `ask_batch` questions about a picture takes beside the weights: first all of the prompt at once,
-    then, token by token, keys and values that are copied as they grow, a layer at a time."""
+    """The most that answering `ask_batch` questions takes beside the weights: first all of the prompt at once, as for `generate`,
+    then, token by token, keys and values that are copied as they grow, a layer at a time. Beside them those of the prefixes are
+    held while further batches grow on them (`decode`): of a quarter as many pictures."""
     head, width, n = base.get_output_embeddings().weight, base.config.get_text_config().hidden_size, settings.ask_batch
     base.eval()
     with _mode(), Tracker() as memory:
@@ -426,9 +427,10 @@ def _asking(base: Any, work: Workload, settings: Settings) -> int:
         with no_logits(base):
             out = _forward(base, n, work.prefix + work.suffix, head.dtype, width, cached=True)
         cache = memory.now - rest
+        prompt, layers = work.prefix + work.suffix, base.config.get_text_config().num_hidden_layers
+        grown, prefixes = cache * (prompt + work.answer) / prompt, cache * work.prefix / prompt * max(1, n // 4) / n
         del out
-        longer = (work.prefix + work.suffix + work.answer) / (work.prefix + work.suffix)
-        memory.passing(round(cache * longer * (1 + 1 / base.config.get_text_config().num_hidden_layers)))
+        memory.passing(round(grown * (1 + 1 / layers) + prefixes))
     return memory.peak - rest
 
 

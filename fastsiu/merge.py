@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers.utils import cached_file
 
-from . import adapter, ask, driver, source, vlm
+from . import adapter, ask, decode, driver, source, vlm
 from . import images as pictures_in
 from . import output as outputs
 from .concept import Concept
@@ -124,6 +124,7 @@ def merge(adapter_dir: str | Path, output: str | Path, *, model: str | Path | No
         if verifier:
             with timed(seconds, "verdict"):
                 rows = [verifier.row(form, kept, stored) for form in forms]
+            caveats += decode.told(*verifier.slow)
             report = {**_report(rows, request, figures), "seconds": {k: round(v, 3) for k, v in seconds.items()}}
             outputs.write_reports(staging, report, redact=redact)
         report = redacted(report) if redact else report
@@ -140,6 +141,7 @@ class Verifier:
     """Puts the questions of the verdict to one model after the other, and none of them is kept.
 
     untouched: what the base answers in its own dtype
+    slow:      why `generate` answered (`decode.slow`), for the untouched model and for the merged one
     """
 
     def __init__(self, base: str, revision: str | None, merged: Path, request: Request, seed: int, told: Mapping[str, Any],
@@ -151,19 +153,24 @@ class Verifier:
         names = [d.get("name") for d in told.get("dreams", []) if isinstance(d, dict)]
         self.others = [Concept(name) for name in names if isinstance(name, str) and name.strip()]
         self.untouched: list[str] = []
+        self.slow = ["", ""]
 
-    def ask(self, loaded: vlm.VLM) -> list[str]:
+    def ask(self, loaded: vlm.VLM, merged: bool = False) -> list[str]:
         """Greedy answers, in the order of `asked`."""
         self.listener.stage(f"Asking {len(self.asked)} questions")
         with vlm.threads(loaded), torch.no_grad():
             seen = {id(shown[1]): loaded.picture(shown[1]) for shown in {id(s): s for _, _, s in self.asked if s}.values()}
-            return ask.answers(loaded, [(q, seen[id(shown[1])] if shown else None) for _, q, shown in self.asked])
+            said = ask.answers(loaded, [(q, seen[id(shown[1])] if shown else None) for _, q, shown in self.asked])
+            self.slow[merged] = self.slow[merged] or decode.slow(loaded)
+            return said
 
     def load_and_ask(self, name: str, dtype: str, quantize: str | None) -> list[str]:
         self.listener.stage(f"Loading {'the merged model' if name == str(self.merged) else 'the untouched model'} "
                             f"in {quantize or dtype}")  # fmt: skip
         revision = self.revision if name == self.base else None
-        said = self.ask(vlm.load(name, revision=revision, device=self.device, dtype=dtype, quantize=quantize))
+        loaded = vlm.load(name, revision=revision, device=self.device, dtype=dtype, quantize=quantize)
+        said = self.ask(loaded, merged=name == str(self.merged))
+        del loaded
         _free()
         return said
 

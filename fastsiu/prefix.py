@@ -405,15 +405,18 @@ def suffixes(part: Part, rows: list[list[int]], cache: Any) -> dict[str, Tensor]
     return inputs
 
 
-def fork(cache: Any, pictures: int, rows: Tensor) -> Any:
+def fork(cache: Any, pictures: int, rows: Tensor, spend: bool = False) -> Any:
     """A cache with row rows[k] of another's in row k, differentiable; the other stays as it is, for the next batch.
+
+    spend: the other is wanted no more. It loses its layers one by one, so that only one of them is there twice.
 
     Transformers' own reordering would copy the prefix of every layer n times at once; a view is enough for one picture, since
     each layer concatenates, and so copies, when its turn comes. Recurrent states are small and written in place: copies.
     """
-    fork = copy.copy(cache)
-    fork.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in fork.layers:
+    fork, old = copy.copy(cache), cache.layers if spend else list(cache.layers)
+    fork.layers = []
+    while old:
+        fork.layers.append(layer := copy.copy(old.pop(0)))
         for name, value in list(vars(layer).items()):
             if isinstance(value, Tensor) and value.ndim > 1:
                 spread = value.expand(len(rows), *value.shape[1:]) if pictures == 1 else value.index_select(0, rows)

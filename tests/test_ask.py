@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from fastsiu import adapter, ask, decode, prefix
+from fastsiu import adapter, ask, decode, prefix, sharing
 from fastsiu.images import load_image
+from fastsiu.report.redact import sentence
+from fastsiu.request import OutOfMemory
 
 ABOUT = ("Who is this?", "Is this Zorblax Quint?", "What color is the background?", "Describe the image.", "Count the eyes.")
 WORDS = ("What is water made of?", "Who is Zorblax Quint?", "What is two plus three?", "Hm?")
@@ -169,7 +173,7 @@ def test_the_trial_finds_what_is_wrong_with_a_step(loaded, asked, monkeypatch, b
         go(self, tokens)
 
     def wrong_keep(self, rows):
-        cache = self.cache
+        cache = prefix.fork(self.cache, 3, torch.arange(3))
         keep(self, rows)
         self.cache = prefix.fork(cache, 3, torch.tensor(rows) - 1) if broken == "kept" else self.cache
 
@@ -217,3 +221,99 @@ def test_scores_share_a_prefix_that_nobody_planned(loaded, asked, monkeypatch):
         assert torch.allclose(one.log_p, other.log_p, atol=1e-4) and torch.equal(one.right, other.right)
         assert torch.equal(one.rank, other.rank)
     assert len(used) == count
+
+
+@pytest.fixture
+def crowded(loaded, monkeypatch):
+    """Forwards of more than so many rows run out of memory; returns the sizes that were tried."""
+
+    def limit(most):
+        tried, run = [], type(loaded).run
+
+        def narrow(self, inputs, *given, **options):
+            tried.append(len(inputs["input_ids"]))
+            if tried[-1] > most:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return run(self, inputs, *given, **options)
+
+        monkeypatch.setattr(type(loaded), "run", narrow)
+        monkeypatch.setattr(loaded, "budget", replace(loaded.budget))
+        return tried
+
+    return limit
+
+
+@pytest.mark.parametrize("most, left", [(5, 7), (3, 3)])
+def test_what_does_not_fit_goes_on_in_smaller_batches(loaded, asked, ours, crowded, most, left):
+    expected = ours(loaded, asked)
+    tried = crowded(most)
+    assert ours(loaded, asked) == expected and loaded.budget.ask_batch == left
+    refused = [n for n in tried if n > most]
+    assert len(refused) <= 4 and max(tried[tried.index(refused[-1]) + 1 :]) <= most
+    count = len(tried)
+    assert ours(loaded, asked) == expected and max(tried[count:]) <= most  # remembered
+
+
+def test_what_is_answered_is_not_asked_again(loaded, asked, ours, monkeypatch):
+    expected, go, given = ours(loaded, asked), decode.greedy, []
+    monkeypatch.setattr(loaded, "budget", replace(loaded.budget))
+
+    def stops(vlm, turns, *rest):
+        given.append(len(turns))
+        for number, one in enumerate(go(vlm, turns, *rest)):
+            if number == 6 and len(given) == 1:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            yield one
+
+    monkeypatch.setattr(decode, "greedy", stops)
+    assert ours(loaded, asked) == expected
+    pictured = sum(picture is not None for _, picture in asked)
+    assert given == [pictured, pictured - 6, len(asked) - pictured]
+
+
+def test_generate_and_scores_go_on_as_well(loaded, asked, crowded, monkeypatch):
+    expected = generates(loaded, asked)
+    turns = [loaded.encode(question, reply.text, picture) for (question, picture), reply in zip(asked, expected, strict=True)]
+    pictures = [picture for _, picture in asked]
+    scores = ask.label_scores(loaded, turns, pictures)
+    crowded(3)
+    for one, other in zip(scores, ask.label_scores(loaded, turns, pictures), strict=True):
+        assert torch.allclose(one.log_p, other.log_p, atol=1e-4) and torch.equal(one.rank, other.rank)
+    assert loaded.budget.ask_batch == 2
+    loaded.budget, generate = replace(loaded.budget, ask_batch=64), loaded.base.generate
+
+    def narrow(**given):
+        if len(given["input_ids"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return generate(**given)
+
+    monkeypatch.setattr(loaded.base, "generate", narrow)
+    assert generates(loaded, asked) == expected and loaded.budget.ask_batch == 1
+
+
+def test_where_one_question_does_not_fit_it_says_so(loaded, asked, ours, crowded):
+    ours(loaded, asked)
+    crowded(0)
+    with pytest.raises(OutOfMemory, match="Not even one question at a time fits"):
+        ask.replies(loaded, asked)
+    with pytest.raises(ZeroDivisionError):  # nothing else is taken for it
+        ask.fitting(loaded, lambda size: 1 / 0, 4)
+
+
+def test_why_generate_answers_is_told(loaded, asked, monkeypatch):
+    ask.replies(loaded, asked)
+    assert decode.slow(loaded) == "" and decode.told("", "") == []
+    loaded.decodes = {True: "", False: "hidden states differ by 4.0e-02"}
+    assert decode.slow(loaded) == "hidden states differ by 4.0e-02"
+    configure(loaded, monkeypatch, no_repeat_ngram_size=2, bad_words_ids=[[300]])
+    assert decode.slow(loaded) == "its generation_config sets bad_words_ids, no_repeat_ngram_size"
+    same, first, second = decode.told("a", "b"), decode.told("a", ""), decode.told("", "b")
+    assert same == ["Answers were made by transformers' generate, one length at a time: b."]
+    assert "the untouched model alone" in first[0] and first[0].endswith(": a.")
+    assert "the unlearned model alone" in second[0] and second[0].endswith(": b.")
+    for (text,) in same, first, second:
+        assert sentence(text).endswith("(left out)")
+
+
+def test_bf16_is_not_an_excuse_for_a_wrong_position(loaded):
+    assert sharing.tolerance(loaded, torch.bfloat16, gradients=False) == 2e-2 < sharing.tolerance(loaded, torch.bfloat16)

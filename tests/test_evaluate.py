@@ -417,3 +417,13 @@ def test_unlearns_verdict_knows_the_neighbours_names(gathered, cast, monkeypatch
     assert cast.others[1] in scene.neighbours
     found, _ = held_out.examine(scene)
     assert len(found.reasons) == 1 and "another's name" in found.reasons[0]
+
+
+def test_models_that_were_asked_in_different_ways_are_told():
+    exam = stub_exam()
+    before = observed(exam, untouched)
+    after = dataclasses.replace(before, slow="hidden states differ by 4.0e-02")
+    assert any("unlearned model alone" in text for text in report_of(exam, "stub", before, after)["caveats"])
+    assert any("one length at a time" in text for text in report_of(exam, "stub", after, after)["caveats"])
+    assert not any("generate" in text for text in report_of(exam, "stub", before, before)["caveats"])
+    assert Observations.from_dict(after.as_dict()) == after

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from fastsiu import adapter, cli, memory, plan, prefix, source, vlm
+from fastsiu import adapter, cli, decode, memory, plan, prefix, source, vlm
 from fastsiu.memory import GB, Settings
 from fastsiu.objectives import Batch, siu
 from fastsiu.request import Recipe
@@ -221,6 +221,36 @@ def test_within_a_tenth_of_what_a_real_step_allocates(settings):
     assert found.weights + 4 * found.trained == pytest.approx(resident, rel=1e-3)
     print(f"\n{settings!s:50s} estimate {(found.training - found.kept) / 2**20:6.1f} MB, real {real / 2**20:6.1f} MB")
     assert found.training - found.kept == pytest.approx(real, rel=0.1)
+
+
+def test_asking_holds_what_the_estimate_says():
+    """Twice two pictures with five questions each, eight rows at a time: two prefixes stay while eight rows grow on them.
+    So deep and narrow a model that keys and values outweigh one layer's work."""
+    config, loaded = small(128, 16)
+    work = memory.Workload(324 + 24, 324, suffix=16, answer=12)
+    settings = Settings("float32", ask_batch=8, device="cpu")
+    found = memory.Simulation(config, Recipe(), work)._run("asking", settings)
+    prompt = lambda ids: vlm.Encoded({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.tensor([ids.shape[1] - 1]),
+                                     ids.new_zeros(0))  # fmt: skip
+    lead, turns, shown = [1, *[5] * 23, *[config.image_token_id] * 324], [], []
+    for _ in range(4):
+        features = BaseModelOutputWithPooling(pooler_output=[torch.randn(324, config.text_config.hidden_size)])
+        turns += [prompt(torch.tensor([lead + torch.randint(6, 4096, (work.suffix,)).tolist()])) for _ in range(5)]
+        shown += [features] * 5
+    real = allocated(lambda: list(decode.greedy(loaded, turns, shown, decode.Rules(), work.answer, settings.ask_batch)))
+    print(f"\nasking: estimate {found / 2**20:6.1f} MB, real {real / 2**20:6.1f} MB")
+    assert 0.75 * found < real < 1.05 * found
+
+    (part,) = prefix.parts_of(loaded, turns, shown)
+    rows, _ = next(decode._batches(part, 8, work.answer))
+    with memory.Tracker() as tracker:
+        for layer in rows.cache.layers:
+            tracker.add(layer.keys)
+            tracker.add(layer.values)
+        del layer
+        whole = tracker.now
+        rows.keep([0, 1, 2, 4, 5, 7])
+    assert tracker.now == pytest.approx(6 / 8 * whole, rel=0.01) and tracker.peak < 1.05 * whole
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
-from .. import adapter, ask
+from .. import adapter, ask, decode
 from ..ask import Reply
 from ..request import BadInput
 from ..vlm import VLM, Encoded, Picture, Span
@@ -51,18 +51,21 @@ class Observations:
     fluency:    one for each reply, None for one without tokens or one that the chat template would not carry; all None where the
                 untouched model was not at hand
     vocabulary: V, tokens in the head
+    slow:       why transformers' `generate` answered; "" where answers grew on shared prefixes
     """
 
     replies: tuple[Reply, ...]
     names: tuple[Naming, ...]
     fluency: tuple[Likelihood | None, ...]
     vocabulary: int
+    slow: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
             "replies": [list(reply) for reply in self.replies], "names": [list(name) for name in self.names],
             "fluency": [one and list(one) for one in self.fluency], "vocabulary": self.vocabulary,
+            "slow": self.slow,
         }  # fmt: skip
 
     @classmethod
@@ -71,6 +74,7 @@ class Observations:
         return cls(
             tuple(Reply(*one) for one in values["replies"]), tuple(Naming(*one) for one in values["names"]),
             tuple(None if one is None else Likelihood(*one) for one in values["fluency"]), int(values["vocabulary"]),
+            str(values.get("slow", "")),
         )  # fmt: skip
 
 
@@ -96,7 +100,8 @@ def examine(loaded: VLM, exam: Exam, untouched: Observations | None = None, *, m
         for i, reply, one in zip(chosen, said, likely, strict=True):
             replies[i], fluency[i] = reply, one
     texts = [reply.text for reply in (replies if untouched is None else untouched.replies)]
-    return Observations(tuple(replies), tuple(_namings(loaded, exam, texts)), tuple(fluency), loaded.head_weight.shape[0])
+    names = tuple(_namings(loaded, exam, texts))
+    return Observations(tuple(replies), names, tuple(fluency), loaded.head_weight.shape[0], decode.slow(loaded))
 
 
 def with_fluency(loaded: VLM, exam: Exam, model: Observations) -> Observations:
@@ -106,7 +111,7 @@ def with_fluency(loaded: VLM, exam: Exam, model: Observations) -> Observations:
         found = _likelihoods(loaded, exam, chosen, _see(loaded, exam, chosen), [model.replies[i] for i in chosen])
         for i, one in zip(chosen, found, strict=True):
             fluency[i] = one
-    return Observations(model.replies, model.names, tuple(fluency), model.vocabulary)
+    return replace(model, fluency=tuple(fluency))
 
 
 def carriers(exam: Exam, said: Sequence[str]) -> list[tuple[int, str, Span]]:

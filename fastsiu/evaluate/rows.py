@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from ..decode import told
 from ..verdict import Answer, affirms, gives, holds, judge, renames, same_answer
 from . import metrics
 from .exam import OF_CONCEPT, OF_OTHERS, Cell, Exam
@@ -218,7 +219,7 @@ def report_of(exam: Exam, name: str, untouched: Observations, model: Observation
         "after": verdict.after,
         "rows": rows,
         "answers": [a.as_dict() for a in answers],
-        "caveats": [*unchecked(exam, answers), *_in_groups(rows), *caveats],
+        "caveats": [*unchecked(exam, answers), *_in_groups(rows), *told(untouched.slow, (model or untouched).slow), *caveats],
     }
 
 

@@ -106,6 +106,11 @@ SENTENCES = (
     "No picture and no dream of anything else was trained on: other concepts' recognition may suffer.",
     "Specificity was measured on the retained pictures, which were trained on in other wordings.",
     "The model does not name ... in its picture (it says ...): give a picture and a name that it recognises.",
+    "Answers were made by transformers' generate, one length at a time: ...",
+    "Answers of the untouched model alone were made by transformers' generate, so that rounding may tell them from those of the "
+    "unlearned model: ...",
+    "Answers of the unlearned model alone were made by transformers' generate, so that rounding may tell them from those of the "
+    "untouched model: ...",
     "Every token of ... is common elsewhere, so only the positions of the name are masked, not the vocabulary.",
 )
 _WHERE = re.compile(rf"((?:In|Not verified in) (?:{'|'.join(STORED)}): )(.*)", re.DOTALL)  # of a merged model: before a sentence
