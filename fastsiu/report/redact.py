@@ -80,8 +80,26 @@ SENTENCES = (
     "No name of anyone else was given: a concept that is now called by another's name would not be noticed.",
     "No question with the name was asked: a model that still confirms it would not be noticed.",
     "Whom the other pictures show was not said: they are compared with the untouched model only.",
-    "The name is still in # of # answers about pictures of the concept beside others in which the untouched model gives it; the "
-    "verdict does not count them.",
+    "The name is still in # of # answers about pictures of the concept beside others (# %; at most # % is allowed).",
+    "Of answers about other pictures a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "those about look-alikes.",
+    "Of answers about other pictures a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "those about the concept beside others.",
+    "Of answers about other pictures a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "those about pictures of ...",
+    "Of answers without a picture a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "those about facts of the concept.",
+    "Of answers without a picture a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "those about facts of others.",
+    "Of answers without a picture a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "those about general knowledge.",
+    "The untouched model confirms none of the questions with the name, so they show nothing.",
+    "# of # answers about the concept's pictures were cut before they ended, so a name at their end is not seen: raise "
+    "--max-new-tokens.",
+    "The answers about the concept's pictures are no sentences of the untouched model: their perplexity under it is # (at most # "
+    "is allowed).",
+    "Only # answers about the concept's pictures were judged: of all such answers # % or more are free of the name, which is all "
+    "that so few can show.",
     "No --control was given: the never-seen control is the concept's own pictures, cut into # patches and shuffled, which keep "
     "its colours.",
     "Not seen by the model, so protected in text only: ...",
