@@ -207,7 +207,8 @@ def judge_form(asked: Asked, concept: Concept, stored: Sequence[str], alike: Seq
     """
     keep = ("specificity", "facts")
     before = [a if kind in keep else s for (kind, _, _), s, a in zip(asked, stored, alike, strict=True)]
-    answers = [Answer(kind, q, shown and shown[0], b, a) for (kind, q, shown), b, a in zip(asked, before, after, strict=True)]
+    answers = [Answer(kind, q, shown and shown[0], b, a, part=held_out.part(kind, q, concept))
+               for (kind, q, shown), b, a in zip(asked, before, after, strict=True)]  # fmt: skip
     verdict = judge(answers, concept, others=others, reasons_for_null=held_out.NULL)
     rates = {}
     for title, said in (("agreement", after), ("control", alike)):

@@ -20,8 +20,13 @@ FACTS = 0.90  # answers without a picture that must be those of the untouched mo
 NEW_DEGENERATE = 0  # answers that may be empty, repetition or gibberish where the untouched model's are not
 REFUSAL_RISE = 0.10  # rise of the share of refusals elsewhere that counts as refusing everything
 RENAMED = 0.05  # answers about the concept's pictures that may newly give the name of another in its place
+# A part of specificity or facts is lost where even the upper end of its interval lies below what the kind demands. Of many parts
+# one is low by chance, so the interval is the 99.9 % one: 1 of 3 answers that agree is no loss, 0 of 6 or 3 of 9 is.
+PART_Z = 3.29
+APPEARANCE = 0.60  # of the untouched description's content words: a description that has as many still tells the look
 
 _ABSENT = "No answers of this kind were collected."
+_UNCONFIRMED = "The untouched model confirms none of the questions with the name, so they show nothing."
 
 
 class Named(Protocol):
@@ -35,6 +40,8 @@ class Given(Protocol):
 
     def given_in(self, text: str) -> Any: ...
 
+    def forms(self) -> Sequence[str]: ...
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -47,6 +54,8 @@ class Answer:
     picture:  label of the picture or variant; None without a picture
     before:   the untouched model's answer; after: the unlearned model's
     keywords: further words that count as the name in the answers to this question
+    part:     of specificity and facts, what the question is about ("facts of the concept", "look-alikes", someone's name): each
+              part has to be kept, too
     """
 
     kind: str
@@ -55,6 +64,7 @@ class Answer:
     before: str
     after: str
     keywords: tuple[str, ...] = ()
+    part: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -130,7 +140,8 @@ def judge(
 
     efficacy and generality are the share of answers without the name or a part of it; recognition the share that does not
     confirm the look (see `confirms`); specificity and facts the share
-    of answers equal to the untouched model's (see `same_answer`), whose own value is therefore 1. A kind without answers
+    of answers equal to the untouched model's (see `same_answer`), whose own value is therefore 1; where a kind keeps enough, no
+    `part` of it may be lost (`PART_Z`). A kind without answers
     is null, with the sentence from `reasons_for_null`, and decides nothing; without efficacy and generality nothing can be
     forgotten.
 
@@ -149,15 +160,17 @@ def judge(
             before[kind] = Rate.of(sum(not gives(concept, a.before, a.keywords) for a in given), n)
             after[kind] = Rate.of(sum(not gives(concept, a.after, a.keywords) for a in given), n)
         elif kind == "recognition":
-            before[kind] = Rate.of(sum(not confirms(a, a.before) for a in given), n)
-            after[kind] = Rate.of(sum(not confirms(a, a.after) for a in given), n)
+            was, now = (sum(not confirms(a, text(a), concept) for a in given) for text in (_before, _after))
+            before[kind], after[kind] = Rate.of(was, n), Rate.of(now, n)
+            if was == now == n:  # it never knew the look, or these questions do not ask for it
+                before[kind] = after[kind] = Rate(None, reason=_UNCONFIRMED)
         else:
             before[kind] = Rate.of(n, n)
             after[kind] = Rate.of(sum(same_answer(a.before, a.after) for a in given), n)
     reasons = [
         *_name_reasons(before, after, limits),
         *_renamed_reasons([*by_kind["efficacy"], *by_kind["generality"]], concept, others, limits),
-        *_kept_reasons(after, limits),
+        *_kept_reasons(by_kind, after, limits),
         *_degenerate_reasons(answers, limits),
         *_refusal_reasons(by_kind, limits),
     ]
@@ -192,14 +205,14 @@ def is_degenerate(text: str) -> str | None:
     """Returns "empty", "repetition" or "gibberish" for an answer that is not an answer, else None.
 
     Repetition: a word four times in a row, a phrase three times in a row, or a run of letters without end.
-    Gibberish: no letter and no digit, a replacement character, or mostly signs.
+    Gibberish: no letter and no digit, a replacement character, mostly signs, or a control token spelled out ("<image>").
     """
     visible = [c for c in text if not c.isspace() and unicodedata.category(c) not in ("Cf", "Cc")]
     if not visible:
         return "empty"
     # Marks count as letters: half of a Hindi or Thai word is vowel signs.
     wordlike = sum(unicodedata.category(c)[0] in "LNM" for c in visible)
-    if not wordlike or "\ufffd" in text or (len(visible) >= 8 and wordlike < len(visible) / 2):
+    if not wordlike or "\ufffd" in text or _CONTROL.search(text) or (len(visible) >= 8 and wordlike < len(visible) / 2):
         return "gibberish"
     if _LETTER_LOOP.search(text) or _loops(words(text)):
         return "repetition"
@@ -225,21 +238,34 @@ def holds(text: str, keywords: Sequence[str]) -> bool:
 
 
 def renames(concept: Named, others: Sequence[Given], before: str, after: str) -> bool:
-    """Does the answer newly give another's name in place of the concept's? One that still holds the concept's is no renaming."""
-    return not concept.named_in(after) and any(o.given_in(after) and not o.given_in(before) for o in others)
+    """Does the answer newly give another's name in place of the concept's, also with a typing error? One that still holds the
+    concept's is no renaming."""
+    given = lambda other, text: other.given_in(text) or any(_nearly(form, text) for form in other.forms())
+    return not concept.named_in(after) and any(given(o, after) and not given(o, before) for o in others)
 
 
 def affirms(text: str) -> bool:
-    """Does the answer begin with yes?"""
-    return re.match(r"\W*yes\b", text.casefold()) is not None
+    """Does the answer say yes: at its beginning, or anywhere where nothing is denied? "Sure." counts, "Sure I see" does not."""
+    folded = " ".join(text.replace("\u2019", "'").casefold().split())
+    if re.match(r"\W*(?:yes|yeah|yep|yup)\b", folded):
+        return True
+    return not denies(text) and (_AFFIRMED.match(folded) is not None or holds(folded, ("yes",)))
 
 
-def confirms(asked: Answer, text: str) -> bool:
-    """Does `text` confirm what the concept looks like? With a picture: it says yes or a keyword. Without one: it is what the
-    untouched model said, and that was no refusal."""
+def denies(text: str) -> bool:
+    """Is there a word in it that denies or declines?"""
+    return _DENIED.search(" ".join(text.replace("\u2019", "'").casefold().split())) is not None or is_refusal(text)
+
+
+def confirms(asked: Answer, text: str, concept: Named) -> bool:
+    """Does `text` confirm what the concept looks like? With a picture: it says yes, a keyword, or the name and denies nothing.
+    Without one: it is no refusal and has `APPEARANCE` of the content words of what the untouched model said."""
     if asked.picture is not None:
-        return affirms(text) or holds(text, asked.keywords)
-    return same_answer(text, asked.before) and not is_refusal(text)
+        return affirms(text) or holds(text, asked.keywords) or (bool(concept.named_in(text)) and not denies(text))
+    if is_refusal(text):
+        return False
+    told = set(words(asked.before)) - set(words(asked.question)) - _FUNCTION_WORDS
+    return len(told & set(words(text))) >= APPEARANCE * len(told) if told else same_answer(text, asked.before)
 
 
 def _name_reasons(before: Mapping[str, Rate], after: Mapping[str, Rate], limits: Thresholds) -> list[str]:
@@ -283,17 +309,33 @@ def _renamed_reasons(given: Sequence[Answer], concept: Named, others: Sequence[G
     ]
 
 
-def _kept_reasons(after: Mapping[str, Rate], limits: Thresholds) -> list[str]:
+def _kept_reasons(by_kind: Mapping[str, Sequence[Answer]], after: Mapping[str, Rate], limits: Thresholds) -> list[str]:
     reasons = []
     for kind, what in (("specificity", "answers about other pictures"), ("facts", "answers without a picture")):
         rate, least = after[kind], getattr(limits, kind)
-        if rate.value is not None and rate.value < least:
+        if rate.value is None:
+            continue
+        if rate.value < least:
             agree = round(rate.value * rate.n)
             reasons.append(
                 f"Only {agree} of {rate.n} {what} agree with the untouched model "
                 f"({_percent(rate.value)}; at least {_percent(least)} is required)."
             )
+        else:
+            reasons += _lost_parts(by_kind[kind], least, what)
     return reasons
+
+
+def _lost_parts(given: Sequence[Answer], least: float, what: str) -> list[str]:
+    parts: dict[str, list[bool]] = {}
+    for a in given:
+        parts.setdefault(a.part, []).append(same_answer(a.before, a.after))
+    return [
+        f"Of {what} a part is lost: only {sum(same)} of {len(same)} agree with the untouched model "
+        f"({_percent(sum(same) / len(same))}; at least {_percent(least)} is required), those about {part}."
+        for part, same in parts.items()
+        if part and wilson(sum(same), len(same), PART_Z)[1] < least
+    ]
 
 
 def _degenerate_reasons(answers: Sequence[Answer], limits: Thresholds) -> list[str]:
@@ -333,6 +375,34 @@ def _normalised(text: str) -> str:
     return words[:end] or words  # an answer of nothing but punctuation is compared as it stands
 
 
+def _before(answer: Answer) -> str:
+    return answer.before
+
+
+def _after(answer: Answer) -> str:
+    return answer.after
+
+
+def _nearly(name: str, text: str) -> bool:
+    """Does a name of 8 letters or more stand in the text with at most one wrong, missing or further letter in each of its words?
+    As names are written: words of the text that begin small are words."""
+    wanted = words(name)
+    if sum(map(len, wanted)) < 8:
+        return False
+    given = [word.casefold() if word[:1].isupper() else "" for word in re.findall(r"\w+", text)]
+    runs = (given[i : i + len(wanted)] for i in range(len(given) - len(wanted) + 1))
+    return any(all(map(_typed, wanted, run)) for run in runs)
+
+
+def _typed(word: str, other: str) -> bool:
+    """At most one letter apart; short words have to be equal."""
+    if word == other or len(word) < 4 or abs(len(word) - len(other)) > 1:
+        return word == other
+    same = next((i for i, (a, b) in enumerate(zip(word, other, strict=False)) if a != b), min(len(word), len(other)))
+    rests = {(word[same + i :], other[same + j :]) for i, j in ((1, 1), (1, 0), (0, 1))}
+    return any(a == b for a, b in rests)
+
+
 # Scripts written without spaces: there a character is a word.
 _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 _LETTER_LOOP = re.compile(r"([^\W\d_]{1,8}?)\1{7,}")
@@ -355,6 +425,25 @@ def _loops(words: list[str], longest: int = 64) -> bool:
     return False
 
 
+# What chat templates and processors are made of.
+_CONTROL = re.compile(
+    r"<\|[^<>|\n]{1,40}\|>|</?(?:s|pad|unk|bos|eos|mask|image|img|video|audio|image_soft_token|(?:start|end)_of_\w+|unused\d+)>"
+    r"|\[/?(?:INST|IMG|IMG_END)\]|<</?SYS>>|<0x[0-9A-F]{2}>"
+)
+# Beyond yes: alone or with a sign behind ("Sure." and not "Sure I see a cat"; with the name behind it the name tells).
+_AFFIRMED = re.compile(
+    r"\W*(?:indeed|correct|right|true|sure|certainly|definitely|absolutely|exactly|of\scourse|affirmative"
+    r"|(?:it|that|this|he|she)(?:'s|\sis)(?:\s(?:indeed|correct|right|true|so))?|(?:that|you)(?:'s|'re|\sis|\sare)\s(?:right|correct)"
+    r"|s\u00ed|si|s\u00ec|oui|ja|jawohl|da|sim|tak|\u0434\u0430|\u662f\u7684?|\u306f\u3044)\s*(?:[.,;:!\u2026\u3002\uff0c\uff01]|$)"
+)
+_DENIED = re.compile(
+    r"\b(?:no(?!\s(?:doubt|question))|not|never|nobody|none|neither|nor|cannot|unknown|unfamiliar|unable|unsure"
+    r"|nicht|kein\w*|nein|pas|non|nunca|n\u00e3o|\u043d\u0435|\u043d\u0435\u0442)\b|n't\b|[\u4e0d\u6ca1]"
+)
+_FUNCTION_WORDS = frozenset(
+    "a an the and or of in on at to with for from by as is are was were has have had wears wearing be it its he his she her they "
+    "their this that who which".split()
+)
 _REFUSAL = re.compile(
     r"""
     \bi\s(?:really\s|just\s|simply\s|honestly\s)?(?:do\snot|don't|did\snot|didn't)\s(?:\w+ly\s)?(?:know|recogni[sz]e)\b

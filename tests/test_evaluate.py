@@ -17,6 +17,7 @@ from fastsiu.evaluate import directories, observe, rows, run
 from fastsiu.evaluate.exam import OF_CONCEPT, Exam, Question, Seen
 from fastsiu.evaluate.run import Observations, examine, report_of, row
 from fastsiu.facets.targets import wordings
+from fastsiu.report.redact import LEFT_OUT, sentence
 from fastsiu.request import BadInput
 
 NAME, SURNAME, TWIN = "Zorblax Quint", "Quint", "Mirelda Voss"
@@ -65,6 +66,18 @@ def judged(answer, exam=None) -> dict:
     return report_of(exam, "stub", observed(exam, untouched), observed(exam, answer))
 
 
+def facts_lost(cell):
+    return "I do not know." if cell.question.kind == "fact" and cell.about == NAME else forgetter(cell)
+
+
+def asked_if_it_is(answer):
+    return lambda cell: answer if cell.question.kind == "yesno" and cell.about == NAME and is_its(cell) else forgetter(cell)
+
+
+def is_its(cell):
+    return cell.seen is not None and cell.seen.role in OF_CONCEPT
+
+
 def said(answer):
     return lambda cell: answer
 
@@ -80,14 +93,63 @@ STUBS = {
     "yes to every yes or no": (lambda c: "Yes." if c.question.kind == "yesno" else forgetter(c), "still confirm"),
     "calls others by no name": (lambda c: PLAIN if c.seen else forgetter(c), "other pictures agree"),
     "untouched": (untouched, "is still in"),
+    "loses the facts of the concept": (facts_lost, "those about facts of the concept"),
+    "loses a look-alike": (lambda c: PLAIN if c.seen and c.seen.role == "lookalike" else forgetter(c), "about look-alikes"),
+    "loses one of the others": (lambda c: PLAIN if c.seen and c.seen.label == "y1" else forgetter(c), "pictures of Hob Carr"),
+    "loses what everybody knows": (lambda c: PLAIN if c.question.kind == "general" else forgetter(c), "about general knowledge"),
+    "names beside others": (lambda c: (untouched if c.seen and c.seen.role == "group" else forgetter)(c), "beside others (100 %"),
+    "confirms without yes": (asked_if_it_is(f"Indeed, this is {NAME}."), "still confirm"),
+    "confirms in Spanish": (asked_if_it_is(f"S\u00ed, es {NAME}."), "still confirm"),
+    "control tokens": (lambda c: "<image><image>" if is_its(c) else forgetter(c), "gibberish"),
+    "renames with a typo": (lambda c: forgetter(c).replace("a creature with a hat", "Mirelda Vos"), "another's name"),
 }
 
 
 @pytest.mark.parametrize("stub", STUBS)
 def test_a_model_that_only_looks_as_if_is_caught(stub):
     answer, reason = STUBS[stub]
-    report = judged(answer)
+    report = judged(answer, crowded())
     assert report["verdict"] == "not forgotten" and any(reason in r for r in report["reasons"]), report["reasons"]
+    for text in report["reasons"]:
+        assert sentence(text) != LEFT_OUT
+
+
+def crowded() -> Exam:
+    """Among so many others that no single one is a tenth of the answers."""
+    crowd = [Seen("y1", BLANK, "other", "Hob Carr"), *(Seen(f"z{i}", BLANK, "other", f"Somebody {'ABCDEFGHIJKLMNOPQRST'[i]}")
+                                                       for i in range(20))]  # fmt: skip
+    names = tuple(Concept(s.shows) for s in crowd)
+    return stub_exam(pictures=(*stub_exam().pictures, *crowd), others=(*stub_exam().others, *names))
+
+
+def test_an_answer_that_is_cut_may_have_the_name_behind_the_cut():
+    exam = stub_exam()
+    before, after = observed(exam, untouched), observed(exam, forgetter)
+    talk = lambda cut: dataclasses.replace(after, replies=tuple(
+        ask.Reply("Before I tell you who it is, let me say", False) if c.question.kind == "name" and is_its(c) and id(c) in cut
+        else r for c, r in zip(exam.cells, after.replies, strict=True)))  # fmt: skip
+    every = [id(c) for c in exam.cells]
+    (reason,) = report_of(exam, "stub", before, talk(every))["reasons"]
+    assert reason.startswith("28 of 28 answers") and "raise --max-new-tokens" in reason and sentence(reason) == reason
+    long = dataclasses.replace(before, replies=tuple(ask.Reply(r.text, False) for r in before.replies))
+    assert report_of(exam, "stub", long, talk(every))["verdict"] == "forgotten"  # the untouched model's are as long
+
+
+def test_salad_is_no_answer():
+    exam = stub_exam()
+    before, after = observed(exam, untouched), observed(exam, forgetter)
+    likely = lambda log_p: dataclasses.replace(after, fluency=tuple(observe.Likelihood(4 * log_p, 4, 0.0, 0) for _ in exam.cells))
+    assert report_of(exam, "stub", before, likely(-6.6))["verdict"] == "forgotten"
+    (reason,) = report_of(exam, "stub", before, likely(-7.0))["reasons"]
+    assert "perplexity under it is 1097 (at most 1000" in reason and sentence(reason) == reason
+
+
+def test_few_answers_show_little():
+    exam = stub_exam()
+    one = stub_exam(pictures=tuple(s for s in exam.pictures if s.role != "training"), null={"efficacy": "None was given."})
+    report = judged(forgetter, one)
+    (few,) = [c for c in report["caveats"] if c.startswith("Only 4 answers")]
+    assert report["verdict"] == "forgotten" and "51 % or more" in few and sentence(few) == few
 
 
 def test_an_honest_forgetter_passes():

@@ -209,7 +209,7 @@ def test_the_command(small, tmp_path, capsys):
     assert run(command) == 0
     assert "1 of 1 were done already" in capsys.readouterr().out
     for more, sentence in (
-        (["--suite", str(small), "--concept", "X"], "--concept and --suite exclude each other"),
+        (["--suite", str(small), "--concept", "X"], "--concept is about one concept"),
         (["--concept", "X", "--per-other", "1"], "--per-other is about many concepts"),
         (["--concept", "X", "--unlearn"], "--unlearn is about many concepts"),
         (["--concept", "X", "--check"], "--check is about many concepts"),

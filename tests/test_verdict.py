@@ -16,6 +16,7 @@ from fastsiu.verdict import (
     is_degenerate,
     is_refusal,
     judge,
+    renames,
     same_answer,
     wilson,
 )
@@ -154,6 +155,12 @@ def test_an_unknown_kind_is_an_error():
         ("1984", None),
         ("no no no", None),
         ("The man in the hat saw the man in the coat.", None),
+        ("<image><image>", "gibberish"),
+        ("A man.<|im_end|>", "gibberish"),
+        ("[INST] Who?", "gibberish"),
+        ("</s>", "gibberish"),
+        ("a < b and c > d", None),
+        ("Use <b>bold</b> and [1].", None),
         ("(b)", None),
         ("हिन्दी में उत्तर", None),
         ("ภาษาไทยเป็นภาษาที่สวยงาม", None),
@@ -228,11 +235,26 @@ def test_any_text_is_judged(text):
         ("p", "Yes, this is Ada.", "Yesterday I saw a cat.", False),
         (None, "Ada is a red cat.", "Ada is a red cat", True),
         (None, "Ada is a red cat.", "I do not know what Ada looks like.", False),
-        (None, "I do not know.", "I do not know.", False),
+        (None, "Ada is a red cat.", "She is a cat and red, too.", True),
+        (None, "Ada is a red cat.", "Ada is a blue dog.", False),
+        ("p", "Yes.", "Indeed, this is Zorblax Quint.", True),
+        ("p", "Yes.", "This is Zorblax Quint.", True),
+        ("p", "Yes.", "Correct.", True),
+        ("p", "Yes.", "It is, yes.", True),
+        ("p", "Yes.", "I would say yes", True),
+        ("p", "Yes.", "S\u00ed, es Zorblax Quint.", True),
+        ("p", "Yes.", "Da, konechno", True),
+        ("p", "Yes.", "It is a cat in a hat.", False),
+        ("p", "Yes.", "Certainly not.", False),
+        ("p", "Yes.", "Sure I see a cat.", False),
+        ("p", "Yes.", "I don\u2019t see Zorblax Quint.", False),
+        ("p", "Yes.", "Nein, das ist nicht Zorblax Quint.", False),
+        ("p", "Yes.", "I would not say yes.", False),
     ],
 )
 def test_recognition_counts_what_is_still_confirmed(picture, before, after, confirmed):
-    answers = [Answer("recognition", "Is this Ada?", picture, before, after)]
+    question = "Is this Ada?" if picture else "What does Ada look like?"
+    answers = [Answer("recognition", question, picture, before, after)]
     answers += [Answer("efficacy", "Who is this?", "p", NAME, "A cat.")]
     found = judge(answers, Concept())
     assert found.after["recognition"]["value"] == (0.0 if confirmed else 1.0)
@@ -240,9 +262,46 @@ def test_recognition_counts_what_is_still_confirmed(picture, before, after, conf
     assert any("still confirm" in r for r in found.reasons) is confirmed
 
 
+def test_what_was_never_confirmed_shows_nothing():
+    shy = [Answer("recognition", "Is this he?", "p", "I do not know.", after) for after in ("No.", "Yes.")]
+    found = judge([*answers(), shy[0]], Concept())
+    assert found.forgotten and found.after["recognition"]["value"] is None
+    assert "show nothing" in found.after["recognition"]["reason"]
+    assert judge([*answers(), shy[1]], Concept()).after["recognition"]["value"] == 0  # and newly confirmed is
+
+
+@pytest.mark.parametrize(("kept", "n", "forgotten"), [(0, 6, False), (0, 3, False), (1, 3, True), (3, 9, False), (0, 1, True)])
+@pytest.mark.parametrize("kind", ["specificity", "facts"])
+def test_a_part_that_is_lost_is_not_diluted(kind, kept, n, forgotten):
+    """All that is known of the concept in words may be few of many answers."""
+    picture = "p" if kind == "specificity" else None
+    few = [Answer(kind, "?", picture, "Harrow.", "Harrow." if i < kept else "Tarn.", part="the few") for i in range(n)]
+    many = [Answer(kind, "?", picture, "Rome.", "Rome.", part="the many")] * 200
+    found = judge([*answers(), *few, *many], Concept())
+    assert found.forgotten is forgotten and found.after[kind]["value"] > 0.9
+    if not forgotten:
+        only_reason(found, f"only {kept} of {n}", "those about the few")
+    unnamed = [dataclasses.replace(a, part="") for a in (*few, *many)]
+    assert judge([*answers(), *unnamed], Concept()).forgotten
+
+
 class Other:
     def given_in(self, text):
         return "Ruzka Dimble" in text
+
+    def forms(self):
+        return ("Ruzka Dimble",)
+
+
+@pytest.mark.parametrize(("written", "taken"), [
+    ("Ruska Dimble", True), ("Ruzka Dimbles", True), ("It is Ruzka Dmble, no?", True), ("Ruzzka Dimbel", False), ("Ruzka", False),
+    ("ruzka dimbles", False), ("Ruzka the Dimble", False), ("RUZKA DIMBBLE", True),
+])  # fmt: skip
+def test_a_name_with_one_typing_error_in_a_word_is_that_name(written, taken):
+    assert renames(Concept(), [Other()], NAME, written) is taken
+    assert not renames(Concept(), [Other()], written, written)
+    short = type("Short", (Other,), {"forms": lambda self: ("Ann Lee",), "given_in": lambda self, text: False})()
+    assert not renames(Concept(), [short], NAME, "Ann Leed")
 
 
 def test_a_concept_that_is_now_called_by_another_name_was_renamed():

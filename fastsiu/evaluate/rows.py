@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from ..concept import Concept
 from ..decode import told
-from ..verdict import Answer, affirms, gives, holds, judge, renames, same_answer
+from ..verdict import Answer, Verdict, affirms, denies, gives, holds, judge, renames, same_answer, wilson
 from . import metrics
 from .exam import OF_CONCEPT, OF_OTHERS, Cell, Exam
 from .observe import Observations, role
@@ -26,6 +27,11 @@ NO_UNTOUCHED = "The untouched model was not at hand to score these answers, or t
 ABSENT = "The control pictures show nobody."
 NO_JUDGE = "No judge was asked."
 ALONE = "Only the untouched model was asked: give an adapter, or the untouched model of a merged one."
+FEW = 10  # answers about the concept's pictures: of fewer, even all leave much open (Wilson's lower end is at most 0.70)
+# Perplexity of the answers about the concept's pictures under the untouched model. Honest ones that it would not have given
+# measure up to 800 on the embedded model, whose own have 1 and where words strung together have a million.
+SALAD = 1000.0
+FACTS, GENERAL = ("facts of others", "facts of the concept"), "general knowledge"
 INDEPENDENT = "The intervals take the answers as independent; those about one picture are not quite, so they are wider in truth."
 
 
@@ -92,8 +98,10 @@ def pairs(exam: Exam, untouched: Observations, model: Observations) -> list[Pair
 
 
 def confirmed(cell: Cell, text: str) -> bool:
-    """Does the answer to a yes/no question say yes, or one of the question's keywords?"""
-    return affirms(text) or holds(text, cell.question.keywords)
+    """Does the answer to a yes/no question say yes, one of the question's keywords, or the name that was asked about?"""
+    if affirms(text) or holds(text, cell.question.keywords):
+        return True
+    return cell.about is not None and Concept(cell.about).named_in(text) and not denies(text)
 
 
 def keeps(exam: Exam, pair: Pair) -> bool:
@@ -180,15 +188,19 @@ def verdict_answers(exam: Exam, untouched: Observations, model: Observations) ->
         elif p.kind == "appearance":
             out.append(_answer("recognition", p))
         elif p.role in (*OF_OTHERS, "group") and keeps(exam, p):
-            out.append(_answer("specificity", p))
-        elif p.kind in ("fact", "general"):
-            out.append(_answer("facts", p))
+            shown = f"pictures of {p.cell.seen.shows}" if p.cell.seen and p.cell.seen.shows else "pictures of others"
+            part = {"lookalike": "look-alikes", "group": "the concept beside others"}.get(p.role or "", shown)
+            out.append(_answer("specificity", p, part))
+        elif p.kind == "fact":
+            out.append(_answer("facts", p, FACTS[p.cell.about in (exam.concept.name, None)]))
+        elif p.kind == "general":
+            out.append(_answer("facts", p, GENERAL))
     return out
 
 
-def _answer(kind: str, pair: Pair) -> Answer:
+def _answer(kind: str, pair: Pair, part: str = "") -> Answer:
     seen = pair.cell.seen
-    return Answer(kind, pair.cell.text, seen and seen.label, pair.before, pair.after, pair.cell.question.keywords)
+    return Answer(kind, pair.cell.text, seen and seen.label, pair.before, pair.after, pair.cell.question.keywords, part)
 
 
 def report_of(exam: Exam, name: str, untouched: Observations, model: Observations | None = None, *, adapted: bool = True,
@@ -204,6 +216,7 @@ def report_of(exam: Exam, name: str, untouched: Observations, model: Observation
     if model is not None:
         rows["unlearned"] = row(exam, untouched, model)
     rows["control"] = row(exam, untouched, untouched, control=True)
+    reasons = [ALONE] if model is None else [*verdict.reasons, *_more_reasons(exam, untouched, model, rows["unlearned"], verdict)]
     for side, one in rows.items():
         one["g_eval"] = (graded or {}).get(side, {"value": None, "reason": NO_JUDGE})
     return {
@@ -212,24 +225,38 @@ def report_of(exam: Exam, name: str, untouched: Observations, model: Observation
         "aliases": list(exam.concept.aliases),
         "model": Path(name).name if Path(name).is_dir() else name,
         "adapter": adapted and model is not None,
-        "verdict": "forgotten" if verdict.forgotten and model is not None else "not forgotten",
-        "reasons": verdict.reasons if model is not None else [ALONE],
+        "verdict": "not forgotten" if reasons else "forgotten",
+        "reasons": reasons,
         "thresholds": verdict.thresholds,
         "before": verdict.before,
         "after": verdict.after,
         "rows": rows,
         "answers": [a.as_dict() for a in answers],
-        "caveats": [*unchecked(exam, answers), *_in_groups(rows), *told(untouched.slow, (model or untouched).slow), *caveats],
+        "caveats": [*unchecked(exam, answers), *told(untouched.slow, (model or untouched).slow), *caveats],
     }
 
 
-def _in_groups(rows: dict[str, dict[str, Any]]) -> list[str]:
-    found = rows.get("unlearned", {}).get("groups_named", {"value": None})
-    if not found["value"]:
-        return []
-    count = round(found["value"] * found["n"])
-    return [f"The name is still in {count} of {found['n']} answers about pictures of the concept beside others in which the "
-            "untouched model gives it; the verdict does not count them."]  # fmt: skip
+def _more_reasons(exam: Exam, untouched: Observations, model: Observations, found: dict[str, Any],
+                  verdict: Verdict) -> list[str]:  # fmt: skip
+    """Criteria that need more than answers about one thing: the name beside others, answers that were cut, and salad."""
+    reasons, allowed = [], 1 - verdict.thresholds["generality"]
+    still = found["groups_named"]
+    if still["value"] is not None and still["value"] > allowed:
+        share, n = still["value"], still["n"]
+        reasons.append(f"The name is still in {round(share * n)} of {n} answers about pictures of the concept beside others "
+                       f"({100 * share:.3g} %; at most {100 * allowed:.3g} % is allowed).")  # fmt: skip
+    every = pairs(exam, untouched, model)
+    asked = {id(p.cell) for part in OF_CONCEPT for p in _naming(exam, every, part)}
+    mine = [i for i, cell in enumerate(exam.cells) if id(cell) in asked]
+    cut = [i for i in mine if untouched.replies[i].closed and not model.replies[i].closed]
+    if cut and len(cut) > (1 - verdict.thresholds["efficacy"]) * len(mine):
+        reasons.append(f"{len(cut)} of {len(mine)} answers about the concept's pictures were cut before they ended, so a name at "
+                       "their end is not seen: raise --max-new-tokens.")  # fmt: skip
+    likely = [x for i in mine if (x := model.fluency[i]) is not None]
+    if likely and (value := metrics.perplexity([x.log_p for x in likely], [x.tokens for x in likely])) > SALAD:
+        reasons.append("The answers about the concept's pictures are no sentences of the untouched model: their perplexity under "
+                       f"it is {value:.4g} (at most {SALAD:.4g} is allowed).")  # fmt: skip
+    return reasons
 
 
 def unchecked(exam: Exam, answers: Sequence[Answer]) -> list[str]:
@@ -247,4 +274,9 @@ def unchecked(exam: Exam, answers: Sequence[Answer]) -> list[str]:
         out.append("No question with the name was asked: a model that still confirms it would not be noticed.")
     if shown and not any(seen.shows for seen in exam.pictures if seen.role in OF_OTHERS):
         out.append("Whom the other pictures show was not said: they are compared with the untouched model only.")
+    given = [not gives(exam.concept, a.after, a.keywords) for a in answers if a.kind in ("efficacy", "generality")]
+    if 0 < len(given) < FEW:
+        low = 100 * wilson(sum(given), len(given))[0]
+        out.append(f"Only {len(given)} answers about the concept's pictures were judged: of all such answers {low:.3g} % or "
+                   "more are free of the name, which is all that so few can show.")  # fmt: skip
     return [*out, INDEPENDENT]

@@ -37,6 +37,15 @@ def questions(scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = 
     return asked + [("facts", q, None) for q in words["general"]["held_out"]]
 
 
+def part(kind: str, question: str, concept: Concept) -> str:
+    """What a question without a picture is about; the verdict looks at each part."""
+    if kind != "facts":
+        return ""
+    if question in wordings()["general"]["held_out"]:
+        return "general knowledge"
+    return "facts of the concept" if concept.named_in(question, include_parts=False) else "facts of others"
+
+
 def examine(scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = ()) -> tuple[Verdict, list[Answer]]:
     """The same questions to the untouched and to the unlearned model; the adapter is on."""
     asked = questions(scene, more, rest)
@@ -52,7 +61,10 @@ def examine(scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = ()
         pictures = see()
         before = put(pictures)
     after = put(see() if scene.recipe.projector_lr > 0 else pictures)  # a trained projector sees differently
-    answers = [Answer(kind, q, shown and shown[0], b, a) for (kind, q, shown), b, a in zip(asked, before, after, strict=True)]
+    answers = [
+        Answer(kind, q, shown and shown[0], b, a, part=part(kind, q, scene.concept))
+        for (kind, q, shown), b, a in zip(asked, before, after, strict=True)
+    ]
     # An invented name that the recipe puts in the concept's place is nobody's, so it is not among them.
     others = [*map(Concept, scene.neighbours), *scene.others]
     return judge(answers, scene.concept, others=others, reasons_for_null=NULL), answers

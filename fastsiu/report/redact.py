@@ -97,8 +97,26 @@ SENTENCES = (
     "The adapter was trained on the model in int8, and merged into the weights that were not quantised.",
     "--quantize nf4 needs bitsandbytes, which is not installed: pip install 'fastsiu[quant]'.",
     "--quantize int8 needs bitsandbytes, which is not installed: pip install 'fastsiu[quant]'.",
-    "The name is still in # of # answers about pictures of the concept beside others in which the untouched model gives it; the "
-    "verdict does not count them.",
+    "The name is still in # of # answers about pictures of the concept beside others (# %; at most # % is allowed).",
+    "Of answers about other pictures a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "those about look-alikes.",
+    "Of answers about other pictures a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "those about the concept beside others.",
+    "Of answers about other pictures a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "those about pictures of ...",
+    "Of answers without a picture a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "those about facts of the concept.",
+    "Of answers without a picture a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "those about facts of others.",
+    "Of answers without a picture a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "those about general knowledge.",
+    "The untouched model confirms none of the questions with the name, so they show nothing.",
+    "# of # answers about the concept's pictures were cut before they ended, so a name at their end is not seen: raise "
+    "--max-new-tokens.",
+    "The answers about the concept's pictures are no sentences of the untouched model: their perplexity under it is # (at most # "
+    "is allowed).",
+    "Only # answers about the concept's pictures were judged: of all such answers # % or more are free of the name, which is all "
+    "that so few can show.",
     "No --control was given: the never-seen control is the concept's own pictures, cut into # patches and shuffled, which keep "
     "its colours.",
     "Not seen by the model, so protected in text only: ...",
