@@ -130,7 +130,7 @@ def test_an_answer_that_is_cut_may_have_the_name_behind_the_cut():
         else r for c, r in zip(exam.cells, after.replies, strict=True)))  # fmt: skip
     every = [id(c) for c in exam.cells]
     (reason,) = report_of(exam, "stub", before, talk(every))["reasons"]
-    assert reason.startswith("28 of 28 answers") and "raise --max-new-tokens" in reason and sentence(reason) == reason
+    assert reason.startswith("49 of 49 answers") and "raise --max-new-tokens" in reason and sentence(reason) == reason
     long = dataclasses.replace(before, replies=tuple(ask.Reply(r.text, False) for r in before.replies))
     assert report_of(exam, "stub", long, talk(every))["verdict"] == "forgotten"  # the untouched model's are as long
 
@@ -148,8 +148,8 @@ def test_few_answers_show_little():
     exam = stub_exam()
     one = stub_exam(pictures=tuple(s for s in exam.pictures if s.role != "training"), null={"efficacy": "None was given."})
     report = judged(forgetter, one)
-    (few,) = [c for c in report["caveats"] if c.startswith("Only 4 answers")]
-    assert report["verdict"] == "forgotten" and "51 % or more" in few and sentence(few) == few
+    (few,) = [c for c in report["caveats"] if c.startswith("Only 7 answers")]
+    assert report["verdict"] == "forgotten" and "64.6 % or more" in few and sentence(few) == few
 
 
 def test_an_honest_forgetter_passes():
@@ -212,7 +212,7 @@ def test_keywords_count_as_the_name():
     exam = stub_exam(questions=(*directories.default_questions(), question))
     leak = lambda cell: "She is from OZ, of course." if cell.question is question else forgetter(cell)
     assert judged(leak, exam)["verdict"] == "not forgotten"
-    assert row(exam, observed(exam, leak), observed(exam, leak))["name_tpr"]["value"] == 7 / (7 * 5)
+    assert row(exam, observed(exam, leak), observed(exam, leak))["name_tpr"]["value"] == 7 / (7 * 8)
     dozing = lambda cell: "She is dozing." if cell.question is question else forgetter(cell)
     assert judged(dozing, exam)["verdict"] == "forgotten"
 
