@@ -16,9 +16,14 @@ import subprocess
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "compare.jsonl"
 PLOTS = Path(__file__).parent / "plots"
+
+
+def newest() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text(encoding="utf-8").splitlines()[-1])
 
 
 def main() -> None:
@@ -30,6 +35,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="append and draw nothing")
+    parser.add_argument("--retest", action="store_true", help="take the newest result's search, and test its choices anew")
     options = parser.parse_args()
 
     from fastsiu.report import front
@@ -37,8 +43,7 @@ def main() -> None:
     if options.table:
         if not RESULTS.is_file():
             parser.error("there are no results yet: run without --table first")
-        newest = json.loads(RESULTS.read_text(encoding="utf-8").splitlines()[-1])
-        print("\n".join(front.grid(front.COLUMNS, front.table(newest))))
+        print("\n".join(front.grid(front.COLUMNS, front.table(newest()))))
         return
 
     import torch
@@ -52,7 +57,8 @@ def main() -> None:
         export(Path(folder) / "demo")
         report = compare.compare(
             Path(folder) / "demo" / "suite", None, names=options.methods, concepts=options.concepts, seeds=options.seeds,
-            processes=options.processes, quick=options.quick, listener=Listener(stage=lambda text: print(text, flush=True)),
+            processes=options.processes, quick=options.quick, search=newest() if options.retest else None,
+            listener=Listener(stage=lambda text: print(text, flush=True)),
         )  # fmt: skip
     print("\n".join(front.grid(front.COLUMNS, front.table(report))))
     print(f"{report['seconds']['all']} s")

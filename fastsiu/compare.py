@@ -3,8 +3,7 @@
     prepare   samples, dreams and the untouched model's answers, once per (concept, seed), shared by all methods
     search    every method x the same learning rates, looked at after the same numbers of steps, on pictures of all concepts held
               apart for that
-    choose    per method: the lowest share of the name still given among settings that keep the utility floor, each taken for no
-              better than the looks before and after it, since the best of many looks is a lucky one
+    choose    per method: the lowest share of the name still given among settings that keep the utility floor
     test      on all concepts: new seeds, and dreams, at that setting, on pictures that neither training nor the search has seen
 """
 
@@ -37,20 +36,20 @@ SEARCH_SEED = 0
 
 def choose(points: Sequence[Point], floor: float) -> tuple[Point, bool]:
     """The point with the lowest share of the name still given among those that keep the floor, and True; where none does, the one
-    that keeps most, and False. A point counts for no better than its neighbours, the looks before and after it at the same rate.
-    Among equals the one that keeps more, then, since those around it are as good, the middle one by steps."""
-    worst: dict[tuple[float, int], tuple[float, float]] = {}
-    for lr in {p.lr for p in points}:
-        run = sorted((p for p in points if p.lr == lr), key=lambda p: p.step)
-        for i, point in enumerate(run):
-            around = run[max(0, i - 1) : i + 2]
-            worst[point.lr, point.step] = max(p.named for p in around), min(p.kept for p in around)
-    named, kept = (lambda p, at=at: worst[p.lr, p.step][at] for at in (0, 1))
-    good = [p for p in points if kept(p) >= floor]
-    order = (lambda p: (named(p), -kept(p))) if good else (lambda p: (-kept(p), named(p)))
+    that keeps most, and False. Among equals the one that keeps more, then the middle one by steps: where many settings are as good
+    as can be told, those at the ends are the ones that just are."""
+    good = [p for p in points if p.kept >= floor]
+    order = (lambda p: (p.named, -p.kept)) if good else (lambda p: (-p.kept, p.named))
     best = min(map(order, good or points))
     equal = sorted((p for p in good or points if order(p) == best), key=lambda p: (p.step, p.lr))
     return equal[(len(equal) - 1) // 2], bool(good)
+
+
+def _searched(report: Mapping[str, Any], name: str) -> list[Point]:
+    """The points of an earlier report's search."""
+    points = next((row["searched"] for row in report["rows"] if row["method"] == name), [])
+    return [Point(p["lr"], p["step"], {"named": (p["named"], 1), "others": (p["kept"], 1), "lookalikes": (0, 0), "facts": (1, 1),
+                                       "broken": (0, 1)}) for p in points]  # fmt: skip
 
 
 def over_concepts(runs: Sequence[Sequence[Point]]) -> list[Point]:
@@ -84,7 +83,7 @@ def beaten_clearly(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
 def compare(
     suite: Path, model: str | None, *, names: Sequence[str] = (), concepts: Sequence[str] = (), seeds: int = 3,
     floor: float = 0.95, processes: int = 2, lrs: Sequence[float] = LRS, steps: int | None = None, quick: bool = False,
-    device: str | None = None, dtype: str = "auto", listener: Listener | None = None,
+    device: str | None = None, dtype: str = "auto", search: Mapping[str, Any] | None = None, listener: Listener | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The report of a comparison (`FORMAT`), ready for JSON.
 
@@ -94,6 +93,7 @@ def compare(
     floor:    what the chosen setting must keep of others' naming and of facts, as a share of the untouched model's
     lrs:      the grid, times the recipe's rate
     steps:    ceiling, the recipe's when None
+    search:   an earlier report of the same concepts and recipe, whose search is taken instead of a new one
     quick:    one method, rate, concept and seed, 8 steps, in this process: whether it runs, and nothing else
 
     Raises BadInput for names that do not exist, a suite too small for a search and a test, or a concept the model does not name.
@@ -116,6 +116,9 @@ def compare(
     recipe, _ = driver.choose_recipe(model, "default", {"steps": steps})
     if recipe.schedule != "constant" or recipe.warmup:
         raise BadInput("The search looks at a run as it goes, which needs a constant rate: set schedule 'constant' and warmup 0.")
+    same = lambda one: (one["concepts"], one["recipe"], one["search"]["asked"])
+    if search and same(search) != ([s.name for s in subjects], recipe.as_dict(), asdict(SEARCH)):
+        raise BadInput("The earlier search was of other concepts, another recipe or another size: search anew.")
     looks = tuple(dict.fromkeys([*(k for k in LOOKS if k < recipe.steps), recipe.steps]))
     slugs, rates = [s.slug for s in subjects], [recipe.lr * x for x in lrs]
     with tempfile.TemporaryDirectory(prefix="fastsiu-compare-") as folder:
@@ -123,12 +126,13 @@ def compare(
         try:
             units = [(slug, seed) for seed in range(SEARCH_SEED, SEARCH_SEED + 1 + seeds) for slug in slugs]
             first, rest = units[: len(slugs)], units[len(slugs) :]
+            units = rest if search else units
             prepared = sum(_told(listener, "Preparing", pool.map("prepare", units), units))
             untouched = total(pool.map("untouched", [(slug,) for slug in slugs]))
             if not any(untouched[key][1] for key in ("others", "lookalikes", "facts")):
                 raise BadInput("Nothing could be retained: add a concept that the model names, or a question of kind 'fact'.")
-            jobs = [(*unit, name, lr, looks, "search") for name in chosen for lr in rates for unit in first]
-            found: dict[str, list[Point]] = {name: [] for name in chosen}
+            found = {name: _searched(search, name) if search else [] for name in chosen}
+            jobs = [] if search else [(*u, name, lr, looks, "search") for name in chosen for lr in rates for u in first]
             searched = _told(listener, "Searching", pool.map("run", jobs), jobs)
             runs: dict[tuple[str, float], list[list[Point]]] = defaultdict(list)
             for (_, _, name, lr, *_), (points, _) in zip(jobs, searched, strict=True):
