@@ -36,8 +36,8 @@ SEARCH_SEED = 0
 
 def choose(points: Sequence[Point], floor: float) -> tuple[Point, bool]:
     """The point with the lowest share of the name still given among those that keep the floor, and True; where none does, the one
-    that keeps most, and False. Among equals the one that keeps more, then the middle one by steps: where many settings are as good
-    as can be told, those at the ends are the ones that just are."""
+    that keeps most, and False. Among equals the one that keeps more, then the middle one by steps: where many settings are
+    as good as can be told, those at the ends only just are."""
     good = [p for p in points if p.kept >= floor]
     order = (lambda p: (p.named, -p.kept)) if good else (lambda p: (-p.kept, p.named))
     best = min(map(order, good or points))

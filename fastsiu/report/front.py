@@ -64,7 +64,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"learning rates {rates}, looked at after {steps} steps, on pictures that the test does not see. "
         f"Chosen is the setting with the lowest share of the name among those that keep at least {100 * floor:.0f} % of others' "
         "names (look-alikes included) and of facts, of equals the middle one by steps; \u2020: none does, and this keeps "
-        "most. The test trains anew with other seeds and dreams, for exactly so many steps. *Front*: no other method keeps as much and gives the name as rarely.", "",
+        "most. The test trains anew with other seeds and dreams, for exactly so many steps. *Front*: no other method "
+        "keeps as much and gives the name as rarely.", "",
         "## Published, other model and data, not comparable in level", "",
         "arXiv 2405.12523, Table 1: LLaVA-1.5 7B, one concept, 3 trials, learning rates not searched. EM is the share of "
         "answers without the name (higher is better), Specificity the mean of eight public benchmarks.", "",
