@@ -438,7 +438,7 @@ def test_the_real_size_is_rehearsed_on_a_tiny_model(gpu, tmp_path, capsys):
     assert made["parameters"] > 1e5 and made["shards"] == 1
     assert {*real.STAGES, "plan"} == set(ran["seconds"]) and ran["total"] >= 0.99 * sum(ran["seconds"][s] for s in real.STAGES)
     assert ran["steps"] == len(ran["losses"]) == 2 and ran["pictures"] == 2 and ran["missing"] is None and ran["met_gb"] is None
-    assert ran["planned"]["settings"]["checkpointing"] and ran["shares"] and ran["samples"] == 5 + 6 + 20 + 10 + 2 * 6 + 2 + 8
+    assert ran["planned"]["settings"]["checkpointing"] and ran["shares"] and ran["samples"] == 8 + 6 + 20 + 10 + 2 * 6 + 2 + 11
     assert "CUDA GPU" in absent["missing"] or "flash-attn" in absent["missing"]
     assert "| bf16, sdpa | float32, activation checkpointing | 2 of 8" in real.tables(rows)
 
