@@ -56,6 +56,8 @@ def replies(vlm: VLM, questions: Sequence[Question], *, begin: Sequence[str] | N
     Answers grow on shared prefixes (`decode`) where that is exact and the model's generation_config asks for nothing that is not
     known there, else in transformers' `generate`. Where a batch does not fit into memory, smaller ones go on (`fitting`).
     """
+    if not questions:
+        return []
     begins = list(begin) if begin is not None else [""] * len(questions)
     turns = _prompts(vlm, questions, begins)
     rules = decode.rules(vlm, suppress)

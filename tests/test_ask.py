@@ -317,3 +317,7 @@ def test_why_generate_answers_is_told(loaded, asked, monkeypatch):
 
 def test_bf16_is_not_an_excuse_for_a_wrong_position(loaded):
     assert sharing.tolerance(loaded, torch.bfloat16, gradients=False) == 2e-2 < sharing.tolerance(loaded, torch.bfloat16)
+
+
+def test_nothing_asked_nothing_said(loaded):
+    assert ask.replies(loaded, []) == [] and ask.label_scores(loaded, [], []) == []
