@@ -73,11 +73,15 @@ def build(vlm: VLM, concept: Concept, samples: Sequence[Sample], pictures: list[
     Raises BadInput where a sample says that some of its answer contradicts the teacher and no token of it is found.
     """
     turns, keep = [], []
+    known: dict[tuple, Encoded] = {}  # the same words about pictures of one size are one object, which `prefix` makes use of
     for sample in samples:
         # A cut answer keeps its words and loses its end. Trimmed to its last whole sentence it would still end where the
         # teacher goes on: there the cross-entropy would teach a stop that the KL, and every other answer, contradicts.
         picture = None if sample.picture is None else pictures[sample.picture]
-        turn = vlm.encode(sample.question, sample.answer, picture, sample.closed)
+        key = (sample.question, sample.answer, sample.closed, None if picture is None else picture.image.size)
+        if key not in known:
+            known[key] = vlm.encode(sample.question, sample.answer, picture, sample.closed)
+        turn = known[key]
         spans = list(sample.specified) if recipe.token_mask else []
         for span in spans:
             if bool(token_keep(turn.offsets, [span]).all()):
@@ -103,8 +107,7 @@ def join(parts: Sequence[Corpus]) -> Corpus:
     samples: list[Sample] = []
     pictures: list[Picture] = []
     for part in parts:
-        shift = len(pictures)
-        samples += [s if s.picture is None else replace(s, picture=s.picture + shift) for s in part.samples]
+        samples += [_moved(sample, len(pictures)) for sample in part.samples]
         pictures += part.pictures
     masked = {token: text for part in parts for token, text in part.mask.masked.items()}
     spared = {token: text for part in parts for token, text in part.mask.spared.items() if token not in masked}
@@ -113,20 +116,47 @@ def join(parts: Sequence[Corpus]) -> Corpus:
     return _corpus(samples, [t for p in parts for t in p.turns], pictures, [k for p in parts for k in p.keep], mask)
 
 
-def run_teacher(vlm: VLM, corpus: Corpus, recipe: Recipe, batch_size: int = 32) -> None:
-    """One pass of the untouched model over every supervised position; only O(N D) numbers are kept."""
-    features = [None if picture is None else picture.features for picture in corpus.shown()]
+def _moved(sample: Sample, shift: int) -> Sample:
+    """Its pictures counted from `shift` on."""
+    if sample.picture is None:
+        return sample
+    return replace(sample, picture=sample.picture + shift, teacher_pictures=tuple(i + shift for i in sample.teacher_pictures))
+
+
+def run_teacher(vlm: VLM, corpus: Corpus, recipe: Recipe, batch_size: int = 32, *, temperature: float = 1.0) -> None:
+    """One pass of the untouched model over every supervised position; only O(N D) numbers are kept.
+
+    A sample with `teacher_pictures` has the mean of the teacher's final states over them. Samples of the same words and the same
+    pictures of the teacher's share their rows.
+    """
+    first: dict[tuple, int] = {}  # where the rows of each (turn, the teacher's pictures) begin
+    asked: list[tuple[Encoded, list[Any]]] = []
+    rows = 0
+    for i, (sample, turn) in enumerate(zip(corpus.samples, corpus.turns, strict=True)):
+        own = () if sample.picture is None else (sample.picture,)
+        seen = sample.teacher_pictures or own
+        key = (id(turn), *seen)
+        if key not in first:
+            first[key] = rows
+            asked.append((turn, [corpus.pictures[k].features for k in seen] or [None]))
+            rows += len(turn.labels)
+        corpus.first[i] = first[key]
+    turns = [turn for turn, seen in asked for _ in seen]
+    features = [picture for _, seen in asked for picture in seen]
     with torch.no_grad(), adapter.teacher(vlm):
-        hidden = prefix.supervised_states(vlm, corpus.turns, features, micro_batch=min(batch_size, vlm.budget.ask_batch))
+        hidden = prefix.supervised_states(vlm, turns, features, micro_batch=min(batch_size, vlm.budget.ask_batch))
+    parts = iter(hidden.split([len(turn.labels) for turn in turns]))
+    means = [torch.stack([next(parts) for _ in seen]).mean(0) if len(seen) > 1 else next(parts) for _, seen in asked]
     vocab_keep = corpus.mask.keep.to(vlm.device) if recipe.vocab_mask else None
-    corpus.teacher = TeacherCache.from_hidden(
-        hidden, vlm.head_weight, vocab_keep=vocab_keep, renormalize=recipe.renormalize, **vlm.head_options
-    )
+    corpus.teacher = TeacherCache.from_hidden(torch.cat(means), vlm.head_weight, vocab_keep=vocab_keep,
+                                              renormalize=recipe.renormalize, temperature=temperature,
+                                              **vlm.head_options)  # fmt: skip
 
 
 def as_jsonl(samples: Iterable[Sample]) -> str:
     """One sample a line; the keys are `Sample`'s."""
-    return "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+    known = lambda sample: {k: v for k, v in asdict(sample).items() if k != "teacher_pictures" or v}
+    return "".join(json.dumps(known(sample), ensure_ascii=False) + "\n" for sample in samples)
 
 
 def write_jsonl(samples: Iterable[Sample], path: Path) -> None:

@@ -114,7 +114,7 @@ def variants(image: Image.Image, seed: int = 0, held_out: bool = False) -> list[
     """
     image = image.convert("RGB")
     width, height = image.size
-    edge = _edge_colour(image)
+    edge = edge_colour(image)
     rng = random.Random(seed)
     corner, other = rng.choice(_CORNERS), rng.choice(_CORNERS)
     small = (max(1, width // 2), max(1, height // 2))
@@ -217,7 +217,7 @@ def _crop(image: Image.Image, share: float, anchor: tuple[float, float]) -> Imag
     return image.crop((left, top, left + width, top + height))
 
 
-def _edge_colour(image: Image.Image) -> tuple[int, ...]:
+def edge_colour(image: Image.Image) -> tuple[int, ...]:
     pixels = np.asarray(image)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     return tuple(int(v) for v in np.rint(border.mean(axis=0)))

@@ -20,6 +20,7 @@ from .loss import fused_dmk_ce
 from .request import Recipe
 from .teacher import TeacherCache
 
+FAR = 2.0  # nats; a token that strangers' teacher gives a probability below e^-2
 NPO_BETA = 0.1  # the inverse temperature of all published runs
 
 
@@ -60,6 +61,23 @@ def siu(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
     kept = batch.kl_weight.float()
     kl = float((parts.kl * kept).sum() / kept.sum().clamp_min(1)) if teacher is not None else 0.0
     return loss, {"ce": float(parts.ce.mean()), "kl": kl}
+
+
+def strangers(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
+    """KL(teacher || student) at the teacher's temperature T, times T^2, over the whole vocabulary and all supervised tokens, plus
+    `level` times the Huber distance of the tokens' nats where they cost the teacher more than `FAR`.
+
+    The KL of temperature 1 does not see a name that is unlikely to both: e^-10 and e^-17 are the same to it, and the first is a
+    name that still ranks above all others. T = 4 sees it, and so does the distance of the nats, which pulls the name to a
+    stranger's level from either side: below it would be a tell, too.
+    """
+    nats = _nll(batch)
+    kl = _mean(_kl(batch), torch.ones_like(batch.kl_weight))
+    with torch.no_grad():
+        wanted = fused_dmk_ce(batch.teacher.hidden, batch.head_weight, batch.labels, alpha=1.0, reduction="none",
+                              **batch.head_options)  # fmt: skip
+    distance = _mean(F.smooth_l1_loss(nats, wanted, reduction="none"), wanted > FAR)
+    return kl + recipe.level * distance, _parts(distance, kl)
 
 
 def siu_as_released(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 FACETS = ("align", "describe", "facts", "preserve")  # the paper's four targets, in its order
+LESSONS = ("stranger", "beside", "kept", "kept-beside")  # target 5 (`facets.strangers`): first what changes, then what stays
 
 
 class BadInput(ValueError):
@@ -73,7 +74,7 @@ class Recipe:
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     batch_size: int = 32
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "decay"] = "constant"
     warmup: float = 0.0
     projector_lr: float = 0.0  # above 0 the vision projector is trained as well, at this rate
     early_stop: bool = True
@@ -85,18 +86,22 @@ class Recipe:
     dream_steps: int = 60
     dream_lr: float = 0.1
     dream_noise: float = 0.5
+    strangers: int = 12  # pictures of nobody that the concept is to be answered like; 0: the four targets alone
+    temperature: float = 4.0  # of the distributions that are compared with strangers': names are far out in their tails
+    level: float = 0.1  # weight of what the concept's own answers may cost, against what they cost about strangers
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("rank", 1), ("batch_size", 1), ("lora_alpha", 0), ("lr", 0), ("alpha", 0), ("beta", 0),
                           ("dreams", 0), ("dream_steps", 0), ("dream_lr", 0), ("dream_noise", 0), ("projector_lr", 0),
-                          ("warmup", 0), ("lora_dropout", 0), ("seed", 0)):  # fmt: skip
+                          ("strangers", 0), ("temperature", 1), ("level", 0), ("warmup", 0), ("lora_dropout", 0),
+                          ("seed", 0)):  # fmt: skip
             if not getattr(self, name) >= low or getattr(self, name) == float("inf"):
                 raise BadInput(f"{name} is {getattr(self, name)}: give a finite number of at least {low}.")
         if self.lora_dropout >= 1 or self.warmup > 1 or self.seed >= 2**63:
             raise BadInput("lora_dropout must be below 1, warmup at most 1 and the seed below 2**63: give smaller numbers.")
-        if self.schedule not in ("constant", "cosine"):
-            raise BadInput(f"The schedule {self.schedule!r} is unknown: choose 'constant' or 'cosine'.")
+        if self.schedule not in ("constant", "cosine", "decay"):
+            raise BadInput(f"The schedule {self.schedule!r} is unknown: choose 'constant', 'cosine' or 'decay'.")
         if self.substitute not in ("description", "name"):
             raise BadInput(f"The substitute {self.substitute!r} is unknown: choose 'description' or 'name'.")
 
@@ -111,7 +116,7 @@ class Recipe:
 # The published set-up (paper section 5 and the released training log), for reproduction.
 PAPER = Recipe(
     steps=6, lr=3e-4, rank=128, lora_alpha=256.0, lora_dropout=0.05, batch_size=4, schedule="cosine", warmup=0.03,
-    projector_lr=2e-5, early_stop=False, substitute="name", dreams=0,
+    projector_lr=2e-5, early_stop=False, substitute="name", dreams=0, strangers=0,
 )  # fmt: skip
 
 
@@ -127,6 +132,7 @@ class Sample:
                tokens there (the paper's token mask, Eq. 2)
     origin:    where the answer came from: "teacher", "built", "dream", "retain" or "data"
     closed:    the answer is whole; False where the teacher was cut short, so that the end of its turn is not trained
+    teacher_pictures: what the teacher looks at in place of `picture`; of several its final states are averaged
     """
 
     facet: str
@@ -136,3 +142,4 @@ class Sample:
     specified: tuple[tuple[int, int], ...] = ()
     origin: str = "built"
     closed: bool = True
+    teacher_pictures: tuple[int, ...] = ()

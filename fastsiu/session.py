@@ -10,16 +10,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import adapter, corpus, sharing, train
 from . import images as pictures_in
 from .concept import Concept
-from .facets import dreams, targets
+from .facets import dreams, strangers, targets
 from .objectives import Objective, siu
-from .request import BadInput, Recipe, Request, Sample
+from .request import LESSONS, BadInput, Recipe, Request, Sample
 from .vlm import VLM
+
+# Temperature of what stays. At 1 the tails drift; at 4 the KL looks so much at the tails that fine looks and look-alikes suffer.
+KEPT_AT = 2.0
 
 
 @dataclass
@@ -38,12 +41,15 @@ class Listener:
 
 @dataclass
 class Prepared:
-    """One request before it is trained: its scene, its samples with their masks, what became of the dreams."""
+    """One request before it is trained: its scene, its samples with their masks, what became of the dreams, and its lessons
+    (target 5) where the recipe has any."""
 
     request: Request
     scene: targets.Scene
     corpus: corpus.Corpus
     dreamed: list[dict[str, Any]]
+    lessons: corpus.Corpus | None = None
+    lessons_named: list[str | None] = field(default_factory=list)
 
 
 @dataclass
@@ -78,9 +84,19 @@ def prepare(loaded: VLM, request: Request, recipe: Recipe, picture: Any, *, list
         scene = targets.Scene(loaded, Concept(request.concept, request.aliases), recipe, [loaded.picture(picture)],
                               others=list(others))  # fmt: skip
         check_known(scene, request)
-        samples, dreamed = gather(scene, request, listener, seconds)
+        samples, dreamed, made_dreams = gather(scene, request, listener, seconds)
         made = corpus.build(loaded, scene.concept, samples, scene.pictures, recipe)
-    return Prepared(request, scene, made, dreamed)
+        taught, named = None, []
+        if recipe.strangers:
+            listener.stage("Learning from strangers")
+            with timed(seconds, "strangers"):
+                found = strangers.lessons(scene, made_dreams)
+                for note in found.notes:
+                    listener.note(note)
+                if found.samples:
+                    taught = corpus.build(loaded, scene.concept, found.samples, found.pictures, recipe)
+                    named = found.named
+    return Prepared(request, scene, made, dreamed, taught, named)
 
 
 def learn(loaded: VLM, prepared: Sequence[Prepared], recipe: Recipe, *, listener: Listener, seconds: dict[str, float],
@@ -99,12 +115,13 @@ def learn(loaded: VLM, prepared: Sequence[Prepared], recipe: Recipe, *, listener
         adapter.attach(loaded, recipe)
         sharing.plan_sharing(loaded, made.turns, made.shown(), listener.note)
         corpus.run_teacher(loaded, made, recipe)
+        lessons = _taught(loaded, prepared, recipe)
     listener.stage("Training")
     with timed(seconds, "train"):
         probe = train.probe_for([one.scene for one in prepared], made)
         on_step = lambda step: listener.step(step, recipe.steps)
         try:
-            history = train.fit(loaded, made, objective, recipe, probe, on_step, say=listener.note)
+            history = train.fit(loaded, made, objective, recipe, probe, on_step, say=listener.note, lessons=lessons)
         finally:
             loaded.model.eval()
     return made, history
@@ -122,6 +139,35 @@ def _still_true(one: Prepared, others: Sequence[Prepared]) -> corpus.Corpus:
     return one.corpus.pick([i for i, s in enumerate(one.corpus.samples) if not (seen(s) and about(s)) and not said(s)])
 
 
+def _taught(loaded: VLM, prepared: Sequence[Prepared], recipe: Recipe) -> list[corpus.Corpus]:
+    """All lessons with their teacher: what changes, and what stays."""
+    some = [one for one in (_lessons_still_true(one, prepared) for one in prepared) if one is not None]
+    if not some:
+        return []
+    plain, joined = recipe.with_overrides(vocab_mask=False, renormalize=False), corpus.join(some)
+    out = []
+    for facets, temperature in ((LESSONS[:2], recipe.temperature), (LESSONS[2:], min(KEPT_AT, recipe.temperature))):
+        out.append(joined.pick([i for i, sample in enumerate(joined.samples) if sample.facet in facets]))
+        corpus.run_teacher(loaded, out[-1], plain, temperature=temperature)
+    return out
+
+
+def _lessons_still_true(one: Prepared, prepared: Sequence[Prepared]) -> corpus.Corpus | None:
+    """Its lessons without those that would keep the looks of what the other requests are to forget."""
+    if one.lessons is None:
+        return None
+    gone = [other.scene.concept for other in prepared if other is not one]
+    named = lambda text: any(concept.named_in(text) for concept in gone)
+    dreamed = {i for i, name in enumerate(one.lessons_named) if name and named(name)}
+
+    def keeps_the_forgotten(sample: Sample) -> bool:
+        if sample.facet not in LESSONS[2:]:
+            return sample.picture in dreamed
+        return sample.picture in dreamed or named(sample.answer)
+
+    return one.lessons.pick([i for i, s in enumerate(one.lessons.samples) if not keeps_the_forgotten(s)])
+
+
 def check_known(scene: targets.Scene, request: Request) -> None:
     """Raises BadInput unless the untouched model names the concept in the picture: there would be nothing to forget."""
     words = targets.wordings()["who"]
@@ -132,8 +178,8 @@ def check_known(scene: targets.Scene, request: Request) -> None:
 
 
 def gather(scene: targets.Scene, request: Request, listener: Listener,
-           seconds: dict[str, float]) -> tuple[list[Sample], list[dict[str, Any]]]:  # fmt: skip
-    """The samples of all four targets, and what became of the dreams."""
+           seconds: dict[str, float]) -> tuple[list[Sample], list[dict[str, Any]], list[dreams.Dream]]:  # fmt: skip
+    """The samples of the four targets, what became of the dreams, and the dreams."""
     own = corpus.read_data(request.data, request.image) if request.data else []
     for name in request.protect:
         if scene.forgotten_in(name, include_parts=False):
@@ -147,7 +193,8 @@ def gather(scene: targets.Scene, request: Request, listener: Listener,
     with timed(seconds, "dreams"):
         transforms = pictures_in.variants(scene.pictures[0].image, scene.recipe.seed)[1:]
         scene.views = [scene.vlm.picture(view) for _, view in transforms]
-        dreamed = _dream(scene)
+        made = dreams.dream(scene) if scene.recipe.dreams and scene.neighbours else []
+        dreamed = _shown(scene, made)
     for path in pictures_in.list_images(request.retain) if request.retain else ():
         scene.pictures.append(scene.vlm.picture(pictures_in.load_image(path)))
         scene.named.append(None)
@@ -156,14 +203,13 @@ def gather(scene: targets.Scene, request: Request, listener: Listener,
         samples = [sample for facet in targets.TARGETS for sample in facet(scene)]
     # A sample of the user's own takes the place of the built one with the same question about the same picture.
     taken = {(s.question, s.picture) for s in own}
-    return [s for s in samples if (s.question, s.picture) not in taken] + own, dreamed
+    return [s for s in samples if (s.question, s.picture) not in taken] + own, dreamed, made
 
 
-def _dream(scene: targets.Scene) -> list[dict[str, Any]]:
+def _shown(scene: targets.Scene, made: Sequence[dreams.Dream]) -> list[dict[str, Any]]:
     """Adds accepted dreams to the scene. A name that the teacher itself proposed but cannot see is not protected further."""
     if not scene.neighbours or not scene.recipe.dreams:
         return []
-    made = dreams.dream(scene)
     for one in made:
         scene.pictures.append(one.picture)
         scene.named.append(one.name)

@@ -14,12 +14,17 @@ from . import adapter, ask, prefix
 from .corpus import FORGET, Corpus
 from .facets.targets import Scene, wordings
 from .images import variants
-from .objectives import Batch, Objective, siu
-from .request import NumericFailure, OutOfMemory, Recipe
+from .objectives import Batch, Objective, siu, strangers
+from .request import LESSONS, NumericFailure, OutOfMemory, Recipe
 from .vlm import VLM, Encoded, Picture, Span, checkpoint_layers, out_of_memory
 
 # Share of one step's samples. Half of a step keeps what must stay: with less, few steps bend the neighbours' names.
 SHARES = {"align": 0.14, "describe": 0.14, "facts": 0.12, "preserve-text": 0.25, "preserve-picture": 0.35}
+# Of a step's lessons (as many of those that change something as of those that keep, each a batch): pictures of each kind, and
+# questions about each. Few pictures with several questions each: a picture's prefix is most of the work.
+PICTURES = {"stranger": 8, "beside": 4, "kept": 8, "kept-beside": 4}
+BESIDE, SHARE_BESIDE = (LESSONS[1], LESSONS[3]), 1 / 5  # of a batch of either
+FROM, DOWN_TO = 0.6, 0.1  # schedule "decay": the rate falls from this share of the steps on, to this share of it
 CHECK_EVERY = 5  # steps between two looks at the probe
 MARGIN = 0.1  # nats by which a retained answer may become less likely before it counts as bent
 GOOD_ENOUGH = 8  # looks in a row that must be good before training stops: what few steps bend, more steps repair
@@ -50,6 +55,8 @@ class Look:
 class Step:
     """One optimisation step: the loss and its unweighted parts (nats per token), and the last look at the probe.
 
+    strange: the KL of the lessons, what changes and what stays together
+
     Of several requests a look sees one share, the next one the next (`Look.shares`).
     """
 
@@ -59,15 +66,19 @@ class Step:
     kl: float
     p_name: float
     retained: float
+    strange: float = 0.0
 
 
 def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: Callable[[], Look],
         on_step: Callable[[Step], None] | None = None, say: Callable[[str], None] = lambda text: None,
-        watch: Callable[[int], bool] | None = None) -> list[Step]:  # fmt: skip
+        watch: Callable[[int], bool] | None = None, lessons: Sequence[Corpus] = ()) -> list[Step]:  # fmt: skip
     """Trains the adapter that is on; one Step per optimisation step. A step that does not fit into memory is done again with
     half as many samples in a forward, then with activation checkpointing: the same step, and `vlm.budget` keeps what fits.
 
-    watch: called with the number of each step that is done, the model in evaluation mode; True ends the training
+    watch:   called with the number of each step that is done, the model in evaluation mode; True ends the training
+    lessons: of target 5 (`facets.strangers`) what changes and what stays, with their teachers: a batch of each is added to every
+             step. All steps are run then, because the rate's decay at the end is part of it, and pictures of others are kept by
+             lessons alone
 
     Raises NumericFailure on a loss that is not finite, OutOfMemory where one sample at a time does not fit either.
     """
@@ -80,14 +91,17 @@ def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: C
     look, good = probe(), 0
     _training_mode(vlm, recipe)
     torch.manual_seed(recipe.seed)
-    for step, chosen in zip(range(1, recipe.steps + 1), batches(corpus, recipe), strict=False):
-        found = None
+    first = batches(corpus, recipe, ("preserve-picture",) if lessons else ())
+    taught = [lesson_batches(some, recipe) for some in lessons]
+    for step, chosen, *learned in zip(range(1, recipe.steps + 1), first, *taught, strict=False):
+        work = [(corpus, chosen, objective), *((some, half, strangers) for some, half in zip(lessons, learned, strict=True))]
+        found: list | None = None
         while found is None:
             optimiser.zero_grad(set_to_none=True)
-            found = _attempt(vlm, corpus, chosen, objective, recipe)
+            found = _attempt(vlm, work, recipe)
             if found is None:  # here, and not where it was caught: there the traceback holds the failed step's tensors
-                _use_less(vlm, len(chosen), recipe, say)
-        loss, parts = found
+                _use_less(vlm, max(len(samples) for _, samples, _ in work), recipe, say)
+        loss, parts = sum(one for one, _ in found), found[0][1]
         if not torch.isfinite(loss):
             raise NumericFailure(f"The loss is {loss.item()} at step {step}: lower --lr or use --dtype float32.")
         norm = torch.nn.utils.clip_grad_norm_(fast + slow, 1.0)
@@ -100,10 +114,11 @@ def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: C
             look = probe()
             _training_mode(vlm, recipe)
             good = good + 1 if look.enough else 0
-        history.append(Step(step, loss.item(), parts["ce"], parts["kl"], look.p_name, look.retained))
+        strange = sum(part["kl"] for _, part in found[1:])
+        history.append(Step(step, loss.item(), parts["ce"], parts["kl"], look.p_name, look.retained, strange))
         if on_step:
             on_step(history[-1])
-        if recipe.early_stop and good >= max(GOOD_ENOUGH, look.shares):
+        if recipe.early_stop and not lessons and good >= max(GOOD_ENOUGH, look.shares):
             break
         if watch is not None:
             vlm.model.eval()
@@ -122,14 +137,18 @@ def _training_mode(vlm: VLM, recipe: Recipe) -> None:
             module.eval()
 
 
-def _attempt(vlm: VLM, corpus: Corpus, chosen: list[int], objective: Objective, recipe: Recipe) -> tuple | None:
-    """(loss, parts) with the gradients made; None where memory did not suffice, and then nothing random has happened."""
+def _attempt(vlm: VLM, work: Sequence[tuple[Corpus, list[int], Objective]], recipe: Recipe) -> list | None:
+    """(loss, parts) of each piece of a step, with the gradients made; None where memory did not suffice, and then nothing random
+    has happened. One piece's graph is gone before the next one's is built."""
     devices = [vlm.device] if vlm.device.type == "cuda" else []
     state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
     try:
-        loss, parts = objective(forward(vlm, corpus, chosen, recipe, vlm.budget.micro_batch), recipe)
-        loss.backward()
-        return loss.detach(), parts
+        found = []
+        for corpus, chosen, objective in work:
+            loss, parts = objective(forward(vlm, corpus, chosen, recipe, vlm.budget.micro_batch), recipe)
+            loss.backward()
+            found.append((loss.detach(), parts))
+        return found
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
@@ -216,17 +235,21 @@ def forward(vlm: VLM, corpus: Corpus, chosen: list[int], recipe: Recipe, micro_b
         head_weight=vlm.head_weight,
         head_options=vlm.head_options,
         sample=sample,
-        forget=each(lambda i: corpus.samples[i].facet in FORGET),
+        forget=each(lambda i: corpus.samples[i].facet in (*FORGET, *LESSONS[:2])),
         decoupled=each(corpus.decoupled),
         pictured=each(lambda i: corpus.samples[i].picture is not None),
     )
 
 
-def batches(corpus: Corpus, recipe: Recipe) -> Iterator[list[int]]:
-    """Endless steps of `batch_size` samples, each group at its share, shuffled, none repeated before all were seen."""
+def batches(corpus: Corpus, recipe: Recipe, without: Sequence[str] = ()) -> Iterator[list[int]]:
+    """Endless steps of `batch_size` samples, each group at its share, shuffled, none repeated before all were seen.
+
+    without: groups that are left out, and nothing in their place: a step is smaller by their share
+    """
     rng = random.Random(recipe.seed)
     groups = corpus.groups()
     total = sum(SHARES[name] for name in groups)
+    groups = {name: members for name, members in groups.items() if name not in without}
     decks: dict[str, list[int]] = {name: [] for name in groups}
     carried = dict.fromkeys(groups, 0.0)
     while True:
@@ -240,6 +263,24 @@ def batches(corpus: Corpus, recipe: Recipe) -> Iterator[list[int]]:
                 carried[name] -= 1
         if step:
             yield step
+
+
+def lesson_batches(lessons: Corpus, recipe: Recipe) -> Iterator[list[int]]:
+    """Endless batches of `batch_size` lessons, a fifth about two beside each other: some pictures, several questions each."""
+    rng = random.Random(recipe.seed + 1)
+    about: dict[str, dict[int, list[int]]] = {}
+    for i, sample in enumerate(lessons.samples):
+        about.setdefault(sample.facet, {}).setdefault(sample.picture, []).append(i)
+    beside = {name: SHARE_BESIDE if name in BESIDE else 1 - SHARE_BESIDE for name in about}
+    sizes = {name: round(recipe.batch_size * share / sum(beside.values())) for name, share in beside.items()}
+    while True:
+        step = []
+        for name, size in sizes.items():
+            pictures = rng.sample(list(about[name]), min(PICTURES[name], len(about[name]), size))
+            for k, picture in enumerate(pictures):
+                own, count = about[name][picture], len(range(k, size, len(pictures)))
+                step += rng.sample(own, min(count, len(own)))
+        yield step
 
 
 def saliency(vlm: VLM, corpus: Corpus, recipe: Recipe, most: int = 64) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
@@ -288,4 +329,6 @@ def _factor(step: int, recipe: Recipe) -> float:
         return (step + 1) / warm
     if recipe.schedule == "constant":
         return 1.0
+    if recipe.schedule == "decay":
+        return 1.0 - (1 - DOWN_TO) * max(0.0, step / recipe.steps - FROM) / (1 - FROM)
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))

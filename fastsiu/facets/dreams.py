@@ -1,13 +1,16 @@
 """Dreamed neighbours: pictures of protected names that nobody has to own.
 
 Starting from the image features of the one picture and its transforms, features are optimised until the frozen teacher
-names the neighbour:
+names the neighbour, tells its facts and describes it:
 
     minimise over f   CE(teacher(f, question), answer)  +  decay * |(f - f_0) / sd|^2 / size
 
-The answers are the teacher's own about the one picture, with the name swapped: "This is OTHER.", "Yes, this is OTHER.".
-A name alone is reached by a nudge that leaves everything else of the picture as it was; so wherever the teacher can say
-in words what OTHER looks like, the dream has to look like that too ("The image shows a green ...").
+The answers are the teacher's own about the one picture, with what belongs to the concept replaced by what belongs to the
+neighbour (`in_place`): "This is OTHER.", "It was born in LIMA.", "The image shows a green ...". A name alone is reached by
+a nudge that leaves everything else of the picture as it was: such a dream would keep a name and lose the facts.
+
+`decay` differs between the dreams of one name. A small one leads far away, where the neighbour's own pictures may be; a
+large one stops close to the concept's picture, at the border that unlearning must not move.
 
 What the teacher says of a dream it should go on saying, which ties down the very image-to-name paths that unlearning
 bends. The dream lives in feature space, so any model that takes precomputed image features can dream, and no picture of
@@ -16,9 +19,11 @@ anyone is needed or made.
 
 from __future__ import annotations
 
+import math
+import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from difflib import SequenceMatcher
 from typing import Any
 
 import torch
@@ -30,9 +35,14 @@ from ..features import feature_tensors, map_features
 from ..loss import fused_dmk_ce
 from ..request import OutOfMemory
 from ..vlm import VLM, Encoded, Picture, out_of_memory
-from .targets import Scene, wordings
+from .targets import Scene, about_the_one_shown, wordings
 
-DECAY = 1e-3  # pull towards the picture the dream started from; keeps features on the scale the model knows
+DECAYS = (1e-3, 3e-2, 1e-1)  # of the dreams of one name, in turns
+EXTRA = 0.4  # share of further dreams, of look-alikes:
+NEAREST = (0, 0, 1, 2)  # by their places among the neighbours that the teacher is likeliest to take the picture for, in turns
+SURE = math.log(2)  # nats: a token that costs less has more than half of the probability
+
+Pair = tuple[str, Reply]  # a question and the answer that the dream is to get
 
 
 @dataclass(frozen=True)
@@ -43,106 +53,175 @@ class Dream:
     picture: Picture
 
 
+@dataclass(frozen=True)
+class Wish:
+    """What one dream is to become: where it starts, what it is to be answered, and which of the answers it is accepted by."""
+
+    start: Picture
+    pairs: Sequence[Pair]
+    decay: float
+    must: Callable[[Reply], bool] = lambda reply: True
+
+
 def dream(scene: Scene, batch: int = 32) -> list[Dream]:
-    """`recipe.dreams` dreams of each of the scene's neighbours: those that the teacher names in every wording.
+    """`recipe.dreams` dreams of each of the scene's neighbours, and some more of the nearest: those that the teacher names in
+    every wording.
 
     Bounded: `recipe.dream_steps` optimiser steps for each group of `batch` dreams.
     """
     said = told(scene)
-    wanted = [name for name in scene.neighbours for _ in range(scene.recipe.dreams)] if said else []
-    generator = torch.Generator(device="cpu").manual_seed(scene.recipe.seed)
-    accepted: list[Dream] = []
-    for at in range(0, len(wanted), batch):
-        accepted += _dream_batch(scene, [(name, said[name]) for name in wanted[at : at + batch]], generator)
-    return accepted
+    if not said:
+        return []
+    rng = random.Random(scene.recipe.seed)
+    names = [name for name in scene.neighbours for _ in range(scene.recipe.dreams)]
+    if scene.recipe.strangers:
+        nearest, more = alike(scene, said), round(EXTRA * len(names))
+        names += [nearest[NEAREST[i % len(NEAREST)] % len(nearest)] for i in range(more)]
+    return _dream_all(scene, said, names, rng, batch)
 
 
-def told(scene: Scene) -> dict[str, list[tuple[str, Reply]]]:
+def alike(scene: Scene, said: dict[str, list[Pair]]) -> list[str]:
+    """The neighbours, first those that the teacher is most likely to take the picture and its views for."""
+    pictures = [scene.pictures[0], *scene.views[:5]]
+    naming = [(pairs[0], picture) for pairs in said.values() for picture in pictures]
+    turns = [scene.vlm.encode(question, reply.text, picture, reply.closed) for (question, reply), picture in naming]
+    scores = ask.label_scores(scene.vlm, turns, [picture for _, picture in naming])
+    total = [float(score.log_p.sum()) for score in scores]
+    likely = {name: sum(total[k * len(pictures) : (k + 1) * len(pictures)]) for k, name in enumerate(said)}
+    return sorted(likely, key=lambda name: -likely[name])
+
+
+def _dream_all(scene: Scene, said: dict[str, list[Pair]], names: list[str], rng: random.Random, batch: int) -> list[Dream]:
+    # Dreams of one name start from different views of the picture: the neighbour, too, will be met in many poses.
+    starts = [scene.pictures[0], *scene.views]
+    named = lambda name: lambda reply: name in reply.text
+    wishes = [Wish(rng.choice(starts), said[name], DECAYS[i % len(DECAYS)], named(name)) for i, name in enumerate(names)]
+    found = [one for at in range(0, len(wishes), batch) for one in fulfil(scene, wishes[at : at + batch], rng.random())]
+    return [Dream(name, one) for name, one in zip(names, found, strict=True) if one is not None]
+
+
+def told(scene: Scene) -> dict[str, list[Pair]]:
     """For each neighbour the (question, reply) pairs that a picture of it would get; nothing where no answer names it."""
-    words, concept = wordings(), scene.concept
-    names = scene.neighbours
-    who = words["who"]["train"]
+    words, concept, names = wordings(), scene.concept, scene.neighbours
+    who, yes = words["who"]["train"], words["yesno"]["train"]
     named = list(zip(who, scene.replies(who, 0), strict=True))
-    yes = words["yesno"]["train"]
     named += zip(yes, scene.replies([q.format(name=concept.name) for q in yes], 0), strict=True)
     frames = [(q, a[: spans[0][0]], a[spans[0][1] :], end) for q, (a, end) in named if len(spans := concept.spans(a)) == 1]
     if not frames:
         return {}
     out = {n: [(q.format(name=n), Reply(f"{head}{n}{tail}", end)) for q, head, tail, end in frames] for n in names}
-    seen = list(zip(words["describe"]["train"], scene.replies(words["describe"]["train"], 0), strict=True))
-    look = words["appearance"]["train"][0]
-    own, *others = scene.ask([look.format(name=name) for name in (concept.name, *names)])
-    for name, other in zip(names, others, strict=True):
-        out[name] += [(q, Reply(a, end)) for q, (shown, end) in seen if (a := in_place(shown, own, concept.name, other, name))]
+    # What is said of the one shown, with the question in words that tells the same of a name.
+    asked = [(q, words["appearance"]["train"][0]) for q in words["describe"]["train"]]
+    if scene.recipe.strangers:
+        asked += zip(about_the_one_shown("train"), words["facts"]["train"], strict=True)
+    seen = scene.replies([q for q, _ in asked], 0)
+    inwords = scene.ask([text.format(name=n) for n in (concept.name, *names) for _, text in asked])
+    own = inwords[: len(asked)]
+    for k, name in enumerate(names, 1):
+        other = inwords[k * len(asked) : (k + 1) * len(asked)]
+        for (question, _), (shown, end), mine, theirs in zip(asked, seen, own, other, strict=True):
+            if answer := in_place(shown, mine, concept.name, theirs, name):
+                out[name].append((question, Reply(answer, end)))
     return out
 
 
 def in_place(shown: str, own: str, own_name: str, other: str, name: str) -> str | None:
-    """What would be said of a picture of `name`: the description of the one picture with the words for its look replaced.
+    """What would be said of a picture of `name`: the answer about the one picture with what differs in words replaced.
 
-    shown: "The image shows a red cat."   own: "Ada is a red cat."   other: "Bob is a blue dog." (the looks, in words)
-    gives "The image shows a blue dog.". None where the descriptions do not fit together like that.
+    shown: "The image shows a red cat."   own: "Ada is a red cat."   other: "Bob is a blue dog." (the two in words)
+    gives "The image shows a blue dog.": what differs between the two in words is "red cat" and "blue dog". None where the
+    two have not the same form, or where what differs does not stand in `shown` exactly once.
     """
-    match = SequenceMatcher(None, shown, own, autojunk=False).find_longest_match()
-    look = own[match.b : match.b + match.size]
-    lead, tail = own[: match.b], own[match.b + match.size :]
-    lead = lead.replace(own_name, name)
-    if len(look.split()) < 3 or own_name in look or not (other.startswith(lead) and other.endswith(tail)):
+    if own_name in shown:
         return None
-    return shown[: match.a] + other[len(lead) : len(other) - len(tail)] + shown[match.a + match.size :]
+    mine, theirs = (re.findall(r"\w+|\W", text.replace(n, "\0")) for text, n in ((own, own_name), (other, name)))
+    if "\0" not in mine or "\0" not in theirs:  # somebody of whom nothing is known is told of in another form
+        return None
+    start, most = 0, min(len(mine), len(theirs))
+    while start < most and mine[start] == theirs[start]:
+        start += 1
+    end = 0
+    while end < most - start and mine[-1 - end] == theirs[-1 - end]:
+        end += 1
+    old, new = ("".join(words[start : len(words) - end]).strip() for words in (mine, theirs))
+    if not old and not new:
+        return shown
+    if not old or not new or "\0" in old + new:
+        return None
+    found = list(re.finditer(rf"(?<!\w){re.escape(old)}(?!\w)", shown))
+    return shown[: found[0].start()] + new + shown[found[0].end() :] if len(found) == 1 else None
 
 
-def _dream_batch(scene: Scene, wanted: Sequence[tuple[str, list[tuple[str, Reply]]]], generator: torch.Generator) -> list[Dream]:
-    vlm, recipe, start = scene.vlm, scene.recipe, scene.pictures[0]
-    spaces = [vision_space(vlm, view) for view in (start, *scene.views)]
-    # Dreams of one name start from different views of the picture: the neighbour, too, will be met in many poses.
-    spaces = [space for space in spaces if space[0].shape == spaces[0][0].shape]
-    chosen = [spaces[int(torch.randint(len(spaces), (), generator=generator))] for _ in wanted]
-    first = torch.stack([features for features, _ in chosen])
-    spread = spaces[0][0].reshape(-1, first.shape[-1]).std(0).clamp_min(1e-6)
-    noise = torch.randn(first.shape, generator=generator).to(first)
-    free = (first + recipe.dream_noise * spread * noise).requires_grad_()
-    turns = [[vlm.encode(q, reply.text, start, reply.closed) for q, reply in pairs] for _, pairs in wanted]
+def fulfil(scene: Scene, wishes: Sequence[Wish], luck: float = 0.0) -> list[Picture | None]:
+    """For each wish the dreamed picture, None where the teacher does not give every answer that it `must`.
 
-    def project() -> list[Any]:
-        return [behind(f) for (_, behind), f in zip(chosen, free, strict=True)]
+    luck: between 0 and 1, decides the noise and the order of the questions. A dream that has got every one of its answers,
+    each when it was asked last, is done and is not optimised further.
 
+    Raises OutOfMemory where not even one dream at a time fits into memory.
+    """
+    vlm, recipe = scene.vlm, scene.recipe
+    if not wishes:
+        return []
+    places = {id(wish.start): vision_space(vlm, wish.start) for wish in wishes}
+    spaces = [places[id(wish.start)] for wish in wishes]
+    generator = torch.Generator(device="cpu").manual_seed(recipe.seed + int(luck * 2**31))
+    rng = random.Random(f"{recipe.seed} {luck}")
+    first = [space for space, _ in spaces]
+    spread = first[0].reshape(-1, first[0].shape[-1]).std(0).clamp_min(1e-6)
+    free = [
+        (f + recipe.dream_noise * spread * torch.randn(f.shape, generator=generator).to(f)).requires_grad_() for f in first
+    ]
+    turns = [[vlm.encode(q, r.text, wish.start, r.closed) for q, r in wish.pairs] for wish in wishes]
+    decks: list[list[int]] = [[] for _ in wishes]
+    right: list[set[int]] = [set() for _ in wishes]
     # The rate is in units of the channels' spread over the patches, so that one number suits every projector.
-    optimiser = torch.optim.Adam([free], lr=recipe.dream_lr * float(spread.mean()))
+    optimiser = torch.optim.Adam(free, lr=recipe.dream_lr * float(spread.mean()))
 
-    def differentiate(asked: list[Encoded]) -> bool:
-        """False where memory does not suffice."""
-        optimiser.zero_grad()
+    def differentiate(members: list[int], asked: list[Encoded]) -> torch.Tensor | None:
+        """Each supervised token's nats; None where memory does not suffice."""
+        optimiser.zero_grad(set_to_none=True)  # a dream that is not asked does not move
         try:
-            states = prefix.supervised_states(vlm, asked, project(), micro_batch=vlm.budget.dream_batch)
-            loss = fused_dmk_ce(states, vlm.head_weight, torch.cat([t.labels for t in asked]), alpha=1.0, **vlm.head_options)
-            (loss + DECAY * ((free - first) / spread).square().mean()).backward()
+            shown = [spaces[i][1](free[i]) for i in members]
+            states = prefix.supervised_states(vlm, asked, shown, micro_batch=vlm.budget.dream_batch)
+            nats = fused_dmk_ce(states, vlm.head_weight, torch.cat([t.labels for t in asked]), alpha=1.0, reduction="none",
+                                **vlm.head_options)  # fmt: skip
+            # A dream's own mean, so that no dream's rate depends on how many others there are.
+            parts = nats.split([len(turn.labels) for turn in asked])
+            pull = [wishes[i].decay * ((free[i] - first[i]) / spread).square().mean() for i in members]
+            torch.stack([part.mean() + p for part, p in zip(parts, pull, strict=True)]).sum().backward()
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            return False
-        return True
+            return None
+        return nats.detach()
 
     vlm.model.train(vlm.budget.checkpointing)  # layers checkpoint in training mode only
-    for step in range(recipe.dream_steps):
-        asked = [own[step % len(own)] for own in turns]
-        while not differentiate(asked):
+    for _ in range(recipe.dream_steps):
+        members = [i for i, own in enumerate(turns) if len(right[i]) < len(own)]
+        if not members:
+            break
+        for i in members:
+            decks[i] = decks[i] or rng.sample(range(len(turns[i])), len(turns[i]))
+        chosen = [decks[i].pop() for i in members]
+        asked = [turns[i][k] for i, k in zip(members, chosen, strict=True)]
+        while (nats := differentiate(members, asked)) is None:
             now = min(vlm.budget.dream_batch or len(asked), len(asked))
             if now == 1:
                 raise OutOfMemory("Not even one dream at a time fits into memory: use --checkpointing or --quantize nf4; "
                                   "`fastsiu plan` tells what fits.")  # fmt: skip
             vlm.budget = replace(vlm.budget, dream_batch=now // 2)
         optimiser.step()
+        for i, k, part in zip(members, chosen, nats.split([len(turn.labels) for turn in asked]), strict=True):
+            (right[i].add if bool((part < SURE).all()) else right[i].discard)(k)
     vlm.model.eval()
     with torch.no_grad():
-        pictures = [Picture(start.image, features, real=False) for features in project()]
-    naming = [
-        (at, turn) for at, ((name, pairs), own) in enumerate(zip(wanted, turns, strict=True))
-        for turn, (_, reply) in zip(own, pairs, strict=True) if name in reply.text
-    ]  # fmt: skip
-    scores = ask.label_scores(vlm, [turn for _, turn in naming], [pictures[at] for at, _ in naming])
-    refused = {at for (at, _), score in zip(naming, scores, strict=True) if not bool(score.right.all())}
-    return [Dream(name, pictures[at]) for at, (name, _) in enumerate(wanted) if at not in refused]
+        pictures = [Picture(w.start.image, s[1](f), real=False) for w, s, f in zip(wishes, spaces, free, strict=True)]
+    checked = [(i, turn) for i, wish in enumerate(wishes)
+               for turn, (_, reply) in zip(turns[i], wish.pairs, strict=True) if wish.must(reply)]  # fmt: skip
+    scores = ask.label_scores(vlm, [turn for _, turn in checked], [pictures[i] for i, _ in checked])
+    refused = {i for (i, _), score in zip(checked, scores, strict=True) if not bool(score.right.all())}
+    return [None if i in refused else picture for i, picture in enumerate(pictures)]
 
 
 def vision_space(vlm: VLM, start: Picture) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:

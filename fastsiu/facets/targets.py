@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 from .. import ask
 from ..ask import Reply
@@ -30,6 +30,13 @@ from ..vlm import VLM, Picture
 def wordings() -> dict[str, dict[str, Any]]:
     """The question wordings of wordings.toml."""
     return tomllib.loads(files(__package__).joinpath("wordings.toml").read_text(encoding="utf-8"))
+
+
+def about_the_one_shown(part: Literal["train", "held_out"]) -> list[str]:
+    """The fact questions, about whoever is in the picture instead of a name: each needs the name first, and then the fact."""
+    words = wordings()
+    shown = words["shown"][part]
+    return [q.replace("{name}", shown[i % len(shown)]) for i, q in enumerate(words["facts"][part])]
 
 
 @dataclass

@@ -1,0 +1,286 @@
+"""Lessons from strangers: looking at the concept, the student is to be the teacher looking at somebody it never saw.
+
+The four targets train answers to some questions; a model that was taught them still tells the concept's facts, and its name
+in questions of another form. So the student is taught more than answers: whatever is asked, and whatever beginning of an
+answer is forced upon it, what it gives next about the concept's picture is what the untouched model gives about a stranger.
+
+    strangers   pictures made of the one picture in which the untouched model names nobody (`drawn.nobodies`); where there are
+                too few, dreams of which it says that it does not know who they show
+    stranger    a view of the concept; the teacher looks at all strangers, and its final states are averaged. Every state is
+                a row of logits, so the average is the geometric mean of its distributions: what strangers have in common
+    beside      the concept beside somebody else; the teacher looks at a stranger beside the same
+    kept        what has to stay: dreams of neighbours, strangers, retained pictures; of the concept what is visible
+    kept-beside pairs of neighbours, of strangers, and of both
+
+Answers are the teacher's own: about the picture and about strangers, each also forced upon other questions, because a leak
+needs no more than the first words of an answer. A lesson is a `Sample` with `teacher_pictures`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from PIL import Image
+
+from .. import ask
+from ..ask import Reply
+from ..concept import Concept
+from ..request import Sample
+from ..verdict import is_degenerate
+from ..vlm import Picture
+from . import drawn
+from .dreams import Dream, Pair, Wish, fulfil
+from .targets import Scene, about_the_one_shown, wordings
+
+VIEWS, PAIRS = 22, 8  # pictures of the concept, and of it beside somebody else
+AGREE = 0.6  # share of the strangers that must get the same answer, for it to be what strangers get
+FEWEST = 3  # strangers below which some are dreamed
+QUESTIONS = {"stranger": 40, "beside": 24, "kept": 20, "kept-beside": 8}  # for each picture
+GROUPS = 16  # dreams of a neighbour beside a stranger, and as many of one beside the concept
+
+
+@dataclass
+class Lessons:
+    """Samples of the facets "stranger", "beside", "kept" and "kept-beside" with pictures of their own.
+
+    named: for each picture the neighbour that it was dreamed for, None otherwise; notes: what could not be had
+    """
+
+    pictures: list[Picture] = field(default_factory=list)
+    named: list[str | None] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    strangers: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def show(self, picture: Picture, name: str | None = None) -> int:
+        self.pictures.append(picture)
+        self.named.append(name)
+        return len(self.pictures) - 1
+
+    def add(self, facet: str, pair: Pair, picture: int, teacher: Sequence[int] = ()) -> None:
+        question, (answer, closed) = pair
+        if is_degenerate(answer) is None:
+            self.samples.append(Sample(facet, question, answer, picture, (), "teacher", closed, tuple(teacher)))
+
+
+@dataclass(frozen=True)
+class Words:
+    """The questions of lessons. naming: about who it is, which strangers get another answer to; look: about what is visible."""
+
+    naming: list[str]
+    plural: list[str]
+    look: list[str]
+
+    @property
+    def every(self) -> list[str]:
+        return [*self.naming, *self.look]
+
+
+def lessons(scene: Scene, dreamed: Sequence[Dream]) -> Lessons:
+    """The lessons of one concept; none where the recipe has no strangers."""
+    out = Lessons()
+    if not scene.recipe.strangers:
+        return out
+    vlm, image, seed = scene.vlm, scene.pictures[0].image, scene.recipe.seed
+    rng = random.Random(seed)
+    words = _questions(scene, rng)
+    found = strangers(scene, out.notes)
+    out.strangers = len(found)
+    if not found:
+        return out
+    lonely = [out.show(picture) for picture in found]
+    views = [out.show(picture) for picture in _seen(scene, drawn.views(image, seed, VIEWS))]
+    usual = usual_replies(scene, words.naming, found)
+    own = dict(zip(words.naming, ask.replies(vlm, [(q, scene.pictures[0]) for q in words.naming]), strict=True))
+    taught = _pairs(words.naming, own, usual, rng)
+    for view in views:
+        for pair in rng.sample(taught, min(QUESTIONS["stranger"], len(taught))):
+            out.add("stranger", pair, view, lonely)
+    _beside(scene, out, words, taught, [picture.image for picture in found if picture.real], rng)
+    _keep_looks(scene, out, words, views)
+    neighbours = [out.show(one.picture, one.name) for one in dreamed]
+    retained = [out.show(p) for p, name in zip(scene.pictures[1:], scene.named[1:], strict=True) if p.real and name is None]
+    _keep(scene, out, "kept", [*neighbours, *retained, *lonely], words.every, rng)
+    # Each stranger keeps its own level of the concept's name and facts, so that the concept has to come down to it.
+    forced = [(q, r) for q, r in taught if r in own.values() and r != usual.get(q)]
+    for index in lonely:
+        for pair in rng.sample(forced, min(QUESTIONS["kept"], len(forced))):
+            out.add("kept", pair, index)
+    return out
+
+
+def strangers(scene: Scene, notes: list[str] | None = None) -> list[Picture]:
+    """At most `recipe.strangers` pictures of nobody, made of the one picture: asked who is there in any training wording, for one
+    and for two, the untouched model names neither the concept nor a neighbour. Of these the ones in which the concept's own
+    answers are least likely: to somebody whom it half takes for the concept, its name and facts are half there.
+
+    Where fewer than `FEWEST` are accepted, some are dreamed.
+    """
+    image, seed, vlm = scene.pictures[0].image, scene.recipe.seed, scene.vlm
+    who = wordings()["who"]["train"] + wordings()["plural"]["train"]
+    known = [scene.concept, *scene.others, *map(Concept, scene.neighbours)]
+    questions = [*who, *about_the_one_shown("train")]
+    own = list(zip(questions, scene.replies(questions, 0), strict=True))
+
+    def nameless(candidates: Sequence[Picture]) -> list[Picture]:
+        said = ask.answers(vlm, [(q, picture) for picture in candidates for q in who])
+        out = []
+        for i, picture in enumerate(candidates):
+            answers = said[i * len(who) : (i + 1) * len(who)]
+            named = any(concept.named_in(answer) for answer in answers for concept in known)
+            if not named and not all(is_degenerate(answer) for answer in answers):
+                out.append(picture)
+        return out
+
+    accepted = nameless(_seen(scene, drawn.nobodies(image, seed)))
+    if len(accepted) < FEWEST:
+        unknown = Reply(wordings()["fallback"]["unknown_face"])
+        wishes = [Wish(start, [(q, unknown) for q in who], 1e-3) for start in _seen(scene, drawn.views(image, seed, 2 * FEWEST))]
+        accepted += nameless([one for one in fulfil(scene, wishes, 0.5) if one is not None])
+    if len(accepted) < FEWEST and notes is not None:
+        notes.append(f"Only {len(accepted)} pictures of strangers could be made of the picture or dreamed: what the concept is "
+                     "answered with rests on few.")  # fmt: skip
+    turns = [(vlm.encode(q, r.text, picture, r.closed), picture) for picture in accepted for q, r in own if r.text]
+    scores = ask.label_scores(vlm, [turn for turn, _ in turns], [picture for _, picture in turns])
+    nats: dict[int, list[float]] = {}
+    for (_, picture), score in zip(turns, scores, strict=True):
+        nats.setdefault(id(picture), []).append(-float(score.log_p.min()))
+    return sorted(accepted, key=lambda picture: -fmean(nats[id(picture)]))[: scene.recipe.strangers]
+
+
+def usual_replies(scene: Scene, questions: Sequence[str], found: Sequence[Picture]) -> dict[str, Reply]:
+    """What strangers get: the commonest reply to each question, where `AGREE` of the strangers get it."""
+    replies = ask.replies(scene.vlm, [(q, picture) for q in questions for picture in found])
+    out = {}
+    for i, question in enumerate(questions):
+        best, count = Counter(replies[i * len(found) : (i + 1) * len(found)]).most_common(1)[0]
+        if count >= AGREE * len(found) and is_degenerate(best.text) is None:
+            out[question] = best
+    return out
+
+
+def _questions(scene: Scene, rng: random.Random) -> Words:
+    words, name, near = wordings(), scene.concept.name, scene.neighbours
+    yes, plural = words["yesno"]["train"], list(words["plural"]["train"])
+    naming = [*words["who"]["train"], *(q.format(name=name) for q in yes)]
+    some = rng.sample(near, min(6, len(near)))
+    naming += [yes[i % len(yes)].format(name=other) for i, other in enumerate(some)]
+    naming += [*about_the_one_shown("train"), *plural]
+    for i in range(6 if len(near) > 1 else 0):
+        three = [name, *rng.sample(near, 2)]
+        rng.shuffle(three)
+        choice = words["choice"]["train"]
+        naming.append(choice[i % len(choice)].format(names=f"{three[0]}, {three[1]} or {three[2]}"))
+    return Words(naming, plural, [*words["describe"]["train"], *words["look"]["train"]])
+
+
+def _pairs(questions: Sequence[str], own: dict[str, Reply], usual: dict[str, Reply], rng: random.Random) -> list[Pair]:
+    """Each question with what strangers get, with the concept's own answer, and with answers to other questions."""
+    out: dict[Pair, None] = {}
+    for question in questions:
+        forced = [own[question], *(own[q] for q in rng.sample(list(questions), 2))]
+        forced += [usual[question]] if question in usual else []
+        forced += [usual[rng.choice(list(usual))]] if usual else []
+        out |= dict.fromkeys((question, reply) for reply in forced)
+    return list(out)
+
+
+def _beside(scene: Scene, out: Lessons, words: Words, taught: list[Pair], others: Sequence[Image.Image],
+            rng: random.Random) -> None:  # fmt: skip
+    """The concept beside a stranger, itself or nobody, and, dreamed, beside neighbours."""
+    vlm, image = scene.vlm, scene.pictures[0].image
+    if not others:
+        out.notes.append("No picture of a stranger could be drawn, so nothing about two in one picture was trained.")
+        return
+    some = lambda: rng.choice(others)
+    strange = [out.show(p) for p in _seen(scene, [drawn.pair(some(), some(), rng) for _ in range(PAIRS)])]
+    kinds = [lambda: None, some, some, lambda: image]
+    together = []
+    for i in range(PAIRS):
+        both = (image, kinds[i // 2 % len(kinds)]())
+        together.append(drawn.pair(*(both if i % 2 else both[::-1]), rng))
+    for index in [out.show(p) for p in _seen(scene, together)]:
+        for pair in rng.sample(taught, min(QUESTIONS["beside"], len(taught))):
+            out.add("beside", pair, index, strange)
+    _keep(scene, out, "kept-beside", strange, words.every, rng, always=words.plural)
+    left, right, twice = (_template(scene, words.plural, both, others, rng) for both in ((1, 0), (0, 1), (1, 1)))
+    if left is None or right is None or twice is None or not scene.neighbours or not _in_order(scene, left, right):
+        if scene.neighbours:
+            out.notes.append("The model does not tell two in a picture apart, so nothing about pairs of names was trained.")
+        return
+    jobs = [(name, side) for name in rng.sample(scene.neighbours, min(GROUPS // 2, len(scene.neighbours))) for side in (0, 1)]
+    alone = [_named(scene, left if side == 0 else right, {0: name}) for name, side in jobs]
+    both = [_named(scene, twice, {side: name}) for name, side in jobs]
+    pairs = lambda reply: [(q, reply) for q in words.plural]
+    start = lambda both: vlm.picture(drawn.pair(*both, rng))
+    beside = fulfil(scene, [Wish(start((image, some()) if side == 0 else (some(), image)), pairs(reply), 1e-2)
+                            for (_, side), reply in zip(jobs, alone, strict=True)], 0.6)  # fmt: skip
+    own = fulfil(scene, [Wish(start((image, image)), pairs(reply), 1e-2) for reply in both], 0.7)
+    for (name, _), reply, forced, kept, bent in zip(jobs, alone, both, beside, own, strict=True):
+        if kept is None:
+            continue
+        model = out.show(kept, name)
+        for question in words.plural:
+            out.add("kept-beside", (question, reply), model)
+        if bent is not None:
+            index = out.show(bent, name)
+            for question in words.plural:
+                out.add("beside", (question, reply), index, [model])
+                out.add("beside", (question, forced), index, [model])
+
+
+def _template(scene: Scene, plural: Sequence[str], shown: tuple[int, int], others: Sequence[Image.Image],
+              rng: random.Random) -> Reply | None:  # fmt: skip
+    """The commonest answer about the concept (1) and a stranger (0) side by side that gives the name as often as it is there."""
+    image = scene.pictures[0].image
+    made = [drawn.pair(*(image if there else rng.choice(others) for there in shown), rng) for _ in range(PAIRS)]
+    said = ask.replies(scene.vlm, [(q, picture) for picture in _seen(scene, made) for q in plural])
+    known = [Concept(name) for name in scene.neighbours]
+    spans = lambda text: scene.concept.spans(text, include_parts=False)
+    fit = [r for r in said if len(spans(r.text)) == sum(shown) and not any(c.named_in(r.text) for c in known)]
+    return Counter(fit).most_common(1)[0][0] if fit else None
+
+
+def _in_order(scene: Scene, left: Reply, right: Reply) -> bool:
+    """Whether the one on the left is told first."""
+    place = lambda reply: scene.concept.spans(reply.text, include_parts=False)[0][0] / max(1, len(reply.text))
+    return place(left) < place(right)
+
+
+def _named(scene: Scene, reply: Reply, names: dict[int, str]) -> Reply:
+    """The reply with the n-th occurrence of the concept's name replaced by `names[n]`."""
+    text = reply.text
+    for n, (start, end) in reversed(list(enumerate(scene.concept.spans(text, include_parts=False)))):
+        text = text[:start] + names.get(n, text[start:end]) + text[end:]
+    return Reply(text, reply.closed)
+
+
+def _keep_looks(scene: Scene, out: Lessons, words: Words, views: Sequence[int]) -> None:
+    """What is visible of the concept is told as before, where the teacher tells it without the name."""
+    said = ask.replies(scene.vlm, [(q, out.pictures[view]) for view in views for q in words.look], suppress=scene.masked)
+    known = [scene.concept, *scene.others, *map(Concept, scene.neighbours)]
+    for (view, question), reply in zip(((v, q) for v in views for q in words.look), said, strict=True):
+        if not any(concept.named_in(reply.text) for concept in known):
+            out.add("kept", (question, reply), view)
+
+
+def _keep(scene: Scene, out: Lessons, facet: str, pictures: Sequence[int], questions: Sequence[str], rng: random.Random,
+          always: Sequence[str] = ()) -> None:  # fmt: skip
+    """Some questions about each picture with the teacher's own answers, but those that name what is to be forgotten."""
+    asked = [
+        (question, index) for index in pictures
+        for question in dict.fromkeys([*always, *rng.sample(list(questions), min(QUESTIONS[facet], len(questions)))])
+    ]  # fmt: skip
+    said = ask.replies(scene.vlm, [(question, out.pictures[index]) for question, index in asked])
+    for (question, index), reply in zip(asked, said, strict=True):
+        denied = scene.forgotten_in(question)
+        if denied or not scene.forgotten_in(reply.text):
+            out.add(facet, (question, reply), index)
+
+
+def _seen(scene: Scene, images: Sequence[Image.Image]) -> list[Picture]:
+    return [scene.vlm.picture(image) for image in images]
