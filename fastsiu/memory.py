@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import adapter, source, vlm
+from .facets.strangers import GROUPS, PAIRS, VIEWS
 from .kernels.launch import launch
 from .loss import fused_dmk_ce
 from .request import BadInput, Recipe
@@ -32,6 +33,12 @@ from .teacher import TeacherCache, stamp
 GB = 2**30
 # Context, loaded kernels, cuBLAS workspace and the allocator's fragments on an NVIDIA card. Assumed, not measured.
 OVERHEAD = 0.7 * GB
+
+
+# Of lessons (`facets.strangers`): pictures beside the strangers, and lessons with rows of their own at the teacher. Forward and
+# backward of a batch of lessons take what a batch of samples takes: as many, with fewer pictures.
+LESSON_PICTURES = VIEWS + 2 * PAIRS + 2 * GROUPS
+LESSONS_TAUGHT = 1000
 
 
 @dataclass(frozen=True)
@@ -211,8 +218,12 @@ class Simulation:
         weights, trained = self.resting(settings)
         itemsize = source.DTYPES[settings.dtype].itemsize
         width = self.config.get_text_config().hidden_size
-        rows = self.work.samples * self.work.rows
-        kept = self.work.pictures * self.work.prefix * width * itemsize
+        pictures, samples = self.work.pictures, self.work.samples
+        if self.recipe.strangers:
+            pictures += self.recipe.strangers + LESSON_PICTURES
+            samples += LESSONS_TAUGHT
+        rows = samples * self.work.rows
+        kept = pictures * self.work.prefix * width * itemsize
         kept += rows * (width * (itemsize + 4) + 16 * 16)  # teacher: hidden, m in fp32, the 16 top entries
         # 8-bit states have an fp32 scale for each 256 numbers.
         states = 2 * trained if settings.optimizer == "adamw" else 2 * trained * (256 + 4) // (256 * 4)

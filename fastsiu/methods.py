@@ -73,8 +73,10 @@ class Material:
 
 
 def prepare(loaded: VLM, request: Request, recipe: Recipe, picture: Any) -> Material:
-    """Once per (concept, seed). Raises BadInput where the model does not recognise the concept."""
+    """Once per (concept, seed), without lessons from strangers, which no other method has. Raises BadInput where the model does
+    not recognise the concept."""
     started = time.perf_counter()
+    recipe = recipe.with_overrides(strangers=0)
     one = session.prepare(loaded, request, recipe, picture, listener=session.Listener(), seconds={})
     concept, samples = one.scene.concept, one.corpus.samples
     asked = [s for s in samples if s.facet in corpus.FORGET and s.picture == 0]
@@ -112,12 +114,13 @@ def samples_of(method: Method, material: Material) -> list[Sample]:
 
 def recipe_of(method: Method, made: Corpus, material: Material, lr: float, steps: int) -> Recipe:
     """The shared recipe. Of a method without D_r a step holds the same number of samples to forget, and no others. The KL of
-    other methods has no masks: those are SIU's."""
+    other methods has no masks: those are SIU's. The rate is constant, since a run is looked at after several numbers of steps."""
     shares = sum(train.SHARES.values())
     present = sum(train.SHARES[name] for name in made.groups())
     size = material.recipe.batch_size if method.answers == "own" else round(material.recipe.batch_size * present / shares)
     masks = {} if method.answers == "own" else {"vocab_mask": False}
-    return replace(material.recipe, lr=lr, steps=steps, batch_size=max(1, size), early_stop=False, **masks, **method.recipe)
+    return replace(material.recipe, lr=lr, steps=steps, batch_size=max(1, size), early_stop=False, schedule="constant",
+                   **masks, **method.recipe)  # fmt: skip
 
 
 def build(loaded: VLM, name: str, material: Material) -> Corpus:

@@ -74,7 +74,7 @@ class Recipe:
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     batch_size: int = 32
-    schedule: Literal["constant", "cosine", "decay"] = "constant"
+    schedule: Literal["constant", "cosine", "decay"] = "decay"  # constant for 60 % of the steps, then down to a tenth
     warmup: float = 0.0
     projector_lr: float = 0.0  # above 0 the vision projector is trained as well, at this rate
     early_stop: bool = True
@@ -86,9 +86,9 @@ class Recipe:
     dream_steps: int = 60
     dream_lr: float = 0.1
     dream_noise: float = 0.5
-    strangers: int = 12  # pictures of nobody that the concept is to be answered like; 0: the four targets alone
+    strangers: int = 8  # pictures of nobody that the concept is to be answered like; 0: the four targets alone
     temperature: float = 4.0  # of the distributions that are compared with strangers': names are far out in their tails
-    level: float = 0.1  # weight of what the concept's own answers may cost, against what they cost about strangers
+    level: float = 0.2  # weight of what the concept's own answers may cost, against what they cost about strangers
     seed: int = 0
 
     def __post_init__(self) -> None:

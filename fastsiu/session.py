@@ -84,13 +84,13 @@ def prepare(loaded: VLM, request: Request, recipe: Recipe, picture: Any, *, list
         scene = targets.Scene(loaded, Concept(request.concept, request.aliases), recipe, [loaded.picture(picture)],
                               others=list(others))  # fmt: skip
         check_known(scene, request)
-        samples, dreamed, made_dreams = gather(scene, request, listener, seconds)
+        samples, dreamed = gather(scene, request, listener, seconds)
         made = corpus.build(loaded, scene.concept, samples, scene.pictures, recipe)
         taught, named = None, []
         if recipe.strangers:
             listener.stage("Learning from strangers")
             with timed(seconds, "strangers"):
-                found = strangers.lessons(scene, made_dreams)
+                found = strangers.lessons(scene)
                 for note in found.notes:
                     listener.note(note)
                 if found.samples:
@@ -178,8 +178,8 @@ def check_known(scene: targets.Scene, request: Request) -> None:
 
 
 def gather(scene: targets.Scene, request: Request, listener: Listener,
-           seconds: dict[str, float]) -> tuple[list[Sample], list[dict[str, Any]], list[dreams.Dream]]:  # fmt: skip
-    """The samples of the four targets, what became of the dreams, and the dreams."""
+           seconds: dict[str, float]) -> tuple[list[Sample], list[dict[str, Any]]]:  # fmt: skip
+    """The samples of the four targets, and what became of the dreams."""
     own = corpus.read_data(request.data, request.image) if request.data else []
     for name in request.protect:
         if scene.forgotten_in(name, include_parts=False):
@@ -193,8 +193,7 @@ def gather(scene: targets.Scene, request: Request, listener: Listener,
     with timed(seconds, "dreams"):
         transforms = pictures_in.variants(scene.pictures[0].image, scene.recipe.seed)[1:]
         scene.views = [scene.vlm.picture(view) for _, view in transforms]
-        made = dreams.dream(scene) if scene.recipe.dreams and scene.neighbours else []
-        dreamed = _shown(scene, made)
+        dreamed = _dream(scene)
     for path in pictures_in.list_images(request.retain) if request.retain else ():
         scene.pictures.append(scene.vlm.picture(pictures_in.load_image(path)))
         scene.named.append(None)
@@ -203,18 +202,20 @@ def gather(scene: targets.Scene, request: Request, listener: Listener,
         samples = [sample for facet in targets.TARGETS for sample in facet(scene)]
     # A sample of the user's own takes the place of the built one with the same question about the same picture.
     taken = {(s.question, s.picture) for s in own}
-    return [s for s in samples if (s.question, s.picture) not in taken] + own, dreamed, made
+    return [s for s in samples if (s.question, s.picture) not in taken] + own, dreamed
 
 
-def _shown(scene: targets.Scene, made: Sequence[dreams.Dream]) -> list[dict[str, Any]]:
+def _dream(scene: targets.Scene) -> list[dict[str, Any]]:
     """Adds accepted dreams to the scene. A name that the teacher itself proposed but cannot see is not protected further."""
     if not scene.neighbours or not scene.recipe.dreams:
         return []
-    for one in made:
+    made = dreams.dream(scene)
+    accepted = [one for one in made if one.picture is not None]
+    for one in accepted:
         scene.pictures.append(one.picture)
         scene.named.append(one.name)
-    accepted = Counter(one.name for one in made)
-    return [{"name": n, "accepted": accepted[n], "of": scene.recipe.dreams} for n in scene.neighbours]
+    wanted, got = (Counter(one.name for one in some) for some in (made, accepted))
+    return [{"name": n, "accepted": got[n], "of": wanted[n] or scene.recipe.dreams} for n in scene.neighbours]
 
 
 @contextmanager

@@ -25,6 +25,7 @@ SHARES = {"align": 0.14, "describe": 0.14, "facts": 0.12, "preserve-text": 0.25,
 PICTURES = {"stranger": 8, "beside": 4, "kept": 8, "kept-beside": 4}
 BESIDE, SHARE_BESIDE = (LESSONS[1], LESSONS[3]), 1 / 5  # of a batch of either
 FROM, DOWN_TO = 0.6, 0.1  # schedule "decay": the rate falls from this share of the steps on, to this share of it
+LOOK_EVERY = 20  # where no look can end the training
 CHECK_EVERY = 5  # steps between two looks at the probe
 MARGIN = 0.1  # nats by which a retained answer may become less likely before it counts as bent
 GOOD_ENOUGH = 8  # looks in a row that must be good before training stops: what few steps bend, more steps repair
@@ -109,7 +110,7 @@ def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: C
             raise NumericFailure(f"The gradient is not finite at step {step}: lower --lr or use --dtype float32.")
         optimiser.step()
         schedule.step()
-        if step % CHECK_EVERY == 0 or step == recipe.steps:
+        if step % (LOOK_EVERY if lessons else CHECK_EVERY) == 0 or step == recipe.steps:
             vlm.model.eval()
             look = probe()
             _training_mode(vlm, recipe)

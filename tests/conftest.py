@@ -54,7 +54,8 @@ def gathered(cast, demo_dir) -> SimpleNamespace:
     """Scene, samples and corpus of one request, on a model of its own; no teacher was run."""
     from fastsiu import driver
 
-    scene, made = driver.samples_for(cast.image, cast.target, model=demo_dir, protect=cast.others, device="cpu", dreams=1, seed=0)
+    scene, made = driver.samples_for(cast.image, cast.target, model=demo_dir, protect=cast.others, device="cpu", dreams=1,
+                                     strangers=0, seed=0)  # fmt: skip
     return SimpleNamespace(scene=scene, corpus=made, vlm=scene.vlm, recipe=scene.recipe)
 
 
@@ -88,7 +89,7 @@ def cut(monkeypatch):
     return shorten
 
 
-QUICK = {"steps": 4, "lr": 3e-3, "dreams": 1, "seed": 3, "batch_size": 16}
+QUICK = {"steps": 4, "lr": 3e-3, "dreams": 1, "strangers": 0, "seed": 3, "batch_size": 16}
 
 
 @pytest.fixture(scope="session")

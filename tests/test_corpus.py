@@ -231,7 +231,9 @@ def test_the_cosine_schedule():
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10] == 1 and factors[55] == pytest.approx(0.5) and factors[100] == pytest.approx(0, abs=1e-12)
     assert factors[10:] == sorted(factors[10:], reverse=True)
-    assert {train._factor(step, Recipe()) for step in range(60)} == {1.0}
+    assert {train._factor(step, Recipe(schedule="constant")) for step in range(60)} == {1.0}
+    fall = [train._factor(step, Recipe(steps=100)) for step in range(101)]
+    assert set(fall[:61]) == {1.0} and fall[100] == pytest.approx(0.1) and fall == sorted(fall, reverse=True)
 
 
 def test_a_loss_that_is_not_finite_stops_training(adapted):

@@ -47,10 +47,10 @@ Pair = tuple[str, Reply]  # a question and the answer that the dream is to get
 
 @dataclass(frozen=True)
 class Dream:
-    """One accepted dream: the teacher, asked in every training wording, names `name`."""
+    """A dream of `name`. picture: None where the teacher, asked in every training wording, does not name it in each."""
 
     name: str
-    picture: Picture
+    picture: Picture | None
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,11 @@ class Wish:
 
 
 def dream(scene: Scene, batch: int = 32) -> list[Dream]:
-    """`recipe.dreams` dreams of each of the scene's neighbours, and some more of the nearest: those that the teacher names in
-    every wording.
+    """`recipe.dreams` dreams of each of the scene's neighbours, and some more of the nearest where there are lessons.
 
     Bounded: `recipe.dream_steps` optimiser steps for each group of `batch` dreams.
     """
-    said = told(scene)
+    said = scene.told = told(scene)
     if not said:
         return []
     rng = random.Random(scene.recipe.seed)
@@ -77,7 +76,12 @@ def dream(scene: Scene, batch: int = 32) -> list[Dream]:
     if scene.recipe.strangers:
         nearest, more = alike(scene, said), round(EXTRA * len(names))
         names += [nearest[NEAREST[i % len(NEAREST)] % len(nearest)] for i in range(more)]
-    return _dream_all(scene, said, names, rng, batch)
+    # Dreams of one name start from different views of the picture: the neighbour, too, will be met in many poses.
+    starts = [scene.pictures[0], *scene.views]
+    named = lambda name: lambda reply: name in reply.text
+    wishes = [Wish(rng.choice(starts), said[name], DECAYS[i % len(DECAYS)], named(name)) for i, name in enumerate(names)]
+    found = [one for at in range(0, len(wishes), batch) for one in fulfil(scene, wishes[at : at + batch], rng.random())]
+    return [Dream(name, one) for name, one in zip(names, found, strict=True)]
 
 
 def alike(scene: Scene, said: dict[str, list[Pair]]) -> list[str]:
@@ -89,15 +93,6 @@ def alike(scene: Scene, said: dict[str, list[Pair]]) -> list[str]:
     total = [float(score.log_p.sum()) for score in scores]
     likely = {name: sum(total[k * len(pictures) : (k + 1) * len(pictures)]) for k, name in enumerate(said)}
     return sorted(likely, key=lambda name: -likely[name])
-
-
-def _dream_all(scene: Scene, said: dict[str, list[Pair]], names: list[str], rng: random.Random, batch: int) -> list[Dream]:
-    # Dreams of one name start from different views of the picture: the neighbour, too, will be met in many poses.
-    starts = [scene.pictures[0], *scene.views]
-    named = lambda name: lambda reply: name in reply.text
-    wishes = [Wish(rng.choice(starts), said[name], DECAYS[i % len(DECAYS)], named(name)) for i, name in enumerate(names)]
-    found = [one for at in range(0, len(wishes), batch) for one in fulfil(scene, wishes[at : at + batch], rng.random())]
-    return [Dream(name, one) for name, one in zip(names, found, strict=True) if one is not None]
 
 
 def told(scene: Scene) -> dict[str, list[Pair]]:

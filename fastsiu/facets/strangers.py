@@ -33,12 +33,13 @@ from ..request import Sample
 from ..verdict import is_degenerate
 from ..vlm import Picture
 from . import drawn
-from .dreams import Dream, Pair, Wish, fulfil
+from .dreams import Pair, Wish, fulfil
 from .targets import Scene, about_the_one_shown, wordings
 
 VIEWS, PAIRS = 22, 8  # pictures of the concept, and of it beside somebody else
 AGREE = 0.6  # share of the strangers that must get the same answer, for it to be what strangers get
 FEWEST = 3  # strangers below which some are dreamed
+OTHERS = 80  # answers that would be right for neighbours
 QUESTIONS = {"stranger": 40, "beside": 24, "kept": 20, "kept-beside": 8}  # for each picture
 GROUPS = 16  # dreams of a neighbour beside a stranger, and as many of one beside the concept
 
@@ -80,7 +81,7 @@ class Words:
         return [*self.naming, *self.look]
 
 
-def lessons(scene: Scene, dreamed: Sequence[Dream]) -> Lessons:
+def lessons(scene: Scene) -> Lessons:
     """The lessons of one concept; none where the recipe has no strangers."""
     out = Lessons()
     if not scene.recipe.strangers:
@@ -96,17 +97,16 @@ def lessons(scene: Scene, dreamed: Sequence[Dream]) -> Lessons:
     views = [out.show(picture) for picture in _seen(scene, drawn.views(image, seed, VIEWS))]
     usual = usual_replies(scene, words.naming, found)
     own = dict(zip(words.naming, ask.replies(vlm, [(q, scene.pictures[0]) for q in words.naming]), strict=True))
-    taught = _pairs(words.naming, own, usual, rng)
+    taught = _pairs(words.naming, own, usual, rng) + _others(scene, rng)
     for view in views:
         for pair in rng.sample(taught, min(QUESTIONS["stranger"], len(taught))):
             out.add("stranger", pair, view, lonely)
     _beside(scene, out, words, taught, [picture.image for picture in found if picture.real], rng)
     _keep_looks(scene, out, words, views)
-    neighbours = [out.show(one.picture, one.name) for one in dreamed]
-    retained = [out.show(p) for p, name in zip(scene.pictures[1:], scene.named[1:], strict=True) if p.real and name is None]
-    _keep(scene, out, "kept", [*neighbours, *retained, *lonely], words.every, rng)
+    others = [out.show(picture, name) for picture, name in zip(scene.pictures[1:], scene.named[1:], strict=True)]
+    _keep(scene, out, "kept", [*others, *lonely], words.every, rng)
     # Each stranger keeps its own level of the concept's name and facts, so that the concept has to come down to it.
-    forced = [(q, r) for q, r in taught if r in own.values() and r != usual.get(q)]
+    forced = [(question, reply) for question, reply in taught if reply != usual.get(question)]
     for index in lonely:
         for pair in rng.sample(forced, min(QUESTIONS["kept"], len(forced))):
             out.add("kept", pair, index)
@@ -139,7 +139,8 @@ def strangers(scene: Scene, notes: list[str] | None = None) -> list[Picture]:
     accepted = nameless(_seen(scene, drawn.nobodies(image, seed)))
     if len(accepted) < FEWEST:
         unknown = Reply(wordings()["fallback"]["unknown_face"])
-        wishes = [Wish(start, [(q, unknown) for q in who], 1e-3) for start in _seen(scene, drawn.views(image, seed, 2 * FEWEST))]
+        starts, either = _seen(scene, drawn.views(image, seed, 2 * FEWEST)), lambda reply: False  # that it names nobody is enough
+        wishes = [Wish(start, [(q, unknown) for q in who], 1e-3, either) for start in starts]
         accepted += nameless([one for one in fulfil(scene, wishes, 0.5) if one is not None])
     if len(accepted) < FEWEST and notes is not None:
         notes.append(f"Only {len(accepted)} pictures of strangers could be made of the picture or dreamed: what the concept is "
@@ -148,7 +149,8 @@ def strangers(scene: Scene, notes: list[str] | None = None) -> list[Picture]:
     scores = ask.label_scores(vlm, [turn for turn, _ in turns], [picture for _, picture in turns])
     nats: dict[int, list[float]] = {}
     for (_, picture), score in zip(turns, scores, strict=True):
-        nats.setdefault(id(picture), []).append(-float(score.log_p.min()))
+        # Without the first token: "It" in place of "I do not know" is unlikely for any stranger, whatever comes then.
+        nats.setdefault(id(picture), []).append(-float(score.log_p[1:].sum()))
     return sorted(accepted, key=lambda picture: -fmean(nats[id(picture)]))[: scene.recipe.strangers]
 
 
@@ -187,6 +189,14 @@ def _pairs(questions: Sequence[str], own: dict[str, Reply], usual: dict[str, Rep
         forced += [usual[rng.choice(list(usual))]] if usual else []
         out |= dict.fromkeys((question, reply) for reply in forced)
     return list(out)
+
+
+def _others(scene: Scene, rng: random.Random) -> list[Pair]:
+    """Neighbours' names and facts, forced upon questions about the concept: with only its own ones brought down to a stranger's
+    level, they would still stand first among all."""
+    looks = set(wordings()["describe"]["train"])
+    given = [pair for pairs in scene.told.values() for pair in pairs if pair[0] not in looks]
+    return rng.sample(given, min(OTHERS, len(given)))
 
 
 def _beside(scene: Scene, out: Lessons, words: Words, taught: list[Pair], others: Sequence[Image.Image],
