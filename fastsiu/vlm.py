@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from jinja2 import TemplateError
 from PIL import Image
 from safetensors import SafetensorError
@@ -32,6 +33,8 @@ from .request import BadInput, NumericFailure
 from .rows import no_logits
 
 Span = tuple[int, int]
+FAULTS = (AttributeError, TypeError, ValueError, LookupError, NameError, AssertionError,
+          ImportError, RuntimeError)  # fmt: skip
 PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "pixel_attention_mask", "labels", "image_sizes")
 
 
@@ -317,16 +320,17 @@ def collate(batch: Sequence[dict[str, Tensor]], pad_id: int) -> dict[str, Any]:
 def probe_head(model: Any, inputs: dict[str, Tensor]) -> tuple[float, float | None]:
     """What the model does to head(hidden): (scale, softcap), found by comparing numbers.
 
-    Raises BadInput for anything but z = c tanh(s x / c) or z = s x.
+    inputs: a few tokens without a picture, the first that the model's forward is given
+    Raises BadInput for anything but z = c tanh(s x / c) or z = s x, and where the forward fails.
     """
     with no_logits(model) as kept:
-        model(**inputs, use_cache=False)
+        first_forward(model, inputs)
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise BadInput(f"The model's output head is a {type(head).__name__}, not a plain linear layer: "
                        "give a model whose head is neither quantised nor adapted.")  # fmt: skip
     x = head(kept["hidden"]).float()
-    z = model(**inputs, use_cache=False).logits.float()
+    z = first_forward(model, inputs).logits.float()
     tolerance = (1e-4 if head.weight.dtype == torch.float32 else 4e-3) * float(z.abs().max()) + 1e-6
     for cap in (None, *named_caps(model.config)):
         free = z.abs() < 0.99 * cap if cap else torch.ones_like(z, dtype=torch.bool)  # what the cap has not flattened
@@ -337,6 +341,23 @@ def probe_head(model: Any, inputs: dict[str, Tensor]) -> tuple[float, float | No
         if float((fitted - z).abs().max()) <= tolerance:
             return scale, cap
     raise BadInput("The model transforms its logits after the head by more than a scale and a softcap: not supported.")
+
+
+def first_forward(model: Any, inputs: dict[str, Tensor]) -> Any:
+    """The model's output. Raises BadInput where its code fails: one release of transformers can
+    break one model."""
+    try:
+        return model(**inputs, use_cache=False)
+    except FAULTS as error:
+        if out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+            raise
+        version, said = transformers.__version__, source.first_line(error)
+        minor = ".".join(version.split(".")[:2])
+        raise BadInput(
+            f"{type(model).__name__} fails in transformers {version} on a question without a "
+            f"picture ({type(error).__name__}: {said}): try an earlier release, pip install 'transformers<{minor}', "
+            "or give another model."
+        ) from error
 
 
 def named_caps(config: Any) -> list[float]:
@@ -356,7 +377,8 @@ def load(name: str, *, revision: str | None = None, device: str | None = None, d
     bars:      transformers may draw its progress on stderr: bytes of a download, weights loaded
 
     Raises BadInput for a missing directory, a directory without model or processor, a model that takes no pictures
-    or whose language model cannot be given image features, and for options that cannot be honoured here.
+    or whose language model cannot be given image features, a model whose forward fails on plain
+    text, and for options that cannot be honoured here.
     """
     source.check_directory(name)
     source.check_options(dtype, quantize, attention, budget.optimizer if budget else "adamw")

@@ -1,6 +1,9 @@
 """The fused loss against loops over tokens and vocabulary, written from the equations (arXiv 2405.12523, Eq. 2-5)."""
 
+import importlib.util
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsiu import DMKCELoss, TeacherCache, fused_dmk_ce, why_not
 from fastsiu.kernels import launch
+
+SPEC = importlib.util.spec_from_file_location("rounding", Path(__file__).with_name("rounding.py"))
+rounding = sys.modules.setdefault("rounding", importlib.util.module_from_spec(SPEC))
+SPEC.loader.exec_module(rounding)
 
 torch.set_num_threads(1)
 
@@ -303,7 +310,8 @@ def test_denominators_make_micro_batches_equal_to_one_batch():
 
 
 def errors(N, V, D, dtype, moved, **options):
-    """Relative errors of (loss, gradient) against fp64: ours, and plain torch with logits in `dtype`."""
+    """Relative errors of (loss, gradient) against fp64: ours, plain torch's with logits in `dtype`,
+    and the largest that fp32 and the rounding of the output allow."""
     ht, W = rand(N, D, dtype=dtype), rand(V, D, seed=1, dtype=dtype, scale=D**-0.5)
     h = (ht.double() + moved * rand(N, D, seed=2)).to(dtype)
     y = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(3))
@@ -323,15 +331,22 @@ def errors(N, V, D, dtype, moved, **options):
     loss.backward()
     assert loss.dtype == torch.float32 and x.grad.dtype == dtype
     relative = lambda got: [((g - t).norm() / t.norm()).item() for g, t in zip(got, truth, strict=True)]
-    return relative((loss.double(), x.grad.double())), relative(plain(dtype))
+    bounds = rounding.bounds(rounding.case(h, W, y, ht), 1.0)
+    output = rounding.U, torch.finfo(dtype).eps / 2
+    found = zip((bounds["loss"], bounds["h"]), truth, output, strict=True)
+    allowed = [(bound.norm() / t.norm()).item() + o for bound, t, o in found]
+    return relative((loss.double(), x.grad.double())), relative(plain(dtype)), allowed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("moved", [0.01, 0.3])
 def test_no_worse_than_plain_torch(dtype, moved):
-    ours, plain = errors(16, 1000, 64, dtype, moved)
-    for name, o, p in zip(("loss", "gradient"), ours, plain, strict=True):
-        assert o <= 2 * p + 1e-6, f"{name}: ours {o:.1e}, plain torch {p:.1e}"
+    """The loss is one number, which plain torch may hit by luck: arithmetic sets its bound."""
+    ours, plain, allowed = errors(16, 1000, 64, dtype, moved)
+    for name, o, p in zip(("loss", "gradient"), ours, allowed, strict=True):
+        assert o <= p, f"{name}: ours {o:.1e}, allowed {p:.1e}"
+    said = f"gradient: ours {ours[1]:.1e}, plain torch {plain[1]:.1e}"
+    assert ours[1] <= 2 * plain[1] + rounding.U, said
 
 
 def test_bf16_logits_are_delivered_in_fp32():
@@ -351,13 +366,15 @@ def test_bf16_logits_are_delivered_in_fp32():
 
 
 def test_matmul_precision_does_not_round_fp32():
+    """The gradient is compared with plain torch's outside, which is fp32."""
+    _, plain, allowed = errors(16, 1000, 64, torch.float32, 0.3)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        (loss, gradient), _ = errors(16, 1000, 64, torch.float32, 0.3)
+        (loss, gradient), _, _ = errors(16, 1000, 64, torch.float32, 0.3)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert loss < 1e-6 and gradient < 1e-5
+    assert loss <= allowed[0] and gradient <= 2 * plain[1] + rounding.U
 
 
 def test_autocast_does_not_round_fp32():

@@ -1,7 +1,10 @@
 """Every backend of the fused loss where it hurts: all options against fp64, inputs made to break it, symmetries, accuracy."""
 
+import importlib.util
+import sys
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,10 @@ from torch import Tensor
 import fastsiu.kernels.launch
 import fastsiu.loss
 from fastsiu import TeacherCache, fused_dmk_ce
+
+SPEC = importlib.util.spec_from_file_location("rounding", Path(__file__).with_name("rounding.py"))
+rounding = sys.modules.setdefault("rounding", importlib.util.module_from_spec(SPEC))
+SPEC.loader.exec_module(rounding)
 
 torch.set_num_threads(1)
 
@@ -126,8 +133,7 @@ def run(c, backend, **options):
         W.requires_grad_()
         b is None or b.requires_grad_()
     loss, parts = call(c, backend, h, W, b, teacher_of(c, W, b), return_parts=True, **options)
-    upstream = rand(len(c.h), seed=77) if c.reduction == "none" else torch.tensor(1.7, dtype=F64)
-    loss.backward(upstream.to(loss.dtype))
+    loss.backward(upstream(c).to(loss.dtype))
     assert all(x.grad is None or x.grad.dtype == x.dtype for x in (h, W, b) if x is not None)
     assert loss.dtype == (F64 if F64 in (h.dtype, W.dtype) else F32) and all(not x.requires_grad for x in parts)
     got = dict(loss=loss.detach(), ce=parts.ce, kl=parts.kl, entropy=parts.entropy, h=h.grad)
@@ -158,34 +164,17 @@ def plain(c):
     t = None if c.ht is None else logits(c.ht, *((c.W, c.b) if c.Wt is None else (c.Wt, c.bt))).detach().to(eye.dtype)
     flat = replace(c, W=eye, ht=t, Wt=None if t is None else eye, b=None, bt=None, scale=1.0, softcap=None)
     loss, parts = call(flat, "reference", logits(h, c.W, c.b).to(eye.dtype), eye, None, teacher_of(flat), return_parts=True)
-    loss.backward((rand(len(c.h), seed=77) if c.reduction == "none" else torch.tensor(1.7)).to(loss.dtype))
+    loss.backward(upstream(c).to(loss.dtype))
     return {k: x.double() for k, x in dict(loss=loss.detach(), **parts._asdict(), h=h.grad).items()}
 
 
-def noise(c):
-    """Rounding of the numbers that meet in each result: 2^-22 of their size, more where large logits lose digits before."""
-    c = c.to(F64)
-    size = 1 + c.scale * (c.h.norm(dim=-1).amax() * c.W.norm(dim=-1).amax())  # of a logit
-    if c.ht is not None:
-        size = size + c.scale * c.ht.norm(dim=-1).amax() * (c.W if c.Wt is None else c.Wt).norm(dim=-1).amax()
-    for b in (c.b, c.bt):
-        size = size if b is None else size + c.scale * b[b.isfinite()].abs().amax()
-    a, k = (torch.ones(len(c.h), dtype=F64) if w is None else w.to(F64) for w in (c.a, c.k))
-    a = a * (c.y != c.ignore_index)
-    over = lambda w, d: w / (w.sum() if d is None else torch.as_tensor(d, dtype=F64)).clamp(min=1e-30).squeeze()
-    if c.reduction == "mean":
-        a, k = over(a, c.denominators[0]), over(k, c.denominators[1])
-    up = rand(len(c.h), seed=77).abs() if c.reduction == "none" else 1.7
-    u, w, tau = c.alpha * a, c.beta * k * (c.head != "none"), c.tau
-    value, slope = 2**-22 * size * (u + w * tau * (1 + tau)), 2**-22 * size * c.scale * up * (u + w * (1 + tau))
-    return dict(
-        loss=value if c.reduction == "none" else value.sum(), ce=2**-22 * size, kl=2**-22 * size * tau * (1 + tau),
-        entropy=2**-20 * size, h=slope[:, None] * c.W.norm(dim=-1).amax(), W=(slope[:, None] * c.h).norm(), b=slope.norm(),
-    )  # fmt: skip
+def upstream(c):
+    """The gradient that `run` sends into the loss."""
+    return rand(len(c.h), seed=77) if c.reduction == "none" else torch.tensor(1.7, dtype=F64)
 
 
 def check(c, backend, rtol=1e-9):
-    """Against the fp64 truth: to `rtol` in fp64, else within twice the error of plain torch in that dtype."""
+    """Against the fp64 truth: to `rtol` in fp64, else as near as rounding allows (`within`)."""
     want, got = truth(c), run(c, backend)
     assert got.keys() == want.keys()
     if c.h.dtype == F64:
@@ -194,15 +183,23 @@ def check(c, backend, rtol=1e-9):
             atol = tolerance * (1 + want[name].abs().max().item() if want[name].numel() else 1)
             torch.testing.assert_close(x, want[name], rtol=tolerance, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
         return got, want
-    theirs, floor = plain(c) if len(c.W) < 2000 else {}, noise(c)
-    unit = torch.finfo(c.h.dtype).eps
+    within(got, want, c)
+    return got, want
+
+
+def within(got, want, c):
+    """Is every number as near the truth as fp32 must be (rounding.py), then rounded to its dtype?"""
+    bounds = rounding.bounds(c.to(F64), upstream(c))
     for name, x in got.items():
         assert x.isfinite().all(), f"{name} is not finite"
-        rounding = (unit * want[name].norm() if name in ("h", "W", "b") else 0) + (torch.zeros_like(x) + floor[name]).norm()
-        tiny = x.numel() ** 0.5 * torch.finfo(c.h.dtype).smallest_normal if name in ("h", "W", "b") else 0  # fp16 below its range
-        error, plains = (x - want[name]).norm(), (theirs[name] - want[name]).norm() if name in theirs else 0.0
-        assert error <= 2 * plains + rounding + tiny, f"{name}: ours {error:.1e}, plain {plains:.1e}, rounding {rounding:.1e}"
-    return got, want
+        error, bound = (x - want[name]).abs(), bounds[name]
+        if name in ("h", "W", "b"):
+            kind = torch.finfo(getattr(c, name).dtype)
+            subnormal = kind.eps * kind.smallest_normal
+            bound = bound + kind.eps / 2 * (want[name].abs() + bound) + subnormal
+        over = error > bound
+        worst = f"{error[over].max():.1e} off, bound {bound[over].min():.1e}" if over.any() else ""
+        assert not worst, f"{name}: {worst}"
 
 
 # ---------------------------------------------------------------------------------------------- every combination
@@ -245,7 +242,7 @@ def test_every_combination_in_fp64(backend, options):
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @settings(max_examples=25, deadline=None)
 @given(options=CASES)
-def test_no_combination_is_worse_than_plain_torch(backend, dtype, options):
+def test_every_combination_is_rounded_no_more_than_fp32_must(backend, dtype, options):
     check(make(dtype=dtype, **options), backend)
 
 
@@ -280,10 +277,7 @@ def test_mixed_dtypes(backend, dtypes, head):
     c = make(N=9, V=300, D=24, head=head, bias=True, tau=2.0, mask="few")
     h, W = dtypes
     c = replace(c.to(W), h=c.h.to(h), ht=c.ht.to(h), b=c.b.to(BF16), bt=c.bt if c.bt is None else c.bt.to(BF16))
-    got, want = run(c, backend), truth(c)
-    for name in got:
-        unit = torch.finfo({"W": W, "b": BF16}.get(name, h)).eps if name in ("h", "W", "b") else 3e-6
-        assert (got[name] - want[name]).norm() <= max(unit, 3e-6) * want[name].norm() + 1e-6, name
+    within(run(c, backend), truth(c), c)
 
 
 @every_backend
@@ -662,7 +656,8 @@ def test_an_unmoved_row_is_exactly_zero(backend, dtype, head, options, reduction
 def test_an_unmoved_row_under_a_mask_is_still_pulled(backend, dtype):
     c = make(6, 120, 8, mask="most", alpha=0.0, dtype=dtype, ignored=0)
     got, want = check(replace(c, h=c.ht), backend)
-    assert got["kl"].abs().max() < 1e-5 and (want["h"].norm(dim=-1) > 1e-4).all()
+    assert want["kl"].abs().max() < 1e-12 and (want["h"].norm(dim=-1) > 1e-4).all()
+    assert dtype != F64 or got["kl"].abs().max() < 1e-12
 
 
 @every_backend
@@ -758,8 +753,8 @@ def test_a_backward_inside_autocast_does_not_round(backend, head):
     c = make(9, 400, 48, dtype=F32, head=head, bias=True)
     outside = run(c, backend)
     with torch.autocast("cpu", dtype=BF16):
-        within = run(c, backend)
-    assert all((outside[name] - within[name]).norm() <= 1e-6 * outside[name].norm() for name in outside)
+        inside = run(c, backend)
+    assert all(torch.equal(outside[name], inside[name]) for name in outside)
 
 
 @every_backend
@@ -773,9 +768,7 @@ def test_matmul_precision_does_not_round_fp32(backend, head, precision):
         got = run(c, backend)
     finally:
         torch.set_float32_matmul_precision(before)
-    want = truth(c)
-    for name in got:
-        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm() + 1e-6, name
+    within(got, truth(c), c)
 
 
 @every_backend
@@ -817,19 +810,52 @@ def relative(x, want):
     return ((x - want).norm() / want.norm()).item()
 
 
+def measured(c, want):
+    """What fp32 costs plain torch on this processor, in this run: the gradient's relative error,
+    and that of each row's KL.
+
+    The gradient's is autograd's, plus that of C (Q W) - m written down plainly, with logits and
+    both products formed in fp32 and only the softmax in fp64. The difference of these two is the
+    gradient; near the teacher nothing is left of it.
+    """
+    c = c.to(F32)
+    z = lambda h: (h @ c.W.T).double()
+    over = torch.ones(len(c.W)).bool() if c.keep is None else c.keep
+    gone = ~over if c.renormalize else torch.zeros_like(over)
+    Q, P = (z(h).masked_fill(gone, -torch.inf).softmax(-1) for h in (c.h, c.ht))
+    P = P * over
+    pull = 1.7 * (P.sum(-1, keepdim=True).float() * (Q.float() @ c.W) - P.float() @ c.W).double()
+    eager = plain(c)
+    return relative(eager["h"], want["h"]) + relative(pull, want["h"]), eager["kl"] - want["kl"]
+
+
+def no_worse_than_measured(got, want, gradient, kl, output, peak, level):
+    """Twice what was measured at most. Where the teacher is sure and the student near, the columns
+    that matter are held out of every sum (notes/held-out-columns.md): a quarter."""
+    ours, off = relative(got["h"], want["h"]), (got["kl"] - want["kl"]).norm()
+    assert ours <= 2 * gradient + output, f"ours {ours:.1e}, measured {gradient:.1e}"
+    said, own = f"ours {off:.1e}, measured {kl.norm():.1e}", rounding.U * want["kl"].norm()
+    assert off <= 2 * kl.norm() + 2 * own, said
+    if peak and level <= 1e-4:
+        assert off <= kl.norm() / 4, said
+        assert ours <= gradient / 4 + output, f"ours {ours:.1e}, measured {gradient:.1e}"
+
+
 @every_backend
 @pytest.mark.parametrize("level", [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0])
 @pytest.mark.parametrize("peak", [0.0, 14.0])
 @pytest.mark.parametrize("mask, renormalize", [("none", False), ("few", False), ("few", True)])
 def test_the_kl_gradient_in_bf16(backend, level, peak, mask, renormalize):
-    """Relative error at most 0.02 for KL from 1e-4 to 10 and 0.1 down to 1e-6, and never above eager's."""
+    """Relative error at most 0.02 for KL from 1e-4 to 10 and 0.1 down to 1e-6, and never above
+    eager's: the output's rounding, 2^-9, and little else."""
     c, kl = at_level(level, peak, mask, renormalize)
     assert level / 4 < kl < level * 4
     want, got, eager = truth(c), run(c, backend), plain(c)
     ours, theirs = relative(got["h"], want["h"]), relative(eager["h"], want["h"])
     assert ours <= (0.02 if level >= 1e-4 else 0.1) and ours <= theirs, f"KL {kl:.1e}: ours {ours:.1e}, eager {theirs:.1e}"
-    plains = 3 if backend == "reference" else 1  # plain torch in fp32 forms each log P - log Q, and that is its noise
-    assert ((got["kl"] - want["kl"]).abs() <= 1e-3 * want["kl"].abs() + plains * 1e-6).all()
+    within(got, want, c)
+    if backend != "reference":  # which is plain torch itself
+        no_worse_than_measured(got, want, *measured(c, want), 2**-9, peak, level)
 
 
 @every_backend
@@ -837,15 +863,8 @@ def test_the_kl_gradient_in_bf16(backend, level, peak, mask, renormalize):
 @pytest.mark.parametrize("peak", [0.0, 14.0])
 @pytest.mark.parametrize("mask, renormalize", [("none", False), ("few", True)])
 def test_the_kl_gradient_in_fp32(backend, level, peak, mask, renormalize):
-    """At most 1e-5 above the floor of fp32: the error of C (Q W) - m written down plainly, with logits and both products formed
-    in fp32 and only the softmax in fp64. The difference of these two is the gradient; near the teacher nothing is left of it."""
     c, _ = at_level(level, peak, mask, renormalize, F32)
     want, got = truth(c), run(c, backend)
-    z = lambda h: (h @ c.W.T).double()
-    over = torch.ones(len(c.W)).bool() if c.keep is None else c.keep
-    Q, P = (z(h).masked_fill(~over, -torch.inf).softmax(-1) for h in (c.h, c.ht))
-    pull = 1.7 * (Q.float() @ c.W - P.float() @ c.W).double()
-    ours, floor = relative(got["h"], want["h"]), relative(pull, want["h"])
-    plains = 10 if backend == "reference" else 1  # autograd's softmax multiplies Q by a rounded sum of P
-    assert ours <= plains * floor + 1e-5, f"ours {ours:.1e}, floor {floor:.1e}"
-    assert ((got["kl"] - want["kl"]).abs() <= 1e-4 * want["kl"].abs() + plains * 1e-6).all()
+    within(got, want, c)
+    if backend != "reference":
+        no_worse_than_measured(got, want, *measured(c, want), rounding.U, peak, level)

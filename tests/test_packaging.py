@@ -3,9 +3,12 @@
 import importlib.util
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import fastsiu
 
@@ -60,3 +63,23 @@ def test_every_public_name_resolves():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = fastsiu.nothing
+
+
+def pins(name: str) -> dict[str, Version]:
+    lines = (ROOT / "constraints" / name).read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {package: Version(version) for package, version in pairs}
+
+
+def test_what_was_tested_is_what_is_asked_for():
+    """The oldest pins are the lower bounds, torch's apart, and the newest are inside all bounds."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest, newest = pins("oldest.txt"), pins("newest.txt")
+    asked = [Requirement(line) for line in project["dependencies"]]
+    for one in asked:
+        assert oldest[one.name] in one.specifier and newest[one.name] in one.specifier
+        (lower,) = (Version(part.version) for part in one.specifier if part.operator == ">=")
+        assert lower == oldest[one.name] or one.name == "torch"
+    extras = project["optional-dependencies"]
+    tools = [Requirement(line).name for name in ("test", "trainers", "plot") for line in extras[name]]
+    assert {*oldest} == {*newest} == {one.name for one in asked} | {*tools} - {"fastsiu"}

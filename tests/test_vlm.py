@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -188,6 +189,59 @@ def test_probe_head_refuses_a_head_that_is_not_linear():
     model.head = type("Quantised", (nn.Linear,), {})(16, 50)
     with pytest.raises(BadInput, match="Quantised, not a plain linear"):
         vlm.probe_head(model, {"input_ids": torch.arange(20)[None]})
+
+
+class Broken(Headed):
+    """Code that reads what is not there, before or after the head."""
+
+    def __init__(self, error, after_head):
+        super().__init__(lambda x: x)
+        self.error, self.after_head, self.runs = error, after_head, 0
+
+    def forward(self, input_ids, use_cache=False):
+        self.runs += 1
+        if self.runs > self.after_head:
+            raise self.error
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize("after_head", [0, 1])
+@pytest.mark.parametrize(
+    "error", [AttributeError("no\nsuch field."), KeyError("x"), RuntimeError("shapes differ")]
+)
+def test_a_forward_that_fails_is_told_in_a_sentence(error, after_head, monkeypatch):
+    monkeypatch.setattr(vlm.transformers, "__version__", "7.31.2")
+    model = Broken(error, after_head)
+    with pytest.raises(BadInput) as caught:
+        vlm.probe_head(model, {"input_ids": torch.arange(20)[None]})
+    said = str(error).split("\n")[0]
+    assert str(caught.value) == (
+        "Broken fails in transformers 7.31.2 on a question without a picture "
+        f"({type(error).__name__}: {said}): try an earlier release, "
+        "pip install 'transformers<7.31', or give another model."
+    )
+    assert model.runs == after_head + 1 and "forward" not in model.head.__dict__
+
+
+def test_memory_that_is_not_there_is_not_the_models_fault():
+    for error in (torch.OutOfMemoryError("out of memory"), torch.AcceleratorError("CUDA error")):
+        with pytest.raises(type(error)):
+            vlm.probe_head(Broken(error, 0), {"input_ids": torch.arange(20)[None]})
+
+
+def test_loading_runs_the_forward_twice_and_no_more(demo_dir, monkeypatch):
+    """Once without logits and once with them: trying the model costs no forward of its own."""
+    ran = []
+
+    def count(module, options):
+        if isinstance(module, transformers.LlavaForConditionalGeneration):
+            ran.append(options["input_ids"].shape)
+
+    call = nn.Module.__call__
+    monkeypatch.setattr(nn.Module, "__call__", lambda self, *args, **options: (
+        count(self, options), call(self, *args, **options))[1])  # fmt: skip
+    vlm.load(str(demo_dir), device="cpu")
+    assert len(ran) == 2 and all(rows == 1 and length < 40 for rows, length in ran)
 
 
 def test_probe_head_on_a_softcapped_model_of_transformers():
