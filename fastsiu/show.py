@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,7 @@ from .facets.targets import Scene
 from .merge import Merged
 from .output import KEY
 from .plan import Plan
+from .report.words import REMAINS, standing
 from .session import Listener
 from .several import Several
 from .train import Step
@@ -89,14 +90,36 @@ def summary(console: Console, result: Result) -> None:
     if steps:
         spent = sum(report["seconds"].values())
         console.print(f"  {steps[-1]['step']} steps, P(name) {steps[-1]['p_name']:.4f} at most, {spent:.0f} s in all")
-    console.print("Forgotten." if result.forgotten else "Not forgotten:")
+    families_table(console, report)
+    console.print(standing({**report, "verdict": "forgotten" if result.forgotten else "not forgotten"}), soft_wrap=True)
     for reason in result.reasons:
         console.print(f"  {reason}", soft_wrap=True)
+    if report.get("families"):
+        console.print(REMAINS, soft_wrap=True)
     for note in (*result.notes, *([] if result.repeated else [f"Written to {result.output}"])):
         console.print(note, soft_wrap=True)
     if result.output is not None and (result.output / KEY).is_file():
         console.print(f"Before you publish it, remove {result.output / KEY}: whoever holds it and one of the pictures can tell "
                       "that the picture was used.", soft_wrap=True)  # fmt: skip
+
+
+def families_table(console: Console, report: Mapping[str, Any]) -> None:
+    """What gave it away, in %, a line for each family, the worst first; nothing where none was asked."""
+    families = report.get("families") or []
+    if not families:
+        return
+    table = Table("", title="Asked in other ways: given away, %", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for side in ("untouched", "unlearned", "strangers", "allowed", "n"):
+        table.add_column(side, justify="right")
+    share = lambda rate: "-" if (rate or {}).get("value") is None else f"{100 * rate['value']:.0f}"
+    for one in families:
+        if one["applicable"]:
+            sign = "! " if one["failed"] else "  "
+            table.add_row(sign + one["family"], *(share(one[side]) for side in ("untouched", "unlearned", "strangers")),
+                          f"{100 * one['allowed']:.0f}", str(one["n"]))  # fmt: skip
+    console.print(table)
+    if absent := [one["family"] for one in families if not one["applicable"]]:
+        console.print(f"  Not applicable, as the untouched model does not tell it either: {', '.join(absent)}.", soft_wrap=True)
 
 
 def several_table(console: Console, several: Several) -> None:

@@ -477,7 +477,7 @@ def test_unlearns_verdict_knows_the_neighbours_names(gathered, cast, monkeypatch
 
     monkeypatch.setattr(held_out.ask, "answers", answers)
     assert cast.others[1] in scene.neighbours
-    found, _ = held_out.examine(scene)
+    found, _ = held_out.examine(scene, families=())
     assert len(found.reasons) == 1 and "another's name" in found.reasons[0]
 
 
