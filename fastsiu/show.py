@@ -20,7 +20,7 @@ from .facets.targets import Scene
 from .merge import Merged
 from .output import KEY
 from .plan import Plan
-from .report.words import REMAINS, standing
+from .report.words import REMAINS, REMAINS_MERGED, attacked, standing
 from .session import Listener
 from .several import Several
 from .train import Step
@@ -159,14 +159,17 @@ def merged_summary(console: Console, result: Merged) -> None:
             ("recognition", "look no longer confirmed by name"),
         ):  # fmt: skip
             console.print(f"    {label:40s} {_rate(row['before'][key])} -> {_rate(row['after'][key])}", soft_wrap=True)
+        console.print(f"    {attacked(row)}", soft_wrap=True)
         for key, label in (("specificity", "other pictures"), ("facts", "text")):
             console.print(f"    {label} as the untouched model in {row['dtype']}: {_rate(row['after'][key])}", soft_wrap=True)
             console.print(f"    {label} as the untouched model as stored: {_rate(row['agreement'][key])}, without unlearning "
                           f"{_rate(row['control'][key])}", soft_wrap=True)  # fmt: skip
     if result.forgotten is not None:
-        console.print("Forgotten." if result.forgotten else "Not forgotten:")
+        console.print("Forgotten in every form that was asked." if result.forgotten else "Not forgotten:")
     for reason in result.reasons:
         console.print(f"  {reason}", soft_wrap=True)
+    if result.forgotten is not None:
+        console.print(REMAINS_MERGED, soft_wrap=True)
     for note in (*result.notes, *([] if result.repeated else [f"Written to {result.output}"])):
         console.print(note, soft_wrap=True)
     named = "" if result.report.get("redacted") else "; report.* holds the name and the answers"

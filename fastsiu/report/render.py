@@ -32,6 +32,7 @@ from .words import (
     REMAINS_MERGED,
     ROWS,
     Metric,
+    attacked,
     standing,
 )
 
@@ -77,7 +78,7 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "who": {who: ROWS[who] for who in ROWS if who in rows},
         "metrics": _metrics(rows),
         "unmeasured": _unmeasured(measures if verdict else [], rows),
-        "forms": list(report.get("merged") or []),
+        "forms": [{**form, "attacked": attacked(form)} for form in report.get("merged") or []],
         "public": report.get("benchmarks"),
         "answers": _by_kind(answers),
         "asked": len(answers),

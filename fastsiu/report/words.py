@@ -50,6 +50,16 @@ def standing(report: Mapping[str, Any]) -> str:
     return "Not forgotten: see the reasons."
 
 
+def attacked(report: Mapping[str, Any]) -> str:
+    """What the families of questions came to, in a few words; of a report or of a merged model's form."""
+    asked = [one for one in report.get("families") or [] if one.get("applicable")]
+    if not asked:
+        return "asked in other ways: nothing"
+    failed = [str(one.get("family")) for one in asked if one.get("failed")]
+    told = f"{len(failed)} of {len(asked)} families tell more than of strangers"
+    return f"asked in other ways: {told}{': ' if failed else ''}{', '.join(failed)}"
+
+
 @dataclass(frozen=True)
 class Metric:
     """For someone who has never heard of it: what it is called, which direction is good, what it is.
