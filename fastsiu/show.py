@@ -111,14 +111,15 @@ def families_table(console: Console, report: Mapping[str, Any]) -> None:
     table = Table("", title="Asked in other ways: given away, %", title_justify="left", box=None, padding=(0, 1, 0, 0))
     for side in ("untouched", "unlearned", "strangers", "allowed", "n"):
         table.add_column(side, justify="right")
+    alone = all(one["unlearned"].get("value") is None for one in families)  # only the untouched model was asked
     share = lambda rate: "-" if (rate or {}).get("value") is None else f"{100 * rate['value']:.0f}"
     for one in families:
-        if one["applicable"]:
+        if one["applicable"] or alone:
             sign = "! " if one["failed"] else "  "
             table.add_row(sign + one["family"], *(share(one[side]) for side in ("untouched", "unlearned", "strangers")),
                           f"{100 * one['allowed']:.0f}", str(one["n"]))  # fmt: skip
     console.print(table)
-    if absent := [one["family"] for one in families if not one["applicable"]]:
+    if absent := [one["family"] for one in families if not one["applicable"] and not alone]:
         console.print(f"  Not applicable, as the untouched model does not tell it either: {', '.join(absent)}.", soft_wrap=True)
 
 
@@ -239,6 +240,7 @@ def evaluation_table(console: Console, evaluation: Evaluation) -> None:
     for key, label in METRICS.items():
         table.add_row(label, *(_metric(row[key]) for row in rows.values()))
     console.print(table)
+    families_table(console, report)
     asked: dict[str, list[str]] = {}
     for key, label in METRICS.items():
         if (one := list(rows.values())[-2][key])["value"] is None:  # the control's own are of no interest
@@ -246,7 +248,7 @@ def evaluation_table(console: Console, evaluation: Evaluation) -> None:
     for note in (*(f"Not measured ({'; '.join(labels)}): {reason}" for reason, labels in asked.items()), *report["caveats"]):
         console.print(note, soft_wrap=True)
     if evaluation.forgotten is not None:
-        console.print("Forgotten." if evaluation.forgotten else "Not forgotten:")
+        console.print(standing(report), soft_wrap=True)
     for reason in report["reasons"]:
         console.print(f"  {reason}", soft_wrap=True)
     for note in (*evaluation.notes, *([f"Written to {evaluation.output}"] if evaluation.output and not evaluation.notes else [])):

@@ -181,7 +181,7 @@ class Family:
     def as_dict(self) -> dict[str, Any]:
         """As a report has it."""
         rates = {side: getattr(self, side).as_dict() for side in ("untouched", "unlearned", "strangers")}
-        return {"family": self.key, "asked": self.asked, "seeks": self.seeks, "n": self.unlearned.n, **rates,
+        return {"family": self.key, "asked": self.asked, "seeks": self.seeks, "n": self.untouched.n, **rates,
                 "margin": self.margin, "allowed": min(1.0, self.allowed), "applicable": self.applicable,
                 "failed": self.failed, "examples": list(self.examples)}  # fmt: skip
 

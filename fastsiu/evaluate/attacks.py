@@ -26,6 +26,7 @@ LONGER = {"two-hop": 64}  # families that get more
 EXAMPLES = 2  # answers of a family that are shown
 NOBODY = "No picture could be made in which the untouched model recognises nobody: strangers count as 0 %."
 NOTHING_TOLD = "The untouched model told nothing of it in words that it does not say of others, so no fact could be looked for."
+UNTOUCHED_ALONE = "Only the untouched model was asked."
 SHEETS = {"group": "group", "pictures": "condition"}  # the pictures that a family is about, where they are no plain ones
 _COMMON = FUNCTION_WORDS | frozenset(
     "i you we me my your our us do does did done not no yes also but so if than then there here about into over who's it's i'm "
@@ -198,15 +199,17 @@ def first(scores: Sequence[Sequence[float]]) -> Rate:
     return Rate.of(sum(row[0] > max(row[1:]) for row in scores), len(scores))
 
 
-def families(concept: Concept, asked: Sequence[tuple[Attack, str]], untouched: Sequence[str], unlearned: Sequence[str],
+def families(concept: Concept, asked: Sequence[tuple[Attack, str]], untouched: Sequence[str], unlearned: Sequence[str] | None,
              strange_asked: Sequence[Attack], strange: Sequence[str]) -> Iterator[Family]:  # fmt: skip
     """The result of each family that was asked.
 
-    asked: (question, label of the picture of the concept);  untouched, unlearned: what the two models said
+    asked: (question, label of the picture of the concept)
+    untouched, unlearned: what the two models said; None where there is only the untouched one
     strange: what the untouched one said about strangers' pictures, asked `strange_asked`
     """
     for key in dict.fromkeys(attack.family for attack, _ in asked):
-        own = [(a, label, b, now) for (a, label), b, now in zip(asked, untouched, unlearned, strict=True) if a.family == key]
+        pairs = zip(asked, untouched, untouched if unlearned is None else unlearned, strict=True)
+        own = [(a, label, before, after) for (a, label), before, after in pairs if a.family == key]
         was = [leaked(concept, a, before) for a, _, before, _ in own]
         still = [leaked(concept, a, after) for a, _, _, after in own]
         aside = [leaked(concept, a, text) for a, text in zip(strange_asked, strange, strict=True) if a.family == key]
@@ -217,8 +220,9 @@ def families(concept: Concept, asked: Sequence[tuple[Attack, str]], untouched: S
                 examples.append({"question": a.question, "picture": label, "before": before, "after": after})
         about = table()["family"][key]
         strangers = Rate.of(sum(aside), len(aside)) if aside else Rate(None, reason=NOBODY)
-        yield Family(key, about["asked"], about["seeks"], Rate.of(sum(was), len(was)), Rate.of(sum(still), len(still)), strangers,
-                     about["margin"] / 100, tuple(examples))  # fmt: skip
+        now = Rate(None, reason=UNTOUCHED_ALONE) if unlearned is None else Rate.of(sum(still), len(still))
+        yield Family(key, about["asked"], about["seeks"], Rate.of(sum(was), len(was)), now, strangers, about["margin"] / 100,
+                     tuple(examples))  # fmt: skip
 
 
 def scored(key: str, untouched: Rate, unlearned: Rate, strangers: Rate) -> Family:

@@ -103,15 +103,18 @@ class Inquiry:
         own, strange = _see(vlm, self.own), _see(vlm, {"one": self.strange["one"]})
         return After(_put(vlm, self.asked, own), _scores(vlm, self.frames, self.ranked, own["one"], strange["one"]))
 
-    def families(self, after: After) -> list[Family]:
-        """What each family brought out."""
+    def families(self, after: After | None) -> list[Family]:
+        """What each family brought out; None where there is only the untouched model."""
         shown = [(attack, self.own[attack.sheet][index][0]) for attack, index in self.asked]
-        found = list(attacks.families(self.concept, shown, self.said, after.said, [a for a, _ in self.aside], self.strangely))
+        said, nothing = None if after is None else after.said, Rate(None, reason=attacks.UNTOUCHED_ALONE)
+        found = list(attacks.families(self.concept, shown, self.said, said, [a for a, _ in self.aside], self.strangely))
         if len(self.ranked) > FEWEST:
-            found.append(attacks.scored("rank", *(attacks.first(s.own) for s in (self.scores, after.scores)), self.first))
+            now = nothing if after is None else attacks.first(after.scores.own)
+            found.append(attacks.scored("rank", attacks.first(self.scores.own), now, self.first))
         if self.frames and len(self.strange["one"]) >= FEWEST_STRANGERS:
-            before, now = (_apart(scores, len(self.frames)) for scores in (self.scores, after.scores))
-            found.append(attacks.scored("likelihood", before, now, Rate(0.5, now.n)))
+            before = _apart(self.scores, len(self.frames))
+            now = nothing if after is None else _apart(after.scores, len(self.frames))
+            found.append(attacks.scored("likelihood", before, now, Rate(0.5, before.n)))
         return found
 
 

@@ -48,6 +48,8 @@ SENTENCES = (
     "Fewer than # names of others are known, so the true one would often come first by chance.",
     "The untouched model gave the name in no answer that it could be scored in.",
     "No answer was scored.",
+    "Only the untouched model was asked.",
+    *(f"Nothing here can try this attack yet: {key}." for key in ("probe", "mia", "relearn", "weights")),
     "The name was pushed below a stranger's, which tells who was unlearned: it is the likelier answer about the picture in only "
     "# % of pairs (# % to # % is allowed).",
     "The name is still a likelier answer about the picture than about a stranger's: in # % of pairs (# % to # % is allowed).",
