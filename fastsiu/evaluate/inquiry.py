@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ OTHERS = 6  # neighbours that are asked about, for what is told of everybody
 NAMES = 11  # neighbours whose names are ranked beside the concept's
 FEWEST = 4  # of them: with fewer the true name comes first by chance too often
 FEWEST_STRANGERS = 3  # with fewer it is not known how far apart they lie among themselves
+LIKELY = math.log(0.01)  # a stranger's picture is one to which the name is a less likely answer
 FRAMES = 4  # naming questions in whose answers names are scored
 NO_NAMES = f"Fewer than {FEWEST} names of others are known, so the true one would often come first by chance."
 FEW_STRANGERS = (
@@ -125,8 +127,9 @@ def inquire(vlm: VLM, concept: Concept, image: Image.Image, *, neighbours: Seque
 
     more, grouped: further pictures of the concept, alone and beside others; given: pictures of anybody the model has never seen
     """
-    others = [Concept(name) for name in neighbours]
-    nobody = strangers(vlm, image, concept, others, seed, given)
+    wanted = "rank" in families or "likelihood" in families
+    frames = _frames(vlm, concept, vlm.picture(image)) if wanted else []
+    nobody = _unlikely(vlm, concept, frames, strangers(vlm, image, concept, [Concept(n) for n in neighbours], seed, given))
     own = {"one": views(image, more, seed), "group": [*groups(image), *grouped], "condition": conditions(image, seed)}
     strange = {"one": nobody, "group": groups_of(nobody), "condition": conditions_of(nobody)}
     seen, unseen = _see(vlm, own), _see(vlm, strange)
@@ -142,8 +145,6 @@ def inquire(vlm: VLM, concept: Concept, image: Image.Image, *, neighbours: Seque
     aside = attacks.spread(every, {sheet: len(shown) for sheet, shown in strange.items()})
     strangely = _put(vlm, aside, unseen)
 
-    wanted = "rank" in families or "likelihood" in families
-    frames = _frames(vlm, concept, seen["one"][0]) if wanted else []
     beside = [name for name in dict.fromkeys(neighbours) if not concept.named_in(name)][:NAMES]
     ranked = [concept.name, *(beside if len(beside) >= FEWEST and frames else [])]
     scores = _scores(vlm, frames, ranked, seen["one"], unseen["one"])
@@ -205,6 +206,13 @@ def _scores(vlm: VLM, frames: Sequence[Frame], names: Sequence[str], own: Sequen
         values.append(float(score.log_p[inside].sum()))
     count = len(own) * len(frames) * len(names)
     return Scores([values[i : i + len(names)] for i in range(0, count, len(names))], values[count:])
+
+
+def _unlikely(vlm: VLM, concept: Concept, frames: Sequence[Frame], nobody: Sequence[Shown]) -> list[Shown]:
+    """Without those whom the model all but calls by the name."""
+    scores = _scores(vlm, frames, [concept.name], [], _see(vlm, {"one": nobody})["one"]).strange
+    each = [scores[i : i + len(frames)] for i in range(0, len(scores), max(1, len(frames)))]
+    return [one for one, values in zip(nobody, each, strict=True) if fmean(values) < LIKELY] if frames else list(nobody)
 
 
 def _apart(scores: Scores, frames: int) -> Rate:

@@ -76,9 +76,14 @@ def groups(image: Image.Image) -> list[Shown]:
 
 
 def groups_of(given: Sequence[Shown]) -> list[Shown]:
-    """A group picture of each: with every picture another of the arrangements of `groups`."""
-    made = (groups(image)[i % 8] for i, (_, image) in enumerate(given))
-    return [(f"{label}, {how}", image) for (label, _), (how, image) in zip(given, made, strict=True)]
+    """A group picture of each: twice, beside nothing, mirrored and beside the next one, in turn. None is recoloured, which could
+    undo what made it a stranger."""
+    found = []
+    for i, (label, image) in enumerate(given):
+        other = given[(i + 1) % len(given)][1]
+        pairs = ((image, image), (image, None), (None, image), (image, other), (other, image), (ImageOps.mirror(image), image))
+        found.append((f"{label}, in a group", beside(*pairs[i % len(pairs)])))
+    return found
 
 
 def beside(left: Image.Image | None, right: Image.Image | None) -> Image.Image:
