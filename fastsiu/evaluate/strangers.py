@@ -82,7 +82,7 @@ def groups_of(given: Sequence[Shown]) -> list[Shown]:
     for i, (label, image) in enumerate(given):
         other = given[(i + 1) % len(given)][1]
         pairs = ((image, image), (image, None), (None, image), (image, other), (other, image), (ImageOps.mirror(image), image))
-        found.append((f"{label}, in a group", beside(*pairs[i % len(pairs)])))
+        found.append((f"group of {label}", beside(*pairs[i % len(pairs)])))
     return found
 
 
