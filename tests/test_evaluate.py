@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 
 from fastsiu import adapter, ask, cli
 from fastsiu.concept import Concept
-from fastsiu.evaluate import directories, observe, rows, run
+from fastsiu.evaluate import attacks, directories, observe, rows, run
 from fastsiu.evaluate.exam import OF_CONCEPT, Exam, Question, Seen
 from fastsiu.evaluate.run import Observations, examine, report_of, row
 from fastsiu.facets.targets import wordings
@@ -440,6 +440,25 @@ def test_eval_of_a_merged_model(few, cast, demo_dir, tmp_path, capsys):
     assert "recipe" not in manifest and {"report.json", "report.html", "untouched.json"} <= set(manifest["files"])
     assert cli.run(options) == 1 and "nothing was done" in capsys.readouterr().out
     assert cli.run([*options, "--max-new-tokens", "9"]) == 2 and "another request" in capsys.readouterr().err
+
+
+def test_eval_with_attacks(few, cast, demo_dir, trained, tmp_path, capsys):
+    given = dict(model=demo_dir, image=cast.image, device="cpu")
+    alone = run.evaluate(cast.target, attacks="image", **given).report
+    assert [one["family"] for one in alone["families"]] == ["pictures"] and alone["headline"] is None
+    assert alone["families"][0]["unlearned"]["value"] is None and alone["families"][0]["untouched"]["n"] >= 30
+    output = tmp_path / "out"
+    options = ["eval", "--model", str(demo_dir), "--adapter", str(trained.output), "--concept", cast.target, "--image",
+               str(cast.image), "--control", str(cast.files["stranger"].parent), "--device", "cpu", "--output"]  # fmt: skip
+    assert cli.run([*options, str(output), "--attacks", "rank,relearn"]) in (0, 1)
+    shown = capsys.readouterr().out
+    report = json.loads((output / "report.json").read_text())
+    assert {one["family"] for one in report["families"]} == {"rank", "likelihood"} and "Asked in other ways" in shown
+    assert report["not_asked"] == attacks.not_asked() and any("relearn" in text for text in report["caveats"])
+    assert cli.run([*options, str(output), "--attacks", "rank"]) == 2 and "another request" in capsys.readouterr().err
+    assert cli.run([*options, str(output), "--attacks", "ranks"]) == 2 and "choose from prompt" in capsys.readouterr().err
+    plain = run.evaluate(cast.target, adapter_dir=trained.output, **given).report
+    assert not {"families", "headline", "not_asked"} & set(plain)
 
 
 def test_bad_input_is_told_before_anything_is_loaded(cast, tmp_path, capsys):
