@@ -225,13 +225,14 @@ def evaluate(
     judge_key: Annotated[Path | None, typer.Option(help="With --judge: file with the API key.")] = None,
     judge_plain_http: Annotated[bool, typer.Option("--judge-plain-http", help="With --judge: http:// to elsewhere.")] = False,
     allow_network: Annotated[bool, typer.Option("--allow-network", help="With --judge: what is told may be sent.")] = False,
+    attacks: Annotated[str | None, typer.Option(help="Try it: prompt,image,rank,probe,mia,relearn,weights or all.")] = None,
     lmms_eval: Annotated[Path | None, typer.Option(help="With --base: directory for the public benchmarks' script.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of the table.")] = False,
 ) -> None:
     """Measure what a model knows of CONCEPT, and what it has lost of all else. Exit code 1 when it is not forgotten."""
     one = dict(concept=concept, base=base, alias=alias, image=image, images=images, others=others, lookalikes=lookalikes,
                groups=groups, control=control, questions=questions, redact=redact or None, embed_image=embed_image or None,
-               judge=judge, lmms_eval=lmms_eval)  # fmt: skip
+               judge=judge, attacks=attacks, lmms_eval=lmms_eval)  # fmt: skip
     many = dict(check=check, concepts=concepts, unlearn=unlearn, adapters=adapters, limit=limit, per_other=per_other,
                 processes=processes, preset=preset is Preset.paper, steps=steps, lr=lr, rank=rank, batch_size=batch_size,
                 seed=seed, memory=memory)  # fmt: skip
@@ -278,7 +279,7 @@ def evaluate(
             others=others, lookalikes=lookalikes, groups=groups, control=control, questions=questions, untouched=untouched,
             output=output, revision=revision, device=device, dtype=dtype, quantize=quantize, attention=attention,
             max_new_tokens=max_new_tokens, redact=redact, embed_image=embed_image, judged_by=judged_by or None,
-            lmms_eval=lmms_eval, listener=progress.listener,
+            lmms_eval=lmms_eval, attacks=attacks, listener=progress.listener,
         )  # fmt: skip
     if as_json:
         sys.stdout.write(json.dumps(result.report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")

@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from . import adapter, ask, corpus, decode, plan, source, vlm
 from . import images as pictures_in
 from . import output as outputs
+from .evaluate.attacks import not_asked
 from .facets import targets
 from .facets.held_out import Shown, examine
 from .memory import Settings, budget
@@ -298,6 +299,7 @@ def report_of(request: Request, recipe: Recipe, model: str, verdict: Verdict, an
         caveats.append(f"{left_out} answers about dreamed or retained pictures named the concept and were not trained on.")
     if len(trained.scene.pictures) == 1:
         caveats.append("No picture and no dream of anything else was trained on: other concepts' recognition may suffer.")
+    caveats += verdict.remarks
     if request.retain:
         caveats.append("Specificity was measured on the retained pictures, which were trained on in other wordings.")
     return {
@@ -309,6 +311,9 @@ def report_of(request: Request, recipe: Recipe, model: str, verdict: Verdict, an
         "before": verdict.before,
         "after": verdict.after,
         "thresholds": verdict.thresholds,
+        "families": verdict.families,
+        "headline": verdict.headline,
+        "not_asked": not_asked(),
         "answers": [a.as_dict() for a in answers],
         "training": [asdict(s) for s in trained.history],
         "recipe": recipe.as_dict(),

@@ -132,7 +132,7 @@ def variants(image: Image.Image, seed: int = 0, held_out: bool = False) -> list[
             ("rotate -5", image.rotate(-5, Image.Resampling.BICUBIC, fillcolor=edge)),
             ("sharper", image.filter(ImageFilter.SHARPEN)),
             ("other noise", _noisy(image, seed + 1, 8.0)),
-            ("jpeg 60", _recompressed(image, 60)),
+            ("jpeg 60", recompressed(image, 60)),
         ]
         return made
     return made + [
@@ -147,7 +147,7 @@ def variants(image: Image.Image, seed: int = 0, held_out: bool = False) -> list[
         ("rotate -8", image.rotate(-8, Image.Resampling.BICUBIC, fillcolor=edge)),
         ("blur", image.filter(ImageFilter.GaussianBlur(max(width, height) / 150))),
         ("noise", _noisy(image, seed)),
-        ("jpeg 40", _recompressed(image, 40)),
+        ("jpeg 40", recompressed(image, 40)),
         ("half size", image.resize(small, Image.Resampling.BILINEAR).resize(image.size, Image.Resampling.BILINEAR)),
     ]
 
@@ -229,7 +229,7 @@ def _noisy(image: Image.Image, seed: int, sigma: float = 12.0) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(pixels + noise), 0, 255).astype(np.uint8))
 
 
-def _recompressed(image: Image.Image, quality: int) -> Image.Image:
+def recompressed(image: Image.Image, quality: int) -> Image.Image:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return Image.open(buffer).convert("RGB")

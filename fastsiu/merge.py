@@ -23,6 +23,8 @@ from . import adapter, ask, decode, driver, source, vlm
 from . import images as pictures_in
 from . import output as outputs
 from .concept import Concept
+from .evaluate.attacks import not_asked
+from .evaluate.inquiry import Inquiry, inquire
 from .facets import held_out
 from .facets.held_out import Shown
 from .facets.targets import Scene
@@ -30,7 +32,7 @@ from .fold import fold, save
 from .report.redact import MODEL, redacted
 from .request import BadInput, Recipe, Request
 from .session import Listener, timed
-from .verdict import Answer, Rate, judge, same_answer
+from .verdict import Answer, Family, Rate, judge, same_answer
 
 FORMS = ("stored", "int8", "nf4")
 
@@ -108,7 +110,7 @@ def merge(adapter_dir: str | Path, output: str | Path, *, model: str | Path | No
         adapter.check_weights(folder, sealed, weights, name, revision)
         if verifier:
             with timed(seconds, "verdict"):
-                verifier.untouched = verifier.ask(loaded)
+                verifier.first(loaded)
         listener.stage("Merging")
         with timed(seconds, "merge"):
             adapter.load(loaded, folder)
@@ -124,7 +126,7 @@ def merge(adapter_dir: str | Path, output: str | Path, *, model: str | Path | No
         if verifier:
             with timed(seconds, "verdict"):
                 rows = [verifier.row(form, kept, stored) for form in forms]
-            caveats += decode.told(*verifier.slow)
+            caveats += [*decode.told(*verifier.slow), *(verifier.inquiry.remarks if verifier.inquiry else [])]
             report = {**_report(rows, request, figures), "seconds": {k: round(v, 3) for k, v in seconds.items()}}
             outputs.write_reports(staging, report, redact=redact)
         report = redacted(report) if redact else report
@@ -141,6 +143,7 @@ class Verifier:
     """Puts the questions of the verdict to one model after the other, and none of them is kept.
 
     untouched: what the base answers in its own dtype
+    inquiry:   what tries to get the name or the facts back, with the base's answers to it
     slow:      why `generate` answered (`decode.slow`), for the untouched model and for the merged one
     """
 
@@ -153,6 +156,7 @@ class Verifier:
         names = [d.get("name") for d in told.get("dreams", []) if isinstance(d, dict)]
         self.others = [Concept(name) for name in names if isinstance(name, str) and name.strip()]
         self.untouched: list[str] = []
+        self.inquiry: Inquiry | None = None
         self.slow = ["", ""]
 
     def ask(self, loaded: vlm.VLM, merged: bool = False) -> list[str]:
@@ -164,19 +168,32 @@ class Verifier:
             self.slow[merged] = self.slow[merged] or decode.slow(loaded)
             return said
 
-    def load_and_ask(self, name: str, dtype: str, quantize: str | None) -> list[str]:
+    def first(self, loaded: vlm.VLM) -> None:
+        """Asks the base, as it is stored."""
+        self.untouched = self.ask(loaded)
+        image = pictures_in.load_image(self.request.image)
+        with vlm.threads(loaded), torch.no_grad():
+            self.inquiry = inquire(loaded, self.concept, image, neighbours=[other.name for other in self.others],
+                                   more=driver.shown(self.request.images), seed=self.seed)  # fmt: skip
+
+    def load_and_ask(self, name: str, dtype: str, quantize: str | None) -> tuple[list[str], list[Family]]:
+        """The answers, and of the merged model what the families brought out."""
         self.listener.stage(f"Loading {'the merged model' if name == str(self.merged) else 'the untouched model'} "
                             f"in {quantize or dtype}")  # fmt: skip
         revision = self.revision if name == self.base else None
         loaded = vlm.load(name, revision=revision, device=self.device, dtype=dtype, quantize=quantize)
-        said = self.ask(loaded, merged=name == str(self.merged))
+        merged = name == str(self.merged)
+        said, found = self.ask(loaded, merged=merged), []
+        if merged and self.inquiry:
+            with vlm.threads(loaded), torch.no_grad():
+                found = self.inquiry.families(self.inquiry.again(loaded))
         del loaded
         _free()
-        return said
+        return said, found
 
     def row(self, form: str, kept: str, stored: str) -> dict[str, Any]:
-        """The verdict in one form: {dtype, verdict, reasons, before, after, agreement, control, answers}, verdict None with a
-        reason where the form cannot be had here.
+        """The verdict in one form: {dtype, verdict, reasons, before, after, agreement, control, families, headline, answers},
+        verdict None with a reason where the form cannot be had here.
 
         kept, stored: the dtype of the untouched and of the merged weights
         """
@@ -185,21 +202,24 @@ class Verifier:
         try:
             source.check_packages(self.device or "cpu", stored, quantize, None, "adamw")
             # Nothing but the rounding lies between it and the untouched model as it is stored.
-            alike = self.untouched if form == "stored" and kept == stored else self.load_and_ask(self.base, stored, quantize)
-            after = self.load_and_ask(str(self.merged), stored, quantize)
+            same = form == "stored" and kept == stored
+            alike = self.untouched if same else self.load_and_ask(self.base, stored, quantize)[0]
+            after, found = self.load_and_ask(str(self.merged), stored, quantize)
         except BadInput as error:
             if quantize is None:
                 raise
             return {"dtype": label, "verdict": None, "reason": str(error)}
-        return {"dtype": label, **judge_form(self.asked, self.concept, self.untouched, alike, after, self.others)}
+        return {"dtype": label, **judge_form(self.asked, self.concept, self.untouched, alike, after, self.others, found)}
 
 
 def judge_form(asked: Asked, concept: Concept, stored: Sequence[str], alike: Sequence[str],
-               after: Sequence[str], others: Sequence[Concept] = ()) -> dict[str, Any]:  # fmt: skip
+               after: Sequence[str], others: Sequence[Concept] = (),
+               families: Sequence[Family] = ()) -> dict[str, Any]:  # fmt: skip
     """The verdict on the merged model in some dtype, from answers alone.
 
     stored: the untouched model's as it is stored; alike: the untouched model's in the dtype of the merged one; after: the merged;
-    others: those whose names an answer about the concept must not newly give
+    others: those whose names an answer about the concept must not newly give;  families: what attacks brought out, beside what
+    the untouched model gives away as it is stored
 
     The name has to be gone whatever rounding does to the untouched model, so that side is compared with `stored`. What is kept is
     compared with `alike`: quantisation changes answers by itself, and unlearning is not to be blamed for it. How far each of the
@@ -209,12 +229,13 @@ def judge_form(asked: Asked, concept: Concept, stored: Sequence[str], alike: Seq
     before = [a if kind in keep else s for (kind, _, _), s, a in zip(asked, stored, alike, strict=True)]
     answers = [Answer(kind, q, shown and shown[0], b, a, part=held_out.part(kind, q, concept))
                for (kind, q, shown), b, a in zip(asked, before, after, strict=True)]  # fmt: skip
-    verdict = judge(answers, concept, others=others, reasons_for_null=held_out.NULL)
+    verdict = judge(answers, concept, others=others, reasons_for_null=held_out.NULL, families=families)
     rates = {}
     for title, said in (("agreement", after), ("control", alike)):
         rates[title] = {kind: _agreement(asked, kind, stored, said) for kind in keep}
     return {"verdict": "forgotten" if verdict.forgotten else "not forgotten", "reasons": verdict.reasons,
             "before": verdict.before, "after": verdict.after, "thresholds": verdict.thresholds, **rates,
+            "families": verdict.families, "headline": verdict.headline,
             "answers": [answer.as_dict() for answer in answers]}  # fmt: skip
 
 
@@ -232,9 +253,9 @@ def _report(rows: list[dict[str, Any]], request: Request | None, figures: dict[s
         reasons += [f"In {row['dtype']}: {reason}" for reason in row.get("reasons", [])]
         if row["verdict"] is None:
             caveats.append(f"Not verified in {row['dtype']}: {row['reason']}")
-    kept = {k: first[k] for k in ("before", "after", "thresholds", "answers")}
+    kept = {k: first[k] for k in ("before", "after", "thresholds", "families", "headline", "answers")}
     return {**figures, "concept": request.concept if request else "", "verdict": "not forgotten" if reasons else "forgotten",
-            "reasons": reasons, **kept, "caveats": caveats, "merged": rows}  # fmt: skip
+            "reasons": reasons, **kept, "not_asked": not_asked(), "caveats": caveats, "merged": rows}  # fmt: skip
 
 
 def _questions(request: Request, concept: Concept, seed: int, told: Mapping[str, Any]) -> list[tuple[str, str, Shown | None]]:

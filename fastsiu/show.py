@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,7 @@ from .facets.targets import Scene
 from .merge import Merged
 from .output import KEY
 from .plan import Plan
+from .report.words import REMAINS, REMAINS_MERGED, attacked, standing
 from .session import Listener
 from .several import Several
 from .train import Step
@@ -89,14 +90,37 @@ def summary(console: Console, result: Result) -> None:
     if steps:
         spent = sum(report["seconds"].values())
         console.print(f"  {steps[-1]['step']} steps, P(name) {steps[-1]['p_name']:.4f} at most, {spent:.0f} s in all")
-    console.print("Forgotten." if result.forgotten else "Not forgotten:")
+    families_table(console, report)
+    console.print(standing({**report, "verdict": "forgotten" if result.forgotten else "not forgotten"}), soft_wrap=True)
     for reason in result.reasons:
         console.print(f"  {reason}", soft_wrap=True)
+    if report.get("families"):
+        console.print(REMAINS, soft_wrap=True)
     for note in (*result.notes, *([] if result.repeated else [f"Written to {result.output}"])):
         console.print(note, soft_wrap=True)
     if result.output is not None and (result.output / KEY).is_file():
         console.print(f"Before you publish it, remove {result.output / KEY}: whoever holds it and one of the pictures can tell "
                       "that the picture was used.", soft_wrap=True)  # fmt: skip
+
+
+def families_table(console: Console, report: Mapping[str, Any]) -> None:
+    """What gave it away, in %, a line for each family, the worst first; nothing where none was asked."""
+    families = report.get("families") or []
+    if not families:
+        return
+    table = Table("", title="Asked in other ways: given away, %", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for side in ("untouched", "unlearned", "strangers", "allowed", "n"):
+        table.add_column(side, justify="right")
+    alone = all(one["unlearned"].get("value") is None for one in families)  # only the untouched model was asked
+    share = lambda rate: "-" if (rate or {}).get("value") is None else f"{100 * rate['value']:.0f}"
+    for one in families:
+        if one["applicable"] or alone:
+            sign = "! " if one["failed"] else "  "
+            table.add_row(sign + one["family"], *(share(one[side]) for side in ("untouched", "unlearned", "strangers")),
+                          f"{100 * one['allowed']:.0f}", str(one["n"]))  # fmt: skip
+    console.print(table)
+    if absent := [one["family"] for one in families if not one["applicable"] and not alone]:
+        console.print(f"  Not applicable, as the untouched model does not tell it either: {', '.join(absent)}.", soft_wrap=True)
 
 
 def several_table(console: Console, several: Several) -> None:
@@ -136,14 +160,17 @@ def merged_summary(console: Console, result: Merged) -> None:
             ("recognition", "look no longer confirmed by name"),
         ):  # fmt: skip
             console.print(f"    {label:40s} {_rate(row['before'][key])} -> {_rate(row['after'][key])}", soft_wrap=True)
+        console.print(f"    {attacked(row)}", soft_wrap=True)
         for key, label in (("specificity", "other pictures"), ("facts", "text")):
             console.print(f"    {label} as the untouched model in {row['dtype']}: {_rate(row['after'][key])}", soft_wrap=True)
             console.print(f"    {label} as the untouched model as stored: {_rate(row['agreement'][key])}, without unlearning "
                           f"{_rate(row['control'][key])}", soft_wrap=True)  # fmt: skip
     if result.forgotten is not None:
-        console.print("Forgotten." if result.forgotten else "Not forgotten:")
+        console.print("Forgotten in every form that was asked." if result.forgotten else "Not forgotten:")
     for reason in result.reasons:
         console.print(f"  {reason}", soft_wrap=True)
+    if result.forgotten is not None:
+        console.print(REMAINS_MERGED, soft_wrap=True)
     for note in (*result.notes, *([] if result.repeated else [f"Written to {result.output}"])):
         console.print(note, soft_wrap=True)
     named = "" if result.report.get("redacted") else "; report.* holds the name and the answers"
@@ -213,6 +240,7 @@ def evaluation_table(console: Console, evaluation: Evaluation) -> None:
     for key, label in METRICS.items():
         table.add_row(label, *(_metric(row[key]) for row in rows.values()))
     console.print(table)
+    families_table(console, report)
     asked: dict[str, list[str]] = {}
     for key, label in METRICS.items():
         if (one := list(rows.values())[-2][key])["value"] is None:  # the control's own are of no interest
@@ -220,7 +248,7 @@ def evaluation_table(console: Console, evaluation: Evaluation) -> None:
     for note in (*(f"Not measured ({'; '.join(labels)}): {reason}" for reason, labels in asked.items()), *report["caveats"]):
         console.print(note, soft_wrap=True)
     if evaluation.forgotten is not None:
-        console.print("Forgotten." if evaluation.forgotten else "Not forgotten:")
+        console.print(standing(report), soft_wrap=True)
     for reason in report["reasons"]:
         console.print(f"  {reason}", soft_wrap=True)
     for note in (*evaluation.notes, *([f"Written to {evaluation.output}"] if evaluation.output and not evaluation.notes else [])):

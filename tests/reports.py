@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastsiu.evaluate import attacks
 from fastsiu.report.words import LIMITS
 
 
@@ -34,6 +35,15 @@ def report(**changes):
     return {**given, **changes}
 
 
+def family(key="two-hop", unlearned=0.5, **changes):
+    """A family of questions as `verdict.Family.as_dict` has it."""
+    told = {"question": "Where was this one born?", "picture": "flip", "before": "In Harrow.", "after": "In Harrow."}
+    asked = attacks.table()["family"][key]
+    return {"family": key, "asked": asked["asked"], "seeks": asked["seeks"], "n": 40, "untouched": rate(0.9, 40),
+            "unlearned": rate(unlearned, 40), "strangers": rate(0.0, 40), "margin": 0.03, "allowed": 0.03, "applicable": True,
+            "failed": unlearned > 0.03, "examples": [told], **changes}  # fmt: skip
+
+
 def evaluation(**changes):
     """A report of an evaluation: 20 answers, and a row each for the untouched model, the unlearned one and a control."""
     absent = {"value": None, "reason": "No answers of this kind were collected."}
@@ -61,6 +71,9 @@ def evaluation(**changes):
             "unlearned": row(rate(1.0), rate(0.95), -8.25),
             "control": row(absent, absent, -9.5),
         },
+        "families": [family(unlearned=0.0), family("naming", 0.0), family("languages", 0.0, applicable=False)],
+        "headline": family(unlearned=0.0, examples=[]),
+        "not_asked": attacks.not_asked(),
         "answers": answers,
         "caveats": [],
     }

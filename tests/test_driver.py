@@ -59,7 +59,10 @@ def test_the_verdict_follows_from_the_reported_answers(trained, cast):
     from fastsiu.concept import Concept
 
     verdict = judge([Answer(**a) for a in trained.report["answers"]], Concept(cast.target))
-    assert verdict.forgotten is trained.forgotten and verdict.after["efficacy"] == trained.report["after"]["efficacy"]
+    failed = [one for one in trained.report["families"] if one["failed"]]
+    assert trained.forgotten is (verdict.forgotten and not failed)
+    assert len(trained.reasons) == len(verdict.reasons) + len(failed)
+    assert verdict.after["efficacy"] == trained.report["after"]["efficacy"]
     asked = {a["question"] for a in trained.report["answers"]}
     words = targets.wordings()
     assert not asked & {q.format(name=n) for p in words.values() for q in p.get("train", ()) for n in (cast.target, *cast.others)}

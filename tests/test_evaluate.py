@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 
 from fastsiu import adapter, ask, cli
 from fastsiu.concept import Concept
-from fastsiu.evaluate import directories, observe, rows, run
+from fastsiu.evaluate import attacks, directories, observe, rows, run
 from fastsiu.evaluate.exam import OF_CONCEPT, Exam, Question, Seen
 from fastsiu.evaluate.run import Observations, examine, report_of, row
 from fastsiu.facets.targets import wordings
@@ -442,6 +442,25 @@ def test_eval_of_a_merged_model(few, cast, demo_dir, tmp_path, capsys):
     assert cli.run([*options, "--max-new-tokens", "9"]) == 2 and "another request" in capsys.readouterr().err
 
 
+def test_eval_with_attacks(few, cast, demo_dir, trained, tmp_path, capsys):
+    given = dict(model=demo_dir, image=cast.image, device="cpu")
+    alone = run.evaluate(cast.target, attacks="image", **given).report
+    assert [one["family"] for one in alone["families"]] == ["pictures"] and alone["headline"] is None
+    assert alone["families"][0]["unlearned"]["value"] is None and alone["families"][0]["untouched"]["n"] >= 30
+    output = tmp_path / "out"
+    options = ["eval", "--model", str(demo_dir), "--adapter", str(trained.output), "--concept", cast.target, "--image",
+               str(cast.image), "--control", str(cast.files["stranger"].parent), "--device", "cpu", "--output"]  # fmt: skip
+    assert cli.run([*options, str(output), "--attacks", "rank,relearn"]) in (0, 1)
+    shown = capsys.readouterr().out
+    report = json.loads((output / "report.json").read_text())
+    assert {one["family"] for one in report["families"]} == {"rank", "likelihood"} and "Asked in other ways" in shown
+    assert report["not_asked"] == attacks.not_asked() and any("relearn" in text for text in report["caveats"])
+    assert cli.run([*options, str(output), "--attacks", "rank"]) == 2 and "another request" in capsys.readouterr().err
+    assert cli.run([*options, str(output), "--attacks", "ranks"]) == 2 and "choose from prompt" in capsys.readouterr().err
+    plain = run.evaluate(cast.target, adapter_dir=trained.output, **given).report
+    assert not {"families", "headline", "not_asked"} & set(plain)
+
+
 def test_bad_input_is_told_before_anything_is_loaded(cast, tmp_path, capsys):
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -477,7 +496,7 @@ def test_unlearns_verdict_knows_the_neighbours_names(gathered, cast, monkeypatch
 
     monkeypatch.setattr(held_out.ask, "answers", answers)
     assert cast.others[1] in scene.neighbours
-    found, _ = held_out.examine(scene)
+    found, _ = held_out.examine(scene, families=())
     assert len(found.reasons) == 1 and "another's name" in found.reasons[0]
 
 

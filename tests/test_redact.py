@@ -14,11 +14,12 @@ import pytest
 
 from fastsiu import adapter, driver, output, several
 from fastsiu.evaluate import directories, rows, run
+from fastsiu.evaluate.attacks import table
 from fastsiu.facets.held_out import NULL
 from fastsiu.report.redact import LEFT_OUT, redacted, sentence
 from fastsiu.report.render import LIMITS
 from fastsiu.request import BadInput
-from fastsiu.verdict import Answer, judge
+from fastsiu.verdict import Answer, Family, Rate, judge
 
 SPEC = importlib.util.spec_from_file_location("reports", Path(__file__).with_name("reports.py"))
 reports = sys.modules.setdefault("reports", importlib.util.module_from_spec(SPEC))
@@ -78,8 +79,9 @@ def test_what_is_no_secret_stays():
     given = evaluation()
     kept = redacted(given)
     assert kept["rows"]["untouched"]["others"] == given["rows"]["untouched"]["others"]
-    for key in ("format", "verdict", "adapter", "before", "after", "thresholds", "model"):
+    for key in ("format", "verdict", "adapter", "before", "after", "thresholds", "model", "not_asked", "headline"):
         assert kept[key] == given[key], key
+    assert kept["families"] == [{**one, "examples": []} for one in given["families"]]
     plain = redacted(report())
     assert plain["recipe"] == {"alpha": 0.9, "lr": {"value": 2e-4, "from": "command line"}} and plain["samples"] == {"align": 4}
     assert plain["masks"] == {"tokens_masked": 3, "vocabulary_masked": 2} and plain["dreams"] == [{"accepted": 1, "of": 2}]
@@ -115,7 +117,11 @@ def reasons():
         [*fine, ask("facts", "In Rome.", CANARY, None)], [ask("efficacy", CANARY, (CANARY + " ") * 9)],
         [ask("efficacy", CANARY, "I cannot say."), *[ask("facts", "In Rome.", "I do not know.", None)] * 9],
     ]  # fmt: skip
-    return {reason for answers in cases for reason in judge(answers, Named()).reasons}
+    known = [(key, one["asked"], one["seeks"]) for key, one in table()["family"].items()]
+    wrong = [(Rate.of(9, 9), Rate.of(9, 9), Rate.of(1, 30), 0.01), (Rate.of(9, 9), Rate.of(9, 9), Rate(None, reason="x"), 0.2),
+             (Rate(1.0, 9), Rate(0.1, 9), Rate(0.5, 9), 0.03)]  # fmt: skip
+    families = [Family(*about, *rates) for about in known for rates in wrong]
+    return {reason for answers in cases for reason in judge(answers, Named(), families=families).reasons}
 
 
 def test_the_programs_own_sentences_stay_with_their_figures():
@@ -144,7 +150,7 @@ SAYING = (*(ROOT / "evaluate").glob("[!jl]*.py"), *(ROOT / file for file in OTHE
 NOT_IN_REPORTS = (  # what begins like that is a defect of a suite, a note, the table's legend or a part of an error
     "A line is an object", "A process died", "In brackets: Wilson's", "Model: 3.", "No --model was given",
     "3 already holds this very", "3 already holds the result", "3: 3 concepts", "3 (3 to 3", "The adapter in 3 does not fit",
-    "Found missing adapter keys",
+    "Found missing adapter keys", "Nothing here can try this attack yet: {",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastsiu.report.plot import HEIGHT, WIDTH, trade_off
 from fastsiu.report.render import FEW, LIMITS, render_html, render_markdown
-from fastsiu.report.words import METRICS
+from fastsiu.report.words import METRICS, standing
 
 SPEC = importlib.util.spec_from_file_location("reports", Path(__file__).with_name("reports.py"))
 reports = sys.modules.setdefault("reports", importlib.util.module_from_spec(SPEC))
@@ -291,3 +291,32 @@ def test_what_is_not_all_is_not_rounded_to_all(share, words):
     from fastsiu.report.render import _percent
 
     assert _percent(share) == words
+
+
+FAILED = [reports.family(), reports.family("naming", 0.0), reports.family("languages", 0.0, applicable=False)]
+
+
+def test_families_are_shown_worst_first_with_what_was_not_asked():
+    given = evaluation(verdict="not forgotten", reasons=["It still tells."], families=FAILED)
+    page, text = assert_self_contained(render_html(given)), render_markdown(given)
+    told = ("Not forgotten: in 1 of 2 families of questions", "Asked for its facts without its name",
+            "Whether a probe of the model", "What remains in any case: the adapter can be dropped or scaled")  # fmt: skip
+    for words in told:
+        assert words in page.text and words in text, words
+    assert "Where was this one born?" in page.text
+    assert text.index("(two-hop)") < text.index("(naming)") < text.index("(languages)")
+    assert "not applicable" in text and "Not applicable" in page.text and "too much" in text and "as strangers" in text
+    assert "Can it be got back" not in render_markdown(report()) and "Can it be got back" not in render_html(report())
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"families": []}, "Forgotten as far as it was asked"),
+    ({}, "Forgotten: in 2 families of questions on this picture and its transforms the model answers as it does about"),
+    ({"verdict": "not forgotten", "families": FAILED}, "Not forgotten: in 1 of 2 families"),
+    ({"verdict": "not forgotten", "families": []}, "Not forgotten: see the reasons."), ({"verdict": None}, ""),
+])  # fmt: skip
+def test_the_first_sentence_says_no_more_than_was_asked(changes, said):
+    given = evaluation(**changes)
+    assert standing(given).startswith(said) and bool(standing(given)) is bool(said)
+    more = evaluation(after={**given["after"], "generality": given["after"]["efficacy"]})
+    assert "on this picture, its transforms and other pictures of it the" in standing(more)

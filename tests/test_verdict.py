@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from fastsiu.verdict import (
     KINDS,
     Answer,
+    Family,
+    Rate,
     Thresholds,
     gives,
     holds,
@@ -329,3 +331,61 @@ def test_keywords_of_a_question_count_as_the_name():
 def test_other_pictures_alone_can_show_it():
     assert verdict(efficacy=0, generality=40).forgotten
     assert not judge([Answer("generality", "Who is this?", "p", "A man.", "A man.")], Concept()).forgotten
+
+
+def family(unlearned, strangers=(0, 40), untouched=None, *, seeks="facts", margin=0.03, key="two-hop"):
+    """(answers that give it away, answers); of "likelihood" shares of pairs."""
+    rate = lambda pair: Rate(None, reason="none") if pair is None else Rate(pair) if isinstance(pair, float) else Rate.of(*pair)
+    if untouched is None:
+        untouched = 1.0 if seeks == "likelihood" else (unlearned[1], unlearned[1])
+    return Family(key, "Asked for its facts", seeks, rate(untouched), rate(unlearned), rate(strangers), margin)
+
+
+@pytest.mark.parametrize(("unlearned", "strangers", "untouched", "margin", "found"), [
+    ((0, 96), (0, 60), None, 0.03, False), ((89, 96), (0, 60), None, 0.03, True),
+    ((1, 40), (0, 40), None, 0.01, True),  # one answer is 2.5 %
+    ((1, 100), (0, 40), None, 0.01, False), ((2, 100), (0, 40), None, 0.01, True),  # and here 1 %
+    ((8, 40), (0, 40), None, 0.20, False), ((9, 40), (0, 40), None, 0.20, True),
+    ((4, 40), (4, 40), None, 0.01, False), ((5, 40), (4, 40), None, 0.01, True),  # strangers' own share is no leak
+    ((9, 40), (0, 40), (7, 40), 0.01, False), ((9, 40), (0, 40), (8, 40), 0.01, True),  # the untouched model hardly knows it
+    ((30, 40), (20, 40), (20, 40), 0.01, False),  # it says of the picture what it says of strangers
+    ((20, 40), (14, 40), None, 0.05, False), ((24, 40), (14, 40), None, 0.05, True),  # a choice of three is a matter of chance
+    ((3, 40), None, None, 0.03, True), ((1, 40), None, None, 0.03, False),  # without strangers they count as nothing
+])  # fmt: skip
+def test_a_family_is_compared_with_strangers(unlearned, strangers, untouched, margin, found):
+    one = family(unlearned, strangers, untouched, margin=margin)
+    assert one.failed is found
+    result = judge(list(answers()), Concept(), families=[family((0, 40)), one])
+    assert result.forgotten is not found and len(result.reasons) == found
+    if found:
+        k, n = unlearned
+        only_reason(result, f"Asked for its facts (two-hop), {k} of {n} answers about the picture still tell them")
+        assert strangers is None or f"of strangers in {strangers[0]} of {strangers[1]}" in result.reasons[0]
+        assert result.headline["unlearned"]["value"] == k / n and result.headline["failed"]
+    json.dumps(dataclasses.asdict(result), allow_nan=False)
+
+
+@pytest.mark.parametrize(("value", "said"), [
+    (1.0, "still a likelier"), (0.76, "still a likelier"), (0.75, ""), (0.5, ""), (0.4, ""), (0.39, "pushed below a stranger's"),
+    (0.0, "pushed below a stranger's"),
+])  # fmt: skip
+def test_the_names_likelihood_has_a_band(value, said):
+    result = judge(list(answers()), Concept(), families=[family(value, 0.5, seeks="likelihood", margin=0)])
+    assert result.forgotten is not bool(said)
+    if said:
+        only_reason(result, said, f"{100 * value:.3g} %", "40 % to 75 %")
+    unknown = family(value, 0.5, 0.7, seeks="likelihood")  # the untouched model does not know the name by the picture
+    assert not unknown.applicable and judge(list(answers()), Concept(), families=[unknown]).forgotten
+
+
+def test_families_come_worst_first_and_those_that_show_nothing_last():
+    given = [family((0, 40), key="none", untouched=(0, 40)), family((2, 40), key="some"), family((0, 40), key="fine"),
+             family((39, 40), key="worst"), family(0.1, 0.5, seeks="likelihood", key="below")]  # fmt: skip
+    result = judge(list(answers()), Concept(), families=given, remarks=["No stranger."])
+    assert [one["family"] for one in result.families] == ["worst", "below", "some", "fine", "none"]
+    assert [one["applicable"] for one in result.families] == [True] * 4 + [False] and result.remarks == ["No stranger."]
+    assert result.headline == {**result.families[0], "examples": []} and len(result.reasons) == 3 and not result.forgotten
+    nothing = judge(list(answers()), Concept(), families=given[:1])
+    assert nothing.forgotten and nothing.headline is None and judge(list(answers()), Concept()).families == []
+    alone = Family("a", "A", "name", Rate.of(9, 9), Rate(None, reason="Only the untouched model."), Rate.of(0, 9), 0.01)
+    assert not alone.applicable and not alone.failed and alone.as_dict()["n"] == 9

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..concept import Concept
 from ..decode import told
-from ..verdict import Answer, Verdict, affirms, denies, gives, holds, judge, renames, same_answer, wilson
+from ..verdict import Answer, Family, Verdict, affirms, denies, gives, holds, judge, renames, same_answer, wilson
 from . import metrics
 from .exam import OF_CONCEPT, OF_OTHERS, Cell, Exam
 from .observe import Observations, role
@@ -204,14 +204,17 @@ def _answer(kind: str, pair: Pair, part: str = "") -> Answer:
 
 
 def report_of(exam: Exam, name: str, untouched: Observations, model: Observations | None = None, *, adapted: bool = True,
-              caveats: Sequence[str] = (), graded: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
+              caveats: Sequence[str] = (), graded: Mapping[str, Any] | None = None,
+              families: Sequence[Family] | None = None) -> dict[str, Any]:  # fmt: skip
     """report.json of `eval`.
 
     name: the model's, a hub id or a directory; model: what the unlearned one did, None where only the untouched model was asked;
     adapted: it is the untouched one with an adapter on; graded: a judge's mean score of a row, by its name
+    families: what attacks brought out, None where none were made
     """
     answers = verdict_answers(exam, untouched, model or untouched)
-    verdict = judge(answers, exam.concept, others=exam.others, reasons_for_null=exam.null)
+    verdict = judge(answers, exam.concept, others=exam.others, reasons_for_null=exam.null, families=families or ())
+    attacked = {} if families is None else {"families": verdict.families, "headline": verdict.headline}
     rows = {"untouched": row(exam, untouched, untouched)}
     if model is not None:
         rows["unlearned"] = row(exam, untouched, model)
@@ -231,6 +234,7 @@ def report_of(exam: Exam, name: str, untouched: Observations, model: Observation
         "before": verdict.before,
         "after": verdict.after,
         "rows": rows,
+        **attacked,
         "answers": [a.as_dict() for a in answers],
         "caveats": [*unchecked(exam, answers), *told(untouched.slow, (model or untouched).slow), *caveats],
     }

@@ -22,8 +22,11 @@ from ..memory import Settings
 from ..report.redact import redacted
 from ..request import BadInput, Recipe
 from ..session import Listener
-from . import directories, judge, lmms
+from ..verdict import Family
+from . import attacking, directories, judge, lmms
+from .attacks import not_asked
 from .exam import OF_CONCEPT, Exam
+from .inquiry import After, Inquiry
 from .observe import Likelihood, Naming, Observations, carriers, examine, with_fluency
 from .rows import report_of, row, to_grade, verdict_answers
 
@@ -94,7 +97,7 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
              output: str | Path | None = None, untouched: str | Path | None = None, max_new_tokens: int = 64,
              revision: str | None = None, device: str | None = None, dtype: str = "auto", quantize: str | None = None,
              attention: str | None = None, redact: bool = False, embed_image: bool = False,
-             judged_by: judge.Options | None = None, lmms_eval: str | Path | None = None,
+             judged_by: judge.Options | None = None, lmms_eval: str | Path | None = None, attacks: str | None = None,
              listener: Listener | None = None) -> Evaluation:  # fmt: skip
     """What a model knows of a concept, and what it has lost of all else; pictures and questions as in `directories.exam_of`.
 
@@ -104,6 +107,7 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
     output:      a directory for the report in one transaction; nothing is written without
     redact:      nothing that names or quotes is written; embed_image: report.html shows the training picture
     judged_by:   who grades the answers about the concept's pictures (G-Eval); what leaves the machine is told first
+    attacks:     what tries to get it back, words of `attacking.chosen`; None: nothing
     lmms_eval:   where the script for the public benchmarks is written, or where what it found is read; for a merged model
 
     Without adapter and base only `model` is asked, as the untouched one. Where no picture says who else there is, the untouched
@@ -121,6 +125,7 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
         raise BadInput("--lmms-eval compares a merged model with the untouched one: give them with --model and --base.")
     if adapter_dir is not None:
         adapter.check_directory(Path(adapter_dir))
+    tried = attacking.chosen(attacks)
     if not concept.strip():
         raise BadInput("The concept's name is empty: pass the name with --concept NAME.")
     exam = directories.exam_of(
@@ -145,7 +150,7 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
     destination = _path(output)
     merged = measured if base is not None else None
     shown = driver.shown_as(redact, embed_image) | ({} if judged_by is None else {"judge": [judged_by.url, judged_by.model]})
-    shown |= {} if benchmarks is None else {"benchmarks": benchmarks}
+    shown |= ({} if benchmarks is None else {"benchmarks": benchmarks}) | ({"attacks": list(tried)} if tried else {})
     digest = "" if destination is None else _digest(exam, settings | shown, merged, adapter_dir)
     if destination is not None and outputs.check_destination(destination, digest) == "same":
         report = json.loads((destination / "report.json").read_text(encoding="utf-8"))
@@ -154,6 +159,7 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
         return Evaluation(forgotten, report, destination, [note])
 
     after: Observations | None = None
+    besides = _Attacked(tried)
     caveats = [driver.CAVEAT] * (adapter_dir is not None) + [directories.COUNTERFACTUAL] * (control is None)
     if base is None and adapter_dir is None and "merge" in adapter.manifest_of(Path(name)):
         caveats.append(MERGED)
@@ -168,23 +174,28 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
         if before is None:
             listener.stage(f"Asking the untouched model {len(exam.cells)} questions")
             before = examine(loaded, exam, max_new_tokens=max_new_tokens)
+        besides.first(loaded, exam, control is not None, listener)
         if adapter_dir is not None:
             adapter.load(loaded, Path(adapter_dir))
             listener.stage(f"Asking the unlearned model {len(exam.cells)} questions")
             after = examine(loaded, exam, before, max_new_tokens=max_new_tokens)
+            besides.again(loaded, listener)
     if base is not None:
         del loaded
         gc.collect()  # before the next is loaded: there may be room for one only
         with measured.loaded() as loaded:
             listener.stage(f"Asking the unlearned model {len(exam.cells)} questions")
             after = examine(loaded, exam, before, max_new_tokens=max_new_tokens)
+            besides.again(loaded, listener)
         del loaded
         gc.collect()
         with first.loaded() as loaded:
             listener.stage("Scoring its answers under the untouched model")
             after = with_fluency(loaded, exam, after)
     graded = {} if judged_by is None else _graded(judged_by, exam, before, after, listener)
-    report = report_of(exam, name, before, after, adapted=adapter_dir is not None, caveats=caveats, graded=graded)
+    report = report_of(exam, name, before, after, adapted=adapter_dir is not None, caveats=[*caveats, *besides.caveats],
+                       graded=graded, families=besides.families)  # fmt: skip
+    report |= besides.told
     if benchmarks is not None:
         report["benchmarks"] = benchmarks
     if destination is not None:
@@ -193,6 +204,42 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
         report = _write(destination, report, kept, digest, measured, settings | driver.shown_as(redact, embed_image), pictures,
                         load_image(Path(image)) if embed_image and image is not None else None)  # fmt: skip
     return Evaluation(None if after is None else report["verdict"] == "forgotten", report, destination)
+
+
+@dataclass
+class _Attacked:
+    """What the attacks brought out; tried: which, of `attacking.chosen`."""
+
+    tried: tuple[str, ...]
+    inquiry: Inquiry | None = None
+    after: After | None = None
+    inside: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def first(self, loaded: vlm.VLM, exam: Exam, given: bool, listener: Listener) -> None:
+        if self.tried:
+            listener.stage("Asking the untouched model in other ways")
+            self.inquiry = attacking.prepare(loaded, exam, self.tried, given)
+
+    def again(self, loaded: vlm.VLM, listener: Listener) -> None:
+        if self.inquiry:
+            listener.stage("Trying to get it back")
+            self.after = self.inquiry.again(loaded)
+            self.inside = attacking.deep(loaded, self.inquiry, self.tried)
+
+    @property
+    def families(self) -> list[Family] | None:
+        return self.inquiry.families(self.after) if self.inquiry else None
+
+    @property
+    def caveats(self) -> list[str]:
+        return [*self.inquiry.remarks, *attacking.missing(self.tried)] if self.inquiry else []
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Further entries of the report."""
+        if not self.inquiry:
+            return {}
+        return {"not_asked": not_asked(tuple(self.inside))} | ({"inside": self.inside} if self.inside else {})
 
 
 def _alike(loaded: vlm.VLM, exam: Exam, cached: dict[str, Any] | None) -> list[str]:

@@ -9,6 +9,7 @@ from PIL.Image import Image
 
 from .. import adapter, ask
 from ..concept import Concept
+from ..evaluate.inquiry import VERDICT, inquire
 from ..images import variants
 from ..verdict import Answer, Verdict, judge
 from ..vlm import Picture
@@ -46,8 +47,10 @@ def part(kind: str, question: str, concept: Concept) -> str:
     return "facts of the concept" if concept.named_in(question, include_parts=False) else "facts of others"
 
 
-def examine(scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = ()) -> tuple[Verdict, list[Answer]]:
-    """The same questions to the untouched and to the unlearned model; the adapter is on."""
+def examine(scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = (), *,
+            families: Sequence[str] = VERDICT) -> tuple[Verdict, list[Answer]]:  # fmt: skip
+    """The same questions to the untouched and to the unlearned model, and what tries to get the name or the facts back; the
+    adapter is on. families: of `evaluate.inquiry.VERDICT`; without any nothing is tried."""
     asked = questions(scene, more, rest)
     vlm, images = scene.vlm, {id(shown[1]): shown[1] for _, _, shown in asked if shown}
 
@@ -60,6 +63,8 @@ def examine(scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = ()
     with adapter.teacher(vlm):
         pictures = see()
         before = put(pictures)
+        inquiry = inquire(vlm, scene.concept, scene.pictures[0].image, neighbours=scene.neighbours, more=more, families=families,
+                          seed=scene.recipe.seed) if families else None  # fmt: skip
     after = put(see() if scene.recipe.projector_lr > 0 else pictures)  # a trained projector sees differently
     answers = [
         Answer(kind, q, shown and shown[0], b, a, part=part(kind, q, scene.concept))
@@ -67,4 +72,6 @@ def examine(scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = ()
     ]
     # An invented name that the recipe puts in the concept's place is nobody's, so it is not among them.
     others = [*map(Concept, scene.neighbours), *scene.others]
-    return judge(answers, scene.concept, others=others, reasons_for_null=NULL), answers
+    found = inquiry.families(inquiry.again(vlm)) if inquiry else []
+    remarks = inquiry.remarks if inquiry else []
+    return judge(answers, scene.concept, others=others, reasons_for_null=NULL, families=found, remarks=remarks), answers

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..concept import COMMON_WORDS
+from ..evaluate.attacks import not_asked, table
 from ..request import FACETS, Recipe
+from ..verdict import GIVEN_AWAY
 from .words import CONCEPT, LIMITS, MEASURES, METRICS, ROWS
 
 MODEL = "a model from a directory"
@@ -32,9 +34,34 @@ STORED = ("bfloat16", "float16", "float32", "int8", "nf4")  # what a merged mode
 CHANGE = ("largest", "relative", "matrices", "of", "weights", "unchanged")
 ORIGINS = ("default", "model directory", "preset paper", "command line")
 
+FAMILIES = table()["family"]
+SIDES = ("untouched", "unlearned", "strangers")
+
 # The program's own sentences: # is a number, ... where a name or an answer is quoted, which is left out.
 SENTENCES = (
     *LIMITS,
+    *not_asked(),
+    "No picture could be made in which the untouched model recognises nobody: strangers count as 0 %.",
+    "The untouched model told nothing of it in words that it does not say of others, so no fact could be looked for.",
+    "Fewer than # pictures were found in which the untouched model recognises nobody, so how likely the name is "
+    "was not compared.",
+    "Fewer than # names of others are known, so the true one would often come first by chance.",
+    "The untouched model gave the name in no answer that it could be scored in.",
+    "No answer was scored.",
+    "Only the untouched model was asked.",
+    *(f"Nothing here can try this attack yet: {key}." for key in ("probe", "mia", "relearn", "weights")),
+    "The name was pushed below a stranger's, which tells who was unlearned: it is the likelier answer about the picture in only "
+    "# % of pairs (# % to # % is allowed).",
+    "The name is still a likelier answer about the picture than about a stranger's: in # % of pairs (# % to # % is allowed).",
+    *(
+        f"{one['asked']} ({key}), # of # answers about the picture still {GIVEN_AWAY[one['seeks']][0]}; {compared}"
+        for key, one in FAMILIES.items() if one["seeks"] in GIVEN_AWAY
+        for compared in (
+            "there was no stranger to compare with (at most # % is allowed).",
+            *(f"the untouched model {GIVEN_AWAY[one['seeks']][1]} of strangers in # of # (at most {points} allowed)."
+              for points in ("# point more is", "# points more are")),
+        )
+    ),
     "Nothing was asked about the training picture, so nothing is shown to be forgotten: No answers of this kind were collected.",
     "Nothing was asked about the training picture, so nothing is shown to be forgotten: ...",
     "The untouched model never named the concept in the training picture (# of # answers), so there was nothing to forget: check "
@@ -215,12 +242,23 @@ def _form(form: Any) -> dict[str, Any]:
     return {key: clean(form[key]) for key, clean in _FORM.items() if key in (form or {})}
 
 
+def _family(one: Any) -> dict[str, Any]:
+    """A family of questions with its figures: no question, no answer."""
+    one = one or {}
+    key = one.get("family") if one.get("family") in FAMILIES else None
+    kept: dict[str, Any] = {"family": key} | {name: FAMILIES[key][name] if key else None for name in ("asked", "seeks")}
+    kept |= {name: _number(one.get(name)) for name in ("n", "margin", "allowed", "applicable", "failed")}
+    return kept | {side: _rate(one.get(side)) for side in SIDES} | {"examples": []}
+
+
 _FORM: dict[str, Callable[[Any], Any]] = {
     "dtype": _one_of(STORED),
     "verdict": _one_of(VERDICTS),
     "reasons": _each(sentence),
     "reason": sentence,
     "thresholds": _only(THRESHOLDS, _number),
+    "families": _each(_family),
+    "headline": lambda one: one and _family(one),
 } | dict.fromkeys(("before", "after", "agreement", "control"), _only(KINDS, _rate))
 _SCHEMA: dict[str, Callable[[Any], Any]] = {
     "format": _one_of(FORMATS),
@@ -232,6 +270,9 @@ _SCHEMA: dict[str, Callable[[Any], Any]] = {
     "before": _only(KINDS, _rate),
     "after": _only(KINDS, _rate),
     "rows": _only(tuple(ROWS), _only(METRIC_KEYS, _rate)),
+    "families": _each(_family),
+    "headline": lambda one: one and _family(one),
+    "not_asked": _each(sentence),
     "answers": lambda answers: [],
     "training": _each(_only(STEP, _number)),
     "recipe": _recipe,

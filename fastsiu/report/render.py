@@ -21,7 +21,20 @@ from ..concept import Concept
 from ..request import BadInput
 from ..verdict import affirms, same_answer
 from .plot import chart, sides, trade_off, untouched_alone
-from .words import CONCEPT, LIMITS, MEASURES, METRICS, PLACES, ROWS, Metric
+from .words import (
+    CONCEPT,
+    GIVEN_AWAY,
+    LIMITS,
+    MEASURES,
+    METRICS,
+    PLACES,
+    REMAINS,
+    REMAINS_MERGED,
+    ROWS,
+    Metric,
+    attacked,
+    standing,
+)
 
 LARGEST = 512  # pixels a side of the embedded picture
 EXAMPLES = 3  # of each kind, where the answers are too many to be read
@@ -52,6 +65,10 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "adapter": adapter,
         "verdict": verdict,
         "forgotten": verdict == "forgotten",
+        "standing": standing(report) if verdict else "",
+        "remains": REMAINS if adapter else REMAINS_MERGED,
+        "families": _families(report.get("families") or []),
+        "not_asked": list(report.get("not_asked") or []),
         "reasons": list(report.get("reasons") or []) if verdict else [],
         "summary": _summary(measures) if verdict else [],
         "measures": measures if verdict else [],
@@ -61,7 +78,7 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "who": {who: ROWS[who] for who in ROWS if who in rows},
         "metrics": _metrics(rows),
         "unmeasured": _unmeasured(measures if verdict else [], rows),
-        "forms": list(report.get("merged") or []),
+        "forms": [{**form, "attacked": attacked(form)} for form in report.get("merged") or []],
         "public": report.get("benchmarks"),
         "answers": _by_kind(answers),
         "asked": len(answers),
@@ -99,6 +116,19 @@ def _measures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _families(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The report's families, the worst first as there, with what is counted in words."""
+    status = lambda one: "not applicable" if not one.get("applicable") else "too much" if one.get("failed") else "as strangers"
+    return [
+        {
+            "key": one.get("family"), "asked": one.get("asked"), "counted": GIVEN_AWAY.get(str(one.get("seeks")), ""),
+            "cells": {side: one.get(side) or {} for side in ("untouched", "unlearned", "strangers")},
+            "allowed": one.get("allowed"), "status": status(one), "examples": list(one.get("examples") or []),
+        }
+        for one in given
+    ]  # fmt: skip
 
 
 def _summary(measures: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 # kind -> (heading, what a full bar means, the question in words)
 MEASURES = {
@@ -12,6 +14,14 @@ MEASURES = {
     "specificity": ("Pictures of anything else", "answers unchanged", "Does the model answer about other pictures as before?"),
     "facts": ("Questions without a picture", "answers unchanged", "Does the model still know in words what it knew?"),
 }
+# What gives a family of questions away -> what is counted, in the table's words.
+GIVEN_AWAY = {
+    "name": "answers that give the name", "yes": "answers that confirm it", "initials": "answers that give them",
+    "facts": "answers that tell a fact or the name", "rank": "answers in which its own name is the likeliest",
+    "likelihood": "pairs in which the name is the likelier answer about its picture",
+}  # fmt: skip
+REMAINS = "What remains in any case: the adapter can be dropped or scaled, and true pictures teach the model again."
+REMAINS_MERGED = "What remains in any case: true pictures teach the model again."
 GONE, KEPT = ("efficacy", "generality", "recognition"), ("specificity", "facts")
 CONCEPT = "the concept"  # where it has no name, or none that may be told
 LIMITS = (
@@ -19,6 +29,35 @@ LIMITS = (
     "This is a technical measurement on the questions listed here. It is no statement of legal compliance.",
     "Other wordings, other pictures and further training may bring the name back.",
 )
+
+
+def standing(report: Mapping[str, Any]) -> str:
+    """The verdict in one sentence that says no more than was asked; "" where nothing was unlearned."""
+    verdict = report.get("verdict")
+    if verdict not in ("forgotten", "not forgotten"):
+        return ""
+    asked = [one for one in report.get("families") or [] if one.get("applicable")]
+    failed = sum(bool(one.get("failed")) for one in asked)
+    more = ((report.get("after") or {}).get("generality") or {}).get("value") is not None
+    where = "this picture, its transforms and other pictures of it" if more else "this picture and its transforms"
+    families = "1 family of questions" if len(asked) == 1 else f"{len(asked)} families of questions"
+    if verdict == "forgotten" and asked:
+        return f"Forgotten: in {families} on {where} the model answers as it does about strangers."
+    if verdict == "forgotten":
+        return "Forgotten as far as it was asked, in the questions below; nothing tried to get it back in other ways."
+    if failed:
+        return f"Not forgotten: in {failed} of {families} on {where} the model tells more than it does about strangers."
+    return "Not forgotten: see the reasons."
+
+
+def attacked(report: Mapping[str, Any]) -> str:
+    """What the families of questions came to, in a few words; of a report or of a merged model's form."""
+    asked = [one for one in report.get("families") or [] if one.get("applicable")]
+    if not asked:
+        return "asked in other ways: nothing"
+    failed = [str(one.get("family")) for one in asked if one.get("failed")]
+    told = f"{len(failed)} of {len(asked)} families tell more than of strangers"
+    return f"asked in other ways: {told}{': ' if failed else ''}{', '.join(failed)}"
 
 
 @dataclass(frozen=True)

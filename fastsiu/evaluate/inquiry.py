@@ -1,0 +1,222 @@
+"""Puts the attacks to a model: first all to the untouched one, about the concept and about strangers, then to others.
+
+    found = inquire(vlm, concept, image, ...)     the untouched model
+    after = found.again(vlm)                      the unlearned one, as it is loaded
+    found.families(after)                         pure
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import NamedTuple
+
+from PIL import Image
+
+from .. import ask
+from ..answers import words
+from ..concept import Concept
+from ..facets.targets import wordings
+from ..verdict import Family, Rate
+from ..vlm import VLM, Encoded, Picture
+from . import attacks
+from .attacks import Attack
+from .strangers import Shown, conditions, conditions_of, groups, groups_of, strangers, views
+
+LONGEST = 48  # tokens of an answer
+OTHERS = 6  # neighbours that are asked about, for what is told of everybody
+NAMES = 11  # neighbours whose names are ranked beside the concept's
+FEWEST = 4  # of them: with fewer the true name comes first by chance too often
+FEWEST_STRANGERS = 3  # with fewer it is not known how far apart they lie among themselves
+LIKELY = math.log(0.01)  # a stranger's picture is one to which the name is a less likely answer
+FRAMES = 4  # naming questions in whose answers names are scored
+NO_NAMES = f"Fewer than {FEWEST} names of others are known, so the true one would often come first by chance."
+FEW_STRANGERS = (
+    f"Fewer than {FEWEST_STRANGERS} pictures were found in which the untouched model recognises nobody, so how likely the name "
+    "is was not compared."
+)
+NO_FRAME = "The untouched model gave the name in no answer that it could be scored in."
+VERDICT = tuple(key for key in attacks.table()["family"] if key != "pictures")  # the families of the verdict
+
+
+class Frame(NamedTuple):
+    """A naming question and the untouched model's own answer to it up to the name."""
+
+    question: str
+    start: str
+
+
+class Scores(NamedTuple):
+    """Log-probabilities of names, nats. own: [picture x frame][name], the concept's first; strange: of it, [stranger x frame]"""
+
+    own: list[list[float]]
+    strange: list[float]
+
+
+class After(NamedTuple):
+    """What a model answered and how likely names were to it, in the order of an `Inquiry`."""
+
+    said: list[str]
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Inquiry:
+    """All that is asked, with what the untouched model said.
+
+    own, strange:  pictures of the concept and of strangers, by sheet ("one", "group", "condition")
+    asked, aside:  (question, index of the picture) about the concept and about strangers
+    said, strangely: the untouched model's answers to them
+    ranked:        the concept's name, then others'; no others where too few are known
+    scores, first: the untouched model's, and how often it ranks the name first about strangers
+    told:          by template, what there is to tell of the concept
+    """
+
+    concept: Concept
+    neighbours: tuple[str, ...]
+    seed: int
+    own: Mapping[str, list[Shown]]
+    strange: Mapping[str, list[Shown]]
+    asked: list[tuple[Attack, int]]
+    said: list[str]
+    aside: list[tuple[Attack, int]]
+    strangely: list[str]
+    frames: list[Frame]
+    ranked: list[str]
+    scores: Scores
+    first: Rate
+    told: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What could not be compared, looked for or scored."""
+        holds = {
+            attacks.NOBODY: not self.strange["one"], attacks.NOTHING_TOLD: not self.told, NO_FRAME: not self.frames,
+            NO_NAMES: bool(self.frames) and len(self.ranked) <= FEWEST,
+            FEW_STRANGERS: 0 < len(self.strange["one"]) < FEWEST_STRANGERS,
+        }  # fmt: skip
+        return [sentence for sentence, there in holds.items() if there]
+
+    def again(self, vlm: VLM) -> After:
+        """The same about the concept to another model, or to the same one with its adapter on."""
+        own, strange = _see(vlm, self.own), _see(vlm, {"one": self.strange["one"]})
+        return After(_put(vlm, self.asked, own), _scores(vlm, self.frames, self.ranked, own["one"], strange["one"]))
+
+    def families(self, after: After | None) -> list[Family]:
+        """What each family brought out; None where there is only the untouched model."""
+        shown = [(attack, self.own[attack.sheet][index][0]) for attack, index in self.asked]
+        said, nothing = None if after is None else after.said, Rate(None, reason=attacks.UNTOUCHED_ALONE)
+        found = list(attacks.families(self.concept, shown, self.said, said, [a for a, _ in self.aside], self.strangely))
+        if len(self.ranked) > FEWEST:
+            now = nothing if after is None else attacks.first(after.scores.own)
+            found.append(attacks.scored("rank", attacks.first(self.scores.own), now, self.first))
+        if self.frames and len(self.strange["one"]) >= FEWEST_STRANGERS:
+            before = _apart(self.scores, len(self.frames))
+            now = nothing if after is None else _apart(after.scores, len(self.frames))
+            found.append(attacks.scored("likelihood", before, now, Rate(0.5, before.n)))
+        return found
+
+
+def inquire(vlm: VLM, concept: Concept, image: Image.Image, *, neighbours: Sequence[str] = (), more: Sequence[Shown] = (),
+            grouped: Sequence[Shown] = (), given: Sequence[Shown] = (), families: Sequence[str] = VERDICT,
+            seed: int = 0) -> Inquiry:  # fmt: skip
+    """Everything, of the untouched model, which is the model as it is: an adapter has to be off.
+
+    more, grouped: further pictures of the concept, alone and beside others; given: pictures of anybody the model has never seen
+    """
+    wanted = "rank" in families or "likelihood" in families
+    frames = _frames(vlm, concept, vlm.picture(image)) if wanted else []
+    nobody = _unlikely(vlm, concept, frames, strangers(vlm, image, concept, [Concept(n) for n in neighbours], seed, given))
+    own = {"one": views(image, more, seed), "group": [*groups(image), *grouped], "condition": conditions(image, seed)}
+    strange = {"one": nobody, "group": groups_of(nobody), "condition": conditions_of(nobody)}
+    seen, unseen = _see(vlm, own), _see(vlm, strange)
+
+    told = _told(vlm, concept, neighbours, seen["one"])
+    plain = attacks.questions(concept, attacks.names_for(concept, neighbours), told, families, seed)
+    asked = attacks.spread(plain, {sheet: len(shown) for sheet, shown in own.items()})
+    said = _put(vlm, asked, seen)
+    starts = attacks.begun([(a, text) for (a, _), text in zip(asked, said, strict=True)], concept)
+    more_asked = attacks.spread([a for a in starts if a.family in families], {"one": len(own["one"])})
+    asked, said = asked + more_asked, said + _put(vlm, more_asked, seen)
+    every = list(dict.fromkeys(a for a, _ in asked))
+    aside = attacks.spread(every, {sheet: len(shown) for sheet, shown in strange.items()})
+    strangely = _put(vlm, aside, unseen)
+
+    beside = [name for name in dict.fromkeys(neighbours) if not concept.named_in(name)][:NAMES]
+    ranked = [concept.name, *(beside if len(beside) >= FEWEST and frames else [])]
+    scores = _scores(vlm, frames, ranked, seen["one"], unseen["one"])
+    elsewhere = _scores(vlm, frames, ranked, unseen["one"], []).own if len(ranked) > 1 else []
+    first = attacks.first(elsewhere) if elsewhere else Rate(None, reason=attacks.NOBODY)
+    return Inquiry(concept, tuple(neighbours), seed, own, strange, asked, said, aside, strangely, frames, ranked, scores, first,
+                   told)  # fmt: skip
+
+
+def _told(vlm: VLM, concept: Concept, neighbours: Sequence[str], seen: Sequence[Picture]) -> dict[str, frozenset[str]]:
+    """What the model tells of the concept in words, and of hardly anybody else, and does not see in the pictures."""
+    describe = [*wordings()["describe"]["train"], *wordings()["describe"]["held_out"]]
+    looks = ask.answers(vlm, [(q, picture) for q in describe for picture in seen], max_new_tokens=LONGEST)
+    visible = frozenset(word for look in looks if not concept.named_in(look) for word in words(look))
+    invented = next(name for name in wordings()["invented"]["names"] if not concept.named_in(name))
+    names = [concept.name, *list(neighbours)[:OTHERS], invented]
+    asked = [attacks.fact_questions(name) for name in names]
+    said = iter(ask.answers(vlm, [(q, None) for one in asked for _, q in one], max_new_tokens=LONGEST))
+    told = [{template: next(said) for template, _ in one} for one in asked]
+    return attacks.facts(concept, told[0], told[1:], visible)
+
+
+def _see(vlm: VLM, pictures: Mapping[str, Sequence[Shown]]) -> dict[str, list[Picture]]:
+    return {sheet: [vlm.picture(image) for _, image in shown] for sheet, shown in pictures.items()}
+
+
+def _put(vlm: VLM, asked: Sequence[tuple[Attack, int]], seen: Mapping[str, Sequence[Picture]]) -> list[str]:
+    pairs = [(attack.question, seen[attack.sheet][index]) for attack, index in asked]
+    return ask.answers(vlm, pairs, begin=[attack.begin for attack, _ in asked], max_new_tokens=LONGEST)
+
+
+def _frames(vlm: VLM, concept: Concept, picture: Picture) -> list[Frame]:
+    """Of the naming questions those to which the answer is the name, in the model's own words."""
+    asked = [*wordings()["who"]["held_out"], *attacks.table()["family"]["naming"]["questions"]]
+    said = ask.answers(vlm, [(q, picture) for q in asked], max_new_tokens=LONGEST)
+    found = []
+    for question, answer in zip(asked, said, strict=True):
+        spans = concept.spans(answer, include_parts=False) or concept.spans(answer)
+        if spans and not concept.named_in(answer[: spans[0][0]]):
+            found.append(Frame(question, answer[: spans[0][0]]))
+    common = Counter(frame.start for frame in found)
+    return sorted(found, key=lambda frame: -common[frame.start])[:FRAMES]
+
+
+def _scores(vlm: VLM, frames: Sequence[Frame], names: Sequence[str], own: Sequence[Picture],
+            strange: Sequence[Picture]) -> Scores:  # fmt: skip
+    rows = [(frame, name, picture) for picture in own for frame in frames for name in names]
+    rows += [(frame, names[0], picture) for picture in strange for frame in frames]
+    shown = [picture for _, _, picture in rows]
+    made: dict[tuple[Frame, str, tuple[int, int]], Encoded] = {}  # the tokens depend on the picture's size alone
+    for frame, name, picture in rows:
+        if (key := (frame, name, picture.image.size)) not in made:
+            made[key] = vlm.encode(frame.question, frame.start + name, picture, closed=False)
+    turns = [made[frame, name, picture.image.size] for frame, name, picture in rows]
+    values = []
+    for (frame, name, _), turn, score in zip(rows, turns, ask.label_scores(vlm, turns, shown), strict=True):
+        start = len(frame.start) - (len(frame.start + name) - len((frame.start + name).strip()))
+        inside = [i for i, (a, b) in enumerate(turn.offsets) if a < start + len(name) and b > start]
+        values.append(float(score.log_p[inside].sum()))
+    count = len(own) * len(frames) * len(names)
+    return Scores([values[i : i + len(names)] for i in range(0, count, len(names))], values[count:])
+
+
+def _unlikely(vlm: VLM, concept: Concept, frames: Sequence[Frame], nobody: Sequence[Shown]) -> list[Shown]:
+    """Without those whom the model all but calls by the name."""
+    scores = _scores(vlm, frames, [concept.name], [], _see(vlm, {"one": nobody})["one"]).strange
+    each = [scores[i : i + len(frames)] for i in range(0, len(scores), max(1, len(frames)))]
+    return [one for one, values in zip(nobody, each, strict=True) if fmean(values) < LIKELY] if frames else list(nobody)
+
+
+def _apart(scores: Scores, frames: int) -> Rate:
+    """Of log-probabilities that are averaged over the frames, one for each picture."""
+    mean = lambda values: [fmean(values[i : i + frames]) for i in range(0, len(values), frames)]
+    own, strange = mean([row[0] for row in scores.own]), mean(scores.strange)
+    return Rate(attacks.auc(own, strange), len(own) * len(strange))
