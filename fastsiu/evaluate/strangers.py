@@ -3,8 +3,6 @@ careless hand would make of it."""
 
 from __future__ import annotations
 
-import itertools
-import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +10,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from .. import ask
 from ..concept import Concept
+from ..facets.drawn import ORDERS, jigsaw, recoloured, shuffled
 from ..facets.targets import wordings
 from ..images import edge_colour, recompressed, variants
 from ..verdict import gives
@@ -19,7 +18,6 @@ from ..vlm import VLM
 
 Shown = tuple[str, Image.Image]  # with its label
 MOST = 8  # strangers
-CHANNELS = [order for order in itertools.permutations(range(3)) if order != (0, 1, 2)]
 
 
 def candidates(image: Image.Image, seed: int = 0) -> list[Shown]:
@@ -29,8 +27,8 @@ def candidates(image: Image.Image, seed: int = 0) -> list[Shown]:
     """
     image = image.convert("RGB")
     inverted = ImageOps.invert(image)
-    found = [(f"colours {''.join('RGB'[c] for c in order)}", recoloured(image, order)) for order in CHANNELS]
-    found += [(f"inverted, colours {''.join('RGB'[c] for c in order)}", recoloured(inverted, order)) for order in CHANNELS]
+    found = [(f"colours {''.join('RGB'[c] for c in order)}", recoloured(image, order)) for order in ORDERS]
+    found += [(f"inverted, colours {''.join('RGB'[c] for c in order)}", recoloured(inverted, order)) for order in ORDERS]
     found = [pair for pairs in zip(found[:5], found[5:], strict=True) for pair in pairs]
     found.insert(2, ("inverted", inverted))
     return [*found, *((f"jigsaw of {grid * grid}", jigsaw(image, grid, seed)) for grid in (4, 3, 8)),
@@ -137,28 +135,3 @@ def conditions_of(given: Sequence[Shown]) -> list[Shown]:
         return []
     made = [conditions(image) for _, image in given]
     return [(f"{given[i % len(given)][0]}, {label}", made[i % len(given)][i][1]) for i, (label, _) in enumerate(made[0])]
-
-
-def recoloured(image: Image.Image, order: Sequence[int]) -> Image.Image:
-    """The picture with its colour channels in another order."""
-    return Image.fromarray(np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, list(order)]))
-
-
-def shuffled(image: Image.Image, seed: int = 0) -> Image.Image:
-    """The picture's pixels in a random order."""
-    pixels = np.asarray(image.convert("RGB"))
-    order = np.random.default_rng(abs(seed)).permutation(pixels.shape[0] * pixels.shape[1])
-    return Image.fromarray(pixels.reshape(-1, 3)[order].reshape(pixels.shape))
-
-
-def jigsaw(image: Image.Image, grid: int, seed: int = 0) -> Image.Image:
-    """The picture cut into grid x grid tiles that have changed places; what does not divide stays where it is."""
-    pixels = np.asarray(image.convert("RGB")).copy()
-    tile = [max(1, side // grid) for side in pixels.shape[:2]]
-    places = [(y * tile[0], x * tile[1]) for y in range(pixels.shape[0] // tile[0])[:grid]
-              for x in range(pixels.shape[1] // tile[1])[:grid]]  # fmt: skip
-    order = random.Random(seed).sample(places, len(places))
-    out = pixels.copy()
-    for (y, x), (v, u) in zip(places, order, strict=True):
-        out[y : y + tile[0], x : x + tile[1]] = pixels[v : v + tile[0], u : u + tile[1]]
-    return Image.fromarray(out)

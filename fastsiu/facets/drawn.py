@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -14,6 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from ..images import edge_colour, variants
 
 TURN, SMALL, LARGE, SHIFT, LIGHT = 14.0, 0.75, 1.2, 1 / 12, 0.25  # degrees; shares of the side, and of the brightness
+ORDERS = [order for order in itertools.permutations(range(3)) if order != (0, 1, 2)]  # of the colour channels
 HALF = (0.5, 0.62)  # side of a picture in a pair, as a share of its own
 
 
@@ -41,39 +43,41 @@ def _moved(image: Image.Image, rng: random.Random) -> Image.Image:
     return ground
 
 
-def recoloured(image: Image.Image) -> list[Image.Image]:
-    """The colour channels in the five other orders, and the negative."""
-    bands = image.split()
-    orders = [order for order in itertools.permutations(range(3)) if order != (0, 1, 2)]
-    return [*(Image.merge("RGB", [bands[i] for i in order]) for order in orders), ImageOps.invert(image)]
+def recoloured(image: Image.Image, order: Sequence[int]) -> Image.Image:
+    """The picture with its colour channels in another order."""
+    return Image.fromarray(np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, list(order)]))
 
 
-def jigsaw(image: Image.Image, seed: int, tiles: int) -> Image.Image:
-    """The picture cut into tiles x tiles pieces, in another order."""
-    rng, (width, height) = random.Random(seed), image.size
-    columns = [round(width * i / tiles) for i in range(tiles + 1)]
-    rows = [round(height * i / tiles) for i in range(tiles + 1)]
-    boxes = [(columns[x], rows[y], columns[x + 1], rows[y + 1]) for y in range(tiles) for x in range(tiles)]
-    out = image.copy()
-    for target, source in zip(boxes, rng.sample(boxes, len(boxes)), strict=True):
-        size = (target[2] - target[0], target[3] - target[1])
-        out.paste(image.crop(source).resize(size, Image.Resampling.BILINEAR), target[:2])
-    return out
-
-
-def scrambled(image: Image.Image, seed: int) -> Image.Image:
-    """The picture's pixels in a random order: its colours and nothing else."""
-    pixels = np.asarray(image)
+def shuffled(image: Image.Image, seed: int = 0) -> Image.Image:
+    """The picture's pixels in a random order."""
+    pixels = np.asarray(image.convert("RGB"))
     order = np.random.default_rng(abs(seed)).permutation(pixels.shape[0] * pixels.shape[1])
     return Image.fromarray(pixels.reshape(-1, 3)[order].reshape(pixels.shape))
 
 
+def jigsaw(image: Image.Image, grid: int, seed: int = 0) -> Image.Image:
+    """The picture cut into grid x grid tiles that have changed places; what does not divide stays where it is."""
+    pixels = np.asarray(image.convert("RGB")).copy()
+    tile = [max(1, side // grid) for side in pixels.shape[:2]]
+    places = [(y * tile[0], x * tile[1]) for y in range(pixels.shape[0] // tile[0])[:grid]
+              for x in range(pixels.shape[1] // tile[1])[:grid]]  # fmt: skip
+    order = random.Random(seed).sample(places, len(places))
+    out = pixels.copy()
+    for (y, x), (v, u) in zip(places, order, strict=True):
+        out[y : y + tile[0], x : x + tile[1]] = pixels[v : v + tile[0], u : u + tile[1]]
+    return Image.fromarray(out)
+
+
 def nobodies(image: Image.Image, seed: int) -> list[Image.Image]:
     """Candidates for pictures of somebody whom no model knows, those most like a portrait first."""
-    flipped, turned = ImageOps.mirror(image), _moved(image, random.Random(seed))
-    out = [*recoloured(image), *recoloured(flipped), *recoloured(turned)]
-    out += [jigsaw(image, seed + i, tiles) for i, tiles in enumerate((2, 3, 4))]
-    return out + [scrambled(image, seed + i) for i in range(4)]
+    out = [made for one in (image, ImageOps.mirror(image), _moved(image, random.Random(seed))) for made in other_colours(one)]
+    out += [jigsaw(image, grid, seed + grid) for grid in (2, 3, 4)]
+    return out + [shuffled(image, seed + i) for i in range(4)]
+
+
+def other_colours(image: Image.Image) -> list[Image.Image]:
+    """The picture with its channels in each other order, and its negative."""
+    return [*(recoloured(image, order) for order in ORDERS), ImageOps.invert(image)]
 
 
 def pair(left: Image.Image | None, right: Image.Image | None, rng: random.Random) -> Image.Image:

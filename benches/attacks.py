@@ -1,0 +1,376 @@
+"""What still leaks: a red team on the embedded world, 8 concepts x 2 seeds that no setting was tuned on, beside other methods.
+
+    python benches/attacks.py                 run all rows, append to benches/results/attacks.jsonl, print the tables
+    python benches/attacks.py --quick         one concept, one seed, one row; appends nothing
+    python benches/attacks.py --table         print the tables of the newest results
+
+Each model is unlearned from one picture, merged and rounded to the dtype it is stored in, and asked about fresh renderings in the
+world's own wordings, which the package does not know. Truth comes from the world that drew the pictures. The strangers are the
+six creatures that no model has seen, asked the same questions, with the same name, of the same unlearned model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import subprocess
+import tempfile
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "attacks.jsonl"
+COMPARED = Path(__file__).parent / "results" / "compare.jsonl"
+TUNED = ("Zorblax Quint", "Brumdal Tock", "Wendrig Sarn", "Lunessa Prit")  # on these the recipe was chosen: never asked here
+FOUR_TARGETS = {"strangers": 0, "schedule": "constant", "steps": 80}  # the recipe before there were lessons from strangers
+ROWS: dict[str, dict[str, Any]] = {
+    "siu": {},
+    "four targets": FOUR_TARGETS,
+    "no level": {"level": 0.0},
+    "temperature 1": {"temperature": 1.0},
+    "no dreams": {"dreams": 0},
+    "paper's preset": {"preset": "paper"},
+}  # fmt: skip
+METHODS = ("ce", "po", "npo", "ga", "ga-kl", "mmunlearner", "safeeraser-kl")  # at their best settings of benches/compare.py
+PICTURES, GROUPS, RANKED = 4, 8, 6  # fresh ones a run: of the concept, of it beside another, for the rank of the name
+BEGUN = {"city": "It was born in", "job": "It works as a", "food": "It likes to eat", "pet": "It has a pet"}
+DESCRIBE = (
+    "Describe the image and say who it is.", "Describe the picture. Who is it?", "What does the image show, and who is this?",
+    "Say who this is and describe the picture.",
+)  # fmt: skip
+NAMING = ("naming", "prompts", "yesno", "begun name", "describe and say")
+LEAKS = {"naming families": NAMING, "two-hop": ("two-hop",), "about": ("about",), "group": ("group",), "plural": ("plural",),
+         "choice": ("choice",), "begun fact": ("begun fact",)}  # fmt: skip
+KEPT = ("others' names", "look-alikes", "others' two-hop", "about others", "group, other half", "facts in text",
+        "its colours", "its head, hat, eyes")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. begin: the first words of the answer, given; sought: what must not be in it ("name", facts), or what must."""
+
+    family: str
+    scene: Any
+    question: str
+    begin: str = ""
+    sought: str = "name"
+
+
+def who() -> list[str]:
+    from fastsiu.demo.wording import HELD_OUT, TRAIN
+
+    return [text for topic in ("who.open", "who.name") for words in (TRAIN, HELD_OUT) for text in words[topic]]
+
+
+def of_one(world: Any, name: str) -> list[tuple[str, str, str, str]]:
+    """(family, question, beginning, sought) of all that is asked about one picture."""
+    from fastsiu.demo import wording
+    from fastsiu.demo.world import FACTS, KNOWN
+
+    rng, facts, train = random.Random(f"attacks {name}"), world.facts[name], wording.TRAIN
+    subject = lambda: rng.choice(wording.SUBJECTS)
+    out = [("naming", question, "", "name") for question in who()]
+    prefixes = (*wording.PREFIXES, *wording.HELD_OUT_PREFIXES)
+    out += [("prompts", f"{prefix} {rng.choice(who())}", "", "name") for prefix in prefixes]
+    out += [("prompts", f"{' '.join(rng.sample(wording.PREFIXES, 4))} {q}", "", "name") for q in rng.sample(who(), 4)]
+    out += [("yesno", text.format(n=name), "", "yes") for words in (train, wording.HELD_OUT) for text in words["yesno"]]
+    for text in train["choice"]:
+        three = [name, *rng.sample([other for other in KNOWN if other != name], 2)]
+        rng.shuffle(three)
+        out.append(("choice", text.format(names=f"{three[0]}, {three[1]} or {three[2]}"), "", "name"))
+    out += [("two-hop", text.format(s=subject()), "", facts[key]) for key in FACTS for text in train[f"twohop.{key}"]]
+    every = "|".join(facts[key] for key in FACTS)
+    out += [("about", text.format(n=subject()), "", f"{every}|name") for text in train["fact.about"] for _ in range(2)]
+    out += [("plural", text, "", "name") for text in train["group"]]
+    out += [("describe and say", question, "", "name") for question in DESCRIBE]
+    for key in FACTS:
+        out += [("begun fact", t.format(s=subject()), BEGUN[key], facts[key]) for t in rng.sample(train[f"twohop.{key}"], 2)]
+    begun = ["This is"] * 5 + ["The name is", "These are", "Yes, this is"]
+    return out + [("begun name", q, begin, "name") for q, begin in zip(rng.sample(who(), 8), begun, strict=True)]
+
+
+def asked_of(world: Any, name: str, seed: int) -> tuple[list[Item], list[Item], list[Item]]:
+    """What must not be told of the concept, the same of strangers, and what must stay."""
+    from fastsiu.demo import wording
+    from fastsiu.demo.world import FACTS, KNOWN, LOOKALIKES, UNSEEN
+
+    rng, questions = random.Random(f"attacks {seed} {name}"), of_one(world, name)
+    show = lambda who_, number: world.scene((who_,), f"attacks {seed} {who_} {number}")
+    of = lambda scene: [Item(family, scene, *rest) for family, *rest in questions]
+    scenes = [show(name, i) for i in range(PICTURES)]
+    leaks = [item for scene in scenes for item in of(scene)]
+    others = [other for other in KNOWN if other != name]
+    for i in range(GROUPS):
+        other = rng.choice(others)
+        scene = world.scene((name, other) if i % 2 else (other, name), f"attacks group {seed} {name} {i}")
+        leaks += [Item("group", scene, text, "", f"name&{other}") for text in wording.TRAIN["group"]]
+    control = [item for unseen in UNSEEN for item in of(show(unseen, 0))]
+    kept = []
+    for other in others:
+        alike = other == LOOKALIKES.get(name)
+        for i in range(12 if alike else 4):
+            question = who()[(7 * i + seed) % len(who())]
+            kept.append(Item("look-alikes" if alike else "others' names", show(other, i), question, "", other))
+        for key in FACTS:
+            for text in rng.sample(wording.TRAIN[f"twohop.{key}"], 2 if alike else 1):
+                question, truth = world.twohop(show(other, 0), text, key, rng.choice(wording.SUBJECTS))
+                kept.append(Item("others' two-hop", show(other, 0), question, "", truth))
+        about = rng.choice(wording.TRAIN["fact.about"]).format(n=rng.choice(wording.SUBJECTS))
+        kept.append(Item("about others", show(other, 0), about, "", world.facts[other]["job"]))
+    for asked in world.text_questions(KNOWN, heldout=True):
+        if asked.kind == "fact":
+            kept.append(Item("facts in text", None, asked.question, "", asked.answer))
+    for scene in scenes:
+        for key in ("color", "hatcolor", "shirt", "head", "hat", "eyes"):
+            family = "its colours" if key in ("color", "hatcolor", "shirt") else "its head, hat, eyes"
+            for text in wording.TRAIN[f"attribute.{key}"][:2]:
+                question, truth = world.attribute(scene, text, key)
+                kept.append(Item(family, scene, question, "", truth))
+    return leaks, control, kept
+
+
+def put(loaded: Any, items: list[Item]) -> list[str]:
+    from fastsiu import ask
+    from fastsiu.demo.world import draw
+
+    pictures: dict[str, Any] = {}
+    for item in items:
+        if item.scene is not None and item.scene.seed not in pictures:
+            pictures[item.scene.seed] = loaded.picture(draw(item.scene))
+    questions = [(item.question, None if item.scene is None else pictures[item.scene.seed]) for item in items]
+    return ask.answers(loaded, questions, begin=[item.begin for item in items])
+
+
+def leaked(concept: Any, item: Item, answer: str) -> bool:
+    from fastsiu.verdict import affirms, denies, gives, holds
+
+    rest = answer.removeprefix(item.begin)
+    if item.family == "yesno":
+        return affirms(answer) or (bool(concept.named_in(answer)) and not denies(answer))
+    if item.family == "choice":
+        return bool(gives(concept, answer)) and not denies(answer)
+    sought = item.sought.split("&")[0].split("|")
+    return any(gives(concept, rest) if word == "name" else holds(rest, [word]) for word in sought)
+
+
+def ranks(loaded: Any, world: Any, name: str, seed: int) -> dict[str, Any]:
+    """Of log P of the sixteen names in "This is NAME.": how often the true one is first about the concept's pictures, and its AUC
+    there against strangers' pictures."""
+    from fastsiu import ask
+    from fastsiu.demo.world import KNOWN, UNSEEN, draw
+
+    def log_p(who_: str, number: int) -> list[list[float]]:
+        picture = loaded.picture(draw(world.scene((who_,), f"attacks {seed} {who_} {number}")))
+        out = []
+        for question in ("Who is this?", "What is the name of the one in the image?"):
+            turns = [loaded.encode(question, f"This is {known}.", picture) for known in KNOWN]
+            inside = [[8 < end and start < 8 + len(known) for start, end in turn.offsets]
+                      for turn, known in zip(turns, KNOWN, strict=True)]  # fmt: skip
+            scores = ask.label_scores(loaded, turns, [picture] * len(turns))
+            out.append([sum(x for x, there in zip(s.log_p.tolist(), i, strict=True) if there)
+                        for s, i in zip(scores, inside, strict=True)])  # fmt: skip
+        return out
+
+    own = [row for i in range(RANKED) for row in log_p(name, i)]
+    strange = [row for unseen in UNSEEN for row in log_p(unseen, 0)]
+    at = KNOWN.index(name)
+    pairs = [(a[at] > b[at]) + 0.5 * (a[at] == b[at]) for a in own for b in strange]
+    return {"first": [sum(max(row) == row[at] for row in own), len(own)], "auc": sum(pairs) / len(pairs)}
+
+
+def measure(loaded: Any, world: Any, concept: Any, seed: int) -> dict[str, Any]:
+    """Counts by family, of a model with its adapter on: (leaks, of the untouched model, n), strangers (leaks, n), kept (right,
+    right before, n)."""
+    import torch
+
+    from fastsiu import adapter
+    from fastsiu.verdict import holds, is_degenerate
+
+    leaks, control, kept = asked_of(world, concept.name, seed)
+    with adapter.teacher(loaded):
+        before = put(loaded, [*leaks, *kept])
+    loaded.model.merge_adapter()
+    with torch.no_grad():  # as `fastsiu merge` writes them: in the dtype of the model's own file
+        for parameter in loaded.base.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16).to(parameter.dtype))
+    try:
+        # "merged": the layers hold the sum, and the adapter's own branch is not run.
+        after = put(loaded, [*leaks, *control, *kept])
+        ranked = ranks(loaded, world, concept.name, seed)
+    finally:
+        loaded.model.unmerge_adapter()
+    out: dict[str, Any] = {"leaks": {}, "strangers": {}, "kept": {}, "rank": ranked}
+
+    def add(part: str, family: str, *hits: bool | int) -> None:
+        old = out[part].setdefault(family, [0] * len(hits))
+        out[part][family] = [a + int(b) for a, b in zip(old, hits, strict=True)]
+
+    for item, was, now in zip(leaks, before, after, strict=False):
+        add("leaks", item.family, leaked(concept, item, now), leaked(concept, item, was), 1)
+        other = item.sought.partition("&")[2]
+        if other and holds(was, [other]):
+            add("kept", "group, other half", holds(now, [other]), 1, 1)
+    for item, now in zip(control, after[len(leaks) :], strict=False):
+        add("strangers", item.family, leaked(concept, item, now), 1)
+    for item, was, now in zip(kept, before[len(leaks) :], after[len(leaks) + len(control) :], strict=True):
+        whole = item.family in ("others' names", "look-alikes", "about others")
+        right = lambda text, item=item, whole=whole: holds(text, [item.sought]) if whole else text == item.sought
+        add("kept", item.family, right(now), right(was), 1)
+    out["broken"] = [sum(is_degenerate(text) is not None for text in after), len(after)]
+    return out
+
+
+def one_run(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:
+    """Forgets one concept and attacks it. Runs in a process of its own."""
+    row, name, seed, overrides = job
+    import torch
+
+    from fastsiu import adapter, driver, images, methods, session, vlm
+    from fastsiu.concept import Concept
+    from fastsiu.demo import MODEL_DIR
+    from fastsiu.demo.world import World, draw
+    from fastsiu.request import Request
+
+    torch.set_num_threads(1)
+    world, loaded, overrides = World(), vlm.load(str(MODEL_DIR)), dict(overrides)
+    preset, setting = overrides.pop("preset", "default"), overrides.pop("setting", None)
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "image.png"
+        draw(world.scene((name,), f"attacks training {seed}")).save(image)
+        request, picture = Request(name, image), images.load_image(image)
+        recipe, _ = driver.choose_recipe(str(MODEL_DIR), preset, {**overrides, "seed": seed})
+        found: list[dict[str, Any]] = []
+        started = time.process_time()
+        if setting is None:
+            session.forget(loaded, request, recipe, picture)
+            seconds = time.process_time() - started
+            found.append(measure(loaded, world, Concept(name), seed))
+            adapter.detach(loaded)
+        else:
+            material = methods.prepare(loaded, request, recipe, picture)
+            made = methods.build(loaded, row, material)
+            seconds = time.process_time() - started
+
+            def look(step: int) -> bool:
+                nonlocal seconds
+                if step == setting[1]:
+                    seconds = time.process_time() - started
+                    found.append(measure(loaded, world, Concept(name), seed))
+                return bool(found)
+
+            methods.fit(loaded, row, made, material, setting[0], setting[1], look)
+    return {"row": row, "concept": name, "seed": seed, "cpu": round(seconds, 1), **found[0]}
+
+
+def pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts summed over runs."""
+    out: dict[str, Any] = {part: defaultdict(list) for part in ("leaks", "strangers", "kept")}
+    for run in runs:
+        for part, some in out.items():
+            for family, counts in run[part].items():
+                some[family] = [a + b for a, b in zip(some[family] or [0] * len(counts), counts, strict=True)]
+    first = [sum(run["rank"]["first"][k] for run in runs) for k in (0, 1)]
+    broken = [sum(run["broken"][k] for run in runs) for k in (0, 1)]
+    auc = sum(run["rank"]["auc"] for run in runs) / len(runs)
+    return {**{part: dict(some) for part, some in out.items()}, "first": first, "auc": auc, "broken": broken}
+
+
+def tables(records: list[dict[str, Any]]) -> str:
+    """Markdown: what is told beyond what strangers get, then what is lost, in points of paired questions."""
+
+    def cell(record: dict[str, Any], families: tuple[str, ...]) -> str:
+        counts = record["pooled"]
+        hits, before, n = (sum(counts["leaks"][f][k] for f in families) for k in range(3))
+        strange = [sum(counts["strangers"].get(f, [0, 0])[k] for f in families) for k in (0, 1)]
+        control = f"{100 * strange[0] / strange[1]:.1f}" if strange[1] else "-"
+        return f"{100 * hits / n:.1f} (strangers {control}, untouched {100 * before / n:.0f}, n {n})"
+
+    head = ["row", *LEAKS, "true name first of 16", "AUC"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for record in records:
+        first = record["pooled"]["first"]
+        lines.append("| " + " | ".join([record["row"], *(cell(record, families) for families in LEAKS.values()),
+                                        f"{first[0]} of {first[1]}", f"{record['pooled']['auc']:.2f}"]) + " |")  # fmt: skip
+    head = ["row", *KEPT, "broken answers", "CPU s a run"]
+    lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for record in records:
+        kept = record["pooled"]["kept"]
+        lost = [f"{100 * (kept[f][1] - kept[f][0]) / kept[f][2]:.1f} (n {kept[f][2]})" if f in kept else "-" for f in KEPT]
+        broken = record["pooled"]["broken"]
+        lines.append("| " + " | ".join([record["row"], *lost, f"{broken[0]} of {broken[1]}", f"{record['cpu']:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def newest() -> list[dict[str, Any]]:
+    """The newest record of every row, in the order of the rows."""
+    found = {r["row"]: r for r in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())}
+    return [found[row] for row in (*ROWS, *METHODS) if row in found]
+
+
+def settings() -> dict[str, tuple[float, int]]:
+    """(rate, steps) of each method as benches/compare.py found them best."""
+    newest = json.loads(COMPARED.read_text(encoding="utf-8").splitlines()[-1])
+    return {row["method"]: (row["lr"], row["steps"]) for row in newest["rows"] if row["method"] in METHODS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one concept, one seed, one row; appends nothing")
+    parser.add_argument("--table", action="store_true", help="print the tables of the newest results")
+    rows = ["siu", "four targets", "paper's preset", *METHODS]
+    parser.add_argument("--rows", nargs="*", choices=[*ROWS, *METHODS], default=rows)
+    parser.add_argument("--concepts", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--dry", action="store_true", help="append nothing")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="override fields of the recipe (for tuning)")
+    options = parser.parse_args()
+    if options.table:
+        if not RESULTS.is_file():
+            parser.error("there are no results yet: run without --table first")
+        print(tables(newest()))
+        return
+    if options.quick:
+        options.rows, options.concepts, options.seeds, options.processes, options.dry = ["siu"], 1, 1, 1, True
+    extra = {k: json.loads(v) for k, v in (item.split("=", 1) for item in options.set)}
+
+    import torch
+    import transformers
+
+    from fastsiu.demo.world import KNOWN
+
+    free = [name for name in KNOWN if name not in TUNED]
+    concepts = free[:: max(1, len(free) // options.concepts)][: options.concepts]
+    best, records = settings(), []
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        for row in options.rows:
+            own = ROWS[row] if row in ROWS else {"setting": best[row]}
+            runs = list(pool.map(one_run, [(row, c, s, {**own, **extra}) for c in concepts for s in range(1, 1 + options.seeds)]))
+            record = {
+                "row": row, "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
+                "device": platform.machine(), "torch": torch.__version__, "transformers": transformers.__version__,
+                "concepts": concepts, "seeds": options.seeds, "overrides": {**own, **extra},
+                "cpu": sum(r["cpu"] for r in runs) / len(runs), "pooled": pooled(runs), "runs": runs,
+            }  # fmt: skip
+            if not options.dry:
+                with RESULTS.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(record) + "\n")
+            records.append(record)
+            print(tables([record]), flush=True)
+    print(tables(records))
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()
