@@ -362,6 +362,25 @@ def test_with_few_names_none_is_ranked(put):
     assert found.ranked == ["Ann Bole"]
 
 
+def test_who_is_named_is_no_stranger(put):
+    """Neither who is called by the concept's name, nor by another's; nor who is nearly called so."""
+    given = [("herself", photograph()), ("Bob", Image.new("RGB", (48, 40), (0, 0, 255))), ("nobody", Image.new("RGB", (48, 40)))]
+    names = lambda q, b, i: "This is Ann Bole." if is_ann(i) else "This is Bob Carr." if i.getpixel((0, 0))[2] == 255 else "No."
+    found = strangers.strangers(Stub(names, level), photograph(), ANN, [Concept("Bob Carr")], given=given)
+    labels = [label for label, _ in found]
+    assert labels[0] == "nobody" and "Bob" not in labels and "herself" not in labels and "pixels shuffled" not in labels
+    assert len(labels) == strangers.MOST and not any(is_ann(image) for _, image in found)
+    nearly = lambda name, image: -1.0 if image.getpixel((0, 0)) == (0, 0, 0) else unlike(name, image)
+    asked = inquiry.inquire(Stub(knows, nearly), ANN, photograph(), neighbours=OTHERS, given=given)
+    assert "nobody" not in dict(asked.strange["one"]) and len(asked.strange["one"]) > 3
+
+
+def test_a_strangers_group_picture_does_not_bring_the_concept_back():
+    recoloured = [one for one in strangers.candidates(photograph()) if not is_ann(one[1])]
+    for turn in range(6):
+        assert not any(is_ann(image) for _, image in strangers.groups_of(recoloured[turn:] + recoloured[:turn]))
+
+
 def test_pictures_of_nobody_are_taken_first(put):
     given = [("their own", Image.new("RGB", (48, 40), (10, 60, 200))), ("not so", photograph())]
     found, _ = put(given=given)
