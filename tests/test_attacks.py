@@ -40,7 +40,7 @@ def test_no_attack_is_a_training_wording():
     assert len(trained) > 40 and len(asked) > 90
     assert [text for text in asked if bare(text) in trained] == []
     filled = {a.question for a in questions(ANN, OTHERS, {t: frozenset("x") for t, _ in attacks.fact_questions("")}, KEYS)}
-    assert not filled & {text.format(name="Ann Bole") for part in wordings().values() for text in part.get("train", ())}
+    assert not filled & {text.replace("{name}", "Ann Bole") for part in wordings().values() for text in part.get("train", ())}
 
 
 def test_every_family_says_what_it_seeks():
