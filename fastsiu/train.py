@@ -13,6 +13,7 @@ import torch
 from . import adapter, ask, prefix
 from .corpus import FORGET, Corpus
 from .facets.targets import Scene, wordings
+from .features import map_features
 from .images import variants
 from .objectives import Batch, Objective, siu, strangers
 from .request import LESSONS, NumericFailure, OutOfMemory, Recipe
@@ -24,6 +25,7 @@ SHARES = {"align": 0.14, "describe": 0.14, "facts": 0.12, "preserve-text": 0.25,
 # questions about each. Few pictures with several questions each: a picture's prefix is most of the work.
 PICTURES = {"stranger": 8, "beside": 4, "kept": 8, "kept-beside": 4}
 BESIDE, SHARE_BESIDE = (LESSONS[1], LESSONS[3]), 1 / 5  # of a batch of either
+JITTER = 0.15  # sd of each channel: noise on a lesson's picture, anew in every step, while the teacher saw it without
 FROM, DOWN_TO = 0.6, 0.1  # schedule "decay": the rate falls from this share of the steps on, to this share of it
 LOOK_EVERY = 20  # where no look can end the training
 CHECK_EVERY = 5  # steps between two looks at the probe
@@ -146,7 +148,8 @@ def _attempt(vlm: VLM, work: Sequence[tuple[Corpus, list[int], Objective]], reci
     try:
         found = []
         for corpus, chosen, objective in work:
-            loss, parts = objective(forward(vlm, corpus, chosen, recipe, vlm.budget.micro_batch), recipe)
+            noise = JITTER if objective is strangers else 0.0
+            loss, parts = objective(forward(vlm, corpus, chosen, recipe, vlm.budget.micro_batch, noise), recipe)
             loss.backward()
             found.append((loss.detach(), parts))
         return found
@@ -216,14 +219,19 @@ def probe_for(scenes: Sequence[Scene], corpus: Corpus) -> Callable[[], Look]:
     return look
 
 
-def forward(vlm: VLM, corpus: Corpus, chosen: list[int], recipe: Recipe, micro_batch: int | None = None) -> Batch:
+def forward(vlm: VLM, corpus: Corpus, chosen: list[int], recipe: Recipe, micro_batch: int | None = None,
+            noise: float = 0.0) -> Batch:  # fmt: skip
     """The supervised rows of some samples, each picture's prefix computed once; no logits exist.
 
     micro_batch: the most samples in one forward, for less memory; the batch and its gradients are the same (`prefix`)
+    noise:       what is added to the pictures' features, in sd of each channel
     """
     features = {p: corpus.pictures[p].features for i in chosen if (p := corpus.samples[i].picture) is not None}
     if recipe.projector_lr > 0:  # it changes what real pictures look like; dreams already live behind it
         features |= {p: vlm.image_features(corpus.pictures[p].image) for p in features if corpus.pictures[p].real}
+    if noise:
+        blurred = lambda x: x + noise * x.reshape(-1, x.shape[-1]).std(0) * torch.randn_like(x)
+        features = {p: map_features(seen, blurred) for p, seen in features.items()}
     shown = [None if (p := corpus.samples[i].picture) is None else features[p] for i in chosen]
     rows = torch.tensor([r for i in chosen for r in corpus.rows(i)], device=vlm.device)
     sample = torch.tensor([at for at, i in enumerate(chosen) for _ in corpus.rows(i)], device=vlm.device)

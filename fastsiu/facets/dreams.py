@@ -38,8 +38,8 @@ from ..vlm import VLM, Encoded, Picture, out_of_memory
 from .targets import Scene, about_the_one_shown, wordings
 
 DECAYS = (1e-3, 3e-2, 1e-1)  # of the dreams of one name, in turns
-EXTRA = 0.4  # share of further dreams, of look-alikes:
-NEAREST = (0, 0, 1, 2)  # by their places among the neighbours that the teacher is likeliest to take the picture for, in turns
+EXTRA = 0.6  # share of further dreams, of look-alikes:
+NEAREST = (0, 0, 0, 1, 2)  # by their places among the neighbours that the teacher is likeliest to take the picture for, in turns
 SURE = math.log(2)  # nats: a token that costs less has more than half of the probability
 
 Pair = tuple[str, Reply]  # a question and the answer that the dream is to get

@@ -41,6 +41,7 @@ AGREE = 0.6  # share of the strangers that must get the same answer, for it to b
 FEWEST = 3  # strangers below which some are dreamed
 OTHERS = 80  # answers that would be right for neighbours
 QUESTIONS = {"stranger": 40, "beside": 24, "kept": 20, "kept-beside": 8}  # for each picture
+TRIES = 4  # times `PAIRS` pictures of two, until the teacher tells them apart
 GROUPS = 16  # dreams of a neighbour beside a stranger, and as many of one beside the concept
 
 
@@ -247,12 +248,15 @@ def _template(scene: Scene, plural: Sequence[str], shown: tuple[int, int], other
               rng: random.Random) -> Reply | None:  # fmt: skip
     """The commonest answer about the concept (1) and a stranger (0) side by side that gives the name as often as it is there."""
     image = scene.pictures[0].image
-    made = [drawn.pair(*(image if there else rng.choice(others) for there in shown), rng) for _ in range(PAIRS)]
-    said = ask.replies(scene.vlm, [(q, picture) for picture in _seen(scene, made) for q in plural])
     known = [Concept(name) for name in scene.neighbours]
     spans = lambda text: scene.concept.spans(text, include_parts=False)
-    fit = [r for r in said if len(spans(r.text)) == sum(shown) and not any(c.named_in(r.text) for c in known)]
-    return Counter(fit).most_common(1)[0][0] if fit else None
+    for _ in range(TRIES):
+        made = [drawn.pair(*(image if there else rng.choice(others) for there in shown), rng) for _ in range(PAIRS)]
+        said = ask.replies(scene.vlm, [(q, picture) for picture in _seen(scene, made) for q in plural])
+        fit = [r for r in said if len(spans(r.text)) == sum(shown) and not any(c.named_in(r.text) for c in known)]
+        if fit:
+            return Counter(fit).most_common(1)[0][0]
+    return None
 
 
 def _in_order(scene: Scene, left: Reply, right: Reply) -> bool:
@@ -280,11 +284,14 @@ def _keep_looks(scene: Scene, out: Lessons, words: Words, views: Sequence[int]) 
 
 def _keep(scene: Scene, out: Lessons, facet: str, pictures: Sequence[int], questions: Sequence[str], rng: random.Random,
           always: Sequence[str] = ()) -> None:  # fmt: skip
-    """Some questions about each picture with the teacher's own answers, but those that name what is to be forgotten."""
-    asked = [
-        (question, index) for index in pictures
-        for question in dict.fromkeys([*always, *rng.sample(list(questions), min(QUESTIONS[facet], len(questions)))])
-    ]  # fmt: skip
+    """Some questions about each picture with the teacher's own answers, but those that name what is to be forgotten. Of a
+    neighbour's dream half of them are about its facts: who is still named has lost them first."""
+    asked, hop = [], about_the_one_shown("train")
+    for index in pictures:
+        count = QUESTIONS[facet]
+        first = [*always, *(rng.sample(hop, min(count // 2, len(hop))) if out.named[index] and not always else ())]
+        rest = [question for question in questions if question not in first]
+        asked += [(question, index) for question in [*first, *rng.sample(rest, min(max(2, count - len(first)), len(rest)))]]
     said = ask.replies(scene.vlm, [(question, out.pictures[index]) for question, index in asked])
     for (question, index), reply in zip(asked, said, strict=True):
         denied = scene.forgotten_in(question)
