@@ -63,6 +63,11 @@ class Target:
         """The concept's pictures that were not trained on; of a single one, held-out views."""
         return list(self.pictures[1:]) or [view for _, view in variants(self.pictures[0], self.seed, held_out=True)[1:]]
 
+    @property
+    def shown(self) -> list[Image.Image]:
+        """All pictures of the concept; of a single one, its held-out views as well."""
+        return [self.pictures[0], *self.tests]
+
 
 @dataclass(frozen=True)
 class Naming:

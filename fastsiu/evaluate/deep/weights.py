@@ -57,22 +57,22 @@ def run(loaded: VLM, target: Target, *, scales: Sequence[float] = SCALES,
 
     look = lambda shown: {kind: share(shown) for kind, share in kinds.items()}
     with adapter.teacher(loaded):
-        before = look(target.pictures)
+        before = look(target.shown)
         put("adapter taken off", "unlearned", before)
         put("adapter taken off", "control", look(target.strangers))
     for scale in scales:
         with scaled(loaded, scale):
             put(f"adapter x {scale:g}", "untouched", before)
-            put(f"adapter x {scale:g}", "unlearned", look(target.pictures))
+            put(f"adapter x {scale:g}", "unlearned", look(target.shown))
             put(f"adapter x {scale:g}", "control", look(target.strangers))
     for form in chosen:
         if why := why_not(loaded):
             rows += [Row.null("weights", f"merged, {form}, {kind}", why) for kind in kinds]
             continue
         with rounded(loaded, form, fold=False):
-            put(f"merged, {form}", "untouched", look(target.pictures))
+            put(f"merged, {form}", "untouched", look(target.shown))
         with rounded(loaded, form):
-            put(f"merged, {form}", "unlearned", look(target.pictures))
+            put(f"merged, {form}", "unlearned", look(target.shown))
             put(f"merged, {form}", "control", look(target.strangers))
     return [row.as_dict() for row in rows]
 
