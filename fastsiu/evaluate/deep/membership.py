@@ -53,7 +53,7 @@ def _concept(loaded: VLM, target: Target, asked: Sequence[str]) -> list[Row]:
     setting = "which concept: rank by KL of {}"
     kinds = {"facts in words": words["facts"]["held_out"], "looks in words": words["appearance"]["held_out"]}
     if not target.others:
-        return [Row.null("membership", setting.format(kind), NO_NAMES) for kind in (*kinds, "names in pictures")]
+        return [Row.null("mia", setting.format(kind), NO_NAMES) for kind in (*kinds, "names in pictures")]
     nobody = next(n for n in words["invented"]["names"] if n not in (concept, *target.others))
     rows = []
     for kind, questions in kinds.items():
@@ -64,7 +64,7 @@ def _concept(loaded: VLM, target: Target, asked: Sequence[str]) -> list[Row]:
         if len(pictures.setdefault(name, [])) < FEW:
             pictures[name].append(shown)
     if len(pictures) == 2:
-        return [*rows, Row.null("membership", setting.format("names in pictures"), NO_OTHER)]
+        return [*rows, Row.null("mia", setting.format("names in pictures"), NO_OTHER)]
     about = {name: [(q, p) for p in shown for q in asked] for name, shown in pictures.items()}
     return rows + _ranks(setting.format("names in pictures"), _mean_change(loaded, about), concept, nobody)
 
@@ -82,9 +82,9 @@ def _ranks(setting: str, change: Mapping[str, float], concept: str, nobody: str)
     rows = []
     for side, name in (("unlearned", concept), ("control", nobody)):
         if name in change and others:
-            rows.append(Row("membership", setting, side, 1 + sum(x > change[name] for x in others), 1 + len(others)))
+            rows.append(Row("mia", setting, side, 1 + sum(x > change[name] for x in others), 1 + len(others)))
         else:
-            rows.append(Row.null("membership", setting, "The untouched model gave no usable answer to these questions.", side))
+            rows.append(Row.null("mia", setting, "The untouched model gave no usable answer to these questions.", side))
     return rows
 
 
@@ -95,7 +95,7 @@ def _picture(loaded: VLM, target: Target, asked: Sequence[str]) -> list[Row]:
     setting = "which picture: AUC by {}"
     kinds = ("KL to the untouched model", "log p of its own answers")
     if len(target.pictures) < 2:
-        return [Row.null("membership", setting.format(kind), ONE_PICTURE) for kind in kinds]
+        return [Row.null("mia", setting.format(kind), ONE_PICTURE) for kind in kinds]
     questions = [*asked, *wordings()["describe"]["held_out"]]
     pairs: Asked = [(q, p) for p in target.pictures for q in questions]
     rows = []
@@ -105,7 +105,7 @@ def _picture(loaded: VLM, target: Target, asked: Sequence[str]) -> list[Row]:
         if len(table) > 2:
             rows.append(_auc(setting.format(kind), "control", table[1], table[2:]))
         else:
-            rows.append(Row.null("membership", setting.format(kind), TWO_PICTURES, "control"))
+            rows.append(Row.null("mia", setting.format(kind), TWO_PICTURES, "control"))
     return rows
 
 
@@ -113,10 +113,10 @@ def _auc(setting: str, side: str, own: Sequence[float | None], others: Sequence[
     """own: by question, the picture's scores; others: the same of each other picture. Ties count half."""
     wins = [(a > b) + 0.5 * (a == b) for other in others for a, b in zip(own, other, strict=True) if None not in (a, b)]
     if not wins:
-        return Row.null("membership", setting, "No answer about these pictures could be scored.", side)
+        return Row.null("mia", setting, "No answer about these pictures could be scored.", side)
     share = fmean(wins)
     low, high = wilson(share * len(others), len(others))  # type: ignore[arg-type]  # the formula holds between whole numbers
-    return Row("membership", setting, side, share, len(others), low, high)
+    return Row("mia", setting, side, share, len(others), low, high)
 
 
 # Scores -------------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def run(loaded: VLM, target: Target) -> list[dict[str, Any]]:
     asked = namings(loaded, target)
     found = find_layers(loaded, asked[0], see(loaded, target.pictures[:1])[0])
     if isinstance(found, str):
-        return [Row.null("logit lens", "every layer", found).as_dict(), Row.null("linear probe", "every layer", found).as_dict()]
+        return [Row.null("probe", "logit lens", found).as_dict(), Row.null("probe", "linear probe", found).as_dict()]
     return [row.as_dict() for row in (*_lens(loaded, target, asked, found), *_probe(loaded, target, asked, found))]
 
 
@@ -140,16 +140,16 @@ def states_at(loaded: VLM, found: Layers, asked: Sequence[Naming], shown: Sequen
 
 def _lens(loaded: VLM, target: Target, asked: Sequence[Naming], found: Layers) -> Iterator[Row]:
     if not target.others:
-        yield Row.null("logit lens", "every layer", NO_NAMES)
+        yield Row.null("probe", "logit lens", NO_NAMES)
         return
     firsts = [_first_tokens(loaded, target, naming) for naming in asked]
     if any(len(tokens) < 2 for tokens in firsts):
-        yield Row.null("logit lens", "every layer", ONE_TOKEN)
+        yield Row.null("probe", "logit lens", ONE_TOKEN)
         return
     for side, shown, teacher in (("untouched", target.shown, True), ("unlearned", target.shown, False),
                                  ("control", target.strangers, False)):  # fmt: skip
         if not shown:
-            yield Row.null("logit lens", "every layer", NO_STRANGER, side)
+            yield Row.null("probe", "logit lens", NO_STRANGER, side)
             continue
         if teacher:
             with adapter.teacher(loaded):
@@ -161,9 +161,9 @@ def _lens(loaded: VLM, target: Target, asked: Sequence[Naming], found: Layers) -
                 logits = loaded.logits(found.norm(layer))
             names = [row[firsts[i % len(asked)]] for i, row in enumerate(logits)]
             ranks = [1 + int((z[1:] > z[0]).sum()) for z in names]
-            setting = f"layer {k + 1} of {len(states)}"
-            yield Row.share("logit lens", f"{setting}, name first", side, Rate.of(sum(r == 1 for r in ranks), len(ranks)))
-            yield Row("logit lens", f"{setting}, mean rank of {len(names[0])}", side, fmean(ranks), len(ranks))
+            setting = f"logit lens, layer {k + 1} of {len(states)}"
+            yield Row.share("probe", f"{setting}, name first", side, Rate.of(sum(r == 1 for r in ranks), len(ranks)))
+            yield Row("probe", f"{setting}, mean rank of {len(names[0])}", side, fmean(ranks), len(ranks))
 
 
 def _first_tokens(loaded: VLM, target: Target, naming: Naming) -> list[int]:
@@ -178,7 +178,7 @@ def _first_tokens(loaded: VLM, target: Target, naming: Naming) -> list[int]:
 
 def _probe(loaded: VLM, target: Target, asked: Sequence[Naming], found: Layers) -> Iterator[Row]:
     if not target.other_pictures:
-        yield Row.null("linear probe", "every layer", NO_OTHER)
+        yield Row.null("probe", "linear probe", NO_OTHER)
         return
     train = _views(target.pictures[0], target.seed)
     others = [view for _, shown in target.other_pictures for view in _views(shown, target.seed)]
@@ -191,13 +191,13 @@ def _probe(loaded: VLM, target: Target, asked: Sequence[Naming], found: Layers) 
     strange = states_at(loaded, found, asked, unseen) if unseen else None
     for k in range(len(found.layers)):
         finds = fitted(on_cpu(own[k]), on_cpu(rest[k]))
-        setting = f"layer {k + 1} of {len(found.layers)}"
+        setting = f"linear probe, layer {k + 1} of {len(found.layers)}"
         for side, states in (("untouched", before), ("unlearned", after), ("control", strange)):
             if states is None:
-                yield Row.null("linear probe", setting, NO_STRANGER, side)
+                yield Row.null("probe", setting, NO_STRANGER, side)
                 continue
             said = finds(on_cpu(states[k]))
-            yield Row.share("linear probe", setting, side, Rate.of(int(said.sum()), len(said)))
+            yield Row.share("probe", setting, side, Rate.of(int(said.sum()), len(said)))
 
 
 def _views(shown: Shown, seed: int) -> list[Shown]:
