@@ -27,6 +27,7 @@ PIXELS = (4, 8)  # of 255: how far a pixel may go
 FEATURES = (0.1, 0.2)  # shares of a channel's sd: how far a feature may go, where pixels cannot be reached
 MOST = 6  # pictures of the concept, and of strangers, that are attacked
 PROMPT, PROMPT_STEPS, PROMPT_RATE = 6, 50, 0.1  # embeddings, steps of Adam, its rate in sds of the model's embeddings
+SIGNS = "@#%^&~=+$"  # where a small tokenizer has too few words
 NO_WORDS = "The tokenizer has no words that stay single tokens before a question, so a soft prompt has no place."
 NO_GRADIENT = "No gradient reaches the picture's features in this model."
 
@@ -112,14 +113,21 @@ def _pixels(loaded: VLM, image: Image.Image) -> Tensor | None:
     """The processor's pixels of a picture; None where it gives none of floats."""
     moved = _Moved(loaded.processor)
     with torch.no_grad():
-        replace(loaded, processor=moved).image_features(image)
+        _through(loaded, moved).image_features(image)
     return moved.pixels
 
 
 def _features(loaded: VLM, image: Image.Image, delta: Tensor) -> Any:
     """The image features with the processor's pixels moved, with their graph."""
     with torch.enable_grad():
-        return replace(loaded, processor=_Moved(loaded.processor, delta)).image_features(image)
+        return _through(loaded, _Moved(loaded.processor, delta)).image_features(image)
+
+
+def _through(loaded: VLM, processor: Any) -> VLM:
+    """The same model behind another processor; the caller's stays as it is."""
+    other = replace(loaded, processor=processor)
+    other.suffixed = loaded.suffixed  # told by the signature of the model's own processor
+    return other
 
 
 def attacked(loaded: VLM, naming: Naming, image: Image.Image, size: float, steps: int, pixels: bool) -> Picture:
@@ -202,29 +210,33 @@ def _prompts(loaded: VLM, target: Target, naming: Naming, steps: int) -> list[Ro
 
 
 def placeholders(loaded: VLM, naming: Naming, picture: Picture) -> tuple[str, list[int]] | None:
-    """`PROMPT` words whose tokens stand once each before the question and nowhere else, and those tokens; None where there are
-    none. Their embeddings are replaced, so what they say does not matter."""
-    tokenizer = loaded.tokenizer
+    """(a text, `PROMPT` tokens that stand once each in it and nowhere else in the turn); None where there are none.
+
+    Their embeddings are replaced, so what the text says does not matter.
+    """
     plain = set(loaded.encode(naming.question, naming.answer, picture).inputs["input_ids"][0].tolist())
-    split = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    for text in (" ".join(_words(loaded, plain)), SIGNS):
+        turn = loaded.encode(f"{text} {naming.question}", naming.answer, picture)
+        ids = turn.inputs["input_ids"][0].tolist()
+        found = [i for i in ids if i not in plain and ids.count(i) == 1]
+        if len(found) >= PROMPT:
+            return text, found[-PROMPT:]
+    return None
+
+
+def _words(loaded: VLM, taken: set[int]) -> list[str]:
+    """The first words of the vocabulary that are single tokens behind a space; one more than needed, as none stands before the
+    first of them."""
+    split = lambda text: loaded.tokenizer(text, add_special_tokens=False).input_ids
     words: list[str] = []
-    for token in range(len(tokenizer)):
-        word = tokenizer.decode([token])
-        if token in plain or not word.strip().isalpha() or len(word.strip()) < 2 or word.strip() in words:
+    for token in range(len(loaded.tokenizer)):
+        word = loaded.tokenizer.decode([token]).strip()
+        if token in taken or len(word) < 2 or not word.isalpha() or word in words or split(f"a {word}") != [*split("a"), token]:
             continue
-        if split(f"a {word.strip()}") != [*split("a"), token]:
-            continue
-        words.append(word.strip())
+        words.append(word)
         if len(words) > PROMPT:
             break
-    text = " ".join(words)  # the first word may be another token, where nothing stands before it
-    turn = loaded.encode(f"{text} {naming.question}", naming.answer, picture)
-    ids = turn.inputs["input_ids"][0].tolist()
-    found = [i for i in ids if i not in plain]
-    chosen = found[-PROMPT:]
-    if len(chosen) < PROMPT or any(ids.count(i) != 1 for i in chosen):
-        return None
-    return text, chosen
+    return words
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def find_layers(loaded: VLM, naming: Naming, picture: Picture) -> Layers | str:
     head = loaded.base.get_output_embeddings()
     outside = [m for m in decoder.modules() if id(m) not in inside and m is not decoder and m is not head]
     hooks = [m.register_forward_hook(note) for m in outside if not isinstance(m, nn.ModuleList)]
-    turn, _ = at_name(loaded, naming, picture)
+    turn = loaded.encode(naming.question, naming.answer, picture)
     try:
         with torch.no_grad(), _outputs(layers) as kept:
             states = loaded.hidden([turn.inputs], [picture.features])
@@ -90,7 +90,9 @@ def find_layers(loaded: VLM, naming: Naming, picture: Picture) -> Layers | str:
     last = kept.get(len(layers) - 1)
     if len(kept) < len(layers) or last is None or last.shape != states.shape:
         return NO_LAYERS
-    same = lambda a, b: a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-3)
+    # At the answer's positions: some models add the picture's features to what their first layers give.
+    there = lambda x: x[0, turn.rows].float()
+    same = lambda a, b: a.shape == b.shape and torch.allclose(there(a), there(b), rtol=1e-3, atol=1e-3)
     if same(last, states):
         return Layers(layers, lambda x: x)
     norms = [module for module, given, out in seen if same(given, last) and same(out, states)]
