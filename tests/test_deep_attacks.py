@@ -56,6 +56,7 @@ def hide(loaded, told, steps=20, others=0):
 def hider(model, told):
     """The model with an adapter on that only hides: it no longer says the name."""
     hide(model, told)
+    model.model.requires_grad_(False)  # as an adapter that was read from its file
     yield model
     adapter.detach(model)
 

@@ -144,7 +144,7 @@ def attacked(loaded: VLM, naming: Naming, image: Image.Image, size: float, steps
         # What a processor does to a pixel is found by what it makes of black and of white; padding is the same in both.
         low, high = torch.minimum(black, white), torch.maximum(black, white)
         room, make = size * (high - low), lambda delta: _features(loaded, image, delta)
-        low, high = torch.minimum(low - start, torch.zeros(())), torch.maximum(high - start, torch.zeros(()))
+        low, high = (low - start).clamp_max(0), (high - start).clamp_min(0)
     else:
         flat = torch.cat([x.reshape(-1, x.shape[-1]) for x in feature_tensors(plain.features)]).float()
         start, room = flat, size * flat.std(0).clamp_min(1e-6).expand_as(flat)

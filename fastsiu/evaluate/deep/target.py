@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,7 +102,6 @@ class Row:
     low: float | None = None
     high: float | None = None
     reason: str | None = None
-    more: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def share(cls, attack: str, setting: str, side: str, rate: Rate) -> Row:
@@ -115,7 +114,7 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """{attack, setting, side, value, n, low, high}, with `reason` where there is one."""
         out = {key: getattr(self, key) for key in ("attack", "setting", "side", "value", "n", "low", "high")}
-        return out | ({"reason": self.reason} if self.reason else {}) | self.more
+        return out | ({"reason": self.reason} if self.reason else {})
 
 
 def complete(loaded: VLM, target: Target, *, dream: bool = True) -> Target:

@@ -99,13 +99,13 @@ def scaled(loaded: VLM, scale: float) -> Iterator[None]:
 
 def why_not(loaded: VLM) -> str:
     """Why the adapter cannot be folded into the weights and rounded; "" where it can."""
-    for name, module in loaded.base.named_modules():
-        if isinstance(module, LoraLayer):
-            if type(module.get_base_layer()) is not nn.Linear:
-                return f"The model's weights are quantised already ({name}), so no other rounding can be tried on them."
-            if module.lora_variant or any(module.lora_bias.values()):
-                return f"The adapter is not plain LoRA ({name}), so it was not folded into the weights."
-    return ""
+    layers = [(name, module) for name, module in loaded.base.named_modules() if isinstance(module, LoraLayer)]
+    for name, module in layers:
+        if type(module.get_base_layer()) is not nn.Linear:
+            return f"The model's weights are quantised already ({name}), so no other rounding can be tried on them."
+        if module.lora_variant or any(module.lora_bias.values()):
+            return f"The adapter is not plain LoRA ({name}), so it was not folded into the weights."
+    return "" if layers else "The adapter is no LoRA, so it was not folded into the weights."
 
 
 @contextlib.contextmanager
