@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,10 @@ from fastsiu.evaluate import deep
 from fastsiu.evaluate.deep import gradient, membership, probe, relearn, target, weights
 from fastsiu.request import BadInput, Recipe
 from fastsiu.verdict import gives
+
+SPEC = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
+families = sys.modules.setdefault("families", importlib.util.module_from_spec(SPEC))
+SPEC.loader.exec_module(families)
 
 RATE = 1e-3  # of a model this small
 
@@ -392,6 +399,41 @@ def test_placeholders_stand_once_and_their_embeddings_are_replaced(hider, told):
             prompt[2] += 1
             assert not torch.allclose(states(), plain, atol=1e-3)
         assert torch.equal(states(), plain)
+
+
+# Other families --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["qwen3_vl", "mllama", "paligemma2", "gemma3"])
+def test_other_families_are_read_rounded_taught_and_attacked(key, tmp_path):
+    """Features that enter several layers, layers that look across, a prefix model, capped logits; their weights are random."""
+    case = families.open_case(families.FAMILIES[key], tmp_path)
+    loaded, picture, naming = case.vlm, case.shown[0], target.Naming("Who is this?", "This is Ada Lee.", (8, 15))
+    images, before = [picture.image, case.shown[1].image], snapshot(loaded)
+    turn = loaded.encode(naming.question, naming.answer, picture)
+    log_p = lambda shown=picture, turn=turn: float(ask.label_scores(loaded, [turn], [shown])[0].log_p.sum())
+    layers = probe.find_layers(loaded, naming, picture)
+    states = probe.states_at(loaded, layers, [naming], images)
+    one, _ = target.at_name(loaded, naming, picture)
+    logits = loaded.logits(layers.norm(states[-1]))[0]
+    assert int((logits > logits[one.labels[0]]).sum()) == int(ask.label_scores(loaded, [one], [picture])[0].rank)
+    assert gradient.reaches_pixels(loaded, images[0])
+    plain = log_p()
+    for pixels, size in ((True, 16 / 255), (False, 0.3)):
+        assert log_p(gradient.attacked(loaded, naming, images[0], size, 8, pixels)) > plain
+    text, tokens = gradient.placeholders(loaded, naming, picture)
+    longer = target.Naming(f"{text} {naming.question}", naming.answer, naming.span)
+    with gradient.soft(loaded, tokens) as prompt:
+        turned = loaded.encode(longer.question, longer.answer, picture)
+        start = log_p(picture, turned)
+        gradient.fit(loaded, longer, picture, prompt, 5)
+        assert log_p(picture, turned) > start
+    with weights.rounded(loaded, "int4"):
+        assert log_p() != plain
+    with relearn.fresh(loaded, 4):
+        list(relearn.taught(loaded, [turn], [picture], 1e-2, (3,)))
+        assert log_p() > plain + 1
+    assert log_p() == plain and same(before, snapshot(loaded))
 
 
 # All of them --------------------------------------------------------------------------------------------------------------
