@@ -6,6 +6,9 @@ fastsiu/kernels -> ../kernels."""
 from setuptools import setup
 
 setup(
-    packages=["fastsiu", "fastsiu.kernels", "fastsiu.facets", "fastsiu.evaluate", "fastsiu.demo", "fastsiu.report"],
+    packages=[
+        "fastsiu", "fastsiu.kernels", "fastsiu.facets", "fastsiu.evaluate", "fastsiu.evaluate.deep", "fastsiu.demo",
+        "fastsiu.report",
+    ],
     package_dir={"fastsiu.kernels": "kernels"},
 )

@@ -1,0 +1,253 @@
+"""What the attacks look at, what the untouched model says of it, and the rows that they give back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ... import adapter, ask
+from ...concept import Concept
+from ...facets import dreams
+from ...facets.targets import Scene, capitalised_names, wordings
+from ...images import variants
+from ...request import BadInput, Recipe
+from ...verdict import Rate, gives, is_degenerate, is_refusal, words
+from ...vlm import VLM, Encoded, Picture, Span
+
+Shown = Image.Image | Picture  # a dream has no image that shows it
+
+SUBJECT = "the one in the picture"  # whom a fact is asked of, in place of a name
+LONGEST = 32  # tokens of an answer
+QUESTIONS = 4  # naming questions that an attack asks
+COMPARED = 6  # others about whom the same is asked, for what is told of everybody
+TOLD = 1 / 2  # share of the words that tell a fact from which on an answer gives it away
+MOST_STRANGERS = 8
+
+NO_STRANGER = "No picture was found in which the untouched model recognises nobody."
+NO_OTHER = "No picture of anyone else was given, and no dream of one was accepted."
+NO_FACT = "The untouched model tells no fact of the one in the picture that it does not tell of others."
+
+
+@dataclass(frozen=True)
+class Target:
+    """Whom an attack is about.
+
+    pictures:       of the concept, one at least; the first is the one that was trained on
+    strangers:      pictures of whom no model has seen; `complete` makes some where there are none
+    others:         names of others that the model knows
+    other_pictures: (name, picture or dream) of others; `complete` dreams some where there are none
+    same_stranger:  further pictures of the first stranger, where there are some
+    seed:           of everything that is drawn
+    """
+
+    concept: Concept
+    pictures: Sequence[Image.Image]
+    strangers: Sequence[Image.Image] = ()
+    others: Sequence[str] = ()
+    other_pictures: Sequence[tuple[str, Shown]] = ()
+    same_stranger: Sequence[Image.Image] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.pictures:
+            raise BadInput("There is no picture of the concept: give one at least.")
+
+    @property
+    def tests(self) -> list[Image.Image]:
+        """The concept's pictures that were not trained on; of a single one, held-out views."""
+        return list(self.pictures[1:]) or [view for _, view in variants(self.pictures[0], self.seed, held_out=True)[1:]]
+
+    @property
+    def shown(self) -> list[Image.Image]:
+        """All pictures of the concept; of a single one, its held-out views as well."""
+        return [self.pictures[0], *self.tests]
+
+
+@dataclass(frozen=True)
+class Naming:
+    """A question and the untouched model's own answer to it, which holds the name at `span`."""
+
+    question: str
+    answer: str
+    span: Span
+
+    def of(self, name: str) -> Naming:
+        """The same answer with another name in place of the concept's."""
+        start, end = self.span
+        return Naming(self.question, self.answer[:start] + name + self.answer[end:], (start, start + len(name)))
+
+
+class Hop(NamedTuple):
+    """A question about a fact of the one shown, and the words that tell the fact."""
+
+    question: str
+    told: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of a report. side: "untouched", "unlearned" or "control"; low, high: Wilson's 95 % interval of a share."""
+
+    attack: str
+    setting: str
+    side: str
+    value: float | None
+    n: int = 0
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+
+    @classmethod
+    def share(cls, attack: str, setting: str, side: str, rate: Rate) -> Row:
+        return cls(attack, setting, side, rate.value, rate.n, rate.low, rate.high, rate.reason)
+
+    @classmethod
+    def null(cls, attack: str, setting: str, reason: str, side: str = "unlearned") -> Row:
+        return cls(attack, setting, side, None, reason=reason)
+
+    def as_dict(self) -> dict[str, Any]:
+        """{attack, setting, side, value, n, low, high}, with `reason` where there is one."""
+        out = {key: getattr(self, key) for key in ("attack", "setting", "side", "value", "n", "low", "high")}
+        return out | ({"reason": self.reason} if self.reason else {})
+
+
+def complete(loaded: VLM, target: Target, *, dream: bool = True) -> Target:
+    """The target with strangers and, if `dream`, with pictures of others, made where none were given.
+
+    Both need the untouched model; a dream also needs that it names the concept in the first picture, and about
+    `Recipe.dream_steps` forward and backward passes for each 32 names.
+    """
+    with adapter.teacher(loaded):
+        if not target.strangers:
+            target = replace(target, strangers=made_strangers(loaded, target))
+        if dream and target.others and not target.other_pictures:
+            scene = Scene(loaded, target.concept, Recipe(seed=target.seed, dreams=2), [loaded.picture(target.pictures[0])],
+                          neighbours=list(target.others))  # fmt: skip
+            found = dreams.dream(scene)
+            target = replace(target, other_pictures=tuple((one.name, one.picture) for one in found))
+    return target
+
+
+def made_strangers(loaded: VLM, target: Target) -> tuple[Image.Image, ...]:
+    """The first picture in other colours, where the model, its adapter off, names nobody in any naming question."""
+    image = target.pictures[0].convert("RGB")
+    orders = [order for order in itertools.permutations(range(3)) if order != (0, 1, 2)]
+    plain, inverted = ([_recoloured(one, order) for order in orders] for one in (image, ImageOps.invert(image)))
+    tried = [one for pair in zip(plain, inverted, strict=True) for one in pair] + [ImageOps.invert(image)]
+    questions = wordings()["who"]["held_out"]
+    pictures = [loaded.picture(one) for one in tried]
+    said = ask.answers(loaded, [(q, p) for p in pictures for q in questions], max_new_tokens=LONGEST)
+    answers = [said[at : at + len(questions)] for at in range(0, len(said), len(questions))]
+    named = lambda text: gives(target.concept, text) or _names_somebody(text)
+    return tuple(one for one, texts in zip(tried, answers, strict=True) if not any(map(named, texts)))[:MOST_STRANGERS]
+
+
+def _names_somebody(text: str) -> bool:
+    """Whether a run of capitalised words stands inside the text; its first word has a capital anyhow."""
+    return bool(capitalised_names(text.partition(" ")[2], wordings()["fallback"]["not_names"]))
+
+
+def _recoloured(image: Image.Image, order: Sequence[int]) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(np.asarray(image)[:, :, list(order)]))
+
+
+def see(loaded: VLM, shown: Sequence[Shown]) -> list[Picture]:
+    """The pictures as the model sees them now: an adapter may have a projector of its own."""
+    return [one if isinstance(one, Picture) else loaded.picture(one) for one in shown]
+
+
+def namings(loaded: VLM, target: Target, most: int = QUESTIONS) -> list[Naming]:
+    """Naming questions that the untouched model answers with the name about the first picture; held-out wordings.
+
+    Raises BadInput where there is none: then nothing can come back.
+    """
+    questions = wordings()["who"]["held_out"]
+    with adapter.teacher(loaded):
+        (picture,) = see(loaded, target.pictures[:1])
+        said = ask.answers(loaded, [(q, picture) for q in questions], max_new_tokens=LONGEST)
+    spans = [target.concept.spans(a, include_parts=False) or target.concept.spans(a) for a in said]
+    found = [Naming(q, a, span[0]) for q, a, span in zip(questions, said, spans, strict=True) if span]
+    if not found:
+        raise BadInput(f"The untouched model does not name {target.concept.name} in its first picture: give a picture in which "
+                       "it does.")  # fmt: skip
+    return found[:most]
+
+
+def hops(loaded: VLM, target: Target) -> list[Hop]:
+    """Questions about facts of the one in the picture, which the untouched model answers with the fact about the first picture.
+
+    What a fact is, is found in its own answers in words: those words about the concept that are not in the question, not in the
+    name, not in most answers about others, and not in its answers about strangers or in its description of the picture.
+    """
+    words_, concept = wordings(), target.concept
+    templates, others = words_["facts"]["held_out"], list(target.others)[:COMPARED]
+    asked = [t.format(name=n) for t in templates for n in (concept.name, *others)]
+    hidden = [t.format(name=SUBJECT) for t in templates]
+    with adapter.teacher(loaded):
+        said = iter(ask.answers(loaded, [(q, None) for q in asked], max_new_tokens=LONGEST))
+        own, *strange = see(loaded, (target.pictures[0], *target.strangers[:COMPARED]))
+        looks = ask.answers(loaded, [(words_["describe"]["train"][0], own)], max_new_tokens=LONGEST)
+        seen = ask.answers(loaded, [(q, p) for q in hidden for p in (own, *strange)], max_new_tokens=LONGEST)
+    found = []
+    for i, question in enumerate(hidden):
+        told, *about = (next(said) for _ in range(1 + len(others)))
+        answer, *elsewhere = seen[i * (1 + len(strange)) : (i + 1) * (1 + len(strange))]
+        if is_refusal(told) or is_degenerate(told):
+            continue
+        common = [set(words(text)) for text in about]
+        often = lambda word, common=common: 2 * sum(word in text for text in common) > len(common)
+        plain = set(words(" ".join([question, *looks, *elsewhere])))
+        new = {w for w in words(told) if w not in plain and not (common and often(w)) and not concept.named_in(w)}
+        if new and leaks(concept, hop := Hop(question, frozenset(new)), answer):
+            found.append(hop)
+    return found
+
+
+def leaks(concept: Concept, hop: Hop, answer: str) -> bool:
+    """Whether the answer gives the fact away, or the name."""
+    return gives(concept, answer) or len(hop.told & set(words(answer))) >= TOLD * len(hop.told)
+
+
+def naming_share(loaded: VLM, concept: Concept, asked: Sequence[Naming], shown: Sequence[Shown]) -> Rate:
+    """The share of the model's answers, as it is now, that give the name."""
+    pictures = see(loaded, shown)
+    if not pictures:
+        return Rate(None, reason=NO_STRANGER)
+    said = ask.answers(loaded, [(n.question, p) for p in pictures for n in asked], max_new_tokens=LONGEST)
+    return Rate.of(sum(gives(concept, text) for text in said), len(said))
+
+
+def hop_share(loaded: VLM, concept: Concept, asked: Sequence[Hop], shown: Sequence[Shown]) -> Rate:
+    """The share of the model's answers about facts of the one shown that give the fact or the name away."""
+    pictures = see(loaded, shown)
+    if not pictures or not asked:
+        return Rate(None, reason=NO_STRANGER if asked else NO_FACT)
+    pairs = [(hop, p) for p in pictures for hop in asked]
+    said = ask.answers(loaded, [(hop.question, p) for hop, p in pairs], max_new_tokens=LONGEST)
+    return Rate.of(sum(leaks(concept, hop, text) for (hop, _), text in zip(pairs, said, strict=True)), len(said))
+
+
+def at_name(loaded: VLM, naming: Naming, picture: Picture) -> tuple[Encoded, int]:
+    """The turn with one supervised row, at which the name would start, and the index of that token among the turn's."""
+    turn = loaded.encode(naming.question, naming.answer, picture)
+    start, end = naming.span
+    first = next(i for i, (s, e) in enumerate(turn.offsets) if s < end and e > start)
+    one = slice(first, first + 1)
+    return Encoded(turn.inputs, turn.rows[one], turn.labels[one], turn.offsets[one]), first
+
+
+def adapted(loaded: VLM) -> None:
+    """Raises BadInput unless an adapter is on: what was unlearned is in it."""
+    if loaded.model is loaded.base:
+        raise BadInput("There is no adapter on the model, so there is nothing to compare with the untouched one: put it on.")
+
+
+def on_cpu(x: Tensor) -> Tensor:
+    """fp64, where every device can compute it."""
+    return x.detach().to("cpu").double()
