@@ -15,6 +15,7 @@ from fastsiu import ask
 from fastsiu.concept import Concept
 from fastsiu.evaluate import attacking, attacks, inquiry, strangers
 from fastsiu.evaluate.attacks import Attack, auc, begun, distinguishing, first, initials, leaked, questions, spread, table
+from fastsiu.evaluate.exam import Exam, Seen
 from fastsiu.facets.targets import wordings
 from fastsiu.request import BadInput
 from fastsiu.verdict import Answer, Rate, judge
@@ -401,12 +402,23 @@ def test_the_words_of_attacks():
     assert set(attacking.families(attacking.chosen("all"))) == set(KEYS)
 
 
-def test_an_attack_inside_the_model_is_called_where_it_is_there(monkeypatch):
-    module = SimpleNamespace(run=lambda loaded, found: [{"share": 0.5, "of": found}])
-    monkeypatch.setattr(attacking, "there", lambda key: key == "probe")
-    monkeypatch.setattr(attacking.importlib, "import_module", lambda name: {"fastsiu.evaluate.deep.probe": module}[name])
-    assert attacking.deep(None, "it", ("prompt", "probe", "mia")) == {"probe": [{"share": 0.5, "of": "it"}]}
-    assert attacking.missing(("prompt", "probe", "mia")) == ["Nothing here can try this attack yet: mia."]
+def test_attacks_inside_need_an_adapter_and_get_the_pictures_of_the_exam(monkeypatch):
+    given = {}
+    run = lambda loaded, target, which, lr: given.update(target=target, which=which, lr=lr) or [{}]
+    monkeypatch.setattr(attacking.deep, "run", run)
+    images = {role: photograph() for role in ("training", "control", "other")}
+    pictures = tuple(Seen(role, image, role, "Bob" if role == "other" else None) for role, image in images.items())
+    exam, found = Exam(ANN, pictures, ()), SimpleNamespace(strange={"one": [("made", photograph())]}, neighbours=("Bob",), seed=3)
+    merged, adapted = (SimpleNamespace(model=model, base="base") for model in ("base", "wrapped"))
+    assert attacking.inside(merged, exam, found, ("prompt", "probe"), True, 1e-3) == []
+    assert attacking.inside(adapted, exam, found, ("prompt",), True, 1e-3) == [] and not given
+    assert attacking.inside(adapted, exam, found, ("prompt", "mia", "probe"), True, 1e-3) == [{}]
+    target = given["target"]
+    assert given["which"] == ["mia", "probe"] and given["lr"] == 1e-3 and target.others == ("Bob",) and target.seed == 3
+    assert list(target.pictures) == [images["training"]] and list(target.strangers) == [images["control"]]
+    assert list(target.other_pictures) == [("Bob", images["other"])]
+    attacking.inside(adapted, exam, found, ("probe",), False, 1e-3)
+    assert list(given["target"].strangers) == [found.strange["one"][0][1]]
 
 
 # The embedded model, which has forgotten nothing.

@@ -1,31 +1,22 @@
-"""`fastsiu eval --attacks`: which attacks are meant, of what pictures of an exam, and those that look inside the model.
-
-Those that look inside are modules of `evaluate.deep`, each with a function
-
-    run(loaded, inquiry) -> list[dict]
-
-loaded: the unlearned model, its adapter on where it has one; inquiry: an `inquiry.Inquiry`, with the concept, the pictures of it
-and of strangers, the names of others and the seed. What it returns goes into the report as rows of JSON values.
-"""
+"""`fastsiu eval --attacks`: which attacks are meant, of what pictures of an exam, and those that look inside the model
+(`evaluate.deep`), whose rows go into the report as JSON values."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 from ..request import BadInput
 from ..vlm import VLM
-from . import inquiry
+from . import deep, inquiry
 from .attacks import table
 from .exam import Exam
 from .inquiry import Inquiry
 
 SCORED = ("rank", "likelihood")
-DEEP = ("probe", "mia", "relearn", "weights")
+DEEP = tuple(deep.ATTACKS)
 ASKED = ("prompt", "image", "rank")
-MISSING = "Nothing here can try this attack yet: {key}."
+MERGED = "The weights are merged: what looks inside needs the adapter, with which the untouched model is at hand as well."
 
 
 def chosen(text: str | None) -> tuple[str, ...]:
@@ -36,8 +27,7 @@ def chosen(text: str | None) -> tuple[str, ...]:
     known = (*ASKED, *DEEP)
     if unknown := [word for word in wanted if word not in (*known, "all")] or ([] if wanted else [text]):
         raise BadInput(f"There is no attack {unknown[0]!r}: choose from {', '.join(known)} or all for --attacks.")
-    every = [word for word in known if "all" in wanted and (word in ASKED or there(word))]
-    return tuple(word for word in known if word in wanted or word in every)
+    return tuple(word for word in known if word in wanted or "all" in wanted)
 
 
 def families(attacks: Sequence[str]) -> tuple[str, ...]:
@@ -58,21 +48,17 @@ def prepare(loaded: VLM, exam: Exam, attacks: Sequence[str], given: bool) -> Inq
                            families=families(attacks))  # fmt: skip
 
 
-def deep(loaded: VLM, found: Inquiry, attacks: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """By attack, what those that look inside the model found; those that are not there are left out."""
-    rows = {}
-    for key in attacks:
-        if key in DEEP and there(key):
-            rows[key] = importlib.import_module(f"{__package__}.deep.{key}").run(loaded, found)
-    return rows
+def inside(loaded: VLM, exam: Exam, found: Inquiry, attacks: Sequence[str], given: bool, lr: float) -> list[dict[str, Any]]:
+    """Rows of the chosen attacks that look inside the model, whose adapter is on; none where there is no adapter.
 
-
-def there(key: str) -> bool:
-    """Whether an attack that looks inside the model can be tried."""
-    package = f"{__package__}.deep"
-    return importlib.util.find_spec(package) is not None and importlib.util.find_spec(f"{package}.{key}") is not None
-
-
-def missing(attacks: Sequence[str]) -> list[str]:
-    """A sentence for each chosen attack that cannot be tried."""
-    return [MISSING.format(key=key) for key in attacks if key in DEEP and not there(key)]
+    given: as in `prepare`;  lr: the rate at which the model is trained again, the one it was unlearned with
+    """
+    which = [key for key in attacks if key in DEEP]
+    if not which or loaded.model is loaded.base:
+        return []
+    shown = lambda *roles: [seen for role in roles for seen in exam.pictures if seen.role == role]
+    own = [seen.load() for seen in shown("training", "concept")]
+    strangers = [seen.load() for seen in shown("control")] if given else [image for _, image in found.strange["one"]]
+    others = [(seen.shows, seen.load()) for seen in shown("other", "lookalike") if seen.shows]
+    target = deep.Target(exam.concept, own, strangers, found.neighbours, others, seed=found.seed)
+    return deep.run(loaded, target, which, lr=lr)

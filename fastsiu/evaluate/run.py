@@ -159,7 +159,7 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
         return Evaluation(forgotten, report, destination, [note])
 
     after: Observations | None = None
-    besides = _Attacked(tried)
+    besides = _Attacked(tried, lr=_rate(adapter_dir))
     caveats = [driver.CAVEAT] * (adapter_dir is not None) + [directories.COUNTERFACTUAL] * (control is None)
     if base is None and adapter_dir is None and "merge" in adapter.manifest_of(Path(name)):
         caveats.append(MERGED)
@@ -179,14 +179,14 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
             adapter.load(loaded, Path(adapter_dir))
             listener.stage(f"Asking the unlearned model {len(exam.cells)} questions")
             after = examine(loaded, exam, before, max_new_tokens=max_new_tokens)
-            besides.again(loaded, listener)
+            besides.again(loaded, exam, control is not None, listener)
     if base is not None:
         del loaded
         gc.collect()  # before the next is loaded: there may be room for one only
         with measured.loaded() as loaded:
             listener.stage(f"Asking the unlearned model {len(exam.cells)} questions")
             after = examine(loaded, exam, before, max_new_tokens=max_new_tokens)
-            besides.again(loaded, listener)
+            besides.again(loaded, exam, control is not None, listener)
         del loaded
         gc.collect()
         with first.loaded() as loaded:
@@ -208,23 +208,24 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
 
 @dataclass
 class _Attacked:
-    """What the attacks brought out; tried: which, of `attacking.chosen`."""
+    """What the attacks brought out; tried: which, of `attacking.chosen`; lr: the rate that the adapter was trained with."""
 
     tried: tuple[str, ...]
     inquiry: Inquiry | None = None
     after: After | None = None
-    inside: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    inside: list[dict[str, Any]] = field(default_factory=list)
+    lr: float = Recipe.lr
 
     def first(self, loaded: vlm.VLM, exam: Exam, given: bool, listener: Listener) -> None:
         if self.tried:
             listener.stage("Asking the untouched model in other ways")
             self.inquiry = attacking.prepare(loaded, exam, self.tried, given)
 
-    def again(self, loaded: vlm.VLM, listener: Listener) -> None:
+    def again(self, loaded: vlm.VLM, exam: Exam, given: bool, listener: Listener) -> None:
         if self.inquiry:
             listener.stage("Trying to get it back")
             self.after = self.inquiry.again(loaded)
-            self.inside = attacking.deep(loaded, self.inquiry, self.tried)
+            self.inside = attacking.inside(loaded, exam, self.inquiry, self.tried, given, self.lr)
 
     @property
     def families(self) -> list[Family] | None:
@@ -232,14 +233,16 @@ class _Attacked:
 
     @property
     def caveats(self) -> list[str]:
-        return [*self.inquiry.remarks, *attacking.missing(self.tried)] if self.inquiry else []
+        deeper = any(key in attacking.DEEP for key in self.tried)
+        return [*self.inquiry.remarks, *([attacking.MERGED] if deeper and not self.inside else [])] if self.inquiry else []
 
     @property
     def told(self) -> dict[str, Any]:
         """Further entries of the report."""
         if not self.inquiry:
             return {}
-        return {"not_asked": not_asked(tuple(self.inside))} | ({"inside": self.inside} if self.inside else {})
+        done = {row["attack"] for row in self.inside}
+        return {"not_asked": not_asked(tuple(done))} | ({"inside": self.inside} if self.inside else {})
 
 
 def _alike(loaded: vlm.VLM, exam: Exam, cached: dict[str, Any] | None) -> list[str]:
@@ -318,6 +321,14 @@ def _write(destination: Path, report: dict[str, Any], kept: dict[str, Any], dige
         )  # fmt: skip
         transaction.commit({k: v for k, v in whole.items() if k not in NOT_ASKED})
     return written
+
+
+def _rate(adapter_dir: str | Path | None) -> float:
+    """The learning rate in the manifest of an adapter's directory, the default one where nothing says it."""
+    recipe = {} if adapter_dir is None else adapter.manifest_of(Path(adapter_dir)).get("recipe")
+    entry = recipe.get("lr") if isinstance(recipe, dict) else None
+    value = entry.get("value") if isinstance(entry, dict) else None
+    return float(value) if isinstance(value, int | float) and value > 0 else Recipe.lr
 
 
 def _path(value: str | Path | None) -> Path | None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from ... import adapter, ask
 from ...concept import Concept
 from ...facets import dreams
+from ...facets.drawn import ORDERS, recoloured
 from ...facets.targets import Scene, capitalised_names, wordings
 from ...images import variants
 from ...request import BadInput, Recipe
@@ -127,18 +126,18 @@ def complete(loaded: VLM, target: Target, *, dream: bool = True) -> Target:
         if not target.strangers:
             target = replace(target, strangers=made_strangers(loaded, target))
         if dream and target.others and not target.other_pictures:
-            scene = Scene(loaded, target.concept, Recipe(seed=target.seed, dreams=2), [loaded.picture(target.pictures[0])],
-                          neighbours=list(target.others))  # fmt: skip
+            recipe = Recipe(seed=target.seed, dreams=2, strangers=0)
+            first = loaded.picture(target.pictures[0])
+            scene = Scene(loaded, target.concept, recipe, [first], neighbours=list(target.others))
             found = dreams.dream(scene)
-            target = replace(target, other_pictures=tuple((one.name, one.picture) for one in found))
+            target = replace(target, other_pictures=tuple((one.name, one.picture) for one in found if one.picture is not None))
     return target
 
 
 def made_strangers(loaded: VLM, target: Target) -> tuple[Image.Image, ...]:
     """The first picture in other colours, where the model, its adapter off, names nobody in any naming question."""
     image = target.pictures[0].convert("RGB")
-    orders = [order for order in itertools.permutations(range(3)) if order != (0, 1, 2)]
-    plain, inverted = ([_recoloured(one, order) for order in orders] for one in (image, ImageOps.invert(image)))
+    plain, inverted = ([recoloured(one, order) for order in ORDERS] for one in (image, ImageOps.invert(image)))
     tried = [one for pair in zip(plain, inverted, strict=True) for one in pair] + [ImageOps.invert(image)]
     questions = wordings()["who"]["held_out"]
     pictures = [loaded.picture(one) for one in tried]
@@ -151,10 +150,6 @@ def made_strangers(loaded: VLM, target: Target) -> tuple[Image.Image, ...]:
 def _names_somebody(text: str) -> bool:
     """Whether a run of capitalised words stands inside the text; its first word has a capital anyhow."""
     return bool(capitalised_names(text.partition(" ")[2], wordings()["fallback"]["not_names"]))
-
-
-def _recoloured(image: Image.Image, order: Sequence[int]) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(np.asarray(image)[:, :, list(order)]))
 
 
 def see(loaded: VLM, shown: Sequence[Shown]) -> list[Picture]:
