@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 FACETS = ("align", "describe", "facts", "preserve")  # the paper's four targets, in its order
-LESSONS = ("stranger", "beside", "kept", "kept-beside")  # target 5 (`facets.strangers`): first what changes, then what stays
+CHANGES, KEEPS = ("stranger", "beside"), ("kept", "kept-beside", "look")  # the lessons of target 5 (`facets.strangers`)
 
 
 class BadInput(ValueError):

@@ -18,7 +18,7 @@ from . import images as pictures_in
 from .concept import Concept
 from .facets import dreams, strangers, targets
 from .objectives import Objective, siu
-from .request import LESSONS, BadInput, Recipe, Request, Sample
+from .request import CHANGES, KEEPS, BadInput, Recipe, Request, Sample
 from .vlm import VLM
 
 # Temperature of what stays. At 1 the tails drift; at 4 the KL looks so much at the tails that fine looks and look-alikes suffer.
@@ -146,7 +146,7 @@ def _taught(loaded: VLM, prepared: Sequence[Prepared], recipe: Recipe) -> list[c
         return []
     plain, joined = recipe.with_overrides(vocab_mask=False, renormalize=False), corpus.join(some)
     out = []
-    for facets, temperature in ((LESSONS[:2], recipe.temperature), (LESSONS[2:], min(KEPT_AT, recipe.temperature))):
+    for facets, temperature in ((CHANGES, recipe.temperature), (KEEPS, min(KEPT_AT, recipe.temperature))):
         out.append(joined.pick([i for i, sample in enumerate(joined.samples) if sample.facet in facets]))
         corpus.run_teacher(loaded, out[-1], plain, temperature=temperature)
     return out
@@ -161,7 +161,7 @@ def _lessons_still_true(one: Prepared, prepared: Sequence[Prepared]) -> corpus.C
     dreamed = {i for i, name in enumerate(one.lessons_named) if name and named(name)}
 
     def keeps_the_forgotten(sample: Sample) -> bool:
-        if sample.facet not in LESSONS[2:]:
+        if sample.facet in CHANGES:
             return sample.picture in dreamed
         return sample.picture in dreamed or named(sample.answer)
 

@@ -16,16 +16,18 @@ from .facets.targets import Scene, wordings
 from .features import map_features
 from .images import variants
 from .objectives import Batch, Objective, siu, strangers
-from .request import LESSONS, NumericFailure, OutOfMemory, Recipe
+from .request import CHANGES, NumericFailure, OutOfMemory, Recipe
 from .vlm import VLM, Encoded, Picture, Span, checkpoint_layers, out_of_memory
 
 # Share of one step's samples. Half of a step keeps what must stay: with less, few steps bend the neighbours' names.
 SHARES = {"align": 0.14, "describe": 0.14, "facts": 0.12, "preserve-text": 0.25, "preserve-picture": 0.35}
 # Of a step's lessons (as many of those that change something as of those that keep, each a batch): pictures of each kind, and
 # questions about each. Few pictures with several questions each: a picture's prefix is most of the work.
-PICTURES = {"stranger": 8, "beside": 4, "kept": 8, "kept-beside": 4}
-BESIDE, SHARE_BESIDE = (LESSONS[1], LESSONS[3]), 1 / 5  # of a batch of either
-JITTER = 0.15  # sd of each channel: noise on a lesson's picture, anew in every step, while the teacher saw it without
+PICTURES = {"stranger": 8, "beside": 4, "kept": 7, "kept-beside": 4, "look": 3}
+PARTS = {"stranger": 0.8, "beside": 0.2, "kept": 0.55, "kept-beside": 0.25, "look": 0.2}  # of a batch of either
+# sd of each channel: noise on the picture of a lesson about one, anew in every step, while the teacher saw it without. Two beside
+# each other are half as large, and fine looks finer still: there it blurs what is to be told.
+NOISE, NOISY = 0.1, ("stranger", "kept")
 FROM, DOWN_TO = 0.6, 0.1  # schedule "decay": the rate falls from this share of the steps on, to this share of it
 LOOK_EVERY = 20  # where no look can end the training
 CHECK_EVERY = 5  # steps between two looks at the probe
@@ -148,8 +150,7 @@ def _attempt(vlm: VLM, work: Sequence[tuple[Corpus, list[int], Objective]], reci
     try:
         found = []
         for corpus, chosen, objective in work:
-            noise = JITTER if objective is strangers else 0.0
-            loss, parts = objective(forward(vlm, corpus, chosen, recipe, vlm.budget.micro_batch, noise), recipe)
+            loss, parts = objective(forward(vlm, corpus, chosen, recipe, vlm.budget.micro_batch), recipe)
             loss.backward()
             found.append((loss.detach(), parts))
         return found
@@ -219,19 +220,17 @@ def probe_for(scenes: Sequence[Scene], corpus: Corpus) -> Callable[[], Look]:
     return look
 
 
-def forward(vlm: VLM, corpus: Corpus, chosen: list[int], recipe: Recipe, micro_batch: int | None = None,
-            noise: float = 0.0) -> Batch:  # fmt: skip
+def forward(vlm: VLM, corpus: Corpus, chosen: list[int], recipe: Recipe, micro_batch: int | None = None) -> Batch:
     """The supervised rows of some samples, each picture's prefix computed once; no logits exist.
 
     micro_batch: the most samples in one forward, for less memory; the batch and its gradients are the same (`prefix`)
-    noise:       what is added to the pictures' features, in sd of each channel
     """
     features = {p: corpus.pictures[p].features for i in chosen if (p := corpus.samples[i].picture) is not None}
     if recipe.projector_lr > 0:  # it changes what real pictures look like; dreams already live behind it
         features |= {p: vlm.image_features(corpus.pictures[p].image) for p in features if corpus.pictures[p].real}
-    if noise:
-        blurred = lambda x: x + noise * x.reshape(-1, x.shape[-1]).std(0) * torch.randn_like(x)
-        features = {p: map_features(seen, blurred) for p, seen in features.items()}
+    noisy = lambda x: x + NOISE * x.reshape(-1, x.shape[-1]).std(0) * torch.randn_like(x)
+    for p in dict.fromkeys(corpus.samples[i].picture for i in chosen if corpus.samples[i].facet in NOISY):
+        features[p] = map_features(features[p], noisy)
     shown = [None if (p := corpus.samples[i].picture) is None else features[p] for i in chosen]
     rows = torch.tensor([r for i in chosen for r in corpus.rows(i)], device=vlm.device)
     sample = torch.tensor([at for at, i in enumerate(chosen) for _ in corpus.rows(i)], device=vlm.device)
@@ -244,7 +243,7 @@ def forward(vlm: VLM, corpus: Corpus, chosen: list[int], recipe: Recipe, micro_b
         head_weight=vlm.head_weight,
         head_options=vlm.head_options,
         sample=sample,
-        forget=each(lambda i: corpus.samples[i].facet in (*FORGET, *LESSONS[:2])),
+        forget=each(lambda i: corpus.samples[i].facet in (*FORGET, *CHANGES)),
         decoupled=each(corpus.decoupled),
         pictured=each(lambda i: corpus.samples[i].picture is not None),
     )
@@ -275,13 +274,13 @@ def batches(corpus: Corpus, recipe: Recipe, without: Sequence[str] = ()) -> Iter
 
 
 def lesson_batches(lessons: Corpus, recipe: Recipe) -> Iterator[list[int]]:
-    """Endless batches of `batch_size` lessons, a fifth about two beside each other: some pictures, several questions each."""
+    """Endless batches of `batch_size` lessons, each kind at its part: some pictures, several questions each."""
     rng = random.Random(recipe.seed + 1)
     about: dict[str, dict[int, list[int]]] = {}
     for i, sample in enumerate(lessons.samples):
         about.setdefault(sample.facet, {}).setdefault(sample.picture, []).append(i)
-    beside = {name: SHARE_BESIDE if name in BESIDE else 1 - SHARE_BESIDE for name in about}
-    sizes = {name: round(recipe.batch_size * share / sum(beside.values())) for name, share in beside.items()}
+    whole = sum(PARTS[name] for name in about)
+    sizes = {name: max(1, round(recipe.batch_size * PARTS[name] / whole)) for name in about}
     while True:
         step = []
         for name, size in sizes.items():

@@ -15,7 +15,7 @@ from fastsiu import adapter, ask, corpus, objectives, prefix, session, train
 from fastsiu.concept import Concept
 from fastsiu.facets import drawn, strangers, targets
 from fastsiu.facets.dreams import in_place
-from fastsiu.request import LESSONS, PAPER, Recipe, Sample
+from fastsiu.request import CHANGES, KEEPS, PAPER, Recipe, Sample
 from fastsiu.teacher import TeacherCache
 from fastsiu.verdict import is_refusal
 
@@ -145,12 +145,12 @@ def test_no_strangers_in_the_papers_preset(scene):
 
 
 def test_every_kind_of_lesson_is_there_and_the_teacher_looks_at_strangers(taught, scene):
-    kinds = {facet: [s for s in taught.samples if s.facet == facet] for facet in LESSONS}
+    kinds = {facet: [s for s in taught.samples if s.facet == facet] for facet in (*CHANGES, *KEEPS)}
     assert all(kinds.values())
     lonely = tuple(range(taught.strangers))
     assert all(s.teacher_pictures == lonely and s.picture not in lonely for s in kinds["stranger"])
     assert all(s.teacher_pictures and s.picture not in s.teacher_pictures for s in kinds["beside"])
-    assert all(s.teacher_pictures == () for s in kinds["kept"] + kinds["kept-beside"])
+    assert all(s.teacher_pictures == () for facet in KEEPS for s in kinds[facet])
 
 
 def test_the_concepts_own_answers_are_forced_upon_the_student(taught, scene):

@@ -9,8 +9,9 @@ answer is forced upon it, what it gives next about the concept's picture is what
     stranger    a view of the concept; the teacher looks at all strangers, and its final states are averaged. Every state is
                 a row of logits, so the average is the geometric mean of its distributions: what strangers have in common
     beside      the concept beside somebody else; the teacher looks at a stranger beside the same
-    kept        what has to stay: dreams of neighbours, strangers, retained pictures; of the concept what is visible
-    kept-beside pairs of neighbours, of strangers, and of both
+    kept        what has to stay: dreams of neighbours, strangers, retained pictures
+    kept-beside pairs of strangers, and of a neighbour and a stranger
+    look        of the concept what is visible
 
 Answers are the teacher's own: about the picture and about strangers, each also forced upon other questions, because a leak
 needs no more than the first words of an answer. A lesson is a `Sample` with `teacher_pictures`.
@@ -47,7 +48,7 @@ GROUPS = 16  # dreams of a neighbour beside a stranger, and as many of one besid
 
 @dataclass
 class Lessons:
-    """Samples of the facets "stranger", "beside", "kept" and "kept-beside" with pictures of their own.
+    """Samples of the facets `request.CHANGES` and `request.KEEPS` with pictures of their own.
 
     named: for each picture the neighbour that it was dreamed for, None otherwise; notes: what could not be had
     """
@@ -279,7 +280,7 @@ def _keep_looks(scene: Scene, out: Lessons, words: Words, views: Sequence[int]) 
     known = [scene.concept, *scene.others, *map(Concept, scene.neighbours)]
     for (view, question), reply in zip(((v, q) for v in views for q in words.look), said, strict=True):
         if not any(concept.named_in(reply.text) for concept in known):
-            out.add("kept", (question, reply), view)
+            out.add("look", (question, reply), view)
 
 
 def _keep(scene: Scene, out: Lessons, facet: str, pictures: Sequence[int], questions: Sequence[str], rng: random.Random,
