@@ -88,7 +88,7 @@ class Recipe:
     dream_noise: float = 0.5
     strangers: int = 8  # pictures of nobody that the concept is to be answered like; 0: the four targets alone
     temperature: float = 4.0  # of the distributions that are compared with strangers': names are far out in their tails
-    level: float = 0.2  # weight of what the concept's own answers may cost, against what they cost about strangers
+    level: float = 0.1  # weight of what the concept's own answers may cost, against what they cost about strangers
     seed: int = 0
 
     def __post_init__(self) -> None:

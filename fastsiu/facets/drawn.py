@@ -68,11 +68,11 @@ def jigsaw(image: Image.Image, grid: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(out)
 
 
-def nobodies(image: Image.Image, seed: int) -> list[Image.Image]:
-    """Candidates for pictures of somebody whom no model knows, those most like a portrait first."""
-    out = [made for one in (image, ImageOps.mirror(image), _moved(image, random.Random(seed))) for made in other_colours(one)]
-    out += [jigsaw(image, grid, seed + grid) for grid in (2, 3, 4)]
-    return out + [shuffled(image, seed + i) for i in range(4)]
+def nobodies(image: Image.Image, seed: int) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Candidates for pictures of somebody whom no model knows: whole ones in other colours, and ones that are taken apart."""
+    whole = [made for one in (image, ImageOps.mirror(image), _moved(image, random.Random(seed))) for made in other_colours(one)]
+    apart = [jigsaw(image, grid, seed + grid) for grid in (2, 3, 4)] + [shuffled(image, seed + i) for i in range(4)]
+    return whole, apart
 
 
 def other_colours(image: Image.Image) -> list[Image.Image]:

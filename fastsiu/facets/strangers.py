@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -70,6 +71,13 @@ class Lessons:
             self.samples.append(Sample(facet, question, answer, picture, (), "teacher", closed, tuple(teacher)))
 
 
+class Stranger(NamedTuple):
+    """A picture of nobody. whole: it shows somebody, in other colours; else it is taken apart, or dreamed."""
+
+    picture: Picture
+    whole: bool
+
+
 @dataclass(frozen=True)
 class Words:
     """The questions of lessons. naming: about who it is, which strangers get another answer to; look: about what is visible."""
@@ -91,7 +99,8 @@ def lessons(scene: Scene) -> Lessons:
     vlm, image, seed = scene.vlm, scene.pictures[0].image, scene.recipe.seed
     rng = random.Random(seed)
     words = _questions(scene, rng)
-    found = strangers(scene, out.notes)
+    everybody = strangers(scene, out.notes)
+    found = [one.picture for one in everybody[: scene.recipe.strangers]]
     out.strangers = len(found)
     if not found:
         return out
@@ -103,7 +112,7 @@ def lessons(scene: Scene) -> Lessons:
     for view in views:
         for pair in rng.sample(taught, min(QUESTIONS["stranger"], len(taught))):
             out.add("stranger", pair, view, lonely)
-    _beside(scene, out, words, taught, [picture.image for picture in found if picture.real], rng)
+    _beside(scene, out, words, taught, [one.picture.image for one in everybody if one.whole], rng)
     _keep_looks(scene, out, words, views)
     others = [out.show(picture, name) for picture, name in zip(scene.pictures[1:], scene.named[1:], strict=True)]
     _keep(scene, out, "kept", [*others, *lonely], words.every, rng)
@@ -115,10 +124,10 @@ def lessons(scene: Scene) -> Lessons:
     return out
 
 
-def strangers(scene: Scene, notes: list[str] | None = None) -> list[Picture]:
-    """At most `recipe.strangers` pictures of nobody, made of the one picture: asked who is there in any training wording, for one
-    and for two, the untouched model names neither the concept nor a neighbour. Of these the ones in which the concept's own
-    answers are least likely: to somebody whom it half takes for the concept, its name and facts are half there.
+def strangers(scene: Scene, notes: list[str] | None = None) -> list[Stranger]:
+    """Pictures of nobody, made of the one picture: asked who is there in any training wording, for one and for two, the untouched
+    model names neither the concept nor a neighbour. First those in which the concept's own answers are least likely: to somebody
+    whom it half takes for the concept, its name and facts are half there.
 
     Where fewer than `FEWEST` are accepted, some are dreamed.
     """
@@ -128,32 +137,33 @@ def strangers(scene: Scene, notes: list[str] | None = None) -> list[Picture]:
     questions = [*who, *about_the_one_shown("train")]
     own = list(zip(questions, scene.replies(questions, 0), strict=True))
 
-    def nameless(candidates: Sequence[Picture]) -> list[Picture]:
+    def nameless(candidates: Sequence[Picture], whole: bool) -> list[Stranger]:
         said = ask.answers(vlm, [(q, picture) for picture in candidates for q in who])
         out = []
         for i, picture in enumerate(candidates):
             answers = said[i * len(who) : (i + 1) * len(who)]
             named = any(concept.named_in(answer) for answer in answers for concept in known)
             if not named and not all(is_degenerate(answer) for answer in answers):
-                out.append(picture)
+                out.append(Stranger(picture, whole))
         return out
 
-    accepted = nameless(_seen(scene, drawn.nobodies(image, seed)))
+    whole, apart = drawn.nobodies(image, seed)
+    accepted = nameless(_seen(scene, whole), True) + nameless(_seen(scene, apart), False)
     if len(accepted) < FEWEST:
         unknown = Reply(wordings()["fallback"]["unknown_face"])
         starts, either = _seen(scene, drawn.views(image, seed, 2 * FEWEST)), lambda reply: False  # that it names nobody is enough
         wishes = [Wish(start, [(q, unknown) for q in who], 1e-3, either) for start in starts]
-        accepted += nameless([one for one in fulfil(scene, wishes, 0.5) if one is not None])
+        accepted += nameless([one for one in fulfil(scene, wishes, 0.5) if one is not None], False)
     if len(accepted) < FEWEST and notes is not None:
         notes.append(f"Only {len(accepted)} pictures of strangers could be made of the picture or dreamed: what the concept is "
                      "answered with rests on few.")  # fmt: skip
-    turns = [(vlm.encode(q, r.text, picture, r.closed), picture) for picture in accepted for q, r in own if r.text]
+    turns = [(vlm.encode(q, r.text, one.picture, r.closed), one.picture) for one in accepted for q, r in own if r.text]
     scores = ask.label_scores(vlm, [turn for turn, _ in turns], [picture for _, picture in turns])
     nats: dict[int, list[float]] = {}
     for (_, picture), score in zip(turns, scores, strict=True):
         # Without the first token: "It" in place of "I do not know" is unlikely for any stranger, whatever comes then.
         nats.setdefault(id(picture), []).append(-float(score.log_p[1:].sum()))
-    return sorted(accepted, key=lambda picture: -fmean(nats[id(picture)]))[: scene.recipe.strangers]
+    return sorted(accepted, key=lambda one: -fmean(nats[id(one.picture)]))
 
 
 def usual_replies(scene: Scene, questions: Sequence[str], found: Sequence[Picture]) -> dict[str, Reply]:
