@@ -202,7 +202,7 @@ def test_batches_of_lessons_have_few_pictures_and_both_kinds(halves):
             facets = [half.samples[i].facet for i in chosen]
             assert 0 < len(chosen) <= recipe.batch_size and len(set(chosen)) == len(chosen)
             assert 0 < sum("beside" in facet for facet in facets) < len(facets) / 2
-                pass
+            assert len({half.samples[i].picture for i in chosen}) <= 14
 
 
 # The loss ---------------------------------------------------------------------------------------------------------------
