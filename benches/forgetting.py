@@ -24,7 +24,10 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "forgetting.jsonl"
+# The ablations are of the paper's four targets, with the recipe from before there were lessons from strangers.
+FOUR_TARGETS = {"strangers": 0, "schedule": "constant", "steps": 80}
 ROWS: dict[str, dict[str, Any]] = {
+    "with strangers": {},
     "SIU": {},
     "CE only (beta 0)": {"beta": 0.0},
     "no token mask": {"token_mask": False},
@@ -33,6 +36,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "invented name": {"substitute": "name"},
     "real retain pictures": {"dreams": 0, "retain": True},
 }
+ROWS = {row: changes if row == "with strangers" else FOUR_TARGETS | changes for row, changes in ROWS.items()}
 OWN, OTHERS, LOOKALIKE = 24, 2, 8  # fresh pictures a run: of the concept, of each other concept, more of its look-alike
 
 

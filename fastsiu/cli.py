@@ -407,18 +407,19 @@ def data(
     if output is not None and not output.parent.is_dir():
         raise BadInput(f"There is no directory {output.parent} to write to: create it or name another file.")
     with Progress(say, hidden=False) as progress:
-        scene, made = driver.samples_for(
+        one = driver.prepared_for(
             image, concept, model=model, revision=revision, aliases=tuple(alias or ()), protect=tuple(protect or ()),
             retain=retain, data=data, preset=preset.value, device=device, dtype=dtype, memory=memory, quantize=quantize,
             attention=attention, substitute=substitute.value if substitute else None, seed=seed, listener=progress.listener,
         )  # fmt: skip
+    every = [*one.corpus.samples, *(one.lessons.samples if one.lessons else ())]
     if explain:
-        explanation(out, scene, made)
+        explanation(out, one.scene, one.corpus, one.lessons)
     elif output is not None:
-        corpus.write_jsonl(made.samples, output)
-        say.print(f"{len(made.samples)} samples written to {output}.")
+        corpus.write_jsonl(every, output)
+        say.print(f"{len(every)} samples written to {output}.")
     else:
-        sys.stdout.write(corpus.as_jsonl(made.samples))
+        sys.stdout.write(corpus.as_jsonl(every))
 
 
 @app.command()

@@ -181,15 +181,15 @@ def _text(path: Path) -> str:
 def read_jsonl(path: Path) -> list[Sample]:
     """Samples of the user's own. Needed: question, answer. Optional: facet (default preserve), picture (0 or null),
     specified (spans or substrings of the answer), closed (default true; false: cut short, its end is not trained). Lines
-    about dreamed or retained pictures, as `fastsiu data` writes them, are passed over: every run makes those pictures
-    anew. Raises BadInput with the line's number."""
+    about dreamed or retained pictures and lessons, as `fastsiu data` writes them, are passed over: every run makes those
+    pictures anew. Raises BadInput with the line's number."""
     out = []
     for number, line in enumerate(_text(path).split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-            if not (isinstance(record, dict) and record.get("origin") in ("dream", "retain")):
+            if not (isinstance(record, dict) and record.get("origin") in ("dream", "retain", "lesson")):
                 out.append(_sample(record))
         except (ValueError, TypeError, KeyError) as error:
             raise BadInput(f"{path}, line {number}: {error}. A line is an object with 'question' and 'answer'.") from error

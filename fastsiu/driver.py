@@ -24,7 +24,7 @@ from .facets.held_out import Shown, examine
 from .memory import Settings, budget
 from .report.redact import redacted
 from .request import PAPER, BadInput, Recipe, Request
-from .session import Listener, Trained, forget, prepare, timed
+from .session import Listener, Prepared, Trained, forget, prepare, timed
 from .verdict import Answer, Verdict
 
 MODEL_RECIPE = "fastsiu.json"  # what a model's own directory may say about the hyper-parameters it needs
@@ -131,12 +131,12 @@ def write(destination: Path, loaded: vlm.VLM, requests: Sequence[Request], repor
     return written
 
 
-def samples_for(image: str | Path, concept: str, *, model: str | Path | None = None, revision: str | None = None,
+def prepared_for(image: str | Path, concept: str, *, model: str | Path | None = None, revision: str | None = None,
                 aliases: tuple[str, ...] = (), protect: tuple[str, ...] = (), retain: str | Path | None = None,
                 data: str | Path | None = None, preset: str = "default", device: str | None = None, dtype: str = "auto",
                 listener: Listener | None = None, quantize: str | None = None, attention: str | None = None,
-                memory: float | None = None, **overrides: Any) -> tuple[targets.Scene, corpus.Corpus]:  # fmt: skip
-    """The samples and masks that `unlearn` would train on, with nothing trained. Options as there."""
+                memory: float | None = None, **overrides: Any) -> Prepared:  # fmt: skip
+    """What `unlearn` would train on, with nothing trained: samples with their masks, and lessons. Options as there."""
     listener = listener or Listener()
     request = Request(concept.strip(), Path(image), aliases, protect, None, _path(retain), _path(data))
     name = str(EMBEDDED if model is None else model)
@@ -146,7 +146,12 @@ def samples_for(image: str | Path, concept: str, *, model: str | Path | None = N
                              quantize=quantize, attention=attention)  # fmt: skip
     loaded = load(name, revision, chosen, budget(chosen, recipe.batch_size, memory is not None), listener)
     with vlm.threads(loaded):
-        one = prepare(loaded, request, recipe, picture, listener=listener, seconds={})
+        return prepare(loaded, request, recipe, picture, listener=listener, seconds={})
+
+
+def samples_for(image: str | Path, concept: str, **options: Any) -> tuple[targets.Scene, corpus.Corpus]:
+    """The scene and the samples of `prepared_for`, which has the options."""
+    one = prepared_for(image, concept, **options)
     return one.scene, one.corpus
 
 

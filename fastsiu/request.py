@@ -130,7 +130,7 @@ class Sample:
     picture:   None for text only; 0 the concept's picture; k >= 1 the k-th entry of the retained pictures or dreams
     specified: character spans (start, end) of `answer` that contradict what the teacher knows; the KL skips the
                tokens there (the paper's token mask, Eq. 2)
-    origin:    where the answer came from: "teacher", "built", "dream", "retain" or "data"
+    origin:    where the answer came from: "teacher", "built", "dream", "retain", "data" or "lesson"
     closed:    the answer is whole; False where the teacher was cut short, so that the end of its turn is not trained
     teacher_pictures: what the teacher looks at in place of `picture`; of several its final states are averaged
     """

@@ -187,8 +187,18 @@ def answers_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def explanation(console: Console, scene: Scene, corpus: Corpus) -> None:
-    """Every sample; tokens the KL skips are in [brackets], tokens of the name (out of its vocabulary) in <angles>."""
+LESSON_EXAMPLES = 4  # of each kind of lesson: there are hundreds
+LESSON_KINDS = {
+    "stranger": "about a view of it, the teacher looks at strangers",
+    "beside": "about it beside another, the teacher looks at a stranger there",
+    "kept": "about others and strangers, as before", "kept-beside": "about two that are not it, as before",
+    "look": "about what is visible of it, as before",
+}  # fmt: skip
+
+
+def explanation(console: Console, scene: Scene, corpus: Corpus, lessons: Corpus | None = None) -> None:
+    """Every sample; tokens the KL skips are in [brackets], tokens of the name (out of its vocabulary) in <angles>. Then some
+    lessons, whose KL is over all tokens and the whole vocabulary."""
     console.print("[token]: left to the cross-entropy (token mask). <token>: the name, out of the KL's vocabulary.")
     for sample, turn, keep in zip(corpus.samples, corpus.turns, corpus.keep, strict=True):
         where = "text" if sample.picture is None else f"picture {sample.picture}"
@@ -215,6 +225,12 @@ def explanation(console: Console, scene: Scene, corpus: Corpus) -> None:
         console.print(f"Too common to mask: {', '.join(repr(t) for t in sorted(set(corpus.mask.spared.values())))}.")
     if corpus.mask.warning:
         console.print(corpus.mask.warning)
+    for kind, about in LESSON_KINDS.items():
+        own = [sample for sample in (lessons.samples if lessons else ()) if sample.facet == kind]
+        if own:
+            console.print(f"{len(own)} lessons {about}, such as:", soft_wrap=True)
+        for sample in own[:: max(1, len(own) // LESSON_EXAMPLES)][:LESSON_EXAMPLES]:
+            console.print(Text(f"    {sample.question} {sample.answer}"), soft_wrap=True)
 
 
 METRICS = {

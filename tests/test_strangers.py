@@ -166,6 +166,12 @@ def test_what_is_kept_of_others_does_not_name_the_concept(taught, scene):
             assert not scene.concept.named_in(sample.answer) or scene.concept.named_in(sample.question), sample
 
 
+def test_no_fact_is_kept_as_a_look(taught, scene):
+    facts = {reply.text for reply in scene.replies(targets.about_the_one_shown("train"), 0)}
+    looks = {s.answer for s in taught.samples if s.facet == "look"}
+    assert len(looks) > 3 and not looks & facts
+
+
 def test_no_held_out_wording_is_taught(taught):
     words = targets.wordings()
     held_out = {q for section in words.values() if "held_out" in section for q in section["held_out"] if "{" not in q}

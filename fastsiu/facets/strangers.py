@@ -29,10 +29,11 @@ from typing import NamedTuple
 from PIL import Image
 
 from .. import ask
+from ..answers import is_degenerate
+from ..answers import words as split
 from ..ask import Reply
 from ..concept import Concept
 from ..request import Sample
-from ..verdict import is_degenerate
 from ..vlm import Picture
 from . import drawn
 from .dreams import Pair, Wish, fulfil
@@ -68,7 +69,7 @@ class Lessons:
     def add(self, facet: str, pair: Pair, picture: int, teacher: Sequence[int] = ()) -> None:
         question, (answer, closed) = pair
         if is_degenerate(answer) is None:
-            self.samples.append(Sample(facet, question, answer, picture, (), "teacher", closed, tuple(teacher)))
+            self.samples.append(Sample(facet, question, answer, picture, (), "lesson", closed, tuple(teacher)))
 
 
 class Stranger(NamedTuple):
@@ -113,7 +114,7 @@ def lessons(scene: Scene) -> Lessons:
         for pair in rng.sample(taught, min(QUESTIONS["stranger"], len(taught))):
             out.add("stranger", pair, view, lonely)
     _beside(scene, out, words, taught, [one.picture.image for one in everybody if one.whole], rng)
-    _keep_looks(scene, out, words, views)
+    _keep_looks(scene, out, words, views, [*own.values()], [*usual.values()])
     others = [out.show(picture, name) for picture, name in zip(scene.pictures[1:], scene.named[1:], strict=True)]
     _keep(scene, out, "kept", [*others, *lonely], words.every, rng)
     # Each stranger keeps its own level of the concept's name and facts, so that the concept has to come down to it.
@@ -284,13 +285,23 @@ def _named(scene: Scene, reply: Reply, names: dict[int, str]) -> Reply:
     return Reply(text, reply.closed)
 
 
-def _keep_looks(scene: Scene, out: Lessons, words: Words, views: Sequence[int]) -> None:
-    """What is visible of the concept is told as before, where the teacher tells it without the name."""
+def _keep_looks(scene: Scene, out: Lessons, words: Words, views: Sequence[int], own: Sequence[Reply],
+                usual: Sequence[Reply]) -> None:  # fmt: skip
+    """What is visible of the concept is told as before, where the teacher tells it without the name and without a fact: asked
+    what it cannot see, a model may say what it knows."""
     said = ask.replies(scene.vlm, [(q, out.pictures[view]) for view in views for q in words.look], suppress=scene.masked)
     known = [scene.concept, *scene.others, *map(Concept, scene.neighbours)]
-    for (view, question), reply in zip(((v, q) for v in views for q in words.look), said, strict=True):
-        if not any(concept.named_in(reply.text) for concept in known):
+    asked = [(view, question) for view in views for question in words.look]
+    describe = set(wordings()["describe"]["train"])
+    harmless = [reply for (_, question), reply in zip(asked, said, strict=True) if question in describe]
+    telling = _words(own) - _words(harmless) - _words(usual)
+    for (view, question), reply in zip(asked, said, strict=True):
+        if not any(concept.named_in(reply.text) for concept in known) and not telling & _words([reply]):
             out.add("look", (question, reply), view)
+
+
+def _words(replies: Sequence[Reply]) -> set[str]:
+    return {word for reply in replies for word in split(reply.text)}
 
 
 def _keep(scene: Scene, out: Lessons, facet: str, pictures: Sequence[int], questions: Sequence[str], rng: random.Random,
