@@ -298,6 +298,7 @@ def report_of(request: Request, recipe: Recipe, model: str, verdict: Verdict, an
     caveats = [CAVEAT]
     if made.mask.warning:
         caveats.append(made.mask.warning)
+    caveats += trained.scene.notes
     if failed := [d["name"] for d in trained.dreamed if not d["accepted"]]:
         caveats.append(f"Not seen by the model, so protected in text only: {', '.join(failed)}.")
     if left_out := trained.scene.left_out:

@@ -91,6 +91,7 @@ def prepare(loaded: VLM, request: Request, recipe: Recipe, picture: Any, *, list
             listener.stage("Learning from strangers")
             with timed(seconds, "strangers"):
                 found = strangers.lessons(scene)
+                scene.notes = found.notes
                 for note in found.notes:
                     listener.note(note)
                 if found.samples:

@@ -171,7 +171,7 @@ def test_the_same_request_again_is_a_no_op_and_another_is_refused(trained, quick
 
 def test_a_model_trained_further_in_place_is_another_request(quick, cast, demo_dir, tmp_path):
     model = shutil.copytree(demo_dir, tmp_path / "model")
-    few = {"model": model, "steps": 1, "dreams": 0}
+    few = {"model": model, "steps": 1, "dreams": 0, "strangers": 0}
     first = quick(tmp_path / "out", **few)
     assert first.report["model"] == "model" and quick(tmp_path / "out", **few).repeated
     weights = load_file(model / "model.safetensors")
@@ -186,7 +186,8 @@ HUB = """
 import json, sys
 from fastsiu import driver
 image, concept, other, output = sys.argv[1:]
-result = driver.unlearn(image, concept, model="someone/tiny", output=output, protect=(other,), steps=1, dreams=0, device="cpu")
+few = dict(steps=1, dreams=0, strangers=0, device="cpu")
+result = driver.unlearn(image, concept, model="someone/tiny", output=output, protect=(other,), **few)
 print(json.dumps([result.report["model"], "fastsiu.demo" in sys.modules]))
 """
 
@@ -281,7 +282,8 @@ def test_samples_of_the_users_own_replace_and_extend(cast, demo_dir, tmp_path, g
     own += [{"question": "Is it?", "answer": "It is."}]
     path = tmp_path / "own.jsonl"
     path.write_text("\n".join(map(json.dumps, own)))
-    _, made = driver.samples_for(cast.image, cast.target, model=demo_dir, protect=cast.others, data=path, dreams=1, seed=0)
+    _, made = driver.samples_for(cast.image, cast.target, model=demo_dir, protect=cast.others, data=path, dreams=1,
+                                 strangers=0, seed=0)  # fmt: skip
     assert len(made.samples) == len(gathered.corpus.samples) + 1
     expected = Sample("facts", own[0]["question"], "water", None, (), "data")
     assert [s for s in made.samples if s.question == expected.question] == [expected]
@@ -326,7 +328,7 @@ def test_a_loaded_model_serves_another_request_afterwards(cast, gathered):
     request = Request(cast.target, cast.image, protect=cast.others)
     before = {k: v.clone() for k, v in loaded.base.state_dict().items()}
     histories = []
-    plain_recipe = Recipe(steps=2, dreams=0, batch_size=8)
+    plain_recipe = Recipe(steps=2, dreams=0, strangers=0, batch_size=8)
     for recipe in (plain_recipe, PAPER.with_overrides(steps=1), plain_recipe):
         histories.append(session.forget(loaded, request, recipe, picture).history)
         driver.adapter.detach(loaded)

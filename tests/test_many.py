@@ -18,7 +18,7 @@ from fastsiu.evaluate.many import evaluate_suite
 from fastsiu.request import BadInput
 from fastsiu.session import Listener
 
-QUICK = {"steps": 2, "dreams": 0, "limit": 1, "per_other": 1}
+QUICK = {"steps": 2, "dreams": 0, "strangers": 0, "limit": 1, "per_other": 1}
 
 
 @pytest.fixture(scope="module")

@@ -649,7 +649,7 @@ def test_what_the_check_finds_reaches_the_user(loaded, cast, monkeypatch):
 
     monkeypatch.setitem(prefix.RUN, "packed", refuse)
     screen = io.StringIO()
-    recipe = Recipe(steps=1, dreams=0, batch_size=8)
+    recipe = Recipe(steps=1, dreams=0, strangers=0, batch_size=8)
     try:
         with show.Progress(Console(file=screen, width=200), hidden=False) as progress:
             session.forget(loaded, Request(cast.target, cast.image, protect=cast.others[:1]), recipe, load_image(cast.image),

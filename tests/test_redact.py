@@ -145,12 +145,12 @@ def test_the_programs_own_sentences_stay_with_their_figures():
 
 
 ROOT = Path(output.__file__).parent
-OTHERS = ("adapter.py", "driver.py", "merge.py", "facets/held_out.py")
+OTHERS = ("adapter.py", "driver.py", "merge.py", "facets/held_out.py", "facets/strangers.py")
 SAYING = (*(ROOT / "evaluate").glob("[!jl]*.py"), *(ROOT / file for file in OTHERS))
 NOT_IN_REPORTS = (  # what begins like that is a defect of a suite, a note, the table's legend or a part of an error
     "A line is an object", "A process died", "In brackets: Wilson's", "Model: 3.", "No --model was given",
     "3 already holds this very", "3 already holds the result", "3: 3 concepts", "3 (3 to 3", "The adapter in 3 does not fit",
-    "Found missing adapter keys", "Nothing here can try this attack yet: {",
+    "Found missing adapter keys", "3, 3 or 3",
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Reque
 
 torch.set_num_threads(1)
 
-QUICK = dict(device="cpu", steps=1, dreams=0, batch_size=8, early_stop=False)
+QUICK = dict(device="cpu", steps=1, dreams=0, strangers=0, batch_size=8, early_stop=False)
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -261,7 +261,7 @@ def test_joint(lines, cast, tmp_path, monkeypatch):
 
 def test_nobody_who_is_forgotten_is_retained(loaded, cast):
     """Neither protected nor named in an answer about a picture that is kept; and asking to protect one is refused."""
-    recipe, _ = driver.choose_recipe(str(driver.EMBEDDED), "default", dict(dreams=1, dream_steps=5))
+    recipe, _ = driver.choose_recipe(str(driver.EMBEDDED), "default", dict(dreams=1, dream_steps=5, strangers=0))
     quiet = dict(listener=session.Listener(), seconds={})
     picture = images.load_image(cast.image)
     request = Request(cast.target, cast.image, retain=cast.files["other"].parent)

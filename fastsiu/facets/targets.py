@@ -50,6 +50,7 @@ class Scene:
     masked:     token ids of the concept's name (the vocabulary mask's zeros)
     others:     further concepts that the same model is to forget, or has forgotten: none is protected or named in what is kept
     told:       for each neighbour what a picture of it would be answered, as (question, reply) pairs (`dreams.told`)
+    notes:      what lessons from strangers could not have, as sentences
     left_out:   answers about other pictures that named the concept or one of the others, so that `preserve` did not take them
     """
 
@@ -63,6 +64,7 @@ class Scene:
     masked: frozenset[int] = frozenset()
     others: list[Concept] = field(default_factory=list)
     told: dict[str, list[tuple[str, Reply]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     left_out: int = 0
 
     def ask(self, questions: Sequence[str], picture: int | None = None, **options: Any) -> list[str]:
