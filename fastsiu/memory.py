@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import adapter, source, vlm
-from .facets.strangers import GROUPS, PAIRS, VIEWS
 from .kernels.launch import launch
 from .loss import fused_dmk_ce
 from .request import BadInput, Recipe
@@ -33,12 +32,9 @@ from .teacher import TeacherCache, stamp
 GB = 2**30
 # Context, loaded kernels, cuBLAS workspace and the allocator's fragments on an NVIDIA card. Assumed, not measured.
 OVERHEAD = 0.7 * GB
-
-
-# Of lessons (`facets.strangers`): pictures beside the strangers, and lessons with rows of their own at the teacher. Forward and
-# backward of a batch of lessons take what a batch of samples takes: as many, with fewer pictures.
-LESSON_PICTURES = VIEWS + 2 * PAIRS + 2 * GROUPS
-LESSONS_TAUGHT = 1000
+# Lessons from strangers (`facets.strangers`) wait on the CPU with their teacher's statistics. On the device are those of one
+# batch, with its pictures; forward and backward take what a batch of samples takes.
+PICTURES_OF_A_BATCH = 12
 
 
 @dataclass(frozen=True)
@@ -220,8 +216,8 @@ class Simulation:
         width = self.config.get_text_config().hidden_size
         pictures, samples = self.work.pictures, self.work.samples
         if self.recipe.strangers:
-            pictures += self.recipe.strangers + LESSON_PICTURES
-            samples += LESSONS_TAUGHT
+            pictures += PICTURES_OF_A_BATCH
+            samples += self.recipe.batch_size
         rows = samples * self.work.rows
         kept = pictures * self.work.prefix * width * itemsize
         kept += rows * (width * (itemsize + 4) + 16 * 16)  # teacher: hidden, m in fp32, the 16 top entries

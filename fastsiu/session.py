@@ -10,13 +10,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import adapter, corpus, sharing, train
 from . import images as pictures_in
 from .concept import Concept
 from .facets import dreams, strangers, targets
+from .features import map_features
 from .objectives import Objective, siu
 from .request import CHANGES, KEEPS, BadInput, Recipe, Request, Sample
 from .vlm import VLM
@@ -150,6 +151,9 @@ def _taught(loaded: VLM, prepared: Sequence[Prepared], recipe: Recipe) -> list[c
     for facets, temperature in ((CHANGES, recipe.temperature), (KEEPS, min(KEPT_AT, recipe.temperature))):
         out.append(joined.pick([i for i, sample in enumerate(joined.samples) if sample.facet in facets]))
         corpus.run_teacher(loaded, out[-1], plain, temperature=temperature)
+    waiting = [replace(p, features=map_features(p.features, lambda x: x.to("cpu"))) for p in joined.pictures]
+    for part in out:  # on a GPU the rows and pictures of one batch come back at a time (`train.forward`)
+        part.teacher, part.pictures = part.teacher.to("cpu", loaded.head_weight, loaded.head_bias), waiting
     return out
 
 

@@ -228,17 +228,21 @@ def forward(vlm: VLM, corpus: Corpus, chosen: list[int], recipe: Recipe, micro_b
     features = {p: corpus.pictures[p].features for i in chosen if (p := corpus.samples[i].picture) is not None}
     if recipe.projector_lr > 0:  # it changes what real pictures look like; dreams already live behind it
         features |= {p: vlm.image_features(corpus.pictures[p].image) for p in features if corpus.pictures[p].real}
+    features = {p: map_features(seen, lambda x: x.to(vlm.device)) for p, seen in features.items()}
     noisy = lambda x: x + NOISE * x.reshape(-1, x.shape[-1]).std(0) * torch.randn_like(x)
     for p in dict.fromkeys(corpus.samples[i].picture for i in chosen if corpus.samples[i].facet in NOISY):
         features[p] = map_features(features[p], noisy)
     shown = [None if (p := corpus.samples[i].picture) is None else features[p] for i in chosen]
     rows = torch.tensor([r for i in chosen for r in corpus.rows(i)], device=vlm.device)
     sample = torch.tensor([at for at, i in enumerate(chosen) for _ in corpus.rows(i)], device=vlm.device)
+    teacher = corpus.teacher[rows] if corpus.teacher is not None else None
+    if teacher is not None and teacher.hidden.device != vlm.device:
+        teacher = teacher.to(vlm.device, vlm.head_weight, vlm.head_bias)
     each = lambda holds: torch.tensor([holds(i) for i in chosen], device=vlm.device)[sample]
     return Batch(
         hidden=prefix.supervised_states(vlm, [corpus.turns[i] for i in chosen], shown, micro_batch=micro_batch),
         labels=torch.cat([corpus.turns[i].labels for i in chosen]),
-        teacher=corpus.teacher[rows] if corpus.teacher is not None else None,
+        teacher=teacher,
         kl_weight=torch.cat([corpus.keep[i] for i in chosen]).to(vlm.device),
         head_weight=vlm.head_weight,
         head_options=vlm.head_options,
