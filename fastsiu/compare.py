@@ -114,8 +114,8 @@ def compare(
             raise BadInput(f"{one.slug} has {len(one.further)} pictures besides the training picture: the search and the test "
                            "need at least one each.")  # fmt: skip
     recipe, _ = driver.choose_recipe(model, "default", {"steps": steps})
-    if recipe.schedule != "constant" or recipe.warmup:
-        raise BadInput("The search looks at a run as it goes, which needs a constant rate: set schedule 'constant' and warmup 0.")
+    # A run is looked at as it goes, which needs a constant rate. Lessons from strangers are no part of any of these methods.
+    recipe = recipe.with_overrides(schedule="constant", warmup=0.0, strangers=0)
     same = lambda one: (one["concepts"], one["recipe"], one["search"]["asked"])
     if search and same(search) != ([s.name for s in subjects], recipe.as_dict(), asdict(SEARCH)):
         raise BadInput("The earlier search was of other concepts, another recipe or another size: search anew.")

@@ -65,7 +65,8 @@ def test_the_verdict_follows_from_the_reported_answers(trained, cast):
     assert verdict.after["efficacy"] == trained.report["after"]["efficacy"]
     asked = {a["question"] for a in trained.report["answers"]}
     words = targets.wordings()
-    assert not asked & {q.format(name=n) for p in words.values() for q in p.get("train", ()) for n in (cast.target, *cast.others)}
+    names = (cast.target, *cast.others)
+    assert not asked & {q.replace("{name}", n) for p in words.values() for q in p.get("train", ()) for n in names}
 
 
 def test_the_manifest_says_where_every_hyper_parameter_came_from(trained):

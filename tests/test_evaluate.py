@@ -450,11 +450,11 @@ def test_eval_with_attacks(few, cast, demo_dir, trained, tmp_path, capsys):
     output = tmp_path / "out"
     options = ["eval", "--model", str(demo_dir), "--adapter", str(trained.output), "--concept", cast.target, "--image",
                str(cast.image), "--control", str(cast.files["stranger"].parent), "--device", "cpu", "--output"]  # fmt: skip
-    assert cli.run([*options, str(output), "--attacks", "rank,relearn"]) in (0, 1)
+    assert cli.run([*options, str(output), "--attacks", "rank,weights"]) in (0, 1)
     shown = capsys.readouterr().out
     report = json.loads((output / "report.json").read_text())
     assert {one["family"] for one in report["families"]} == {"rank", "likelihood"} and "Asked in other ways" in shown
-    assert report["not_asked"] == attacks.not_asked() and any("relearn" in text for text in report["caveats"])
+    assert report["not_asked"] == attacks.not_asked(("weights",)) and {row["attack"] for row in report["inside"]} == {"weights"}
     assert cli.run([*options, str(output), "--attacks", "rank"]) == 2 and "another request" in capsys.readouterr().err
     assert cli.run([*options, str(output), "--attacks", "ranks"]) == 2 and "choose from prompt" in capsys.readouterr().err
     plain = run.evaluate(cast.target, adapter_dir=trained.output, **given).report

@@ -155,14 +155,17 @@ def test_looks_in_turn_see_everything(loaded, gathered, monkeypatch):
     scored, score = [], train.ask.label_scores
 
     def watched(vlm, turns, pictures, **options):
-        scored.append([id(turn) for turn in turns])
+        # The same words about two pictures are one turn.
+        scored.append([(id(turn), id(picture)) for turn, picture in zip(turns, pictures, strict=True)])
         return score(vlm, turns, pictures, **options)
 
     look = train.probe_for([gathered.scene] * 3, gathered.corpus)
     monkeypatch.setattr(train.ask, "label_scores", watched)
     looks = [look() for _ in range(3)]
     of_names, of_samples = scored[0::2], scored[1::2]
-    assert sorted(sum(of_samples, [])) == sorted(map(id, gathered.corpus.turns)) and all(one.shares == 3 for one in looks)
+    shown = gathered.corpus.shown()
+    whole = sorted((id(turn), id(picture)) for turn, picture in zip(gathered.corpus.turns, shown, strict=True))
+    assert sorted(sum(of_samples, [])) == whole and all(one.shares == 3 for one in looks)
     for parts in (of_names, of_samples):
         assert len(set(sum(parts, []))) == sum(map(len, parts)) and max(map(len, parts)) <= min(map(len, parts)) + 5
     assert all(one.learned > 0 or one.retained > 0 for one in looks)
