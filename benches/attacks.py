@@ -28,7 +28,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "attacks.jsonl"
 COMPARED = Path(__file__).parent / "results" / "compare.jsonl"
-TUNED = ("Zorblax Quint", "Brumdal Tock", "Wendrig Sarn", "Lunessa Prit", "Mirelda Voss")  # on these the recipe was chosen: never asked here
+# On these the recipe was chosen: they are never asked here.
+TUNED = ("Zorblax Quint", "Brumdal Tock", "Wendrig Sarn", "Lunessa Prit", "Mirelda Voss")
 FOUR_TARGETS = {"strangers": 0, "schedule": "constant", "steps": 80}  # the recipe before there were lessons from strangers
 ROWS: dict[str, dict[str, Any]] = {
     "siu": {},
