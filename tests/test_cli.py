@@ -178,14 +178,16 @@ def test_data_writes_what_data_reads(call, cast, tmp_path):
     code, out, err = call("data", *options, "--output", "samples.jsonl")
     assert code == 0 and out == "" and "samples written to samples.jsonl" in err
     path = tmp_path / "samples.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    every = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    lines = [line for line in every if line["origin"] != "lesson"]
     assert {line["facet"] for line in lines} == {"align", "describe", "facts", "preserve"}
+    assert {"stranger", "kept", "look"} <= {line["facet"] for line in every if line["origin"] == "lesson"}
     read = corpus.read_jsonl(path)
     kept = [line for line in lines if line["origin"] != "dream"]
     assert [(s.question, s.answer, s.picture) for s in read] == [(k["question"], k["answer"], k["picture"]) for k in kept]
     # Read back it replaces what it came from: the same questions, answers and masks.
     code, out, _ = call("data", *options, "--data", path)
-    again = [json.loads(line) for line in out.split("\n") if line]
+    again = [one for line in out.split("\n") if line and (one := json.loads(line))["origin"] != "lesson"]
     key = lambda s: (s["question"], s["picture"] is None, s["answer"], s["picture"] or 0, s["specified"])
     assert code == 0 and sorted(map(key, again)) == sorted(map(key, lines))
     code, out, err = call("data", *options, "--output", "samples.jsonl")
