@@ -149,8 +149,10 @@ def _taught(loaded: VLM, prepared: Sequence[Prepared], recipe: Recipe) -> list[c
     plain, joined = recipe.with_overrides(vocab_mask=False, renormalize=False), corpus.join(some)
     out = []
     for facets, temperature in ((CHANGES, recipe.temperature), (KEEPS, min(KEPT_AT, recipe.temperature))):
-        out.append(joined.pick([i for i, sample in enumerate(joined.samples) if sample.facet in facets]))
-        corpus.run_teacher(loaded, out[-1], plain, temperature=temperature)
+        chosen = [i for i, sample in enumerate(joined.samples) if sample.facet in facets]
+        if chosen:  # of a model that answers nothing but gibberish there may be none
+            out.append(joined.pick(chosen))
+            corpus.run_teacher(loaded, out[-1], plain, temperature=temperature)
     waiting = [replace(p, features=map_features(p.features, lambda x: x.to("cpu"))) for p in joined.pictures]
     for part in out:  # on a GPU the rows and pictures of one batch come back at a time (`train.forward`)
         part.teacher, part.pictures = part.teacher.to("cpu", loaded.head_weight, loaded.head_bias), waiting
