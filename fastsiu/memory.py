@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from . import adapter, source, vlm
 from .kernels.launch import launch
 from .loss import fused_dmk_ce
+from .prefix import WORTH
 from .request import BadInput, Recipe
 from .rows import no_logits
 from .teacher import TeacherCache, stamp
@@ -54,6 +55,11 @@ class Settings:
     attention: str | None = None
     device: str = "cuda"
 
+    @property
+    def sparing(self) -> bool:
+        """Whether memory goes before time."""
+        return self.checkpointing or self.micro_batch is not None
+
     def __str__(self) -> str:
         words = [self.quantize or self.dtype, *["activation checkpointing"] * self.checkpointing]
         words += [f"micro-batch {self.micro_batch}"] * (self.micro_batch is not None)
@@ -66,7 +72,7 @@ def budget(settings: Settings, batch_size: int, limited: bool = False) -> vlm.Bu
 
     limited: under a memory limit, where as many dreams at once as a step has must do
     """
-    bounded = settings.checkpointing or settings.micro_batch is not None or limited
+    bounded = settings.sparing or limited
     dreams = settings.micro_batch or (max(1, round(0.35 * batch_size)) if bounded else None)
     return vlm.Budget(settings.micro_batch, dreams, settings.ask_batch, settings.checkpointing, settings.optimizer, bounded)
 
@@ -97,7 +103,7 @@ class Workload:
 
         The shares are those of `train.SHARES`: of 100 samples 25 show the concept's picture, 35 others', each its own. They are
         put together as `prefix` does: questions of one picture in a row, rows of like length in a forward, plain rows where
-        that saves too little or a mask cannot keep suffixes apart. Under a micro-batch one forward is alive, the largest.
+        that saves too little time or a mask cannot keep suffixes apart. Under a micro-batch one forward is alive, the largest.
         """
         most = settings.micro_batch or batch_size
         dreams, own = round(0.35 * batch_size), math.ceil(0.25 * batch_size)
@@ -110,7 +116,8 @@ class Workload:
         plain = [(min(most, own + dreams - at), self._row(1), min(most, own + dreams - at) * self.rows)
                  for at in range(0, own + dreams, most)]  # fmt: skip
         tokens = lambda forwards: sum(n * length for n, length, _ in forwards)
-        if settings.attention == "flash_attention_2" or tokens(found) > 0.9 * tokens(plain):
+        worth = settings.sparing or tokens(found) <= WORTH * tokens(plain)
+        if settings.attention == "flash_attention_2" or not worth:
             found = plain
         found += [(min(most, text), self.text, min(most, text) * self.rows)] * (text > 0)
         return found if settings.micro_batch is None else [max(found, key=lambda f: f[0] * f[1])]

@@ -105,7 +105,7 @@ class Part:
         exact = self.vlm.shares if exact is None else exact
         ways = [way for way in exact if self.length and not (way != "packed" and recomputes(self.vlm))]
         if self.vlm.budget.sparing and "packed" in ways:
-            ways = ["packed"]
+            return "packed"
         cost = {way: self.cost(way, most) for way in ways}
         best = min(ways, key=lambda way: cost[way] * DEARER[way], default="plain")
         return best if best != "plain" and cost[best] < WORTH * self.cost("plain", most) else "plain"
