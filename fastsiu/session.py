@@ -16,7 +16,7 @@ from typing import Any
 from . import adapter, corpus, sharing, train
 from . import images as pictures_in
 from .concept import Concept
-from .facets import dreams, strangers, targets
+from .facets import border, dreams, strangers, targets
 from .features import map_features
 from .objectives import Objective, siu
 from .request import CHANGES, KEEPS, BadInput, Recipe, Request, Sample
@@ -200,6 +200,8 @@ def gather(scene: targets.Scene, request: Request, listener: Listener,
     with timed(seconds, "dreams"):
         transforms = pictures_in.variants(scene.pictures[0].image, scene.recipe.seed)[1:]
         scene.views = [scene.vlm.picture(view) for _, view in transforms]
+        if scene.recipe.strangers:
+            scene.border = border.border(scene)
         dreamed = _dream(scene)
     for path in pictures_in.list_images(request.retain) if request.retain else ():
         scene.pictures.append(scene.vlm.picture(pictures_in.load_image(path)))

@@ -1,10 +1,12 @@
-"""Pictures made of the one picture: more views of it, pictures that show nobody the model knows, and pairs side by side.
+"""Pictures made of the one picture: more views of it, changed copies, pictures that show nobody the model knows, and pairs side
+by side.
 
 None of them needs a second picture of anyone. All are RGB and of the picture's size.
 """
 
 from __future__ import annotations
 
+import colorsys
 import itertools
 import random
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from ..images import edge_colour, variants
 
 TURN, SMALL, LARGE, SHIFT, LIGHT = 14.0, 0.75, 1.2, 1 / 12, 0.25  # degrees; shares of the side, and of the brightness
 ORDERS = [order for order in itertools.permutations(range(3)) if order != (0, 1, 2)]  # of the colour channels
+COLOURS = 8  # that a picture is taken apart into, to change one of them
 HALF = (0.5, 0.62)  # side of a picture in a pair, as a share of its own
 
 
@@ -41,6 +44,61 @@ def _moved(image: Image.Image, rng: random.Random) -> Image.Image:
     for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         ground = change(ground).enhance(rng.uniform(1 - LIGHT, 1 + LIGHT))
     return ground
+
+
+def changed(image: Image.Image, seed: int, count: int) -> list[Image.Image]:
+    """Copies in which something is another: one to three of the colours, a strip across in other colours, a covered part. One
+    of them may show what differs between who is in the picture and somebody who looks alike."""
+    rng, kinds = random.Random(seed), (1, 2, 3, "strip", "strip", "cover")
+    out = []
+    for i in range(count):
+        kind = kinds[i % len(kinds)]
+        if kind == "strip":
+            out.append(_other_strip(image, rng))
+        elif kind == "cover":
+            out.append(_covered(image, rng))
+        else:
+            made = image
+            for _ in range(int(kind)):
+                made = _other_colour(made, rng)
+            out.append(made)
+    return out
+
+
+def _other_colour(image: Image.Image, rng: random.Random) -> Image.Image:
+    """One of the picture's `COLOURS` main colours in another hue, wherever it is."""
+    small = image.convert("RGB")
+    small.thumbnail((256, 256))
+    palette = small.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    where = image.convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE)
+    places, pixels = np.asarray(where), np.asarray(image.convert("RGB")).astype(np.float64)
+    chosen = places == rng.choice(sorted(set(places.flatten().tolist())))
+    mean = pixels[chosen].mean(0)
+    hue, saturation, value = colorsys.rgb_to_hsv(*(mean / 255))
+    hue, saturation = (hue + rng.uniform(0.1, 0.9)) % 1, max(saturation, rng.uniform(0.4, 1.0))
+    new = colorsys.hsv_to_rgb(hue, saturation, min(1.0, max(0.2, value * rng.uniform(0.7, 1.4))))
+    pixels[chosen] += 255 * np.array(new) - mean
+    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+
+
+def _other_strip(image: Image.Image, rng: random.Random) -> Image.Image:
+    """A strip across the picture, a fifth to a half of its height, in other colours."""
+    height = rng.uniform(0.2, 0.5)
+    top = rng.uniform(0, 1 - height)
+    box = (0, int(top * image.height), image.width, int((top + height) * image.height))
+    out = image.convert("RGB")
+    out.paste(rng.choice(other_colours(out)).crop(box), box)
+    return out
+
+
+def _covered(image: Image.Image, rng: random.Random) -> Image.Image:
+    """A part of the picture under the colour of its edge."""
+    width, height = rng.uniform(0.15, 0.5), rng.uniform(0.15, 0.4)
+    left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
+    box = [int(x) for x in (left * image.width, top * image.height, (left + width) * image.width, (top + height) * image.height)]
+    out = image.convert("RGB")
+    out.paste(edge_colour(out), tuple(box))
+    return out
 
 
 def recoloured(image: Image.Image, order: Sequence[int]) -> Image.Image:

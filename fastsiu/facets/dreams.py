@@ -19,11 +19,13 @@ anyone is needed or made.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -38,8 +40,8 @@ from ..vlm import VLM, Encoded, Picture, out_of_memory
 from .targets import Scene, about_the_one_shown, wordings
 
 DECAYS = (1e-3, 3e-2, 1e-1)  # of the dreams of one name, in turns
-EXTRA = 0.6  # share of further dreams, of look-alikes:
-NEAREST = (0, 0, 0, 1, 2)  # by their places among the neighbours that the teacher is likeliest to take the picture for, in turns
+EXTRA = 0.8  # share of further dreams, of look-alikes:
+NEAREST = (0, 0, 1)  # by their places in each order of the neighbours, in turns
 SURE = math.log(2)  # nats: a token that costs less has more than half of the probability
 
 Pair = tuple[str, Reply]  # a question and the answer that the dream is to get
@@ -72,27 +74,53 @@ def dream(scene: Scene, batch: int = 32) -> list[Dream]:
     if not said:
         return []
     rng = random.Random(scene.recipe.seed)
-    names = [name for name in scene.neighbours for _ in range(scene.recipe.dreams)]
-    if scene.recipe.strangers:
-        nearest, more = alike(scene, said), round(EXTRA * len(names))
-        names += [nearest[NEAREST[i % len(NEAREST)] % len(nearest)] for i in range(more)]
     # Dreams of one name start from different views of the picture: the neighbour, too, will be met in many poses.
     starts = [scene.pictures[0], *scene.views]
     named = lambda name: lambda reply: name in reply.text
-    wishes = [Wish(rng.choice(starts), said[name], DECAYS[i % len(DECAYS)], named(name)) for i, name in enumerate(names)]
-    found = [one for at in range(0, len(wishes), batch) for one in fulfil(scene, wishes[at : at + batch], rng.random())]
-    return [Dream(name, one) for name, one in zip(names, found, strict=True)]
+
+    def dreamed(names: Sequence[str]) -> list[tuple[str, Wish, Picture | None]]:
+        wishes = [Wish(rng.choice(starts), said[name], DECAYS[i % len(DECAYS)], named(name)) for i, name in enumerate(names)]
+        found = [one for at in range(0, len(wishes), batch) for one in fulfil(scene, wishes[at : at + batch], rng.random())]
+        return list(zip(names, wishes, found, strict=True))
+
+    made = dreamed([name for name in said for _ in range(scene.recipe.dreams)])
+    if scene.recipe.strangers:
+        made += dreamed(more(alike(scene, made), round(EXTRA * len(made))))
+    return [Dream(name, picture) for name, _, picture in made]
 
 
-def alike(scene: Scene, said: dict[str, list[Pair]]) -> list[str]:
-    """The neighbours, first those that the teacher is most likely to take the picture and its views for."""
+def more(orders: Sequence[Sequence[str]], count: int) -> list[str]:
+    """The names of `count` further dreams: each order's nearest in turn, so that where they agree one name gets most."""
+    turns = [(order, NEAREST[i]) for i in range(len(NEAREST)) for order in orders]
+    return [order[place % len(order)] for order, place in itertools.islice(itertools.cycle(turns), count)]
+
+
+def alike(scene: Scene, made: Sequence[tuple[str, Wish, Picture | None]]) -> list[list[str]]:
+    """The neighbours in several orders, in each those first that look most like the concept. No one order finds all look-alikes:
+
+    as the teacher named them when it was asked who is like the concept; by the way that their dreams had to go; by how likely
+    the teacher is to take the picture and its views for them; and those that it takes changed copies of the picture for
+    (`border`), where there are any.
+    """
+    ways: dict[str, list[float]] = {}
+    for name, wish, picture in made:
+        ways.setdefault(name, []).append(math.inf if picture is None else _way(wish.start, picture))
     pictures = [scene.pictures[0], *scene.views[:5]]
-    naming = [(pairs[0], picture) for pairs in said.values() for picture in pictures]
+    naming = [(scene.told[name][0], picture) for name in ways for picture in pictures]
     turns = [scene.vlm.encode(question, reply.text, picture, reply.closed) for (question, reply), picture in naming]
     scores = ask.label_scores(scene.vlm, turns, [picture for _, picture in naming])
-    total = [float(score.log_p.sum()) for score in scores]
-    likely = {name: sum(total[k * len(pictures) : (k + 1) * len(pictures)]) for k, name in enumerate(said)}
-    return sorted(likely, key=lambda name: -likely[name])
+    likely = dict.fromkeys(ways, 0.0)
+    for (name, _), score in zip(((name, p) for name in ways for p in pictures), scores, strict=True):
+        likely[name] += float(score.log_p.sum())
+    taken = [name for name in scene.border.nearest if name in ways]
+    orders = [taken, list(ways), sorted(ways, key=lambda n: fmean(ways[n])), sorted(ways, key=lambda n: -likely[n])]
+    return [order for order in orders if order]
+
+
+def _way(start: Picture, end: Picture) -> float:
+    """The mean square of what lies between two pictures' features, in units of each channel's spread over the first's patches."""
+    a, b = (torch.cat([x.reshape(-1, x.shape[-1]) for x in feature_tensors(one.features)]).float() for one in (start, end))
+    return float(((b - a) / a.std(0).clamp_min(1e-6)).square().mean())
 
 
 def told(scene: Scene) -> dict[str, list[Pair]]:

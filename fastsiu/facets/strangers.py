@@ -36,12 +36,14 @@ from ..concept import Concept
 from ..request import Sample
 from ..vlm import Picture
 from . import drawn
+from .border import taken_for
 from .dreams import Pair, Wish, fulfil
 from .targets import Scene, about_the_one_shown, wordings
 
 VIEWS, PAIRS = 22, 8  # pictures of the concept, and of it beside somebody else
 AGREE = 0.6  # share of the strangers that must get the same answer, for it to be what strangers get
 FEWEST = 3  # strangers below which some are dreamed
+FEW = 8  # changed copies that are kept of each neighbour that they are taken for, and of nobody
 OTHERS = 80  # answers that would be right for neighbours
 QUESTIONS = {"stranger": 40, "beside": 24, "kept": 20, "kept-beside": 8}  # for each picture
 TRIES = 4  # times `PAIRS` pictures of two, until the teacher tells them apart
@@ -106,17 +108,21 @@ def lessons(scene: Scene) -> Lessons:
     if not found:
         return out
     lonely = [out.show(picture) for picture in found]
-    views = [out.show(picture) for picture in _seen(scene, drawn.views(image, seed, VIEWS))]
+    seen = _seen(scene, drawn.views(image, seed, VIEWS))
+    views = [out.show(p) for p, name in zip(seen, taken_for(scene, seen), strict=True) if name not in scene.neighbours]
     usual = usual_replies(scene, words.naming, found)
     own = dict(zip(words.naming, ask.replies(vlm, [(q, scene.pictures[0]) for q in words.naming]), strict=True))
-    taught = _pairs(words.naming, own, usual, rng) + _others(scene, rng)
+    taught = _pairs(words.naming, own, usual, rng) + _pairs(words.plural, own, usual, rng) + _others(scene, rng)
     for view in views:
         for pair in rng.sample(taught, min(QUESTIONS["stranger"], len(taught))):
             out.add("stranger", pair, view, lonely)
     _beside(scene, out, words, taught, [one.picture.image for one in everybody if one.whole], rng)
-    _keep_looks(scene, out, words, views, [*own.values()], [*usual.values()])
+    hop = [own[question] for question in about_the_one_shown("train")]
+    _keep_looks(scene, out, words, views, lonely, hop, [*usual.values()])
     others = [out.show(picture, name) for picture, name in zip(scene.pictures[1:], scene.named[1:], strict=True)]
-    _keep(scene, out, "kept", [*others, *lonely], words.every, rng)
+    near = [out.show(picture, name) for name, some in scene.border.others.items() for picture in some[:FEW]]
+    near += [out.show(picture) for picture in scene.border.nobody[:FEW]]
+    _keep(scene, out, "kept", [*others, *near, *lonely], words.every, rng)
     # Each stranger keeps its own level of the concept's name and facts, so that the concept has to come down to it.
     forced = [(question, reply) for question, reply in taught if reply != usual.get(question)]
     for index in lonely:
@@ -285,19 +291,23 @@ def _named(scene: Scene, reply: Reply, names: dict[int, str]) -> Reply:
     return Reply(text, reply.closed)
 
 
-def _keep_looks(scene: Scene, out: Lessons, words: Words, views: Sequence[int], own: Sequence[Reply],
+def _keep_looks(scene: Scene, out: Lessons, words: Words, views: Sequence[int], lonely: Sequence[int], told: Sequence[Reply],
                 usual: Sequence[Reply]) -> None:  # fmt: skip
-    """What is visible of the concept is told as before, where the teacher tells it without the name and without a fact: asked
-    what it cannot see, a model may say what it knows."""
-    said = ask.replies(scene.vlm, [(q, out.pictures[view]) for view in views for q in words.look], suppress=scene.masked)
+    """What is visible of the concept is told as before, where the teacher tells it without a name and without a fact: asked what
+    it cannot see, a model may say what it knows. Facts are words of its replies `told` that no stranger gets.
+
+    usual: what strangers get to the same questions
+    """
+    asked = [(index, question) for index in (*lonely, *views) for question in words.look]
+    said = ask.replies(scene.vlm, [(q, out.pictures[index]) for index, q in asked], suppress=scene.masked)
     known = [scene.concept, *scene.others, *map(Concept, scene.neighbours)]
-    asked = [(view, question) for view in views for question in words.look]
     describe = set(wordings()["describe"]["train"])
-    harmless = [reply for (_, question), reply in zip(asked, said, strict=True) if question in describe]
-    telling = _words(own) - _words(harmless) - _words(usual)
-    for (view, question), reply in zip(asked, said, strict=True):
-        if not any(concept.named_in(reply.text) for concept in known) and not telling & _words([reply]):
-            out.add("look", (question, reply), view)
+    answered = list(zip(asked, said, strict=True))
+    harmless = [reply for (index, q), reply in answered if index in set(lonely) or q in describe]
+    facts = _words(told) - _words(harmless) - _words(usual)
+    for (index, question), reply in answered:
+        if index in set(views) and not any(c.named_in(reply.text) for c in known) and not facts & _words([reply]):
+            out.add("look", (question, reply), index)
 
 
 def _words(replies: Sequence[Reply]) -> set[str]:

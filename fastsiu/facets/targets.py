@@ -40,6 +40,23 @@ def about_the_one_shown(part: Literal["train", "held_out"]) -> list[str]:
 
 
 @dataclass
+class Border:
+    """Changed copies of the concept's picture (`border`).
+
+    others: those that the model takes for a neighbour, by its name
+    nobody: those that it takes for nobody known
+    """
+
+    others: dict[str, list[Picture]] = field(default_factory=dict)
+    nobody: list[Picture] = field(default_factory=list)
+
+    @property
+    def nearest(self) -> list[str]:
+        """The neighbours that were found, the commonest first."""
+        return sorted(self.others, key=lambda name: -len(self.others[name]))
+
+
+@dataclass
 class Scene:
     """What a facet may look at.
 
@@ -47,6 +64,7 @@ class Scene:
     named:      for each picture the name it was dreamed for, None otherwise
     neighbours: names to protect
     views:      transforms of the concept's picture, from which dreams start as well
+    border:     changed copies of it that the model takes for neighbours, or for nobody
     masked:     token ids of the concept's name (the vocabulary mask's zeros)
     others:     further concepts that the same model is to forget, or has forgotten: none is protected or named in what is kept
     told:       for each neighbour what a picture of it would be answered, as (question, reply) pairs (`dreams.told`)
@@ -61,6 +79,7 @@ class Scene:
     named: list[str | None] = field(default_factory=lambda: [None])
     neighbours: list[str] = field(default_factory=list)
     views: list[Picture] = field(default_factory=list)
+    border: Border = field(default_factory=Border)
     masked: frozenset[int] = frozenset()
     others: list[Concept] = field(default_factory=list)
     told: dict[str, list[tuple[str, Reply]]] = field(default_factory=dict)
