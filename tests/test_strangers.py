@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastsiu import adapter, ask, corpus, objectives, prefix, session, train
 from fastsiu.concept import Concept
-from fastsiu.facets import drawn, strangers, targets
+from fastsiu.facets import border, drawn, dreams, strangers, targets
 from fastsiu.facets.dreams import in_place
 from fastsiu.request import CHANGES, KEEPS, PAPER, Recipe, Sample
 from fastsiu.teacher import TeacherCache
@@ -54,12 +54,28 @@ def test_drawn_pictures_are_rgb_of_the_pictures_size_and_repeat(picture):
     rng = lambda: random.Random(3)
     pairs = ((picture, None), (None, picture), (picture, picture))
     for make in (lambda: drawn.views(picture, 1, 20), lambda: sum(drawn.nobodies(picture, 1), []),
-                 lambda: [drawn.pair(*both, rng()) for both in pairs]):
+                 lambda: drawn.changed(picture, 1, 12), lambda: [drawn.pair(*both, rng()) for both in pairs]):
         first, again = make(), make()
         assert all(one.mode == "RGB" for one in first)
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert len(drawn.views(picture, 1, 20)) == 20
-    assert all(one.size == picture.size for one in sum(drawn.nobodies(picture, 1), []))
+    assert all(one.size == picture.size for one in sum(drawn.nobodies(picture, 1), []) + drawn.changed(picture, 1, 12))
+    assert all(one.size == (1, 1) for one in drawn.changed(Image.new("L", (1, 1)), 1, 12))
+
+
+def test_a_changed_copy_is_another_picture_in_parts_only():
+    """Three fields of one colour each: a change of one colour leaves the other two fields as they were."""
+    three = Image.new("RGB", (60, 60), "red")
+    three.paste("blue", (0, 20, 60, 40))
+    three.paste("yellow", (0, 40, 60, 60))
+    before = np.asarray(three)
+    copies = [np.asarray(one) for one in drawn.changed(three, 0, 24)]
+    assert all((one != before).any() and (one == before).all(-1).any() for one in copies[::6])
+    for one in copies[::6]:  # of one colour only
+        same = [(one[top : top + 20] == before[top : top + 20]).all() for top in (0, 20, 40)]
+        assert sum(same) == 2
+    covered = [(one != before).any(-1).mean() for one in copies[5::6]]
+    assert all(0 < share <= 0.2 for share in covered)
 
 
 def test_shuffled_pixels_are_the_same_pixels(picture):
@@ -124,6 +140,49 @@ def test_strangers_come_first_to_whom_the_concept_is_least_known(scene):
     half = len(found) // 2
     first, last = (sum(map(nats, part)) / len(part) for part in (found[:half], found[half:]))
     assert half > 1 and first > last
+
+
+def test_changed_copies_are_sorted_by_whom_the_teacher_names(scene, monkeypatch):
+    """The teacher looks at pictures of the cast: of the concept, of a neighbour, and of nobody; the neighbour's is to be kept."""
+    vlm, near = scene.vlm, scene.neighbours[0]
+    blank = lambda: vlm.picture(Image.new("RGB", (64, 64)))
+    shown = {"own": scene.pictures[0], "near": blank(), "none": blank()}
+    names = {id(shown["own"]): scene.concept.name, id(shown["near"]): near}
+    said = lambda vlm, asked: [f"This is {names.get(id(picture), 'a green cat')}." for _, picture in asked]
+    monkeypatch.setattr(border.ask, "answers", said)
+    assert border.taken_for(scene, list(shown.values())) == [scene.concept.name, near, None]
+    # One that any wording gets the concept's name of is the concept's, also where others get a neighbour's.
+    turn = itertools.cycle([near, near, scene.concept.name, near])
+    monkeypatch.setattr(border.ask, "answers", lambda vlm, asked: [f"It is {next(turn)}." for _ in asked])
+    assert border.taken_for(scene, [shown["near"]] * 2) == [scene.concept.name] * 2
+    turn = itertools.cycle([near, "nobody", near, "nobody"])
+    found = border.border(scene)
+    assert set(found.others) == {near} and not found.nobody and found.nearest == [near]
+
+
+def test_what_is_taken_for_a_neighbour_is_kept_and_not_taught(scene):
+    """A view of the concept that the teacher takes for a neighbour is no picture of the concept."""
+    near = scene.neighbours[0]
+    kept = scene.vlm.picture(Image.new("RGB", (64, 64), "pink"))
+    other = replace(scene, border=targets.Border(others={near: [kept]}))
+    out = strangers.lessons(other)
+    places = [i for i, picture in enumerate(out.pictures) if picture is kept]
+    assert len(places) == 1 and out.named[places[0]] == near
+    assert {s.facet for s in out.samples if s.picture == places[0]} == {"kept"}
+
+
+def test_views_that_show_a_neighbour_are_not_taught(scene, monkeypatch):
+    near = scene.neighbours[0]
+    monkeypatch.setattr(strangers, "taken_for", lambda scene, pictures: [near, *[None] * (len(pictures) - 1)])
+    out = strangers.lessons(scene)
+    shown = {s.picture for s in out.samples if s.facet == "stranger"}
+    assert len(shown) == strangers.VIEWS - 1
+
+
+def test_further_dreams_go_where_the_orders_agree():
+    assert dreams.more([["a", "b", "c"], ["a", "c", "b"], ["b", "a", "c"]], 9) == ["a", "a", "b", "a", "a", "b", "b", "c", "a"]
+    assert dreams.more([["a"]], 3) == ["a"] * 3
+    assert dreams.more([], 3) == []
 
 
 def test_strangers_are_dreamed_where_none_can_be_drawn(scene, monkeypatch):

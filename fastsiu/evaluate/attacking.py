@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..request import BadInput
+from ..request import BadInput, Recipe
+from ..session import Listener
+from ..verdict import Family
 from ..vlm import VLM
 from . import deep, inquiry
-from .attacks import table
+from .attacks import not_asked, table
 from .exam import Exam
-from .inquiry import Inquiry
+from .inquiry import After, Inquiry
 
 SCORED = ("rank", "likelihood")
 DEEP = tuple(deep.ATTACKS)
 ASKED = ("prompt", "image", "rank")
+OF_VERDICT = ("prompt", "rank")  # the families that every verdict asks, `inquiry.VERDICT`
 MERGED = "The weights are merged: what looks inside needs the adapter, with which the untouched model is at hand as well."
 
 
@@ -62,3 +66,45 @@ def inside(loaded: VLM, exam: Exam, found: Inquiry, attacks: Sequence[str], give
     others = [(seen.shows, seen.load()) for seen in shown("other", "lookalike") if seen.shows]
     target = deep.Target(exam.concept, own, strangers, found.neighbours, others, seed=found.seed)
     return deep.run(loaded, target, which, lr=lr)
+
+
+@dataclass
+class Attacked:
+    """What the attacks brought out, first of the untouched model, then of the unlearned one.
+
+    tried: which, of `chosen`;  lr: the rate that the adapter was trained with
+    """
+
+    tried: tuple[str, ...]
+    inquiry: Inquiry | None = None
+    after: After | None = None
+    inside: list[dict[str, Any]] = field(default_factory=list)
+    lr: float = Recipe.lr
+
+    def first(self, loaded: VLM, exam: Exam, given: bool, listener: Listener) -> None:
+        if self.tried:
+            listener.stage("Asking the untouched model in other ways")
+            self.inquiry = prepare(loaded, exam, self.tried, given)
+
+    def again(self, loaded: VLM, exam: Exam, given: bool, listener: Listener) -> None:
+        if self.inquiry:
+            listener.stage("Trying to get it back")
+            self.after = self.inquiry.again(loaded)
+            self.inside = inside(loaded, exam, self.inquiry, self.tried, given, self.lr)
+
+    @property
+    def families(self) -> list[Family] | None:
+        return self.inquiry.families(self.after) if self.inquiry else None
+
+    @property
+    def caveats(self) -> list[str]:
+        deeper = any(key in DEEP for key in self.tried)
+        return [*self.inquiry.remarks, *([MERGED] if deeper and not self.inside else [])] if self.inquiry else []
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Further entries of the report."""
+        if not self.inquiry:
+            return {}
+        done = {row["attack"] for row in self.inside}
+        return {"not_asked": not_asked(tuple(done))} | ({"inside": self.inside} if self.inside else {})

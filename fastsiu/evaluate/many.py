@@ -28,7 +28,8 @@ from ..images import load_image, read_bytes
 from ..memory import Settings, budget
 from ..request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
 from ..session import Listener
-from . import process, run, suite
+from . import attacking, process, run, suite
+from .inquiry import VERDICT
 from .observe import Observations
 from .pooled import markdown, pooled
 
@@ -64,6 +65,11 @@ class Job:
         """The model in reports, where a path would tell whose machine it was."""
         return Path(self.model).name if Path(self.model).is_dir() else self.model
 
+    @property
+    def changes(self) -> bool:
+        """Whether there is an unlearned model to be asked."""
+        return self.unlearn or self.adapters is not None or self.adapter_dir is not None
+
     def adapter_of(self, subject: suite.Subject) -> Path | None:
         return self.adapter_dir or (self.adapters and self.adapters / subject.slug)
 
@@ -73,6 +79,7 @@ class Job:
         content = {
             "untouched": self.exam_digest(subject),
             "recipe": self.recipe.as_dict() if self.unlearn else None,
+            "families": list(VERDICT) if self.changes else None,
             "adapter": place and {p.name: outputs.digest_file(p) for p in sorted(place.glob("adapter_*")) if p.is_file()},
         }
         return _sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
@@ -270,14 +277,19 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
         if untouched is None:
             listener.stage(f"{subject.slug}: asking the untouched model")
             untouched = run.examine(loaded, exam, max_new_tokens=job.longest)
+        besides = attacking.Attacked(attacking.OF_VERDICT if job.changes else ())
+        given = any(seen.role == "control" for seen in exam.pictures)
+        besides.first(loaded, exam, given, listener)
         with _changed(loaded, job, subject, listener) as extra:
             model = None
             if extra is not None:
                 listener.stage(f"{subject.slug}: asking again")
                 model = run.examine(loaded, exam, untouched, max_new_tokens=job.longest)
+                besides.again(loaded, exam, given, listener)
             adapted = model is not None
-            caveats = [driver.CAVEAT] * adapted + unsealed
-            report = run.report_of(exam, job.shown, untouched, model, adapted=adapted, caveats=caveats)
+            caveats = [driver.CAVEAT] * adapted + unsealed + besides.caveats
+            report = run.report_of(exam, job.shown, untouched, model, adapted=adapted, caveats=caveats, families=besides.families)
+            report |= besides.told
             transaction = outputs.Transaction(job.output / subject.slug)
             with transaction as staging:
                 if job.unlearn:
@@ -371,6 +383,7 @@ def _table(job: Job, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]
         "of": len(job.given.subjects),
         "concepts": [
             {"slug": o.slug, "concept": o.concept, "status": o.status, "reasons": o.reasons,
+             "headline": done.get(o.slug, {}).get("headline"),
              "rows": done[o.slug]["rows"] if o.slug in done else {}}
             for o in outcomes
         ],

@@ -22,11 +22,8 @@ from ..memory import Settings
 from ..report.redact import redacted
 from ..request import BadInput, Recipe
 from ..session import Listener
-from ..verdict import Family
 from . import attacking, directories, judge, lmms
-from .attacks import not_asked
 from .exam import OF_CONCEPT, Exam
-from .inquiry import After, Inquiry
 from .observe import Likelihood, Naming, Observations, carriers, examine, with_fluency
 from .rows import report_of, row, to_grade, verdict_answers
 
@@ -159,7 +156,7 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
         return Evaluation(forgotten, report, destination, [note])
 
     after: Observations | None = None
-    besides = _Attacked(tried, lr=_rate(adapter_dir))
+    besides = attacking.Attacked(tried, lr=_rate(adapter_dir))
     caveats = [driver.CAVEAT] * (adapter_dir is not None) + [directories.COUNTERFACTUAL] * (control is None)
     if base is None and adapter_dir is None and "merge" in adapter.manifest_of(Path(name)):
         caveats.append(MERGED)
@@ -204,45 +201,6 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
         report = _write(destination, report, kept, digest, measured, settings | driver.shown_as(redact, embed_image), pictures,
                         load_image(Path(image)) if embed_image and image is not None else None)  # fmt: skip
     return Evaluation(None if after is None else report["verdict"] == "forgotten", report, destination)
-
-
-@dataclass
-class _Attacked:
-    """What the attacks brought out; tried: which, of `attacking.chosen`; lr: the rate that the adapter was trained with."""
-
-    tried: tuple[str, ...]
-    inquiry: Inquiry | None = None
-    after: After | None = None
-    inside: list[dict[str, Any]] = field(default_factory=list)
-    lr: float = Recipe.lr
-
-    def first(self, loaded: vlm.VLM, exam: Exam, given: bool, listener: Listener) -> None:
-        if self.tried:
-            listener.stage("Asking the untouched model in other ways")
-            self.inquiry = attacking.prepare(loaded, exam, self.tried, given)
-
-    def again(self, loaded: vlm.VLM, exam: Exam, given: bool, listener: Listener) -> None:
-        if self.inquiry:
-            listener.stage("Trying to get it back")
-            self.after = self.inquiry.again(loaded)
-            self.inside = attacking.inside(loaded, exam, self.inquiry, self.tried, given, self.lr)
-
-    @property
-    def families(self) -> list[Family] | None:
-        return self.inquiry.families(self.after) if self.inquiry else None
-
-    @property
-    def caveats(self) -> list[str]:
-        deeper = any(key in attacking.DEEP for key in self.tried)
-        return [*self.inquiry.remarks, *([attacking.MERGED] if deeper and not self.inside else [])] if self.inquiry else []
-
-    @property
-    def told(self) -> dict[str, Any]:
-        """Further entries of the report."""
-        if not self.inquiry:
-            return {}
-        done = {row["attack"] for row in self.inside}
-        return {"not_asked": not_asked(tuple(done))} | ({"inside": self.inside} if self.inside else {})
 
 
 def _alike(loaded: vlm.VLM, exam: Exam, cached: dict[str, Any] | None) -> list[str]:
