@@ -29,7 +29,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "attacks.jsonl"
 COMPARED = Path(__file__).parent / "results" / "compare.jsonl"
 # On these the recipe was chosen: they are never asked here.
-TUNED = ("Zorblax Quint", "Brumdal Tock", "Wendrig Sarn", "Lunessa Prit", "Mirelda Voss")
+TUNED = ("Zorblax Quint", "Brumdal Tock", "Wendrig Sarn", "Lunessa Prit", "Mirelda Voss", "Vexil Orban", "Ophira Clune")
 FOUR_TARGETS = {"strangers": 0, "schedule": "constant", "steps": 80}  # the recipe before there were lessons from strangers
 ROWS: dict[str, dict[str, Any]] = {
     "siu": {},

@@ -73,15 +73,12 @@ def build(vlm: VLM, concept: Concept, samples: Sequence[Sample], pictures: list[
     Raises BadInput where a sample says that some of its answer contradicts the teacher and no token of it is found.
     """
     turns, keep = [], []
-    known: dict[tuple, Encoded] = {}  # the same words about pictures of one size are one object, which `prefix` makes use of
+    encode = vlm.encoder()
     for sample in samples:
         # A cut answer keeps its words and loses its end. Trimmed to its last whole sentence it would still end where the
         # teacher goes on: there the cross-entropy would teach a stop that the KL, and every other answer, contradicts.
         picture = None if sample.picture is None else pictures[sample.picture]
-        key = (sample.question, sample.answer, sample.closed, None if picture is None else picture.image.size)
-        if key not in known:
-            known[key] = vlm.encode(sample.question, sample.answer, picture, sample.closed)
-        turn = known[key]
+        turn = encode(sample.question, sample.answer, picture, sample.closed)
         spans = list(sample.specified) if recipe.token_mask else []
         for span in spans:
             if bool(token_keep(turn.offsets, [span]).all()):

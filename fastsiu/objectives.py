@@ -20,6 +20,7 @@ from .loss import fused_dmk_ce
 from .request import Recipe
 from .teacher import TeacherCache
 
+KEEP = 1.5
 FAR = 1.0  # nats; a token to which the teacher on strangers gives a probability below e^-1
 NPO_BETA = 0.1  # the inverse temperature of all published runs
 
@@ -78,6 +79,12 @@ def strangers(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
                               **batch.head_options)  # fmt: skip
     distance = _mean(F.smooth_l1_loss(nats, wanted, reduction="none"), wanted > FAR)
     return kl + recipe.level * distance, _parts(distance, kl)
+
+
+def kept(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
+    """`strangers` of what is to stay, with `KEEP` times its weight: at the same weight it gives way near the concept."""
+    loss, parts = strangers(batch, recipe)
+    return KEEP * loss, parts
 
 
 def siu_as_released(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import adapter, corpus, sharing, train
+from . import adapter, corpus, objectives, sharing, train
 from . import images as pictures_in
 from .concept import Concept
 from .facets import border, dreams, strangers, targets
@@ -141,20 +141,21 @@ def _still_true(one: Prepared, others: Sequence[Prepared]) -> corpus.Corpus:
     return one.corpus.pick([i for i, s in enumerate(one.corpus.samples) if not (seen(s) and about(s)) and not said(s)])
 
 
-def _taught(loaded: VLM, prepared: Sequence[Prepared], recipe: Recipe) -> list[corpus.Corpus]:
-    """All lessons with their teacher: what changes, and what stays."""
+def _taught(loaded: VLM, prepared: Sequence[Prepared], recipe: Recipe) -> list[tuple[corpus.Corpus, Objective]]:
+    """All lessons with their teacher and their objective: what changes, and what stays."""
     some = [one for one in (_lessons_still_true(one, prepared) for one in prepared) if one is not None]
     if not some:
         return []
     plain, joined = recipe.with_overrides(vocab_mask=False, renormalize=False), corpus.join(some)
-    out = []
-    for facets, temperature in ((CHANGES, recipe.temperature), (KEEPS, min(KEPT_AT, recipe.temperature))):
+    out: list[tuple[corpus.Corpus, Objective]] = []
+    both = ((CHANGES, recipe.temperature, objectives.strangers), (KEEPS, min(KEPT_AT, recipe.temperature), objectives.kept))
+    for facets, temperature, objective in both:
         chosen = [i for i, sample in enumerate(joined.samples) if sample.facet in facets]
         if chosen:  # of a model that answers nothing but gibberish there may be none
-            out.append(joined.pick(chosen))
-            corpus.run_teacher(loaded, out[-1], plain, temperature=temperature)
+            out.append((joined.pick(chosen), objective))
+            corpus.run_teacher(loaded, out[-1][0], plain, temperature=temperature)
     waiting = [replace(p, features=map_features(p.features, lambda x: x.to("cpu"))) for p in joined.pictures]
-    for part in out:  # on a GPU the rows and pictures of one batch come back at a time (`train.forward`)
+    for part, _ in out:  # on a GPU the rows and pictures of one batch come back at a time (`train.forward`)
         part.teacher, part.pictures = part.teacher.to("cpu", loaded.head_weight, loaded.head_bias), waiting
     return out
 

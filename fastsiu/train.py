@@ -15,7 +15,7 @@ from .corpus import FORGET, Corpus
 from .facets.targets import Scene, wordings
 from .features import map_features
 from .images import variants
-from .objectives import Batch, Objective, siu, strangers
+from .objectives import Batch, Objective, siu
 from .request import CHANGES, NumericFailure, OutOfMemory, Recipe
 from .vlm import VLM, Encoded, Picture, Span, checkpoint_layers, out_of_memory
 
@@ -29,7 +29,7 @@ PARTS = {"stranger": 0.8, "beside": 0.2, "kept": 0.55, "kept-beside": 0.25, "loo
 # each other are half as large, and fine looks finer still: there it blurs what is to be told.
 NOISE, NOISY = 0.1, ("stranger", "kept")
 FROM, DOWN_TO = 0.6, 0.1  # schedule "decay": the rate falls from this share of the steps on, to this share of it
-LOOK_EVERY = 20  # where no look can end the training
+LOOK_EVERY = 40  # where no look can end the training
 CHECK_EVERY = 5  # steps between two looks at the probe
 MARGIN = 0.1  # nats by which a retained answer may become less likely before it counts as bent
 GOOD_ENOUGH = 8  # looks in a row that must be good before training stops: what few steps bend, more steps repair
@@ -76,14 +76,14 @@ class Step:
 
 def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: Callable[[], Look],
         on_step: Callable[[Step], None] | None = None, say: Callable[[str], None] = lambda text: None,
-        watch: Callable[[int], bool] | None = None, lessons: Sequence[Corpus] = ()) -> list[Step]:  # fmt: skip
+        watch: Callable[[int], bool] | None = None, lessons: Sequence[tuple[Corpus, Objective]] = ()) -> list[Step]:  # fmt: skip
     """Trains the adapter that is on; one Step per optimisation step. A step that does not fit into memory is done again with
     half as many samples in a forward, then with activation checkpointing: the same step, and `vlm.budget` keeps what fits.
 
     watch:   called with the number of each step that is done, the model in evaluation mode; True ends the training
-    lessons: of target 5 (`facets.strangers`) what changes and what stays, with their teachers: a batch of each is added to every
-             step. All steps are run then, because the rate's decay at the end is part of it, and pictures of others are kept by
-             lessons alone
+    lessons: of target 5 (`facets.strangers`) what changes and what stays, each with its teacher and its objective: a batch of
+             each is added to every step. All steps are run then, because the rate's decay at the end is part of it, and
+             pictures of others are kept by lessons alone
 
     Raises NumericFailure on a loss that is not finite, OutOfMemory where one sample at a time does not fit either.
     """
@@ -97,9 +97,9 @@ def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: C
     _training_mode(vlm, recipe)
     torch.manual_seed(recipe.seed)
     first = batches(corpus, recipe, ("preserve-picture",) if lessons else ())
-    taught = [lesson_batches(some, recipe) for some in lessons]
+    taught = [lesson_batches(some, recipe) for some, _ in lessons]
     for step, chosen, *learned in zip(range(1, recipe.steps + 1), first, *taught, strict=False):
-        work = [(corpus, chosen, objective), *((some, half, strangers) for some, half in zip(lessons, learned, strict=True))]
+        work = [(corpus, chosen, objective), *((some, half, how) for (some, how), half in zip(lessons, learned, strict=True))]
         found: list | None = None
         while found is None:
             optimiser.zero_grad(set_to_none=True)

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -215,6 +215,19 @@ class VLM:
         closing = (len(answer), len(answer))
         spans = [(max(s - start, 0), min(e, stop) - start) if s < stop else closing for s, e in offsets[first:end]]
         return Encoded(inputs, positions - 1, inputs["input_ids"][0, positions], spans)
+
+    def encoder(self) -> Callable[..., Encoded]:
+        """`encode`, which makes the same words about pictures of one size once: they are one object, and `prefix` makes use of
+        that."""
+        known: dict[tuple, Encoded] = {}
+
+        def made(question: str, answer: str, picture: Picture | None, closed: bool = True) -> Encoded:
+            key = (question, answer, closed, None if picture is None else picture.image.size)
+            if key not in known:
+                known[key] = self.encode(question, answer, picture, closed)
+            return known[key]
+
+        return made
 
     def encode_prompt(self, question: str, picture: Picture | None, begin: str = "") -> dict[str, Tensor]:
         """A turn up to where the answer starts, or up to the end of `begin`, the first words of the answer."""

@@ -38,7 +38,7 @@ def halves(scene, taught):
     """What changes and what stays, encoded, with their teachers."""
     made = corpus.build(scene.vlm, scene.concept, taught.samples, taught.pictures, scene.recipe)
     one = session.Prepared(None, scene, None, [], made, taught.named)
-    return session._taught(scene.vlm, [one], scene.recipe)
+    return [half for half, _ in session._taught(scene.vlm, [one], scene.recipe)]
 
 
 # Pictures ---------------------------------------------------------------------------------------------------------------
@@ -305,6 +305,13 @@ def test_a_student_at_the_strangers_level_is_left_alone():
     loss, _ = objectives.strangers(batch(student, teacher, torch.arange(6), weight, 4.0), Recipe())
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
     assert torch.autograd.grad(loss, student)[0].abs().max() < 1e-5
+
+
+def test_what_stays_weighs_more():
+    made = batch(*(torch.randn(5, 8) for _ in range(2)), torch.randint(0, 12, (5,)), torch.randn(12, 8), 2.0)
+    recipe = Recipe(strangers=4)
+    (change, parts), (stay, same) = (how(made, recipe) for how in (objectives.strangers, objectives.kept))
+    assert torch.allclose(stay, objectives.KEEP * change) and objectives.KEEP > 1 and parts == same
 
 
 @pytest.mark.parametrize("direction", [1, -1])

@@ -21,7 +21,7 @@ from ..answers import words
 from ..concept import Concept
 from ..facets.targets import wordings
 from ..verdict import Family, Rate
-from ..vlm import VLM, Encoded, Picture
+from ..vlm import VLM, Picture
 from . import attacks
 from .attacks import Attack
 from .strangers import Shown, conditions, conditions_of, groups, groups_of, strangers, views
@@ -194,11 +194,8 @@ def _scores(vlm: VLM, frames: Sequence[Frame], names: Sequence[str], own: Sequen
     rows = [(frame, name, picture) for picture in own for frame in frames for name in names]
     rows += [(frame, names[0], picture) for picture in strange for frame in frames]
     shown = [picture for _, _, picture in rows]
-    made: dict[tuple[Frame, str, tuple[int, int]], Encoded] = {}  # the tokens depend on the picture's size alone
-    for frame, name, picture in rows:
-        if (key := (frame, name, picture.image.size)) not in made:
-            made[key] = vlm.encode(frame.question, frame.start + name, picture, closed=False)
-    turns = [made[frame, name, picture.image.size] for frame, name, picture in rows]
+    encode = vlm.encoder()
+    turns = [encode(frame.question, frame.start + name, picture, False) for frame, name, picture in rows]
     values = []
     for (frame, name, _), turn, score in zip(rows, turns, ask.label_scores(vlm, turns, shown), strict=True):
         start = len(frame.start) - (len(frame.start + name) - len((frame.start + name).strip()))

@@ -107,7 +107,8 @@ def alike(scene: Scene, made: Sequence[tuple[str, Wish, Picture | None]]) -> lis
         ways.setdefault(name, []).append(math.inf if picture is None else _way(wish.start, picture))
     pictures = [scene.pictures[0], *scene.views[:5]]
     naming = [(scene.told[name][0], picture) for name in ways for picture in pictures]
-    turns = [scene.vlm.encode(question, reply.text, picture, reply.closed) for (question, reply), picture in naming]
+    encode = scene.vlm.encoder()
+    turns = [encode(question, reply.text, picture, reply.closed) for (question, reply), picture in naming]
     scores = ask.label_scores(scene.vlm, turns, [picture for _, picture in naming])
     likely = dict.fromkeys(ways, 0.0)
     for (name, _), score in zip(((name, p) for name in ways for p in pictures), scores, strict=True):
@@ -195,7 +196,8 @@ def fulfil(scene: Scene, wishes: Sequence[Wish], luck: float = 0.0) -> list[Pict
     free = [
         (f + recipe.dream_noise * spread * torch.randn(f.shape, generator=generator).to(f)).requires_grad_() for f in first
     ]
-    turns = [[vlm.encode(q, r.text, wish.start, r.closed) for q, r in wish.pairs] for wish in wishes]
+    encode = vlm.encoder()
+    turns = [[encode(q, r.text, wish.start, r.closed) for q, r in wish.pairs] for wish in wishes]
     decks: list[list[int]] = [[] for _ in wishes]
     right: list[set[int]] = [set() for _ in wishes]
     # The rate is in units of the channels' spread over the patches, so that one number suits every projector.

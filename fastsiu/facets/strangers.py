@@ -164,7 +164,8 @@ def strangers(scene: Scene, notes: list[str] | None = None) -> list[Stranger]:
     if len(accepted) < FEWEST and notes is not None:
         notes.append(f"Only {len(accepted)} pictures of strangers could be made of the picture or dreamed: what the concept is "
                      "answered with rests on few.")  # fmt: skip
-    turns = [(vlm.encode(q, r.text, one.picture, r.closed), one.picture) for one in accepted for q, r in own if r.text]
+    encode = vlm.encoder()
+    turns = [(encode(q, r.text, one.picture, r.closed), one.picture) for one in accepted for q, r in own if r.text]
     scores = ask.label_scores(vlm, [turn for turn, _ in turns], [picture for _, picture in turns])
     nats: dict[int, list[float]] = {}
     for (_, picture), score in zip(turns, scores, strict=True):
