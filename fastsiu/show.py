@@ -20,7 +20,7 @@ from .facets.targets import Scene
 from .merge import Merged
 from .output import KEY
 from .plan import Plan
-from .report.words import REMAINS, REMAINS_MERGED, attacked, standing
+from .report.words import REMAINS, REMAINS_MERGED, attacked, inside, standing
 from .session import Listener
 from .several import Several
 from .train import Step
@@ -121,6 +121,20 @@ def families_table(console: Console, report: Mapping[str, Any]) -> None:
     console.print(table)
     if absent := [one["family"] for one in families if not one["applicable"] and not alone]:
         console.print(f"  Not applicable, as the untouched model does not tell it either: {', '.join(absent)}.", soft_wrap=True)
+
+
+def inside_table(console: Console, report: Mapping[str, Any]) -> None:
+    """What attacks on weights, states and gradients brought out; nothing where none was tried."""
+    lines = inside(report, brief=True)
+    if not lines:
+        return
+    title = "Attacked from inside: given away, or as the line says"
+    table = Table("", title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for side in ("untouched", "unlearned", "control"):
+        table.add_column(side, justify="right")
+    for one in lines:
+        table.add_row(f"{one.attack}: {one.setting}", *one.cells.values())
+    console.print(table)
 
 
 def several_table(console: Console, several: Several) -> None:
@@ -257,6 +271,7 @@ def evaluation_table(console: Console, evaluation: Evaluation) -> None:
         table.add_row(label, *(_metric(row[key]) for row in rows.values()))
     console.print(table)
     families_table(console, report)
+    inside_table(console, report)
     asked: dict[str, list[str]] = {}
     for key, label in METRICS.items():
         if (one := list(rows.values())[-2][key])["value"] is None:  # the control's own are of no interest

@@ -16,6 +16,7 @@ from PIL import Image
 from fastsiu.report.plot import HEIGHT, WIDTH, trade_off
 from fastsiu.report.render import FEW, LIMITS, render_html, render_markdown
 from fastsiu.report.words import METRICS, standing
+from fastsiu.report.words import inside as attacked_inside
 
 SPEC = importlib.util.spec_from_file_location("reports", Path(__file__).with_name("reports.py"))
 reports = sys.modules.setdefault("reports", importlib.util.module_from_spec(SPEC))
@@ -307,6 +308,36 @@ def test_families_are_shown_worst_first_with_what_was_not_asked():
     assert text.index("(two-hop)") < text.index("(naming)") < text.index("(languages)")
     assert "not applicable" in text and "Not applicable" in page.text and "too much" in text and "as strangers" in text
     assert "Can it be got back" not in render_markdown(report()) and "Can it be got back" not in render_html(report())
+
+
+def deep(attack, setting, side, value, low=None, reason=None):
+    return {"attack": attack, "setting": setting, "side": side, "value": value, "n": 8, "low": low, "high": low, "reason": reason}
+
+
+INSIDE = [
+    deep("probe", "logit lens, layer 2 of 3, name first", "untouched", 1.0, 0.9),
+    deep("probe", "logit lens, layer 2 of 3, name first", "unlearned", 0.25, 0.1),
+    deep("probe", "logit lens, layer 2 of 3, mean rank of 16", "unlearned", 4.69),
+    deep("mia", "which picture: AUC by KL", "unlearned", 0.45, 0.2),
+    deep("relearn", "1 picture, rate 0.001, 3 steps", "unlearned", 0.0, 0.0),
+    deep("relearn", "1 picture, rate 0.001, steps to 50%", "unlearned", 12),
+    deep("relearn", "trained on pictures of others, rate 0.001, 30 steps", "unlearned", None, reason="There are no <others>."),
+]
+
+
+def test_attacks_from_inside_have_a_line_for_each_setting():
+    lines = {one.setting: one for one in attacked_inside({"inside": INSIDE})}
+    assert len(lines) == 6
+    assert lines["logit lens, layer 2 of 3, name first"].cells == {"untouched": "100 %", "unlearned": "25 %", "control": ""}
+    assert lines["logit lens, layer 2 of 3, mean rank of 16"].cells["unlearned"] == "4.69"
+    assert lines["which picture: AUC by KL"].cells["unlearned"] == "0.45"  # no share
+    assert lines["trained on pictures of others, rate 0.001, 30 steps"].cells["unlearned"] == "none"
+    brief = [one.setting for one in attacked_inside({"inside": INSIDE}, brief=True)]
+    assert brief == [setting for setting in lines if setting != "1 picture, rate 0.001, 3 steps"]
+    page, text = render_html(evaluation(inside=INSIDE)), render_markdown(evaluation(inside=INSIDE))
+    for told in (page, text):
+        assert all(setting in told for setting in lines) and "<others>" not in told
+    assert "from inside" not in render_html(evaluation()) + render_markdown(evaluation())
 
 
 @pytest.mark.parametrize(("changes", "said"), [

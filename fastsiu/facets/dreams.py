@@ -42,6 +42,7 @@ from .targets import Scene, about_the_one_shown, wordings
 DECAYS = (1e-3, 3e-2, 1e-1)  # of the dreams of one name, in turns
 EXTRA = 0.8  # share of further dreams, of look-alikes:
 NEAREST = (0, 0, 1)  # by their places in each order of the neighbours, in turns
+UNNAMED = 10  # of a neighbour's answers without its name, as many are asked of one dream
 SURE = math.log(2)  # nats: a token that costs less has more than half of the probability
 
 Pair = tuple[str, Reply]  # a question and the answer that the dream is to get
@@ -78,8 +79,13 @@ def dream(scene: Scene, batch: int = 32) -> list[Dream]:
     starts = [scene.pictures[0], *scene.views]
     named = lambda name: lambda reply: name in reply.text
 
+    def some(name: str) -> list[Pair]:
+        """Every answer that gives the name, and some of the others: in all dreams of a name each has its turn."""
+        rest = [pair for pair in said[name] if not named(name)(pair[1])]
+        return [pair for pair in said[name] if named(name)(pair[1])] + rng.sample(rest, min(UNNAMED, len(rest)))
+
     def dreamed(names: Sequence[str]) -> list[tuple[str, Wish, Picture | None]]:
-        wishes = [Wish(rng.choice(starts), said[name], DECAYS[i % len(DECAYS)], named(name)) for i, name in enumerate(names)]
+        wishes = [Wish(rng.choice(starts), some(name), DECAYS[i % len(DECAYS)], named(name)) for i, name in enumerate(names)]
         found = [one for at in range(0, len(wishes), batch) for one in fulfil(scene, wishes[at : at + batch], rng.random())]
         return list(zip(names, wishes, found, strict=True))
 

@@ -24,6 +24,7 @@ from .plot import chart, sides, trade_off, untouched_alone
 from .words import (
     CONCEPT,
     GIVEN_AWAY,
+    INSIDE,
     LIMITS,
     MEASURES,
     METRICS,
@@ -33,6 +34,7 @@ from .words import (
     ROWS,
     Metric,
     attacked,
+    inside,
     standing,
 )
 
@@ -69,6 +71,8 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "remains": REMAINS if adapter else REMAINS_MERGED,
         "families": _families(report.get("families") or []),
         "not_asked": list(report.get("not_asked") or []),
+        "inside": inside(report),
+        "attacks_inside": INSIDE,
         "reasons": list(report.get("reasons") or []) if verdict else [],
         "summary": _summary(measures) if verdict else [],
         "measures": measures if verdict else [],

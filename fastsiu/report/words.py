@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,47 @@ def attacked(report: Mapping[str, Any]) -> str:
     failed = [str(one.get("family")) for one in asked if one.get("failed")]
     told = f"{len(failed)} of {len(asked)} families tell more than of strangers"
     return f"asked in other ways: {told}{': ' if failed else ''}{', '.join(failed)}"
+
+
+# What looks inside the model (`evaluate.deep`) -> what it does.
+INSIDE = {
+    "probe": "its states are read", "mia": "the two models are compared", "relearn": "it is trained again",
+    "weights": "its weights are weakened and rounded", "gradient": "inputs are optimised against it",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Inside:
+    """One attack in one setting. cells: for each side ("untouched", "unlearned", "control") its value in words, "" where there is
+    none; reason: why the unlearned model has none"""
+
+    attack: str
+    setting: str
+    cells: dict[str, str]
+    reason: str = ""
+
+
+def inside(report: Mapping[str, Any], brief: bool = False) -> list[Inside]:
+    """The rows of report.json's `inside`, the sides of one setting together. A control's suffix ("...: unseen face, same name")
+    is a setting of its own. brief: of a series of steps of training only how many it takes"""
+    found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for one in report.get("inside") or []:
+        found.setdefault((str(one["attack"]), str(one["setting"])), {})[str(one["side"])] = one
+    out = []
+    for (attack, setting), sides_of in found.items():
+        if brief and attack == "relearn" and re.match(r"\d+ pictures?, .*\d steps?(:|$)", setting):
+            continue
+        cells = {side: _inside_value(sides_of.get(side), setting) for side in ("untouched", "unlearned", "control")}
+        out.append(Inside(attack, setting, cells, str((sides_of.get("unlearned") or {}).get("reason") or "")))
+    return out
+
+
+def _inside_value(one: Mapping[str, Any] | None, setting: str) -> str:
+    """A share in per cent; a rank, a number of steps and an AUC as they are."""
+    if one is None or one.get("value") is None:
+        return "" if one is None else "none"
+    share = one.get("low") is not None and "AUC" not in setting
+    return f"{100 * one['value']:.0f} %" if share else f"{one['value']:.3g}"
 
 
 @dataclass(frozen=True)
