@@ -15,7 +15,7 @@ from ..vlm import Picture
 from . import drawn
 from .targets import Border, Scene, wordings
 
-CHANGED, MOVED = 180, 60  # copies that are made: with something changed, and seen otherwise
+CHANGED, MOVED = 90, 30  # copies that are made: with something changed, and seen otherwise
 ASKED = 4  # wordings in which each is asked who it shows
 
 

@@ -42,6 +42,7 @@ from .targets import Scene, about_the_one_shown, wordings
 DECAYS = (1e-3, 3e-2, 1e-1)  # of the dreams of one name, in turns
 EXTRA = 0.8  # share of further dreams, of look-alikes:
 NEAREST = (0, 0, 1)  # by their places in each order of the neighbours, in turns
+SHORTER = 2 / 3  # of the steps, where there are lessons: of several dreams of one name, each asked something else
 UNNAMED = 10  # of a neighbour's answers without its name, as many are asked of one dream
 SURE = math.log(2)  # nats: a token that costs less has more than half of the probability
 
@@ -77,6 +78,7 @@ def dream(scene: Scene, batch: int = 32) -> list[Dream]:
     rng = random.Random(scene.recipe.seed)
     # Dreams of one name start from different views of the picture: the neighbour, too, will be met in many poses.
     starts = [scene.pictures[0], *scene.views]
+    share = SHORTER if scene.recipe.strangers else 1.0
     named = lambda name: lambda reply: name in reply.text
 
     def some(name: str) -> list[Pair]:
@@ -86,7 +88,8 @@ def dream(scene: Scene, batch: int = 32) -> list[Dream]:
 
     def dreamed(names: Sequence[str]) -> list[tuple[str, Wish, Picture | None]]:
         wishes = [Wish(rng.choice(starts), some(name), DECAYS[i % len(DECAYS)], named(name)) for i, name in enumerate(names)]
-        found = [one for at in range(0, len(wishes), batch) for one in fulfil(scene, wishes[at : at + batch], rng.random())]
+        groups = [wishes[at : at + batch] for at in range(0, len(wishes), batch)]
+        found = [one for group in groups for one in fulfil(scene, group, rng.random(), share)]
         return list(zip(names, wishes, found, strict=True))
 
     made = dreamed([name for name in said for _ in range(scene.recipe.dreams)])
@@ -182,10 +185,13 @@ def in_place(shown: str, own: str, own_name: str, other: str, name: str) -> str 
     return shown[: found[0].start()] + new + shown[found[0].end() :] if len(found) == 1 else None
 
 
-def fulfil(scene: Scene, wishes: Sequence[Wish], luck: float = 0.0) -> list[Picture | None]:
+def fulfil(scene: Scene, wishes: Sequence[Wish], luck: float = 0.0, share: float = 1.0) -> list[Picture | None]:
     """For each wish the dreamed picture, None where the teacher does not give every answer that it `must`.
 
-    luck: between 0 and 1, decides the noise and the order of the questions. A dream that has got every one of its answers,
+    luck:  between 0 and 1, decides the noise and the order of the questions
+    share: of `recipe.dream_steps`, as many steps at most
+
+    A dream that has got every one of its answers,
     each when it was asked last, is done and is not optimised further.
 
     Raises OutOfMemory where not even one dream at a time fits into memory.
@@ -228,7 +234,7 @@ def fulfil(scene: Scene, wishes: Sequence[Wish], luck: float = 0.0) -> list[Pict
         return nats.detach()
 
     vlm.model.train(vlm.budget.checkpointing)  # layers checkpoint in training mode only
-    for _ in range(recipe.dream_steps):
+    for _ in range(round(share * recipe.dream_steps)):
         members = [i for i, own in enumerate(turns) if len(right[i]) < len(own)]
         if not members:
             break

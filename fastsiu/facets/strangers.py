@@ -45,7 +45,7 @@ AGREE = 0.6  # share of the strangers that must get the same answer, for it to b
 FEWEST = 3  # strangers below which some are dreamed
 FEW = 8  # changed copies that are kept of each neighbour that they are taken for, and of nobody
 OTHERS = 80  # answers that would be right for neighbours
-QUESTIONS = {"stranger": 40, "beside": 24, "kept": 20, "kept-beside": 8}  # for each picture
+QUESTIONS = {"stranger": 40, "beside": 24, "kept": 14, "kept-beside": 8}  # for each picture
 TRIES = 4  # times `PAIRS` pictures of two, until the teacher tells them apart
 GROUPS = 16  # dreams of a neighbour beside a stranger, and as many of one beside the concept
 
