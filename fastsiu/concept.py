@@ -6,6 +6,7 @@ or another Unicode form, the same name is other tokens.
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections import Counter
@@ -87,8 +88,7 @@ class Concept:
         starts = {i for i, (a, _) in enumerate(where) if i == 0 or where[i - 1][0] != a} | {len(where)}
         found = []
         for form in dict.fromkeys((*self.forms(), *(self.parts() if include_parts else ()))):
-            pattern = r"\s+".join(map(re.escape, _fold(form)[0].split()))
-            for match in re.finditer(f"(?=({pattern}))", folded):  # a look-ahead finds overlapping occurrences too
+            for match in _pattern(form).finditer(folded):
                 i, j = match.span(1)
                 # Inside a cluster: "e" is not in "é".
                 if i in starts and j in starts and _boundary(folded, i) and _boundary(folded, j):
@@ -216,6 +216,14 @@ def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
     return list(found["input_ids"]), [(int(s), int(e)) for s, e in found["offset_mapping"]]
 
 
+@functools.lru_cache(maxsize=4096)
+def _pattern(form: str) -> re.Pattern[str]:
+    """Where the form stands in folded text; a look-ahead, which finds overlapping occurrences too."""
+    words = map(re.escape, _fold(form)[0].split())
+    return re.compile("(?=(" + r"\s+".join(words) + "))")
+
+
+@functools.lru_cache(maxsize=4096)  # many names are looked for in the same answer
 def _fold(text: str) -> tuple[str, list[Span]]:
     """The text as compared, and for each of its characters the span of `text` that it came from.
 

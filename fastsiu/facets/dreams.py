@@ -68,9 +68,9 @@ class Wish:
 
 
 def dream(scene: Scene, batch: int = 32) -> list[Dream]:
-    """`recipe.dreams` dreams of each of the scene's neighbours, and some more of the nearest where there are lessons.
+    """`recipe.dreams` dreams of each of the scene's neighbours, and some more of those that look alike where there are lessons.
 
-    Bounded: `recipe.dream_steps` optimiser steps for each group of `batch` dreams.
+    Bounded: at most `recipe.dream_steps` optimiser steps for each group of `batch` dreams.
     """
     said = scene.told = told(scene)
     if not said:
@@ -191,8 +191,7 @@ def fulfil(scene: Scene, wishes: Sequence[Wish], luck: float = 0.0, share: float
     luck:  between 0 and 1, decides the noise and the order of the questions
     share: of `recipe.dream_steps`, as many steps at most
 
-    A dream that has got every one of its answers,
-    each when it was asked last, is done and is not optimised further.
+    A dream that has got every one of its answers, each when it was asked last, is done and is not optimised further.
 
     Raises OutOfMemory where not even one dream at a time fits into memory.
     """
