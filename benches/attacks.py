@@ -284,21 +284,26 @@ def pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def tables(records: list[dict[str, Any]]) -> str:
-    """Markdown: what is told beyond what strangers get, then what is lost, in points of paired questions."""
+    """Markdown: what is told, in per cent of answers, by the untouched model, of strangers and by each row's model; then what is
+    lost, in points of paired questions. The first two rows are counted in the first record."""
 
-    def cell(record: dict[str, Any], families: tuple[str, ...]) -> str:
-        counts = record["pooled"]
-        hits, before, n = (sum(counts["leaks"][f][k] for f in families) for k in range(3))
-        strange = [sum(counts["strangers"].get(f, [0, 0])[k] for f in families) for k in (0, 1)]
-        control = f"{100 * strange[0] / strange[1]:.1f}" if strange[1] else "-"
-        return f"{100 * hits / n:.1f} (strangers {control}, untouched {100 * before / n:.0f}, n {n})"
+    def told(record: dict[str, Any], part: str, at: int) -> list[str]:
+        counts = record["pooled"][part]
+        sums = [[sum(counts.get(f, [0, 0, 0])[k] for f in families) for k in (at, -1)] for families in LEAKS.values()]
+        return [f"{100 * hits / n:.1f}" if n else "-" for hits, n in sums]
 
-    head = ["row", *LEAKS, "true name first of 16", "AUC"]
+    def answers(record: dict[str, Any], part: str) -> str:
+        return str(sum(counts[-1] for counts in record["pooled"][part].values()))
+
+    head, first = ["row", *LEAKS, "true name first of 16", "AUC", "answers"], records[0]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = [["untouched model", *told(first, "leaks", 1), "", "", answers(first, "leaks")],
+            ["strangers, unlearned model", *told(first, "strangers", 0), "", "", answers(first, "strangers")]]  # fmt: skip
     for record in records:
-        first = record["pooled"]["first"]
-        lines.append("| " + " | ".join([record["row"], *(cell(record, families) for families in LEAKS.values()),
-                                        f"{first[0]} of {first[1]}", f"{record['pooled']['auc']:.2f}"]) + " |")  # fmt: skip
+        hits, n = record["pooled"]["first"]
+        rows.append([record["row"], *told(record, "leaks", 0), f"{hits} of {n}", f"{record['pooled']['auc']:.2f}",
+                     answers(record, "leaks")])  # fmt: skip
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
     head = ["row", *KEPT, "broken answers", "CPU s a run"]
     lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for record in records:

@@ -1,7 +1,9 @@
 """What the attacks that look inside the model get back from the embedded model, unlearned from one picture.
 
     python benches/deep.py                        one concept, all attacks, the table on the screen
-    python benches/deep.py --concepts 4           four concepts, one after the other
+    python benches/deep.py --concepts 4           four concepts, one after the other, of those that nothing was tuned on
+    python benches/deep.py --append               appends to benches/results/deep.jsonl as well
+    python benches/deep.py --table                the steps of relearning, of the newest row of each concept and seed
     python benches/deep.py --which relearn mia    some of the attacks
     python benches/deep.py --one-picture          what a user has: one picture, no stranger's, nobody else's
 
@@ -12,11 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import attacks
+
+RESULTS = Path(__file__).parent / "results" / "deep.jsonl"
 OWN = 4  # fresh pictures of the concept
 
 
@@ -67,6 +74,26 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def steps_table(records: list[dict[str, Any]]) -> str:
+    """Markdown: for each concept after how many steps of training the name is back in half of the answers."""
+    newest = {(one["concept"], one["seed"]): one["rows"] for one in records}
+    controls = ("unseen face, same name", "unseen face, unseen name")
+    who = {"the concept": ""} | {control: f": {control}" for control in controls}
+    settings = [row["setting"] for rows in newest.values() for row in rows if row["attack"] == "relearn"]
+    counts = sorted({setting.partition(",")[0] for setting in settings if re.match(r"\d+ pictures?,", setting)})
+    heads = [f"{kind}, {count}" for count in counts for kind in who]
+    lines = ["| concept, seed | " + " | ".join(heads) + " |", "|" + "---|" * (1 + len(heads))]
+    for (concept, seed), rows in newest.items():
+        cells = []
+        for count in counts:
+            for ending in who.values():
+                fit = [r for r in rows if r["attack"] == "relearn" and r["setting"].startswith(f"{count}, ")
+                       and r["setting"].endswith(f"steps to 50%{ending}")]  # fmt: skip
+                cells.append("-" if not fit else "not in 20" if fit[0]["value"] is None else str(fit[0]["value"]))
+        lines.append(f"| {concept}, {seed} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     from fastsiu.demo.world import KNOWN
     from fastsiu.evaluate import deep
@@ -76,15 +103,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--which", nargs="*", choices=list(deep.ATTACKS), default=list(deep.ATTACKS))
     parser.add_argument("--one-picture", action="store_true", help="one picture and no names but those the model proposes")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
+    parser.add_argument("--append", action="store_true", help="append the rows to benches/results/deep.jsonl")
+    parser.add_argument("--table", action="store_true", help="print the steps of relearning in the results")
     options = parser.parse_args()
-    every = {}
-    for concept in KNOWN[:: max(1, len(KNOWN) // options.concepts)][: options.concepts]:
+    if options.table:
+        print(steps_table([json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]))
+        return
+    free = [name for name in KNOWN if name not in attacks.TUNED]
+    for concept in free[:: max(1, len(free) // options.concepts)][: options.concepts]:
         started = time.perf_counter()
-        every[concept] = one_run(concept, options.seed, tuple(options.which), options.one_picture)
-        print(f"\n{concept}, seed {options.seed}, {time.perf_counter() - started:.0f} s\n\n{table(every[concept])}", flush=True)
-    if options.json:
-        Path(options.json).write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
+        rows = one_run(concept, options.seed, tuple(options.which), options.one_picture)
+        print(f"\n{concept}, seed {options.seed}, {time.perf_counter() - started:.0f} s\n\n{table(rows)}", flush=True)
+        if options.append:
+            record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": attacks.commit(), "concept": concept,
+                      "seed": options.seed, "one_picture": options.one_picture, "rows": rows}  # fmt: skip
+            with RESULTS.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

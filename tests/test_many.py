@@ -62,6 +62,9 @@ def test_each_concept_has_an_output_and_a_failure_costs_only_itself(whole):
         assert {"adapter_model.safetensors", "report.html", "report.md", "manifest.json"} <= set(os.listdir(whole.output / slug))
         report = reports(whole.output, slug)
         assert set(report["rows"]) == {"untouched", "unlearned", "control"} and len(report["training"]) == 2
+        # Two steps leave the facts, and the verdict asks for them.
+        asked = {one["family"]: one for one in report["families"]}
+        assert report["headline"] and {"naming", "plural", "two-hop"} <= set(asked) and asked["naming"]["unlearned"]["n"] > 0
     table = json.loads((whole.output / "suite.json").read_text(encoding="utf-8"))
     assert table == whole.report and [c["status"] for c in table["concepts"]] == [o.status for o in whole.outcomes]
     pooled = table["pooled"]["untouched"]["efficacy"]
@@ -137,7 +140,7 @@ def test_saved_adapters_give_the_same_rows_and_another_one_is_another_request(sm
 def test_the_untouched_model_alone(small, tmp_path):
     found = evaluate_suite(small, output=tmp_path / "o", limit=1, per_other=1)
     assert [o.status for o in found.outcomes] == ["untouched"] * 3 and found.exit_code == 0
-    assert "unlearned" not in found.report["pooled"]
+    assert "unlearned" not in found.report["pooled"] and "families" not in reports(found.output, "a")
     row = found.report["pooled"]["untouched"]
     assert row["efficacy"]["n"] == 3 and row["efficacy"]["value"] == pytest.approx(1 / 3)  # of the two it knows it says the name
     assert json.loads((tmp_path / "o/suite.json").read_text(encoding="utf-8")) == found.report

@@ -33,11 +33,12 @@ SECOND = "again"  # PEFT's name of the fresh adapter
 VIEWS = 4  # held-out views that are asked about where there are no other pictures
 
 
-def run(loaded: VLM, target: Target, *, shots: Sequence[int] = (1,), lr: float = RATE, rank: int = RANK,
+def run(loaded: VLM, target: Target, *, shots: Sequence[int] = (), lr: float = RATE, rank: int = RANK,
         benign: int = BENIGN) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of the share of naming answers after each of `STEPS` steps, of the steps to 50 %, and after harmless training.
 
-    shots:  numbers of pictures that are trained on, 1 to 5; those for which there are too few pictures are null
+    shots:  numbers of pictures that are trained on, 1 to 5; those for which there are too few pictures are null. None given: one,
+            and as many as there are of both faces
     lr:     AdamW's rate, the same for the concept and for the controls;  benign: steps of harmless training, 0 for none
 
     A fresh LoRA is trained on top of the unlearned model: nothing of the caller's model changes.
@@ -47,6 +48,7 @@ def run(loaded: VLM, target: Target, *, shots: Sequence[int] = (1,), lr: float =
     if bad := [k for k in shots if not 1 <= k <= 5]:
         raise BadInput(f"Relearning from {bad[0]} pictures cannot be tried: choose 1 to 5.")
     target = complete(loaded, target)
+    shots = shots or tuple(dict.fromkeys((1, max(1, min(5, len(target.pictures), 1 + len(target.same_stranger))))))
     asked = namings(loaded, target)
     taught = _first(loaded, target, asked)
     rows = [Row.share("relearn", "before any step", "unlearned", naming_share(loaded, target.concept, asked, target.tests))]
