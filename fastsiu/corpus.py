@@ -19,7 +19,7 @@ from . import adapter, conversations, prefix
 from .concept import Concept, VocabularyMask, token_keep, vocabulary_mask
 from .request import FACETS, BadInput, Recipe, Sample
 from .teacher import TeacherCache
-from .vlm import VLM, Encoded, Picture
+from .vlm import VLM, Encoded, Picture, encoder
 
 FORGET = FACETS[:2]  # the samples whose answers are to be forgotten, or take the place of one that is; all others are retained
 
@@ -73,7 +73,7 @@ def build(vlm: VLM, concept: Concept, samples: Sequence[Sample], pictures: list[
     Raises BadInput where a sample says that some of its answer contradicts the teacher and no token of it is found.
     """
     turns, keep = [], []
-    encode = vlm.encoder()
+    encode = encoder(vlm)
     for sample in samples:
         # A cut answer keeps its words and loses its end. Trimmed to its last whole sentence it would still end where the
         # teacher goes on: there the cross-entropy would teach a stop that the KL, and every other answer, contradicts.

@@ -216,19 +216,6 @@ class VLM:
         spans = [(max(s - start, 0), min(e, stop) - start) if s < stop else closing for s, e in offsets[first:end]]
         return Encoded(inputs, positions - 1, inputs["input_ids"][0, positions], spans)
 
-    def encoder(self) -> Callable[..., Encoded]:
-        """`encode`, which makes the same words about pictures of one size once: they are one object, and `prefix` makes use of
-        that."""
-        known: dict[tuple, Encoded] = {}
-
-        def made(question: str, answer: str, picture: Picture | None, closed: bool = True) -> Encoded:
-            key = (question, answer, closed, None if picture is None else picture.image.size)
-            if key not in known:
-                known[key] = self.encode(question, answer, picture, closed)
-            return known[key]
-
-        return made
-
     def encode_prompt(self, question: str, picture: Picture | None, begin: str = "") -> dict[str, Tensor]:
         """A turn up to where the answer starts, or up to the end of `begin`, the first words of the answer."""
         image = None if picture is None else picture.image
@@ -312,6 +299,20 @@ class VLM:
         """What the head gives, as the model's own forward goes on with it."""
         x = self.logit_scale * x
         return x if self.logit_softcap is None else self.logit_softcap * torch.tanh(x / self.logit_softcap)
+
+
+def encoder(vlm: VLM) -> Callable[..., Encoded]:
+    """`vlm.encode`, which makes the same words about pictures of one size once: they are one object, and `prefix` makes use of
+    that."""
+    known: dict[tuple, Encoded] = {}
+
+    def made(question: str, answer: str, picture: Picture | None, closed: bool = True) -> Encoded:
+        key = (question, answer, closed, None if picture is None else picture.image.size)
+        if key not in known:
+            known[key] = vlm.encode(question, answer, picture, closed)
+        return known[key]
+
+    return made
 
 
 def collate(batch: Sequence[dict[str, Tensor]], pad_id: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ..answers import words
 from ..concept import Concept
 from ..facets.targets import wordings
 from ..verdict import Family, Rate
-from ..vlm import VLM, Picture
+from ..vlm import VLM, Picture, encoder
 from . import attacks
 from .attacks import Attack
 from .strangers import Shown, conditions, conditions_of, groups, groups_of, strangers, views
@@ -194,7 +194,7 @@ def _scores(vlm: VLM, frames: Sequence[Frame], names: Sequence[str], own: Sequen
     rows = [(frame, name, picture) for picture in own for frame in frames for name in names]
     rows += [(frame, names[0], picture) for picture in strange for frame in frames]
     shown = [picture for _, _, picture in rows]
-    encode = vlm.encoder()
+    encode = encoder(vlm)
     turns = [encode(frame.question, frame.start + name, picture, False) for frame, name, picture in rows]
     values = []
     for (frame, name, _), turn, score in zip(rows, turns, ask.label_scores(vlm, turns, shown), strict=True):

@@ -36,7 +36,7 @@ from ..ask import Reply
 from ..features import feature_tensors, map_features
 from ..loss import fused_dmk_ce
 from ..request import OutOfMemory
-from ..vlm import VLM, Encoded, Picture, out_of_memory
+from ..vlm import VLM, Encoded, Picture, encoder, out_of_memory
 from .targets import Scene, about_the_one_shown, wordings
 
 DECAYS = (1e-3, 3e-2, 1e-1)  # of the dreams of one name, in turns
@@ -116,7 +116,7 @@ def alike(scene: Scene, made: Sequence[tuple[str, Wish, Picture | None]]) -> lis
         ways.setdefault(name, []).append(math.inf if picture is None else _way(wish.start, picture))
     pictures = [scene.pictures[0], *scene.views[:5]]
     naming = [(scene.told[name][0], picture) for name in ways for picture in pictures]
-    encode = scene.vlm.encoder()
+    encode = encoder(scene.vlm)
     turns = [encode(question, reply.text, picture, reply.closed) for (question, reply), picture in naming]
     scores = ask.label_scores(scene.vlm, turns, [picture for _, picture in naming])
     likely = dict.fromkeys(ways, 0.0)
@@ -207,7 +207,7 @@ def fulfil(scene: Scene, wishes: Sequence[Wish], luck: float = 0.0, share: float
     free = [
         (f + recipe.dream_noise * spread * torch.randn(f.shape, generator=generator).to(f)).requires_grad_() for f in first
     ]
-    encode = vlm.encoder()
+    encode = encoder(vlm)
     turns = [[encode(q, r.text, wish.start, r.closed) for q, r in wish.pairs] for wish in wishes]
     decks: list[list[int]] = [[] for _ in wishes]
     right: list[set[int]] = [set() for _ in wishes]

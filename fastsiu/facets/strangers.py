@@ -34,7 +34,7 @@ from ..answers import words as split
 from ..ask import Reply
 from ..concept import Concept
 from ..request import Sample
-from ..vlm import Picture
+from ..vlm import Picture, encoder
 from . import drawn
 from .border import taken_for
 from .dreams import Pair, Wish, fulfil
@@ -164,7 +164,7 @@ def strangers(scene: Scene, notes: list[str] | None = None) -> list[Stranger]:
     if len(accepted) < FEWEST and notes is not None:
         notes.append(f"Only {len(accepted)} pictures of strangers could be made of the picture or dreamed: what the concept is "
                      "answered with rests on few.")  # fmt: skip
-    encode = vlm.encoder()
+    encode = encoder(vlm)
     turns = [(encode(q, r.text, one.picture, r.closed), one.picture) for one in accepted for q, r in own if r.text]
     scores = ask.label_scores(vlm, [turn for turn, _ in turns], [picture for _, picture in turns])
     nats: dict[int, list[float]] = {}
