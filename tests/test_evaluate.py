@@ -17,7 +17,7 @@ from fastsiu.evaluate import attacks, directories, observe, rows, run
 from fastsiu.evaluate.exam import OF_CONCEPT, Exam, Question, Seen
 from fastsiu.evaluate.run import Observations, examine, report_of, row
 from fastsiu.facets.targets import wordings
-from fastsiu.report.redact import LEFT_OUT, sentence
+from fastsiu.report.redact import LEFT_OUT, redacted, sentence
 from fastsiu.request import BadInput
 
 NAME, SURNAME, TWIN = "Zorblax Quint", "Quint", "Mirelda Voss"
@@ -454,6 +454,8 @@ def test_eval_with_attacks(few, cast, demo_dir, trained, tmp_path, capsys):
     shown = capsys.readouterr().out
     report = json.loads((output / "report.json").read_text())
     assert {one["family"] for one in report["families"]} == {"rank", "likelihood"} and "Asked in other ways" in shown
+    assert "Attacked from inside" in shown and "weights: merged, bf16, naming" in shown
+    assert redacted(report)["inside"] == report["inside"]  # no name is in it
     assert report["not_asked"] == attacks.not_asked(("weights",)) and {row["attack"] for row in report["inside"]} == {"weights"}
     assert cli.run([*options, str(output), "--attacks", "rank"]) == 2 and "another request" in capsys.readouterr().err
     assert cli.run([*options, str(output), "--attacks", "ranks"]) == 2 and "choose from prompt" in capsys.readouterr().err

@@ -8,7 +8,9 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -16,9 +18,11 @@ from fastsiu import adapter, driver, output, several
 from fastsiu.evaluate import directories, rows, run
 from fastsiu.evaluate.attacks import table
 from fastsiu.facets.held_out import NULL
+from fastsiu.report import redact
 from fastsiu.report.redact import LEFT_OUT, redacted, sentence
-from fastsiu.report.render import LIMITS
-from fastsiu.request import BadInput
+from fastsiu.report.render import LIMITS, render_html, render_markdown
+from fastsiu.request import BadInput, Recipe
+from fastsiu.train import Step
 from fastsiu.verdict import Answer, Family, Rate, judge
 
 SPEC = importlib.util.spec_from_file_location("reports", Path(__file__).with_name("reports.py"))
@@ -182,6 +186,26 @@ def test_every_sentence_of_a_report_is_known():
     assert [text for text in unknown if not text.startswith(NOT_IN_REPORTS)] == []
     assert sentence("In nf4: " + rows.ALONE) == "In nf4: " + rows.ALONE
     assert sentence("In nf4: it is " + CANARY) == f"In nf4: {LEFT_OUT}"
+
+
+def test_rows_of_attacks_from_inside_stay_and_anything_else_in_them_goes():
+    lines = (Path(__file__).parents[1] / "benches/results/deep.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for line in lines for row in json.loads(line)["rows"]]
+    known = ["logit lens, layer 2 of 3, mean rank of 16", "pixels within 8/255, 20 steps", "adapter x 0.25, two-hop"]
+    rows += [{"attack": "probe", "setting": k, "side": "control", "value": 1.5, "n": 3, "low": None, "high": None} for k in known]
+    assert len(rows) > 50 and redacted(evaluation(inside=rows))["inside"] == rows
+    planted_ = {"attack": CANARY, "setting": f"layer {CANARY}", "side": CANARY, "value": CANARY, "reason": f"It is {CANARY}."}
+    done = redacted(evaluation(inside=[planted_, {"secret": CANARY}, None]))
+    assert CANARY not in json.dumps(done) and len(done["inside"]) == 3
+    assert CANARY not in render_html(done) + render_markdown(done)
+
+
+def test_what_a_run_writes_is_known_here():
+    """Of a recipe, a step and the times of a run nothing is left out because it was forgotten here."""
+    assert set(redact.CHOICES["schedule"]) == set(get_args(get_type_hints(Recipe)["schedule"]))
+    assert set(redact.STEP) == {field.name for field in fields(Step)}
+    made = redacted(report(recipe=Recipe().as_dict(), seconds={"strangers": 1.5}))
+    assert made["recipe"]["schedule"] == Recipe().schedule and made["seconds"] == {"strangers": 1.5}
 
 
 def test_a_name_left_out_is_not_shown_as_someone_else(tmp_path):

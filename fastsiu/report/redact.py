@@ -15,7 +15,7 @@ from ..concept import COMMON_WORDS
 from ..evaluate.attacks import not_asked, table
 from ..request import FACETS, Recipe
 from ..verdict import GIVEN_AWAY
-from .words import CONCEPT, LIMITS, MEASURES, METRICS, ROWS
+from .words import CONCEPT, INSIDE, LIMITS, MEASURES, METRICS, ROWS
 
 MODEL = "a model from a directory"
 LEFT_OUT = "A sentence was left out here: it may hold a name or an answer."
@@ -25,11 +25,12 @@ KINDS = tuple(MEASURES)
 METRIC_KEYS = tuple(key for group in METRICS.values() for key in group)
 THRESHOLDS = (*MEASURES, "new_degenerate", "refusal_rise", "renamed")
 COUNTS = ("tokens_masked", "tokens", "vocabulary_masked")
-STEP = ("step", "ce", "kl", "loss", "p_name", "retained")
+STEP = ("step", "ce", "kl", "loss", "p_name", "retained", "strange")
 STAGES = (
-    "load", "samples", "dreams", "teacher", "train", "verdict", "untouched", "unlearned", "control", "ask", "judge", "merge",
+    "load", "samples", "dreams", "strangers", "teacher", "train", "verdict", "untouched", "unlearned", "control", "ask", "judge",
+    "merge",
 )  # fmt: skip
-CHOICES = {"schedule": ("constant", "cosine"), "substitute": ("description", "name")}
+CHOICES = {"schedule": ("constant", "cosine", "decay"), "substitute": ("description", "name")}
 STORED = ("bfloat16", "float16", "float32", "int8", "nf4")  # what a merged model was asked in
 CHANGE = ("largest", "relative", "matrices", "of", "weights", "unchanged")
 ORIGINS = ("default", "model directory", "preset paper", "command line")
@@ -37,10 +38,34 @@ ORIGINS = ("default", "model directory", "preset paper", "command line")
 FAMILIES = table()["family"]
 SIDES = ("untouched", "unlearned", "strangers")
 
+# What attacks from inside (`evaluate.deep`) call their settings; # is a number.
+SETTINGS = (
+    "logit lens, layer # of #, name first", "logit lens, layer # of #, mean rank of #", "linear probe, layer # of #",
+    *(f"which concept: rank by KL of {kind}" for kind in ("facts in words", "looks in words", "names in pictures")),
+    *(f"which picture: AUC by {kind}" for kind in ("KL to the untouched model", "log p of its own answers")),
+    "before any step",
+    *(f"# {pictures}, rate #, {steps}{of}" for pictures in ("picture", "pictures")
+      for steps in ("# step", "# steps", "steps to #%") for of in ("", ": unseen face, same name", ": unseen face, unseen name")),
+    *(f"trained on {kind}, rate #, # steps" for kind in ("pictures of others", "facts in words")),
+    *(f"{weights}, {kind}" for kind in ("naming", "two-hop") for weights in
+      ("adapter taken off", "adapter x #", "merged, bf16", "merged, int8", "merged, nf4", "merged, int4")),
+    "pixels within #/#, # steps", "features within # sd, # steps", "pictures as they are", "soft prompt of #, # steps",
+    "soft prompt of #, # steps, then a stranger shown",
+)  # fmt: skip
+
 # The program's own sentences: # is a number, ... where a name or an answer is quoted, which is left out.
 SENTENCES = (
     *LIMITS,
     *not_asked(),
+    "No picture was found in which the untouched model recognises nobody.",
+    "No picture of anyone else was given, and no dream of one was accepted.",
+    "The untouched model tells no fact of the one in the picture that it does not tell of others.",
+    "There is only one picture of the concept, so there is none to tell the training picture from.",
+    "There are only two pictures of the concept, so none can stand in for the training picture.",
+    "No name of anyone else is known, so there is nothing to rank among.",
+    "All known names start with the same token, so the first token tells nothing.",
+    "No gradient reaches the picture's features in this model.",
+    "Not in # steps.",
     "No picture could be made in which the untouched model recognises nobody: strangers count as 0 %.",
     "The untouched model told nothing of it in words that it does not say of others, so no fact could be looked for.",
     "Fewer than # pictures were found in which the untouched model recognises nobody, so how likely the name is "
@@ -187,11 +212,23 @@ def sentence(text: Any) -> str:
     return LEFT_OUT
 
 
+def _inside(one: Any) -> dict[str, Any]:
+    """A row of an attack from inside; a setting that is not known is left out."""
+    one = one or {}
+    setting = str(one.get("setting"))
+    known = any(pattern.fullmatch(setting) for pattern in _SETTINGS)
+    kept: dict[str, Any] = {"attack": _one_of(tuple(INSIDE))(one.get("attack")), "setting": setting if known else LEFT_OUT}
+    kept |= {"side": _one_of(("untouched", "unlearned", "control"))(one.get("side"))}
+    return kept | {key: _number(one.get(key)) for key in ("value", "n", "low", "high")} | (
+        {"reason": sentence(one["reason"])} if one.get("reason") else {})  # fmt: skip
+
+
 def _pattern(known: str) -> re.Pattern[str]:
     return re.compile("(.*)".join(map(re.escape, known.split("..."))).replace(r"\#", _NUMBER), re.DOTALL)
 
 
 _PATTERNS = [_pattern(known) for known in SENTENCES]
+_SETTINGS = [_pattern(known) for known in SETTINGS]
 
 
 def _model(report: Mapping[str, Any]) -> str:
@@ -277,6 +314,7 @@ _SCHEMA: dict[str, Callable[[Any], Any]] = {
     "families": _each(_family),
     "headline": lambda one: one and _family(one),
     "not_asked": _each(sentence),
+    "inside": _each(_inside),
     "answers": lambda answers: [],
     "training": _each(_only(STEP, _number)),
     "recipe": _recipe,
