@@ -158,6 +158,7 @@ def test_changed_copies_are_sorted_by_whom_the_teacher_names(scene, monkeypatch)
     turn = itertools.cycle([near, "nobody", near, "nobody"])
     found = border.border(scene)
     assert set(found.others) == {near} and not found.nobody and found.nearest == [near]
+    assert len(found.others[near]) == border.FEW and found.times[near] == border.CHANGED + border.MOVED
 
 
 def test_what_is_taken_for_a_neighbour_is_kept_and_not_taught(scene):

@@ -16,19 +16,25 @@ from . import drawn
 from .targets import Border, Scene, wordings
 
 CHANGED, MOVED = 90, 30  # copies that are made: with something changed, and seen otherwise
+FEW = 8  # copies that are kept of each neighbour, and of nobody
+AT_ONCE = 16
 ASKED = 4  # wordings in which each is asked who it shows
 
 
 def border(scene: Scene) -> Border:
-    """Copies of the scene's picture that its model takes for one of `scene.neighbours`, or for nobody."""
+    """Copies of the scene's picture that its model takes for one of `scene.neighbours`, or for nobody; at most `FEW` of each are
+    kept, and `AT_ONCE` are on the device at a time."""
     image, seed, out = scene.pictures[0].image, scene.recipe.seed, Border()
     made = [*drawn.changed(image, seed, CHANGED), *drawn.views(image, seed + 1, MOVED)]
-    pictures = [scene.vlm.picture(one) for one in made]
-    for picture, name in zip(pictures, taken_for(scene, pictures), strict=True):
-        if name is None:
-            out.nobody.append(picture)
-        elif name in scene.neighbours:
-            out.others.setdefault(name, []).append(picture)
+    for start in range(0, len(made), AT_ONCE):
+        pictures = [scene.vlm.picture(one) for one in made[start : start + AT_ONCE]]
+        for picture, name in zip(pictures, taken_for(scene, pictures), strict=True):
+            if name is None:
+                out.nobody += [picture] if len(out.nobody) < FEW else []
+            elif name in scene.neighbours:
+                out.times[name] += 1
+                of_one = out.others.setdefault(name, [])
+                of_one += [picture] if len(of_one) < FEW else []
     return out
 
 

@@ -43,7 +43,6 @@ from .targets import Scene, about_the_one_shown, wordings
 VIEWS, PAIRS = 22, 8  # pictures of the concept, and of it beside somebody else
 AGREE = 0.6  # share of the strangers that must get the same answer, for it to be what strangers get
 FEWEST = 3  # strangers below which some are dreamed
-FEW = 8  # changed copies that are kept of each neighbour that they are taken for, and of nobody
 OTHERS = 80  # answers that would be right for neighbours
 QUESTIONS = {"stranger": 40, "beside": 24, "kept": 14, "kept-beside": 8}  # for each picture
 TRIES = 4  # times `PAIRS` pictures of two, until the teacher tells them apart
@@ -120,8 +119,8 @@ def lessons(scene: Scene) -> Lessons:
     hop = [own[question] for question in about_the_one_shown("train")]
     _keep_looks(scene, out, words, views, lonely, hop, [*usual.values()])
     others = [out.show(picture, name) for picture, name in zip(scene.pictures[1:], scene.named[1:], strict=True)]
-    near = [out.show(picture, name) for name, some in scene.border.others.items() for picture in some[:FEW]]
-    near += [out.show(picture) for picture in scene.border.nobody[:FEW]]
+    near = [out.show(picture, name) for name, some in scene.border.others.items() for picture in some]
+    near += [out.show(picture) for picture in scene.border.nobody]
     _keep(scene, out, "kept", [*others, *near, *lonely], words.every, rng)
     # Each stranger keeps its own level of the concept's name and facts, so that the concept has to come down to it.
     forced = [(question, reply) for question, reply in taught if reply != usual.get(question)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -41,19 +42,21 @@ def about_the_one_shown(part: Literal["train", "held_out"]) -> list[str]:
 
 @dataclass
 class Border:
-    """Changed copies of the concept's picture (`border`).
+    """Changed copies of the concept's picture (`border`), a few of each kind.
 
     others: those that the model takes for a neighbour, by its name
+    times:  how many of all copies it takes for that neighbour
     nobody: those that it takes for nobody known
     """
 
     others: dict[str, list[Picture]] = field(default_factory=dict)
+    times: Counter[str] = field(default_factory=Counter)
     nobody: list[Picture] = field(default_factory=list)
 
     @property
     def nearest(self) -> list[str]:
         """The neighbours that were found, the commonest first."""
-        return sorted(self.others, key=lambda name: -len(self.others[name]))
+        return [name for name, _ in self.times.most_common()]
 
 
 @dataclass
