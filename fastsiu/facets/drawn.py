@@ -66,19 +66,20 @@ def changed(image: Image.Image, seed: int, count: int) -> list[Image.Image]:
 
 
 def _other_colour(image: Image.Image, rng: random.Random) -> Image.Image:
-    """One of the picture's `COLOURS` main colours in another hue, wherever it is."""
+    """One of the picture's `COLOURS` main colours in another hue, wherever it is; where that is, is looked up in a small copy."""
     small = image.convert("RGB")
     small.thumbnail((256, 256))
     palette = small.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    where = image.convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE)
-    places, pixels = np.asarray(where), np.asarray(image.convert("RGB")).astype(np.float64)
-    chosen = places == rng.choice(sorted(set(places.flatten().tolist())))
+    fields = small.quantize(palette=palette, dither=Image.Dither.NONE)
+    places = np.asarray(fields.resize(image.size, Image.Resampling.NEAREST))
+    pixels = np.asarray(image.convert("RGB")).copy()
+    chosen = places == rng.choice(np.unique(places).tolist())
     mean = pixels[chosen].mean(0)
     hue, saturation, value = colorsys.rgb_to_hsv(*(mean / 255))
     hue, saturation = (hue + rng.uniform(0.1, 0.9)) % 1, max(saturation, rng.uniform(0.4, 1.0))
     new = colorsys.hsv_to_rgb(hue, saturation, min(1.0, max(0.2, value * rng.uniform(0.7, 1.4))))
-    pixels[chosen] += 255 * np.array(new) - mean
-    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+    pixels[chosen] = np.clip(np.rint(pixels[chosen] + (255 * np.array(new) - mean)), 0, 255).astype(np.uint8)
+    return Image.fromarray(pixels)
 
 
 def _other_strip(image: Image.Image, rng: random.Random) -> Image.Image:
