@@ -174,7 +174,7 @@ def _looks_like_a_picture(path: Path) -> bool:
             warnings.simplefilter("ignore")
             with Image.open(path, formats=FORMATS):
                 return True
-    except Exception:
+    except Exception:  # as above: whatever a decoder raises, this is no picture
         return False
 
 

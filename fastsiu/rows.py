@@ -19,7 +19,7 @@ from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -159,7 +159,7 @@ class RowIndex:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}
         except FileNotFoundError:
             raise
-        except Exception as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is not a readable safetensors file ({error}): build the index again.") from error
         if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
             raise ValueError(f"{path} is not a row index of version {VERSION}: give a file written by RowIndex.save.")

@@ -9,7 +9,7 @@ from numbers import Real
 from os import PathLike
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -162,7 +162,7 @@ class TeacherCache:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}
         except FileNotFoundError:
             raise
-        except Exception as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is not a readable safetensors file ({error}): build the cache again.") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is not a teacher cache: give a file written by TeacherCache.save.")
