@@ -15,7 +15,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from fastsiu import adapter, driver, output, several
-from fastsiu.evaluate import directories, rows, run
+from fastsiu.evaluate import deep, directories, rows, run
 from fastsiu.evaluate.attacks import table
 from fastsiu.facets.held_out import NULL
 from fastsiu.report import redact
@@ -203,6 +203,7 @@ def test_rows_of_attacks_from_inside_stay_and_anything_else_in_them_goes():
 def test_what_a_run_writes_is_known_here():
     """Of a recipe, a step and the times of a run nothing is left out because it was forgotten here."""
     assert set(redact.CHOICES["schedule"]) == set(get_args(get_type_hints(Recipe)["schedule"]))
+    assert set(redact.INSIDE) == set(deep.ATTACKS)
     assert set(redact.STEP) == {field.name for field in fields(Step)}
     made = redacted(report(recipe=Recipe().as_dict(), seconds={"strangers": 1.5}))
     assert made["recipe"]["schedule"] == Recipe().schedule and made["seconds"] == {"strangers": 1.5}

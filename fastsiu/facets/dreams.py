@@ -115,12 +115,11 @@ def alike(scene: Scene, made: Sequence[tuple[str, Wish, Picture | None]]) -> lis
     for name, wish, picture in made:
         ways.setdefault(name, []).append(math.inf if picture is None else _way(wish.start, picture))
     pictures = [scene.pictures[0], *scene.views[:5]]
-    naming = [(scene.told[name][0], picture) for name in ways for picture in pictures]
-    encode = encoder(scene.vlm)
-    turns = [encode(question, reply.text, picture, reply.closed) for (question, reply), picture in naming]
-    scores = ask.label_scores(scene.vlm, turns, [picture for _, picture in naming])
+    asked, encode = [(name, picture) for name in ways for picture in pictures], encoder(scene.vlm)
+    naming = {name: scene.told[name][0] for name in ways}
+    turns = [encode(naming[n][0], naming[n][1].text, picture, naming[n][1].closed) for n, picture in asked]
     likely = dict.fromkeys(ways, 0.0)
-    for (name, _), score in zip(((name, p) for name in ways for p in pictures), scores, strict=True):
+    for (name, _), score in zip(asked, ask.label_scores(scene.vlm, turns, [picture for _, picture in asked]), strict=True):
         likely[name] += float(score.log_p.sum())
     taken = [name for name in scene.border.nearest if name in ways]
     orders = [taken, list(ways), sorted(ways, key=lambda n: fmean(ways[n])), sorted(ways, key=lambda n: -likely[n])]

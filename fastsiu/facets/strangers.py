@@ -111,6 +111,7 @@ def lessons(scene: Scene) -> Lessons:
     views = [out.show(p) for p, name in zip(seen, taken_for(scene, seen), strict=True) if name not in scene.neighbours]
     usual = usual_replies(scene, words.naming, found)
     own = dict(zip(words.naming, ask.replies(vlm, [(q, scene.pictures[0]) for q in words.naming]), strict=True))
+    # Questions for two twice: put to a picture of one, they are what gives the name away longest.
     taught = _pairs(words.naming, own, usual, rng) + _pairs(words.plural, own, usual, rng) + _others(scene, rng)
     for view in views:
         for pair in rng.sample(taught, min(QUESTIONS["stranger"], len(taught))):
@@ -302,11 +303,11 @@ def _keep_looks(scene: Scene, out: Lessons, words: Words, views: Sequence[int], 
     said = ask.replies(scene.vlm, [(q, out.pictures[index]) for index, q in asked], suppress=scene.masked)
     known = [scene.concept, *scene.others, *map(Concept, scene.neighbours)]
     describe = set(wordings()["describe"]["train"])
-    answered = list(zip(asked, said, strict=True))
-    harmless = [reply for (index, q), reply in answered if index in set(lonely) or q in describe]
+    answered, own, strange = list(zip(asked, said, strict=True)), set(views), set(lonely)
+    harmless = [reply for (index, q), reply in answered if index in strange or q in describe]
     facts = _words(told) - _words(harmless) - _words(usual)
     for (index, question), reply in answered:
-        if index in set(views) and not any(c.named_in(reply.text) for c in known) and not facts & _words([reply]):
+        if index in own and not any(c.named_in(reply.text) for c in known) and not facts & _words([reply]):
             out.add("look", (question, reply), index)
 
 
