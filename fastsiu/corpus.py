@@ -5,6 +5,7 @@ Also the samples as a file: `--data` reads it, `fastsiu data` writes it.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -49,9 +50,11 @@ class Corpus:
     def decoupled(self, index: int) -> bool:
         """Is it a retained answer to a question that is to be forgotten about the concept's picture, about another picture?"""
         sample = self.samples[index]
-        if sample.facet in FORGET or not sample.picture:
-            return False
-        return any(s.question == sample.question for s in self.samples if s.facet in FORGET and s.picture == 0)
+        return bool(sample.picture) and sample.facet not in FORGET and sample.question in self._denied
+
+    @functools.cached_property
+    def _denied(self) -> frozenset[str]:
+        return frozenset(s.question for s in self.samples if s.facet in FORGET and s.picture == 0)
 
     def pick(self, chosen: Sequence[int]) -> Corpus:
         """Some of the samples, without a teacher."""

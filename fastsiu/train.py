@@ -29,7 +29,6 @@ PARTS = {"stranger": 0.8, "beside": 0.2, "kept": 0.55, "kept-beside": 0.25, "loo
 # each other are half as large, and fine looks finer still: there it blurs what is to be told.
 NOISE, NOISY = 0.1, ("stranger", "kept")
 FROM, DOWN_TO = 0.6, 0.1  # schedule "decay": the rate falls from this share of the steps on, to this share of it
-LOOK_EVERY = 40  # where no look can end the training
 CHECK_EVERY = 5  # steps between two looks at the probe
 MARGIN = 0.1  # nats by which a retained answer may become less likely before it counts as bent
 GOOD_ENOUGH = 8  # looks in a row that must be good before training stops: what few steps bend, more steps repair
@@ -114,7 +113,7 @@ def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: C
             raise NumericFailure(f"The gradient is not finite at step {step}: lower --lr or use --dtype float32.")
         optimiser.step()
         schedule.step()
-        if step % (LOOK_EVERY if lessons else CHECK_EVERY) == 0 or step == recipe.steps:
+        if (step % CHECK_EVERY == 0 and not lessons) or step == recipe.steps:  # no look can end what has lessons
             vlm.model.eval()
             look = probe()
             _training_mode(vlm, recipe)
