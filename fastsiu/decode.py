@@ -21,18 +21,10 @@ from transformers import DynamicCache, RepetitionPenaltyLogitsProcessor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from . import prefix
-from .prefix import Part, parts_of, per_token, recomputes
+from .prefix import Part, parts_of, recomputes
 from .sharing import tolerance
-from .vlm import VLM, Encoded, Picture, out_of_memory
+from .vlm import HARMLESS, SIMPLE, VLM, Encoded, Picture, followed, out_of_memory
 
-# Of a model's generation_config: what cannot change a greedy answer of a given longest length, or is honoured here.
-KNOWN = {
-    "transformers_version", "_from_model_config", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id",
-    "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams",
-    "early_stopping", "length_penalty", "max_length", "max_new_tokens", "repetition_penalty", "use_cache", "compile_config",
-    "cache_implementation", "cache_config", "max_cache_len", "disable_compile", "return_dict_in_generate", "output_attentions",
-    "output_hidden_states", "output_scores", "output_logits",
-}  # fmt: skip
 TRIED = ("Who is this?", "What is shown here, and where was it?")  # questions of unlike length
 STEPS = 2  # tokens of each that are tried
 CROWDED = 3 / 4  # a batch is made smaller when no more than this share of its rows still answers
@@ -68,8 +60,8 @@ def rules(vlm: VLM, suppress: Sequence[int] = ()) -> Rules | None:
 
 
 def unknown(vlm: VLM) -> list[str]:
-    """What the model's generation_config sets beyond `KNOWN`."""
-    set_ = {k: v for k, v in vlm.base.generation_config.to_diff_dict().items() if k not in KNOWN}
+    """What the model's generation_config sets beyond what `Rules` knows."""
+    set_ = {k: v for k, v in vlm.base.generation_config.to_diff_dict().items() if k not in SIMPLE | HARMLESS}
     return sorted(k for k, v in set_.items() if v is not None and v is not False and v != [])
 
 
@@ -136,7 +128,7 @@ def _trial(vlm: VLM, pictures: Sequence[Picture | None]) -> str:
                 if step < STEPS:
                     rows.go(torch.stack([said[i][step] for i in members]))
         found = torch.stack([state for row in ours for state in row]).float()
-        whole = [_followed(turn.inputs, tokens) for turn, tokens in zip(turns, said, strict=True)]
+        whole = [followed(turn.inputs, tokens) for turn, tokens in zip(turns, said, strict=True)]
         plain = vlm.hidden(whole, part.shown(range(len(turns))))
         expected = torch.cat([plain[i, part.lengths[i] - 1 :][: len(row)] for i, row in enumerate(ours)]).float()
     except Exception as error:  # any: whatever a family's own forward thinks of such inputs; it is kept as the reason
@@ -146,13 +138,6 @@ def _trial(vlm: VLM, pictures: Sequence[Picture | None]) -> str:
     apart = float((found - expected).norm() / expected.norm())
     alike = apart <= tolerance(vlm, vlm.head_weight.dtype, gradients=False)  # false for NaN
     return "" if alike else f"hidden states differ by {apart:.1e}"
-
-
-def _followed(inputs: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
-    """A prompt with these tokens behind it, and beside each what stands beside its last one."""
-    by_token = {k: v for k, v in inputs.items() if per_token(inputs, k)}
-    longer = {k: torch.cat([v, v[:, -1:].repeat_interleave(len(tokens), 1)], 1) for k, v in by_token.items()}
-    return inputs | longer | {"input_ids": torch.cat([inputs["input_ids"], tokens[None]], 1)}
 
 
 def prompt(vlm: VLM, question: str, picture: Picture | None, begin: str = "") -> Encoded:

@@ -23,6 +23,12 @@ from transformers.utils import PushToHubMixin
 
 from .request import BadInput
 
+# Of every `from_pretrained`: left out, transformers asks on the terminal whether it may run Python
+# code that comes with a model, and an answer can come from a pipe.
+NO_CODE = {"trust_remote_code": False}
+
+LIMITS = ("truncation", "truncation_strategy", "max_length", "stride", "padding", "pad_to_multiple_of", "is_split_into_words")
+
 
 class NoVideos(PushToHubMixin):
     """In place of a processor for videos. SmolVLM's templates read the two settings, also where there is no video."""
@@ -45,7 +51,7 @@ PARTS = {
     "image_processor": AutoImageProcessor.from_pretrained,
     "tokenizer": AutoTokenizer.from_pretrained,
     "feature_extractor": AutoFeatureExtractor.from_pretrained,
-    "video_processor": lambda name, revision: NoVideos(),
+    "video_processor": lambda name, revision, trust_remote_code: NoVideos(),
 }
 
 
@@ -56,8 +62,9 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
         made = processor_class(name, config, revision)
         if made and "video_processor" in made.get_attributes() and not torchvision:
             return assemble(made, name, revision)
-        return AutoProcessor.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError) as error:
+        return AutoProcessor.from_pretrained(name, revision=revision, **NO_CODE)
+    except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        refuse_own_code(name, error)
         if "torchvision" in str(error).lower() and not torchvision:
             raise BadInput(f"The processor of {name} needs torchvision, which is not installed: "
                            "pip install torchvision.") from error  # fmt: skip
@@ -79,9 +86,28 @@ def processor_class(name: str, config: Any, revision: str | None) -> type[Proces
 
 def assemble(made: type[ProcessorMixin], name: str, revision: str | None) -> ProcessorMixin:
     """What `made.from_pretrained` does, part by part, with no processor for videos."""
-    parts = [PARTS[part](name, revision=revision) for part in made.get_attributes()]
+    parts = [PARTS[part](name, revision=revision, **NO_CODE) for part in made.get_attributes()]
     saved, _ = made.get_processor_dict(name, revision=revision)
     return type(made.__name__, (WithoutVideos, made), {}).from_args_and_dict(parts, saved)
+
+
+def take_limits_off(processor: Any) -> None:
+    """No text is cut or padded because a tokenizer was saved with a truncation or a padding switched
+    on: both are of whoever trained it, and a question cut short is another question."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    for key in LIMITS:  # a processor takes them for options of every call
+        getattr(tokenizer, "init_kwargs", {}).pop(key, None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+
+
+def refuse_own_code(name: str, error: BaseException) -> None:
+    """Raises BadInput where transformers failed because it was not let run the code of a model."""
+    if "trust_remote_code" in str(error):
+        raise BadInput(f"{name} comes with Python code of its own, and FastSIU never runs such code: give a model whose "
+                       "architecture is part of transformers.") from error  # fmt: skip
 
 
 def takes_suffix(processor: Any) -> bool:

@@ -12,13 +12,15 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils import cached_file, extract_commit_hash
 
-from .processor import load_processor, takes_suffix
+from . import limited
+from .processor import NO_CODE, load_processor, refuse_own_code, take_limits_off, takes_suffix
 from .request import BadInput
 
 DTYPES = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 QUANTIZE = ("nf4", "int8")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 ATTENTION = ("sdpa", "flash_attention_2", "eager")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 
 def check_options(dtype: str, quantize: str | None, attention: str | None, optimizer: str = "adamw") -> None:
@@ -67,12 +69,29 @@ def _installed(package: str) -> bool:
 
 
 def check_directory(name: str) -> None:
-    """Raises BadInput for what can only be meant as a directory and is not one of a model."""
+    """Raises BadInput for what can only be meant as a directory and is not one of a model: an adapter
+    or weights that are pickles among them."""
     path = Path(name)
     if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
         raise BadInput(f"There is no model directory {name}: give a directory or a Hugging Face model id.")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if not path.is_dir():
+        return
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise BadInput(f"{name} holds an adapter and not a model: give its base with --model, and this with --adapter.")
         raise BadInput(f"{name} has no config.json: give the directory of a complete Hugging Face model.")
+    if (path / "adapter_config.json").is_file():
+        # transformers would put the adapter on without a word, and nothing here would take it off again
+        raise BadInput(f"{name} holds a model and an adapter: remove its adapter_config.json, or give the two apart.")
+    check_weights_are_no_pickles(path)
+
+
+def check_weights_are_no_pickles(path: Path) -> None:
+    """Raises BadInput for a directory whose only weights are pickles: reading one can run any code."""
+    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+    if pickles and not any(path.glob("*.safetensors")):
+        raise BadInput(f"The weights of {path} are no safetensors ({pickles[0]}), and FastSIU reads no pickles: "
+                       "load them with a program that you trust, and save_pretrained() them.")  # fmt: skip
 
 
 def read_config(name: str, revision: str | None = None) -> Any:
@@ -80,8 +99,10 @@ def read_config(name: str, revision: str | None = None) -> Any:
     check_directory(name)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        return AutoConfig.from_pretrained(name, revision=revision, **NO_CODE)
+    except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError, RecursionError,
+            StrictDataclassError) as error:  # fmt: skip
+        refuse_own_code(name, error)
         raise BadInput(f"The configuration of {name} cannot be read ({first_line(error)}): check the model's name "
                        "and the revision.") from error  # fmt: skip
 
@@ -99,7 +120,17 @@ def describe(name: str, revision: str | None) -> tuple[Any, Any, str | None]:
     templated = getattr(processor, "chat_template", None) or takes_suffix(processor)
     if getattr(processor, "image_processor", None) is None or not templated:
         raise BadInput(f"{name} has no image processor or no chat template: save the model's full processor beside it.")
+    take_limits_off(processor)
+    check_template(processor)
     return config, processor, revision
+
+
+def check_template(processor: Any) -> None:
+    """Raises BadInput for a chat template that takes too long or too much memory (`limited`)."""
+    templates, tokenizer = getattr(processor, "chat_template", None), getattr(processor, "tokenizer", processor)
+    tokens = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+    for template in templates.values() if isinstance(templates, dict) else [templates] if templates else []:
+        limited.check_template(template, tokens)
 
 
 def dtype_name(config: Any, dtype: str, device: str) -> str:

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,19 +23,36 @@ from jinja2 import TemplateError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
 from . import source
 from .features import READ, crossed, features_entry, join_features, read_key
-from .processor import takes_suffix
+from .processor import NO_CODE, refuse_own_code, takes_suffix
 from .request import BadInput, NumericFailure
 from .rows import no_logits
 
 Span = tuple[int, int]
 FAULTS = (AttributeError, TypeError, ValueError, LookupError, NameError, AssertionError,
           ImportError, RuntimeError)  # fmt: skip
+MARK = "\ue000"  # an answer that no chat template, question or tokenizer knows
+LEAD = "\n"  # after it a tokenizer begins anew, without the blank that some put before a text
+# Of a model's generation_config. SIMPLE: what decides about a greedy answer here and in `generate`;
+# RULES: what only `generate` honours; HARMLESS: what cannot change a greedy answer of a given longest
+# length. The rest searches, stops by the clock or returns something else: it is set aside, and told.
+SIMPLE = frozenset({"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "repetition_penalty"})
+RULES = frozenset({
+    "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "min_length",
+    "min_new_tokens", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "forced_bos_token_id",
+    "forced_eos_token_id", "exponential_decay_length_penalty", "remove_invalid_values", "renormalize_logits",
+})  # fmt: skip
+HARMLESS = frozenset({
+    "transformers_version", "_from_model_config", "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p",
+    "epsilon_cutoff", "eta_cutoff", "num_beams", "early_stopping", "length_penalty", "max_length", "max_new_tokens", "use_cache",
+    "compile_config", "cache_implementation", "cache_config", "max_cache_len", "disable_compile", "return_dict_in_generate",
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+})  # fmt: skip
 PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "pixel_attention_mask", "labels", "image_sizes")
 
 
@@ -95,6 +113,7 @@ class VLM:
     shares:   the ways of sharing a prefix that were found exact on this model (`sharing.plan_sharing`); none are before that
     decodes:  for prompts with a picture (True) and without: "" where answers may grow on a shared prefix, else why not, as
               `decode.why_not` found; empty before that
+    aside:    settings of the model's generation_config that were set aside
     """
 
     name: str
@@ -107,6 +126,8 @@ class VLM:
     shares: tuple[str, ...] = ()
     decodes: dict[bool, str] = field(default_factory=dict)
     budget: Budget = field(default_factory=Budget)
+    aside: tuple[str, ...] = ()
+    _frames: dict[bool, tuple[str, str]] = field(default_factory=dict)
 
     @functools.cached_property
     def entry(self) -> str:
@@ -141,12 +162,24 @@ class VLM:
         return {"head_bias": self.head_bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
 
     def render(self, question: str, with_image: bool, answer: str | None = None) -> str:
-        """The chat template's text: up to where the answer starts, or with `answer` as a closed turn.
+        """The text of a turn: up to where the answer starts or, with `answer`, the closed turn.
 
-        Of a prefix language model the question or, with `answer`, what follows it.
+        A closed turn is the prompt, the answer and what ends an answer, in this order: so the model
+        is trained in the very context in which it is asked. Chat templates may write a closed turn
+        with another beginning, such as one without the empty thoughts of their prompt.
+
+        Of a prefix language model: the question or, with `answer`, what follows it.
         """
         if self.suffixed:
             return self.processor.image_token * with_image + question if answer is None else answer + self.tokenizer.eos_token
+        prompt = self._templated(question, with_image)
+        if answer is None:
+            return prompt
+        gap, closing = self._frame(with_image)
+        return prompt + gap + answer + closing
+
+    def _templated(self, question: str, with_image: bool, answer: str | None = None) -> str:
+        """What the chat template makes of a question or of a question with its answer."""
         content = [{"type": "image"}] * with_image + [{"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         if answer is not None:
@@ -157,15 +190,32 @@ class VLM:
             said = source.first_line(error)
             raise BadInput(f"The model's chat template fails ({said}): it is given a question with or without a picture, and "
                            "then the answer, each as a list of parts.") from error  # fmt: skip
-        # Some templates (LLaVA 1.5's) leave the first and the last token to the tokenizer; `tokenise` adds none.
-        tokenizer, first = self.tokenizer, self.tokenizer.bos_token
-        if first and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] and not text.startswith(first):
-            text = first + text
-        if answer is not None and tokenizer.eos_token:
-            closing = text[text.rfind(answer) + len(answer) :]
-            if not any(token in closing for token in tokenizer.all_special_tokens):
-                text = text.rstrip() + tokenizer.eos_token
-        return text
+        return text if not self._first or text.startswith(self._first) else self._first + text
+
+    @functools.cached_property
+    def _first(self) -> str:
+        """The first token's text, where templates (LLaVA 1.5's) leave it to the tokenizer; `tokenise` adds none."""
+        tokenizer = self.tokenizer
+        adds = tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        return tokenizer.bos_token if adds else ""
+
+    def _frame(self, with_image: bool) -> tuple[str, str]:
+        """(blank text between a prompt and its answer, what ends an answer).
+
+        Found with an answer that no template knows. Where the closed turn does not begin as the
+        prompt does, or has more than blanks between, the answer follows the prompt directly.
+        """
+        if with_image not in self._frames:
+            prompt, whole = (self._templated(".", with_image, answer) for answer in (None, MARK))
+            if whole.count(MARK) != 1:
+                raise BadInput("The model's chat template does not keep the assistant's text as given: its masks cannot be "
+                               "placed.")  # fmt: skip
+            before, closing = whole.split(MARK)
+            gap = before.removeprefix(prompt) if before.startswith(prompt) else ""
+            if self.tokenizer.eos_token and not any(token in closing for token in self.tokenizer.all_special_tokens):
+                closing = closing.rstrip() + self.tokenizer.eos_token
+            self._frames[with_image] = ("" if gap.strip() else gap, closing)
+        return self._frames[with_image]
 
     def tokenise(self, text: str, image: Image.Image | None, suffix: str | None = None) -> dict[str, Tensor]:
         """The processor's tensors (batch of one) for rendered text, pixels left out; suffix: a prefix model's answer."""
@@ -184,22 +234,23 @@ class VLM:
     def encode(self, question: str, answer: str, picture: Picture | None, closed: bool = True) -> Encoded:
         """A whole turn with its supervised positions; those that end the turn only where the answer is `closed`.
 
+        The ids of the turn begin with the ids of its prompt (`encode_prompt`), which are what is asked.
+
         Raises BadInput where the template changes the answer or the tokenizer reports no character offsets.
         """
-        answer = answer.strip()
-        text = self.render(question, picture is not None, answer)
-        start = text.rfind(answer)
-        if start < 0:
-            raise BadInput("The model's chat template does not keep the assistant's text as given: its masks cannot be placed.")
+        answer, shown = answer.strip(), picture is not None
         if not self.tokenizer.is_fast:
             raise BadInput("The model's tokenizer reports no character offsets: use one with a fast (tokenizer.json) version.")
         image = None if picture is None else picture.image
         if self.suffixed:
-            inputs = self.tokenise(self.render(question, picture is not None), image, suffix=answer)
+            text = self.render(question, shown, answer)
+            inputs = self.tokenise(self.render(question, shown), image, suffix=answer)
+            plain = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            ids, offsets, start = plain["input_ids"], plain["offset_mapping"], text.rfind(answer)
         else:
-            inputs = self.tokenise(text, image)
-        plain = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = plain["input_ids"], plain["offset_mapping"]
+            prompt, (gap, closing) = self.render(question, shown), self._frame(shown)
+            inputs, ids, offsets = self._continued(prompt, gap + answer + closing, image)
+            start = len(prompt) + len(gap)
         first = next(i for i, (_, end) in enumerate(offsets) if end > start)
         # Only the image placeholder differs between the plain and the expanded text, and it stands before the answer.
         tail = len(ids) - first
@@ -212,8 +263,8 @@ class VLM:
         end = next((i + 1 for i in after if ids[i] in special), end) if closed else end
         shift = inputs["input_ids"].shape[1] - len(ids)
         positions = torch.arange(first, end, device=self.device) + shift
-        closing = (len(answer), len(answer))
-        spans = [(max(s - start, 0), min(e, stop) - start) if s < stop else closing for s, e in offsets[first:end]]
+        ending = (len(answer), len(answer))
+        spans = [(max(s - start, 0), min(e, stop) - start) if s < stop else ending for s, e in offsets[first:end]]
         return Encoded(inputs, positions - 1, inputs["input_ids"][0, positions], spans)
 
     def encode_prompt(self, question: str, picture: Picture | None, begin: str = "") -> dict[str, Tensor]:
@@ -222,10 +273,34 @@ class VLM:
         if self.suffixed:
             whole = self.tokenise(self.render(question, picture is not None), image, suffix=begin or None)
             return {k: v[:, :-1] for k, v in whole.items()} if begin else whole  # the processor ends an answer
-        text = self.render(question, picture is not None, begin or None)
-        if begin:
-            text = text[: text.rfind(begin) + len(begin)]
-        return self.tokenise(text, image)
+        prompt = self.render(question, picture is not None)
+        if not begin:
+            return self.tokenise(prompt, image)
+        return self._continued(prompt, self._frame(picture is not None)[0] + begin, image)[0]
+
+    def _continued(self, prompt: str, rest: str, image: Image.Image | None) -> tuple[dict[str, Tensor], list[int], list[Span]]:
+        """(the processor's tensors, ids and their character spans of the plain text) of a prompt and what follows it.
+
+        The first ids are the prompt's own. Where a tokenizer would join the prompt's end with what
+        follows, as it does after a trailing blank, the rest is tokenised apart.
+
+        Raises BadInput where that cannot be done.
+        """
+        text = prompt + rest
+        plain = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = plain["input_ids"], plain["offset_mapping"]
+        begun = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        if ids[: len(begun["input_ids"])] == begun["input_ids"]:
+            return self.tokenise(text, image), ids, offsets
+        apart = self.tokenizer(LEAD + rest, add_special_tokens=False, return_offsets_mapping=True)
+        lead = self.tokenizer(LEAD, add_special_tokens=False)["input_ids"]
+        if apart["input_ids"][: len(lead)] != lead:
+            raise BadInput("The model's tokenizer joins the end of a prompt with the answer: its chat template would need to "
+                           "end in a line break or a special token.")  # fmt: skip
+        after, shift = apart["input_ids"][len(lead) :], len(prompt) - len(LEAD)
+        spans = [(start + shift, end + shift) for start, end in apart["offset_mapping"][len(lead) :]]
+        inputs = followed(self.tokenise(prompt, image), torch.tensor(after, device=self.device))
+        return inputs, begun["input_ids"] + after, begun["offset_mapping"] + spans
 
     def image_features(self, image: Image.Image) -> Any:
         """What the vision tower and the projector make of one image, reduced to what the language model reads.
@@ -313,6 +388,14 @@ def encoder(vlm: VLM) -> Callable[..., Encoded]:
         return known[key]
 
     return made
+
+
+def followed(inputs: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    """A prompt [1, T] with these tokens [n] behind it, and beside each what stands beside its last one."""
+    T = inputs["input_ids"].shape
+    by_token = {k: v for k, v in inputs.items() if v.shape[:2] == T}
+    longer = {k: torch.cat([v, v[:, -1:].repeat_interleave(len(tokens), 1)], 1) for k, v in by_token.items()}
+    return inputs | longer | {"input_ids": torch.cat([inputs["input_ids"], tokens[None]], 1)}
 
 
 def collate(batch: Sequence[dict[str, Tensor]], pad_id: int) -> dict[str, Any]:
@@ -414,13 +497,32 @@ def load(name: str, *, revision: str | None = None, device: str | None = None, d
     if budget.checkpointing:
         checkpoint_layers(base)
     base.requires_grad_(False)
-    vlm = VLM(name, revision, base, base, processor, budget=budget)
+    check_finite(base, name)
+    vlm = VLM(name, revision, base, base, processor, budget=budget, aside=set_aside(base))
     if vlm.tokenizer.pad_token_id is None:
         vlm.tokenizer.pad_token = vlm.tokenizer.eos_token
+    vlm.encode("Who is this?", "Nobody.", None)  # what no turn can be made of is told before anything else
     vlm.logit_scale, vlm.logit_softcap = probe_head(base, vlm.encode_prompt("Who is this?", None))
-    if not torch.isfinite(vlm.head_weight).all():
-        raise NumericFailure(f"The output head of {name} holds NaN or infinite weights.")
     return vlm
+
+
+def check_finite(module: nn.Module, name: str) -> None:
+    """Raises NumericFailure, which names the tensor, for NaN or infinity in any weight of `name`."""
+    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+            low, high = torch.aminmax(tensor.detach())  # NaN goes through both; no copy is made
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise NumericFailure(f"{key} of {name} holds NaN or infinite numbers: give undamaged weights.")
+
+
+def set_aside(base: Any) -> tuple[str, ...]:
+    """Leaves in the model's generation_config what a greedy answer can honour; the names of what else
+    was set and could change one."""
+    before = base.generation_config
+    kept = {k: getattr(before, k) for k in SIMPLE | RULES if getattr(before, k, None) is not None}
+    told = {k for k, v in before.to_diff_dict().items() if v is not None and v is not False and v != []}
+    base.generation_config = GenerationConfig(**kept)
+    return tuple(sorted(told - SIMPLE - RULES - HARMLESS))
 
 
 def _read(name: str, revision: str | None, place: torch.device, dtype: str, quantize: str | None,
@@ -433,11 +535,13 @@ def _read(name: str, revision: str | None, place: torch.device, dtype: str, quan
         extra["quantization_config"] = source.quantisation(config, quantize, wanted)
     try:
         base, info = AutoModelForImageTextToText.from_pretrained(
-            name, revision=revision, dtype=wanted, device_map={"": place}, output_loading_info=True, **extra
-        )
+            name, revision=revision, dtype=wanted, device_map={"": place}, output_loading_info=True,
+            use_safetensors=True, **NO_CODE, **extra
+        )  # fmt: skip
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
         if out_of_memory(error):
             raise
+        refuse_own_code(name, error)
         said = source.first_line(error)
         raise BadInput(f"{name} cannot be loaded as an image-text model ({said}): check the files.") from error
     if missing := sorted(info["missing_keys"]):  # transformers makes up random ones
