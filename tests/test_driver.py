@@ -275,7 +275,7 @@ def test_more_pictures_fill_generality_and_specificity(quick, cast, tmp_path):
     assert any("trained on in other wordings" in c for c in result.report["caveats"])
     assert not any("No picture and no dream" in c for c in result.report["caveats"])
     labels = {p["label"] for p in json.loads((result.output / "manifest.json").read_text())["pictures"]}
-    assert labels == {"image", "images/1.png", "retain/1.png"}
+    assert labels == {"image", "images/001", "retain/001"}
 
 
 def test_samples_of_the_users_own_replace_and_extend(cast, demo_dir, tmp_path, gathered):

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fastsiu import output
+from fastsiu import manifest as manifests
+from fastsiu import staging
+from fastsiu.manifest import sha256
 from fastsiu.output import (
     Transaction,
     check_destination,
@@ -99,7 +101,10 @@ def test_an_empty_directory_is_free_and_is_filled(tmp_path):
 
 
 def test_a_parent_that_cannot_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "mkdir", refuse)
     with pytest.raises(BadInput, match="cannot be written"):
         check_destination(tmp_path / "out", DIGEST)
     with pytest.raises(BadInput, match="cannot be written"), Transaction(tmp_path / "absent" / "out"):
@@ -154,9 +159,9 @@ def test_commit_is_refused_twice_and_outside_the_block(tmp_path):
 
 def test_the_manifest_is_the_last_file_and_the_rename_the_last_step(tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(output, "_sync", lambda path: steps.append(("sync", path.name)))
-    plain_write, plain_rename = output._write, os.rename
-    monkeypatch.setattr(output, "_write", lambda p, *a, **k: (steps.append(("write", p.name)), plain_write(p, *a, **k)))
+    monkeypatch.setattr(staging, "sync", lambda path: steps.append(("sync", path.name)))
+    plain_write, plain_rename = staging.write, os.rename
+    monkeypatch.setattr(staging, "write", lambda p, *a, **k: (steps.append(("write", p.name)), plain_write(p, *a, **k)))
     monkeypatch.setattr(os, "rename", lambda a, b: (steps.append(("rename", Path(b).name)), plain_rename(a, b)))
     written(tmp_path / "out")
     at = steps.index(("write", "manifest.json"))
@@ -176,7 +181,7 @@ with transaction as staging:
     print("staged", flush=True)
     if sys.argv[2] == "staged":
         time.sleep(60)
-    transaction.commit({"request": output._keyed("d" * 64, transaction.key)})
+    transaction.commit({"request": output.keyed("d" * 64, transaction.key)})
     print("done", flush=True)
 time.sleep(60)
 """
@@ -233,7 +238,7 @@ for k in range(1000):
             (staging / "a").write_bytes(b"abc")
             (staging / "deep").mkdir()
             (staging / "deep" / "b").write_bytes(b"abc")
-            transaction.commit({"request": output._keyed("d" * 64, transaction.key)})
+            transaction.commit({"request": output.keyed("d" * 64, transaction.key)})
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:
         break
@@ -255,23 +260,208 @@ def test_kill_9_before_every_system_call_leaves_the_output_absent_or_complete(tm
     assert complete == sorted(complete) and not complete[0] and complete[-1]
 
 
-@pytest.mark.skipif(output.fcntl is None, reason="needs file locks")
-def test_only_dead_leftovers_of_the_same_output_are_removed(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    gone, alive_id = dead.pid, os.getppid()
-    for name in (f".out.partial-{gone}-ab", f".other.partial-{gone}-ab", f".out.partial-{alive_id}-ab", ".out.partial-x"):
+HOLD = """
+import sys, time
+from pathlib import Path
+from fastsiu.staging import Staging, claim
+with Staging(Path(sys.argv[1])) as path, claim(Path(sys.argv[1]), "key") as mine:
+    (path / "f").write_text("x")
+    print(mine, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process with a staging directory and a claim in `tmp_path`."""
+    child = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline().strip() == "True"
+    yield child
+    child.kill()
+    child.wait()
+    child.stdout.close()
+
+
+@pytest.mark.skipif(staging.fcntl is None, reason="needs file locks")
+def test_the_next_run_removes_what_killed_runs_left_whatever_they_wrote(tmp_path, holder):
+    """Of any output, with any process id: what is dead has no lock."""
+    for name in (f"{staging.PREFIX}{os.getppid()}-00000000", ".fastsiu-0123456789ab.partial-1-00000000"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "f").write_text("x")
-    recycled = tmp_path / f".out.partial-{os.getpid()}-ab"  # in containers a dead run often had this run's process id
-    recycled.mkdir()
-    with Transaction(tmp_path / "out") as alive:
-        assert not recycled.exists()
-        assert not (tmp_path / f".out.partial-{gone}-ab").exists()
-        assert len(partials(tmp_path)) == 4
-        with Transaction(tmp_path / "out") as second:  # the same process id, yet alive
-            assert alive.exists() and second.exists()
-    assert len(partials(tmp_path)) == 3
+    (tmp_path / f"{staging.PREFIX}1-11111111").write_text("a file")
+    kept = [".fastsiu.partial-x", ".other.partial-1-00000000", f"{staging.PREFIX}1-00000000.txt", ".fastsiu.claim-notes"]
+    for name in kept:  # not ours
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").write_text("x")
+    (tmp_path / f"{staging.PREFIX}1-22222222").symlink_to(tmp_path / "elsewhere")
+    kept += ["elsewhere", f"{staging.PREFIX}1-22222222"]
+    with Transaction(tmp_path / "out") as own:
+        alive = {p.name for p in tmp_path.iterdir()} - set(kept) - {own.name}
+        assert len(alive) == 2  # the other process's staging directory and claim
+        with Transaction(tmp_path / "out") as second:  # the same process, yet alive
+            assert own.exists() and second.exists()
+    holder.kill()
+    holder.wait()
+    assert len(staging.sweep(tmp_path)) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
+    assert (tmp_path / "elsewhere" / "precious").read_text() == "x"
+
+
+@pytest.mark.skipif(staging.fcntl is None, reason="needs file locks")
+def test_what_is_left_in_a_directory_of_several_results_is_found_from_beside_it(tmp_path):
+    name = f"{staging.PREFIX}1-00000000"
+    for folder in ("suite", "other"):
+        (tmp_path / folder / name).mkdir(parents=True)
+    (tmp_path / "suite" / "suite.json").write_text("{}")
+    assert check_destination(tmp_path / "out", DIGEST) == "free"
+    assert not (tmp_path / "suite" / name).exists() and (tmp_path / "other" / name).exists()
+
+
+@pytest.mark.skipif(staging.fcntl is None, reason="needs file locks")
+def test_a_claim_is_one_process_s_and_a_dead_one_s_is_free(tmp_path, holder):
+    with staging.claim(tmp_path, "key") as mine, staging.claim(tmp_path, "another") as other:
+        assert not mine and other
+    holder.kill()
+    holder.wait()
+    with staging.claim(tmp_path, "key") as mine, staging.claim(tmp_path, "key") as again:
+        assert mine and not again
+    with staging.claim(tmp_path, "key", wait=True) as mine:
+        assert mine
+    staging.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_changed_byte_of_any_file_is_no_longer_the_same_result(tmp_path):
+    out = written(tmp_path / "out")
+    files = [p for p in out.rglob("*") if p.is_file() and p.name != "private.key"]
+    assert len(files) == 3
+    for path in files:
+        whole = path.read_bytes()
+        for at in (0, len(whole) // 2, len(whole) - 2):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(BadInput, match="was changed|not a result|another request"):
+                check_destination(out, DIGEST)
+        path.write_bytes(whole)
+        assert check_destination(out, DIGEST) == "same"
+
+
+def test_a_missing_and_an_added_file_are_no_longer_the_same_result(tmp_path):
+    out = written(tmp_path / "out")
+    for name in ("adapter_model.bin", "adapter.SAFETENSORS", "deep/tokenizer.json", "modeling.py"):
+        (out / name).write_bytes(b"x")
+        with pytest.raises(BadInput, match=f"'{name}' was added"):
+            check_destination(out, DIGEST)
+        (out / name).unlink()
+    (out / "notes.txt").write_text("no loader reads this")
+    assert check_destination(out, DIGEST) == "same"
+    (out / "deep" / "file").unlink()
+    with pytest.raises(BadInput, match="'deep/file' is missing"):
+        check_destination(out, DIGEST)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": []}, {"files": {"a": [1]}}, {"files": {"a": {"bytes": "1", "sha256": 1}}}, {"request": 5}, {"request": None},
+        {"model": 3}, {"files": {"../../precious": {"bytes": 1, "sha256": "0"}}}, {"files": {"/etc/passwd": {"bytes": 1}}},
+        {"sha256": 1}, {"settings": [1]},
+    ],
+)  # fmt: skip
+def test_a_manifest_of_other_types_is_no_result(tmp_path, change):
+    out = written(tmp_path / "out")
+    stored = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**stored, **change}))
+    with pytest.raises(BadInput, match="not a result of FastSIU"):
+        check_destination(out, DIGEST)
+    with pytest.raises(BadInput):
+        manifests.read(out)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"request": NaN}', '{"request": 1e999}', "null", "", "\0", '"x"', "{"])
+def test_a_manifest_that_is_no_json_object_is_no_result(tmp_path, text):
+    out = written(tmp_path / "out")
+    (out / "manifest.json").write_text(text)
+    with pytest.raises(BadInput, match="not a result of FastSIU"):
+        check_destination(out, DIGEST)
+    with pytest.raises(BadInput):
+        manifests.read(out)
+    (out / "report.json").write_text(text)
+    with pytest.raises(BadInput, match="report.json"):
+        manifests.read_report(out)
+
+
+def test_the_manifest_spells_no_name(tmp_path):
+    pictures = {
+        "image": b"1",
+        "images/Zorblax.png": b"2",
+        "images/a/b.png": b"3",
+        "retain/Quint.png": b"4",
+        "001/images/Z.png": b"5",
+    }
+    stored = described(b"k" * 32, pictures=pictures, masks={"tokens_masked": 3, "spared": ["Z", "or", "bl"]})
+    labels = [one["label"] for one in stored["pictures"]]
+    assert labels == ["image", "images/001", "images/002", "retain/001", "001/images/001"]
+    assert stored["masks"] == {"tokens_masked": 3, "spared": 3}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
+def test_names_and_answers_are_for_their_owner_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        transaction = Transaction(tmp_path / "out")
+        with transaction as folder:
+            write_reports(folder, {"concept": "c", "verdict": "forgotten"})
+            (folder / "untouched.json").write_text("{}")
+            transaction.commit(described(transaction.key))
+        staging.replace_file(tmp_path / "suite.json", b"{}")
+        staging.new_file(tmp_path / "samples.jsonl", b"{}")
+    finally:
+        os.umask(before)
+    out = tmp_path / "out"
+    assert out.stat().st_mode & 0o777 == 0o700
+    private = ("report.json", "report.md", "report.html", "untouched.json", "private.key", "../suite.json", "../samples.jsonl")
+    assert {(out / name).stat().st_mode & 0o777 for name in private} == {0o600}
+
+
+def test_no_file_is_half_written_and_none_is_replaced_by_a_new_one(tmp_path):
+    path = tmp_path / "f"
+    staging.new_file(path, b"one")
+    with pytest.raises(FileExistsError):
+        staging.new_file(path, b"two")
+    assert path.read_bytes() == b"one"
+    staging.replace_file(path, b"two")
+    assert path.read_bytes() == b"two" and [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "\u00e9" * 128, "a/" + "x" * 256])
+def test_a_name_that_is_too_long_is_told_at_once(tmp_path, name):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(BadInput, match="cannot be used"):
+        check_destination(tmp_path / name, DIGEST)
+    with pytest.raises(BadInput, match="cannot be used"):
+        staging.check_new(tmp_path / name, "choose another")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has shorter paths")
+def test_the_longest_name_can_be_written(tmp_path):
+    assert check_destination(tmp_path / ("x" * 255), DIGEST) == "free"
+    written(tmp_path / ("x" * 255))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+@pytest.mark.parametrize("path", ["/proc/x", "/proc/self/x", "/sys/x", "/dev/null/x"])
+def test_a_place_where_nothing_can_be_made_is_told_at_once(path):
+    for check in (lambda p: check_destination(p, DIGEST), lambda p: staging.check_new(Path(p), "choose another")):
+        with pytest.raises(BadInput, match="cannot be|does not exist"):
+            check(path)
+
+
+def test_a_full_disk_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))
+    with pytest.raises(BadInput, match="1 MiB left, and the result takes about 32 MiB"):
+        check_destination(tmp_path / "out", DIGEST)
+    assert check_destination(tmp_path / "out", DIGEST, size=2**20) == "free" and list(tmp_path.iterdir()) == []
 
 
 def test_the_manifest_says_where_values_came_from_and_hides_the_picture():
@@ -280,7 +470,7 @@ def test_the_manifest_says_where_values_came_from_and_hides_the_picture():
     assert stored["recipe"]["beta"] == {"value": 0.75, "from": "default"}
     assert {"python", "torch", "transformers", "peft", "fastsiu"} <= set(stored["versions"]) and stored["versions"]["fastsiu"]
     text = json.dumps(stored)
-    for secret in (DIGEST, output._sha256(b"secret picture"), str(ROOT)):
+    for secret in (DIGEST, sha256(b"secret picture"), str(ROOT)):
         assert secret not in text
     assert described(b"l" * 32)["pictures"] != stored["pictures"] and described(b"l" * 32)["request"] != stored["request"]
     for bad in ({"lr": "somewhere"}, {"learning_rate": "default"}):

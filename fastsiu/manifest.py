@@ -1,0 +1,230 @@
+"""What made an output, and whether it is still what was written.
+
+The manifest tells a stranger nothing about the pictures: each is a commitment under the output's own random key, and so
+is the digest of the request. Whoever holds the key file *and* the same picture can confirm it; without the key file
+nobody can, so leave it out when the rest is published. No name is in it: masks are counts, and pictures of a directory
+are numbered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import importlib.metadata
+import json
+import platform
+import re
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from . import __version__
+from .images import commitment, list_images, read_bytes
+from .request import BadInput, Recipe, Request
+from .strict_json import read_json
+
+MANIFEST, REPORT, KEY = "manifest.json", "report.json", "private.key"
+ORIGINS = ("default", "model directory", "preset paper", "command line")
+PACKAGES = ("fastsiu", "torch", "transformers", "peft", "safetensors", "tokenizers", "pillow", "numpy")
+SEAL = "sha256"  # of the manifest itself, without this entry
+# What of an output a loader may read: such a file that nobody listed is no part of the result.
+LOADABLE = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".json", ".jinja", ".model", ".py", ".gguf")
+SHAPE = {
+    "request": str, "files": {"*": {"bytes": int, "sha256": str}}, SEAL: str, "revision": (str, None),
+    "model": {"id": (str, None), "revision": (str, None), "sha256": {"*": str}}, "seeds": {"recipe": int},
+    "settings": dict, "adapter": {"sha256": {"*": str}}, "merge": dict, "masks": dict,
+}  # fmt: skip
+_FORMAT = 1
+_NUMBERED = re.compile(r"((?:\d+/)?(?:images|retain))/.+", re.DOTALL)
+
+
+def request_digest(request: Request, recipe: Recipe, model_id: str, revision: str | None, *,
+                   weights: Mapping[str, str] | None = None, **settings: Any) -> str:  # fmt: skip
+    """SHA-256, in hex, over everything that decides the result; equal for equal requests on every machine.
+
+    Files count by their content, not by path or name, and the order of names does not count. `weights` are the model's
+    files, from `digest_model`, where `model_id` is a directory: what is trained further in place is another model.
+    `settings` are further JSON values that change the result, such as quantize="nf4". The digest is not for publication,
+    because it confirms the picture to whoever has it: the manifest holds it under the output's key only.
+
+    Raises BadInput when a file or directory of the request cannot be read.
+    """
+    content = {
+        "format": _FORMAT,
+        "concept": request.concept,
+        "aliases": sorted(set(request.aliases)),
+        "protect": sorted(set(request.protect)),
+        "image": sha256(read_bytes(request.image)),
+        "images": _directory_digest(request.images),
+        "retain": _directory_digest(request.retain),
+        "data": None if request.data is None else sha256(_read_data(request.data)),
+        "recipe": recipe.as_dict(),
+        "model": model_id,
+        "revision": revision,
+        "weights": None if weights is None else dict(weights),
+        "settings": settings,
+    }
+    return sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
+
+
+def manifest(
+    *,
+    recipe: Recipe,
+    origins: Mapping[str, str] | None = None,
+    model_id: str,
+    revision: str | None,
+    weights: Mapping[str, str],
+    digest: str,
+    key: bytes,
+    pictures: Mapping[str, bytes],
+    masks: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a reader needs to repeat and to check the run; without the concept's name, paths or the host's name.
+
+    origins:  for each hyper-parameter that is not simply the default, where it came from: one of `ORIGINS`
+    weights:  file name -> SHA-256 of the model's files, from `digest_model`
+    digest:   from `request_digest`
+    key:      the transaction's key
+    pictures: label -> the bytes of every picture used; only commitments are kept, and of labels
+              "images/NAME" and "retain/NAME" a number instead of the file's name
+    masks:    the mask counts; of a list of tokens, which may spell the name, only the number is kept
+    settings: the same further values as given to `request_digest`
+
+    Raises ValueError for an unknown hyper-parameter or origin.
+    """
+    values, origins = recipe.as_dict(), dict(origins or {})
+    for name, origin in origins.items():
+        if name not in values or origin not in ORIGINS:
+            raise ValueError(f"{name!r} from {origin!r}: not a hyper-parameter, or none of {', '.join(ORIGINS)}")
+    return {
+        "format": _FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "request": keyed(digest, key),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "platform": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
+        "model": {"id": model_id, "revision": revision, "sha256": dict(weights)},
+        "recipe": {name: {"value": value, "from": origins.get(name, "default")} for name, value in values.items()},
+        "seeds": {"recipe": recipe.seed},
+        "settings": dict(settings or {}),
+        "pictures": [{"label": label, "commitment": commitment(data, key)} for label, data in _numbered(pictures).items()],
+        "masks": {kind: len(value) if isinstance(value, list) else value for kind, value in masks.items()},
+    }
+
+
+def digest_model(directory: str | Path) -> dict[str, str]:
+    """SHA-256 of the weight, configuration and tokenizer files directly in a model's directory, read as a stream.
+
+    Takes about a second per gigabyte and holds no lock on the interpreter, so it can run in a thread beside the load.
+
+    Raises BadInput when one of them cannot be read.
+    """
+    wanted = {".safetensors", ".bin", ".pt", ".json", ".model", ".jinja", ".txt"}
+    try:
+        files = sorted(p for p in Path(directory).iterdir() if p.is_file() and p.suffix in wanted)
+        return {p.name: digest_file(p) for p in files}
+    except OSError as error:
+        shown = repr(str(error.filename))
+        raise BadInput(f"The model's {shown} cannot be read ({error.strerror}): check the directory.") from error
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file, in hex, read as a stream."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(content: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of a manifest without its seal."""
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    return sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode())
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The manifest of an output. Raises BadInput where there is none, or none that this program has written."""
+    path = directory / MANIFEST
+    remedy = "give the --output directory of a run, or restore the file"
+    found = read_json(path, what=str(path), remedy=remedy, shape=SHAPE)
+    if not isinstance(found.get("request"), str) or not isinstance(found.get("files"), dict):
+        raise BadInput(f"{path} is no manifest of FastSIU: {remedy}.")
+    if stray := [name for name in found["files"] if not _inside(name)]:
+        raise BadInput(f"{path} names a file outside its directory ({stray[0]!r}): {remedy}.")
+    return dict(found)
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """report.json of an output. Raises BadInput where it cannot be used."""
+    path = directory / REPORT
+    shape = {"verdict": (str, None), "reasons": [str], "caveats": [str], "rows": dict, "answers": [dict]}
+    return dict(read_json(path, what=str(path), remedy="restore it, or choose another --output", shape=shape))
+
+
+def changed(directory: Path, sealed: Mapping[str, Any]) -> dict[str, str]:
+    """What is not as the manifest says, a second a gigabyte: file -> "is missing", "is not as written" or "was added".
+
+    A file that nobody listed counts as added where a loader may read it (`LOADABLE`).
+
+    sealed: from `read`
+    """
+    wrong = {}
+    if SEAL in sealed and sealed[SEAL] != seal(sealed):
+        wrong[MANIFEST] = "is not as written"
+    for name, entry in sealed["files"].items():
+        path = directory / name
+        if not path.is_file():
+            wrong[name] = "is missing"
+        elif path.stat().st_size != entry.get("bytes") or digest_file(path) != entry.get("sha256"):
+            wrong[name] = "is not as written"
+    for folder in sorted({directory, *((directory / name).parent for name in sealed["files"])}):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            name = path.relative_to(directory).as_posix()
+            known = name in sealed["files"] or name in (MANIFEST, KEY)
+            if not known and path.is_file() and path.suffix.lower() in LOADABLE:
+                wrong[name] = "was added"
+    return wrong
+
+
+def keyed(digest: str, key: bytes) -> str:
+    return hmac.new(key, digest.encode(), hashlib.sha256).hexdigest()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _directory_digest(directory: Path | None) -> list[str] | None:
+    return None if directory is None else sorted(sha256(read_bytes(p)) for p in list_images(directory))
+
+
+def _read_data(path: Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadInput(f"The samples {str(path)!r} cannot be read ({error.strerror}): check the path of --data.") from error
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return __version__ if name == "fastsiu" else None  # a source tree that is not installed
+
+
+def _numbered(pictures: Mapping[str, bytes]) -> dict[str, bytes]:
+    """By labels without file names, which may name whom they show."""
+    seen: Counter[str] = Counter()
+    found = {}
+    for label, data in pictures.items():
+        if match := _NUMBERED.fullmatch(label):
+            seen[match[1]] += 1
+            label = f"{match[1]}/{seen[match[1]]:03d}"
+        found[label] = data
+    return found
+
+
+def _inside(name: str) -> bool:
+    """Whether a file's name in a manifest stays in its directory."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name and "\\" not in name

@@ -1,0 +1,301 @@
+"""What is not finished yet: hidden directories and files beside the result, which no killed run leaves for long.
+
+Every verb that writes does so under a name of random digits, and puts it in place with one rename. The name tells whose it
+is (".fastsiu.partial-"), never what it is about. A lock says that its run is alive: the lock of a killed process is free, and
+whoever starts next in the same place removes what it finds there without one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from .request import BadInput
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed run leaves is left to the user there
+    fcntl = None  # type: ignore[assignment]
+
+PREFIX, CLAIM = ".fastsiu.partial-", ".fastsiu.claim-"
+MARKS = ("suite.json", "matrix.json")  # of a directory that holds several results
+_PARTIAL = re.compile(re.escape(PREFIX) + r"(\d+)-[0-9a-f]{8}")
+_CLAIMED = re.compile(re.escape(CLAIM) + r"[0-9a-f]{16}")
+_FORMER = re.compile(r"\.fastsiu-[0-9a-f]{12}\.partial-(\d+)-[0-9a-f]{8}")  # of earlier versions
+
+
+class Staging:
+    """A hidden directory in `place`, for its owner alone (0700), which is removed on leaving.
+
+    with Staging(place) as path:
+        ...                           # write into path; rename it away to keep it
+
+    Raises OSError where `place` cannot be written.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.path: Path | None = None
+        self._lock: int | None = None
+
+    def __enter__(self) -> Path:
+        sweep(self.place)
+        while self.path is None:
+            self.path = self._create()
+        return self.path
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.path is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.path = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _create(self) -> Path | None:
+        path = self.place / _random_name()
+        os.mkdir(path, 0o700)
+        if fcntl is None:
+            return path
+        try:
+            self._lock = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        _lock(self._lock, wait=True)
+        if path.exists():
+            return path
+        os.close(self._lock)  # another run's clean-up came between mkdir and the lock
+        self._lock = None
+        return None
+
+
+def sweep(place: Path) -> list[Path]:
+    """Removes what killed runs left in `place`, and in those directories in it that hold several results; returns what."""
+    removed = []
+    for entry in leftovers(place):
+        if _remove_unless_alive(entry):
+            removed.append(entry)
+    return removed
+
+
+def leftovers(place: Path) -> list[Path]:
+    """What is not finished in `place`, of runs that are alive as well."""
+    found = []
+    for entry in _entries(place):
+        if entry.is_symlink():
+            continue
+        if _PARTIAL.fullmatch(entry.name) or _CLAIMED.fullmatch(entry.name) or _FORMER.fullmatch(entry.name):
+            found.append(entry)
+        elif any((entry / mark).is_file() for mark in MARKS):
+            found += [inner for inner in _entries(entry) if is_ours(inner.name) and not inner.is_symlink()]
+    return found
+
+
+def is_ours(name: str) -> bool:
+    """Whether a name in a directory is one of a run that is not finished."""
+    return bool(_PARTIAL.fullmatch(name) or _CLAIMED.fullmatch(name))
+
+
+def check_writable(path: Path, remedy: str) -> None:
+    """Raises BadInput, which ends in `remedy`, where no file and no directory can be made at `path`; tries it beside it."""
+    shown = repr(str(path))
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)
+    except OSError as error:
+        raise BadInput(f"The path {shown} cannot be used ({error.strerror}): {remedy}.") from error
+    place = next(parent for parent in path.parents if os.path.lexists(parent))
+    try:
+        with Staging(place):
+            pass
+    except OSError as error:
+        raise BadInput(f"The directory {str(place)!r} cannot be written ({error.strerror}): {remedy}.") from error
+
+
+def check_new(path: Path, remedy: str) -> None:
+    """As `check_writable`, and raises BadInput for what exists."""
+    if "\0" in str(path):
+        raise BadInput(f"The path {str(path)!r} contains a NUL character: {remedy}.")
+    if os.path.lexists(path):
+        raise BadInput(f"{path} exists: remove it or {remedy}.")
+    check_writable(Path(os.path.abspath(path)), remedy)
+
+
+def check_space(path: Path, size: int) -> None:
+    """Raises BadInput where the disk has not `size` bytes left for what will lie at `path`."""
+    place = next((p for p in (path, *path.parents) if p.is_dir()), None)
+    free = size if place is None else shutil.disk_usage(place).free
+    if free < size:
+        raise BadInput(
+            f"The disk of {str(place)!r} has {free / 2**20:.0f} MiB left, and the result takes about "
+            f"{size / 2**20:.0f} MiB: free some, or choose another --output."
+        )
+
+
+@contextlib.contextmanager
+def claim(place: Path, key: str, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process is the one that works on `key` in the directory `place`, as long as the block lasts.
+
+    wait: until it is. Else False where another process is at it. A process that dies gives it back at once.
+    """
+    if fcntl is None:
+        yield True
+        return
+    path = place / (CLAIM + hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:16])
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            mine = _lock(handle, wait=wait)
+            same = mine and path.exists() and os.path.samestat(os.fstat(handle), path.stat())
+        except FileNotFoundError:
+            same = False
+        except BaseException:
+            os.close(handle)
+            raise
+        if mine and not same:  # whoever had it removed the file meanwhile
+            os.close(handle)
+            continue
+        break
+    try:
+        yield mine
+    finally:
+        if mine:
+            path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """`path` with this content, for its owner alone (0600); a reader sees the old content or the new. Raises OSError."""
+    with _aside(path.parent, data) as aside:
+        os.replace(aside, path)
+    sync(path.parent)
+
+
+def new_file(path: Path, data: bytes) -> None:
+    """A file that was not there, complete or not at all, 0600. Raises FileExistsError where something is there, and OSError."""
+    with _aside(path.parent, data) as aside:
+        try:
+            os.link(aside, path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+                raise
+            if os.path.lexists(path):  # a file system without links
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+            os.replace(aside, path)
+    sync(path.parent)
+
+
+def write(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """A file that is on the disk when this returns."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """A file or directory to the disk."""
+    if sys.platform == "win32":  # neither directories nor read-only handles can be synced there
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _aside(place: Path, data: bytes) -> Iterator[Path]:
+    """A hidden file with this content, gone afterwards where it was not renamed."""
+    path = place / _random_name()
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        _lock(file.fileno(), wait=True)
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _random_name() -> str:
+    return f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _entries(place: Path) -> list[Path]:
+    try:
+        return sorted(place.iterdir())
+    except OSError:  # absent, no directory, or not readable: nothing can be found there
+        return []
+
+
+def _lock(handle: int, *, wait: bool) -> bool:
+    """Whether the lock is this process's; True as well where the file system has none, as some network file systems."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remove_unless_alive(path: Path) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        if not _is_dead(handle, path.name):
+            return False
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    finally:
+        os.close(handle)
+    return not os.path.lexists(path)
+
+
+def _is_dead(handle: int, name: str) -> bool:
+    """The lock knows. Process ids do not: they come again, and two containers do not see each other's. Where the file system
+    has no locks, the id has to do."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        match = _PARTIAL.fullmatch(name) or _FORMER.fullmatch(name)
+        return match is not None and not _runs(int(match[1]))
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
