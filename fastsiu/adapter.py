@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,19 +13,37 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import cached_file
 
+from . import limited, source
 from . import output as outputs
-from .request import BadInput, Recipe
+from .request import BadInput, NumericFailure, Recipe
+from .strict_json import read_json
 from .vlm import VLM
 
 # What LoRA adapts, by exact class: some routers subclass Linear and return tuples. By name, so that bitsandbytes stays unloaded.
 LINEARS = {"torch.nn.modules.linear.Linear", "bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt"}
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-STORED = (ADAPTER, "adapter_model.bin")  # what PEFT reads
 WEIGHTS = (".safetensors", ".bin", ".pt")  # of a model
+# Fields of PEFT's LoraConfig that are known here: what each does is undone by switching the adapter
+# off. Others import modules by name, replace weights of the base or repeat its layers.
+LORA_FIELDS = frozenset({
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
+    "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "trainable_token_indices", "use_dora", "lora_bias", "target_parameters", "megatron_core", "qalora_group_size",
+})  # fmt: skip
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")
+_NAMES = (None, str, [str])
+CONFIG_SHAPE = {
+    "peft_type": str, "r": int, "lora_alpha": float, "lora_dropout": float, "target_modules": _NAMES, "exclude_modules": _NAMES,
+    "modules_to_save": (None, [str]), "rank_pattern": (None, {"*": int}), "alpha_pattern": (None, {"*": float}), "bias": str,
+    "layers_pattern": _NAMES, "layers_to_transform": (None, int, [int]), "init_lora_weights": (None, bool, str),
+    "use_rslora": bool, "use_dora": bool, "lora_bias": bool, "fan_in_fan_out": bool, "megatron_core": (None, str),
+    "trainable_token_indices": (None, [int], {"*": [int]}), "target_parameters": (None, [str]),
+}  # fmt: skip
 UNSEALED = "Nothing says for which weights the adapter was made, so that was checked by its shapes only."
 PROJECTORS = ("multi_modal_projector", "connector", "merger", "mlp1", "embed_vision")
 
@@ -138,36 +155,86 @@ def sees_anew(vlm: VLM) -> bool:
 def save(vlm: VLM, directory: Path, *, named: bool = True) -> None:
     """Writes a standard PEFT adapter, readable by `peft.PeftModel.from_pretrained`. named=False: of which model is not said."""
     config = vlm.model.peft_config["default"]
-    config.base_model_name_or_path = vlm.name if named else ""
+    # Of a directory its name alone: where it lies is nobody's business.
+    config.base_model_name_or_path = (Path(vlm.name).name if Path(vlm.name).is_dir() else vlm.name) if named else ""
     config.revision = vlm.revision
     vlm.model.save_pretrained(directory, save_embedding_layers=False)
     (directory / "README.md").unlink(missing_ok=True)  # PEFT's template says nothing true about this adapter
 
 
-def check_directory(directory: Path) -> None:
-    """Raises BadInput where there is no adapter to load."""
-    for name, files in ((CONFIG, (CONFIG,)), (ADAPTER, STORED)):
-        if not any((directory / file).is_file() for file in files):
-            raise BadInput(f"{directory} holds no adapter ({name} is missing): give the --output directory of a run.")
+def check_directory(directory: Path) -> dict[str, Any]:
+    """The adapter's configuration. Raises BadInput where there is no adapter to load: not plain LoRA
+    as PEFT writes it, in safetensors, or with a configuration that would do more than that."""
+    for name in (CONFIG, ADAPTER):
+        if not (directory / name).is_file():
+            pickles = [f"a pickle ({file.name}), which FastSIU does not read" for file in directory.glob("adapter_model.*")]
+            there = f"{name} is missing" if not pickles or name == CONFIG else pickles[0]
+            raise BadInput(f"{directory} holds no adapter ({there}): give the --output directory of a run.")
+    where = str(directory / CONFIG)
+    found = read_json(directory / CONFIG, what=where, remedy="restore it or train again", shape=CONFIG_SHAPE)
+    refuse = lambda fact: BadInput(f"The adapter in {directory} {fact}: give one that is LoRA alone.")
+    if str(found.get("peft_type")).upper() != "LORA":
+        raise refuse(f"is of the type {found.get('peft_type')!r}")
+    for key, value in found.items():
+        if key not in LORA_FIELDS and value not in (None, False, "", [], {}):
+            raise refuse(f"sets {key!r}, which FastSIU does not know how to switch off and on again")
+    if found.get("init_lora_weights", True) not in PLAIN_STARTS:
+        raise refuse(f"changes the weights below it when it is loaded (init_lora_weights is {found['init_lora_weights']!r})")
+    if found.get("bias", "none") != "none":
+        raise refuse(f"trains biases that cannot be switched off (bias is {found['bias']!r})")
+    ranks = [found.get("r", 8), *(found.get("rank_pattern") or {}).values()]
+    alphas = [found.get("lora_alpha", 8), *(found.get("alpha_pattern") or {}).values()]
+    if min(ranks) < 1 or max(ranks) > max(_stored_ranks(directory / ADAPTER), default=0):
+        raise refuse(f"has the rank {max(ranks)} in {CONFIG} and another in {ADAPTER}")
+    if max(abs(alpha) for alpha in alphas) > 1e6 or not 0 <= found.get("lora_dropout", 0) < 1:
+        raise refuse("has a lora_alpha beyond 1e6, or a lora_dropout that is no share")
+    return found
+
+
+def _stored_ranks(path: Path) -> set[int]:
+    """The ranks of the stored factors, from the file's header. Raises BadInput for a file that is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadInput(f"{path} is damaged ({error}): restore it or train again.") from error
+    return {shape[0] for key, shape in shapes.items() if "lora_A" in key and shape}
+
+
+def _check_patterns(vlm: VLM, found: Mapping[str, Any], directory: Path) -> None:
+    """Raises BadInput where a pattern of the configuration takes too long on the model's layers."""
+    names = [name for name, _ in vlm.base.named_modules()]
+    patterns = [found[key] for key in ("target_modules", "exclude_modules") if isinstance(found.get(key), str)]
+    patterns += [rf"(.*\.)?({key})$" for part in ("rank_pattern", "alpha_pattern") for key in found.get(part) or {}]
+    layers = found.get("layers_pattern") or []
+    patterns += [rf".*\.{one}\.(\d+)\." for one in ([layers] if isinstance(layers, str) else layers)]
+    limited.check_patterns([p for p in patterns if p != "all-linear"], names, str(directory / CONFIG))
 
 
 def load(vlm: VLM, directory: Path) -> None:
     """Puts a saved adapter on; what it has trained as a whole, a projector, in fp32, as `attach` had it.
 
-    Raises BadInput where the directory holds none or one for another architecture: PEFT only warns of what finds no place. The
-    model is then as it was.
+    Raises BadInput where the directory holds none or one for another architecture: PEFT only warns of what finds no place;
+    NumericFailure for NaN or infinity in it. The model is then as it was.
     """
-    check_directory(directory)
+    found = check_directory(directory)
+    _check_patterns(vlm, found, directory)
+    older = getattr(vlm.base, "_checkpoint_conversion_mapping", None)  # names of earlier releases, as PEFT maps them
     fits = f"The adapter in {directory} does not fit {vlm.name}{{}}: load it with the model it was made for."
     try:
+        stored = load_peft_weights(str(directory), device="cpu", key_mapping=older)
+        for key, tensor in stored.items():
+            if not torch.isfinite(tensor).all():
+                raise NumericFailure(f"{key} of the adapter in {directory} holds NaN or infinite numbers: train again.")
+        config = LoraConfig(**{k: v for k, v in found.items() if k in LORA_FIELDS and v is not None})
         with _not_ours(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # said below
-            vlm.model = PeftModel.from_pretrained(vlm.base, directory).eval()
-            older = getattr(vlm.base, "_checkpoint_conversion_mapping", None)  # names of earlier releases, as PEFT maps them
-            stored = load_peft_weights(str(directory), device="cpu", key_mapping=older)
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError, SafetensorError) as error:
+            vlm.model = PeftModel.from_pretrained(vlm.base, directory, config=config).eval()
+    except NumericFailure:  # itself a RuntimeError
+        raise
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         _strip(vlm)
-        raise BadInput(fits.format("")) from error
+        raise BadInput(fits.format(f" ({source.first_line(error)})")) from error
     if stray := sorted(stored.keys() ^ get_peft_model_state_dict(vlm.model, save_embedding_layers=False).keys()):
         detach(vlm)
         raise BadInput(fits.format(f" ({stray[0]} has no counterpart)"))
@@ -193,21 +260,27 @@ def _strip(vlm: VLM) -> None:
 # Does it belong to this model? --------------------------------------------------------------------------------------------
 
 
+MANIFEST_SHAPE = {
+    "files": {"*": {"bytes": int, "sha256": str}},
+    "model": {"id": str, "revision": (None, str), "sha256": {"*": str}},
+    "recipe": {"*": dict},
+    "settings": dict,
+    "seeds": {"*": int},
+}
+
+
 def manifest_of(directory: Path) -> dict[str, Any]:
     """manifest.json; empty where there is none. Raises BadInput where it is damaged."""
     path = directory / outputs.MANIFEST
     if not path.is_file():
         return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{path} is not a JSON object: restore it or remove it.") from error
+    return dict(read_json(path, what=str(path), remedy="restore it or remove it", shape=MANIFEST_SHAPE))
 
 
 def check_files(directory: Path, sealed: Mapping[str, Any]) -> dict[str, str]:
     """SHA-256 of the adapter's files. Raises BadInput where one is missing or not what its manifest says."""
     check_directory(directory)
-    own = {file: outputs.digest_file(directory / file) for file in (*STORED, CONFIG) if (directory / file).is_file()}
+    own = {file: outputs.digest_file(directory / file) for file in (ADAPTER, CONFIG) if (directory / file).is_file()}
     for file, digest in own.items():
         written = sealed.get("files", {}).get(file, {}).get("sha256")
         if written is not None and written != digest:

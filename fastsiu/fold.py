@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -68,8 +69,10 @@ def fold(loaded: vlm.VLM, dtype: torch.dtype) -> Change:
 
     PEFT's merge in one step does the same for an fp32 adapter; its safe one rounds the change first, and so rounds twice.
 
-    Raises BadInput for an adapter that is more than LoRA on plain linear layers and trained copies of whole modules.
+    Raises BadInput for an adapter that is more than LoRA on plain linear layers and trained copies of whole modules; no weight
+    has been changed then.
     """
+    _check_all_is_folded(loaded)
     change = Change()
     count = Counter(p.data_ptr() for _, p in loaded.base.named_parameters(remove_duplicate=False))
     for name, module in list(loaded.base.named_modules()):
@@ -94,6 +97,21 @@ def fold(loaded: vlm.VLM, dtype: torch.dtype) -> Change:
     if not change.matrices:
         raise BadInput("Rounded, the adapter changes no weight of the model: train longer, or merge into a finer --dtype.")
     return change
+
+
+def _check_all_is_folded(loaded: vlm.VLM) -> None:
+    """Raises BadInput, which names it, for anything that the adapter has trained and `fold` leaves out."""
+    folded = set()
+    for name, module in loaded.base.named_modules():
+        if isinstance(module, LoraLayer):
+            folded |= {f"base_model.model.{name}.{factor}.weight" for factor in ("lora_A", "lora_B")}
+        elif isinstance(module, ModulesToSaveWrapper):
+            parts = module.modules_to_save["default"].state_dict()
+            folded |= {f"base_model.model.{name}.{key}" for key in parts}
+    trained = get_peft_model_state_dict(loaded.model, save_embedding_layers=False)
+    if left := sorted(trained.keys() - folded):
+        raise BadInput(f"The adapter has trained more than can be added to the weights ({left[0]}): merge it with the tool that "
+                       "made it.")  # fmt: skip
 
 
 def save(loaded: vlm.VLM, directory: Path, beside: Path, dtype: torch.dtype) -> None:
