@@ -19,7 +19,7 @@ from .kernels import reference, triton_launch
 from .kernels.launch import Launch, launch
 from .kernels.reference import accumulation
 from .ops import same, tiled_dmk_ce, weighed
-from .teacher import TeacherCache, check_head
+from .teacher import LARGEST, TeacherCache, check_head
 
 BACKENDS = ("auto", "reference", "tiled", "triton", "cpu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -195,7 +195,9 @@ def _check_types(labels: Any, teacher: Any, ce_weight: Any, kl_weight: Any, alph
     for name, x in (("alpha", alpha), ("beta", beta)):
         if isinstance(x, Tensor) and x.requires_grad:
             raise ValueError(f"{name} requires grad, but the loss has no gradient by it: weigh ce and kl with 'none' yourself.")
-        if not isinstance(x, Tensor | Real) or not 0 <= x < float("inf"):
+        if isinstance(x, Tensor) and x.numel() != 1:
+            raise ValueError(f"{name} must be one number, but has shape {list(x.shape)}.")
+        if not isinstance(x, Tensor | Real) or not 0 <= x <= LARGEST:
             raise ValueError(f"{name} is {x}: it must be a finite number of at least 0.")
 
 
@@ -214,9 +216,9 @@ def _head_options(
         theirs = getattr(teacher, name)
         if not isinstance(x, _Default) and not (x is None and name == "logit_softcap") and x != theirs:
             raise ValueError(f"{name} is {x} but the teacher's is {theirs}: build the teacher's cache with the same.")
-    if not torch.compiler.is_compiling() and teacher.is_stale:
-        raise ValueError("The teacher's head has changed since its cache was built: build it with a frozen copy of the head.")
-    bias = teacher.head_bias if head_bias is None else head_bias
+    bias = head_bias
+    if bias is None and teacher.head_bias is not None:
+        bias = teacher.head_bias.detach()  # it may be the model's own, which trains
     if (bias is None) != (teacher.head_bias is None):
         raise ValueError("head_bias is given but the teacher has none: build the teacher's cache with its head's bias.")
     # A bias that trains, or belongs to another head, may differ from the teacher's; that of one frozen head may not.
@@ -224,7 +226,7 @@ def _head_options(
     if frozen and same(head_weight, teacher.head_weight) and not same(bias, teacher.head_bias):
         if bias.device != teacher.head_bias.device or not torch.equal(bias, teacher.head_bias):
             raise ValueError("head_bias differs from the teacher's under the same head: build the cache with this bias.")
-        bias = teacher.head_bias  # equal, as after loading: then the fast path sees one head
+        bias = teacher.head_bias.detach()  # equal, as after loading: then the fast path sees one head
     return bias, teacher.logit_scale, teacher.logit_softcap, teacher.temperature
 
 
@@ -259,6 +261,10 @@ def _check_rows(
     if teacher.hidden.device != hidden.device or teacher.head_weight.device != hidden.device:
         where = f"The teacher is on {teacher.hidden.device} but hidden on {hidden.device}"
         raise ValueError(f"{where}: use teacher.to(device, head_weight).")
+    # Fake tensors (those of a tracer, say) have no numbers to compare.
+    real = type(hidden) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    if real and teacher.head_stamp.differs(teacher.head_weight, teacher.head_bias):
+        raise ValueError("The teacher's head has changed since its cache was built: build it with a frozen copy of the head.")
 
 
 def _inverse(denominator: float | Tensor, like: Tensor, name: str) -> Tensor:
@@ -270,7 +276,7 @@ def _inverse(denominator: float | Tensor, like: Tensor, name: str) -> Tensor:
             _inverse(float(denominator), like, name)
         d = denominator.detach().reshape(()).to(like.device, like.dtype)
     else:
-        if not 0 <= denominator < float("inf"):
+        if not isinstance(denominator, Real) or not 0 <= denominator <= LARGEST:
             raise ValueError(f"{name} is {denominator}: it must be a finite number of at least 0.")
         d = like.new_tensor(float(denominator))
     return torch.where(d == 0, 0.0, 1.0 / torch.where(d == 0, 1.0, d))
@@ -304,7 +310,8 @@ def _tiled(
     ahead = torch.is_grad_enabled() and hidden.requires_grad and not trains
     t = teacher
     theirs = (None,) * 9 if t is None else (
-        t.hidden, t.m_rest, t.C, t.lse, t.top, t.p_top, t.head_weight.detach(), t.head_bias, t.vocab_keep
+        t.hidden, t.m_rest, t.C, t.lse, t.top, t.p_top, t.head_weight.detach(),
+        None if t.head_bias is None else t.head_bias.detach(), t.vocab_keep
     )  # fmt: skip
     rows, ce, kl, entropies, *_ = tiled_dmk_ce(
         hidden, head_weight, bias, labels, u, w, *theirs, t is not None and t.renormalize, options["logit_scale"],
