@@ -9,7 +9,7 @@ from __future__ import annotations
 import colorsys
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -24,11 +24,15 @@ HALF = (0.5, 0.62)  # side of a picture in a pair, as a share of its own
 
 def views(image: Image.Image, seed: int, count: int) -> list[Image.Image]:
     """The transforms that training may look at (`images.variants`), then random ones: `count` in all."""
-    rng = random.Random(seed)
-    out = [view for _, view in variants(image, seed)][:count]
-    while len(out) < count:
-        out.append(_moved(image, rng))
-    return out
+    return list(moved(image, seed, count))
+
+
+def moved(image: Image.Image, seed: int, count: int) -> Iterator[Image.Image]:
+    """The pictures of `views`, the random ones one at a time."""
+    rng, first = random.Random(seed), [view for _, view in variants(image, seed)][:count]
+    yield from first
+    for _ in range(count - len(first)):
+        yield _moved(image, rng)
 
 
 def _moved(image: Image.Image, rng: random.Random) -> Image.Image:
@@ -49,37 +53,44 @@ def _moved(image: Image.Image, rng: random.Random) -> Image.Image:
 def changed(image: Image.Image, seed: int, count: int) -> list[Image.Image]:
     """Copies in which something is another: one to three of the colours, a strip across in other colours, a covered part. One
     of them may show what differs between who is in the picture and somebody who looks alike."""
+    return list(changes(image, seed, count))
+
+
+def changes(image: Image.Image, seed: int, count: int) -> Iterator[Image.Image]:
+    """The copies of `changed`, one at a time."""
     rng, kinds = random.Random(seed), (1, 2, 3, "strip", "strip", "cover")
-    out = []
     for i in range(count):
         kind = kinds[i % len(kinds)]
         if kind == "strip":
-            out.append(_other_strip(image, rng))
+            yield _other_strip(image, rng)
         elif kind == "cover":
-            out.append(_covered(image, rng))
+            yield _covered(image, rng)
         else:
             made = image
             for _ in range(int(kind)):
                 made = _other_colour(made, rng)
-            out.append(made)
-    return out
+            yield made
 
 
 def _other_colour(image: Image.Image, rng: random.Random) -> Image.Image:
     """One of the picture's `COLOURS` main colours in another hue, wherever it is; where that is, is looked up in a small copy."""
-    small = image.convert("RGB")
+    out = image.convert("RGB")
+    small = out.copy()
     small.thumbnail((256, 256))
     palette = small.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     fields = small.quantize(palette=palette, dither=Image.Dither.NONE)
-    places = np.asarray(fields.resize(image.size, Image.Resampling.NEAREST))
-    pixels = np.asarray(image.convert("RGB")).copy()
-    chosen = places == rng.choice(np.unique(places).tolist())
-    mean = pixels[chosen].mean(0)
+    numbers = np.asarray(fields)
+    chosen = Image.fromarray(numbers == rng.choice(np.unique(numbers).tolist()))
+    places = chosen.resize(image.size, Image.Resampling.NEAREST)
+    counts = np.array(out.histogram(places)).reshape(3, 256)
+    mean = counts @ np.arange(256) / counts[0].sum()
     hue, saturation, value = colorsys.rgb_to_hsv(*(mean / 255))
     hue, saturation = (hue + rng.uniform(0.1, 0.9)) % 1, max(saturation, rng.uniform(0.4, 1.0))
     new = colorsys.hsv_to_rgb(hue, saturation, min(1.0, max(0.2, value * rng.uniform(0.7, 1.4))))
-    pixels[chosen] = np.clip(np.rint(pixels[chosen] + (255 * np.array(new) - mean)), 0, 255).astype(np.uint8)
-    return Image.fromarray(pixels)
+    moved = np.arange(256)[:, None] + (255 * np.array(new) - mean)  # [256, 3]: each level, by channel
+    table = np.clip(np.rint(moved), 0, 255).astype(np.uint8)
+    out.paste(out.point(table.T.ravel().tolist()), (0, 0), places)
+    return out
 
 
 def _other_strip(image: Image.Image, rng: random.Random) -> Image.Image:
@@ -88,7 +99,7 @@ def _other_strip(image: Image.Image, rng: random.Random) -> Image.Image:
     top = rng.uniform(0, 1 - height)
     box = (0, int(top * image.height), image.width, int((top + height) * image.height))
     out = image.convert("RGB")
-    out.paste(rng.choice(other_colours(out)).crop(box), box)
+    out.paste(rng.choice(other_colours(out.crop(box))), box)
     return out
 
 
@@ -104,7 +115,8 @@ def _covered(image: Image.Image, rng: random.Random) -> Image.Image:
 
 def recoloured(image: Image.Image, order: Sequence[int]) -> Image.Image:
     """The picture with its colour channels in another order."""
-    return Image.fromarray(np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, list(order)]))
+    channels = image.convert("RGB").split()
+    return Image.merge("RGB", [channels[c] for c in order])
 
 
 def shuffled(image: Image.Image, seed: int = 0) -> Image.Image:
