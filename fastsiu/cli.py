@@ -5,24 +5,28 @@ Exit codes: 0 forgotten, 1 not forgotten, 2 bad input, 3 internal or numeric fai
 
 from __future__ import annotations
 
-import json
 import logging
+import math
+import os
 import sys
+import tempfile
 import traceback
 import warnings
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from . import __version__
 from .request import BadInput, NumericFailure, OutOfMemory
+from .staging import OTHER_FILE, check_new, disk_full
+from .terminal import Terminal, as_json, json_safe, streams
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-say = Console(stderr=True, highlight=False, markup=False)  # progress and remarks
-out = Console(highlight=False, markup=False)  # results
+say = Terminal(stderr=True)  # progress and remarks
+out = Terminal()  # results
 
 
 class Substitute(StrEnum):
@@ -40,6 +44,27 @@ class Preset(StrEnum):
     paper = "paper"
 
 
+def _finite(value: float | None) -> float | None:
+    """Typer compares with bounds, and NaN is neither below nor above one."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number.")
+    return value
+
+
+LONGEST = 4096  # bytes of a name in a file
+MOST_STEPS, MOST_RANK, MOST_SAMPLES, MOST_TOKENS, MOST_PICTURES = 100_000, 4096, 65_536, 65_536, 100_000
+MOST_WEIGHT, MOST_MEMORY, MOST_PROCESSES, LARGEST_SEED = 1e6, 1e5, 256, 2**63 - 1  # of a term of the loss; GB
+
+Concept = Annotated[str | None, typer.Option(help="The name, as a person writes it; - reads one line of standard input.")]
+ConceptFile = Annotated[
+    Path | None, typer.Option(help="File with the name on its one line, so that no list of processes shows it.")
+]
+Steps = Annotated[int | None, typer.Option(max=MOST_STEPS, help="Ceiling on optimiser steps, for one request.")]
+Rate = Annotated[float | None, typer.Option(max=100.0, callback=_finite, help="Learning rate.")]
+Rank = Annotated[int | None, typer.Option(max=MOST_RANK, help="LoRA rank.")]
+BatchSize = Annotated[int | None, typer.Option(max=MOST_SAMPLES, help="Samples in one step.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer.")]
+Weight = lambda help: typer.Option(max=MOST_WEIGHT, callback=_finite, help=help)
 Model = Annotated[str | None, typer.Option(help="Hugging Face model id or directory; the embedded demo model when left out.")]
 Image = Annotated[Path, typer.Option(help="The one picture.")]
 OneImage = Annotated[Path | None, typer.Option("--image", help="The one picture.")]
@@ -48,19 +73,30 @@ Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Quantize = Annotated[str | None, typer.Option(help="nf4 or int8: the language model's weights in 4 or 8 bits.")]
 Attention = Annotated[str | None, typer.Option(help="sdpa, flash_attention_2 or eager; the model's own choice when left out.")]
-Memory = Annotated[float | None, typer.Option(help="The card's size in GB (24, 16, 12, 8 ...).")]
+Memory = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=MOST_MEMORY, callback=_finite, help="The card's size in GB (24, 16, 12, 8 ...)."),
+]
 Checkpointing = Annotated[bool | None, typer.Option("--checkpointing/--no-checkpointing", help="Compute layers twice.")]
-MicroBatch = Annotated[int | None, typer.Option(min=1, help="Samples in one forward; changes memory, not the result.")]
+MicroBatch = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST_SAMPLES, help="Samples in one forward; changes memory, not the result."),
+]
 Optimizer = Annotated[str | None, typer.Option(help="adamw, adamw8bit or paged_adamw8bit.")]
 Published = Annotated[Preset, typer.Option("--preset", help="'paper' is the published set-up, for reproduction.")]
 Redact = Annotated[bool, typer.Option("--redact", help="Leave names, questions, answers and file names out of what is written.")]
 EmbedImage = Annotated[bool, typer.Option("--embed-image", help="Show the picture in report.html.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=LARGEST_SEED, help="Seed of everything random.")]
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an internal failure.")] = False,
+) -> None:
     """Make a vision-language model forget how one concept looks: one image, one name, one GPU or none."""
+    context.obj["debug"] = debug
     if version:
         out.print(f"fastsiu {__version__}")
         raise typer.Exit()
@@ -69,7 +105,8 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 def unlearn(
     image: OneImage = None,
-    concept: Annotated[str | None, typer.Option(help="The name to forget, as a person writes it.")] = None,
+    concept: Concept = None,
+    concept_file: ConceptFile = None,
     request: Annotated[Path | None, typer.Option(help="JSONL file with several requests, instead of one here.")] = None,
     mode: Annotated[Mode | None, typer.Option(help="With --request: one after another (default), or all at once.")] = None,
     model: Model = None,
@@ -82,13 +119,13 @@ def unlearn(
     data: Annotated[Path | None, typer.Option(help="JSONL file with samples of your own.")] = None,
     substitute: Annotated[Substitute | None, typer.Option(help="What the model says instead of the name.")] = None,
     preset: Published = Preset.default,
-    alpha: Annotated[float | None, typer.Option(help="Weight of the cross-entropy.")] = None,
-    beta: Annotated[float | None, typer.Option(help="Weight of the dual-masked KL.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Ceiling on optimiser steps, for one request.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples in one step.")] = None,
+    alpha: Annotated[float | None, Weight("Weight of the cross-entropy.")] = None,
+    beta: Annotated[float | None, Weight("Weight of the dual-masked KL.")] = None,
+    steps: Steps = None,
+    lr: Rate = None,
+    rank: Rank = None,
+    lora_alpha: Annotated[float | None, Weight("LoRA alpha.")] = None,
+    batch_size: BatchSize = None,
     renormalize: Annotated[bool | None, typer.Option("--renormalize/--no-renormalize", help="KL on the kept part.")] = None,
     seed: Seed = None,
     device: Device = None,
@@ -102,9 +139,10 @@ def unlearn(
     redact: Redact = False,
     embed_image: EmbedImage = False,
     quiet: Annotated[bool, typer.Option(help="Print nothing but errors.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of the summary.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print report.json instead of the summary.")] = False,
 ) -> None:
     """Make the model forget how CONCEPT looks, and write adapter, report and manifest."""
+    concept = _name(concept, concept_file)
     own = dict(image=image, concept=concept, alias=alias, protect=protect, images=images, retain=retain, data=data)
     if request is not None and (given := [name for name, value in own.items() if value]):
         raise BadInput(f"--{given[0]} and --request exclude each other: write it into the file's lines.")
@@ -128,22 +166,22 @@ def unlearn(
     if request is not None:
         from .several import unlearn_several
 
-        with Progress(say, hidden=quiet or as_json) as progress:
+        with Progress(say, hidden=quiet or json) as progress:
             several = unlearn_several(request, mode=(mode or Mode.sequence).value, listener=progress.listener, **options)
-        if as_json:
-            sys.stdout.write(json.dumps(several.as_dict(), ensure_ascii=False, indent=2) + "\n")
+        if json:
+            _print_json(several.as_dict())
         elif not quiet:
             several_table(out, several)
         raise typer.Exit(several.exit_code)
-    with Progress(say, hidden=quiet or as_json) as progress:
+    with Progress(say, hidden=quiet or json) as progress:
         result = driver.unlearn(
             image, concept, aliases=tuple(alias or ()), protect=tuple(protect or ()), images=images, retain=retain, data=data,
             listener=progress.listener, **options,
         )  # fmt: skip
-    if as_json:
+    if json:
         if result.repeated and not quiet:
             say.print(*result.notes, soft_wrap=True)
-        sys.stdout.write(json.dumps(result.report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+        _print_json(result.report)
     elif not quiet:
         summary(out, result)
     raise typer.Exit(0 if result.forgotten else 1)
@@ -161,8 +199,8 @@ def ask(
     dtype: Dtype = "auto",
     quantize: Quantize = None,
     attention: Attention = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a question.")] = False,
+    max_new_tokens: MaxNewTokens = 64,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a question.")] = False,
 ) -> None:
     """Ask a model, with or without an adapter."""
     from . import driver
@@ -170,20 +208,21 @@ def ask(
 
     if compare and adapter is None:
         raise BadInput("--compare needs an adapter to compare with: add --adapter DIR.")
-    with Progress(say, hidden=as_json) as progress:
+    with Progress(say, hidden=json) as progress:
         rows = driver.interview(question, model=model, adapter_dir=adapter, image=image, compare=compare, revision=revision,
                                 device=device, dtype=dtype, quantize=quantize, attention=attention,
                                 max_new_tokens=max_new_tokens, listener=progress.listener)  # fmt: skip
-    if as_json:
+    if json:
         for row in rows:
-            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+            _print_json(row, indent=None)
     else:
         answers_table(out, rows)
 
 
 @app.command(name="eval")
 def evaluate(
-    concept: Annotated[str | None, typer.Option(help="The name that was forgotten, or is to be.")] = None,
+    concept: Concept = None,
+    concept_file: ConceptFile = None,
     model: Model = None,
     adapter: Annotated[Path | None, typer.Option(help="An --output directory of `unlearn`.")] = None,
     base: Annotated[str | None, typer.Option(help="The untouched model, where --model is merged.")] = None,
@@ -202,14 +241,23 @@ def evaluate(
     concepts: Annotated[list[str] | None, typer.Option(help="With --suite: only this one (slug or name); repeatable.")] = None,
     unlearn: Annotated[bool, typer.Option("--unlearn", help="With --suite: unlearn each from its training picture.")] = False,
     adapters: Annotated[Path | None, typer.Option(help="With --suite: directory with the adapter of each in SLUG.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="With --suite: at most so many pictures of each sort.")] = None,
-    per_other: Annotated[int | None, typer.Option(min=0, help="With --suite: pictures of each other concept (2).")] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="With --suite: concepts at once, a model each (1).")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_PICTURES, help="With --suite: at most so many pictures of each sort."),
+    ] = None,
+    per_other: Annotated[
+        int | None,
+        typer.Option(min=0, max=MOST_PICTURES, help="With --suite: pictures of each other concept (2)."),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_PROCESSES, help="With --suite: concepts at once, a model each (1)."),
+    ] = None,
     preset: Published = Preset.default,
-    steps: Annotated[int | None, typer.Option(help="With --unlearn: ceiling on optimiser steps.")] = None,
-    lr: Annotated[float | None, typer.Option(help="With --unlearn: learning rate.")] = None,
-    rank: Annotated[int | None, typer.Option(help="With --unlearn: LoRA rank.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="With --unlearn: samples in one step.")] = None,
+    steps: Steps = None,
+    lr: Rate = None,
+    rank: Rank = None,
+    batch_size: BatchSize = None,
     seed: Seed = None,
     memory: Memory = None,
     revision: Revision = None,
@@ -217,7 +265,7 @@ def evaluate(
     dtype: Dtype = "auto",
     quantize: Quantize = None,
     attention: Attention = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     redact: Redact = False,
     embed_image: EmbedImage = False,
     judge: Annotated[str | None, typer.Option(help="URL of an OpenAI-compatible server that grades answers (G-Eval).")] = None,
@@ -227,9 +275,10 @@ def evaluate(
     allow_network: Annotated[bool, typer.Option("--allow-network", help="With --judge: what is told may be sent.")] = False,
     attacks: Annotated[str | None, typer.Option(help="Try it: prompt,image,rank,probe,mia,relearn,weights or all.")] = None,
     lmms_eval: Annotated[Path | None, typer.Option(help="With --base: directory for the public benchmarks' script.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of the table.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print report.json instead of the table.")] = False,
 ) -> None:
     """Measure what a model knows of CONCEPT, and what it has lost of all else. Exit code 1 when it is not forgotten."""
+    concept = _name(concept, concept_file)
     one = dict(concept=concept, base=base, alias=alias, image=image, images=images, others=others, lookalikes=lookalikes,
                groups=groups, control=control, questions=questions, redact=redact or None, embed_image=embed_image or None,
                judge=judge, attacks=attacks, lmms_eval=lmms_eval)  # fmt: skip
@@ -253,7 +302,7 @@ def evaluate(
     if suite is not None:
         from .evaluate.many import evaluate_suite
 
-        with Progress(say, hidden=as_json) as progress:
+        with Progress(say, hidden=json) as progress:
             evaluated = evaluate_suite(
                 suite, output=output, model=model, revision=revision, concepts=tuple(concepts or ()), unlearn=unlearn,
                 adapters=adapters, adapter_dir=adapter, limit=limit, per_other=2 if per_other is None else per_other,
@@ -261,8 +310,8 @@ def evaluate(
                 lr=lr, rank=rank, batch_size=batch_size, seed=seed, memory=memory, device=device, dtype=dtype,
                 quantize=quantize, attention=attention, listener=progress.listener,
             )  # fmt: skip
-        if as_json:
-            sys.stdout.write(json.dumps(evaluated.report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+        if json:
+            _print_json(evaluated.report)
         else:
             suite_table(out, evaluated)
         raise typer.Exit(evaluated.exit_code)
@@ -273,7 +322,7 @@ def evaluate(
     if (judge is None) != (judge_model is None):
         raise BadInput("A judge is a server and one of its models: give --judge URL and --judge-model NAME, or neither.")
     judged_by = judge and Options(judge, str(judge_model), judge_key, allow_network, judge_plain_http)
-    with Progress(say, hidden=as_json) as progress:
+    with Progress(say, hidden=json) as progress:
         result = evaluation.evaluate(
             concept, model=model, adapter_dir=adapter, base=base, aliases=tuple(alias or ()), image=image, images=images,
             others=others, lookalikes=lookalikes, groups=groups, control=control, questions=questions, untouched=untouched,
@@ -281,8 +330,8 @@ def evaluate(
             max_new_tokens=max_new_tokens, redact=redact, embed_image=embed_image, judged_by=judged_by or None,
             lmms_eval=lmms_eval, attacks=attacks, listener=progress.listener,
         )  # fmt: skip
-    if as_json:
-        sys.stdout.write(json.dumps(result.report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    if json:
+        _print_json(result.report)
     else:
         evaluation_table(out, result)
     raise typer.Exit(result.exit_code)
@@ -295,7 +344,8 @@ def merge(
     model: Model = None,
     revision: Revision = None,
     image: OneImage = None,
-    concept: Annotated[str | None, typer.Option(help="The forgotten name; the adapter's report has it.")] = None,
+    concept: Concept = None,
+    concept_file: ConceptFile = None,
     alias: Annotated[list[str] | None, typer.Option(help="Another name of the concept; repeatable.")] = None,
     images: Annotated[Path | None, typer.Option(help="More pictures of the concept, for the verdict.")] = None,
     retain: Annotated[Path | None, typer.Option(help="Pictures of anything else, for the verdict.")] = None,
@@ -304,23 +354,24 @@ def merge(
     redact: Redact = False,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="Of the weights written: auto (the base's), bfloat16, float16, float32.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of the summary.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of the summary.")] = False,
 ) -> None:
     """A stand-alone model out of a base and an adapter, with the verdict repeated on it, also in 8 and 4 bits."""
     from .merge import merge as make
     from .show import Progress, merged_summary
 
+    concept = _name(concept, concept_file)
     forms = [] if no_verify else [form.strip() for form in verify.split(",") if form.strip()]
     if not forms and not no_verify:
         raise BadInput("--verify names no form: give stored, int8 or nf4, or --no-verify.")
-    with Progress(say, hidden=as_json) as progress:
+    with Progress(say, hidden=json) as progress:
         result = make(
             adapter, output, model=model, revision=revision, image=image, concept=concept, aliases=tuple(alias or ()),
             images=images, retain=retain, dtype=dtype, verify=forms, redact=redact, device=device,
             listener=progress.listener,
         )  # fmt: skip
-    if as_json:
-        sys.stdout.write(json.dumps(result.report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    if json:
+        _print_json(result.report)
     else:
         merged_summary(out, result)
     raise typer.Exit(1 if result.forgotten is False else 0)
@@ -331,46 +382,60 @@ def compare(
     output: Annotated[Path | None, typer.Option(help="Directory to write; fastsiu-<random>/ when left out.")] = None,
     methods: Annotated[str | None, typer.Option(help="Names, separated by commas; all when left out.")] = None,
     suite: Annotated[Path | None, typer.Option(help="Directory of a suite; the embedded world when left out.")] = None,
-    concepts: Annotated[list[str] | None, typer.Option(help="A concept of the suite, repeatable; two when left out.")] = None,
+    concepts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--concepts",
+            "--concept",
+            help="A concept of the suite, repeatable; - reads one line of standard input; two when left out.",
+        ),
+    ] = None,
+    concept_file: ConceptFile = None,
     model: Model = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each method at its best setting.")] = 3,
-    floor: Annotated[float, typer.Option(help="Share of others' names and of facts that a setting must keep.")] = 0.95,
-    processes: Annotated[int, typer.Option(min=1, help="Processes, each with a model of its own.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Trainings of each method at its best setting.")] = 3,
+    floor: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            callback=_finite,
+            help="Share of others' names and of facts that a setting must keep.",
+        ),
+    ] = 0.95,
+    processes: Annotated[int, typer.Option(min=1, max=MOST_PROCESSES, help="Processes, each with a model of its own.")] = 2,
     quick: Annotated[bool, typer.Option(help="One method, rate, concept and seed, few steps: does it run?")] = False,
     device: Device = None,
     dtype: Dtype = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print compare.json instead of the table.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print compare.json instead of the table.")] = False,
 ) -> None:
     """SIU beside other methods, each at its best setting: what is forgotten, what is retained."""
-    import tempfile
-    from contextlib import ExitStack
+    chosen = [str(_name(one, None)) for one in concepts or []]
+    chosen += [str(_name(None, concept_file))] if concept_file is not None else []
+    if model is not None and suite is None:
+        raise BadInput("--model needs --suite: the embedded suite shows what the embedded model knows.")
 
     from . import compare as comparison
     from .output import random_directory
     from .report import front
     from .show import Progress
+    from .staging import Staging
 
-    if model is not None and suite is None:
-        raise BadInput("--model needs --suite: the embedded suite shows what the embedded model knows.")
     directory = output or random_directory()
-    if directory.exists():
-        raise BadInput(f"{directory} exists: remove it or name another --output.")
-    with ExitStack() as stack:
+    check_new(directory, "name another --output")
+    names = [name.strip() for name in methods.split(",")] if methods else []
+    with Staging(_standing(directory)) as folder, Progress(say, hidden=json) as progress:
         if suite is None:
             from .demo.export import export
 
-            suite = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "demo"
-            export(suite)
-            suite /= "suite"
-        names = [name.strip() for name in methods.split(",")] if methods else []
-        progress = stack.enter_context(Progress(say, hidden=as_json))
+            export(folder / "demo")
+            suite = folder / "demo" / "suite"
         report = comparison.compare(
-            suite, model, names=names, concepts=concepts or [], seeds=seeds, floor=floor, processes=processes, quick=quick,
-            device=device, dtype=dtype, listener=progress.listener,
+            suite, model, names=names, concepts=chosen, seeds=seeds, floor=floor, processes=processes, quick=quick,
+            device=device, dtype=dtype, scratch=folder, listener=progress.listener,
         )  # fmt: skip
     notes = comparison.write(report, directory)
-    if as_json:
-        sys.stdout.write(json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    if json:
+        _print_json(report)
     else:
         front.show(out, report)
         for note in (*notes, f"Written to {directory}."):
@@ -380,7 +445,8 @@ def compare(
 @app.command()
 def data(
     image: Image,
-    concept: Annotated[str, typer.Option(help="The name to forget.")],
+    concept: Concept = None,
+    concept_file: ConceptFile = None,
     model: Model = None,
     revision: Revision = None,
     alias: Annotated[list[str] | None, typer.Option(help="Another name of the concept; repeatable.")] = None,
@@ -399,13 +465,18 @@ def data(
     attention: Attention = None,
 ) -> None:
     """The training samples and their masks, before anything is trained."""
+    concept = _name(concept, concept_file)
+    if concept is None:
+        raise BadInput("There is no name: give --concept or --concept-file.")
+    if output is not None and not output.parent.is_dir():
+        raise BadInput(f"There is no directory {output.parent} to write to: create it or {OTHER_FILE}.")
+    if output is not None:
+        check_new(output, OTHER_FILE)
+
     from . import corpus, driver
     from .show import Progress, explanation
+    from .staging import new_file
 
-    if output is not None and output.exists():
-        raise BadInput(f"{output} exists: remove it or name another file.")
-    if output is not None and not output.parent.is_dir():
-        raise BadInput(f"There is no directory {output.parent} to write to: create it or name another file.")
     with Progress(say, hidden=False) as progress:
         one = driver.prepared_for(
             image, concept, model=model, revision=revision, aliases=tuple(alias or ()), protect=tuple(protect or ()),
@@ -416,10 +487,10 @@ def data(
     if explain:
         explanation(out, one.scene, one.corpus, one.lessons)
     elif output is not None:
-        corpus.write_jsonl(every, output)
+        new_file(output, json_safe(corpus.as_jsonl(every)).encode("utf-8"))
         say.print(f"{len(every)} samples written to {output}.")
     else:
-        sys.stdout.write(corpus.as_jsonl(every))
+        sys.stdout.write(json_safe(corpus.as_jsonl(every), _encoding()))
 
 
 @app.command()
@@ -433,12 +504,15 @@ def plan(
     checkpointing: Checkpointing = None,
     micro_batch: MicroBatch = None,
     optimizer: Optimizer = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples in one step.")] = None,
+    rank: Rank = None,
+    batch_size: BatchSize = None,
     image: Annotated[Path | None, typer.Option(help="A picture whose tokens are counted with the model's processor.")] = None,
-    image_tokens: Annotated[int | None, typer.Option(help="Tokens of a picture, where the configuration does not say.")] = None,
+    image_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_TOKENS, help="Tokens of a picture, where the configuration does not say."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes, instead of the table.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes, instead of the table.")] = False,
 ) -> None:
     """Does it fit? From the model's configuration alone: no weight is read or fetched. Exit code 1 when it does not."""
     from . import driver
@@ -449,8 +523,8 @@ def plan(
         micro_batch=micro_batch, optimizer=optimizer, image=image, image_tokens=image_tokens, device=device, rank=rank,
         batch_size=batch_size,
     )  # fmt: skip
-    if as_json:
-        sys.stdout.write(json.dumps(found.as_dict(), ensure_ascii=False, indent=2) + "\n")
+    if json:
+        _print_json(found.as_dict())
     else:
         plan_table(out, found)
     raise typer.Exit(0 if found.chosen is not None else 1)
@@ -459,8 +533,8 @@ def plan(
 @app.command()
 def demo(
     export: Annotated[Path | None, typer.Option(help="Write model, pictures and questions to this directory instead.")] = None,
-    per_concept: Annotated[int, typer.Option(min=1, help="With --export: pictures of each concept.")] = 20,
-    seed: Annotated[int, typer.Option(help="Seed of the fresh renderings.")] = 0,
+    per_concept: Annotated[int, typer.Option(min=1, max=MOST_PICTURES, help="With --export: pictures of each concept.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the fresh renderings.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Directory to write; fastsiu-<random>/ when left out.")] = None,
 ) -> None:
     """The whole story on the embedded model: offline, on a CPU, in under two minutes."""
@@ -482,10 +556,26 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """The command line as a function: returns the exit code."""
+    """The command line as a function: returns the exit code, which says how the work ended, whatever becomes of the streams."""
+    with streams() as (stdout, stderr):
+        code = _run(arguments)
+        stdout.flush()
+        if stdout.problem is not None:
+            say.print(
+                f"fastsiu: Standard output could not be written ({stdout.problem}); "
+                f"the exit code {code} tells how the work ended.",
+                soft_wrap=True,
+            )
+    stdout.give_up()
+    stderr.give_up()
+    return code
+
+
+def _run(arguments: list[str]) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says on every CPU that it has a faster kernel elsewhere
+    state = {"debug": False}
     try:
-        result: Any = app(arguments, standalone_mode=False, prog_name="fastsiu")
+        result: Any = app(arguments, standalone_mode=False, prog_name="fastsiu", obj=state)
         if result == 130:  # what Typer makes of an interrupt
             raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
@@ -498,14 +588,97 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         say.print("fastsiu: interrupted; what was not finished was not written.")
         return 130
+    except SystemExit as error:  # what Typer makes of a broken pipe, of a process of ours as well
+        return _failed(error.__context__ or error, state["debug"])
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, where no retry could help; torch may not be imported yet
-            first = str(error).splitlines()[0]
+            first = (str(error).splitlines() or ["The memory is full."])[0]
             say.print(f"fastsiu: {first} `fastsiu plan --memory N` tells which settings fit.", soft_wrap=True)
             return 3
         if hasattr(error, "format_message"):  # a usage error of the command line itself
             say.print(f"fastsiu: {error.format_message()} Try 'fastsiu --help'.", soft_wrap=True)
             return 2
-        traceback.print_exc()
-        say.print("fastsiu: internal failure; please report the lines above.")
+        if disk_full(error):
+            say.print("fastsiu: The disk is full, and what was not finished was not written: free some, or write elsewhere.")
+            return 2
+        return _failed(error, state["debug"])
+
+
+def _failed(error: BaseException, debug: bool) -> int:
+    """What may be shown to everybody of a failure of our own: a traceback's values and messages may hold the name."""
+    kind = type(error).__name__
+    if debug:
+        say.print("".join(traceback.format_exception(error)), soft_wrap=True)
+        say.print(f"fastsiu: internal failure ({kind}): please report the lines above, without what is private.", soft_wrap=True)
         return 3
+    where = ""
+    try:
+        handle, path = tempfile.mkstemp(prefix="fastsiu-failure-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in _places(error))
+        where = f"its functions and lines, with no value, are in {path}; "
+    except OSError:
+        where = "its functions and lines could not be written; "
+    say.print(
+        f"fastsiu: internal failure ({kind}): {where}`fastsiu --debug` before the verb shows the whole traceback.",
+        soft_wrap=True,
+    )
+    return 3
+
+
+def _places(error: BaseException | None) -> Iterator[str]:
+    """Types of exceptions, modules, lines and functions: no path, no message, no value."""
+    yield f"fastsiu {__version__}, Python {sys.version_info.major}.{sys.version_info.minor}"
+    while error is not None:
+        yield type(error).__name__
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            yield f"  {frame.f_globals.get('__name__', '?')}:{line} {frame.f_code.co_name}"
+        error = error.__cause__ or error.__context__
+
+
+def _print_json(value: Any, indent: int | None = 2) -> None:
+    sys.stdout.write(as_json(value, _encoding(), indent) + "\n")
+
+
+def _encoding() -> str:
+    return sys.stdout.encoding or "utf-8"
+
+
+def _standing(path: Path) -> Path:
+    """The nearest directory above `path` that is there."""
+    return next(parent for parent in Path(os.path.abspath(path)).parents if parent.is_dir())
+
+
+def _name(concept: str | None, file: Path | None) -> str | None:
+    """The name that was given, or that a file or, for "-", standard input has on its one line."""
+    if concept is not None and file is not None:
+        raise BadInput("--concept and --concept-file exclude each other: choose one.")
+    if file is None and concept != "-":
+        return concept
+    place = "Standard input" if file is None else str(file)
+    try:
+        if file is None:
+            data = _line()
+        else:
+            with file.open("rb") as stream:
+                data = stream.read(LONGEST + 1)
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise BadInput(f"{place} cannot be read ({error.strerror}): give a file with the name on one line.") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{place} is not UTF-8 text: give the name on one line.") from error
+    lines = text.strip().splitlines()
+    if len(lines) != 1 or len(data) > LONGEST:
+        raise BadInput(f"{place} holds {len(lines) if len(data) <= LONGEST else 'too many'} lines: give the name on one line.")
+    return lines[0].strip()
+
+
+def _line() -> bytes:
+    """Standard input: one line where somebody types it, else all of it."""
+    if sys.stdin is None:
+        raise BadInput("Standard input is closed: give the name with --concept-file.")
+    if sys.stdin.isatty():
+        say.print("Name:", end=" ")
+        return sys.stdin.readline().encode("utf-8", "surrogateescape")
+    buffer = getattr(sys.stdin, "buffer", None)
+    return buffer.read(LONGEST + 1) if buffer is not None else sys.stdin.read(LONGEST + 1).encode("utf-8", "surrogateescape")

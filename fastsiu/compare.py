@@ -1,16 +1,17 @@
 """`fastsiu compare`: SIU beside other methods, each at its best setting, on the concepts of a suite.
 
-    prepare   samples, dreams and the untouched model's answers, once per (concept, seed), shared by all methods
-    search    every method x the same learning rates, looked at after the same numbers of steps, on pictures of all concepts held
-              apart for that
-    choose    per method: the lowest share of the name still given among settings that keep the utility floor
-    test      on all concepts: new seeds, and dreams, at that setting, on pictures that neither training nor the search has seen
+prepare   samples, dreams and the untouched model's answers, once per (concept, seed), shared by all methods
+search    every method x the same learning rates, looked at after the same numbers of steps, on pictures of all concepts held
+          apart for that
+choose    per method: the lowest share of the name still given among settings that keep the utility floor
+test      on all concepts: new seeds, and dreams, at that setting, on pictures that neither training nor the search has seen
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import tempfile
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from . import driver, methods
 from .evaluate.suite import Subject, Suite, read
 from .request import BadInput
 from .session import Listener
+from .staging import Staging, check_new
+from .staging import write as write_file
 from .trials import COUNTS, DONE, RUIN, RUINED, SEARCH, TEST, Point, Pool, Settings, added, share, total
 from .verdict import Rate
 
@@ -83,7 +86,8 @@ def beaten_clearly(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
 def compare(
     suite: Path, model: str | None, *, names: Sequence[str] = (), concepts: Sequence[str] = (), seeds: int = 3,
     floor: float = 0.95, processes: int = 2, lrs: Sequence[float] = LRS, steps: int | None = None, quick: bool = False,
-    device: str | None = None, dtype: str = "auto", search: Mapping[str, Any] | None = None, listener: Listener | None = None,
+    device: str | None = None, dtype: str = "auto", search: Mapping[str, Any] | None = None, scratch: Path | None = None,
+    listener: Listener | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The report of a comparison (`FORMAT`), ready for JSON.
 
@@ -94,6 +98,8 @@ def compare(
     lrs:      the grid, times the recipe's rate
     steps:    ceiling, the recipe's when None
     search:   an earlier report of the same concepts and recipe, whose search is taken instead of a new one
+    scratch:  an empty directory for what the processes share, which the caller removes; one of its own, in the directory that
+              the command runs in, when None
     quick:    one method, rate, concept and seed, 8 steps, in this process: whether it runs, and nothing else
 
     Raises BadInput for names that do not exist, a suite too small for a search and a test, or a concept the model does not name.
@@ -121,8 +127,8 @@ def compare(
         raise BadInput("The earlier search was of other concepts, another recipe or another size: search anew.")
     looks = tuple(dict.fromkeys([*(k for k in LOOKS if k < recipe.steps), recipe.steps]))
     slugs, rates = [s.slug for s in subjects], [recipe.lr * x for x in lrs]
-    with tempfile.TemporaryDirectory(prefix="fastsiu-compare-") as folder:
-        pool = Pool(Settings(Path(suite), model, device, dtype, recipe, floor, Path(folder)), processes)
+    with contextlib.nullcontext(scratch) if scratch is not None else Staging(Path.cwd()) as folder:
+        pool = Pool(Settings(Path(suite), model, device, dtype, recipe, floor, folder), processes)
         try:
             units = [(slug, seed) for seed in range(SEARCH_SEED, SEARCH_SEED + 1 + seeds) for slug in slugs]
             first, rest = units[: len(slugs)], units[len(slugs) :]
@@ -161,13 +167,21 @@ def compare(
 
 
 def write(report: Mapping[str, Any], directory: Path) -> list[str]:
-    """DIR/compare.json, compare.md, and compare.png and .svg where matplotlib is installed; sentences about what is missing."""
+    """DIR/compare.json, compare.md, and compare.png and .svg where matplotlib is installed; sentences about what is missing.
+
+    All at once, for their owner alone. Raises BadInput where DIR exists or cannot be written.
+    """
     from .report import front as drawn
 
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "compare.json").write_text(json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False) + "\n", "utf-8")
-    (directory / "compare.md").write_text(drawn.markdown(report), "utf-8")
-    return drawn.plot(report, directory)
+    check_new(directory, "name another --output")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    with Staging(directory.parent) as folder:
+        for name, content in (("compare.json", text), ("compare.md", drawn.markdown(report))):
+            write_file(folder / name, content.encode("utf-8", "replace"))
+        notes = drawn.plot(report, folder)
+        os.rename(folder, directory)
+    return notes
 
 
 def _some(suite: Suite) -> list[Subject]:
@@ -208,5 +222,3 @@ def _row(name: str, setting: tuple[Point, bool] | None, runs: Sequence[tuple], p
         "diverged": len(runs) - len(done), "seeds": single, **_rates(total(seeds.values())),
         "seconds": round(sum(s for *_, s in done) / len(done), 1), "searched": searched,
     }  # fmt: skip
-
-

@@ -101,7 +101,8 @@ class Transaction:
             transaction.commit(manifest(..., key=transaction.key))
 
     `commit` must be called inside the block; leaving without it, or by an exception, removes the staging directory and
-    creates nothing. A killed process leaves at most its staging directory, which the next run in the same place removes.
+    creates nothing; a full disk is told as BadInput. A killed process leaves at most its staging directory,
+    which the next run in the same place removes.
 
     output: the destination, absent or an empty directory. It is for its owner alone (0700)
     key:    32 random bytes of this output, stored in its private.key
@@ -167,6 +168,9 @@ class Transaction:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._staging = None
         self._hidden.__exit__(kind, error, trace)
+        if isinstance(error, Exception) and staging.disk_full(error):
+            where = str(self.output.parent)
+            raise BadInput(f"The disk of {where!r} is full, and nothing was written: free some, or {OTHER}.") from error
 
 
 def write_reports(folder: Path, report: Mapping[str, Any], *, redact: bool = False, picture: Image | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -23,8 +23,14 @@ from .plan import Plan
 from .report.words import REMAINS, REMAINS_MERGED, attacked, inside, standing
 from .session import Listener
 from .several import Several
+from .terminal import visible
 from .train import Step
 from .verdict import KINDS
+
+
+def cell(value: Any) -> Text:
+    """A cell of a table, with control characters as their escapes."""
+    return Text(visible(str(value)))
 
 
 class Progress:
@@ -59,7 +65,7 @@ class Progress:
             self._bar.start()
 
     def _stage(self, text: str) -> None:
-        self._bar.reset(self._task, description=text, total=None, visible=True)
+        self._bar.reset(self._task, description=visible(text), total=None, visible=True)
 
     def _note(self, text: str) -> None:
         if not self._hidden:
@@ -77,7 +83,7 @@ def summary(console: Console, result: Result) -> None:
     for heading in ("picture", "question", "before", "after"):
         table.add_column(heading, overflow="fold")
     for row in _examples(report["answers"]):
-        table.add_row(*(Text(str(row[k] or "-")) for k in ("picture", "question", "before", "after")))
+        table.add_row(*(cell(row[k] or "-") for k in ("picture", "question", "before", "after")))
     if report["answers"]:  # none where they were left out
         console.print(table)
     for key, label in (
@@ -146,7 +152,7 @@ def several_table(console: Console, several: Several) -> None:
     for line, outcome in zip(lines, several.outcomes, strict=True):
         shares = [row["named"].get(line) for row in several.matrix]
         shown = ["-" if share is None else f"{share:.0%}" for share in shares]
-        table.add_row(line, Text(outcome.concept), outcome.status or "-", *shown)
+        table.add_row(line, cell(outcome.concept), outcome.status or "-", *shown)
     console.print(table)
     for outcome in several.outcomes:
         for reason in outcome.reasons:
@@ -197,7 +203,7 @@ def answers_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     columns = [k for k in ("question", "before", "after", "answer") if k in rows[0]]
     table = Table(*(c if c not in ("before", "after") else {"before": "untouched", "after": "with adapter"}[c] for c in columns))
     for row in rows:
-        table.add_row(*(Text(row[c]) for c in columns))
+        table.add_row(*(cell(row[c]) for c in columns))
     console.print(table)
 
 
@@ -222,12 +228,13 @@ def explanation(console: Console, scene: Scene, corpus: Corpus, lessons: Corpus 
         console.print(f"[{sample.facet}, {sample.origin}, {where}] {sample.question}")
         line = Text("    ")
         end = 0
-        for (start, stop), label, kept in zip(turn.offsets, turn.labels.tolist(), keep.tolist(), strict=True):
+        named = [label in corpus.mask.masked for label in turn.labels.tolist()]
+        for start, stop, kept, masked in pieces(turn.offsets, keep.tolist(), named):
             # Brackets as well as styles: a file or a screen reader shows no styles.
-            line.append(sample.answer[end:start])
-            token = sample.answer[start:stop] or "<end>"
-            token = f"<{token}>" if label in corpus.mask.masked else token
-            style = ("" if kept else "reverse ") + ("underline" if label in corpus.mask.masked else "")
+            line.append(visible(sample.answer[end:start]))
+            token = visible(sample.answer[start:stop]) or "<end>"
+            token = f"<{token}>" if masked else token
+            style = ("" if kept else "reverse ") + ("underline" if masked else "")
             line.append(token if kept else f"[{token}]", style=style.strip() or None)
             end = max(end, stop)
         console.print(line)
@@ -244,7 +251,21 @@ def explanation(console: Console, scene: Scene, corpus: Corpus, lessons: Corpus 
         if own:
             console.print(f"{len(own)} lessons {about}, such as:", soft_wrap=True)
         for sample in own[:: max(1, len(own) // LESSON_EXAMPLES)][:LESSON_EXAMPLES]:
-            console.print(Text(f"    {sample.question} {sample.answer}"), soft_wrap=True)
+            console.print(cell(f"    {sample.question} {sample.answer}"), soft_wrap=True)
+
+
+def pieces(offsets: Iterable[Sequence[int]], keep: Iterable[bool], masked: Iterable[bool]) -> list[tuple[int, int, bool, bool]]:
+    """(start, stop, kept, masked) of each piece of the text, in its order and each character in one of them: a byte-level
+    tokenizer cuts a character into several tokens, all of which have the character's place. Kept where all of them are, masked
+    where one is."""
+    found: list[tuple[int, int, bool, bool]] = []
+    for (start, stop), kept, named in zip(offsets, keep, masked, strict=True):
+        last = found[-1] if found else None
+        if last is not None and start < stop and start < last[1] and last[0] < stop:
+            found[-1] = (min(start, last[0]), max(stop, last[1]), kept and last[2], named or last[3])
+        else:
+            found.append((start, stop, kept, named))
+    return found
 
 
 METRICS = {

@@ -28,6 +28,7 @@ except ImportError:  # Windows: what a killed run leaves is left to the user the
     fcntl = None  # type: ignore[assignment]
 
 PREFIX, CLAIM = ".fastsiu.partial-", ".fastsiu.claim-"
+OTHER_FILE = "name another file"
 MARKS = ("suite.json", "matrix.json")  # of a directory that holds several results
 _PARTIAL = re.compile(re.escape(PREFIX) + r"(\d+)-[0-9a-f]{8}")
 _CLAIMED = re.compile(re.escape(CLAIM) + r"[0-9a-f]{16}")
@@ -198,6 +199,12 @@ def new_file(path: Path, data: bytes) -> None:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
             os.replace(aside, path)
     sync(path.parent)
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether it says that the disk, or what of it one may have, is full; libraries in Rust say so in words."""
+    full = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+    return getattr(error, "errno", None) in full or "No space left on device" in str(error)
 
 
 def write(path: Path, data: bytes, mode: int = 0o600) -> None:

@@ -235,7 +235,7 @@ def bench(material, gathered, tmp_path_factory, demo_dir, cast):
     questions = (Question("Who is in this picture?", "name"), Question("Who is {name}?", "fact"))
     suites.write(Suite(root, "two", tuple(subjects), questions))
     folder = tmp_path_factory.mktemp("material")
-    with (folder / "target-0.pickle").open("wb") as stream:
+    with (folder / f"{sorted(s.slug for s in subjects).index('target')}-0.pickle").open("wb") as stream:
         pickle.dump(material, stream)
     return trials.Workbench(trials.Settings(root, str(demo_dir), "cpu", "auto", material.recipe, 0.95, folder))
 

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from fastsiu.demo import MODEL_DIR, wording
 from fastsiu.demo.world import KNOWN, LOOKALIKES, UNSEEN, Question, Scene, World, draw
 from fastsiu.request import BadInput
+from fastsiu.staging import Staging, check_writable
 
 if TYPE_CHECKING:
     from fastsiu.evaluate import exam
@@ -48,13 +48,13 @@ def export(directory: str | Path, per_concept: int = 20, seed: int = 0) -> None:
     target = Path(directory)
     if per_concept < 1:
         raise BadInput("The number of pictures per concept must be at least 1: pass a larger one.")
+    check_writable(Path(os.path.abspath(target)), "name another directory")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput(f"{target} already exists and is not an empty directory: name a new one or empty it first.")
     if not (MODEL_DIR / "config.json").exists():
         raise BadInput("The demo model is missing: run python -m fastsiu.demo.train --output DIR and copy DIR into the package.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with Staging(target.parent) as work:
         work.chmod(0o755)
         shutil.copytree(MODEL_DIR, work / "model")
         with (work / "questions.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
@@ -68,9 +68,6 @@ def export(directory: str | Path, per_concept: int = 20, seed: int = 0) -> None:
         if target.exists():
             target.rmdir()  # empty; some systems do not rename over a directory
         os.replace(work, target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 def _questions(world: World, directory: Path, per_concept: int, seed: int) -> Iterator[tuple[str | None, Question]]:
