@@ -1,9 +1,13 @@
-"""The examples in trainers/: what each trains on equals full logits, sample by sample, under shuffling and accumulation."""
+"""The examples in trainers/: what each trains on equals full logits, sample by sample, under shuffling, accumulation, and on
+two ranks, whose parameters are those of one process over the same data."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,12 +52,20 @@ def watched(monkeypatch):
     return sizes
 
 
+class Descent(torch.optim.SGD):
+    """What takes AdamW's place where a factor on the loss has to show in the parameters."""
+
+    def __init__(self, parameters, lr, **_):
+        super().__init__(parameters, lr=10 * lr)
+
+
 class FullLogits:
     """The same training, straightforwardly: one sample at a time, logits of student and teacher, AdamW."""
 
-    def __init__(self, model, data, vocab_keep=None, alpha=0.9, beta=0.75):
+    def __init__(self, model, data, vocab_keep=None, alpha=0.9, beta=0.75, optimiser=torch.optim.AdamW):
         self.model, self.data, self.vocab_keep, self.alpha, self.beta = model, data, vocab_keep, alpha, beta
-        self.optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimiser = optimiser(trained, lr=1e-2, weight_decay=0.0)
 
     def sums(self, sample):
         """Sums over one sample's tokens: CE, KL with its weights, tokens, weights."""
@@ -203,6 +215,62 @@ def test_lightning(targets, watched, monkeypatch):
     check(FullLogits(rewound(module), lit.samples()), windows(module.history, [1] * 5))
 
 
+def train_as_a_rank(folder, *names):
+    """What torchrun runs on each of two ranks: the examples; their histories and parameters go into files."""
+    torch.optim.AdamW = Descent  # which does not see a factor on the loss
+    for name in names:
+        module = example(name)
+        if name == "trl_sft":  # it builds its model inside
+            remember(pytest.MonkeyPatch(), module.UnlearningSFTTrainer, "run_teacher")
+        trained = module.main()
+        made = {n: p.detach() for n, p in trained.model.named_parameters() if p.requires_grad}
+        kept = trained.history, made, getattr(trained, "first", None)
+        torch.save(kept, Path(folder) / f"{name} {os.environ['RANK']}")
+
+
+RANKS = {"hf_trainer": [2, 1, 2, 1], "lightning_module": [1, 1, 1], "trl_sft": [2, 1, 2, 1]}  # micro-batches a step
+NEEDS = {"trl_sft": "trl", "lightning_module": "lightning"}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """The folder that two ranks left, which trained with all examples whose packages are there."""
+    folder = tmp_path_factory.mktemp("ranks")
+    names = [name for name in RANKS if importlib.util.find_spec(NEEDS.get(name, "torch"))]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    # The folder of a script is searched for modules, and this one has a `triton`.
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"}
+    command = [*torchrun, __file__, str(folder), *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_two_ranks_train_the_parameters_of_one_process(name, ranks):
+    """DDP's broadcast counts as a write to the head, but changes nothing; the teacher was built before it."""
+    pytest.importorskip(NEEDS.get(name, "torch"))
+    (one, made, first), (other, also, _) = (torch.load(ranks / f"{name} {rank}") for rank in range(2))
+    assert made and all(torch.equal(also[n], p) for n, p in made.items())
+    assert len(one) == len(other) == sum(RANKS[name]) and one != other
+    module = example(name)
+    if first is None:
+        model, data = module.build(), module.samples()
+    else:
+        trainer = module.main(steps=1)
+        model, data = trainer.model, {row["sample_id"]: row for row in trainer.train_dataset}
+        model.load_state_dict(first, strict=False)
+        model.zero_grad()
+    reference = FullLogits(model, data, optimiser=Descent)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    check(reference, [a + b for a, b in zip(windows(one, RANKS[name]), windows(other, RANKS[name]), strict=True)])
+    # Both add the same fp32 numbers in another order: apart by 4e-6 of the way, as measured.
+    for n, p in model.named_parameters():
+        if p.requires_grad:
+            way = (p - before[n]).abs().max()
+            assert 1e-4 < way and (made[n] - p).abs().max() < 1e-3 * way, n
+
+
 def test_wrong_teacher_rows_would_show(monkeypatch):
     """The comparison above can fail: with the rows in the order of the batch, not of the samples, the losses differ."""
     hf = example("hf_trainer")
@@ -211,3 +279,7 @@ def test_wrong_teacher_rows_would_show(monkeypatch):
         history = hf.main(steps=1).history
     with pytest.raises(AssertionError):
         check(FullLogits(hf.build(), hf.samples()), windows(history, [2]))
+
+
+if __name__ == "__main__":
+    train_as_a_rank(*sys.argv[1:])

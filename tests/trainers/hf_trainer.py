@@ -1,6 +1,7 @@
 """Hugging Face Trainer: `compute_loss` overridden; token counts are those of the whole accumulation window and of all ranks.
 
-    python tests/trainers/hf_trainer.py
+Run it with `python tests/trainers/hf_trainer.py`,
+or on two ranks with `torchrun --nproc_per_node 2 tests/trainers/hf_trainer.py`.
 """
 
 import tempfile

@@ -1,7 +1,10 @@
 """Lightning: a module whose training step is the loss; the teacher runs when fitting starts, on each rank's own device.
 
-    python tests/trainers/lightning_module.py
+Run it with `python tests/trainers/lightning_module.py`,
+or on two ranks with `torchrun --nproc_per_node 2 tests/trainers/lightning_module.py`.
 """
+
+import os
 
 import lightning
 import torch
@@ -14,8 +17,8 @@ from fastsiu import RowIndex, TeacherCache, fused_dmk_ce, head_of, no_logits, su
 
 
 class Unlearning(lightning.LightningModule):
-    """`data` is the whole training set, unsharded. A step's loss is a mean over its own batch's tokens: use a larger batch
-    rather than accumulate_grad_batches, whose mean of means weighs the tokens of short batches more."""
+    """`data` is the whole training set, unsharded. A step's loss is a mean over the tokens of all ranks' batches: use a larger
+    batch rather than accumulate_grad_batches, whose mean of means weighs the tokens of short batches more."""
 
     def __init__(self, model, data):
         super().__init__()
@@ -43,10 +46,13 @@ class Unlearning(lightning.LightningModule):
     def training_step(self, batch, _):
         rows = self.supervised(batch, self.index)
         weight, bias = head_of(self.model)
-        teacher = self.teacher[rows.teacher]
-        loss = fused_dmk_ce(rows.hidden, weight, rows.labels, teacher, head_bias=bias, alpha=0.9, beta=0.75)
+        tokens = self.all_gather(torch.tensor(len(rows), device=self.device)).sum()
+        loss = fused_dmk_ce(
+            rows.hidden, weight, rows.labels, self.teacher[rows.teacher], head_bias=bias, alpha=0.9, beta=0.75,
+            ce_denominator=tokens, kl_denominator=tokens,
+        )  # fmt: skip
         self.history.append((batch["sample_id"].tolist(), loss.item()))
-        return loss
+        return loss * self.trainer.world_size  # DDP averages gradients over ranks
 
     def configure_optimizers(self):
         return torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
@@ -80,7 +86,8 @@ def main(epochs=1, **options):
     data = samples()
     module = Unlearning(build(**options), data)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", **quiet)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's
+    trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", devices=ranks, **quiet)
     trainer.fit(module, DataLoader(data, batch_size=3, shuffle=True, collate_fn=collate))
     return module
 

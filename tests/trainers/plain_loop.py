@@ -1,6 +1,6 @@
 """A plain PyTorch loop: alpha * CE + beta * masked KL to a cached teacher, shuffled, gradients accumulated over micro-batches.
 
-    python tests/trainers/plain_loop.py
+Run it with `python tests/trainers/plain_loop.py`.
 """
 
 import torch

@@ -1,6 +1,7 @@
 """TRL SFTTrainer: TRL prepares and collates (text or pictures), one `compute_loss` is ours. One extra column: sample_id.
 
-    python tests/trainers/trl_sft.py
+Run it with `python tests/trainers/trl_sft.py`,
+or on two ranks with `torchrun --nproc_per_node 2 tests/trainers/trl_sft.py`.
 """
 
 import tempfile
