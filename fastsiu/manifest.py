@@ -31,6 +31,7 @@ PACKAGES = ("fastsiu", "torch", "transformers", "peft", "safetensors", "tokenize
 SEAL = "sha256"  # of the manifest itself, without this entry
 # What of an output a loader may read: such a file that nobody listed is no part of the result.
 LOADABLE = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".json", ".jinja", ".model", ".py", ".gguf")
+OF_MODEL = (".safetensors", ".bin", ".pt", ".json", ".model", ".jinja", ".txt")  # files that make a model
 SHAPE = {
     "request": str, "files": {"*": {"bytes": int, "sha256": str}}, SEAL: str, "revision": (str, None),
     "model": {"id": (str, None), "revision": (str, None), "sha256": {"*": str}}, "seeds": {"recipe": int},
@@ -121,9 +122,8 @@ def digest_model(directory: str | Path) -> dict[str, str]:
 
     Raises BadInput when one of them cannot be read.
     """
-    wanted = {".safetensors", ".bin", ".pt", ".json", ".model", ".jinja", ".txt"}
     try:
-        files = sorted(p for p in Path(directory).iterdir() if p.is_file() and p.suffix in wanted)
+        files = sorted(p for p in Path(directory).iterdir() if p.is_file() and p.suffix in OF_MODEL)
         return {p.name: digest_file(p) for p in files}
     except OSError as error:
         shown = repr(str(error.filename))
@@ -158,7 +158,11 @@ def read_report(directory: Path) -> dict[str, Any]:
     """report.json of an output. Raises BadInput where it cannot be used."""
     path = directory / REPORT
     shape = {"verdict": (str, None), "reasons": [str], "caveats": [str], "rows": dict, "answers": [dict]}
-    return dict(read_json(path, what=str(path), remedy="restore it, or choose another --output", shape=shape))
+    remedy = "restore it, or choose another --output"
+    found = dict(read_json(path, what=str(path), remedy=remedy, shape=shape))
+    if not {"verdict", "reasons"} <= set(found):
+        raise BadInput(f"{path} is no report of FastSIU: {remedy}.")
+    return found
 
 
 def changed(directory: Path, sealed: Mapping[str, Any]) -> dict[str, str]:

@@ -41,8 +41,8 @@ from .report.render import render_html, render_markdown
 from .request import BadInput, NumericFailure
 
 __all__ = [
-    "KEY", "MANIFEST", "ORIGINS", "PACKAGES", "REPORT", "Transaction", "check_destination", "check_shown", "digest_file",
-    "digest_model", "manifest", "random_directory", "read_report", "request_digest", "write_reports",
+    "KEY", "MANIFEST", "ORIGINS", "OTHER", "PACKAGES", "REPORT", "ROOM", "Transaction", "check_destination", "check_shown",
+    "digest_file", "digest_model", "manifest", "random_directory", "read_report", "request_digest", "write_reports",
 ]  # fmt: skip
 OTHER = "choose another --output"
 ROOM = 32 * 2**20  # bytes that an output takes at least, adapter and reports

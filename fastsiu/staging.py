@@ -89,7 +89,7 @@ def sweep(place: Path) -> list[Path]:
     """Removes what killed runs left in `place`, and in those directories in it that hold several results; returns what."""
     removed = []
     for entry in leftovers(place):
-        if _remove_unless_alive(entry):
+        if sweep_one(entry):
             removed.append(entry)
     return removed
 
@@ -265,24 +265,40 @@ def _lock(handle: int, *, wait: bool) -> bool:
     return True
 
 
-def _remove_unless_alive(path: Path) -> bool:
-    if fcntl is None:
-        return False
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        if not _is_dead(handle, path.name):
+def is_dead(path: Path) -> bool:
+    """Whether the run that made a leftover has ended; False where that cannot be told."""
+    with _opened_if_dead(path) as dead:
+        return dead is not None
+
+
+def sweep_one(path: Path) -> bool:
+    """Removes a leftover whose run has ended; whether it did."""
+    with _opened_if_dead(path) as handle:
+        if handle is None:
             return False
         if stat.S_ISDIR(os.fstat(handle).st_mode):
             shutil.rmtree(path, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
                 path.unlink()
+    return not os.path.lexists(path)
+
+
+@contextlib.contextmanager
+def _opened_if_dead(path: Path) -> Iterator[int | None]:
+    """A handle with the lock of what a dead run left; None of anything else."""
+    if fcntl is None:
+        yield None
+        return
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        yield None
+        return
+    try:
+        yield handle if _is_dead(handle, path.name) else None
     finally:
         os.close(handle)
-    return not os.path.lexists(path)
 
 
 def _is_dead(handle: int, name: str) -> bool:

@@ -1,0 +1,160 @@
+"""What lies in a directory: is it still what was written, is it what is deployed, and what of it may go.
+
+Only what this program wrote is ever removed: files by the names that their manifest lists, hidden
+directories by theirs. What somebody else has put beside them stays, and is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import manifest, staging
+from .manifest import KEY, LOADABLE, MANIFEST, REPORT
+from .request import BadInput
+from .strict_json import read_json
+
+# The table of several results -> the format that it names, and what else is written beside it.
+TABLES = {"suite.json": "fastsiu suite evaluation 1", "compare.json": "fastsiu comparison 1", "matrix.json": None}
+BESIDE = {"suite.json": ("report.md",), "compare.json": ("compare.md", "compare.png", "compare.svg"), "matrix.json": ()}
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+OF_EVALUATION = (REPORT, "untouched.json")  # JSON that no loader reads
+
+
+@dataclass
+class Checked:
+    """What `verify` found. files: how many were read; wrong: one sentence for each that is not as it was written."""
+
+    files: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Found:
+    """What `survey` found. dead: leftovers of killed runs; alive: of runs that are at work; results: directories."""
+
+    dead: list[Path] = field(default_factory=list)
+    alive: list[Path] = field(default_factory=list)
+    results: list[Path] = field(default_factory=list)
+
+
+def verify(directory: Path, model: Path | None = None) -> Checked:
+    """Compares every file of an output with its manifest; of a directory of several outputs, of all.
+
+    model: a directory with what is deployed. Of a merged model it is compared with the files that
+           the merge wrote; of an adapter, with the adapter's or, where it holds none, with those
+           of the model that the adapter was made for.
+
+    Raises BadInput where there is no output, and where no manifest tells what `model` should be.
+    """
+    found = Checked()
+    places = _outputs(directory)
+    for place in places:
+        sealed = manifest.read(place)
+        found.files += len(sealed["files"]) + 1
+        found.wrong += [f"{place / name} {what}." for name, what in manifest.changed(place, sealed).items()]
+    if model is not None:
+        if len(places) != 1:
+            raise BadInput(f"{directory} holds {len(places)} outputs: give the one that {model} is to be compared with.")
+        _compare(manifest.read(places[0]), model, found)
+    return found
+
+
+def survey(directory: Path) -> Found:
+    """What there is to purge. Raises BadInput where `directory` is none."""
+    if not directory.is_dir():
+        raise BadInput(f"There is no directory {directory}: give the one that runs were started in, or an --output.")
+    left = staging.leftovers(directory)
+    dead = [path for path in left if staging.is_dead(path)]
+    results = [directory] if _is_result(directory) else [p for p in _entries(directory) if _is_result(p)]
+    return Found(dead, [path for path in left if path not in dead], results)
+
+
+def remove(result: Path) -> list[Path]:
+    """Removes a result, its manifest last; returns what was not written by this program and is left there."""
+    if (result / MANIFEST).is_file():
+        listed = [result / name for name in manifest.read(result)["files"]]
+        files = [*listed, result / KEY, result / MANIFEST]
+    else:
+        files = [result / name for table in TABLES for name in (*BESIDE[table], table) if (result / table).is_file()]
+        for place in _entries(result):
+            if not place.is_symlink() and (place / MANIFEST).is_file() and _is_result(place):
+                remove(place)
+    root = result.resolve()
+    for path in files:
+        inside = path.parent.resolve().is_relative_to(root)  # a directory in it may be a link to elsewhere
+        if inside and (path.is_file() or path.is_symlink()):
+            path.unlink()
+    for folder in sorted({path.parent for path in files}, reverse=True):
+        if folder.resolve().is_relative_to(root) and not folder.is_symlink():
+            with contextlib.suppress(OSError):  # something else is in it
+                folder.rmdir()
+    return sorted(result.rglob("*")) if result.is_dir() else []
+
+
+def _outputs(directory: Path) -> list[Path]:
+    if (directory / MANIFEST).is_file():
+        return [directory]
+    if any((directory / table).is_file() for table in TABLES):
+        if found := [place for place in _entries(directory) if (place / MANIFEST).is_file()]:
+            return found
+    raise BadInput(f"{directory} is no output of FastSIU (it has no {MANIFEST}): give the --output directory of a run.")
+
+
+def _compare(sealed: dict[str, Any], model: Path, found: Checked) -> None:
+    """Adds what of `model` is not the manifest's."""
+    if not model.is_dir():
+        raise BadInput(f"There is no directory {model}: give the one with the files that are deployed.")
+    written = {name: entry.get("sha256") for name, entry in sealed["files"].items()}
+    if "merge" in sealed:
+        expected = {n: sha for n, sha in written.items() if "/" not in n and n not in OF_EVALUATION and _loadable(n)}
+        here = {p.name: p for p in _entries(model) if p.is_file() and _loadable(p.name)}
+    elif any((model / name).is_file() for name in ADAPTER):
+        expected = {name: sha for name, sha in written.items() if name in ADAPTER}
+        here = {p.name: p for p in _entries(model) if p.is_file() and p.name.startswith("adapter_") and _loadable(p.name)}
+    else:
+        expected = dict((sealed.get("model") or {}).get("sha256") or {})
+        here = {p.name: p for p in _entries(model) if p.is_file() and p.suffix in manifest.OF_MODEL}
+    for name in (*OF_EVALUATION, MANIFEST):
+        here.pop(name, None)
+    if not expected:
+        raise BadInput(f"The manifest tells nothing of the files that {model} should have: give another output.")
+    if all(name.isdigit() for name in expected):  # of a redacted manifest: numbers stand for their names
+        known = set(expected.values())
+        digests = {name: manifest.digest_file(path) for name, path in here.items()}
+        found.wrong += [f"{here[name]} is none of the manifest's." for name, sha in digests.items() if sha not in known]
+        if missing := len(known - set(digests.values())):
+            found.wrong.append(f"{model} lacks {missing} of the manifest's files.")
+    else:
+        for name, sha in expected.items():
+            if name not in here:
+                found.wrong.append(f"{model / name} is missing.")
+            elif manifest.digest_file(here[name]) != sha:
+                found.wrong.append(f"{model / name} is not the manifest's.")
+        found.wrong += [f"{model / name} was added." for name in here if name not in expected]
+    found.files += len(expected)
+
+
+def _loadable(name: str) -> bool:
+    return name.lower().endswith(LOADABLE) or name in ("merges.txt", "vocab.txt")
+
+
+def _is_result(path: Path) -> bool:
+    if path.is_symlink() or not path.is_dir():
+        return False
+    try:
+        if (path / MANIFEST).is_file():
+            return bool(manifest.read(path))
+        for table, form in TABLES.items():
+            if (path / table).is_file():
+                stored = read_json(path / table, what=table, remedy="leave it", shape=dict)
+                return stored.get("format") == form if form else {"mode", "order", "matrix", "requests"} <= set(stored)
+    except (BadInput, OSError):
+        pass
+    return False
+
+
+def _entries(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir())
