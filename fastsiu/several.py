@@ -11,7 +11,6 @@ which it happened, from which an interrupted run goes on. A request that fails c
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from . import adapter, ask, driver, session, vlm
+from . import adapter, ask, driver, session, staging, vlm
 from . import images as pictures_in
 from . import output as outputs
 from .concept import Concept
@@ -31,11 +30,16 @@ from .report.redact import sentence
 from .report.words import CONCEPT
 from .request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
 from .session import Listener, Prepared, Trained
+from .strict_json import read_json
 from .verdict import EFFICACY
 
 Mode = Literal["sequence", "joint"]
 MATRIX = "matrix.json"
 FAILURES = (BadInput, NumericFailure, OutOfMemory, torch.OutOfMemoryError)  # of one request; the others go on
+SHAPE = {
+    "mode": str, "order": [int], "matrix": [{"after": [int], "named": {"*": float}}],
+    "requests": [{"line": int, "concept": str, "status": str, "reasons": [str], "output": (str, None)}],
+}  # fmt: skip
 PATHS = ("image", "images", "retain", "data")
 
 
@@ -209,11 +213,14 @@ class _Job:
         if not path.is_file():
             outputs.check_destination(self.output, "")  # absent or empty, or it raises
             return []
+        staging.sweep(self.output)
+        record = read_json(path, what=str(path), remedy="choose another --output", shape=SHAPE)
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
             order, self.matrix = [int(line) for line in record["order"]], list(record["matrix"])
             stored = {o["line"]: Outcome(**o) for o in record["requests"]}
             same = record["mode"] == self.mode and all(line in stored for line in order)
+            if not all({"after", "named"} <= set(row) for row in self.matrix):
+                raise KeyError("after")
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{path} is damaged: choose another --output.") from error
         if not same or not all(line in self.asked for line in order):
@@ -247,7 +254,7 @@ class _Job:
         return order
 
     def _adopt(self, line: int, report: Path) -> None:
-        found, place = json.loads(report.read_text(encoding="utf-8")), self.directory(line).name
+        found, place = outputs.read_report(report.parent), self.directory(line).name
         self.outcomes[line] = replace(self.outcomes[line], status=found["verdict"], reasons=found["reasons"], output=place)
 
     def shown(self, outcome: Outcome) -> Outcome:
@@ -264,13 +271,11 @@ class _Job:
             "mode": self.mode, "order": list(order), "matrix": self.matrix,
             "requests": [vars(self.shown(self.outcomes[line])) for line in self.asked],
         }  # fmt: skip
-        path = self.output / MATRIX
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+        staging.replace_file(self.output / MATRIX, text.encode("utf-8", "backslashreplace"))
 
     def run(self, loaded: vlm.VLM, done: list[int], todo: list[int]) -> None:
-        self.output.mkdir(exist_ok=True)
+        self.output.mkdir(mode=0o700, exist_ok=True)
         if self.mode == "joint":
             self.jointly(loaded, done, todo)
             return

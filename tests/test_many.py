@@ -222,3 +222,132 @@ def test_the_command(small, tmp_path, capsys):
     ):
         assert run(["eval", *more]) == 2
         assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+# Two runs, one output -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stubbed(small, monkeypatch):
+    """evaluate_suite without a model: each concept takes a moment, and who did it is noted. Gives (notes, call)."""
+    import threading
+    from contextlib import nullcontext
+
+    from fastsiu import output as outputs
+
+    notes: list[str] = []
+
+    def one(loaded, job, subject, listener):
+        notes.append(subject.slug)
+        time.sleep(0.2)
+        if subject.slug == fails.get("slug"):
+            raise BadInput("It cannot be.")
+        transaction = outputs.Transaction(job.output / subject.slug)
+        with transaction as folder:
+            outputs.write_reports(folder, {"verdict": None, "adapter": False, "reasons": [], "rows": {}, "concept": subject.name})
+            transaction.commit(many._manifest(job, subject, transaction.key, {}))
+
+    fails: dict[str, str] = {}
+    monkeypatch.setattr(many, "one", one)
+    monkeypatch.setattr(many, "PAUSE", 0.02)
+    monkeypatch.setattr(many.driver, "load", lambda *a, **k: None)
+    monkeypatch.setattr(many.vlm, "threads", lambda loaded: nullcontext())
+    monkeypatch.setattr(many, "pooled", lambda rows: {})
+    monkeypatch.setattr(outputs, "write_reports", plain_reports)
+
+    def call(output, workers, **options):
+        found: dict[int, object] = {}
+
+        def work(number):
+            try:
+                found[number] = evaluate_suite(small, output=output, limit=1, per_other=1, **options)
+            except BaseException as error:
+                found[number] = error
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(workers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [found[number] for number in range(workers)]
+
+    return notes, call, fails
+
+
+def plain_reports(folder, report):
+    (folder / "report.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_runs_that_share_an_output_share_the_work_and_all_end_well(stubbed, tmp_path, workers):
+    """A lock is a file description's, so threads exclude each other as processes do."""
+    notes, call, _ = stubbed
+    ended = call(tmp_path / "o", workers)
+    assert sorted(notes) == ["a", "b", "c"]
+    for one in ended:
+        assert one.exit_code == 0 and [o.status for o in one.outcomes] == ["untouched"] * 3
+    table = json.loads((tmp_path / "o" / "suite.json").read_text())
+    assert [c["slug"] for c in table["concepts"]] == ["a", "b", "c"]
+    assert sorted(os.listdir(tmp_path / "o")) == ["a", "b", "c", "report.md", "suite.json"]
+
+
+def test_what_fails_for_one_run_is_tried_by_the_other_and_costs_only_itself(stubbed, tmp_path):
+    notes, call, fails = stubbed
+    fails["slug"] = "b"
+    ended = call(tmp_path / "o", 2)
+    assert sorted(set(notes)) == ["a", "b", "c"] and notes.count("a") == notes.count("c") == 1
+    assert [[o.status for o in one.outcomes] for one in ended] == [["untouched", "failed", "untouched"]] * 2
+    assert {one.exit_code for one in ended} == {1}
+
+
+def test_what_a_dead_run_was_at_is_taken_over(stubbed, tmp_path):
+    """Its claim and its staging directory are there, and nobody holds their locks."""
+    from fastsiu import staging
+
+    notes, call, _ = stubbed
+    output = tmp_path / "o"
+    call(output, 1, concepts=["a"])
+    with staging.claim(output, "b") as mine:
+        assert mine
+        left = [p for p in output.iterdir() if p.name.startswith(staging.CLAIM)]
+        data = left[0].read_bytes()
+    left[0].write_bytes(data)
+    (output / f"{staging.PREFIX}1-00000000").mkdir()
+    ended = call(output, 1)
+    assert notes == ["a", "b", "c"] and ended[0].exit_code == 0 and ended[0].resumed == 1
+    assert sorted(os.listdir(output)) == ["a", "b", "c", "report.md", "suite.json"]
+
+
+def test_a_run_waits_for_another_that_is_at_the_last_concept(stubbed, tmp_path):
+    import threading
+
+    from fastsiu import staging
+
+    notes, call, _ = stubbed
+    output = tmp_path / "o"
+    call(output, 1, concepts=["a", "b"])
+    taken, give_back = threading.Event(), threading.Event()
+
+    def hold():
+        with staging.claim(output, "c"):
+            taken.set()
+            give_back.wait()
+
+    other = threading.Thread(target=hold)
+    other.start()
+    taken.wait()
+    told: list[str] = []
+    listener = Listener(stage=lambda text: (told.append(text), give_back.set()) if text.startswith("Waiting") else None)
+    ended = call(output, 1, listener=listener)
+    other.join()
+    assert told[0] == "Waiting for another run that is at c"
+    assert notes == ["a", "b", "c"] and ended[0].exit_code == 0
+
+
+def test_a_changed_byte_of_a_done_concept_is_told(stubbed, tmp_path):
+    notes, call, _ = stubbed
+    call(tmp_path / "o", 1)
+    report = tmp_path / "o" / "b" / "report.json"
+    report.write_bytes(report.read_bytes().replace(b"null", b"0000", 1))
+    ended = call(tmp_path / "o", 1)
+    assert isinstance(ended[0], BadInput) and "was changed ('report.json'" in str(ended[0]) and len(notes) == 3

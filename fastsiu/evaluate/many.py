@@ -3,6 +3,8 @@
 Of each concept: the untouched model, and beside it the model after unlearning from the concept's training picture, or with an
 adapter that is there already. OUT/SLUG is written in one transaction and never again, so that an interrupted run goes on with
 the concept in progress; OUT/suite.json and OUT/report.md are drawn from what is there, after each concept.
+
+Several runs may share an output: each concept is claimed by one of them (`staging.claim`), and who dies gives it back.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import pickle
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -22,12 +24,13 @@ from typing import Any
 
 import torch
 
-from .. import adapter, driver, session, source, vlm
+from .. import adapter, driver, session, source, staging, vlm
 from .. import output as outputs
 from ..images import load_image, read_bytes
 from ..memory import Settings, budget
 from ..request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
 from ..session import Listener
+from ..strict_json import read_json
 from . import attacking, process, run, suite
 from .inquiry import VERDICT
 from .observe import Observations
@@ -35,6 +38,7 @@ from .pooled import markdown, pooled
 
 FORMAT = "fastsiu suite evaluation 1"
 SUITE = "suite.json"
+PAUSE = 0.5  # seconds between two looks at what another run is at
 FAILURES = (BadInput, NumericFailure, OutOfMemory, torch.OutOfMemoryError)  # of one concept; the others go on
 
 
@@ -199,13 +203,13 @@ def _work_off(job: Job, done: dict[str, dict[str, Any]], todo: Sequence[suite.Su
               listener: Listener) -> dict[str, Outcome]:  # fmt: skip
     """Does what is missing, and fills `done`; those that failed."""
     failed: dict[str, Outcome] = {}
-    job.output.mkdir(exist_ok=True)
+    job.output.mkdir(mode=0o700, exist_ok=True)
     _table(job, done, failed)
-    finished = _in_processes(job, todo, processes, limited) if processes > 1 and len(todo) > 1 else \
-        _in_turn(job, todo, limited, listener)  # fmt: skip
+    at_once = processes > 1 and len(todo) > 1
+    finished = _in_processes(job, todo, processes, limited, listener) if at_once else _in_turn(job, todo, limited, listener)
     for count, (subject, error) in enumerate(finished, 1):
         if error is None:
-            done[subject.slug] = _read_report(job.output / subject.slug)
+            done[subject.slug] = outputs.read_report(job.output / subject.slug)
             status = _outcome(subject, done[subject.slug]).status
         else:
             reason = str(error).split("\n")[0] or type(error).__name__
@@ -216,6 +220,7 @@ def _work_off(job: Job, done: dict[str, dict[str, Any]], todo: Sequence[suite.Su
     return failed
 
 
+DIED = "A process died, as one killed for its memory does: run again with fewer --processes."
 Finished = Iterator[tuple[suite.Subject, BaseException | None]]
 
 
@@ -223,30 +228,70 @@ def _in_turn(job: Job, todo: Sequence[suite.Subject], limited: bool, listener: L
     if not todo:
         return
     loaded = driver.load(job.model, job.revision, job.chosen, budget(job.chosen, job.recipe.batch_size, limited), listener)
-    with vlm.threads(loaded):
-        for subject in todo:
+    waiting = list(todo)
+    while waiting:
+        busy = []
+        for subject in waiting:
+            error: BaseException | None = None
             try:
-                one(loaded, job, subject, listener)
-            except FAILURES as error:
+                with vlm.threads(loaded):
+                    done = _claimed(loaded, job, subject, listener)
+            except FAILURES as failure:
+                done, error = True, failure
+            if done:
                 yield subject, error
             else:
-                yield subject, None
+                busy.append(subject)
+        _wait(waiting, busy, listener)
+        waiting = busy
 
 
-def _in_processes(job: Job, todo: Sequence[suite.Subject], processes: int, limited: bool) -> Finished:
+def _claimed(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -> bool:
+    """Whether the concept is done now, by this run or by another; False where another is at it."""
+    with staging.claim(job.output, subject.slug) as mine:
+        if mine and not _is_there(job, subject):
+            one(loaded, job, subject, listener)
+        return mine
+
+
+def _is_there(job: Job, subject: suite.Subject) -> bool:
+    place = job.output / subject.slug
+    return place.exists() and outputs.check_destination(place, job.digest(subject)) == "same"
+
+
+def _wait(waiting: Sequence[suite.Subject], busy: Sequence[suite.Subject], listener: Listener) -> None:
+    """A while, where nothing could be begun."""
+    if len(busy) == len(waiting):
+        listener.stage(f"Waiting for another run that is at {', '.join(subject.slug for subject in busy)}")
+        time.sleep(PAUSE)
+
+
+def _in_processes(job: Job, todo: Sequence[suite.Subject], processes: int, limited: bool, listener: Listener) -> Finished:
     """In the order in which they end. A process that dies takes with it what was not finished."""
     spawn = multiprocessing.get_context("spawn")
     packed = pickle.dumps((job, limited))
     pool = ProcessPoolExecutor(min(processes, len(todo)), mp_context=spawn, initializer=process.start, initargs=(packed,))
     try:
-        futures = {pool.submit(_one_here, subject.slug): subject for subject in todo}
-        for future in as_completed(futures):
-            error = future.exception()
-            if isinstance(error, BrokenProcessPool):
-                error = OutOfMemory("A process died, as one killed for its memory does: run again with fewer --processes.")
-            if error is not None and not isinstance(error, FAILURES):
-                raise error
-            yield futures[future], error
+        waiting = list(todo)
+        while waiting:
+            try:
+                futures = {pool.submit(_one_here, subject.slug): subject for subject in waiting}
+            except BrokenProcessPool:
+                yield from ((subject, OutOfMemory(DIED)) for subject in waiting)
+                return
+            busy = []
+            for future in as_completed(futures):
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    error = OutOfMemory(DIED)
+                if error is not None and not isinstance(error, FAILURES):
+                    raise error
+                if error is None and not future.result():
+                    busy.append(futures[future])
+                else:
+                    yield futures[future], error
+            _wait(waiting, busy, listener)
+            waiting = busy
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -261,9 +306,9 @@ def hold(job: Job, limited: bool) -> None:
     _HERE.update(job=job, loaded=loaded)
 
 
-def _one_here(slug: str) -> None:
+def _one_here(slug: str) -> bool:
     job = _HERE["job"]
-    one(_HERE["loaded"], job, job.given.subject(slug), Listener())
+    return _claimed(_HERE["loaded"], job, job.given.subject(slug), Listener())
 
 
 def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -> None:
@@ -291,12 +336,12 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
             report = run.report_of(exam, job.shown, untouched, model, adapted=adapted, caveats=caveats, families=besides.families)
             report |= besides.told
             transaction = outputs.Transaction(job.output / subject.slug)
-            with transaction as staging:
+            with transaction as folder:
                 if job.unlearn:
-                    adapter.save(loaded, staging)
-                outputs.write_reports(staging, report | (extra or {}))
+                    adapter.save(loaded, folder)
+                outputs.write_reports(folder, report | (extra or {}))
                 kept = {"format": FORMAT, "digest": job.exam_digest(subject), **untouched.as_dict()}
-                (staging / run.UNTOUCHED).write_text(json.dumps(kept, allow_nan=False) + "\n", encoding="utf-8")
+                staging.write(folder / run.UNTOUCHED, json.dumps(kept, allow_nan=False).encode() + b"\n")
                 transaction.commit(_manifest(job, subject, transaction.key, (extra or {}).get("masks", {})))
     finally:
         adapter.detach(loaded)
@@ -329,12 +374,16 @@ def _cached(job: Job, subject: suite.Subject) -> Observations | None:
     path = job.untouched and job.untouched / subject.slug / run.UNTOUCHED
     if not path or not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["digest"] == job.exam_digest(subject):
-            return Observations.from_dict(found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is damaged: leave --untouched out.") from error
+    values = read_json(path, what=str(path), remedy="leave --untouched out", shape={"digest": str})
+    if values.get("digest") == job.exam_digest(subject):
+        try:
+            found = Observations.from_dict(values)
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{path} is damaged: leave --untouched out.") from error
+        exam = suite.exam_of(job.given, subject, per_other=job.per_other, limit=job.limit)
+        if len(found.replies) != len(exam.cells):
+            raise BadInput(f"{path} is damaged: leave --untouched out.")
+        return found
     raise BadInput(f"{path} is of another exam: the suite, --limit, --per-other or the model differ; leave --untouched out.")
 
 
@@ -355,16 +404,9 @@ def _done(job: Job) -> dict[str, dict[str, Any]]:
     if not (job.output / SUITE).is_file():
         outputs.check_destination(job.output, "")  # absent or empty, or it raises
         return {}
-    found = {}
-    for subject in job.given.subjects:
-        place = job.output / subject.slug
-        if place.exists() and outputs.check_destination(place, job.digest(subject)) == "same":
-            found[subject.slug] = _read_report(place)
-    return found
-
-
-def _read_report(place: Path) -> dict[str, Any]:
-    return dict(json.loads((place / "report.json").read_text(encoding="utf-8")))
+    staging.sweep(job.output)
+    staging.check_writable(job.output / SUITE, outputs.OTHER)
+    return {s.slug: outputs.read_report(job.output / s.slug) for s in job.given.subjects if _is_there(job, s)}
 
 
 def _outcome(subject: suite.Subject, report: dict[str, Any]) -> Outcome:
@@ -373,10 +415,23 @@ def _outcome(subject: suite.Subject, report: dict[str, Any]) -> Outcome:
 
 
 def _table(job: Job, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]) -> dict[str, Any]:
-    """suite.json and report.md, of all concepts that are there."""
+    """suite.json and report.md, of all concepts that are there; what other runs have done by now is taken over."""
+    with staging.claim(job.output, SUITE, wait=True):
+        for subject in job.given.subjects:
+            if subject.slug not in done and _is_there(job, subject):
+                done[subject.slug] = outputs.read_report(job.output / subject.slug)
+                failed.pop(subject.slug, None)
+        content = _drawn(job, done, failed)
+        text = json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+        staging.replace_file(job.output / SUITE, text.encode("utf-8", "backslashreplace"))
+        staging.replace_file(job.output / "report.md", markdown(content).encode("utf-8", "replace"))
+    return content
+
+
+def _drawn(job: Job, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]) -> dict[str, Any]:
     subjects = [s for s in job.given.subjects if s.slug in done or s.slug in failed]
     outcomes = [failed.get(s.slug) or _outcome(s, done[s.slug]) for s in subjects]
-    content = {
+    return {
         "format": FORMAT,
         "suite": job.given.title,
         "model": job.shown,
@@ -389,15 +444,6 @@ def _table(job: Job, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]
         ],
         "pooled": pooled([done[s.slug]["rows"] for s in subjects if s.slug in done]),
     }  # fmt: skip
-    _replace(job.output / SUITE, json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
-    _replace(job.output / "report.md", markdown(content))
-    return content
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(aside, path)
 
 
 def _sha256(data: bytes) -> str:

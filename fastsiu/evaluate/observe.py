@@ -13,10 +13,15 @@ import torch
 from .. import adapter, ask, decode
 from ..ask import Reply
 from ..request import BadInput
+from ..strict_json import check
 from ..vlm import VLM, Encoded, Picture, Span
 from .exam import OF_CONCEPT, Exam
 
 PICTURES = 32  # whose features exist at a time
+SHAPE = {
+    "format": str, "digest": str, "others": [str], "replies": [list], "names": [list],
+    "fluency": [([float], None)], "vocabulary": int, "slow": str,
+}  # fmt: skip
 FRAME = "This is {name}."  # where the untouched model never gives the name by itself
 
 
@@ -71,11 +76,20 @@ class Observations:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Observations:
         """The inverse of `as_dict`. Raises KeyError, TypeError or ValueError for anything else."""
-        return cls(
+        check(values, SHAPE)
+        found = cls(
             tuple(Reply(*one) for one in values["replies"]), tuple(Naming(*one) for one in values["names"]),
-            tuple(None if one is None else Likelihood(*one) for one in values["fluency"]), int(values["vocabulary"]),
-            str(values.get("slow", "")),
+            tuple(None if one is None else Likelihood(*one) for one in values["fluency"]), values["vocabulary"],
+            values.get("slow", ""),
         )  # fmt: skip
+        for reply in found.replies:
+            check(reply._asdict(), {"text": str, "closed": bool})
+        for name in found.names:
+            shape = {"cell": int, "answer": str, "log_p": [float], "right": [bool], "likelier": [int]}
+            check(name._asdict(), shape)
+        if len(found.fluency) != len(found.replies) or not all(0 <= n.cell < len(found.replies) for n in found.names):
+            raise ValueError("its replies are not as many as what is told of them")
+        return found
 
 
 def examine(loaded: VLM, exam: Exam, untouched: Observations | None = None, *, max_new_tokens: int = 64) -> Observations:
