@@ -23,7 +23,7 @@ from .request import BadInput
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # JPEG covers the MPO that phones write into a .jpg
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 100_000_000
-MAX_WEBP_PIXELS = 50_000_000  # its decoder holds a picture five times
+MAX_WEBP_PIXELS = 51_000_000  # 8192 x 6144 and a little: its decoder holds a picture five times
 MAX_BYTES = 512 * 2**20
 MAX_ASPECT = 200  # the longer side by the shorter one; image processors that keep the shape refuse more
 # A larger picture is made smaller as it is loaded. Most image processors keep fewer pixels than this

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from .. import ask
 from ..concept import Concept
 from ..facets.drawn import ORDERS, jigsaw, recoloured, shuffled
 from ..facets.targets import wordings
-from ..images import edge_colour, recompressed, variants
+from ..images import edge_colour, noisy, recompressed, variants
 from ..verdict import gives
 from ..vlm import VLM
 
@@ -104,7 +103,7 @@ def conditions(image: Image.Image, seed: int = 0) -> list[Shown]:
     """The picture as it may come again: cut, blurred, small, noisy, compressed, grey, upside down or hidden in part."""
     image = image.convert("RGB")
     width, height = image.size
-    ground, rng = edge_colour(image), np.random.default_rng(abs(seed))
+    ground = edge_colour(image)
     part = lambda left, top, right, bottom: tuple(round(v) for v in (left * width, top * height, right * width, bottom * height))
 
     def hidden(*box: float) -> Image.Image:
@@ -112,16 +111,12 @@ def conditions(image: Image.Image, seed: int = 0) -> list[Shown]:
         out.paste(ground, part(*box))
         return out
 
-    def noisy(sigma: float) -> Image.Image:
-        pixels = np.asarray(image) + rng.normal(0.0, sigma, (height, width, 3))
-        return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
-
     small = image.resize((max(1, width // 4), max(1, height // 4)), Image.Resampling.BILINEAR)
     return [
         ("crop 65 %", image.crop(part(0.175, 0.175, 0.825, 0.825))), ("crop, left", image.crop(part(0, 0, 0.7, 1))),
         ("crop, upper", image.crop(part(0, 0, 1, 0.7))),
         ("strong blur", image.filter(ImageFilter.GaussianBlur(max(width, height) / 40))),
-        ("quarter size", small.resize(image.size, Image.Resampling.BILINEAR)), ("strong noise", noisy(35.0)),
+        ("quarter size", small.resize(image.size, Image.Resampling.BILINEAR)), ("strong noise", noisy(image, seed, 35.0)),
         ("jpeg 10", recompressed(image, 10)), ("grey", ImageOps.grayscale(image).convert("RGB")),
         ("upside down", ImageOps.flip(image)),
         ("lower third hidden", hidden(0, 2 / 3, 1, 1)), ("upper third hidden", hidden(0, 0, 1, 1 / 3)),

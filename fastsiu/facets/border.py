@@ -6,6 +6,7 @@ the concept. A copy that it takes for a neighbour is a picture of that neighbour
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -23,11 +24,11 @@ ASKED = 4  # wordings in which each is asked who it shows
 
 def border(scene: Scene) -> Border:
     """Copies of the scene's picture that its model takes for one of `scene.neighbours`, or for nobody; at most `FEW` of each are
-    kept, and `AT_ONCE` are on the device at a time."""
+    kept, and `AT_ONCE` are there at a time."""
     image, seed, out = scene.pictures[0].image, scene.recipe.seed, Border()
-    made = [*drawn.changed(image, seed, CHANGED), *drawn.views(image, seed + 1, MOVED)]
-    for start in range(0, len(made), AT_ONCE):
-        pictures = [scene.vlm.picture(one) for one in made[start : start + AT_ONCE]]
+    made = itertools.chain(drawn.changes(image, seed, CHANGED), drawn.moved(image, seed + 1, MOVED))
+    while some := list(itertools.islice(made, AT_ONCE)):
+        pictures = [scene.vlm.picture(one) for one in some]
         for picture, name in zip(pictures, taken_for(scene, pictures), strict=True):
             if name is None:
                 out.nobody += [picture] if len(out.nobody) < FEW else []

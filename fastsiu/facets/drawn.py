@@ -59,6 +59,8 @@ def changed(image: Image.Image, seed: int, count: int) -> list[Image.Image]:
 def changes(image: Image.Image, seed: int, count: int) -> Iterator[Image.Image]:
     """The copies of `changed`, one at a time."""
     rng, kinds = random.Random(seed), (1, 2, 3, "strip", "strip", "cover")
+    image = image.convert("RGB")
+    known = _fields(image)
     for i in range(count):
         kind = kinds[i % len(kinds)]
         if kind == "strip":
@@ -66,21 +68,24 @@ def changes(image: Image.Image, seed: int, count: int) -> Iterator[Image.Image]:
         elif kind == "cover":
             yield _covered(image, rng)
         else:
-            made = image
-            for _ in range(int(kind)):
-                made = _other_colour(made, rng)
+            made = _other_colour(image, known, rng)
+            for _ in range(int(kind) - 1):
+                made = _other_colour(made, _fields(made), rng)
             yield made
 
 
-def _other_colour(image: Image.Image, rng: random.Random) -> Image.Image:
-    """One of the picture's `COLOURS` main colours in another hue, wherever it is; where that is, is looked up in a small copy."""
-    out = image.convert("RGB")
-    small = out.copy()
+def _fields(image: Image.Image) -> np.ndarray:
+    """Where the picture's `COLOURS` main colours are, in a small copy: [h, w] uint8, the number of a colour."""
+    small = image.copy()
     small.thumbnail((256, 256))
     palette = small.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    fields = small.quantize(palette=palette, dither=Image.Dither.NONE)
-    numbers = np.asarray(fields)
-    chosen = Image.fromarray(numbers == rng.choice(np.unique(numbers).tolist()))
+    return np.asarray(small.quantize(palette=palette, dither=Image.Dither.NONE))
+
+
+def _other_colour(image: Image.Image, fields: np.ndarray, rng: random.Random) -> Image.Image:
+    """One of the picture's main colours in another hue, wherever it is."""
+    out = image.copy()
+    chosen = Image.fromarray(fields == rng.choice(np.unique(fields).tolist()))
     places = chosen.resize(image.size, Image.Resampling.NEAREST)
     counts = np.array(out.histogram(places)).reshape(3, 256)
     mean = counts @ np.arange(256) / counts[0].sum()
@@ -121,9 +126,9 @@ def recoloured(image: Image.Image, order: Sequence[int]) -> Image.Image:
 
 def shuffled(image: Image.Image, seed: int = 0) -> Image.Image:
     """The picture's pixels in a random order."""
-    pixels = np.asarray(image.convert("RGB"))
-    order = np.random.default_rng(abs(seed)).permutation(pixels.shape[0] * pixels.shape[1])
-    return Image.fromarray(pixels.reshape(-1, 3)[order].reshape(pixels.shape))
+    pixels = np.asarray(image.convert("RGBA")).view(np.uint32)  # [H, W, 1]: a number a pixel
+    order = np.random.default_rng(abs(seed)).permutation(pixels.ravel())
+    return Image.fromarray(order.view(np.uint8).reshape(*pixels.shape[:2], 4)).convert("RGB")
 
 
 def jigsaw(image: Image.Image, grid: int, seed: int = 0) -> Image.Image:
