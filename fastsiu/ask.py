@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import decode
 from .prefix import supervised_states
-from .request import OutOfMemory
+from .request import BadInput, OutOfMemory
 from .vlm import VLM, Encoded, Picture, collate, out_of_memory
 
 Question = tuple[str, Picture | None]
@@ -135,8 +135,12 @@ def generated(vlm: VLM, turns: Sequence[Encoded], features: Sequence[Any], suppr
             chosen = members[at : at + batch_size]
             inputs = collate([turns[i].inputs for i in chosen], vlm.tokenizer.pad_token_id)
             inputs = vlm.prompts(inputs, [features[i] for i in chosen if features[i] is not None])
-            tokens = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-                                        pad_token_id=vlm.tokenizer.pad_token_id, **options)  # fmt: skip
+            try:
+                tokens = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+                                            pad_token_id=vlm.tokenizer.pad_token_id, **options)  # fmt: skip
+            except (ValueError, TypeError) as error:
+                raise BadInput(f"The model's generation_config.json asks for what transformers' generate refuses ({error}): "
+                               "mend it or remove it.") from error  # fmt: skip
             yield from zip(chosen, tokens[:, length:].tolist(), strict=True)
 
 

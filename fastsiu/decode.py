@@ -72,6 +72,12 @@ def slow(vlm: VLM) -> str:
     return next((why for why in vlm.decodes.values() if why), "")
 
 
+def remarks(vlm: VLM) -> list[str]:
+    """The sentence for a report on settings of the model that no answer here follows."""
+    names = ", ".join(vlm.aside)
+    return [f"The model's generation_config sets {names}: answers were made without that."] * bool(names)
+
+
 def ends(vlm: VLM) -> frozenset[int]:
     """The ids that end an answer."""
     found = vlm.base.generation_config.eos_token_id

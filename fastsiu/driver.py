@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -25,6 +24,7 @@ from .memory import Settings, budget
 from .report.redact import redacted
 from .request import PAPER, BadInput, Recipe, Request
 from .session import Listener, Prepared, Trained, forget, prepare, timed
+from .strict_json import read_json
 from .verdict import Answer, Verdict
 
 MODEL_RECIPE = "fastsiu.json"  # what a model's own directory may say about the hyper-parameters it needs
@@ -185,7 +185,7 @@ def interview(questions: Sequence[str], *, model: str | Path | None = None, adap
     if adapter_dir is not None:
         adapter.load(loaded, Path(adapter_dir))
         after = ask_all()
-    for sentence in decode.told(why := decode.slow(loaded), why):
+    for sentence in [*decode.remarks(loaded), *decode.told(why := decode.slow(loaded), why)]:
         listener.note(sentence)
     if adapter_dir is None:
         return [{"question": q, "answer": a} for q, a in zip(questions, before, strict=True)]
@@ -283,10 +283,10 @@ def _model_recipe(model: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     known = {f.name for f in fields(Recipe)}
-    try:
-        values = dict(json.loads(path.read_text(encoding="utf-8"))["recipe"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is not a JSON object with an object 'recipe': mend it or remove it.") from error
+    read = read_json(path, what=str(path), remedy="mend it or remove it", shape={"recipe": dict})
+    if "recipe" not in read:
+        raise BadInput(f"{path} is not a JSON object with an object 'recipe': mend it or remove it.")
+    values = dict(read["recipe"])
     if unknown := sorted(set(values) - known):
         raise BadInput(f"{path} names an unknown hyper-parameter {unknown[0]!r}: remove it.")
     return values
@@ -298,7 +298,7 @@ def report_of(request: Request, recipe: Recipe, model: str, verdict: Verdict, an
     caveats = [CAVEAT]
     if made.mask.warning:
         caveats.append(made.mask.warning)
-    caveats += trained.scene.notes
+    caveats += [*trained.scene.notes, *decode.remarks(trained.scene.vlm)]
     if failed := [d["name"] for d in trained.dreamed if not d["accepted"]]:
         caveats.append(f"Not seen by the model, so protected in text only: {', '.join(failed)}.")
     if left_out := trained.scene.left_out:
@@ -337,7 +337,7 @@ def report_of(request: Request, recipe: Recipe, model: str, verdict: Verdict, an
 
 
 def _repeat(destination: Path) -> Result:
-    report = json.loads((destination / "report.json").read_text(encoding="utf-8"))
+    report = outputs.read_report(destination)
     note = f"{destination} already holds the result of this very request: nothing was done."
     return Result(report["verdict"] == "forgotten", report["reasons"], report, destination, True, [note])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
@@ -63,7 +64,7 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
         if made and "video_processor" in made.get_attributes() and not torchvision:
             return assemble(made, name, revision)
         return AutoProcessor.from_pretrained(name, revision=revision, **NO_CODE)
-    except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except Exception as error:  # any: it is others' code on a stranger's files; the reason is told
         refuse_own_code(name, error)
         if "torchvision" in str(error).lower() and not torchvision:
             raise BadInput(f"The processor of {name} needs torchvision, which is not installed: "
@@ -89,6 +90,21 @@ def assemble(made: type[ProcessorMixin], name: str, revision: str | None) -> Pro
     parts = [PARTS[part](name, revision=revision, **NO_CODE) for part in made.get_attributes()]
     saved, _ = made.get_processor_dict(name, revision=revision)
     return type(made.__name__, (WithoutVideos, made), {}).from_args_and_dict(parts, saved)
+
+
+def check_sizes(processor: Any, name: str) -> None:
+    """Raises BadInput where pictures would be brought to a size that no memory holds."""
+    images = getattr(processor, "image_processor", None)
+    # With patches that are merged, the edges are numbers of pixels (Qwen2-VL's), else of one side.
+    edge = 2**26 if hasattr(images, "merge_size") else 2**15
+    for key in ("size", "crop_size", "max_image_size"):
+        size = getattr(images, key, None)
+        for side in ("height", "width", "shortest_edge", "longest_edge"):
+            value = size.get(side) if isinstance(size, Mapping) else getattr(size, side, None)
+            most = edge if side.endswith("edge") else 2**15
+            if value is not None and not (type(value) in (int, float) and 0 < value <= most):
+                raise BadInput(f"The processor of {name} brings pictures to {key} {side} = {value!r}: it would have to be "
+                               f"between 1 and {most}; restore its settings.")  # fmt: skip
 
 
 def take_limits_off(processor: Any) -> None:

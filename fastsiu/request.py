@@ -48,11 +48,23 @@ class Request:
     data: Path | None = None
 
     def __post_init__(self) -> None:
+        for text in (self.concept, *self.aliases, *self.protect):
+            if not isinstance(text, str):
+                raise BadInput(f"A name is a {type(text).__name__} and not text: write it in quotes.")
         if not self.concept.strip():
             raise BadInput("The concept's name is empty: pass the name to forget with --concept NAME.")
         for name in (*self.aliases, *self.protect):
             if not name.strip():
                 raise BadInput("An --alias or --protect name is empty: leave the option out or give a name.")
+
+
+# The bounds of a recipe's numbers, both included. The upper ones are far beyond what helps; above them
+# a run would not end, or not fit into any memory.
+WHOLE = {"steps": (1, 100_000), "rank": (1, 4096), "batch_size": (1, 4096), "dreams": (0, 64), "dream_steps": (0, 10_000),
+         "strangers": (0, 256), "seed": (0, 2**63 - 1)}  # fmt: skip
+NUMBERS = {"lora_alpha": (0, 1e6), "lr": (0, 10), "projector_lr": (0, 10), "alpha": (0, 1e6), "beta": (0, 1e6),
+           "dream_lr": (0, 1e3), "dream_noise": (0, 1e3), "temperature": (1, 1e3), "level": (0, 1e3), "warmup": (0, 1),
+           "lora_dropout": (0, 0.99)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,14 +104,15 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("rank", 1), ("batch_size", 1), ("lora_alpha", 0), ("lr", 0), ("alpha", 0), ("beta", 0),
-                          ("dreams", 0), ("dream_steps", 0), ("dream_lr", 0), ("dream_noise", 0), ("projector_lr", 0),
-                          ("strangers", 0), ("temperature", 1), ("level", 0), ("warmup", 0), ("lora_dropout", 0),
-                          ("seed", 0)):  # fmt: skip
-            if not getattr(self, name) >= low or getattr(self, name) == float("inf"):
-                raise BadInput(f"{name} is {getattr(self, name)}: give a finite number of at least {low}.")
-        if self.lora_dropout >= 1 or self.warmup > 1 or self.seed >= 2**63:
-            raise BadInput("lora_dropout must be below 1, warmup at most 1 and the seed below 2**63: give smaller numbers.")
+        for name, (low, high) in {**WHOLE, **NUMBERS}.items():
+            value = getattr(self, name)
+            whole, number = isinstance(value, int) and not isinstance(value, bool), isinstance(value, int | float)
+            if not (whole if name in WHOLE else number and not isinstance(value, bool)) or not low <= value <= high:
+                kind = "whole number" if name in WHOLE else "number"
+                raise BadInput(f"{name} is {value!r:.40}: give a {kind} between {low} and {high}.")
+        for name in ("early_stop", "renormalize", "token_mask", "vocab_mask"):
+            if not isinstance(getattr(self, name), bool):
+                raise BadInput(f"{name} is {getattr(self, name)!r:.40}: give true or false.")
         if self.schedule not in ("constant", "cosine", "decay"):
             raise BadInput(f"The schedule {self.schedule!r} is unknown: choose 'constant', 'cosine' or 'decay'.")
         if self.substitute not in ("description", "name"):

@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils import cached_file, extract_commit_hash
 
 from . import limited
 from .processor import NO_CODE, load_processor, refuse_own_code, take_limits_off, takes_suffix
+from .processor import check_sizes as check_picture_sizes
 from .request import BadInput
 
 DTYPES = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 QUANTIZE = ("nf4", "int8")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 ATTENTION = ("sdpa", "flash_attention_2", "eager")
+# Numbers of a configuration by the end of their names: what any model that exists is far inside of.
+SIZES = (
+    ("num_attention_heads", (1, 4096)),
+    ("num_key_value_heads", (1, 4096)),
+    ("num_hidden_layers", (1, 2048)),
+    ("num_layers", (0, 2048)),
+    ("_layers", (0, 2048)),
+    ("hidden_size", (1, 2**18)),
+    ("intermediate_size", (0, 2**20)),
+    ("vocab_size", (1, 2**24)),
+    ("num_experts", (0, 2**14)),
+    ("image_size", (1, 2**15)),
+    ("patch_size", (1, 2**12)),
+)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 
@@ -99,12 +114,27 @@ def read_config(name: str, revision: str | None = None) -> Any:
     check_directory(name)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, **NO_CODE)
-    except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError, RecursionError,
-            StrictDataclassError) as error:  # fmt: skip
+        config = AutoConfig.from_pretrained(name, revision=revision, **NO_CODE)
+    except Exception as error:  # any: it is others' code on a stranger's files; the reason is told
         refuse_own_code(name, error)
         raise BadInput(f"The configuration of {name} cannot be read ({first_line(error)}): check the model's name "
                        "and the revision.") from error  # fmt: skip
+    check_sizes(config, name)
+    return config
+
+
+def check_sizes(config: Any, name: str) -> None:
+    """Raises BadInput for a number in a configuration of which no model could be built: it would be
+    noticed as a crash inside of transformers, or after minutes, or never."""
+    parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
+    for part in parts:
+        for key, value in vars(part).items() if part is not None else ():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            low, high = next((bounds for end, bounds in SIZES if key.endswith(end)), (-math.inf, math.inf))
+            if not low <= value <= high:
+                raise BadInput(f"The configuration of {name} has {key} = {value}: it would have to be between {low} and "
+                               f"{high}; restore its config.json.")  # fmt: skip
 
 
 def describe(name: str, revision: str | None) -> tuple[Any, Any, str | None]:
@@ -120,6 +150,7 @@ def describe(name: str, revision: str | None) -> tuple[Any, Any, str | None]:
     templated = getattr(processor, "chat_template", None) or takes_suffix(processor)
     if getattr(processor, "image_processor", None) is None or not templated:
         raise BadInput(f"{name} has no image processor or no chat template: save the model's full processor beside it.")
+    check_picture_sizes(processor, name)
     take_limits_off(processor)
     check_template(processor)
     return config, processor, revision
@@ -159,7 +190,7 @@ def on_meta(config: Any, **options: Any) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(config, **options)
-    except (ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # any, as above
         raise BadInput(f"{type(config).__name__} cannot be built as an image-text model ({first_line(error)}): "
                        "give another model, or --attention eager where sdpa is refused.") from error  # fmt: skip
 

@@ -19,9 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from jinja2 import TemplateError
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -35,7 +33,7 @@ from .rows import no_logits
 
 Span = tuple[int, int]
 FAULTS = (AttributeError, TypeError, ValueError, LookupError, NameError, AssertionError,
-          ImportError, RuntimeError)  # fmt: skip
+          ImportError, ArithmeticError, RuntimeError)  # fmt: skip
 MARK = "\ue000"  # an answer that no chat template, question or tokenizer knows
 LEAD = "\n"  # after it a tokenizer begins anew, without the blank that some put before a text
 # Of a model's generation_config. SIMPLE: what decides about a greedy answer here and in `generate`;
@@ -186,7 +184,7 @@ class VLM:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         try:
             text = self.processor.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False)
-        except (TypeError, ValueError, TemplateError) as error:
+        except Exception as error:  # any: a template is a stranger's program
             said = source.first_line(error)
             raise BadInput(f"The model's chat template fails ({said}): it is given a question with or without a picture, and "
                            "then the answer, each as a list of parts.") from error  # fmt: skip
@@ -310,10 +308,10 @@ class VLM:
         text = self.render(".", True)
         try:
             found = self.processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False).to(self.device)
-        except ValueError as error:
+        except Exception as error:  # any: its settings are a stranger's
             said = source.first_line(error)
-            raise BadInput(f"The model's processor does not take its chat template's text with a picture ({said}): save a "
-                           "template that marks where the picture is.") from error  # fmt: skip
+            raise BadInput(f"The model's processor does not take its chat template's text with a picture ({said}): restore its "
+                           "settings, or save a template that marks where the picture is.") from error  # fmt: skip
         dtype = next(self.base.parameters()).dtype
         found = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in found.items()}
         if self.entry == "cross_attention_states":
@@ -441,19 +439,28 @@ def probe_head(model: Any, inputs: dict[str, Tensor]) -> tuple[float, float | No
 
 
 def first_forward(model: Any, inputs: dict[str, Tensor]) -> Any:
-    """The model's output. Raises BadInput where its code fails: one release of transformers can
-    break one model."""
-    try:
+    """The model's output. Raises BadInput where its code fails."""
+    with told_as_the_models_fault(model, "without a"):
         return model(**inputs, use_cache=False)
+
+
+@contextlib.contextmanager
+def told_as_the_models_fault(model: Any, pictured: str) -> Iterator[None]:
+    """Errors of a model's own forward inside as BadInput: one release of transformers can break one
+    model, and so can one wrong number in a model's files. A lack of memory is neither."""
+    try:
+        yield
+    except BadInput:
+        raise
     except FAULTS as error:
         if out_of_memory(error) or isinstance(error, torch.AcceleratorError):
             raise
         version, said = transformers.__version__, source.first_line(error)
         minor = ".".join(version.split(".")[:2])
         raise BadInput(
-            f"{type(model).__name__} fails in transformers {version} on a question without a "
-            f"picture ({type(error).__name__}: {said}): try an earlier release, pip install 'transformers<{minor}', "
-            "or give another model."
+            f"{type(model).__name__} fails in transformers {version} on a question {pictured} "
+            f"picture ({type(error).__name__}: {said}): restore the model's files, try an earlier release, "
+            f"pip install 'transformers<{minor}', or give another model."
         ) from error
 
 
@@ -498,12 +505,23 @@ def load(name: str, *, revision: str | None = None, device: str | None = None, d
         checkpoint_layers(base)
     base.requires_grad_(False)
     check_finite(base, name)
-    vlm = VLM(name, revision, base, base, processor, budget=budget, aside=set_aside(base))
+    vlm = VLM(name, revision, base, base, processor, budget=budget)
+    vlm.aside = set_aside(base, vlm.tokenizer.eos_token_id)
     if vlm.tokenizer.pad_token_id is None:
         vlm.tokenizer.pad_token = vlm.tokenizer.eos_token
     vlm.encode("Who is this?", "Nobody.", None)  # what no turn can be made of is told before anything else
     vlm.logit_scale, vlm.logit_softcap = probe_head(base, vlm.encode_prompt("Who is this?", None))
+    try_picture(vlm)
     return vlm
+
+
+@torch.no_grad()
+def try_picture(vlm: VLM) -> None:
+    """Shows the model a grey picture. Raises BadInput where its tower or its forward fails: files that
+    contradict each other, such as another number of image tokens in the processor's settings."""
+    with told_as_the_models_fault(vlm.base, "with a"):
+        picture = vlm.picture(Image.new("RGB", (224, 224), (127, 127, 127)))
+        vlm.run(vlm.encode_prompt("Who is this?", picture), [picture.features], use_cache=False)
 
 
 def check_finite(module: nn.Module, name: str) -> None:
@@ -515,14 +533,24 @@ def check_finite(module: nn.Module, name: str) -> None:
                 raise NumericFailure(f"{key} of {name} holds NaN or infinite numbers: give undamaged weights.")
 
 
-def set_aside(base: Any) -> tuple[str, ...]:
+def set_aside(base: Any, end: int | None) -> tuple[str, ...]:
     """Leaves in the model's generation_config what a greedy answer can honour; the names of what else
-    was set and could change one."""
-    before = base.generation_config
+    was set and could change one.
+
+    end: the tokenizer's id of the end, for a configuration whose own is none
+    """
+    before, V = base.generation_config, base.get_output_embeddings().weight.shape[0]
     kept = {k: getattr(before, k) for k in SIMPLE | RULES if getattr(before, k, None) is not None}
+    is_id = lambda x: type(x) is int and 0 <= x < V
+    broken = {k for k, v in kept.items() if k.endswith("_token_id") and not all(map(is_id, v if isinstance(v, list) else [v]))}
+    penalty = kept.get("repetition_penalty", 1.0)
+    if not (type(penalty) in (int, float) and 0 < penalty < math.inf):
+        broken.add("repetition_penalty")
     told = {k for k, v in before.to_diff_dict().items() if v is not None and v is not False and v != []}
-    base.generation_config = GenerationConfig(**kept)
-    return tuple(sorted(told - SIMPLE - RULES - HARMLESS))
+    base.generation_config = GenerationConfig(**{k: v for k, v in kept.items() if k not in broken})
+    if "eos_token_id" in broken:
+        base.generation_config.eos_token_id = end
+    return tuple(sorted((told - SIMPLE - RULES - HARMLESS) | broken))
 
 
 def _read(name: str, revision: str | None, place: torch.device, dtype: str, quantize: str | None,
@@ -538,8 +566,8 @@ def _read(name: str, revision: str | None, place: torch.device, dtype: str, quan
             name, revision=revision, dtype=wanted, device_map={"": place}, output_loading_info=True,
             use_safetensors=True, **NO_CODE, **extra
         )  # fmt: skip
-    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
-        if out_of_memory(error):
+    except Exception as error:  # any: it is others' code on a stranger's files; the reason is told
+        if out_of_memory(error) or isinstance(error, torch.AcceleratorError):
             raise
         refuse_own_code(name, error)
         said = source.first_line(error)

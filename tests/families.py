@@ -711,9 +711,11 @@ def separate(case: Case) -> Tensor:
         inputs = dict(turn.inputs)
         if shown is not None:
             suffix = {"suffix": [answer]} if loaded.suffixed else {}
-            text = loaded.render(question, True, None if loaded.suffixed else answer)
-            inputs = loaded.processor(text=[text], images=[shown.image], return_tensors="pt", add_special_tokens=False, **suffix)
-            assert torch.equal(inputs["input_ids"], turn.inputs["input_ids"])
+            text, ids = loaded.render(question, True), turn.inputs["input_ids"]
+            found = loaded.processor(text=[text], images=[shown.image], return_tensors="pt", add_special_tokens=False, **suffix)
+            begun = found["input_ids"]  # of the prompt; of a prefix language model, of the whole turn
+            assert torch.equal(begun, ids[:, : begun.shape[1]]) and (not loaded.suffixed or begun.shape == ids.shape)
+            inputs = dict(found) if loaded.suffixed else {**found, **turn.inputs}
             dtype = loaded.head_weight.dtype
             inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items() if k != "labels"}
         with no_logits(loaded.base) as kept:

@@ -59,6 +59,22 @@ def test_turns_hold_their_answers(case):
         assert bool((turn.inputs["input_ids"] == image).any()) is (which is not None)
 
 
+@pytest.mark.parametrize("answer", ["A cat.", "a", "(no)", '"x"', "ing", "\u4f60\u597d", "end", "assistant"])
+def test_the_ids_of_a_prompt_begin_the_ids_of_its_turn(case, answer):
+    """Also where a tokenizer would join the prompt's last letters with the answer's first."""
+    for picture in (None, case.shown[0]):
+        prompt = case.vlm.encode_prompt("Who is this?", picture)["input_ids"]
+        turn = case.vlm.encode("Who is this?", answer, picture)
+        begun = case.vlm.encode_prompt("Who is this?", picture, answer)["input_ids"]
+        ids, T = turn.inputs["input_ids"], prompt.shape[1]
+        assert torch.equal(ids[:, :T], prompt) and torch.equal(ids[:, : begun.shape[1]], begun)
+        assert turn.rows[0] + 1 >= T and turn.offsets[0][0] == 0
+        told = case.vlm.tokenizer.decode(ids[0, T:], skip_special_tokens=True)
+        assert told.strip() == answer
+        covered = {at for start, end in turn.offsets for at in range(start, end)}
+        assert covered >= {i for i, letter in enumerate(answer) if not letter.isspace()}
+
+
 def test_a_dream_starts_from_what_the_language_model_reads(case):
     """Whatever the model does between its projector and its language model: newline rows, tiles, windows."""
     free, behind = dreams.vision_space(case.vlm, case.shown[0])
