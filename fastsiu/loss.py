@@ -216,9 +216,7 @@ def _head_options(
         theirs = getattr(teacher, name)
         if not isinstance(x, _Default) and not (x is None and name == "logit_softcap") and x != theirs:
             raise ValueError(f"{name} is {x} but the teacher's is {theirs}: build the teacher's cache with the same.")
-    bias = head_bias
-    if bias is None and teacher.head_bias is not None:
-        bias = teacher.head_bias.detach()  # it may be the model's own, which trains
+    bias = teacher.head_bias if head_bias is None else head_bias
     if (bias is None) != (teacher.head_bias is None):
         raise ValueError("head_bias is given but the teacher has none: build the teacher's cache with its head's bias.")
     # A bias that trains, or belongs to another head, may differ from the teacher's; that of one frozen head may not.
@@ -226,7 +224,9 @@ def _head_options(
     if frozen and same(head_weight, teacher.head_weight) and not same(bias, teacher.head_bias):
         if bias.device != teacher.head_bias.device or not torch.equal(bias, teacher.head_bias):
             raise ValueError("head_bias differs from the teacher's under the same head: build the cache with this bias.")
-        bias = teacher.head_bias.detach()  # equal, as after loading: then the fast path sees one head
+        bias = teacher.head_bias  # equal, as after loading: then the fast path sees one head
+    if bias is not None and bias is not head_bias:
+        bias = bias.detach()  # the teacher's may be the model's own, which trains
     return bias, teacher.logit_scale, teacher.logit_softcap, teacher.temperature
 
 

@@ -19,12 +19,12 @@ from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .teacher import INTEGERS, read_tensors, write_tensors
+
 FORMAT = "fastsiu-row-index"
-VERSION = "1"
+VERSION, READABLE = "2", ("1", "2")  # 1 had no digest
 
 
 class _Kept(dict):
@@ -148,25 +148,23 @@ class RowIndex:
             "counts": torch.tensor([len(x) for x in labels], dtype=torch.int64),
             "labels": torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64),
         }
-        save_file(tensors, path, metadata={"format": FORMAT, "version": VERSION})
+        write_tensors(path, tensors, FORMAT, VERSION, {})
 
     @classmethod
     def load(cls, path: str | PathLike) -> RowIndex:
-        """Reads a saved index. Raises ValueError for another file or version."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}
-        except FileNotFoundError:
-            raise
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error}): build the index again.") from error
-        if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-            raise ValueError(f"{path} is not a row index of version {VERSION}: give a file written by RowIndex.save.")
+        """Reads a saved index. Raises ValueError for another file or version and for a damaged file, FileNotFoundError where
+        there is none."""
+        named = dict(ids=INTEGERS, counts=INTEGERS, labels=INTEGERS)
+        file = read_tensors(path, FORMAT, READABLE, "a row index", "RowIndex.save", named, {})
+        ids, counts, labels = (file.tensors[name].clone() for name in named)  # not the file's own memory
+        sound = ids.ndim == counts.ndim == labels.ndim == 1 and len(ids) == len(counts)
+        sound = sound and not ((counts < 0) | (counts > len(labels))).any() and counts.sum() == len(labels)
+        if not sound or len(ids.unique()) != len(ids):
+            raise ValueError(f"{path} is damaged: build the index again.")
         index = cls()
-        for i, labels in zip(tensors["ids"].tolist(), tensors["labels"].split(tensors["counts"].tolist()), strict=True):
-            index._seen[i] = (index._rows, labels)
-            index._rows += len(labels)
+        for i, own in zip(ids.tolist(), labels.split(counts.tolist()), strict=True):
+            index._seen[i] = (index._rows, own)
+            index._rows += len(own)
         return index
 
 

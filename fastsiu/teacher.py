@@ -330,19 +330,25 @@ def _odd(i: Tensor) -> Tensor:
     return (x ^ (x >> 29)) | 1
 
 
+def _bits(x: Tensor) -> Tensor:
+    """The bits as integers. Of fp64 the upper half also goes into the lower one: modulo 2^64 a sign alone, which is the
+    highest bit, is the same times any odd number, and two signs would cancel."""
+    x = x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    return x ^ ((x >> 32) & 0xFFFFFFFF) if x.dtype == torch.int64 else x
+
+
 @torch.no_grad()
 def _rows(weight: Tensor, bias: Tensor | None, rows: slice) -> Iterator[Tensor]:
     """For some rows v of the head, r_v * sum_d c_d * bits(W_vd), [n] int64 a piece."""
     V, D = weight.shape
-    bits = lambda x: x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
     columns = _odd(torch.arange(D + 1, device=weight.device))
     start, _, step = rows.indices(V)
     most = max(1, (2**16 if weight.device.type == "cpu" else 2**22) // max(D, 1)) * step  # a piece stays in the cache
     for at in range(start, V, most):
         piece = slice(at, min(at + most, V), step)
-        sums = (bits(weight[piece]) * columns[:D]).sum(1)
+        sums = (_bits(weight[piece]) * columns[:D]).sum(1)
         if bias is not None:
-            sums += bits(bias[piece]) * columns[D]
+            sums += _bits(bias[piece]) * columns[D]
         yield sums.mul_(_odd(torch.arange(-1 - at, -1 - piece.stop, -step, device=weight.device)))
 
 
@@ -439,8 +445,7 @@ def _possible(tensors: dict[str, Tensor], options: object, head_weight: Tensor) 
     if any(type(x) not in (int, float) or not 0 < x <= LARGEST for x in numbers):
         return False
     hidden, N = t["hidden"], t["hidden"].shape[0] if t["hidden"].ndim else -1
-    wide = torch.float64 if torch.float64 in (hidden.dtype, head_weight.dtype) else torch.float32
-    if t["C"].dtype != wide or t["m_rest"].dtype != wide:
+    if t["C"].dtype != t["m_rest"].dtype or (hidden.dtype == torch.float64 and t["C"].dtype != torch.float64):
         return False
     if keep is not None and (keep.shape != (V,) or int(keep.view(torch.uint8).amax()) > 1 or not keep.any()):
         return False
@@ -454,7 +459,7 @@ def _possible(tensors: dict[str, Tensor], options: object, head_weight: Tensor) 
     if int(top.min()) < 0 or int(top.max()) >= V:
         return False
     # A row of states that are not finite, which a loss may have under a weight of 0, has statistics that are not.
-    whole = hidden.to(wide).isfinite().all(1)
+    whole = hidden.to(t["C"].dtype).isfinite().all(1)
     finite = t["lse"].isfinite() & C.isfinite() & t["m_rest"].isfinite().all(1) & p.isfinite().all(1)
     if (whole & ~finite).any() or (~whole & t["lse"].isfinite()).any():
         return False

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
@@ -278,6 +280,69 @@ def test_an_index_is_the_same_after_saving(tmp_path):
     (tmp_path / "junk").write_bytes(b"junk")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         RowIndex.load(tmp_path / "junk")
+
+
+def loaded(path):
+    """Loads, or raises ValueError with one sentence."""
+    try:
+        return RowIndex.load(path)
+    except ValueError as error:
+        text = str(error)
+        assert text.startswith(str(path)) and text.endswith(".") and "\n" not in text
+        return None
+
+
+def seen(index):
+    return {i: (start, labels.tolist()) for i, (start, labels) in index._seen.items()}
+
+
+def test_a_damaged_index_is_told(tmp_path):
+    index, _ = indexed(world())
+    path, rng = tmp_path / "index.safetensors", random.Random(0)
+    index.save(path)
+    whole = path.read_bytes()
+    damaged = [whole[:n] for n in range(0, len(whole), 40)]
+    for at in rng.sample(range(len(whole)), 200):
+        damaged.append(whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :])
+    for data in damaged:
+        path.write_bytes(data)
+        again = loaded(path)
+        assert again is None or seen(again) == seen(index)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        RowIndex.load(path)
+
+
+WRONG = {
+    "ids twice": lambda t: t["ids"].fill_(1), "a count below 0": lambda t: t["counts"].copy_(t["counts"] * -1),
+    "counts too large": lambda t: t["counts"].fill_(2**62), "a count more": lambda t: t["counts"].__setitem__(0, 9),
+    "a label less": lambda t: t.update(labels=t["labels"][1:].clone()), "no ids": lambda t: t.pop("ids"),
+    "ids of another shape": lambda t: t.update(ids=t["ids"][None].clone()),
+    "an id less": lambda t: t.update(ids=t["ids"][1:].clone()),
+    "labels as floats": lambda t: t.update(labels=t["labels"].float()), "one more": lambda t: t.update(more=torch.ones(1)),
+    "counts of no dimension": lambda t: t.update(counts=torch.tensor(3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_an_index_of_the_first_version_is_read_and_looked_at(what, tmp_path):
+    index, _ = indexed(world())
+    path = tmp_path / "index.safetensors"
+    index.save(path)
+    tensors, metadata = load_file(path), {"format": "fastsiu-row-index", "version": "1"}
+    save_file(tensors, path, metadata=metadata)
+    assert seen(RowIndex.load(path)) == seen(index)
+    WRONG[what](tensors)
+    save_file(tensors, path, metadata=metadata)
+    assert loaded(path) is None
+
+
+def test_an_index_does_not_live_in_its_file(tmp_path):
+    index, _ = indexed(world())
+    index.save(tmp_path / "index")
+    again = RowIndex.load(tmp_path / "index")
+    (tmp_path / "index").write_bytes(b"")
+    assert seen(again) == seen(index)
 
 
 # ---- head_of
