@@ -32,8 +32,13 @@ from .fold import fold, save
 from .report.redact import MODEL, redacted
 from .request import BadInput, Recipe, Request
 from .session import Listener, timed
+from .strict_json import read_json
 from .verdict import Answer, Family, Rate, judge, same_answer
 
+SHAPE = {  # of what is read of an adapter's report, and of a manifest
+    "concept": str, "aliases": [str], "redacted": bool, "verdict": (str, None), "reasons": [str], "caveats": [str],
+    "dreams": [dict], "answers": [{"kind": str, "question": str, "picture": (str, None)}], "merge": dict,
+}  # fmt: skip
 FORMS = ("stored", "int8", "nf4")
 
 Asked = Sequence[tuple[str, str, Shown | None]]  # (kind of the verdict, question, picture)
@@ -92,7 +97,7 @@ def merge(adapter_dir: str | Path, output: str | Path, *, model: str | Path | No
     pictures = _pictures(request, redact)
     settings = {"dtype": stored, "verify": forms} | driver.shown_as(redact, False)
     digest = _digest(name, revision, weights, own, request, pictures, settings)
-    if outputs.check_destination(output, digest) == "same":
+    if outputs.check_destination(output, digest, size=_size(name) if weights else outputs.ROOM) == "same":
         return _repeat(Path(output))
 
     seconds: dict[str, float] = {}
@@ -105,6 +110,7 @@ def merge(adapter_dir: str | Path, output: str | Path, *, model: str | Path | No
         listener.stage("Loading the model")
         with timed(seconds, "load"):
             loaded = vlm.load(name, revision=revision, device=device, dtype=kept)
+        caveats += decode.remarks(loaded)
         beside = Path(name) if weights else Path(cached_file(name, "config.json", revision=revision)).parent
         weights = weights or outputs.digest_model(beside)
         adapter.check_weights(folder, sealed, weights, name, revision)
@@ -264,7 +270,8 @@ def _questions(request: Request, concept: Concept, seed: int, told: Mapping[str,
     scene = Scene(None, concept, Recipe(seed=seed), [picture])  # type: ignore[arg-type]  # questions need no model
     asked = held_out.questions(scene, driver.shown(request.images), driver.shown(request.retain))
     had = {(kind, question) for kind, question, _ in asked}
-    texts = [a["question"] for a in told.get("answers", []) if a.get("kind") == "facts" and a.get("picture") is None]
+    facts = [a for a in told.get("answers", []) if a.get("kind") == "facts" and a.get("picture") is None]
+    texts = [a["question"] for a in facts if "question" in a]
     return asked + [("facts", text, None) for text in dict.fromkeys(texts) if ("facts", text) not in had]
 
 
@@ -296,13 +303,11 @@ def _pictures(request: Request | None, redact: bool) -> dict[str, bytes]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no such file."""
+    """A report or manifest, empty where there is no such file."""
     if not path.is_file():
         return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{path} is not a JSON object: restore it, or remove it and give --concept.") from error
+    remedy = "restore it, or remove it and give --concept"
+    return dict(read_json(path, what=str(path), remedy=remedy, shape=SHAPE))
 
 
 def _caveats(sealed: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
@@ -336,11 +341,17 @@ def _digest(name: str, revision: str | None, weights: Mapping[str, str], own: Ma
 
 
 def _repeat(output: Path) -> Merged:
-    report = _json(output / "report.json")
+    report = outputs.read_report(output) if (output / outputs.REPORT).is_file() else {}
     note = f"{output} already holds the result of this very merge: nothing was done."
     forgotten = report["verdict"] == "forgotten" if report else None
     report = report or {"weights": _json(output / outputs.MANIFEST)["merge"], "caveats": []}
     return Merged(forgotten, report.get("reasons", []), report, output, True, [note])
+
+
+def _size(directory: str) -> int:
+    """Bytes of a model's weights, which the merged ones take as well."""
+    files = (path for path in Path(directory).iterdir() if path.suffix in (".safetensors", ".bin"))
+    return outputs.ROOM + sum(path.stat().st_size for path in files)
 
 
 def _free() -> None:

@@ -102,8 +102,11 @@ def leftovers(place: Path) -> list[Path]:
             continue
         if _PARTIAL.fullmatch(entry.name) or _CLAIMED.fullmatch(entry.name) or _FORMER.fullmatch(entry.name):
             found.append(entry)
-        elif any((entry / mark).is_file() for mark in MARKS):
-            found += [inner for inner in _entries(entry) if is_ours(inner.name) and not inner.is_symlink()]
+        elif entry.is_dir():
+            own = [inner for inner in _entries(entry) if is_ours(inner.name)]
+            several = any((entry / mark).is_file() for mark in MARKS)  # or killed before that was written
+            if own and (several or len(own) == len(_entries(entry))):
+                found += [inner for inner in own if not inner.is_symlink()]
     return found
 
 

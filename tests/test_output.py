@@ -314,8 +314,11 @@ def test_what_is_left_in_a_directory_of_several_results_is_found_from_beside_it(
     for folder in ("suite", "other"):
         (tmp_path / folder / name).mkdir(parents=True)
     (tmp_path / "suite" / "suite.json").write_text("{}")
+    (tmp_path / "other" / "mine").write_text("x")
+    (tmp_path / "begun" / name).mkdir(parents=True)  # killed before it wrote anything else
     assert check_destination(tmp_path / "out", DIGEST) == "free"
     assert not (tmp_path / "suite" / name).exists() and (tmp_path / "other" / name).exists()
+    assert list((tmp_path / "begun").iterdir()) == []
 
 
 @pytest.mark.skipif(staging.fcntl is None, reason="needs file locks")

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from .. import adapter, driver, source, vlm
+from .. import adapter, decode, driver, source, vlm
 from .. import output as outputs
 from ..concept import Concept
 from ..facets.targets import Scene, neighbours
@@ -22,6 +22,8 @@ from ..memory import Settings
 from ..report.redact import redacted
 from ..request import BadInput, Recipe
 from ..session import Listener
+from ..staging import write
+from ..strict_json import read_json
 from . import attacking, directories, judge, lmms
 from .exam import OF_CONCEPT, Exam
 from .observe import Likelihood, Naming, Observations, carriers, examine, with_fluency
@@ -150,7 +152,7 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
     shown |= ({} if benchmarks is None else {"benchmarks": benchmarks}) | ({"attacks": list(tried)} if tried else {})
     digest = "" if destination is None else _digest(exam, settings | shown, merged, adapter_dir)
     if destination is not None and outputs.check_destination(destination, digest) == "same":
-        report = json.loads((destination / "report.json").read_text(encoding="utf-8"))
+        report = outputs.read_report(destination)
         forgotten = report["verdict"] == "forgotten" if "unlearned" in report["rows"] else None
         note = f"{destination} already holds this very evaluation: nothing was done."
         return Evaluation(forgotten, report, destination, [note])
@@ -161,13 +163,14 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
     if base is None and adapter_dir is None and "merge" in adapter.manifest_of(Path(name)):
         caveats.append(MERGED)
     with first.loaded() as loaded:
+        caveats += decode.remarks(loaded)
         if adapter_dir is not None:
             caveats += adapter.check_belongs(Path(adapter_dir), name, loaded.revision, first.weights)
         if not exam.others:
             listener.stage("Finding the names of others")
             exam = directories.with_others(exam, _alike(loaded, exam, cached))
         key = directories.digest(exam, **settings) if remembered else ""
-        before = _same(cached, key, Path(str(untouched))) if cached else None
+        before = _same(cached, key, Path(str(untouched)), exam) if cached else None
         if before is None:
             listener.stage(f"Asking the untouched model {len(exam.cells)} questions")
             before = examine(loaded, exam, max_new_tokens=max_new_tokens)
@@ -220,25 +223,24 @@ def _digest(exam: Exam, settings: dict[str, Any], merged: _Model | None, adapter
 
 
 def _read(path: Path) -> dict[str, Any]:
+    values = read_json(path, what=str(path), remedy=f"give the {UNTOUCHED} of an earlier --output, or leave --untouched out")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] != FORMAT or not all(isinstance(name, str) for name in values["others"]):
+        if values["format"] != FORMAT or not isinstance(values["digest"], str) or not isinstance(values["others"], list):
             raise ValueError
         Observations.from_dict(values)
-        str(values["digest"])
-    except OSError as error:
-        said = error.strerror
-        raise BadInput(f"{str(path)!r} cannot be read ({said}): give the {UNTOUCHED} of an earlier --output.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{str(path)!r} is not the {UNTOUCHED} of an earlier --output: leave --untouched out.") from error
     return dict(values)
 
 
-def _same(cached: dict[str, Any], key: str, path: Path) -> Observations:
+def _same(cached: dict[str, Any], key: str, path: Path, exam: Exam) -> Observations:
     if cached["digest"] != key:
         raise BadInput(f"{str(path)!r} is of another exam: the model's files, pictures, questions, names, dtype or answer length "
                        "differ; leave --untouched out.")  # fmt: skip
-    return Observations.from_dict(cached)
+    found = Observations.from_dict(cached)
+    if len(found.replies) != len(exam.cells):
+        raise BadInput(f"{str(path)!r} is damaged: leave --untouched out.")
+    return found
 
 
 def _graded(options: judge.Options, exam: Exam, before: Observations, after: Observations | None,
@@ -272,7 +274,7 @@ def _write(destination: Path, report: dict[str, Any], kept: dict[str, Any], dige
     with transaction as staging:
         outputs.write_reports(staging, report, redact=redact, picture=picture)
         if not redact:
-            (staging / UNTOUCHED).write_text(json.dumps(kept, ensure_ascii=True, allow_nan=False) + "\n", encoding="utf-8")
+            write(staging / UNTOUCHED, json.dumps(kept, ensure_ascii=True, allow_nan=False).encode() + b"\n")
         whole = outputs.manifest(
             recipe=Recipe(), model_id=written["model"], revision=model.commit, weights=weights, digest=digest,
             key=transaction.key, pictures=pictures, masks={}, settings={k: v for k, v in settings.items() if k != "model"},
