@@ -24,6 +24,7 @@ from .memory import Settings, budget
 from .report.redact import redacted
 from .request import PAPER, BadInput, Recipe, Request
 from .session import Listener, Prepared, Trained, forget, prepare, timed
+from .staging import check_space
 from .strict_json import read_json
 from .verdict import Answer, Verdict
 
@@ -78,6 +79,7 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
     digest = outputs.request_digest(request, recipe, name, revision, weights=weights, **settings)
     if outputs.check_destination(destination, digest) == "same":
         return _repeat(destination)
+    check_space(destination.absolute(), _room(name, revision, recipe.rank))
     more, rest = shown(request.images), shown(request.retain)  # a damaged picture is told now, not after the training
 
     seconds: dict[str, float] = {}
@@ -349,6 +351,15 @@ def _listed(directory: Path | None) -> list[Path]:
 def shown(directory: Path | None) -> list[Shown]:
     """A directory's pictures with their names; none without a directory. Raises BadInput for one that is damaged."""
     return [(path.name, pictures_in.load_image(path)) for path in _listed(directory)]
+
+
+def _room(name: str, revision: str | None, rank: int) -> int:
+    """Bytes that an output takes, about: an adapter in fp32 on the four matrices of attention and the three of an MLP."""
+    text = source.read_config(name, revision).get_text_config()
+    width, layers = (getattr(text, key, None) or 0 for key in ("hidden_size", "num_hidden_layers"))
+    inner = getattr(text, "intermediate_size", None)
+    inner = inner if isinstance(inner, int) else 4 * width
+    return outputs.ROOM + 4 * rank * layers * (8 * width + 3 * (width + inner))
 
 
 def _path(value: str | Path | None) -> Path | None:

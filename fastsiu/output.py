@@ -39,6 +39,7 @@ from .manifest import (
 from .report.redact import redacted
 from .report.render import render_html, render_markdown
 from .request import BadInput, NumericFailure
+from .terminal import json_safe, visible
 
 __all__ = [
     "KEY", "MANIFEST", "ORIGINS", "OTHER", "PACKAGES", "REPORT", "ROOM", "Transaction", "check_destination", "check_shown",
@@ -184,9 +185,10 @@ def write_reports(folder: Path, report: Mapping[str, Any], *, redact: bool = Fal
     check_shown(redact, picture is not None)
     report = redacted(report) if redact else report
     staging.write(folder / REPORT, _json(report, REPORT))
-    # Half a surrogate pair, as broken tokenizers produce, has no UTF-8 form.
-    staging.write(folder / "report.md", render_markdown(report).encode("utf-8", "replace"))
-    staging.write(folder / "report.html", render_html(report, picture).encode("utf-8", "replace"))
+    # Half a surrogate pair, as broken tokenizers produce, has no UTF-8 form; what a terminal would
+    # obey is shown as its escape, since Markdown is read in terminals as well.
+    staging.write(folder / "report.md", visible(render_markdown(report)).encode("utf-8", "replace"))
+    staging.write(folder / "report.html", visible(render_html(report, picture)).encode("utf-8", "replace"))
 
 
 def check_shown(redact: bool, embed_image: bool) -> None:
@@ -225,4 +227,4 @@ def _json(value: Mapping[str, Any], name: str) -> bytes:
         text = json.dumps(value, allow_nan=False, sort_keys=True, ensure_ascii=False, indent=2)
     except ValueError as error:
         raise NumericFailure(f"{name} would contain NaN or infinity: {error}") from error
-    return text.encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate becomes the JSON escape \udXXX
+    return json_safe(text).encode("utf-8") + b"\n"

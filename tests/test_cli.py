@@ -441,3 +441,12 @@ def test_where_nothing_can_be_written_is_said_before_the_work(call, cast, monkey
             assert code == 2 and out == "", (arguments, place, err)
             one_sentence(err)
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "x"
+
+
+def test_a_disk_that_is_too_full_for_the_adapter_is_told_before_the_model_is_loaded(call, cast, monkeypatch, tmp_path):
+    free = shutil._ntuple_diskusage(2**40, 0, 40 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(driver, "load", lambda *a, **k: 1 / 0)
+    code, out, err = call(*quick(cast, "--rank", "4000", "--quiet"))
+    assert code == 2 and "40 MiB left" in one_sentence(err) and list(tmp_path.iterdir()) == []
+    assert call(*quick(cast, "--rank", "1", "--quiet"))[0] == 3  # there is room for that one: loading begins

@@ -525,3 +525,12 @@ def test_reports_are_written_even_with_broken_characters(tmp_path):
     assert json.loads((tmp_path / "report.json").read_bytes())["concept"] == "Zoë \ud83d"
     for name in ("report.md", "report.html"):
         assert "Zoë" in (tmp_path / name).read_text(encoding="utf-8")
+
+
+def test_a_report_in_a_terminal_obeys_nothing_that_it_holds(tmp_path):
+    name = "Zo\u00eb \x1b[2J\x9b31m \u202eeno"
+    write_reports(tmp_path, {"concept": name, "verdict": "forgotten", "model": "m", "caveats": [name], "reasons": []})
+    for file in tmp_path.iterdir():
+        text = file.read_text(encoding="utf-8")
+        assert "Zo\u00eb" in text and not {"\x1b", "\x9b", "\u202e"} & set(text), file.name
+    assert json.loads((tmp_path / "report.json").read_text())["concept"] == name

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from .. import driver
 from ..output import random_directory
-from ..request import BadInput
 from ..show import Progress, answers_table, summary
+from ..staging import check_new
 from . import MODEL_DIR
 from .world import KNOWN, LOOKALIKES, World, draw
 
@@ -20,13 +20,12 @@ def tell(out: Console, say: Console, seed: int = 0, output: Path | None = None) 
     target = KNOWN[0]
     other = LOOKALIKES.get(target, KNOWN[1])
     destination = output or random_directory()
-    if destination.exists():
-        raise BadInput(f"{destination} exists: remove it or name another --output.")
+    check_new(destination, "name another --output")
     pictures = destination.with_name(destination.name + "-pictures")
     pictures.mkdir(parents=True, exist_ok=True)
     files = {}
-    for name in (target, other):
-        files[name] = pictures / f"{name.replace(' ', '_')}.png"
+    for name, file in ((target, "forgotten.png"), (other, "kept.png")):
+        files[name] = pictures / file
         draw(world.scene((name,), f"story {seed} {name}")).save(files[name])
     out.print(f"The embedded model knows {len(KNOWN)} drawn creatures. It is asked to forget {target}, from one picture.",
               soft_wrap=True)  # fmt: skip
