@@ -44,6 +44,11 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_MAX_SCANS = 64  # of a progressive JPEG: each of them goes through the whole picture
+_MAX_VALUES = 2**20  # in a TIFF's directory, where every strip and tile has some; Pillow makes objects of all
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_DIRECTORIES = (34665, 34853, 40965)  # TIFF's tags that hold the place of another directory
+_AS_BYTES = (1, 2, 6, 7)  # TIFF's types of values that are read at once
 # TIFF's tags: bits per sample, 0 is white, largest sample, kind of sample, largest sample of any kind
 _BITS, _PHOTOMETRIC, _MAX, _KIND, _SMAX = 258, 262, 281, 339, 341
 _SIGNED = 2  # a kind of sample
@@ -77,6 +82,7 @@ def load_image(path: str | Path) -> Image.Image:
     if not data:
         raise BadInput(f"The picture {str(path)!r} is empty (0 bytes): copy or download it again.")
     try:
+        _check_effort(data)
         with warnings.catch_warnings():
             # Pillow warns from 89 million pixels on and raises at twice that; the limits here count.
             warnings.simplefilter("ignore")
@@ -228,6 +234,48 @@ def _check_size(path: Path, opened: Image.Image) -> None:
                        "the other, which models cannot use: cut it.")  # fmt: skip
 
 
+def _check_effort(data: bytes) -> None:
+    """Raises ValueError for a small file that would keep its decoder busy for minutes."""
+    if data[:2] == b"\xff\xd8" and _scans(data) > _MAX_SCANS:
+        raise ValueError(f"it has more than {_MAX_SCANS} scans")
+    if data[:2] in (b"II", b"MM") and _values(data) > _MAX_VALUES:
+        raise ValueError("it lists more than a million values beside its pixels")
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG has, up to its end or to where it is damaged."""
+    found, at = 0, 2
+    while at + 4 <= len(data) and data[at] == 0xFF and (marker := data[at + 1]) != 0xD9:
+        found += marker == 0xDA
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xDA:
+            following = _MARKER.search(data, at)
+            at = following.start() if following else len(data)
+    return found
+
+
+def _values(data: bytes) -> int:
+    """How many numbers a TIFF's first directory and those below it hold, bytes and letters aside."""
+    order = "little" if data[:2] == b"II" else "big"
+    number = lambda at, size: int.from_bytes(data[at : at + size], order)
+    big = 43 in data[2:4]
+    size, count_at, entry = (8, 8, 20) if big else (4, 2, 12)
+    found, seen, waiting = 0, set(), [number(8, 8) if big else number(4, 4)]
+    while waiting and len(seen) < 16:
+        start = waiting.pop()
+        if start in seen:
+            continue
+        seen.add(start)
+        first = start + (8 if big else 2)
+        for at in range(first, min(first + entry * number(start, count_at), len(data) - entry + 1), entry):
+            count = number(at + 4, size)
+            if number(at + 2, 2) not in _AS_BYTES and count <= len(data):  # more than that are not there
+                found += count
+            if number(at, 2) in _DIRECTORIES:
+                waiting.append(number(at + 4 + size, size))
+    return found
+
+
 def _too_large(path: Path, size: str, most: int) -> BadInput:
     return BadInput(f"The picture {str(path)!r} has {size}, more than {most // 10**6} million: make it smaller.")
 
@@ -325,6 +373,7 @@ def _low_bytes(opened: Image.Image, data: bytes) -> tuple[Image.Image | None, An
         low = Image.open(io.BytesIO(data), formats=("PNG",))
         low.tile = [low.tile[0]._replace(args="RGB;16L")]
         low.load()
+        del low.info["transparency"]
         return low, np.array(key, np.uint16)
     top = {"L;2": 3, "L;4": 15}.get(raw, 255)
     if opened.mode == "L":
@@ -336,10 +385,11 @@ def _low_bytes(opened: Image.Image, data: bytes) -> tuple[Image.Image | None, An
 
 def _on_white_16(high: Image.Image, low: Image.Image, key: np.ndarray) -> Image.Image:
     """What `_on_white` gives, of the two bytes of every sample; key: [3] uint16, the hidden colour."""
-    pixels = np.array(high)
-    whole = (pixels.astype(np.uint16) << 8) | np.asarray(low)
-    pixels[(whole == key).all(-1)] = 255
-    return Image.fromarray(pixels)
+    one = lambda image: np.asarray(image.convert("RGBA")).view(np.uint32)[..., 0]  # a number a pixel
+    upper, lower = (np.array([*part, 255], np.uint8).view(np.uint32) for part in (key >> 8, key & 255))
+    hidden = (one(high) == upper) & (one(low) == lower)
+    high.paste("white", (0, 0), Image.fromarray(hidden))
+    return high
 
 
 def _deep(opened: Image.Image) -> Callable[[np.ndarray], np.ndarray] | None:
