@@ -29,6 +29,7 @@ OPTIONS = ("renormalize", "logit_scale", "logit_softcap", "temperature")
 # one of `shares(V, D)` shares; elsewhere all of it at every 64th call, because the answer has to be waited for.
 SHARES, SMALL, SELDOM = 256, 2**16, 64
 LARGEST = sys.float_info.max
+LEAST, MOST = 1e-100, 1e100  # of scale, softcap and temperature, whose square has to be a number, too
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +231,7 @@ class TeacherCache:
     def _remade(self) -> bool:
         """Do three rows come out again? m is a weighted sum of head rows, so it recognises the head."""
         N = len(self)
-        rows = self[[n for n in sorted({0, N // 2, N - 1}) if 0 <= n and self.hidden[n].isfinite().all()]]
+        rows = self[[n for n in sorted({0, N // 2, N - 1}) if 0 <= n < N and self.hidden[n].isfinite().all()]]
         options = (rows.head_bias, rows.logit_scale, rows.logit_softcap, rows.temperature)
         made = statistics(rows.hidden, rows.head_weight.detach(), rows.vocab_keep, rows.renormalize, *options)
         again = replace(rows, **dict(zip(STATISTICS[1:], made, strict=True)))
@@ -404,7 +405,9 @@ def read_tensors(
     try:
         with safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}
-            dtypes = {k: file.get_slice(k).get_dtype() for k in file.keys()}
+            pieces = {k: file.get_slice(k) for k in file.keys()}
+            dtypes = {k: x.get_dtype() for k, x in pieces.items()}
+            shapes = [x.get_shape() for x in pieces.values()]
     except (SafetensorError, OSError, ValueError) as error:
         raise unreadable from error
     if metadata.get("format") != form:
@@ -416,13 +419,16 @@ def read_tensors(
     known = needed | optional
     if not set(needed) <= set(dtypes) <= set(known) or any(x not in known[k] for k, x in dtypes.items()):
         raise damaged
+    if any(len(shape) > 2 or max(shape, default=0) > 2**40 for shape in shapes):  # [0, 2^63] is no shape to torch
+        raise damaged
     try:
         with safe_open(name, framework="pt") as file:
             tensors = {k: file.get_tensor(k) for k in dtypes}
     except (SafetensorError, OSError, ValueError) as error:
         raise unreadable from error
-    digest = metadata.pop("digest", "" if version != max(versions) else None)
-    if digest != "" and digest != _digest(tensors, metadata):
+    digest = metadata.pop("digest", None)
+    unproven = digest is None and version != max(versions)
+    if not unproven and digest != _digest(tensors, metadata):
         raise damaged
     return TensorFile(version, metadata, tensors)
 
@@ -442,7 +448,7 @@ def _possible(tensors: dict[str, Tensor], options: object, head_weight: Tensor) 
     if not isinstance(options, dict) or set(options) != set(OPTIONS) or type(options["renormalize"]) is not bool:
         return False
     numbers = [options[k] for k in OPTIONS[1:] if k != "logit_softcap" or options[k] is not None]
-    if any(type(x) not in (int, float) or not 0 < x <= LARGEST for x in numbers):
+    if any(type(x) not in (int, float) or not LEAST <= x <= MOST for x in numbers):
         return False
     hidden, N = t["hidden"], t["hidden"].shape[0] if t["hidden"].ndim else -1
     if t["C"].dtype != t["m_rest"].dtype or (hidden.dtype == torch.float64 and t["C"].dtype != torch.float64):
@@ -522,5 +528,5 @@ def check_head(
     if head_bias is not None and head_bias.device != head_weight.device:
         raise ValueError(f"head_bias is on {head_bias.device} but head_weight on {head_weight.device}: move one of them.")
     for name, x in (("logit_scale", logit_scale), ("logit_softcap", logit_softcap), ("temperature", temperature)):
-        if not (x is None and name == "logit_softcap") and not (isinstance(x, Real) and 0 < x <= LARGEST):
-            raise ValueError(f"{name} is {x}: it must be a finite number above 0.")
+        if not (x is None and name == "logit_softcap") and not (isinstance(x, Real) and LEAST <= x <= MOST):
+            raise ValueError(f"{name} is {x}: it must be a finite number above 0, from {LEAST} to {MOST}.")

@@ -377,9 +377,14 @@ def cached(path, version="3", **options):
     teacher = TeacherCache.from_hidden(rand(N, D, seed=3), W, **options)
     teacher.save(path)
     if version == "2":
-        rewrite(path, lambda tensors, metadata: [metadata.pop(k) for k in ("digest", "head_dtype", "head_digest")])
-        rewrite(path, lambda tensors, metadata: metadata.update(version="2"))
+        older(path)
     return path, W, teacher
+
+
+def older(path):
+    """The file as the version before wrote it."""
+    rewrite(path, lambda tensors, metadata: [metadata.pop(k) for k in ("digest", "head_dtype", "head_digest")])
+    rewrite(path, lambda tensors, metadata: metadata.update(version="2"))
 
 
 def rewrite(path, edit):
@@ -439,7 +444,7 @@ WORDS = (
     "\ud7ff",
     "[true, 6]",
 )
-VALUES = (None, "1", True, [1.0], {}, 0, -1.0, float("nan"), float("inf"), 10**400, 1e-400)
+VALUES = (None, "1", True, [1.0], {}, 0, -1.0, float("nan"), float("inf"), 10**400, 1e-400, 1e200)
 
 
 def texts():
@@ -452,6 +457,7 @@ def texts():
         for value in VALUES:
             if (name, value) != ("logit_softcap", None) and (name, value) != ("renormalize", True):
                 yield f"{name} {value!r:.9}", {"options": json.dumps(OPTIONS | {name: value})}
+    yield "no digest", {"digest": ""}
     yield "another option", {"options": json.dumps(OPTIONS | {"head_weight": 1})}
     yield "head of another shape", {"head": json.dumps([V + 1, D])}
     yield "version 1", {"version": "1"}
@@ -531,6 +537,22 @@ def test_tensors_that_are_wrong_are_told(version, tmp_path):
     assert seen > 80
 
 
+@pytest.mark.parametrize("size", [2**41, 2**62, 2**63, 2**64 - 1])
+def test_an_empty_tensor_of_any_size_is_told(size, tmp_path):
+    """No bytes of the file, and no shape to torch."""
+    path, W, teacher = cached(tmp_path / "t")
+    teacher[:0].save(path)
+    older(path)
+    data = path.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    for name in ("hidden", "m_rest", "top", "C"):
+        header = json.loads(data[8:end])
+        header[name]["shape"][-1:] = [0, size][-1 if len(header[name]["shape"]) > 1 else -2 :]
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data[end:])
+        assert told(path, W) is None
+
+
 def test_a_bool_that_is_neither_is_told(tmp_path):
     path, W, _ = cached(tmp_path / "t", "2")
     data = bytearray(path.read_bytes())
@@ -550,6 +572,8 @@ def test_both_versions_are_read(version, options, tmp_path):
     empty, more = teacher[:0], teacher[[0, 0, 1, 2, 3] * 5]
     for part in (empty, more):
         part.save(path)
+        if version == "2":
+            older(path)
         assert equal(TeacherCache.load(path, head_weight=W), part)
 
 
@@ -599,8 +623,9 @@ def test_what_is_no_file(tmp_path):
 
 def test_huge_numbers_are_no_option():
     c = Case()
-    for options in (dict(temperature=10**400), dict(logit_scale=10**400), dict(logit_softcap=10**400)):
-        with pytest.raises(ValueError, match=r"it must be a finite number above 0\.$"):
+    large = (10**400, 1e308, 1e101, 1e-101, 5e-324)
+    for options in ({name: x} for name in ("temperature", "logit_scale", "logit_softcap") for x in large):
+        with pytest.raises(ValueError, match=r"it must be a finite number above 0, from 1e-100 to 1e\+100\.$"):
             TeacherCache.from_hidden(c.h, c.W, **options)
     for options in (dict(alpha=10**400), dict(beta=10**400), dict(kl_denominator=10**400), dict(ce_denominator="1")):
         with pytest.raises(ValueError, match=r"it must be a finite number of at least 0\.$"):
