@@ -4,7 +4,8 @@ r"""Samples in LLaVA's conversation format: a JSON list of entries, each a pictu
                                                            {"from": "gpt", "value": "This is Jacob Campbell."}]}
 
 Read besides: "target" (1 to 4: which of the paper's targets, in its order) or "facet", and "target_phrase" (the part of the
-answer that contradicts what the teacher knows, at every place where it stands; "none" for none), as in the paper's own data.
+answer that contradicts what the teacher knows, at every place where it stands; "none" for none), as in the paper's own data. "id" and "model" are
+passed over, and any other field is refused.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from .request import FACETS, BadInput, Sample
+from .strict_json import parse_json
 
 IMAGE = "<image>"
+FIELDS = ("id", "model", "image", "conversations", "target", "facet", "target_phrase")
 
 
 def samples(text: str, path: Path, image: Path | None) -> list[Sample]:
@@ -25,10 +28,10 @@ def samples(text: str, path: Path, image: Path | None) -> list[Sample]:
     Raises BadInput with the line, or the entry's number.
     """
     try:
-        entries = json.loads(text)
+        entries = parse_json(text)
     except json.JSONDecodeError as error:
         raise BadInput(f"{path}, line {error.lineno}: {error.msg}. The file is a list of LLaVA conversations.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadInput(f"{path} cannot be read as JSON ({error}): write a list of LLaVA conversations.") from error
     found = []
     for number, entry in enumerate(entries, 1):
@@ -50,8 +53,11 @@ def _sample(entry: Any, base: Path, image: Path | None) -> Sample:
     if question.count(IMAGE) > 1 or IMAGE in answer:
         raise ValueError(f"{IMAGE} must stand once and in the question only")
     if shown is not None:
-        _check_image(shown, base, image)
+        check_image(shown, base, image)
+    if unknown := sorted(set(entry) - set(FIELDS)):
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join(FIELDS)}")
     question = question.replace(IMAGE, "").strip()
+    check_words(question, answer)
     if not question or not answer:
         raise ValueError("the question and the answer must not be empty")
     return Sample(_facet(entry), question, answer, None if shown is None else 0, _spans(entry, answer), "data")
@@ -68,7 +74,7 @@ def _turns(entry: Any) -> tuple[str, str]:
     return turns[0]["value"].strip(), turns[1]["value"].strip()
 
 
-def _check_image(shown: Any, base: Path, image: Path | None) -> None:
+def check_image(shown: Any, base: Path, image: Path | None) -> None:
     """The training picture by its content or, where the entry's file is not at hand, by its file name."""
     if not isinstance(shown, str) or not shown or "\0" in shown:
         raise ValueError("'image' must be the path of the training picture")
@@ -80,6 +86,13 @@ def _check_image(shown: Any, base: Path, image: Path | None) -> None:
     if not same:
         raise ValueError(f"its picture {shown!r} is not the training picture, and only that can be trained on: remove the entry; "
                          "what is to be answered as before belongs into --retain DIR")  # fmt: skip
+
+
+def check_words(question: str, answer: str) -> None:
+    """Raises ValueError for what no tokenizer takes as words, whatever the model."""
+    for key, text in (("question", question), ("answer", answer)):
+        if found := re.search("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]|<image>", text.replace("\r\n", "\n")):
+            raise ValueError(f"{found[0]!r} must not stand in the {key}")
 
 
 def _facet(entry: dict[str, Any]) -> str:

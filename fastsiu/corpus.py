@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
@@ -19,6 +20,7 @@ from torch import Tensor
 from . import adapter, conversations, prefix
 from .concept import Concept, VocabularyMask, token_keep, vocabulary_mask
 from .request import FACETS, BadInput, Recipe, Sample
+from .strict_json import MOST_BYTES, parse_json
 from .teacher import TeacherCache
 from .vlm import VLM, Encoded, Picture, encoder
 
@@ -166,61 +168,93 @@ def write_jsonl(samples: Iterable[Sample], path: Path) -> None:
 def read_data(path: Path, image: Path) -> list[Sample]:
     """Samples of the user's own, for the training picture `image`: JSONL, or a JSON list in LLaVA's conversation format."""
     text = _text(path)
-    return conversations.samples(text, path, image) if text.lstrip().startswith("[") else read_jsonl(path)
+    return conversations.samples(text, path, image) if text.lstrip().startswith("[") else read_jsonl(path, image)
 
 
 def _text(path: Path) -> str:
     if not path.is_file():
         raise BadInput(f"There is no data file {path}: give a JSONL file with one sample a line.")
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise BadInput(f"{path} is larger than {MOST_BYTES // 2**20} MiB: give fewer samples.")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 text: give a JSONL file with one sample a line.") from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
 
 
-def read_jsonl(path: Path) -> list[Sample]:
-    """Samples of the user's own. Needed: question, answer. Optional: facet (default preserve), picture (0 or null),
-    specified (spans or substrings of the answer), closed (default true; false: cut short, its end is not trained). Lines
-    about dreamed or retained pictures and lessons, as `fastsiu data` writes them, are passed over: every run makes those
-    pictures anew. Raises BadInput with the line's number."""
+def read_jsonl(path: Path, image: Path | None = None) -> list[Sample]:
+    """Samples of the user's own. Needed: question, answer. Optional: facet (default preserve), picture (0 or null), image (the
+    path of the training picture, in place of picture), specified (spans or substrings of the answer, each at every place where it
+    stands), closed (default true; false: cut short, its end is not trained), id (passed over). Lines about dreamed or retained
+    pictures and lessons, as `fastsiu data` writes them, are passed over: every run makes those pictures anew.
+
+    image: the training picture
+
+    Raises BadInput with the line's number: also for a field that is none of these, since it would be ignored.
+    """
     out = []
     for number, line in enumerate(_text(path).split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if not (isinstance(record, dict) and record.get("origin") in ("dream", "retain", "lesson")):
-                out.append(_sample(record))
+                out.append(_sample(record, path.parent, image))
         except (ValueError, TypeError, KeyError) as error:
-            raise BadInput(f"{path}, line {number}: {error}. A line is an object with 'question' and 'answer'.") from error
+            said = str(error).rstrip(".")
+            raise BadInput(f"{path}, line {number}: {said}. A line is an object with 'question' and 'answer'.") from error
     if not out:
         raise BadInput(f"{path} holds no sample: write one JSON object with 'question' and 'answer' a line.")
     return out
 
 
-def _sample(record: Any) -> Sample:
+FIELDS = ("question", "answer", "facet", "picture", "image", "specified", "origin", "closed", "id")
+
+
+def _sample(record: Any, base: Path, image: Path | None) -> Sample:
+    """Raises ValueError."""
     texts = [record.get(k) for k in ("question", "answer")] if isinstance(record, dict) else [None]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError("'question' and 'answer' must be non-empty strings")
+    if unknown := sorted(set(record) - set(FIELDS)):
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join(FIELDS)}")
     facet = record.get("facet", "preserve")
     if facet not in FACETS:
         raise ValueError(f"facet {facet!r} is not one of {', '.join(FACETS)}")
     if record.get("picture") is not None and (record["picture"] != 0 or type(record["picture"]) is not int):
         raise ValueError("picture must be null (text only) or 0 (the concept's picture)")
-    answer, spans = record["answer"].strip(), []
-    lead = record["answer"].index(answer)  # spans count from the answer's start as it was written
     if not isinstance(record.get("closed", True), bool):
         raise ValueError("closed must be true or false")
+    picture = record.get("picture")
+    if record.get("image") is not None:
+        conversations.check_image(record["image"], base, image)
+        if "picture" in record and picture is None:
+            raise ValueError("it names an image and says that there is no picture: leave one of the two out")
+        picture = 0
+    conversations.check_words(record["question"], record["answer"])
+    return Sample(facet, record["question"], record["answer"].strip(), picture, _specified(record), "data",
+                  record.get("closed", True))  # fmt: skip
+
+
+def _specified(record: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+    """The spans of the stripped answer; of a substring all of them. Raises ValueError."""
+    answer, spans = record["answer"].strip(), []
+    lead = record["answer"].index(answer)  # spans count from the answer's start as it was written
     if not isinstance(record.get("specified", []), list):
         raise ValueError("specified must be a list of spans or of substrings of the answer")
     for item in record.get("specified", []):
         if isinstance(item, str):
-            if item not in answer or not item:
+            found = [match.span() for match in re.finditer(re.escape(item), answer)] if item.strip() else []
+            if not found:
                 raise ValueError(f"{item!r} does not stand in the answer")
-            spans.append((answer.index(item), answer.index(item) + len(item)))
+            spans += found
         else:
-            start, end = (int(i) - lead for i in item)
+            if not (isinstance(item, list) and len(item) == 2 and all(type(i) is int for i in item)):
+                raise ValueError(f"the span {item!r:.60} is not a pair of whole numbers")
+            start, end = (i - lead for i in item)
             if not 0 <= start < end <= len(answer):
                 raise ValueError(f"the span {item} lies outside the answer")
             spans.append((start, end))
-    return Sample(facet, record["question"], answer, record.get("picture"), tuple(spans), "data", record.get("closed", True))
+    return tuple(sorted(set(spans)))

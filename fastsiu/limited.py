@@ -95,8 +95,7 @@ def check_patterns(patterns: Sequence[str], names: Iterable[str], where: str) ->
     said = _run(_PATTERNS, {"patterns": list(patterns), "names": list(names)})
     if said is None:
         raise BadInput(
-            f"A pattern in {where} takes more than {SECONDS:g} s on the model's layers: "
-            "write the layers' names instead."
+            f"A pattern in {where} takes more than {SECONDS:g} s on the model's layers: write the layers' names instead."
         )
     if said:
         raise BadInput(f"A pattern in {where} is no regular expression ({json.loads(said)}): mend it.")

@@ -30,7 +30,7 @@ from .report.redact import sentence
 from .report.words import CONCEPT
 from .request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
 from .session import Listener, Prepared, Trained
-from .strict_json import read_json
+from .strict_json import parse_json, read_json
 from .verdict import EFFICACY
 
 Mode = Literal["sequence", "joint"]
@@ -100,12 +100,15 @@ def read_requests(path: Path) -> list[tuple[int, Request]]:
         if not line.strip():
             continue
         try:
-            request = _request(json.loads(line), path.parent)
+            request = _request(parse_json(line), path.parent)
         except (ValueError, TypeError) as error:
             text = str(error).rstrip(".")
             raise BadInput(f"{path}, line {number}: {text}. A line is an object with 'image' and 'concept'.") from error
         for earlier, other in found:
-            if Concept(other.concept, other.aliases).named_in(request.concept, include_parts=False):
+            # Both ways: Ann Lee is not asked for where Ann is, nor Ann where Ann Lee is.
+            first, second = Concept(other.concept, other.aliases), Concept(request.concept, request.aliases)
+            same = first.named_in(request.concept, include_parts=False) and second.named_in(other.concept, include_parts=False)
+            if same:
                 raise BadInput(f"{path}, line {number}: {request.concept} is asked for on line {earlier} already: remove one.")
         found.append((number, request))
     if not found:

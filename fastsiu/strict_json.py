@@ -32,7 +32,7 @@ def read_json(source: Path | str, *, what: str, remedy: str, shape: Shape = None
     or nested deeper than `DEEPEST`, holds a number that is not finite, or has another shape.
     """
     try:
-        value = parse(_text(source) if isinstance(source, Path) else source)
+        value = parse_json(_text(source) if isinstance(source, Path) else source)
         if shape is not None:
             check(value, shape)
     except (OSError, ValueError) as error:
@@ -40,7 +40,7 @@ def read_json(source: Path | str, *, what: str, remedy: str, shape: Shape = None
     return value
 
 
-def parse(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """The value of a JSON text. Raises ValueError with a reason for what `read_json` refuses."""
     if len(text) > MOST_BYTES:
         raise ValueError(f"it is larger than {MOST_BYTES // 2**20} MiB")

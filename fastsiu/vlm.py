@@ -13,6 +13,7 @@ import functools
 import inspect
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -168,6 +169,7 @@ class VLM:
 
         Of a prefix language model: the question or, with `answer`, what follows it.
         """
+        self.check_text(question)
         if self.suffixed:
             return self.processor.image_token * with_image + question if answer is None else answer + self.tokenizer.eos_token
         prompt = self._templated(question, with_image)
@@ -175,6 +177,18 @@ class VLM:
             return prompt
         gap, closing = self._frame(with_image)
         return prompt + gap + answer + closing
+
+    def check_text(self, text: str) -> None:
+        """Raises BadInput for a text in which the tokenizer would read a token that no person writes, such as
+        that of a picture or of the end, and for half of a surrogate pair, which no tokenizer takes."""
+        if found := self._marks.search(text):
+            raise BadInput(f"{found[0]!r} stands in a question, a name or an answer, and the model's tokenizer reads no words "
+                           "there: write it in another way.")  # fmt: skip
+
+    @functools.cached_property
+    def _marks(self) -> re.Pattern[str]:
+        tokens = {t for t in self.tokenizer.all_special_tokens if t.strip() and not t.isalnum()}
+        return re.compile("|".join(["[\ud800-\udfff]", *map(re.escape, sorted(tokens))]))
 
     def _templated(self, question: str, with_image: bool, answer: str | None = None) -> str:
         """What the chat template makes of a question or of a question with its answer."""
@@ -237,6 +251,7 @@ class VLM:
         Raises BadInput where the template changes the answer or the tokenizer reports no character offsets.
         """
         answer, shown = answer.strip(), picture is not None
+        self.check_text(answer)
         if not self.tokenizer.is_fast:
             raise BadInput("The model's tokenizer reports no character offsets: use one with a fast (tokenizer.json) version.")
         image = None if picture is None else picture.image

@@ -275,8 +275,28 @@ def test_jsonl_defaults_substrings_blank_lines_and_a_byte_order_mark(tmp_path):
         '"facet": "describe"}\r\n'
         '\n{"question": "q", "answer": "a"}', encoding="utf-8")  # fmt: skip
     one, two = corpus.read_jsonl(path)
-    assert one == Sample("describe", "q", "No, not him.", 0, ((4, 11), (0, 2)), "data")
+    assert one == Sample("describe", "q", "No, not him.", 0, ((0, 2), (4, 11)), "data")
     assert two == Sample("preserve", "q", "a", None, (), "data")
+
+
+def test_a_specified_text_is_masked_wherever_it_stands(tmp_path):
+    path = tmp_path / "s.jsonl"
+    lines = [("Bob and Bob.", ["Bob"]), ("x, x, xx", ["x"]), ("a.b a.b axb", ["a.b"]), ("\u4f60\u597d\u4f60", ["\u4f60"])]
+    path.write_text("\n".join(json.dumps({"question": "q", "answer": a, "specified": s}) for a, s in lines))
+    for sample, (answer, (part,)) in zip(corpus.read_jsonl(path), lines, strict=True):
+        assert len(sample.specified) == answer.count(part) > 1
+        assert all(answer[start:end] == part for start, end in sample.specified)
+
+
+def test_the_image_of_a_line_is_the_training_picture_or_a_sentence(tmp_path, cast):
+    path, picture = tmp_path / "s.jsonl", tmp_path / "p.png"
+    picture.write_bytes(cast.image.read_bytes())
+    for named in ("p.png", str(cast.image), cast.image.name):
+        path.write_text(json.dumps({"question": "q", "answer": "a", "image": named, "id": 7}))
+        assert [sample.picture for sample in corpus.read_data(path, cast.image)] == [0]
+    path.write_text(json.dumps({"question": "q", "answer": "a", "image": "p.png", "picture": None}))
+    with pytest.raises(BadInput, match="names an image and says that there is no picture"):
+        corpus.read_data(path, cast.image)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +318,18 @@ def test_jsonl_defaults_substrings_blank_lines_and_a_byte_order_mark(tmp_path):
         ('{"question": "q", "answer": "a", "specified": [[0]]}', "line 2: "),
         ('{"question": "q", "answer": "a", "specified": [7]}', "line 2: "),
         ('{"question": "q", "answer": "a", "specified": "a"}', "line 2: specified must be a list"),
+        ('{"question": "q", "answer": "a", "specified": [[0, 1.0]]}', "line 2: the span .* is not a pair"),
+        ('{"question": "q", "answer": "a", "specified": [[0, Infinity]]}', "line 2: it holds Infinity"),
+        ('{"question": "q", "answer": "a", "specified": [[false, true]]}', "line 2: the span .* is not a pair"),
+        ('{"question": "q", "answer": "a", "anwser": "b"}', "line 2: 'anwser' is none of question, answer"),
+        ('{"question": "q", "answer": "a", "image": "elsewhere.png"}', "line 2: its picture 'elsewhere.png' is not the training"),
+        ('{"question": "q", "answer": "a", "image": 3}', "line 2: 'image' must be the path"),
+        ('{"question": "q", "answer": "a", "answer": "b"}', "line 2: the key 'answer' stands twice"),
+        ('{"question": "<image> q", "answer": "a"}', "line 2: '<image>' must not stand in the question"),
+        ('{"question": "q", "answer": "a\\ud800"}', "line 2: .* must not stand in the answer"),
+        ('{"question": "q\\u001b[31m", "answer": "a"}', "line 2: .* must not stand in the question"),
+        ("[" * 100_000, "line 2: it is nested deeper"),
+        ('{"question": "q", "answer": "a", "picture": 1e999}', "line 2: it holds a number beyond"),
     ],
 )
 def test_jsonl_errors_name_the_line(tmp_path, line, sentence):

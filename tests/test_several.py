@@ -71,6 +71,12 @@ def test_a_bad_line_is_named(tmp_path, record, sentence):
     assert sentence in str(error.value)
 
 
+@pytest.mark.parametrize(("first", "second"), [("Ann", "Ann Lee"), ("Ann Lee", "Ann"), ("Castle Ann", "Ann")])
+def test_a_name_inside_of_another_is_another_request(tmp_path, first, second):
+    file = write(tmp_path / "r.jsonl", *({"image": "x.png", "concept": name} for name in (first, second)))
+    assert [request.concept for _, request in several.read_requests(file)] == [first, second]
+
+
 def test_paths_count_from_the_file(tmp_path):
     record = dict(image="a.png", concept="A", aliases=["B"], protect=["C"], images="more", retain="rest", data="own.jsonl")
     (tmp_path / "r.jsonl").write_text("\ufeff\n" + json.dumps(record) + "\n\n", encoding="utf-8")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fastsiu.request import BadInput
-from fastsiu.strict_json import DEEPEST, check, parse, read_json
+from fastsiu.strict_json import DEEPEST, check, parse_json, read_json
 
 REMEDY = "write it again"
 
@@ -33,14 +33,14 @@ REMEDY = "write it again"
 )
 def test_what_is_refused(text, says):
     with pytest.raises(ValueError, match=says):
-        parse(text)
+        parse_json(text)
     with pytest.raises(BadInput, match=rf"^The list is no usable JSON \(.*{says}.*: {REMEDY}\.$"):
         read_json(text, what="The list", remedy=REMEDY)
 
 
 @pytest.mark.parametrize("depth", [1, 2, DEEPEST])
 def test_what_is_not_too_deep(depth):
-    assert parse("[" * depth + "]" * depth) == json.loads("[" * depth + "]" * depth)
+    assert parse_json("[" * depth + "]" * depth) == json.loads("[" * depth + "]" * depth)
 
 
 def test_a_file(tmp_path):

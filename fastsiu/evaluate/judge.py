@@ -23,6 +23,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from ..request import BadInput
+from ..strict_json import parse_json
 from ..verdict import wilson
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -213,7 +214,7 @@ def _ask(options: Options, post: Callable[[bytes], bytes], content: dict[str, An
 
 def _graded(reply: bytes) -> Graded:
     try:
-        text = json.loads(reply)["choices"][0]["message"]["content"]
+        text = parse_json(reply.decode("utf-8"))["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError):
         return Graded(None, "malformed")
     found = read_score(text) if isinstance(text, str) else None

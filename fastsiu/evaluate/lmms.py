@@ -169,7 +169,7 @@ def _runs(folder: Path) -> dict[str, dict[str, Any]]:
         try:
             run = json.loads(path.read_text(encoding="utf-8"))
             tasks = list(run["results"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(f"{path} is not a results file of lmms-eval: remove it and run run.sh again.") from error
         found |= {task: run for task in tasks}
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from ..concept import Concept
 from ..request import BadInput
+from ..strict_json import parse_json
 from .exam import TEXT, WITH_PICTURE, Question
 
 KINDS = (*WITH_PICTURE, *TEXT)
@@ -30,8 +30,8 @@ def parse(file: Path, content: str, concept: Concept | None, default: str | None
     for number, line in enumerate(content.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
         if line.strip():
             try:
-                found.append(_question(json.loads(line), concept, default))
-            except (ValueError, TypeError, RecursionError) as error:
+                found.append(_question(parse_json(line), concept, default))
+            except (ValueError, TypeError) as error:
                 text = str(error).rstrip(".")
                 raise BadInput(f"{file}, line {number}: {text}. {_LINE}.") from error
     return tuple(dict.fromkeys(found))

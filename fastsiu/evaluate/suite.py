@@ -17,6 +17,7 @@ from ..concept import Concept
 from ..facets.targets import wordings
 from ..images import list_images, load_image, variants
 from ..request import BadInput
+from ..strict_json import parse_json
 from .exam import Exam, Question, Seen
 from .questions import MAX_NAME, clean, known, parse
 
@@ -199,13 +200,13 @@ def _read(root: Path, file: Path) -> str:
 def _object(root: Path, file: Path, keys: Sequence[str]) -> dict[str, Any]:
     text = _read(root, file)
     try:
-        record = json.loads(text)
+        record = parse_json(text)
         if not isinstance(record, dict):
             raise ValueError("this is no object")
         known(record, keys)
     except json.JSONDecodeError as error:
         raise BadInput(f"{file}, line {error.lineno}: {error.msg}. Write one JSON object.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadInput(f"{file}: {error}. Write one JSON object with {', '.join(keys)}.") from error
     return record
 
