@@ -1,9 +1,9 @@
 """What made an output, and whether it is still what was written.
 
-The manifest tells a stranger nothing about the pictures: each is a commitment under the output's own random key, and so
-is the digest of the request. Whoever holds the key file *and* the same picture can confirm it; without the key file
-nobody can, so leave it out when the rest is published. No name is in it: masks are counts, and pictures of a directory
-are numbered.
+The manifest tells a stranger nothing about the pictures: each is a commitment under the output's
+own random key, and so is the digest of the request. Whoever holds the key file *and* the same
+picture can confirm it; without the key file nobody can, so leave it out when the rest is published.
+No name is in it: masks are counts, and pictures of a directory are numbered.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ _NUMBERED = re.compile(r"((?:\d+/)?(?:images|retain))/.+", re.DOTALL)
 
 def request_digest(request: Request, recipe: Recipe, model_id: str, revision: str | None, *,
                    weights: Mapping[str, str] | None = None, **settings: Any) -> str:  # fmt: skip
-    """SHA-256, in hex, over everything that decides the result; equal for equal requests on every machine.
+    """SHA-256, in hex, over everything that decides the result; equal for equal requests on every
+    machine.
 
-    Files count by their content, not by path or name, and the order of names does not count. `weights` are the model's
-    files, from `digest_model`, where `model_id` is a directory: what is trained further in place is another model.
-    `settings` are further JSON values that change the result, such as quantize="nf4". The digest is not for publication,
-    because it confirms the picture to whoever has it: the manifest holds it under the output's key only.
+    Files count by their content, not by path or name, and the order of names does not count.
+    `weights` are the model's files, from `digest_model`, where `model_id` is a directory: what is
+    trained further in place is another model. `settings` are further JSON values that change the
+    result, such as quantize="nf4". The digest is not for publication, because it confirms the
+    picture to whoever has it: the manifest holds it under the output's key only.
 
     Raises BadInput when a file or directory of the request cannot be read.
     """
@@ -83,15 +85,18 @@ def manifest(
     masks: Mapping[str, Any],
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a reader needs to repeat and to check the run; without the concept's name, paths or the host's name.
+    """What a reader needs to repeat and to check the run; without the concept's name, paths or the
+    host's name.
 
-    origins:  for each hyper-parameter that is not simply the default, where it came from: one of `ORIGINS`
+    origins:  for each hyper-parameter that is not simply the default, where it came from: one of
+              `ORIGINS`
     weights:  file name -> SHA-256 of the model's files, from `digest_model`
     digest:   from `request_digest`
     key:      the transaction's key
     pictures: label -> the bytes of every picture used; only commitments are kept, and of labels
               "images/NAME" and "retain/NAME" a number instead of the file's name
-    masks:    the mask counts; of a list of tokens, which may spell the name, only the number is kept
+    masks:    the mask counts; of a list of tokens, which may spell the name, only the number is
+              kept
     settings: the same further values as given to `request_digest`
 
     Raises ValueError for an unknown hyper-parameter or origin.
@@ -116,9 +121,11 @@ def manifest(
 
 
 def digest_model(directory: str | Path) -> dict[str, str]:
-    """SHA-256 of the weight, configuration and tokenizer files directly in a model's directory, read as a stream.
+    """SHA-256 of the weight, configuration and tokenizer files directly in a model's directory,
+    read as a stream.
 
-    Takes about a second per gigabyte and holds no lock on the interpreter, so it can run in a thread beside the load.
+    Takes about a second per gigabyte and holds no lock on the interpreter, so it can run in a
+    thread beside the load.
 
     Raises BadInput when one of them cannot be read.
     """
@@ -143,7 +150,8 @@ def seal(content: Mapping[str, Any]) -> str:
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """The manifest of an output. Raises BadInput where there is none, or none that this program has written."""
+    """The manifest of an output. Raises BadInput where there is none, or none that this program has
+    written."""
     path = directory / MANIFEST
     remedy = "give the --output directory of a run, or restore the file"
     found = read_json(path, what=str(path), remedy=remedy, shape=SHAPE)
@@ -166,7 +174,8 @@ def read_report(directory: Path) -> dict[str, Any]:
 
 
 def changed(directory: Path, sealed: Mapping[str, Any]) -> dict[str, str]:
-    """What is not as the manifest says, a second a gigabyte: file -> "is missing", "is not as written" or "was added".
+    """What is not as the manifest says, a second a gigabyte: file -> "is missing", "is not as
+    written" or "was added".
 
     A file that nobody listed counts as added where a loader may read it (`LOADABLE`).
 

@@ -59,14 +59,15 @@ def random_directory(base: str | Path = ".") -> Path:
 
 
 def check_destination(output: str | Path, digest: str, *, size: int = ROOM) -> Literal["same", "free"]:
-    """Returns "same": `output` is a complete result of this request, byte for byte, nothing to do. "free": it can be written.
+    """Returns "same": `output` is a complete result of this request, byte for byte, nothing to do.
+    "free": it can be written.
 
     What killed runs left in its directory is removed.
 
     size: bytes that it will take, about
 
-    Raises BadInput for anything else that exists there, for a result of which a byte was changed, for a path that cannot be
-    made, and for a disk that is full.
+    Raises BadInput for anything else that exists there, for a result of which a byte was changed,
+    for a path that cannot be made, and for a disk that is full.
     """
     output = _absolute(output)
     shown = repr(str(output))
@@ -101,9 +102,9 @@ class Transaction:
             ...                                   # write into staging
             transaction.commit(manifest(..., key=transaction.key))
 
-    `commit` must be called inside the block; leaving without it, or by an exception, removes the staging directory and
-    creates nothing; a full disk is told as BadInput. A killed process leaves at most its staging directory,
-    which the next run in the same place removes.
+    `commit` must be called inside the block; leaving without it, or by an exception, removes the
+    staging directory and creates nothing; a full disk is told as BadInput. A killed process leaves
+    at most its staging directory, which the next run in the same place removes.
 
     output: the destination, absent or an empty directory. It is for its owner alone (0700)
     key:    32 random bytes of this output, stored in its private.key
@@ -128,12 +129,15 @@ class Transaction:
         return self._staging
 
     def commit(self, manifest: Mapping[str, Any]) -> Path:
-        """Complete the output: every file to disk, the manifest last, then one rename. Returns the output's path.
+        """Complete the output: every file to disk, the manifest last, then one rename. Returns the
+        output's path.
 
-        The manifest is stored with the size and SHA-256 of every other file but the key, and of itself.
+        The manifest is stored with the size and SHA-256 of every other file but the key, and of
+        itself.
 
-        Raises BadInput when something has appeared at the destination meanwhile, NumericFailure for NaN or infinity in
-        the manifest, OSError when the disk is full or fails, RuntimeError outside the block or the second time.
+        Raises BadInput when something has appeared at the destination meanwhile, NumericFailure for
+        NaN or infinity in the manifest, OSError when the disk is full or fails, RuntimeError
+        outside the block or the second time.
         """
         place = self._staging
         if place is None or self.committed:
@@ -178,9 +182,11 @@ def write_reports(folder: Path, report: Mapping[str, Any], *, redact: bool = Fal
     """Write report.json, report.md and report.html, for their owner alone.
 
     redact:  names, questions, answers and file names stay out of all three
-    picture: the picture that was trained on, for report.html alone; without it no picture is in any of them
+    picture: the picture that was trained on, for report.html alone; without it no picture is in any
+             of them
 
-    Raises NumericFailure when the report contains NaN or infinity, BadInput where both are asked for.
+    Raises NumericFailure when the report contains NaN or infinity, BadInput where both are asked
+    for.
     """
     check_shown(redact, picture is not None)
     report = redacted(report) if redact else report

@@ -1,8 +1,10 @@
-"""What is not finished yet: hidden directories and files beside the result, which no killed run leaves for long.
+"""What is not finished yet: hidden directories and files beside the result, which no killed run
+leaves for long.
 
-Every verb that writes does so under a name of random digits, and puts it in place with one rename. The name tells whose it
-is (".fastsiu.partial-"), never what it is about. A lock says that its run is alive: the lock of a killed process is free, and
-whoever starts next in the same place removes what it finds there without one.
+Every verb that writes does so under a name of random digits, and puts it in place with one rename.
+The name tells whose it is (".fastsiu.partial-"), never what it is about. A lock says that its run
+is alive: the lock of a killed process is free, and whoever starts next in the same place removes
+what it finds there without one.
 """
 
 from __future__ import annotations
@@ -86,7 +88,8 @@ class Staging:
 
 
 def sweep(place: Path) -> list[Path]:
-    """Removes what killed runs left in `place`, and in those directories in it that hold several results; returns what."""
+    """Removes what killed runs left in `place`, and in those directories in it that hold several
+    results; returns what."""
     removed = []
     for entry in leftovers(place):
         if sweep_one(entry):
@@ -116,7 +119,8 @@ def is_ours(name: str) -> bool:
 
 
 def check_writable(path: Path, remedy: str) -> None:
-    """Raises BadInput, which ends in `remedy`, where no file and no directory can be made at `path`; tries it beside it."""
+    """Raises BadInput, which ends in `remedy`, where no file and no directory can be made at
+    `path`; tries it beside it."""
     shown = repr(str(path))
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -153,9 +157,11 @@ def check_space(path: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def claim(place: Path, key: str, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process is the one that works on `key` in the directory `place`, as long as the block lasts.
+    """Whether this process is the one that works on `key` in the directory `place`, as long as the
+    block lasts.
 
-    wait: until it is. Else False where another process is at it. A process that dies gives it back at once.
+    wait: until it is. Else False where another process is at it. A process that dies gives it back
+          at once.
     """
     if fcntl is None:
         yield True
@@ -184,14 +190,16 @@ def claim(place: Path, key: str, *, wait: bool = False) -> Iterator[bool]:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """`path` with this content, for its owner alone (0600); a reader sees the old content or the new. Raises OSError."""
+    """`path` with this content, for its owner alone (0600); a reader sees the old content or the
+    new. Raises OSError."""
     with _aside(path.parent, data) as aside:
         os.replace(aside, path)
     sync(path.parent)
 
 
 def new_file(path: Path, data: bytes) -> None:
-    """A file that was not there, complete or not at all, 0600. Raises FileExistsError where something is there, and OSError."""
+    """A file that was not there, complete or not at all, 0600. Raises FileExistsError where
+    something is there, and OSError."""
     with _aside(path.parent, data) as aside:
         try:
             os.link(aside, path)
@@ -205,7 +213,8 @@ def new_file(path: Path, data: bytes) -> None:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether it says that the disk, or what of it one may have, is full; libraries in Rust say so in words."""
+    """Whether it says that the disk, or what of it one may have, is full; libraries in Rust say so
+    in words."""
     full = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
     return getattr(error, "errno", None) in full or "No space left on device" in str(error)
 
@@ -256,7 +265,8 @@ def _entries(place: Path) -> list[Path]:
 
 
 def _lock(handle: int, *, wait: bool) -> bool:
-    """Whether the lock is this process's; True as well where the file system has none, as some network file systems."""
+    """Whether the lock is this process's; True as well where the file system has none, as some
+    network file systems."""
     if fcntl is None:
         return True
     try:
@@ -305,8 +315,8 @@ def _opened_if_dead(path: Path) -> Iterator[int | None]:
 
 
 def _is_dead(handle: int, name: str) -> bool:
-    """The lock knows. Process ids do not: they come again, and two containers do not see each other's. Where the file system
-    has no locks, the id has to do."""
+    """The lock knows. Process ids do not: they come again, and two containers do not see each
+    other's. Where the file system has no locks, the id has to do."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True

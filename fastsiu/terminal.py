@@ -1,9 +1,11 @@
-"""What reaches the terminal: text without control characters, on streams that cannot change how a command ends.
+"""What reaches the terminal: text without control characters, on streams that cannot change how a
+command ends.
 
-Names, questions, answers and file names come from users and models. A terminal obeys what it finds in them: an ESC moves the
-cursor, colours, sets titles; a bidi override shows text in another order than it has. So every control character is shown as
-its escape. A pipe that was closed, a full disk or an encoding without some letter is a matter of showing: the work is done, and
-its exit code stands.
+Names, questions, answers and file names come from users and models. A terminal obeys what it finds
+in them: an ESC moves the cursor, colours, sets titles; a bidi override shows text in another order
+than it has. So every control character is shown as its escape. A pipe that was closed, a full disk
+or an encoding without some letter is a matter of showing: the work is done, and its exit code
+stands.
 """
 
 from __future__ import annotations
@@ -20,15 +22,21 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-# C0 but tab and newline, DEL and C1; marks, overrides and isolates of direction; line and paragraph separators; interlinear
-# marks; tags, which are invisible; half surrogate pairs.
+# C0 but tab and newline, DEL and C1; marks, overrides and isolates of direction; line and paragraph
+# separators; interlinear marks; tags, which are invisible; half surrogate pairs.
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
 
+# What a bar and colours need: return, SGR, up, erase the line, show and hide the cursor. Libraries
+# write warnings and bars past any console, and all other control characters in those are escaped.
+_FOREIGN = re.compile(rf"(\r|\x1b\[[0-9;]*[mAK]|\x1b\[\?25[lh])|{_CONTROL.pattern}")
+
+
 def visible(text: str) -> str:
-    """The text with every control character as its escape: "\\x1b", "\\u202e". Tabs and newlines stay."""
+    """The text with every control character as its escape: "\\x1b", "\\u202e". Tabs and newlines
+    stay."""
     return _CONTROL.sub(lambda match: _escape(match[0]), text)
 
 
@@ -38,8 +46,8 @@ def as_json(value: Any, encoding: str = "utf-8", indent: int | None = 2) -> str:
 
 
 def json_safe(text: str, encoding: str = "utf-8") -> str:
-    """The same JSON, with JSON's own escapes for what a terminal would obey and what `encoding` lacks: such characters are in
-    strings only."""
+    """The same JSON, with JSON's own escapes for what a terminal would obey and what `encoding`
+    lacks: such characters are in strings only."""
     text = _CONTROL.sub(lambda match: _json_escape(match[0]), text)
     if _has_all(text, encoding):
         return text
@@ -47,7 +55,8 @@ def json_safe(text: str, encoding: str = "utf-8") -> str:
 
 
 class Terminal(Console):
-    """A console that shows control characters in what it is given as their escapes; its own, of colours and bars, it writes."""
+    """A console that shows control characters in what it is given as their escapes; its own, of
+    colours and bars, it writes."""
 
     def __init__(self, *, stderr: bool = False, **options: Any) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, **options)
@@ -78,6 +87,7 @@ class Stream:
         self.errors = "backslashreplace"
 
     def write(self, text: str) -> int:
+        text = _FOREIGN.sub(lambda match: match[0] if match[1] else _escape(match[0]), text)
         if not _has_all(text, self.encoding):
             text = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
         self._try(lambda stream: stream.write(text))
@@ -110,7 +120,8 @@ class Stream:
             self.problem = getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__
 
     def give_up(self) -> None:
-        """What is left in the stream's buffer goes nowhere: the interpreter would try again when it ends, and fail."""
+        """What is left in the stream's buffer goes nowhere: the interpreter would try again when it
+        ends, and fail."""
         if self.problem is None or self._stream is None:
             return
         with contextlib.suppress(OSError, ValueError):

@@ -1,4 +1,5 @@
-"""What lies in a directory: is it still what was written, is it what is deployed, and what of it may go.
+"""What lies in a directory: is it still what was written, is it what is deployed, and what of it
+may go.
 
 Only what this program wrote is ever removed: files by the names that their manifest lists, hidden
 directories by theirs. What somebody else has put beside them stays, and is told.
@@ -25,7 +26,8 @@ OF_EVALUATION = (REPORT, "untouched.json")  # JSON that no loader reads
 
 @dataclass
 class Checked:
-    """What `verify` found. files: how many were read; wrong: one sentence for each that is not as it was written."""
+    """What `verify` found. files: how many were read; wrong: one sentence for each that is not as
+    it was written."""
 
     files: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -33,7 +35,8 @@ class Checked:
 
 @dataclass
 class Found:
-    """What `survey` found. dead: leftovers of killed runs; alive: of runs that are at work; results: directories."""
+    """What `survey` found. dead: leftovers of killed runs; alive: of runs that are at work;
+    results: directories."""
 
     dead: list[Path] = field(default_factory=list)
     alive: list[Path] = field(default_factory=list)
@@ -41,7 +44,8 @@ class Found:
 
 
 def verify(directory: Path, model: Path | None = None) -> Checked:
-    """Compares every file of an output with its manifest; of a directory of several outputs, of all.
+    """Compares every file of an output with its manifest; of a directory of several outputs, of
+    all.
 
     model: a directory with what is deployed. Of a merged model it is compared with the files that
            the merge wrote; of an adapter, with the adapter's or, where it holds none, with those
@@ -73,7 +77,8 @@ def survey(directory: Path) -> Found:
 
 
 def remove(result: Path) -> list[Path]:
-    """Removes a result, its manifest last; returns what was not written by this program and is left there."""
+    """Removes a result, its manifest last; returns what was not written by this program and is left
+    there."""
     if (result / MANIFEST).is_file():
         listed = [result / name for name in manifest.read(result)["files"]]
         files = [*listed, result / KEY, result / MANIFEST]

@@ -1,5 +1,6 @@
-"""kill -9 at a random moment of every verb that writes: the output is absent or complete, nothing is left after the next
-start, and the concept's name is in no file name and nowhere but where it belongs.
+"""kill -9 at a random moment of every verb that writes: the output is absent or complete, nothing
+is left after the next start, and the concept's name is in no file name and nowhere but where it
+belongs.
 
 The test kills few. For many, of all verbs with their real work (about ten seconds a kill):
 
@@ -42,11 +43,12 @@ def test_few_kills_of_some_verbs(tmp_path):
     assert told["kills"] >= 4 and told["verbs"] == list(QUICK)
 
 
-# What is killed -------------------------------------------------------------------------------------------------------------
+# What is killed
 
 
 class Stage:
-    """The world that every run starts in: the embedded model, loaded, two creatures and their pictures, one finished run."""
+    """The world that every run starts in: the embedded model, loaded, two creatures and their
+    pictures, one finished run."""
 
     def __init__(self, place: Path, stubs: bool) -> None:
         from fastsiu import driver, vlm
@@ -80,7 +82,8 @@ class Stage:
             self._stub(loaded)
 
     def _stub(self, loaded: object) -> None:
-        """What is computed is taken from the finished run: what is killed is the writing, and the waiting for it."""
+        """What is computed is taken from the finished run: what is killed is the writing, and the
+        waiting for it."""
         from fastsiu import adapter, driver, vlm
         from fastsiu.evaluate import many
 
@@ -135,7 +138,8 @@ def quiet(work: Callable[[], object]) -> object:
 
 
 def start(stage: Stage, verb: str, where: Path) -> int:
-    """A process of its own that does it: its id. Standard output and error are the file `where`/log."""
+    """A process of its own that does it: its id. Standard output and error are the file
+    `where`/log."""
     child = os.fork()
     if child:
         return child
@@ -152,12 +156,12 @@ def start(stage: Stage, verb: str, where: Path) -> int:
         os._exit(code)
 
 
-# What must hold afterwards --------------------------------------------------------------------------------------------------
+# What must hold afterwards
 
 
 def check(stage: Stage, verb: str, where: Path, whole: dict[str, bytes], scratch: Path) -> bool:
-    """Whether there is an output, which is complete. Raises AssertionError for half of one, and for a name where it has no
-    business."""
+    """Whether there is an output, which is complete. Raises AssertionError for half of one, and for
+    a name where it has no business."""
     from fastsiu import upkeep
 
     shown = [p for p in where.iterdir() if not p.name.startswith(".fastsiu.")]
@@ -191,7 +195,8 @@ def check(stage: Stage, verb: str, where: Path, whole: dict[str, bytes], scratch
 
 
 def next_start(stage: Stage, where: Path) -> None:
-    """Of another verb, which ends before it has done anything: what was left in the place is gone."""
+    """Of another verb, which ends before it has done anything: what was left in the place is
+    gone."""
     from fastsiu import cli
 
     command = ["compare", "--suite", str(stage.suite), "--methods", "none", "--output", str(where / "next")]
@@ -202,7 +207,8 @@ def next_start(stage: Stage, where: Path) -> None:
 
 
 def kill_many(place: Path, verbs: list[str], kills: int, seed: int, stubs: bool) -> dict[str, object]:
-    """Kills `kills` runs, the verbs in turn. Raises AssertionError where something does not hold."""
+    """Kills `kills` runs, the verbs in turn. Raises AssertionError where something does not
+    hold."""
     scratch = place / "tmp"
     scratch.mkdir()
     tempfile.tempdir = os.environ["TMPDIR"] = str(scratch)

@@ -1,4 +1,5 @@
-"""Control characters never reach the terminal, JSON stays JSON, and a broken stream changes no exit code."""
+"""Control characters never reach the terminal, JSON stays JSON, and a broken stream changes no exit
+code."""
 
 from __future__ import annotations
 
@@ -97,6 +98,20 @@ def test_a_failing_stream_is_noted_once_and_never_raises(error):
         assert stream.write("ab") == 2
     stream.flush()
     assert stream.problem and beneath.getvalue() == "ab" and not stream.isatty()
+
+
+def test_what_libraries_write_past_the_console_is_escaped_but_for_bars_and_colours():
+    beneath = io.StringIO()
+    stream = Stream(beneath)
+    bar = "\r\x1b[2K\x1b[1A\x1b[32m 50%\x1b[0m\x1b[?25l\x1b[?25h\n\t"
+    stream.write(bar)
+    assert beneath.getvalue() == bar
+    for bad in ("\x1b]0;title\x07", "\x1b[2J", "\x1b[6n", "\x9b2J", "\u202e", "\x1bc", "\x1b[?1049h", "\x08"):
+        beneath.seek(0)
+        beneath.truncate()
+        stream.write(f"a warning: {bad}")
+        assert bad not in beneath.getvalue() and "a warning: \\" in beneath.getvalue()
+        assert "\x1b" not in beneath.getvalue()
 
 
 def test_a_closed_stream_is_a_problem_only_where_something_is_to_be_said():

@@ -53,7 +53,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
-# verify ---------------------------------------------------------------------------------------------------------------------
+# verify
 
 
 @pytest.mark.parametrize("name", [*ADAPTER, "report.json", "report.md", "001/report.json", "manifest.json"])
@@ -137,7 +137,7 @@ def test_a_merged_model_is_not_the_base(call, tmp_path):
     assert code == 1 and "model.safetensors is not the manifest's" in said
 
 
-# purge ----------------------------------------------------------------------------------------------------------------------
+# purge
 
 
 @pytest.fixture
