@@ -307,9 +307,9 @@ def _usable(opened: Image.Image, data: bytes) -> Image.Image:
     Most of the way by whole numbers: a JPEG as it is decoded, all else strip by strip, so that nothing
     is converted at full size.
     """
-    target = _within(opened.size)
+    target, drafted = _within(opened.size), None
     if target != opened.size:
-        opened.draft(None, target)  # a JPEG: decoded at 1/2, 1/4 or 1/8, never below `target`
+        drafted = opened.draft(None, target)  # a JPEG: at 1/2, 1/4 or 1/8, never below `target`
     convert = _conversion(opened, data)
     width, height = opened.size
     if (width, height) == target:
@@ -318,7 +318,8 @@ def _usable(opened: Image.Image, data: bytes) -> Image.Image:
     out = Image.new("RGB", (math.ceil(width / factor), math.ceil(height / factor)))
     for box in _strips(opened.size, factor):
         out.paste(convert(box).reduce(factor), (0, box[1] // factor))
-    whole = (0, 0, width / factor, height / factor)  # the last row and column may stand for fewer
+    # The last row and column may stand for fewer pixels than the others.
+    whole = tuple(side / factor for side in (drafted[1] if drafted else (0, 0, width, height)))
     return out.resize(target, Image.Resampling.LANCZOS, whole)
 
 
