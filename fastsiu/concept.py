@@ -1,7 +1,8 @@
-"""A name: its surface forms, its character spans, and the paper's two masks (Eq. 2 and 3 of arXiv 2405.12523).
+"""A name: its surface forms, its character spans, and the paper's two masks (Eq. 2 and 3 of arXiv
+2405.12523).
 
-Masks come from character offsets, never from a search for token ids: after a quote, a bracket or a newline, in another case
-or another Unicode form, the same name is other tokens.
+Masks come from character offsets, never from a search for token ids: after a quote, a bracket or a
+newline, in another case or another Unicode form, the same name is other tokens.
 """
 
 from __future__ import annotations
@@ -17,22 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import spelling
+from . import confusables, spelling
+from .confusables import Reading, Span, plain, script
 from .request import BadInput
 
-Span = tuple[int, int]
-
-# Words of a name that many names share: they identify nobody.
-COMMON_WORDS = frozenset(
-    "the and for von van der den del des della dei dos das las los les bin ibn abu mrs sir dame lord lady prof doctor professor "
-    "saint captain general king queen prince princess president jnr junior senior".split()
-)
-# Scripts without spaces between words, or with suffixes written on: there a name ends without a boundary.
-UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u2e80-\ua4cf\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff\uff66-\uff9f"
-    "\U00020000-\U0003ffff]"
-)
-APOSTROPHES = str.maketrans({"\u2019": "'", "\u02bc": "'", "\u2018": "'"})
+COMMON_WORDS = spelling.SHARED  # words of a name that many names share: they identify nobody
+UNSPACED = spelling.UNSPACED
 CARRIERS = (
     "{}",
     " {}",
@@ -47,88 +38,129 @@ CARRIERS = (
     "{}, who",
     "**{}**",
 )
+_UMLAUTS = {"ä": "ae", "ö": "oe", "ü": "ue", "ø": "oe", "å": "aa"}
+_HONOUR = re.compile(r"(?<=\w)(?:-(?:san|sama|kun|chan|sensei|ssi|nim)|さん|様|さま|くん|ちゃん|先生|씨|님|선생님)$")
 
 
 @dataclass(frozen=True)
 class Concept:
-    """A concept's name and further names of the same concept. Raises BadInput where one of them has no visible character, or is
-    no Unicode text."""
+    """A concept's name and further names of the same concept.
+
+    as_word: for a name of one word that is a word like any other. True: it counts wherever it
+             stands, as of things ("a castle");
+             False: only where it is used as a name ("This is Rose.", not "a red rose"); None: as
+             a name where people, bands or firms are called so and it is given with a capital, else
+             wherever it stands
+
+    Raises BadInput where a name has no visible character or nothing but punctuation, or is no
+    Unicode text.
+    """
 
     name: str
     aliases: tuple[str, ...] = ()
+    as_word: bool | None = None
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.aliases):
             if any("\ud800" <= c <= "\udfff" for c in name):  # a byte of the command line that is no UTF-8
                 raise BadInput(f"The name {name!a} is no Unicode text: give it in UTF-8.")
-            if not _fold(name)[0].strip():
+            seen = plain(name).text.strip()
+            if not seen:
                 raise BadInput(f"The name {name!r} has no visible character: give the name as a person writes it.")
+            if all(unicodedata.category(c)[0] in "PMZ" for c in seen):
+                raise BadInput(f"The name {name!r} is punctuation, which stands in every text: give a name with a letter.")
 
     def forms(self) -> tuple[str, ...]:
         """The name and the aliases, in NFC, each once."""
         return tuple(dict.fromkeys(unicodedata.normalize("NFC", n.strip()) for n in (self.name, *self.aliases)))
 
     def parts(self) -> tuple[str, ...]:
-        """The words of the name that identify it: those of at least 3 letters (2 where a script writes no spaces) that are not
-        shared by many names, like "the" or "van". A name of one word is its own part."""
+        """The words of the name that identify it: those of at least 3 letters (2 where a script
+        writes no spaces) that are not shared by many names, like "the", "van" or a title; of a
+        Korean, Japanese or Chinese name without a blank also the given name, and the family name of
+        two characters. A name of one word is its own part."""
         name = self.forms()[0]
-        words = [w.strip("".join(c for c in w if not _letter(c))) for w in name.split()]
+        words = [_bare(w) for w in spelling.BREAKS.split(name)]
+        enough = lambda w: sum(map(str.isalpha, w)) >= (2 if UNSPACED.search(w) else 3) and plain(w).text not in COMMON_WORDS
         if len(words) == 1:
-            return (name,)
-        enough = lambda w: sum(map(str.isalpha, w)) >= (2 if UNSPACED.search(w) else 3) and w.casefold() not in COMMON_WORDS
+            whole = (name,) if words[0] in ("", name) or not enough(words[0]) else (name, words[0])
+            halves = [half for *both, known in spelling.divided(words[0]) if known for half in both]
+            return tuple(dict.fromkeys((*whole, *(half for half in halves if len(half) > 1))))
         return tuple(dict.fromkeys(filter(enough, words)))
 
     def spans(self, text: str, *, include_parts: bool = True) -> list[Span]:
-        """Character spans of `text`, merged and sorted, in which a form (or a part) of the name stands.
+        """Character spans of `text`, merged and sorted, in which a form (or a part) of the name
+        stands.
 
-        Case, NFC or NFD, the kind of apostrophe and of white space, and invisible characters make no difference. In scripts
-        with spaces a name begins and ends at a word boundary: "Ann" is in "Ann's" and not in "Annual".
+        However it is written: case, accents, the kind of apostrophe and of white space, invisible
+        characters, letters that look alike ("Zorbl\u0430x"), digits and signs for letters
+        ("Z0rblax", "Ke$ha" and "Kesha"), letters by themselves ("Z.o.r"), letters held
+        ("Zorblaaax"), another script ("\u0418\u0432\u0430\u043d" is "Ivan"), a plural or the
+        endings of its language make no difference. A name begins and ends where a word does, before
+        particles and forms of address where they are written on: "Ann" is in "Ann's" and not in
+        "Annual". What is misspelt is not here (see `leaks_in`). A part that is a word like any
+        other counts where it is used as a name: "green" is not Will Green.
         """
-        folded, where = _fold(text)
-        starts = {i for i, (a, _) in enumerate(where) if i == 0 or where[i - 1][0] != a} | {len(where)}
-        found = []
-        for form in dict.fromkeys((*self.forms(), *(self.parts() if include_parts else ()))):
-            for match in _pattern(form).finditer(folded):
-                i, j = match.span(1)
-                # Inside a cluster: "e" is not in "é".
-                if i in starts and j in starts and _boundary(folded, i) and _boundary(folded, j):
-                    found.append((where[i][0], where[j - 1][1]))
-        return _merged(found)
+        return _merged(_found(self, text, include_parts))
 
     def named_in(self, text: str, *, include_parts: bool = True) -> bool:
         """Whether the name, an alias or (by default) a part of the name stands in `text`."""
-        return bool(self.spans(text, include_parts=include_parts))
+        return any(True for _ in _found(self, text, include_parts))
 
     def given_in(self, text: str) -> bool:
-        """Whether `text` gives this name: one of its forms, or a part as the name writes it, with a capital. A part in other
-        letters may be a word like any other: "green" in an answer is not Will Green."""
-        parts = [part for part in self.parts() if part[:1].isupper()]
-        written = unicodedata.normalize("NFC", text)
-        return self.named_in(text, include_parts=False) or any(re.search(rf"(?<!\w){re.escape(p)}(?!\w)", written) for p in parts)
+        """Whether `text` gives this name: one of its forms, or a part with a capital. A part in
+        small letters may be a word like any other."""
+        for start, end in _found(self, text, True):
+            if text[start:end].lower() == text[start:end].upper() or text[start:end].lstrip("'\"*_(")[:1].isupper():
+                return True
+        return self.named_in(text, include_parts=False)
 
     def leaks_in(self, text: str) -> bool:
-        """Whether the name can be read out of `text`, for measuring what is forgotten: all that `named_in` finds and the name
-        misspelt (see `spelling.misspelt`). A part that is an ordinary word counts only as a name: "a castle" is not Aberystwyth
-        Castle, "the Castle" may be."""
+        """Whether the name can be read out of `text`, for measuring what is forgotten: all that
+        `named_in` finds, all the parts together, and the name misspelt (see `spelling.misspelt`).
+        """
         parts = self.parts() if len(spelling.words(self.name)) > 1 else ()
-        plain = [part for part in parts if spelling.ordinary(part)]
         return (
-            self.named_in(text, include_parts=False)
-            or any(Concept(part).named_in(text, include_parts=False) for part in parts if part not in plain)
-            or any(spelling.as_name(part, self.forms(), text) for part in plain)
+            self.named_in(text)
             or spelling.together(parts, text)
-            or spelling.misspelt(self.forms(), parts, text)
+            or spelling.misspelt([f for f in self.forms() if not _used_as_name(self, f)], parts, text)
         )
+
+    def same(self, name: str) -> bool:
+        """Whether `name` is this name, however either is written: "zorblax QUINT", not "Zorblax"
+        nor "Mr Zorblax Quint"."""
+        whole = lambda concept, text: concept.spans(text, include_parts=False) == [(0, len(text))]
+        every = lambda names: Concept(names[0], tuple(names[1:]), as_word=True)
+        name = unicodedata.normalize("NFC", name.strip())
+        return name in self.forms() or any(whole(every([form]), name) and whole(every([name]), form) for form in self.forms())
+
+
+def ambiguous(concept: Concept) -> str:
+    """A sentence where a name of one word is a word like any other and `as_word` does not say how
+    to count it, else ""."""
+    if concept.as_word is None:
+        for form in concept.forms():
+            if len(form.split()) == 1 and spelling.ordinary(confusables.unstyled(plain(form).text)):
+                how = "only where it is used as a name" if _used_as_name(concept, form) else "wherever it stands"
+                return f"{form!r} is a word like any other: it counts {how}."
+    return ""
+
+
+def _used_as_name(concept: Concept, form: str) -> bool:
+    """Whether a form of one word counts only where it is used as a name."""
+    if len(form.split()) > 1 or concept.as_word is True:
+        return False
+    word = confusables.unstyled(plain(form).text)
+    return spelling.ordinary(word) and (concept.as_word is False or (spelling.called(word) and form[:1].isupper()))
 
 
 @dataclass(frozen=True, eq=False)
 class VocabularyMask:
     """The paper's K_V (Eq. 3).
 
-    keep    [V] bool, False at the masked tokens
-    masked  token id to token, what `keep` excludes
-    spared  token id to token, pieces of the name left alone: too common elsewhere, or a single character
-    warning a sentence where nothing could be masked, else empty
+    keep    [V] bool, False at the masked tokens masked  token id to token, what `keep` excludes
+    spared  token id to token, pieces of the name left alone: too common elsewhere, or a single
+    character warning a sentence where nothing could be masked, else empty
     """
 
     keep: Tensor
@@ -138,7 +170,8 @@ class VocabularyMask:
 
 
 def token_keep(offsets: Iterable[Sequence[int]], spans: Iterable[Span]) -> Tensor:
-    """The paper's K_S (Eq. 2): [T] bool, False where a token's characters overlap a span; tokens without characters are kept.
+    """The paper's K_S (Eq. 2): [T] bool, False where a token's characters overlap a span; tokens
+    without characters are kept.
 
     offsets: T pairs (start, end) in the text that the spans refer to
     """
@@ -161,7 +194,8 @@ def vocabulary_mask(
     vocab_size:    V, the rows of the head; padding rows included
     teacher_texts: the teacher's own answers; a token with more than `max_share` of their tokens outside the name is spared
 
-    Raises BadInput where the tokenizer has no offsets, the name is no token at all, or a token is outside the head.
+    Raises BadInput where the tokenizer has no offsets, the name is no token at all, or a token is
+    outside the head.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise BadInput("The model's tokenizer reports no character offsets: use one with a fast (tokenizer.json) version.")
@@ -203,12 +237,21 @@ def vocabulary_mask(
 
 
 def _surfaces(concept: Concept) -> Iterator[str]:
-    """Every way to write the name, an alias or a part: as it was given and in four cases, NFC and NFD, each once."""
+    """Every way to write the name, an alias or a part: as it was given, without style and accents,
+    and in four cases, NFC and NFD, each once."""
     written = {}
     for form in (concept.name.strip(), *(a.strip() for a in concept.aliases), *concept.parts()):
-        for cased in (form, form.lower(), form.upper(), form.title()):
-            written |= dict.fromkeys((cased, *(unicodedata.normalize(n, cased) for n in ("NFC", "NFD"))))
+        letters = unicodedata.normalize("NFKD", " ".join(map(_unstyled, form.split())))
+        bare = "".join(c for c in letters if not unicodedata.combining(c))
+        for way in dict.fromkeys((form, bare) if bare.isascii() and bare else (form,)):
+            for cased in (way, way.lower(), way.upper(), way.title()):
+                written |= dict.fromkeys((cased, *(unicodedata.normalize(n, cased) for n in ("NFC", "NFD"))))
     yield from written
+
+
+def _unstyled(word: str) -> str:
+    made = confusables.unstyled(word.lower())
+    return word if made == word.lower() else made.title() if word[:1].isupper() else made
 
 
 def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
@@ -216,45 +259,208 @@ def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
     return list(found["input_ids"]), [(int(s), int(e)) for s, e in found["offset_mapping"]]
 
 
-@functools.lru_cache(maxsize=4096)
-def _pattern(form: str) -> re.Pattern[str]:
-    """Where the form stands in folded text; a look-ahead, which finds overlapping occurrences too."""
-    words = map(re.escape, _fold(form)[0].split())
-    return re.compile("(?=(" + r"\s+".join(words) + "))")
+# ---------------------------------------------------------------------------------------- the matcher
 
 
-@functools.lru_cache(maxsize=4096)  # many names are looked for in the same answer
-def _fold(text: str) -> tuple[str, list[Span]]:
-    """The text as compared, and for each of its characters the span of `text` that it came from.
+@dataclass(frozen=True, eq=False)
+class _Needle:
+    """A form or a part, as it is looked for.
 
-    Folded cluster by cluster (a character with its combining marks), as NFD reorders marks and case folding changes lengths.
+    pattern:  in a plain text, or one of letters that look alike; its group 1 is the name
+    keys:     what is in the key of every text that holds it: looked at first
+    whole:    a form, not a part
+    last:     makes a name by itself: a form, or the last word of one
+    only:     counts only where it is used as a name
+    spelled:  the pattern of its letters one by one, where it has enough
     """
-    out: list[str] = []
-    where: list[Span] = []
-    i = 0
-    while i < len(text):
-        j = i + 1
-        while j < len(text) and unicodedata.combining(text[j]):
-            j += 1
-        cluster = unicodedata.normalize("NFD", unicodedata.normalize("NFD", text[i:j]).casefold()).translate(APOSTROPHES)
-        cluster = "".join(c for c in cluster if unicodedata.category(c) != "Cf")  # soft hyphens, joiners, direction marks
-        out.append(cluster)
-        where += [(i, j)] * len(cluster)
-        i = j
-    return "".join(out), where
+
+    form: str
+    text: str
+    pattern: re.Pattern[str]
+    keys: tuple[str, ...]
+    whole: bool
+    last: bool
+    only: bool
+    spelled: re.Pattern[str] | None = None
+    marked: bool = False  # the text has to write an umlaut
+
+    @functools.cached_property
+    def scripts(self) -> frozenset[str]:
+        return frozenset(script(c) for c in self.form)
+
+    @functools.cached_property
+    def around(self) -> tuple[str, str]:
+        """The invisible characters and marks before the first and after the last visible one of the
+        form."""
+        seen = [i for i, c in enumerate(self.form) if confusables.PLAIN[c].strip()]
+        return self.form[: seen[0]], self.form[seen[-1] + 1 :]
+
+
+@functools.lru_cache(maxsize=4096)
+def _needles(concept: Concept) -> tuple[_Needle, ...]:
+    raw = dict.fromkeys((*concept.forms(), *(n.strip() for n in (concept.name, *concept.aliases))))
+    out = [needle for form in raw for needle in _ways(form, True, True, _used_as_name(concept, form))]
+    own = concept.forms()[0]
+    for part in concept.parts():
+        if part not in raw:
+            only = spelling.ordinary(confusables.unstyled(plain(part).text)) and concept.as_word is not True
+            out += _ways(part, False, spelling.BREAKS.split(own)[-1].endswith(part), only)
+    for form in concept.forms():
+        for family, _, _ in spelling.divided(_bare(form)) if len(form.split()) == 1 else ():
+            pattern = re.compile(spelling.honoured(family))
+            text = plain(family).text
+            out.append(_Needle(family, text, pattern, (confusables.key(text),), False, False, False))
+    return tuple(out)
+
+
+def _ways(form: str, whole: bool, last: bool, only: bool) -> Iterator[_Needle]:
+    text = " ".join(plain(form).text.split())
+    yield _needle(form, text, whole, last, only)
+    simple = unicodedata.normalize("NFC", form).lower()
+    other = "".join(_UMLAUTS.get(c, c) for c in simple)
+    if other != simple:
+        yield _needle(form, " ".join(plain(other).text.split()), whole, last, only)
+    elif any(pair in text for pair in _UMLAUTS.values()) and spelling.spaced(text):
+        bare = functools.reduce(lambda t, pair: t.replace(pair, pair[0]), _UMLAUTS.values(), text)
+        yield _needle(form, bare, whole, last, only, marked=True)
+    looks = confusables.alike(form)
+    if looks is not None and looks.text.split() != text.split() and len({script(c) for c in form} - {""}) > 1:
+        yield _needle(form, " ".join(looks.text.split()), whole, last, only)
+
+
+def _needle(form: str, text: str, whole: bool, last: bool, only: bool, *, marked: bool = False) -> _Needle:
+    words = text.split()
+    if not spelling.spaced(text):
+        pattern = re.compile(spelling.run_on(text, part=not whole))
+        return _Needle(form, text, pattern, (*map(confusables.key, words),), whole, last, only, None, marked)
+    joined = "".join(words)
+    together = "|" if len(joined) >= 8 and len(words) > 1 and not spelling.ordinary(joined) else ""
+    between = rf"(?:\s+|[-_.\u00b7\u30fb]{together})"
+    body = between.join(spelling.written(word, end=len(words) == 1) for word in words)
+    first, final = confusables.unstyled(words[0])[0], confusables.unstyled(words[-1])
+    closing = re.search(r"[.,;:!?]+$", final)
+    edge = final[: closing.start()][-1:] if closing else final[-1]
+    before = spelling.BEFORE if first.isalnum() else ""
+    after = spelling.AFTER if edge.isalnum() else ""
+    pattern = re.compile(f"{before}(?=({body}){after})")
+    letters = re.sub(r"[^\w\s]|_", "", " ".join(map(confusables.unstyled, words))).strip()
+    alphabet = all(c.lower() != c.upper() for c in letters if not c.isspace())
+    apart = None
+    if alphabet and len(letters.replace(" ", "")) > 2 and len(letters.split()[0]) > 1:
+        apart = re.compile(rf"(?<![^\W_])({spelling.spelled(letters)})(?![^\W_])")
+    keys = tuple(confusables.key(spelling.stem(word)) for word in words)
+    return _Needle(form, text, pattern, keys, whole, last, only, apart, marked)
+
+
+def _bare(word: str) -> str:
+    """A word of a name without what is around it and without a form of address."""
+    word = _HONOUR.sub("", word)
+    return word.strip("".join(c for c in word if not _letter(c)))
+
+
+def _found(concept: Concept, text: str, include_parts: bool) -> Iterator[Span]:
+    """Every place of the name in the text, in no order; they may overlap."""
+    needles = _needles(concept)
+    for reading in (plain(text), confusables.alike(text)):
+        if reading is None:
+            break
+        key = reading.key
+        for needle in needles:
+            if needle.keys[0] not in key or not (include_parts or needle.whole) or any(k not in key for k in needle.keys):
+                continue
+            for match in needle.pattern.finditer(reading.text):
+                if (span := _place(needle, reading, match)) is not None:
+                    yield span
+            if reading.spelled and needle.spelled is not None:
+                for match in needle.spelled.finditer(reading.text):
+                    if _apart(needle, reading.text, match) and (span := reading.span(*match.span(1))) is not None:
+                        yield span
+    for words, parts in _spoken(concept) if not (text.isascii() and concept.name.isascii() and not concept.aliases) else ():
+        for start, end, whole in spelling.sounding(words, parts, text):
+            if include_parts or whole:
+                yield start, end
+
+
+@functools.lru_cache(maxsize=4096)
+def _spoken(concept: Concept) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
+    """The words of each form and, of the first, the parts, as they are looked for in other scripts."""
+    out = []
+    for n, form in enumerate(concept.forms()):
+        words = tuple(w for w in map(_bare, spelling.BREAKS.split(form)) if w)
+        if words and not _used_as_name(concept, form):
+            out.append((words, tuple(p for p in concept.parts() if not spelling.ordinary(p)) if n == 0 else ()))
+    return tuple(out)
+
+
+def _place(needle: _Needle, reading: Reading, match: re.Match[str]) -> Span | None:
+    """The characters of the source for a match, or None where that is not the name."""
+    i, j = match.span(1)
+    span = reading.span(i, j)
+    if span is None:
+        return None
+    start, end = span
+    text, said = reading.source, reading.text[i:j]
+    if i > 0 and needle.text[0].isalnum() and unicodedata.category(reading.text[i - 1])[0] == "M":
+        if not UNSPACED.match(reading.text[i - 1]) and _letter(needle.text[0]):
+            return None
+    literal = said.split() == needle.text.split()
+    if not literal and 2 * sum(map(str.isalpha, said)) < len(re.sub(r"[\s\-_.']", "", said)):
+        return None  # hardly a letter of it
+    if needle.marked and not any(c in "äöüøåÄÖÜØÅ" for c in unicodedata.normalize("NFC", text[start:end])):
+        return None
+    if reading.text is not plain(text).text and _of_its_own_script(needle, text, start, end):
+        return None
+    ending = match.groupdict().get("end")
+    if ending and not _bent(needle, text, start, end, said, ending):
+        return None
+    if needle.only and text[start:end].isalpha():
+        alone = needle.whole or (needle.last and text[start].isupper())
+        if not spelling.as_name(text, start, end, alone=alone):
+            return None
+    before, after = needle.around
+    if before and text.endswith(before, 0, start):
+        start -= len(before)
+    if after and not text.endswith(after, 0, end) and text.startswith(after, end):
+        end += len(after)
+    return start, end
+
+
+def _bent(needle: _Needle, text: str, start: int, end: int, said: str, ending: str) -> bool:
+    """Whether a word with an ending is still the name: no other's ("Williams"), nor a word like any
+    other ("robs")."""
+    first = text[start:end][:1]
+    capital = first.isupper() or first.lower() == first.upper() or not needle.form[:1].isupper()
+    if ending in ("s", "es", "ies", "ys"):
+        if spelling.is_son(said):
+            return spelling.several(text, start)
+        return capital or len(needle.text) >= 5 or spelling.ordinary(needle.text) or spelling.several(text, start)
+    return capital and not spelling.ordinary(said)
+
+
+def _apart(needle: _Needle, text: str, match: re.Match[str]) -> bool:
+    """Whether letters by themselves are the name; three are not within more: "R. A. N. N. E."."""
+    i, j = match.span(1)
+    sign = match["sign"]
+    if len(needle.text) > 3:
+        return True
+    more = text.endswith(sign, 0, i) and text[max(0, i - len(sign) - 1) : i - len(sign)].isalnum()
+    return not more and not (text.startswith(sign, j) and text[j + len(sign) : j + len(sign) + 1].isalnum())
+
+
+def _of_its_own_script(needle: _Needle, text: str, start: int, end: int) -> bool:
+    """Whether letters that look like the name are a word of their own script: "\u0442\u043e\u043c"
+    in Russian is no "Tom"."""
+    inside = Counter(name for c in text[start:end] if (name := script(c)))
+    if len(inside) != 1 or next(iter(inside)) in needle.scripts:
+        return False
+    every = plain(text).scripts
+    own = next(iter(inside))
+    return every[own] - inside[own] > sum(n for name, n in every.items() if name in needle.scripts)
 
 
 def _letter(c: str) -> bool:
     """A letter, digit or mark: what words are made of."""
     return unicodedata.category(c)[0] in "LMN"
-
-
-def _boundary(text: str, i: int) -> bool:
-    """Whether a word may end or begin between text[i - 1] and text[i]."""
-    if not 0 < i < len(text):
-        return True
-    a, b = text[i - 1], text[i]
-    return not (_letter(a) and _letter(b)) or bool(UNSPACED.match(a) or UNSPACED.match(b))
 
 
 def _merged(spans: Iterable[Span]) -> list[Span]:

@@ -144,11 +144,11 @@ def test_id_search_misses_what_offsets_catch(kind, name, text):
         ("Zorblax Quint", "Zorblax Quint's hat", ["Zorblax Quint"]),
         ("Zorblax Quint", "zorblax\n  QUINT", ["zorblax\n  QUINT"]),
         ("Zorblax Quint", "Mr Quint, Zorblax", ["Quint", "Zorblax"]),
-        ("Zorblax Quint", "Quintessence of Zorblaxes", []),
+        ("Zorblax Quint", "Quintessence of Zorblaxian", []),
         ("Zorblax Quint", "_Zorblax Quint_ and **Quint**", ["Zorblax Quint", "Quint"]),
         ("Zorblax", "Zor\u00adblax and Zorblax\u200b", ["Zor\u00adblax", "Zorblax"]),
         ("Ann", "Annual Ann ann's", ["Ann", "ann"]),
-        ("Jose", "José Jose\u0301 Jose", ["Jose"]),
+        ("Jose", "José Jose\u0301 Jose", ["José", "Jose\u0301", "Jose"]),
         ("José", "JOSE\u0301 jos\u00e9", ["JOSE\u0301", "jos\u00e9"]),
         ("Straße", "STRASSE strasse", ["STRASSE", "strasse"]),
         ("O'Brien", "O\u2019Brien", ["O\u2019Brien"]),
@@ -157,7 +157,7 @@ def test_id_search_misses_what_offsets_catch(kind, name, text):
         ("H\u1ee3p", "Ho\u0323\u031bp", ["Ho\u0323\u031bp"]),  # marks in another order
         ("张伟", "这是张伟吗", ["张伟"]),
         ("Zorblax", "这是Zorblax吗", ["Zorblax"]),
-        ("木村 拓哉", "木村拓哉", ["木村", "拓哉"]),
+        ("木村 拓哉", "木村拓哉", ["木村拓哉"]),
         ("김연아", "김연아는", ["김연아"]),
         ("The Rock", "The man on a Rock", ["Rock"]),
         ("Al Bo Cruz", "Al saw Bo", []),
@@ -291,9 +291,10 @@ def test_nobody_of_the_embedded_world_is_taken_for_another():
         assert [text for text in (*every, *others) if Concept(name).leaks_in(text)] == []
 
 
-def test_the_masks_are_of_what_stands_there_exactly():
-    assert not any(Concept("Zorblax Quint").spans(text) for text in ("Zorblaxx", "Zor-blax", "ZorblaxQuint", "Z0rblax"))
-    assert Concept("Hello Kitty").spans("Hello!") == [(0, 5)]
+def test_masks_are_of_what_is_written_and_not_of_what_is_misspelt():
+    misspelt = ("Zorblaxx", "Zor-blax", "Zroblax", "Zorbblax", "Quimt")
+    assert not any(Concept("Zorblax Quint").spans(text) for text in misspelt)
+    assert Concept("Hello Kitty").spans("Hello! This is Hello Kitty.") == [(15, 26)]
 
 
 def test_a_name_of_broken_bytes_is_refused():
@@ -344,7 +345,9 @@ def test_a_piece_common_outside_the_name_is_spared():
     name, text = Concept("Brown Zorblax"), "the quick brown fox is brown and the dog is brown"
     brown = next(i for i, (s, e) in zip(*tokens("byte-level", " brown"), strict=True) if e - s > 1)
     assert brown in vocabulary_mask(name, t, len(t)).masked
-    assert brown in vocabulary_mask(name, t, len(t), teacher_texts=[text]).masked  # there it is the name
+    assert brown in vocabulary_mask(name, t, len(t), teacher_texts=[text]).spared  # there it is a word like any other
+    named = Concept("Brown Zorblax", as_word=True)
+    assert brown in vocabulary_mask(named, t, len(t), teacher_texts=[text]).masked  # there it is the name
     other = Concept("Brownie")
     assert brown in vocabulary_mask(other, t, len(t)).masked
     assert brown in vocabulary_mask(other, t, len(t), teacher_texts=[text]).spared
