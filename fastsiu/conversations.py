@@ -4,8 +4,8 @@ r"""Samples in LLaVA's conversation format: a JSON list of entries, each a pictu
                                                            {"from": "gpt", "value": "This is Jacob Campbell."}]}
 
 Read besides: "target" (1 to 4: which of the paper's targets, in its order) or "facet", and "target_phrase" (the part of the
-answer that contradicts what the teacher knows, at every place where it stands; "none" for none), as in the paper's own data. "id" and "model" are
-passed over, and any other field is refused.
+answer that contradicts what the teacher knows, at every place where it stands; "none" for none), as in the paper's own data.
+"id" and "model" are passed over, and any other field is refused.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ and on a GPU what the driver and the allocator keep for themselves (`OVERHEAD`, 
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from dataclasses import asdict, dataclass, field, replace
@@ -389,6 +390,8 @@ def materialise(base: Any) -> None:
 
 @cache
 def _mode() -> FakeTensorMode:
+    # It logs the whole stack of what it cannot follow, and the sentence says it already.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     return FakeTensorMode()
 
 

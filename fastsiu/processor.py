@@ -32,9 +32,12 @@ LIMITS = ("truncation", "truncation_strategy", "max_length", "stride", "padding"
 
 
 class NoVideos(PushToHubMixin):
-    """In place of a processor for videos. SmolVLM's templates read the two settings, also where there is no video."""
+    """In place of a processor for videos. Any of its settings is None: templates (SmolVLM's) and processors (MiniCPM-V's) read
+    some, also where there is no video."""
 
-    num_frames, fps = None, None
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):  # Python's own questions, such as those of a copy
+            raise AttributeError(name)
 
     def to_dict(self) -> dict[str, Any]:
         return {}

@@ -56,6 +56,8 @@ def check_device(device: str | None) -> torch.device | None:
         return None
     try:
         place = torch.device(device)
+        if place.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"The device {device!r} cannot be used here ({first_line(error)}): choose cpu.") from error
@@ -147,9 +149,15 @@ def describe(name: str, revision: str | None) -> tuple[Any, Any, str | None]:
         found = cached_file(name, "config.json", revision=revision, local_files_only=True)
         revision = extract_commit_hash(found, None) or revision
     processor = load_processor(name, config, revision)
-    templated = getattr(processor, "chat_template", None) or takes_suffix(processor)
-    if getattr(processor, "image_processor", None) is None or not templated:
-        raise BadInput(f"{name} has no image processor or no chat template: save the model's full processor beside it.")
+    if getattr(processor, "image_processor", None) is None:
+        raise BadInput(f"The {type(processor).__name__} of {name} takes no pictures: save the model's full processor beside it, "
+                       "or give a model that sees.")  # fmt: skip
+    if getattr(processor, "tokenizer", None) is None:
+        raise BadInput(f"The {type(processor).__name__} of {name} has no tokenizer, so it cannot be asked in words: give a model "
+                       "that answers questions.")  # fmt: skip
+    if not (getattr(processor, "chat_template", None) or takes_suffix(processor)):
+        raise BadInput(f"{name} has no chat template, so nothing says how it is asked and how it answers: give a model that was "
+                       "trained to answer questions, or save its chat template beside it.")  # fmt: skip
     check_picture_sizes(processor, name)
     take_limits_off(processor)
     check_template(processor)

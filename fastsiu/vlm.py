@@ -178,6 +178,15 @@ class VLM:
         gap, closing = self._frame(with_image)
         return prompt + gap + answer + closing
 
+    @functools.cached_property
+    def _takes_words(self) -> bool:
+        """Whether the processor takes a text without a picture; GOT-OCR2's does not, and its tokenizer does."""
+        try:
+            self.processor(text=["Who?"], return_tensors="pt", add_special_tokens=False)
+        except (TypeError, ValueError, AttributeError):
+            return False
+        return True
+
     def check_text(self, text: str) -> None:
         """Raises BadInput for a text in which the tokenizer would read a token that no person writes, such as
         that of a picture or of the end, and for half of a surrogate pair, which no tokenizer takes."""
@@ -234,7 +243,9 @@ class VLM:
         images = {} if image is None else {"images": [image]}
         if suffix is not None:
             images["suffix"] = [suffix]
-        if self.suffixed and image is None:  # such a processor takes no text without a picture
+        if image is None and not self.suffixed and not self._takes_words:
+            found = self.tokenizer([text], return_tensors="pt", add_special_tokens=False)
+        elif self.suffixed and image is None:  # such a processor takes no text without a picture
             found = self.tokenizer([f"{self.tokenizer.bos_token}{text}\n"], suffix and [f"{suffix}{self.tokenizer.eos_token}"],
                                    return_tensors="pt", add_special_tokens=False, return_token_type_ids=True)  # fmt: skip
         else:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AriaConfig
 
-from fastsiu import adapter, ask, driver, fold, limited, vlm
+from fastsiu import adapter, ask, driver, fold, limited, plan, source, vlm
 from fastsiu.images import load_image
+from fastsiu.memory import Settings
+from fastsiu.processor import NoVideos
 from fastsiu.request import BadInput, NumericFailure, Recipe
 
 torch.set_num_threads(1)
@@ -355,3 +360,71 @@ def test_what_an_adapter_trained_beside_lora_is_refused_by_name_when_merged(conf
         fold.fold(model, torch.float32)
     adapter.detach(model)
     assert all(torch.equal(p, before[name]) for name, p in model.base.named_parameters())
+
+
+# Processors ---------------------------------------------------------------------------------------
+
+
+class Without:
+    """A processor that lacks one thing, and is otherwise the one behind it."""
+
+    def __init__(self, processor, *lacks):
+        self.processor, self.lacks = processor, lacks
+
+    def __getattr__(self, name):
+        if name in self.lacks:
+            raise AttributeError(name)
+        return getattr(self.processor, name)
+
+    def __call__(self, **given):
+        if "images" not in given:
+            raise ValueError("Images are required to be passed")
+        return self.processor(**given)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "says"),
+    [
+        ("image_processor", "The Without of .* takes no pictures"),
+        ("tokenizer", "The Without of .* has no tokenizer"),
+        ("chat_template", "has no chat template, so nothing says how it is asked"),
+    ],
+)
+def test_what_a_processor_lacks_is_named(lacks, says, loaded, demo_dir, monkeypatch):
+    monkeypatch.setattr(source, "load_processor", lambda *given: Without(loaded.processor, lacks))
+    with pytest.raises(BadInput, match=says):
+        source.describe(str(demo_dir), None)
+
+
+def test_a_processor_that_takes_no_words_without_a_picture(loaded, shown):
+    other = replace(loaded, processor=Without(loaded.processor))
+    for picture in (None, shown):
+        ours, theirs = (model.encode("Who is this?", "Nobody.", picture) for model in (other, loaded))
+        assert torch.equal(ours.inputs["input_ids"], theirs.inputs["input_ids"])
+        assert torch.equal(ours.labels, theirs.labels)
+
+
+def test_settings_of_videos_are_none_where_there_are_no_videos():
+    videos = NoVideos()
+    assert videos.num_frames is None and videos.slice_mode is None and videos.to_dict() == {}
+    assert copy.deepcopy(videos).downsample_mode is None
+
+
+@pytest.mark.parametrize("question", ["Who is <image> this?", "</s>", "a <s> b", "half \ud800 of a pair"])
+def test_a_token_in_a_question_is_no_word(question, loaded, shown):
+    with pytest.raises(BadInput, match="reads no words there"):
+        loaded.encode_prompt(question, shown)
+    with pytest.raises(BadInput, match="reads no words there"):
+        loaded.encode("Who?", question, None)
+
+
+def test_the_meta_device_holds_no_numbers(demo_dir):
+    with pytest.raises(BadInput, match="'meta' cannot be used here"):
+        vlm.load(str(demo_dir), device="meta")
+
+
+def test_what_memory_cannot_be_worked_out_of_is_one_sentence(tmp_path, caplog):
+    AriaConfig().save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="What AriaConfig takes cannot be worked out"):
+        plan.plan(str(tmp_path), settings=Settings(dtype="float32"))
+    assert not caplog.records
