@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import cached_file
 
-from . import limited, source
-from . import output as outputs
+from . import limited, manifest, source
 from .request import BadInput, NumericFailure, Recipe
 from .strict_json import read_json
 from .vlm import VLM
@@ -260,27 +259,18 @@ def _strip(vlm: VLM) -> None:
 # Does it belong to this model? --------------------------------------------------------------------------------------------
 
 
-MANIFEST_SHAPE = {
-    "files": {"*": {"bytes": int, "sha256": str}},
-    "model": {"id": str, "revision": (None, str), "sha256": {"*": str}},
-    "recipe": {"*": dict},
-    "settings": dict,
-    "seeds": {"*": int},
-}
-
-
 def manifest_of(directory: Path) -> dict[str, Any]:
     """manifest.json; empty where there is none. Raises BadInput where it is damaged."""
-    path = directory / outputs.MANIFEST
+    path = directory / manifest.MANIFEST
     if not path.is_file():
         return {}
-    return dict(read_json(path, what=str(path), remedy="restore it or remove it", shape=MANIFEST_SHAPE))
+    return dict(read_json(path, what=str(path), remedy="restore it or remove it", shape=manifest.SHAPE))
 
 
 def check_files(directory: Path, sealed: Mapping[str, Any]) -> dict[str, str]:
     """SHA-256 of the adapter's files. Raises BadInput where one is missing or not what its manifest says."""
     check_directory(directory)
-    own = {file: outputs.digest_file(directory / file) for file in (ADAPTER, CONFIG) if (directory / file).is_file()}
+    own = {file: manifest.digest_file(directory / file) for file in (ADAPTER, CONFIG) if (directory / file).is_file()}
     for file, digest in own.items():
         written = sealed.get("files", {}).get(file, {}).get("sha256")
         if written is not None and written != digest:
@@ -319,7 +309,7 @@ def check_belongs(directory: Path, name: str, revision: str | None, weights: Map
     local, model = Path(name).is_dir(), sealed["model"]
     if local or revision is None or (model.get("id"), model.get("revision")) != (name, revision):
         found = cached_file(name, "config.json", revision=revision, local_files_only=not local)
-        check_weights(directory, sealed, weights or outputs.digest_model(Path(str(found)).parent), name, revision)
+        check_weights(directory, sealed, weights or manifest.digest_model(Path(str(found)).parent), name, revision)
     return []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,13 @@ def test_a_bounded_run_of_every_target_finds_nothing(tmp_path):
     done = fuzz(FUZZ / "run.py", tmp_path, "--runs", "800")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "teacher: 800 inputs" in done.stdout and "index: 800 inputs" in done.stdout
+
+
+def test_the_seeds_are_read():
+    """Else nothing but the first check is ever reached."""
+    spec = importlib.util.spec_from_file_location("fuzz_files", FUZZ / "fuzz_files.py")
+    files = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(files)
+    for name, target in files.TARGETS.items():
+        for data in files.seeds(name):
+            target(data)
