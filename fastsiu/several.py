@@ -279,6 +279,12 @@ class _Job:
 
     def run(self, loaded: vlm.VLM, done: list[int], todo: list[int]) -> None:
         self.output.mkdir(mode=0o700, exist_ok=True)
+        with staging.claim(self.output, MATRIX) as mine:
+            if not mine:
+                raise BadInput(f"Another run is at work in {self.output}: wait for its end, or choose another --output.")
+            self._run(loaded, done, todo)
+
+    def _run(self, loaded: vlm.VLM, done: list[int], todo: list[int]) -> None:
         if self.mode == "joint":
             self.jointly(loaded, done, todo)
             return

@@ -351,3 +351,22 @@ def test_a_changed_byte_of_a_done_concept_is_told(stubbed, tmp_path):
     report.write_bytes(report.read_bytes().replace(b"null", b"0000", 1))
     ended = call(tmp_path / "o", 1)
     assert isinstance(ended[0], BadInput) and "was changed ('report.json'" in str(ended[0]) and len(notes) == 3
+
+
+def test_a_second_run_of_the_same_requests_is_told_before_it_trains(cast, tmp_path, monkeypatch):
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from fastsiu import several, staging
+
+    file, output = tmp_path / "requests.jsonl", tmp_path / "o"
+    file.write_text(json.dumps({"image": str(cast.image), "concept": cast.target}) + "\n")
+    monkeypatch.setattr(several.driver, "load", lambda *a, **k: SimpleNamespace(model=None))
+    monkeypatch.setattr(several.vlm, "threads", lambda loaded: nullcontext())
+    monkeypatch.setattr(several._Job, "prepare", lambda *a: 1 / 0)
+    output.mkdir()
+    with staging.claim(output, several.MATRIX), pytest.raises(BadInput, match="Another run is at work"):
+        several.unlearn_several(file, output=output)
+    assert list(output.iterdir()) == []
+    with pytest.raises(ZeroDivisionError):
+        several.unlearn_several(file, output=output)
