@@ -46,7 +46,7 @@ _HONOUR = re.compile(r"(?<=\w)(?:-(?:san|sama|kun|chan|sensei|ssi|nim)|さん|�
 class Concept:
     """A concept's name and further names of the same concept.
 
-    as_word: for a name of one word that is a word like any other. True: it counts wherever it
+    as_word: for a name of one word that is a word like any other, too. True: it counts wherever it
              stands, as of things ("a castle");
              False: only where it is used as a name ("This is Rose.", not "a red rose"); None: as
              a name where people, bands or firms are called so and it is given with a capital, else
@@ -123,6 +123,7 @@ class Concept:
         return (
             self.named_in(text)
             or spelling.together(parts, text)
+            or any(spelling.nearly_sounding(*spoken, text) for spoken in _spoken_in(self, text))
             or spelling.misspelt([f for f in self.forms() if not _used_as_name(self, f)], parts, text)
         )
 
@@ -148,19 +149,20 @@ def ambiguous(concept: Concept) -> str:
 
 def _used_as_name(concept: Concept, form: str) -> bool:
     """Whether a form of one word counts only where it is used as a name."""
-    if len(form.split()) > 1 or concept.as_word is True:
-        return False
+    if len(form.split()) > 1 or concept.as_word is not None:
+        return len(form.split()) == 1 and concept.as_word is False
     word = confusables.unstyled(plain(form).text)
-    return spelling.ordinary(word) and (concept.as_word is False or (spelling.called(word) and form[:1].isupper()))
+    return spelling.ordinary(word) and spelling.called(word) and form[:1].isupper()
 
 
 @dataclass(frozen=True, eq=False)
 class VocabularyMask:
     """The paper's K_V (Eq. 3).
 
-    keep    [V] bool, False at the masked tokens masked  token id to token, what `keep` excludes
-    spared  token id to token, pieces of the name left alone: too common elsewhere, or a single
-    character warning a sentence where nothing could be masked, else empty
+    keep:    [V] bool, False at the masked tokens
+    masked:  token id to token, what `keep` excludes
+    spared:  token id to token, pieces of the name left alone: too common elsewhere, or one character
+    warning: a sentence where nothing could be masked, else empty
     """
 
     keep: Tensor
@@ -375,10 +377,17 @@ def _found(concept: Concept, text: str, include_parts: bool) -> Iterator[Span]:
                 for match in needle.spelled.finditer(reading.text):
                     if _apart(needle, reading.text, match) and (span := reading.span(*match.span(1))) is not None:
                         yield span
-    for words, parts in _spoken(concept) if not (text.isascii() and concept.name.isascii() and not concept.aliases) else ():
+    for words, parts in _spoken_in(concept, text):
         for start, end, whole in spelling.sounding(words, parts, text):
             if include_parts or whole:
                 yield start, end
+
+
+def _spoken_in(concept: Concept, text: str) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
+    """The forms that may be written in another script in `text`."""
+    if text.isascii() and concept.name.isascii() and not concept.aliases:
+        return ()
+    return _spoken(concept)
 
 
 @functools.lru_cache(maxsize=4096)

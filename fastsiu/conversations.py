@@ -79,9 +79,12 @@ def check_image(shown: Any, base: Path, image: Path | None) -> None:
     if not isinstance(shown, str) or not shown or "\0" in shown:
         raise ValueError("'image' must be the path of the training picture")
     file = base / shown
-    if image is not None and file.is_file() and image.is_file():
-        same = file.stat().st_size == image.stat().st_size and file.read_bytes() == image.read_bytes()
-    else:
+    try:
+        beside = image is not None and file.is_file() and image.is_file()
+        same = beside and file.stat().st_size == image.stat().st_size and file.read_bytes() == image.read_bytes()
+    except OSError as error:
+        raise ValueError(f"the picture {shown:.60} cannot be read ({error.strerror})") from error
+    if not beside:
         same = image is not None and file.name == image.name
     if not same:
         raise ValueError(f"its picture {shown!r} is not the training picture, and only that can be trained on: remove the entry; "

@@ -324,6 +324,7 @@ def test_the_image_of_a_line_is_the_training_picture_or_a_sentence(tmp_path, cas
         ('{"question": "q", "answer": "a", "anwser": "b"}', "line 2: 'anwser' is none of question, answer"),
         ('{"question": "q", "answer": "a", "image": "elsewhere.png"}', "line 2: its picture 'elsewhere.png' is not the training"),
         ('{"question": "q", "answer": "a", "image": 3}', "line 2: 'image' must be the path"),
+        ('{"question": "q", "answer": "a", "image": "' + "x" * 5000 + '"}', "line 2: the picture x* cannot be read"),
         ('{"question": "q", "answer": "a", "answer": "b"}', "line 2: the key 'answer' stands twice"),
         ('{"question": "<image> q", "answer": "a"}', "line 2: '<image>' must not stand in the question"),
         ('{"question": "q", "answer": "a\\ud800"}', "line 2: .* must not stand in the answer"),
