@@ -118,6 +118,9 @@ class TeacherCache:
         Raises ValueError where a shape, dtype, device or option cannot be used, or vocab_keep keeps nothing.
         """
         check_head(hidden, head_weight, head_bias, logit_scale, logit_softcap, temperature)
+        for name, x in (("hidden", hidden), ("head_weight", head_weight), ("head_bias", head_bias)):
+            if x is not None and x.dtype.itemsize < 2:  # the loss takes none of them either
+                raise ValueError(f"{name} is {x.dtype}: convert it to a 16, 32 or 64 bit float.")
         if hidden.device.type == "mps":
             raise ValueError("A teacher's cache needs a few fp64 numbers per row, which mps has not: make and use it on the CPU.")
         if vocab_keep is not None and not isinstance(vocab_keep, Tensor):
@@ -334,7 +337,7 @@ def _odd(i: Tensor) -> Tensor:
 def _bits(x: Tensor) -> Tensor:
     """The bits as integers. Of fp64 the upper half also goes into the lower one: modulo 2^64 a sign alone, which is the
     highest bit, is the same times any odd number, and two signs would cancel."""
-    x = x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    x = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
     return x ^ ((x >> 32) & 0xFFFFFFFF) if x.dtype == torch.int64 else x
 
 
@@ -363,7 +366,7 @@ def _sums(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------ tensors in files
 
-FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+FLOATS = ("F16", "BF16", "F32", "F64")
 WIDE, INTEGERS = ("F32", "F64"), ("I64",)
 
 

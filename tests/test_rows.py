@@ -320,6 +320,8 @@ WRONG = {
     "ids of another shape": lambda t: t.update(ids=t["ids"][None].clone()),
     "an id less": lambda t: t.update(ids=t["ids"][1:].clone()),
     "labels as floats": lambda t: t.update(labels=t["labels"].float()), "one more": lambda t: t.update(more=torch.ones(1)),
+    "a count below 0 and another that makes up for it": lambda t: t["counts"][:2].add_(torch.tensor([-99, 99])),
+    "counts whose sum runs over": lambda t: t["counts"].zero_()[:5].add_(torch.tensor([2**62] * 4 + [len(t["labels"])])),
     "counts of no dimension": lambda t: t.update(counts=torch.tensor(3)),
 }  # fmt: skip
 
@@ -341,7 +343,9 @@ def test_an_index_does_not_live_in_its_file(tmp_path):
     index, _ = indexed(world())
     index.save(tmp_path / "index")
     again = RowIndex.load(tmp_path / "index")
-    (tmp_path / "index").write_bytes(b"")
+    size = (tmp_path / "index").stat().st_size
+    with open(tmp_path / "index", "r+b") as file:
+        file.write(bytes(size))
     assert seen(again) == seen(index)
 
 

@@ -229,7 +229,12 @@ def test_of_a_large_head_each_call_reads_a_share(dtype):
     c.loss()
     with torch.no_grad():
         c.W[77] += 1  # torch counts this
-    assert calls_until_told(c, K) == 1
+    for _ in range(K + 1):
+        assert calls_until_told(c, 1) == 1  # and it stays told
+    other = TeacherCache.from_hidden(c.teacher.hidden, c.W, head_bias=c.b)  # of the head as it is now
+    for _ in range(K + 1):
+        c.loss(other)
+        assert calls_until_told(c, 1) == 1
     c = Case(**BIG, dtype=dtype)
     c.loss()
     c.b.data[77] += 1
@@ -457,11 +462,18 @@ def texts():
         for value in VALUES:
             if (name, value) != ("logit_softcap", None) and (name, value) != ("renormalize", True):
                 yield f"{name} {value!r:.9}", {"options": json.dumps(OPTIONS | {name: value})}
-    yield "no digest", {"digest": ""}
+    yield "empty digest", {"digest": ""}
     yield "another option", {"options": json.dumps(OPTIONS | {"head_weight": 1})}
     yield "head of another shape", {"head": json.dumps([V + 1, D])}
     yield "version 1", {"version": "1"}
     yield "version 4", {"version": "4"}
+
+
+@pytest.mark.parametrize("key", ["digest", "head_dtype", "head_digest"])
+def test_a_digest_that_is_gone_is_told(key, tmp_path):
+    path, W, _ = cached(tmp_path / "t")
+    rewrite(path, lambda tensors, metadata: metadata.pop(key))
+    assert told(path, W) is None
 
 
 @pytest.mark.parametrize("version", ["2", "3"])
@@ -495,6 +507,7 @@ def tensors():
         yield f"{name} as bool", become(name, lambda x: x > 0)
         if name != "hidden":  # of any float
             yield f"{name} as another float", become(name, lambda x: x.to(torch.float16))
+        yield f"{name} in 8 bits", become(name, lambda x: x.float().to(torch.float8_e4m3fn))
         yield f"{name} complex", become(name, lambda x: x.to(torch.complex64))
         if name != "top":
             for value in (float("nan"), float("inf"), -float("inf")):
@@ -603,6 +616,14 @@ def test_rows_that_are_not_finite_come_back(tmp_path):
     assert torch.equal(again.hidden.nan_to_num(7.0), hidden.nan_to_num(7.0)) and torch.equal(again.lse[::2], teacher.lse[::2])
 
 
+def test_a_cache_does_not_live_in_its_file(tmp_path):
+    path, W, teacher = cached(tmp_path / "t")
+    again, size = TeacherCache.load(path, head_weight=W), path.stat().st_size
+    with open(path, "r+b") as file:
+        file.write(bytes(size))
+    assert equal(again, teacher)
+
+
 def test_what_is_no_file(tmp_path):
     W = rand(V, D)
     for missing in (tmp_path / "none", tmp_path / "none" / "t", "", "a\0b"):
@@ -619,6 +640,15 @@ def test_what_is_no_file(tmp_path):
         assert told(path, W) is None
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
+
+
+def test_numbers_of_8_bits_are_refused_where_the_cache_is_made():
+    """And not by an error of torch's in the loss."""
+    c, small = Case(), lambda x: x.to(torch.float8_e5m2)
+    for name in ("hidden", "head_weight", "head_bias"):
+        given = dict(hidden=c.h, head_weight=c.W.detach(), head_bias=c.b.detach())
+        with pytest.raises(ValueError, match=f"^{name} is torch.float8_e5m2: convert it to .*float\\.$"):
+            TeacherCache.from_hidden(**given | {name: small(given[name])})
 
 
 def test_huge_numbers_are_no_option():
