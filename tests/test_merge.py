@@ -245,8 +245,8 @@ def test_what_is_merged_without_names_holds_none(trained, demo_dir, cast, tmp_pa
 def test_a_hub_models_commit_is_enough_and_other_ids_are_looked_into(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"1")
     (tmp_path / "config.json").write_text("{}")
-    for file in (adapter.ADAPTER, adapter.CONFIG):
-        (tmp_path / file).write_text("{}")
+    save_file({"a.lora_A.weight": torch.zeros(1, 2), "a.lora_B.weight": torch.zeros(2, 1)}, tmp_path / adapter.ADAPTER)
+    (tmp_path / adapter.CONFIG).write_text('{"peft_type": "LORA", "r": 1}')
     digest = output.digest_file(tmp_path / "config.json")
     sealed = {"model": {"id": "org/m", "revision": "c1", "sha256": {"model.safetensors": digest}}}
     (tmp_path / "manifest.json").write_text(json.dumps(sealed))
