@@ -30,7 +30,7 @@ _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe0
 _BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 _SAME = str.maketrans(
     {"\u2019": "'", "\u02bc": "'", "\u2018": "'", "\u02b9": "'", "`": "'", "\u05f3": "'", "\u2010": "-", "\u2011": "-",
-     "\u2012": "-", "\u2013": "-", "\ufe63": "-", "\u05be": "-", "\u00ad": "", "\u0649": "\u064a", "\u06cc": "\u064a",
+     "\u2012": "-", "\u2013": "-", "\ufe63": "-", "\u05be": "-", "\u00ad": "", "\u06cc": "\u064a",
      "\u0629": "\u0647", "\u06a9": "\u0643", "\uff65": "\u30fb"}
 )  # fmt: skip
 # What stands for a letter in a stylised name; an "!" or "|" only between letters.
@@ -96,7 +96,8 @@ def _alike(c: str) -> str:
     if c.isascii() or script(c) == "LATIN":
         return PLAIN[c]
     small = PLAIN[c]
-    looks = _looks().get(c) or "".join(_looks().get(part, part) for part in small)
+    like = lambda part: _looks().get(part) or _looks().get(part.upper(), part)  # or its capital
+    looks = _looks().get(c) or "".join(map(like, small))
     return "i" if looks == "l" and _looks().get(small) == "i" else looks
 
 

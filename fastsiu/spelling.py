@@ -291,7 +291,7 @@ _SOUNDS = _rules(
 _OTHER_SOUNDS = {
     "hangul": _rules(
         """
-        sh>s y>i w>u eo|eu|oo|ou>u ee>i ae>e ui>i ch>j k>g t>d p>b r>l h(?=[^aeiou]|$)>
+        ar(?=k)>a sh>s y>i w>u eo|eu|oo|ou>u ee>i ae>e ui>i ch>j k>g t>d p>b r>l h(?=[^aeiou]|$)>
         """
     ),
     "kana": _rules(
@@ -302,7 +302,7 @@ _OTHER_SOUNDS = {
     ),
     "consonants": _rules(
         """
-        kh>h [aeiouyw]> ph>f q|c(?!h)|ck>k th>t dh>d gh>g p>b v>b x>ks
+        kh>h [aeiouywv]> ph>f q|c(?!h)|ck>k th>t dh>d gh>g p>b x>ks
         """
     ),
     "han": [],
@@ -313,7 +313,8 @@ _OTHER_SOUNDS = {
 def sound(word: str, voice: str) -> str:
     """What a word sounds like, in Latin letters in which the ways to write the same from another
     script are one."""
-    made = "".join(c for c in anyascii(unicodedata.normalize("NFC", word)).lower() if c.isascii() and c.isalpha())
+    word = unicodedata.normalize("NFC", word).replace("\u0578\u0582", "u")  # Armenian writes it with two
+    made = "".join(c for c in anyascii(word).lower() if c.isascii() and c.isalpha())
     for pattern, to in _OTHER_SOUNDS.get(voice, _SOUNDS):
         made = pattern.sub(to, made)
     return made if voice == "han" else re.sub(r"(.)\1+", r"\1", made)
@@ -344,7 +345,9 @@ def _says(word: str, kind: str, voice: str) -> dict[str, int]:
     ways, size = {word: len(word)}, len(word)
     if size > LONGEST:
         return {}
-    if kind == "CYRILLIC":
+    if kind == "LATIN" and word[-2:].lower() in ("'s", "\u2019s"):
+        ways[word[:-2]] = size - 2
+    elif kind == "CYRILLIC":
         for ending in _FACTS["endings"]["russian"].split():
             left = word.removesuffix(ending)
             if 4 <= len(left) < size:
@@ -409,6 +412,23 @@ def _said(words: tuple[str, ...], parts: tuple[str, ...], voice: str) -> dict[st
     if voice == "han":
         keys = {key: True for key in keys if _PINYIN.fullmatch(key)}
     return {key: whole for key, whole in keys.items() if len(key) >= _LEAST[voice]}
+
+
+def nearly_sounding(words: tuple[str, ...], parts: tuple[str, ...], text: str) -> bool:
+    """Whether a word of another script in `text` sounds like the name, or a part, but for one letter
+    of 6 or two of 10: "Aleksandr" and "Alexander"."""
+    own = script(next((c for c in words[0] if c.isalpha()), " "))
+    keys = {sound(word, "") for word in (*parts, *words[: len(words) == 1])}
+    keys = {key for key in keys if len(key) >= LETTERS}
+    for kind in plain(text).scripts if keys and own not in _VOICES else ():
+        if kind == own or kind in _VOICES or "LATIN" not in (own, kind):
+            continue
+        for word in heard(text, kind):
+            if word.capital and not ordinary(word.word):
+                for said in _says(word.word, kind, ""):
+                    if any(_within(key, said, 2 if len(key) >= LONG else 1) for key in keys):
+                        return True
+    return False
 
 
 def _from(keys: dict[str, bool], found: Sequence[Heard], i: int, kind: str, voice: str) -> Iterator[tuple[int, int, bool]]:
@@ -494,7 +514,8 @@ def as_name(text: str, start: int, end: int, *, alone: bool) -> bool:
         other = _last_word(before[:at])[0].lower()
         if small in _GERMAN or (previous.islower() and other in _GERMAN - {"die", "am", "im"}):
             return False
-        long = [w for w in re.findall(r"[^\W\d_]{3,}", _sentence(before) + after.split(".")[0])]
+        rest = re.sub(r"^\W*\w+", "", _sentence(before)) + said + _sentence(after[::-1])[::-1]
+        long = re.findall(r"[^\W\d_]{3,}", rest)  # all with a capital: a title
         if previous[:1].isupper() and not ordinary(previous) and len(previous) > 1 and gap == " ":
             return True
         if len(long) < 2 or not all(w[0].isupper() for w in long):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastsiu.concept import Concept, token_keep, vocabulary_mask
+from fastsiu.concept import CARRIERS, Concept, ambiguous, token_keep, vocabulary_mask
 from fastsiu.request import BadInput
 
 torch.set_num_threads(1)
@@ -297,6 +297,118 @@ def test_masks_are_of_what_is_written_and_not_of_what_is_misspelt():
     assert Concept("Hello Kitty").spans("Hello! This is Hello Kitty.") == [(15, 26)]
 
 
+# Names of every kind of character: of one script, of several, with marks, signs, emoji, direction marks and control characters.
+signs = st.characters(categories=("Mn", "Mc", "Me", "Cf", "Cc", "Zs", "So", "Sk", "Sc", "Po", "Pd", "Lm", "Nd", "No", "Co"))
+every = st.characters(exclude_categories=("Cs", "Cn"))
+blocks = st.sampled_from(
+    [(0x21, 0x7E), (0xC0, 0x17F), (0x370, 0x3FF), (0x400, 0x52F), (0x531, 0x58A), (0x591, 0x5F4), (0x600, 0x6FF), (0x900, 0xD7F),
+     (0xE01, 0xE5B), (0x10A0, 0x10FF), (0x1100, 0x11FF), (0x1F00, 0x1FFF), (0x3041, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3),
+     (0xFF01, 0xFFDC), (0x1D400, 0x1D7FF), (0x1F300, 0x1F9FF)]
+)  # fmt: skip
+block = lambda ends: st.text(st.characters(min_codepoint=ends[0], max_codepoint=ends[1]), min_size=1, max_size=9)
+of_one_script = blocks.flatmap(block)
+known = st.sampled_from(
+    ("Zorblax Quint", "Will", "deadmau5", "김철수", "山田太郎", "Иван", "O'Brien", "Ke$ha", "Straße", "さくら", "محمد", "!!!x")
+)
+disturbed = st.tuples(known, st.lists(st.tuples(st.integers(0, 12), signs), min_size=1, max_size=3)).map(
+    lambda t: "".join(c + "".join(s for at, s in t[1] if at == i) for i, c in enumerate(t[0] + " "))
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(name=st.one_of(of_one_script, st.text(every, min_size=1, max_size=7), disturbed))
+@example("\u0301abc")
+@example("\x07Ann\x85Lee")
+@example("\u200fשלום\u200f")
+@example("क\u093c\u094d")
+@example("\u3164x")
+@example("ﷺ")
+@example("\U0001f9d1\u200d\U0001f680")
+def test_every_name_is_found_in_its_own_text(name):
+    try:
+        concept = Concept(name)
+    except BadInput as refused:
+        assert str(refused).startswith("The name ") and not any(c.isalnum() for c in name)
+        return
+    for carrier in (*CARRIERS, "x {} y", "«{}»", "{}\n"):
+        given = name.strip()
+        text, start = carrier.format(given), carrier.index("{}")
+        assert (start, start + len(given)) in concept.spans(text, include_parts=False), (text, concept.spans(text))
+        assert concept.named_in(text) and concept.leaks_in(text)
+        spans = concept.spans(text)
+        assert all(a < b for a, b in spans) and all(x[1] <= y[0] for x, y in zip(spans, spans[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["zo" * 50_000, "z o " * 25_000, "Zorblax" + " " * 100_000, "a" * 100_000, "a-" * 50_000, "Rose, " * 16_000, "O'" * 50_000,
+     "क" + "\u093c\u094d" * 50_000, "김철수는" * 25_000, "王伟" * 50_000, "Иван " * 20_000, "Z\u200b" * 50_000, "1" * 100_000],
+    ids=range(13),
+)  # fmt: skip
+def test_a_hostile_text_is_read_in_a_time_like_its_length(text):
+    for name in ("Zorblax Quint", "Rose", "Ivan Petrov", "김철수", "Zhang Wei", "a-a-a-a-a-a-a-a", "O'O'O'O'O'O'", "lilililili"):
+        Concept(name).spans(text)  # what takes a power of the length does not end
+
+
+@pytest.mark.parametrize("name", ["Will", "Rose", "Hope", "Apple", "P!nk", "Mark", "Grace"])
+def test_a_name_that_is_a_word_counts_where_it_is_used_as_one(name):
+    word = name.replace("!", "i").lower()
+    small, named = f"I saw a {word} there.", f"This is {word.title()}."
+    assert not Concept(name).named_in(small) and Concept(name).named_in(named)
+    assert Concept(name, as_word=True).named_in(small) and Concept(name, as_word=True).named_in(named)
+    assert "only where it is used as a name" in ambiguous(Concept(name))
+    assert not Concept(name).leaks_in(small) and Concept(name).leaks_in(named)
+
+
+def test_a_thing_counts_wherever_it_stands_unless_told_otherwise():
+    assert Concept("Castle").named_in("a castle") and "wherever it stands" in ambiguous(Concept("Castle"))
+    assert not Concept("Castle", as_word=False).named_in("a castle")
+    assert Concept("Castle", as_word=False).named_in("This is Castle.")
+    assert Concept("rose").named_in("a red rose")  # given as a word
+    for concept in (Concept("Zorblax"), Concept("Will Green"), Concept("Will", as_word=True), Concept("Will", as_word=False)):
+        assert ambiguous(concept) == ""
+
+
+def test_a_part_that_is_a_word_counts_as_a_name_only():
+    assert not Concept("Will Green").named_in("it will be green") and Concept("Will Green").named_in("This is Will.")
+    assert not Concept("Will Green").given_in("a green shirt") and Concept("Will Green").given_in("Mr. Green came")
+    assert not Concept("Zorblax Quint").given_in("a quint") and Concept("Zorblax Quint").given_in("Quint came")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Ann", "Ann Lee", False),
+        ("Ann Lee", "Ann", False),
+        ("Ann Lee", "ann  LEE", True),
+        ("William", "Williams", False),
+        ("Zorblax", "Zorblaxes", False),
+        ("Beyoncé", "BEYONCE", True),
+        ("Ke$ha", "Kesha", True),
+        ("Иван Петров", "Ivan Petrov", True),
+        ("김철수", "철수", False),
+        ("Will", "will", True),
+    ],
+)
+def test_two_names_are_the_same_as_wholes(one, other, same):
+    assert Concept(one).same(other) == same and Concept(other).same(one) == same
+    assert Concept("Zorblax", (one,)).same(other) == same
+
+
+@pytest.mark.parametrize("title", ["Dr.", "Frau", "Señora", "Herr", "Mr.", "Lady", "Monsieur", "Mme"])
+def test_a_title_identifies_nobody(title):
+    concept = Concept(f"{title} Zorblax")
+    assert concept.parts() == ("Zorblax",) and not concept.named_in(f"{title} Meyer") and concept.named_in("Zorblax")
+    assert Concept("Tanaka-san").named_in("Tanaka")
+
+
+def test_the_vocabulary_mask_covers_plain_spellings_of_a_stylised_name():
+    t = tokenizer("byte-level")
+    mask = vocabulary_mask(Concept("Z0rbl@x Quínt"), t, len(t))
+    for text in ("Zorblax", "Quint"):
+        assert all(i in mask.masked or i in mask.spared for i in tokens("byte-level", text)[0])
+
+
 def test_a_name_of_broken_bytes_is_refused():
     for name, aliases in (("Zorb\udcff", ()), ("Zorb", ("a\ud800",))):
         with pytest.raises(BadInput, match="no Unicode text: give it in UTF-8") as caught:
@@ -304,7 +416,13 @@ def test_a_name_of_broken_bytes_is_refused():
         str(caught.value).encode("utf-8")
 
 
-@pytest.mark.parametrize("name", ["", "  ", "\u200b", "\u00ad \n"])
+@pytest.mark.parametrize("name", ["?", "...", "—", "\u201c\u201d", "\u093e"])
+def test_a_name_of_punctuation_is_refused(name):
+    with pytest.raises(BadInput, match="is punctuation, which stands in every text: give a name with a letter"):
+        Concept(name)
+
+
+@pytest.mark.parametrize("name", ["", "  ", "\u200b", "\u00ad \n", "\u0301", "\x07\x01"])
 def test_a_name_without_a_visible_character_is_refused(name):
     with pytest.raises(BadInput, match="no visible character"):
         Concept(name)
