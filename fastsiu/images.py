@@ -49,6 +49,7 @@ _MAX_VALUES = 2**20  # in a TIFF's directory, where every strip and tile has som
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _DIRECTORIES = (34665, 34853, 40965)  # TIFF's tags that hold the place of another directory
 _AS_BYTES = (1, 2, 6, 7)  # TIFF's types of values that are read at once
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how its files begin
 # TIFF's tags: bits per sample, 0 is white, largest sample, kind of sample, largest sample of any kind
 _BITS, _PHOTOMETRIC, _MAX, _KIND, _SMAX = 258, 262, 281, 339, 341
 _SIGNED = 2  # a kind of sample
@@ -221,6 +222,7 @@ def _check_local(path: Path) -> None:
     """Raises BadInput for the address of something on the web."""
     written = str(path)
     if _ADDRESS.match(written) and not os.path.lexists(path):
+        written = re.sub(":/(?!/)", "://", written, count=1)  # a Path has one stroke of the two
         short = written if len(written) <= 80 else written[:80] + "..."
         raise BadInput(f"{short!r} is an address, and FastSIU downloads nothing: save the picture as a file and give its path.")
 
@@ -284,6 +286,9 @@ def _looks_like_a_picture(path: Path) -> bool:
     if path.suffix.lower() in SUFFIXES:
         return True
     try:
+        with path.open("rb") as file:
+            if file.read(4) in _TIFF:  # opened, its whole directory would be read
+                return True
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=FORMATS):

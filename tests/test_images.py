@@ -492,6 +492,7 @@ def test_a_colour_profile_changes_nothing(tmp_path):
 def test_the_address_of_a_picture_on_the_web_gets_a_sentence_of_its_own(tmp_path, address):
     sentence = refused(address)
     assert "downloads nothing" in sentence and "no picture at" not in sentence and len(sentence) < 250
+    assert address.replace("///", "//")[:15] in sentence
     with pytest.raises(BadInput, match="downloads nothing"):
         list_images(address)
 
@@ -547,10 +548,12 @@ def test_small_files_that_would_keep_a_decoder_busy_are_refused(tmp_path, monkey
     progressive = encoded(photo((64, 64)), "JPEG", progressive=True)
     last = progressive.rindex(b"\xff\xda")
     (tmp_path / "x.jpg").write_bytes(progressive[:-2] + progressive[last:-2] * 60 + progressive[-2:])
-    (tmp_path / "y.jpg").write_bytes(progressive + b"\xff\xda" * 999)  # a film behind a phone's photograph
+    (tmp_path / "y.jpg").write_bytes(progressive + b"\0\2" + progressive[last:-2] * 99)  # a film behind a phone's photograph
     assert load_image(tmp_path / "y.jpg").size == (64, 64)
     monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
     assert "a million values" in refused(tmp_path / "x.tif")
+    (tmp_path / "x.tif").rename(tmp_path / "no-suffix")
+    assert tmp_path / "no-suffix" in list_images(tmp_path)
     assert "scans" in refused(tmp_path / "x.jpg")
 
 
