@@ -320,7 +320,7 @@ WRONG = {
     "ids of another shape": lambda t: t.update(ids=t["ids"][None].clone()),
     "an id less": lambda t: t.update(ids=t["ids"][1:].clone()),
     "labels as floats": lambda t: t.update(labels=t["labels"].float()), "one more": lambda t: t.update(more=torch.ones(1)),
-    "a count below 0 and another that makes up for it": lambda t: t["counts"][:2].add_(torch.tensor([-99, 99])),
+    "a count below 0, made up for": lambda t: t["counts"][:2].add_((1 + t["counts"][0]) * torch.tensor([-1, 1])),
     "counts whose sum runs over": lambda t: t["counts"].zero_()[:5].add_(torch.tensor([2**62] * 4 + [len(t["labels"])])),
     "counts of no dimension": lambda t: t.update(counts=torch.tensor(3)),
 }  # fmt: skip
