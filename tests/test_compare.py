@@ -99,6 +99,7 @@ def test_being_beaten_clearly_takes_more_than_the_intervals():
 @pytest.fixture(scope="module")
 def suite():
     """Four concepts of 21 pictures that nobody has drawn; the second is the first's look-alike."""
+
     def subject(slug, name, alike=()):
         images = tuple(Path(f"/s/concepts/{slug}/images/{i:03d}.png") for i in range(21))
         return Subject(slug, name, (), alike, images[3], images)
