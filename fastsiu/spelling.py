@@ -499,6 +499,7 @@ def as_name(text: str, start: int, end: int, *, alone: bool) -> bool:
     alone: whether the word makes a name by itself: "Green." is Will Green, "Hello!" not Hello Kitty
     """
     said, before, after = text[start:end], text[max(0, start - NEAR) : start], text[end : end + NEAR]
+    before, after = ("".join(c for c in beside if PLAIN[c]) for beside in (before, after))
     if not re.search(r"\w", before) and not re.search(r"\w", after):
         return alone
     previous, gap, at = _last_word(before)
