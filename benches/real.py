@@ -44,7 +44,7 @@ import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from fastsiu import adapter, ask, corpus, driver, features, plan, session, source, vlm
+from fastsiu import adapter, ask, corpus, driver, features, images, plan, session, source, vlm
 from fastsiu import output as outputs
 from fastsiu.concept import Concept
 from fastsiu.demo.world import KNOWN
@@ -296,7 +296,7 @@ def run(variant: Variant, size: Size, directory: Path, shorter: Row, row: Row, l
     request = Request(CONCEPT, image_file(directory), protect=tuple(OTHERS[: size.neighbours]))
     preset = {} if variant.preset == "default" else {"dreams": 0}
     recipe, origins = driver.choose_recipe(name, variant.preset, shorter | preset | {"early_stop": False})
-    picture = Image.open(request.image).convert("RGB")
+    picture = images.load_image(request.image)
     weights = json.loads(digests_file(directory).read_text(encoding="utf-8"))
     listener.stage("Planning")
     with timed(seconds, "plan"):
