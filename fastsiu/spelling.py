@@ -118,7 +118,7 @@ def written(word: str, *, end: bool = False) -> str:
 def _letters(word: str, letters: int) -> str:
     out = []
     held = letters >= 3 and not re.fullmatch("[ivxlcdm]+", word)
-    dotted = all(len(piece) < 2 for piece in word.split("."))
+    dotted = letters > 0 and all(len(piece) < 2 for piece in word.split("."))
     # Two neighbours that may both be held must not be alike, or what they share can be divided in too many ways.
     alike = word.replace("l", "i")
     for run in re.finditer(r"(.)\1*", word, re.DOTALL):
@@ -133,7 +133,7 @@ def _letters(word: str, letters: int) -> str:
         elif letters >= 3 and c.isalpha() and c.lower() != c.upper():
             one = _styled(c, letters, first=run.start() == 0)
             if held and not re.search(r"[-'.]", beside) and c.replace("l", "i") not in beside:
-                out.append(f"{one}(?:{one}{{2,20}})?" if n == 1 else f"{one}{{{n},20}}")
+                out.append(f"{one}(?:{one}{{2,20}})?" if n == 1 else f"{one}{{{n},{max(n, 20)}}}")
                 continue
         else:
             one = re.escape(c)

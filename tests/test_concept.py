@@ -322,6 +322,8 @@ disturbed = st.tuples(known, st.lists(st.tuples(st.integers(0, 12), signs), min_
 @example("\u200fשלום\u200f")
 @example("क\u093c\u094d")
 @example("\u3164x")
+@example("Z" + "o" * 40)
+@example("Иван . .")
 @example("Rose\U000e0045\u180b")
 @example("ﷺ")
 @example("\U0001f9d1\u200d\U0001f680")
