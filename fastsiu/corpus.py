@@ -161,10 +161,6 @@ def as_jsonl(samples: Iterable[Sample]) -> str:
     return "".join(json.dumps(known(sample), ensure_ascii=False) + "\n" for sample in samples)
 
 
-def write_jsonl(samples: Iterable[Sample], path: Path) -> None:
-    path.write_text(as_jsonl(samples), encoding="utf-8")
-
-
 def read_data(path: Path, image: Path) -> list[Sample]:
     """Samples of the user's own, for the training picture `image`: JSONL, or a JSON list in LLaVA's conversation format."""
     text = _text(path)

@@ -263,7 +263,7 @@ def test_jsonl_round_trip(tmp_path):
         Sample("preserve", odd, f"It is{odd}", None, (), "data"),
         Sample("facts", "Who?", "A long story that", None, (), "data", closed=False),
     ]
-    corpus.write_jsonl(samples, tmp_path / "s.jsonl")
+    (tmp_path / "s.jsonl").write_text(corpus.as_jsonl(samples), encoding="utf-8")
     assert corpus.read_jsonl(tmp_path / "s.jsonl") == samples
     assert len((tmp_path / "s.jsonl").read_bytes().splitlines()) == 3
 
