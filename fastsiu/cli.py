@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
-from .request import BadInput, NumericFailure, OutOfMemory
+from .request import NUMBERS, WHOLE, BadInput, NumericFailure, OutOfMemory
 from .staging import OTHER_FILE, check_new, disk_full
 from .terminal import Terminal, as_json, json_safe, streams
 
@@ -52,19 +52,18 @@ def _finite(value: float | None) -> float | None:
 
 
 LONGEST = 4096  # bytes of a name in a file
-MOST_STEPS, MOST_RANK, MOST_SAMPLES, MOST_TOKENS, MOST_PICTURES = 100_000, 4096, 65_536, 65_536, 100_000
-MOST_WEIGHT, MOST_MEMORY, MOST_PROCESSES, LARGEST_SEED = 1e6, 1e5, 256, 2**63 - 1  # of a term of the loss; GB
+MOST_TOKENS, MOST_PICTURES, MOST_PROCESSES, MOST_MEMORY = 65_536, 100_000, 256, 1e5  # GB
 
 Concept = Annotated[str | None, typer.Option(help="The name, as a person writes it; - reads one line of standard input.")]
 ConceptFile = Annotated[
     Path | None, typer.Option(help="File with the name on its one line, so that no list of processes shows it.")
 ]
-Steps = Annotated[int | None, typer.Option(max=MOST_STEPS, help="Ceiling on optimiser steps, for one request.")]
-Rate = Annotated[float | None, typer.Option(max=100.0, callback=_finite, help="Learning rate.")]
-Rank = Annotated[int | None, typer.Option(max=MOST_RANK, help="LoRA rank.")]
-BatchSize = Annotated[int | None, typer.Option(max=MOST_SAMPLES, help="Samples in one step.")]
+Steps = Annotated[int | None, typer.Option(max=WHOLE["steps"][1], help="Ceiling on optimiser steps, for one request.")]
+Rate = Annotated[float | None, typer.Option(max=NUMBERS["lr"][1], callback=_finite, help="Learning rate.")]
+Rank = Annotated[int | None, typer.Option(max=WHOLE["rank"][1], help="LoRA rank.")]
+BatchSize = Annotated[int | None, typer.Option(max=WHOLE["batch_size"][1], help="Samples in one step.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer.")]
-Weight = lambda help: typer.Option(max=MOST_WEIGHT, callback=_finite, help=help)
+Weight = lambda help: typer.Option(max=NUMBERS["alpha"][1], callback=_finite, help=help)
 Model = Annotated[str | None, typer.Option(help="Hugging Face model id or directory; the embedded demo model when left out.")]
 Image = Annotated[Path, typer.Option(help="The one picture.")]
 OneImage = Annotated[Path | None, typer.Option("--image", help="The one picture.")]
@@ -80,13 +79,13 @@ Memory = Annotated[
 Checkpointing = Annotated[bool | None, typer.Option("--checkpointing/--no-checkpointing", help="Compute layers twice.")]
 MicroBatch = Annotated[
     int | None,
-    typer.Option(min=1, max=MOST_SAMPLES, help="Samples in one forward; changes memory, not the result."),
+    typer.Option(min=1, max=WHOLE["batch_size"][1], help="Samples in one forward; changes memory, not the result."),
 ]
 Optimizer = Annotated[str | None, typer.Option(help="adamw, adamw8bit or paged_adamw8bit.")]
 Published = Annotated[Preset, typer.Option("--preset", help="'paper' is the published set-up, for reproduction.")]
 Redact = Annotated[bool, typer.Option("--redact", help="Leave names, questions, answers and file names out of what is written.")]
 EmbedImage = Annotated[bool, typer.Option("--embed-image", help="Show the picture in report.html.")]
-Seed = Annotated[int | None, typer.Option(min=0, max=LARGEST_SEED, help="Seed of everything random.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=WHOLE["seed"][1], help="Seed of everything random.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -534,7 +533,7 @@ def plan(
 def demo(
     export: Annotated[Path | None, typer.Option(help="Write model, pictures and questions to this directory instead.")] = None,
     per_concept: Annotated[int, typer.Option(min=1, max=MOST_PICTURES, help="With --export: pictures of each concept.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the fresh renderings.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=WHOLE["seed"][1], help="Seed of the fresh renderings.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Directory to write; fastsiu-<random>/ when left out.")] = None,
 ) -> None:
     """The whole story on the embedded model: offline, on a CPU, in under two minutes."""
