@@ -58,6 +58,10 @@ Concept = Annotated[str | None, typer.Option(help="The name, as a person writes 
 ConceptFile = Annotated[
     Path | None, typer.Option(help="File with the name on its one line, so that no list of processes shows it.")
 ]
+AsWord = Annotated[
+    bool | None,
+    typer.Option("--as-word/--as-name", help="A name that is a word, too: count it everywhere, or only as a name."),
+]
 Steps = Annotated[int | None, typer.Option(max=WHOLE["steps"][1], help="Ceiling on optimiser steps, for one request.")]
 Rate = Annotated[float | None, typer.Option(max=NUMBERS["lr"][1], callback=_finite, help="Learning rate.")]
 Rank = Annotated[int | None, typer.Option(max=WHOLE["rank"][1], help="LoRA rank.")]
@@ -112,6 +116,7 @@ def unlearn(
     revision: Revision = None,
     output: Annotated[Path | None, typer.Option(help="Directory to write; fastsiu-<random>/ when left out.")] = None,
     alias: Annotated[list[str] | None, typer.Option(help="Another name of the concept; repeatable.")] = None,
+    as_word: AsWord = None,
     protect: Annotated[list[str] | None, typer.Option(help="A neighbour's name that must survive; repeatable.")] = None,
     images: Annotated[Path | None, typer.Option(help="More pictures of the concept, for the verdict only.")] = None,
     retain: Annotated[Path | None, typer.Option(help="Unlabelled pictures of anything else, to be answered as before.")] = None,
@@ -143,6 +148,8 @@ def unlearn(
     """Make the model forget how CONCEPT looks, and write adapter, report and manifest."""
     concept = _name(concept, concept_file)
     own = dict(image=image, concept=concept, alias=alias, protect=protect, images=images, retain=retain, data=data)
+    if request is not None and as_word is not None:
+        raise BadInput("--as-word and --request exclude each other: write \"as_word\" into the file's lines.")
     if request is not None and (given := [name for name, value in own.items() if value]):
         raise BadInput(f"--{given[0]} and --request exclude each other: write it into the file's lines.")
     if request is None and mode is not None:
@@ -174,7 +181,8 @@ def unlearn(
         raise typer.Exit(several.exit_code)
     with Progress(say, hidden=quiet or json) as progress:
         result = driver.unlearn(
-            image, concept, aliases=tuple(alias or ()), protect=tuple(protect or ()), images=images, retain=retain, data=data,
+            image, concept, aliases=tuple(alias or ()), as_word=as_word, protect=tuple(protect or ()),
+            images=images, retain=retain, data=data,
             listener=progress.listener, **options,
         )  # fmt: skip
     if json:
@@ -226,6 +234,7 @@ def evaluate(
     adapter: Annotated[Path | None, typer.Option(help="An --output directory of `unlearn`.")] = None,
     base: Annotated[str | None, typer.Option(help="The untouched model, where --model is merged.")] = None,
     alias: Annotated[list[str] | None, typer.Option(help="Another name of the concept; repeatable.")] = None,
+    as_word: AsWord = None,
     image: Annotated[Path | None, typer.Option(help="The training picture; transforms of it are shown as well.")] = None,
     images: Annotated[Path | None, typer.Option(help="Other pictures of the concept.")] = None,
     others: Annotated[Path | None, typer.Option(help="Pictures of others: in sub-directories by name, or flat.")] = None,
@@ -280,7 +289,7 @@ def evaluate(
     concept = _name(concept, concept_file)
     one = dict(concept=concept, base=base, alias=alias, image=image, images=images, others=others, lookalikes=lookalikes,
                groups=groups, control=control, questions=questions, redact=redact or None, embed_image=embed_image or None,
-               judge=judge, attacks=attacks, lmms_eval=lmms_eval)  # fmt: skip
+               judge=judge, attacks=attacks, lmms_eval=lmms_eval, as_word=as_word)  # fmt: skip
     many = dict(check=check, concepts=concepts, unlearn=unlearn, adapters=adapters, limit=limit, per_other=per_other,
                 processes=processes, preset=preset is Preset.paper, steps=steps, lr=lr, rank=rank, batch_size=batch_size,
                 seed=seed, memory=memory)  # fmt: skip
@@ -323,7 +332,8 @@ def evaluate(
     judged_by = judge and Options(judge, str(judge_model), judge_key, allow_network, judge_plain_http)
     with Progress(say, hidden=json) as progress:
         result = evaluation.evaluate(
-            concept, model=model, adapter_dir=adapter, base=base, aliases=tuple(alias or ()), image=image, images=images,
+            concept, model=model, adapter_dir=adapter, base=base, aliases=tuple(alias or ()), as_word=as_word,
+            image=image, images=images,
             others=others, lookalikes=lookalikes, groups=groups, control=control, questions=questions, untouched=untouched,
             output=output, revision=revision, device=device, dtype=dtype, quantize=quantize, attention=attention,
             max_new_tokens=max_new_tokens, redact=redact, embed_image=embed_image, judged_by=judged_by or None,
@@ -449,6 +459,7 @@ def data(
     model: Model = None,
     revision: Revision = None,
     alias: Annotated[list[str] | None, typer.Option(help="Another name of the concept; repeatable.")] = None,
+    as_word: AsWord = None,
     protect: Annotated[list[str] | None, typer.Option(help="A neighbour's name; repeatable.")] = None,
     retain: Annotated[Path | None, typer.Option(help="Unlabelled pictures of anything else.")] = None,
     data: Annotated[Path | None, typer.Option(help="JSONL file with samples of your own.")] = None,
@@ -478,8 +489,9 @@ def data(
 
     with Progress(say, hidden=False) as progress:
         one = driver.prepared_for(
-            image, concept, model=model, revision=revision, aliases=tuple(alias or ()), protect=tuple(protect or ()),
-            retain=retain, data=data, preset=preset.value, device=device, dtype=dtype, memory=memory, quantize=quantize,
+            image, concept, model=model, revision=revision, aliases=tuple(alias or ()), as_word=as_word,
+            protect=tuple(protect or ()), retain=retain, data=data, preset=preset.value, device=device, dtype=dtype,
+            memory=memory, quantize=quantize,
             attention=attention, substitute=substitute.value if substitute else None, seed=seed, listener=progress.listener,
         )  # fmt: skip
     every = [*one.corpus.samples, *(one.lessons.samples if one.lessons else ())]

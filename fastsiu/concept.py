@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import confusables, spelling
 from .confusables import Reading, Span, plain, script
-from .request import BadInput
+from .request import BadInput, Request
 
 COMMON_WORDS = spelling.SHARED  # words of a name that many names share: they identify nobody
 UNSPACED = spelling.UNSPACED
@@ -136,6 +136,11 @@ class Concept:
         return name in self.forms() or any(whole(every([form]), name) and whole(every([name]), form) for form in self.forms())
 
 
+def concept_of(request: Request) -> Concept:
+    """Whom a request is about."""
+    return Concept(request.concept, request.aliases, request.as_word)
+
+
 def ambiguous(concept: Concept) -> str:
     """A sentence where a name of one word is a word like any other and `as_word` does not say how
     to count it, else ""."""
@@ -143,7 +148,10 @@ def ambiguous(concept: Concept) -> str:
         for form in concept.forms():
             if len(form.split()) == 1 and spelling.ordinary(confusables.unstyled(plain(form).text)):
                 how = "only where it is used as a name" if _used_as_name(concept, form) else "wherever it stands"
-                return f"{form!r} is a word like any other: it counts {how}."
+                return (
+                    f"{form!r} is a word like any other: it counts {how}; --as-word counts it everywhere, "
+                    "--as-name only as a name."
+                )
     return ""
 
 

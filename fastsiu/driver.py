@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 from . import adapter, ask, corpus, decode, plan, source, vlm
 from . import images as pictures_in
 from . import output as outputs
+from .concept import ambiguous
 from .evaluate.attacks import not_asked
 from .facets import targets
 from .facets.held_out import Shown, examine
@@ -52,11 +53,13 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
             preset: str = "default", device: str | None = None, dtype: str = "auto", listener: Listener | None = None,
             quantize: str | None = None, attention: str | None = None, memory: float | None = None,
             checkpointing: bool | None = None, micro_batch: int | None = None, optimizer: str | None = None,
-            redact: bool = False, embed_image: bool = False, **overrides: Any) -> Result:  # fmt: skip
+            redact: bool = False, embed_image: bool = False, as_word: bool | None = None,
+            **overrides: Any) -> Result:  # fmt: skip
     """Makes a model forget how one concept looks, from one picture.
 
     redact: names, questions, answers and file names stay out of everything written (`report.redact`), and of the result
     embed_image: report.html shows the picture
+    as_word: how a name counts that is a word like any other, too (`Request.as_word`)
     memory: GB that the run may take: picks the other settings of `memory.Settings` that are left out, and says so first
     overrides: fields of `Recipe`; what is left out comes from the preset, then the model's own directory, then `Recipe`.
     Writes the adapter, report and manifest to `output` (default fastsiu-<random>/) in one transaction.
@@ -65,7 +68,7 @@ def unlearn(image: str | Path, concept: str, *, model: str | Path | None = None,
     """
     listener = listener or Listener()
     outputs.check_shown(redact, embed_image)
-    request = Request(concept.strip(), Path(image), tuple(aliases), tuple(protect), *map(_path, (images, retain, data)))
+    request = Request(concept.strip(), Path(image), tuple(aliases), tuple(protect), *map(_path, (images, retain, data)), as_word)
     name = str(EMBEDDED if model is None else model)
     recipe, origins = choose_recipe(name, preset, overrides)
     picture = pictures_in.load_image(request.image)
@@ -137,10 +140,10 @@ def prepared_for(image: str | Path, concept: str, *, model: str | Path | None = 
                 aliases: tuple[str, ...] = (), protect: tuple[str, ...] = (), retain: str | Path | None = None,
                 data: str | Path | None = None, preset: str = "default", device: str | None = None, dtype: str = "auto",
                 listener: Listener | None = None, quantize: str | None = None, attention: str | None = None,
-                memory: float | None = None, **overrides: Any) -> Prepared:  # fmt: skip
+                memory: float | None = None, as_word: bool | None = None, **overrides: Any) -> Prepared:  # fmt: skip
     """What `unlearn` would train on, with nothing trained: samples with their masks, and lessons. Options as there."""
     listener = listener or Listener()
-    request = Request(concept.strip(), Path(image), aliases, protect, None, _path(retain), _path(data))
+    request = Request(concept.strip(), Path(image), aliases, protect, None, _path(retain), _path(data), as_word)
     name = str(EMBEDDED if model is None else model)
     recipe, _ = choose_recipe(name, preset, overrides)
     picture = pictures_in.load_image(request.image)
@@ -300,6 +303,8 @@ def report_of(request: Request, recipe: Recipe, model: str, verdict: Verdict, an
     caveats = [CAVEAT]
     if made.mask.warning:
         caveats.append(made.mask.warning)
+    if told := ambiguous(trained.scene.concept):
+        caveats.append(told)
     caveats += [*trained.scene.notes, *decode.remarks(trained.scene.vlm)]
     if failed := [d["name"] for d in trained.dreamed if not d["accepted"]]:
         caveats.append(f"Not seen by the model, so protected in text only: {', '.join(failed)}.")
@@ -313,6 +318,7 @@ def report_of(request: Request, recipe: Recipe, model: str, verdict: Verdict, an
     return {
         "concept": request.concept,
         "aliases": list(request.aliases),
+        **({} if request.as_word is None else {"as_word": request.as_word}),
         "model": Path(model).name if Path(model).is_dir() else model,
         "verdict": "forgotten" if verdict.forgotten else "not forgotten",
         "reasons": verdict.reasons,

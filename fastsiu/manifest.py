@@ -58,6 +58,7 @@ def request_digest(request: Request, recipe: Recipe, model_id: str, revision: st
         "format": _FORMAT,
         "concept": request.concept,
         "aliases": sorted(set(request.aliases)),
+        **({} if request.as_word is None else {"as_word": request.as_word}),
         "protect": sorted(set(request.protect)),
         "image": sha256(read_bytes(request.image)),
         "images": _directory_digest(request.images),

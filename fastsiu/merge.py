@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 from . import adapter, ask, decode, driver, source, vlm
 from . import images as pictures_in
 from . import output as outputs
-from .concept import Concept
+from .concept import Concept, concept_of
 from .evaluate.attacks import not_asked
 from .evaluate.inquiry import Inquiry, inquire
 from .facets import held_out
@@ -36,8 +36,8 @@ from .strict_json import read_json
 from .verdict import Answer, Family, Rate, judge, same_answer
 
 SHAPE = {  # of what is read of an adapter's report, and of a manifest
-    "concept": str, "aliases": [str], "redacted": bool, "verdict": (str, None), "reasons": [str], "caveats": [str],
-    "dreams": [dict], "answers": [{"kind": str, "question": str, "picture": (str, None)}], "merge": dict,
+    "concept": str, "aliases": [str], "as_word": bool, "redacted": bool, "verdict": (str, None), "reasons": [str],
+    "caveats": [str],    "dreams": [dict], "answers": [{"kind": str, "question": str, "picture": (str, None)}], "merge": dict,
 }  # fmt: skip
 FORMS = ("stored", "int8", "nf4")
 
@@ -80,7 +80,7 @@ def merge(adapter_dir: str | Path, output: str | Path, *, model: str | Path | No
     told, sealed = _json(folder / "report.json"), adapter.manifest_of(folder)
     redact = redact or bool(told.get("redacted"))
     told = {} if told.get("redacted") else told
-    request = _request(image, concept or told.get("concept"), aliases, images, retain) if forms else None
+    request = _request(image, concept or told.get("concept"), aliases, images, retain, told.get("as_word")) if forms else None
     source.check_options(dtype, None, None)
     config, _, revision = source.describe(name, revision)
     if getattr(config, "quantization_config", None) is not None:
@@ -157,7 +157,7 @@ class Verifier:
                  device: str | None, listener: Listener) -> None:  # fmt: skip
         self.base, self.revision, self.merged, self.device, self.listener = base, revision, merged, device, listener
         self.request, self.seed = request, seed
-        self.concept = Concept(request.concept, request.aliases)
+        self.concept = concept_of(request)
         self.asked = _questions(request, self.concept, seed, told)
         names = [d.get("name") for d in told.get("dreams", []) if isinstance(d, dict)]
         self.others = [Concept(name) for name in names if isinstance(name, str) and name.strip()]
@@ -282,13 +282,13 @@ def _forms(verify: Sequence[str]) -> list[str]:
 
 
 def _request(image: str | Path | None, concept: str | None, aliases: tuple[str, ...], images: str | Path | None,
-             retain: str | Path | None) -> Request:  # fmt: skip
+             retain: str | Path | None, as_word: bool | None) -> Request:  # fmt: skip
     if image is None:
         raise BadInput("The verdict needs the picture, which is never stored: give --image FILE, or --no-verify to go without.")
     if not concept:
         raise BadInput("The adapter's report names no concept: give --concept NAME, or --no-verify to go without a verdict.")
     more, rest = (None if d is None else Path(d) for d in (images, retain))
-    return Request(concept.strip(), Path(image), tuple(aliases), images=more, retain=rest)
+    return Request(concept.strip(), Path(image), tuple(aliases), images=more, retain=rest, as_word=as_word)
 
 
 def _pictures(request: Request | None, redact: bool) -> dict[str, bytes]:

@@ -37,6 +37,7 @@ class Request:
     images:   directory with more pictures of the concept, used by the verdict only
     retain:   directory with unlabelled pictures of anything else, to be answered as before
     data:     file with samples of the user's own, JSONL or LLaVA's conversations, added to the built ones
+    as_word:  how a name counts that is a word like any other, too ("Rose"): `concept.Concept.as_word`
     """
 
     concept: str
@@ -46,6 +47,7 @@ class Request:
     images: Path | None = None
     retain: Path | None = None
     data: Path | None = None
+    as_word: bool | None = None
 
     def __post_init__(self) -> None:
         for text in (self.concept, *self.aliases, *self.protect):

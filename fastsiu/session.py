@@ -15,7 +15,7 @@ from typing import Any
 
 from . import adapter, corpus, objectives, sharing, train
 from . import images as pictures_in
-from .concept import Concept
+from .concept import Concept, ambiguous, concept_of
 from .facets import border, dreams, strangers, targets
 from .features import map_features
 from .objectives import Objective, siu
@@ -82,9 +82,11 @@ def prepare(loaded: VLM, request: Request, recipe: Recipe, picture: Any, *, list
     Raises BadInput where the model does not recognise the concept.
     """
     with adapter.teacher(loaded):
-        scene = targets.Scene(loaded, Concept(request.concept, request.aliases), recipe, [loaded.picture(picture)],
+        scene = targets.Scene(loaded, concept_of(request), recipe, [loaded.picture(picture)],
                               others=list(others))  # fmt: skip
         check_known(scene, request)
+        if told := ambiguous(scene.concept):
+            listener.note(told)
         samples, dreamed = gather(scene, request, listener, seconds)
         made = corpus.build(loaded, scene.concept, samples, scene.pictures, recipe)
         taught, named = None, []
@@ -92,7 +94,7 @@ def prepare(loaded: VLM, request: Request, recipe: Recipe, picture: Any, *, list
             listener.stage("Learning from strangers")
             with timed(seconds, "strangers"):
                 found = strangers.lessons(scene)
-                scene.notes = found.notes
+                scene.notes += found.notes
                 for note in found.notes:
                     listener.note(note)
                 if found.samples:

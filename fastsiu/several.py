@@ -21,7 +21,7 @@ import torch
 from . import adapter, ask, driver, session, staging, vlm
 from . import images as pictures_in
 from . import output as outputs
-from .concept import Concept
+from .concept import Concept, concept_of
 from .facets.held_out import examine
 from .facets.targets import wordings
 from .images import variants
@@ -105,10 +105,7 @@ def read_requests(path: Path) -> list[tuple[int, Request]]:
             text = str(error).rstrip(".")
             raise BadInput(f"{path}, line {number}: {text}. A line is an object with 'image' and 'concept'.") from error
         for earlier, other in found:
-            # Both ways: Ann Lee is not asked for where Ann is, nor Ann where Ann Lee is.
-            first, second = Concept(other.concept, other.aliases), Concept(request.concept, request.aliases)
-            same = first.named_in(request.concept, include_parts=False) and second.named_in(other.concept, include_parts=False)
-            if same:
+            if concept_of(other).same(request.concept):
                 raise BadInput(f"{path}, line {number}: {request.concept} is asked for on line {earlier} already: remove one.")
         found.append((number, request))
     if not found:
@@ -131,6 +128,9 @@ def _request(record: Any, base: Path) -> Request:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{key} must be a list of names")
         values[key] = tuple(names)
+    if not isinstance(record.get("as_word"), bool | None):
+        raise ValueError("as_word must be true, false or null")
+    values["as_word"] = record.get("as_word")
     return Request(**values)
 
 
@@ -323,7 +323,7 @@ class _Job:
         ready: dict[int, Prepared] = {}
         seconds: dict[str, float] = {}
         for line in todo:
-            others = [Concept(r.concept, r.aliases) for other, r in self.asked.items() if other != line]
+            others = [concept_of(r) for other, r in self.asked.items() if other != line]
             try:
                 self.say(line)
                 ready[line] = self.prepare(loaded, line, others, seconds)
@@ -374,7 +374,7 @@ class _Job:
         self.listener.stage("Asking who is still forgotten")
         named = {}
         for line in lines:
-            concept = Concept(self.asked[line].concept, self.asked[line].aliases)
+            concept = concept_of(self.asked[line])
             if line not in self.put or self.recipe.projector_lr > 0:  # a trained projector sees differently
                 views = variants(pictures_in.load_image(self.asked[line].image), self.recipe.seed, held_out=True)
                 seen = [loaded.picture(image) for _, image in views]

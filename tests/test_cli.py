@@ -144,6 +144,17 @@ def test_exit_code_and_summary_follow_the_verdict(call, cast, trained, monkeypat
         assert (found, out, err) == (code, "", "")
 
 
+@pytest.mark.parametrize(("option", "passed"), [((), None), (("--as-word",), True), (("--as-name",), False)])
+def test_how_a_word_counts_is_passed_on(call, cast, trained, monkeypatch, option, passed):
+    seen = []
+    monkeypatch.setattr(driver, "unlearn", lambda *a, **k: seen.append(k["as_word"]) or trained)
+    call(*quick(cast, *option))
+    assert seen == [passed]
+    if option:
+        code, _, err = call("unlearn", "--request", "r.jsonl", *option)
+        assert code == 2 and "write \"as_word\" into the file's lines" in one_sentence(err)
+
+
 def test_the_summary_says_what_not_to_publish(call, cast, trained, tmp_path, monkeypatch):
     from dataclasses import replace
 

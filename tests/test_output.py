@@ -492,6 +492,8 @@ def test_the_digest_depends_on_content_and_not_on_paths(tmp_path):
         request_digest(replace(request, concept="Other"), Recipe(), "m", "r"),
         request_digest(replace(request, images=tmp_path), Recipe(), "m", "r"),
         request_digest(replace(request, data=tmp_path / "b.jpg"), Recipe(), "m", "r"),
+        request_digest(replace(request, as_word=True), Recipe(), "m", "r"),
+        request_digest(replace(request, as_word=False), Recipe(), "m", "r"),
         request_digest(request, Recipe(steps=61), "m", "r"),
         request_digest(request, Recipe(), "m2", "r"),
         request_digest(request, Recipe(), "m", None),
@@ -499,7 +501,7 @@ def test_the_digest_depends_on_content_and_not_on_paths(tmp_path):
         request_digest(request, Recipe(), "m", "r", weights={"model.safetensors": "a"}),
         request_digest(request, Recipe(), "m", "r", weights={"model.safetensors": "b"}),
     ]
-    assert len({base, *others}) == 11
+    assert len({base, *others}) == 13
     with pytest.raises(BadInput):
         request_digest(replace(request, image=tmp_path / "absent.jpg"), Recipe(), "m", "r")
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastsiu import corpus, driver, images, session, several, train
-from fastsiu.concept import Concept
+from fastsiu.concept import Concept, concept_of
 from fastsiu.demo.world import LOOKALIKES
 from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Request, Sample
 
@@ -329,3 +329,12 @@ def test_the_command_line(sequence, tmp_path, capsys):
     assert run(made) == 1
     shown = capsys.readouterr().out
     assert "after 1" in shown and "Not all forgotten." in shown and "1 of 1 were done already." in shown
+
+
+@pytest.mark.parametrize(("given", "read"), [({}, None), ({"as_word": True}, True), ({"as_word": False}, False)])
+def test_a_line_says_how_a_word_counts(tmp_path, given, read):
+    file = write(tmp_path / "r.jsonl", {"image": "x.png", "concept": "Rose", **given})
+    ((_, request),) = several.read_requests(file)
+    assert request.as_word is read and concept_of(request).as_word is read
+    with pytest.raises(BadInput, match="as_word must be true, false or null"):
+        several.read_requests(write(tmp_path / "s.jsonl", {"image": "x.png", "concept": "Rose", "as_word": 1}))

@@ -226,6 +226,7 @@ def report_of(exam: Exam, name: str, untouched: Observations, model: Observation
         "format": "fastsiu evaluation 1",
         "concept": exam.concept.name,
         "aliases": list(exam.concept.aliases),
+        **({} if exam.concept.as_word is None else {"as_word": exam.concept.as_word}),
         "model": Path(name).name if Path(name).is_dir() else name,
         "adapter": adapted and model is not None,
         "verdict": "not forgotten" if reasons else "forgotten",

@@ -97,7 +97,7 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
              revision: str | None = None, device: str | None = None, dtype: str = "auto", quantize: str | None = None,
              attention: str | None = None, redact: bool = False, embed_image: bool = False,
              judged_by: judge.Options | None = None, lmms_eval: str | Path | None = None, attacks: str | None = None,
-             listener: Listener | None = None) -> Evaluation:  # fmt: skip
+             as_word: bool | None = None, listener: Listener | None = None) -> Evaluation:  # fmt: skip
     """What a model knows of a concept, and what it has lost of all else; pictures and questions as in `directories.exam_of`.
 
     adapter_dir: an --output directory of `unlearn`; the untouched model is `model` without it
@@ -107,6 +107,7 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
     redact:      nothing that names or quotes is written; embed_image: report.html shows the training picture
     judged_by:   who grades the answers about the concept's pictures (G-Eval); what leaves the machine is told first
     attacks:     what tries to get it back, words of `attacking.chosen`; None: nothing
+    as_word:     how a name counts that is a word like any other, too (`concept.Concept.as_word`)
     lmms_eval:   where the script for the public benchmarks is written, or where what it found is read; for a merged model
 
     Without adapter and base only `model` is asked, as the untouched one. Where no picture says who else there is, the untouched
@@ -128,7 +129,7 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
     if not concept.strip():
         raise BadInput("The concept's name is empty: pass the name with --concept NAME.")
     exam = directories.exam_of(
-        Concept(concept.strip(), tuple(aliases)), image=_path(image), images=_path(images), others=_path(others),
+        Concept(concept.strip(), tuple(aliases), as_word), image=_path(image), images=_path(images), others=_path(others),
         lookalikes=_path(lookalikes), groups=_path(groups), control=_path(control), questions=_path(questions),
     )  # fmt: skip
     for seen in exam.pictures:

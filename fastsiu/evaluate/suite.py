@@ -149,7 +149,7 @@ def _subject(root: Path, place: Path) -> Subject:
 
 def _same(subject: Subject, name: str) -> bool:
     """Whether `name` is the subject's name or an alias, written in any case or Unicode form."""
-    return name.strip() != "" and subject.concept.spans(name.strip(), include_parts=False) == [(0, len(name.strip()))]
+    return name.strip() != "" and subject.concept.same(name)
 
 
 def _questions(root: Path, file: Path, concept: Concept | None) -> tuple[Question, ...]:

@@ -142,6 +142,7 @@ SENTENCES = (
     "The suite has no picture of a look-alike: name a concept of it in .../concept.json.",
     "The suite has no group picture of it: put some into .../groups.",
     "It was not asked.",
+    "... is a word like any other: it counts ...; --as-word counts it everywhere, --as-name only as a name.",
     "The model's generation_config sets ...: answers were made without that.",
     "This model was merged by fastsiu, so it is not the untouched one: give that with --base.",
     "Nothing says for which weights the adapter was made, so that was checked by its shapes only.",

@@ -231,7 +231,7 @@ def _names(report: Mapping[str, Any]) -> Concept | None:
     if report.get("redacted"):
         return None
     try:
-        return Concept(str(report.get("concept") or ""), tuple(report.get("aliases") or ()))
+        return Concept(str(report.get("concept") or ""), tuple(report.get("aliases") or ()), report.get("as_word"))
     except BadInput:  # empty, or of invisible characters only
         return None
 
