@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..concept import COMMON_WORDS
+from ..concept import COMMON_WORDS, Concept
 from ..evaluate.attacks import not_asked, table
 from ..request import FACETS, Recipe
 from ..verdict import GIVEN_AWAY
@@ -239,7 +239,9 @@ def _model(report: Mapping[str, Any]) -> str:
     names = [str(report.get("concept") or ""), *map(str, report.get("aliases") or ())]
     words = {w for name in names for w in re.findall(r"\w+", name.casefold()) if len(w) > 2 and w not in COMMON_WORDS}
     hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
-    return model if hub and not any(w in model.casefold() for w in words) else MODEL
+    apart = re.sub(r"[/_.-]", " ", model)
+    told = any(w in model.casefold() for w in words) or any(Concept(name).named_in(apart) for name in names if name.strip())
+    return model if hub and not told else MODEL
 
 
 def _number(value: Any) -> Any:

@@ -213,7 +213,7 @@ def _as_wanted(answer: Mapping[str, Any], names: Concept | None) -> bool:
     """Gone where it was to go, the same where it was to stay; of other kinds, nothing is known."""
     kind, before, after = answer.get("kind"), str(answer.get("before")), str(answer.get("after"))
     if kind in ("efficacy", "generality"):
-        return names is None or not names.named_in(after)
+        return names is None or not names.leaks_in(after)  # as the verdict reads it
     if kind == "recognition":
         return not affirms(after) if answer.get("picture") else not same_answer(before, after)
     return same_answer(before, after) if kind in ("specificity", "facts") else True

@@ -91,7 +91,8 @@ def _lessons(target: Target, taught: Naming, shot: int) -> Iterator[Lesson]:
     All three are asked about other pictures where there are some of both faces, else all three about views of the ones taught.
     """
     own, face = list(target.pictures), [*target.strangers[:1], *target.same_stranger]
-    invented = next(n for n in wordings()["invented"]["names"] if n not in (target.concept.name, *target.others))
+    known = [target.concept, *map(Concept, target.others)]
+    invented = next(n for n in wordings()["invented"]["names"] if not any(one.same(n) for one in known))
     others = len(own) > shot and len(face) > shot and len(target.same_stranger) > 0
     # The last pictures are taught: the first is the one of the unlearning, and an attacker has others of the concept.
     own_train, own_test = (own[-shot:], own[:-shot]) if others else (own[:shot], _views(own[:shot], target.seed))
