@@ -658,10 +658,12 @@ def _run(arguments: list[str]) -> int:
             say.print(f"fastsiu: {first} `fastsiu plan --memory N` tells which settings fit.", soft_wrap=True)
             return 3
         if hasattr(error, "format_message"):  # a usage error of the command line itself
-            say.print(f"fastsiu: {error.format_message()} Try 'fastsiu --help'.", soft_wrap=True)
+            said = error.format_message().rstrip(".")
+            say.print(f"fastsiu: {said}. Try 'fastsiu --help'.", soft_wrap=True)
             return 2
         if disk_full(error):
-            say.print("fastsiu: The disk is full, and what was not finished was not written: free some, or write elsewhere.")
+            said = "fastsiu: The disk is full, and what was not finished was not written: free some, or write elsewhere."
+            say.print(said, soft_wrap=True)
             return 2
         return _failed(error, state["debug"])
 

@@ -187,7 +187,7 @@ def changed(directory: Path, sealed: Mapping[str, Any]) -> dict[str, str]:
         wrong[MANIFEST] = "is not as written"
     for name, entry in sealed["files"].items():
         path = directory / name
-        if not path.is_file():
+        if not _is_file(path):
             wrong[name] = "is missing"
         elif path.stat().st_size != entry.get("bytes") or digest_file(path) != entry.get("sha256"):
             wrong[name] = "is not as written"
@@ -198,6 +198,14 @@ def changed(directory: Path, sealed: Mapping[str, Any]) -> dict[str, str]:
             if not known and path.is_file() and path.suffix.lower() in LOADABLE:
                 wrong[name] = "was added"
     return wrong
+
+
+def _is_file(path: Path) -> bool:
+    """False for a name that no file can have, too."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def keyed(digest: str, key: bytes) -> str:

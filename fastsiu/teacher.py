@@ -359,9 +359,12 @@ def _rows(weight: Tensor, bias: Tensor | None, rows: slice) -> Iterator[Tensor]:
 def _sums(weight: Tensor, bias: Tensor | None) -> Tensor:
     V, D = weight.shape
     K = shares(V, D)
-    rows = torch.cat(list(_rows(weight, bias, slice(0, None, 1))))
-    padded = torch.cat([rows, rows.new_zeros(-V % K)])
-    return padded.view(-1, K).sum(0).cpu()
+    # Made whole at once: many small tensors would lie between the large ones that are freed and made again.
+    rows, at = torch.zeros(V + -V % K, dtype=torch.int64, device=weight.device), 0
+    for part in _rows(weight, bias, slice(0, None, 1)):
+        rows[at : at + len(part)] = part
+        at += len(part)
+    return rows.view(-1, K).sum(0).cpu()
 
 
 # ------------------------------------------------------------------------------------------------------ tensors in files

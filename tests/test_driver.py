@@ -349,7 +349,7 @@ def test_a_damaged_picture_for_the_verdict_is_refused_before_the_model_is_loaded
 
 def test_a_damaged_recipe_of_the_model_is_a_sentence(tmp_path):
     (tmp_path / driver.MODEL_RECIPE).write_text("{")
-    with pytest.raises(BadInput, match="not a JSON object"):
+    with pytest.raises(BadInput, match="no usable JSON"):
         driver.choose_recipe(str(tmp_path), "default", {})
 
 

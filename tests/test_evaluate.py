@@ -472,7 +472,7 @@ def test_bad_input_is_told_before_anything_is_loaded(cast, tmp_path, capsys):
     for options, said in (
         ([], "No picture of"), ([*image, "--others", str(broken)], "a.png"),
         ([*image, "--untouched", str(tmp_path / "u.json")], "u.json"),
-        ([*image, "--untouched", str(tmp_path / "none")], "cannot be read"),
+        ([*image, "--untouched", str(tmp_path / "none")], "no such file"),
         ([*image, "--adapter", "x", "--base", "y"], "exclude each other"), ([*image, "--adapter", str(broken)], "no adapter"),
         ([*image, "--questions", str(tmp_path)], "cannot be read"),
     ):  # fmt: skip

@@ -247,7 +247,7 @@ def refused(family):
     before = ".".join(version.split(".")[:2])
     said = (
         f"{name} fails in transformers {version} on a question without a picture ({family.fault}): "
-        f"try an earlier release, pip install 'transformers<{before}', or give another model."
+        f"restore the model's files, try an earlier release, pip install 'transformers<{before}', or give another model."
     )
     return pytest.raises(BadInput, match=f"^{re.escape(said)}$")
 

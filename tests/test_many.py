@@ -283,6 +283,7 @@ def test_runs_that_share_an_output_share_the_work_and_all_end_well(stubbed, tmp_
     """A lock is a file description's, so threads exclude each other as processes do."""
     notes, call, _ = stubbed
     ended = call(tmp_path / "o", workers)
+    assert not [e for e in ended if isinstance(e, BaseException)], ended
     assert sorted(notes) == ["a", "b", "c"]
     for one in ended:
         assert one.exit_code == 0 and [o.status for o in one.outcomes] == ["untouched"] * 3

@@ -339,9 +339,10 @@ def test_budget_is_what_the_run_reads():
 
 
 @pytest.mark.parametrize("arguments, part", [
-    (["--memory", "-3"], "--memory is -3"), (["--memory", "nan"], "--memory is nan"), (["--model", "./no"], "no model directory"),
+    (["--memory", "-3"], "'--memory': Input should be"), (["--memory", "nan"], "'--memory': Input should be"),
+        (["--model", "./no"], "no model directory"),
     (["--quantize", "nf5"], "nf5"), (["--attention", "x"], "'x'"), (["--optimizer", "sgd"], "sgd"), (["--dtype", "int8"], "int8"),
-    (["--image-tokens", "0"], "--image-tokens is 0"),
+    (["--image-tokens", "0"], "'--image-tokens': Input should be"),
 ])  # fmt: skip
 def test_mistakes(capfd, arguments, part):
     assert cli.run(["plan", *arguments]) == 2

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import pickle
 import time
 from collections.abc import Iterator, Sequence
@@ -401,12 +402,21 @@ def _manifest(job: Job, subject: suite.Subject, key: bytes, masks: dict[str, Any
 
 def _done(job: Job) -> dict[str, dict[str, Any]]:
     """The reports of the suite's concepts that are complete. Raises BadInput where the output holds anything else."""
-    if not (job.output / SUITE).is_file():
+    if not (job.output / SUITE).is_file() and not _just_begun(job.output):
         outputs.check_destination(job.output, "")  # absent or empty, or it raises
         return {}
     staging.sweep(job.output)
     staging.check_writable(job.output / SUITE, outputs.OTHER)
     return {s.slug: outputs.read_report(job.output / s.slug) for s in job.given.subjects if _is_there(job, s)}
+
+
+def _just_begun(place: Path) -> bool:
+    """Whether another run has made the directory, and has or has not written its table by now."""
+    try:
+        names = os.listdir(place)
+    except OSError:  # absent, or no directory: whoever needs it says so
+        return False
+    return SUITE in names or (bool(names) and all(staging.is_ours(name) for name in names))
 
 
 def _outcome(subject: suite.Subject, report: dict[str, Any]) -> Outcome:
