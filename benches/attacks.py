@@ -3,6 +3,7 @@
     python benches/attacks.py                 run all rows, append to benches/results/attacks.jsonl, print the tables
     python benches/attacks.py --quick         one concept, one seed, one row; appends nothing
     python benches/attacks.py --table         print the tables of the newest results
+    python benches/attacks.py --cost          CPU time of lessons from strangers: both recipes in turn, one concept after another
 
 Each model is unlearned from one picture, merged and rounded to the dtype it is stored in, and asked about fresh renderings in the
 world's own wordings, which the package does not know. Truth comes from the world that drew the pictures. The strangers are the
@@ -270,6 +271,34 @@ def one_run(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:
     return {"row": row, "concept": name, "seed": seed, "cpu": round(seconds, 1), **found[0]}
 
 
+def cost(concepts: list[str]) -> dict[str, Any]:
+    """CPU seconds of preparing and training, with lessons from strangers and without, one after the other in one process."""
+    import torch
+
+    from fastsiu import adapter, driver, images, session, vlm
+    from fastsiu.demo import MODEL_DIR
+    from fastsiu.demo.world import World, draw
+    from fastsiu.request import Request
+
+    torch.set_num_threads(1)
+    world, loaded, runs = World(), vlm.load(str(MODEL_DIR)), []
+    for name in concepts:
+        run: dict[str, Any] = {"concept": name}
+        with tempfile.TemporaryDirectory() as folder:
+            image = Path(folder) / "image.png"
+            draw(world.scene((name,), "attacks training 1")).save(image)
+            for row in ("siu", "four targets"):
+                recipe, _ = driver.choose_recipe(str(MODEL_DIR), "default", {**ROWS[row], "seed": 1})
+                started = time.process_time()
+                session.forget(loaded, Request(name, image), recipe, images.load_image(image))
+                run[row] = round(time.process_time() - started, 1)
+                adapter.detach(loaded)
+        runs.append(run)
+        print(run, flush=True)
+    ratio = sum(run["siu"] for run in runs) / sum(run["four targets"] for run in runs)
+    return {"row": "cost", "concepts": concepts, "ratio": round(ratio, 2), "runs": runs}
+
+
 def pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts summed over runs."""
     out: dict[str, Any] = {part: defaultdict(list) for part in ("leaks", "strangers", "kept")}
@@ -331,6 +360,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one concept, one seed, one row; appends nothing")
     parser.add_argument("--table", action="store_true", help="print the tables of the newest results")
     rows = ["siu", "four targets", "paper's preset", *METHODS]
+    parser.add_argument("--cost", action="store_true", help="measure the CPU time of both recipes, append the ratio")
     parser.add_argument("--rows", nargs="*", choices=[*ROWS, *METHODS], default=rows)
     parser.add_argument("--concepts", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=2)
@@ -354,23 +384,34 @@ def main() -> None:
 
     free = [name for name in KNOWN if name not in TUNED]
     concepts = free[:: max(1, len(free) // options.concepts)][: options.concepts]
+    what = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(), "device": platform.machine(),
+            "torch": torch.__version__, "transformers": transformers.__version__}  # fmt: skip
+    if options.cost:
+        record = {**cost(concepts), **what}
+        print(f"{record['ratio']} times")
+        if not options.dry:
+            append(record)
+        return
     best, records = settings(), []
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         for row in options.rows:
             own = ROWS[row] if row in ROWS else {"setting": best[row]}
             runs = list(pool.map(one_run, [(row, c, s, {**own, **extra}) for c in concepts for s in range(1, 1 + options.seeds)]))
             record = {
-                "row": row, "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
-                "device": platform.machine(), "torch": torch.__version__, "transformers": transformers.__version__,
+                "row": row, **what, "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
                 "concepts": concepts, "seeds": options.seeds, "overrides": {**own, **extra},
                 "cpu": sum(r["cpu"] for r in runs) / len(runs), "pooled": pooled(runs), "runs": runs,
             }  # fmt: skip
             if not options.dry:
-                with RESULTS.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(record) + "\n")
+                append(record)
             records.append(record)
             print(tables([record]), flush=True)
     print(tables(records))
+
+
+def append(record: dict[str, Any]) -> None:
+    with RESULTS.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")
 
 
 def commit() -> str:
