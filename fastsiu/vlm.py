@@ -126,7 +126,7 @@ class VLM:
     decodes: dict[bool, str] = field(default_factory=dict)
     budget: Budget = field(default_factory=Budget)
     aside: tuple[str, ...] = ()
-    _frames: dict[bool, tuple[str, str]] = field(default_factory=dict)
+    _frames: dict[bool, tuple[str, str]] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def entry(self) -> str:
