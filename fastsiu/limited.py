@@ -111,7 +111,7 @@ def _run(code: str, given: Any) -> str | None:
             input=json.dumps(given),
             capture_output=True,
             text=True,
-            timeout=2 * SECONDS,
+            timeout=12 * SECONDS,  # of the clock; the limit is of CPU time, where a system has one
         )
     except subprocess.TimeoutExpired:
         return None
