@@ -37,7 +37,7 @@ from .verdict import Answer, Family, Rate, judge, same_answer
 
 SHAPE = {  # of what is read of an adapter's report, and of a manifest
     "concept": str, "aliases": [str], "as_word": bool, "redacted": bool, "verdict": (str, None), "reasons": [str],
-    "caveats": [str],    "dreams": [dict], "answers": [{"kind": str, "question": str, "picture": (str, None)}], "merge": dict,
+    "caveats": [str], "dreams": [dict], "answers": [{"kind": str, "question": str, "picture": (str, None)}], "merge": dict,
 }  # fmt: skip
 FORMS = ("stored", "int8", "nf4")
 
