@@ -193,7 +193,8 @@ class TeacherCache:
     def load(cls, path: str | PathLike, *, head_weight: Tensor) -> TeacherCache:
         """Read a saved cache onto the head's device.
 
-        head_weight: [V, D], the numbers and the dtype that the cache was built with
+        head_weight: [V, D], the head that the cache was built with; in another dtype it is recognised by three rows that are
+                     made again, in its own by every bit
         Raises ValueError for another file, version or head, and for a file that is damaged in any way: a digest of
         everything is in it. (Files of version 2 have none: of those, what is impossible is told, and three rows are made
         again.) Raises FileNotFoundError where there is no file.
@@ -222,12 +223,14 @@ class TeacherCache:
         with torch.inference_mode(False):
             tensors = {k: x.to(head_weight.device, copy=True) for k, x in file.tensors.items()}
             cache = cls(**tensors, head_weight=_referred(head_weight), **options)
-        same_head = cache._remade() if file.version == "2" else cache.head_stamp.words() == (
-            file.metadata.get("head"), file.metadata.get("head_dtype"), file.metadata.get("head_digest")
-        )  # fmt: skip
+        written = tuple(file.metadata.get(key) for key in ("head", "head_dtype", "head_digest"))
+        if file.version != "2" and None in written:
+            raise damaged
+        known = file.version != "2" and written[1] == str(head_weight.dtype)
+        same_head = cache.head_stamp.words() == written if known else cache._remade()
         if not same_head:
             raise ValueError(
-                f"{path} was built with another head than the one given: pass the teacher's own head, in its own dtype."
+                f"{path} was built with another head than the one given: pass the teacher's own head."
             )
         return cache
 

@@ -594,7 +594,7 @@ def test_another_head_is_told(tmp_path):
     path, W, _ = cached(tmp_path / "t")
     bumped = W.clone()
     bump(bumped, 7, 1)
-    for other in (bumped, W.to(torch.bfloat16), W.double(), W.flip(0), W.flip(1), -W, W[1:], W[:, 1:]):
+    for other in (bumped, W.flip(0).double(), W.flip(1).double(), W.flip(0), W.flip(1), -W, W[1:], W[:, 1:]):
         with pytest.raises(ValueError, match="another head"):
             TeacherCache.load(path, head_weight=other)
     for other in (W.long(), W[0], None, W.tolist(), W.to("meta")):
@@ -604,6 +604,14 @@ def test_another_head_is_told(tmp_path):
     cached(path)[2].to("cpu", W).save(path)
     with pytest.raises(ValueError, match="another head"):
         TeacherCache.load(path, head_weight=W)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_head_in_another_dtype_is_the_head(dtype, tmp_path):
+    """A cache made beside a model in 16 bit serves one that is trained in fp32, and the other way round."""
+    path, W, teacher = cached(tmp_path / "t")
+    loaded = TeacherCache.load(path, head_weight=W.to(dtype))
+    assert torch.equal(loaded.lse, teacher.lse) and not loaded.is_stale
 
 
 def test_rows_that_are_not_finite_come_back(tmp_path):
