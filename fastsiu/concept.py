@@ -434,11 +434,16 @@ def _place(needle: _Needle, reading: Reading, match: re.Match[str]) -> Span | No
         alone = needle.whole or (needle.last and text[start].isupper())
         if not spelling.as_name(text, start, end, alone=alone):
             return None
+    # What is invisible around the name is its own; some of it may be in the span already.
     before, after = needle.around
-    if before and text.endswith(before, 0, start):
-        start -= len(before)
-    if after and not text.endswith(after, 0, end) and text.startswith(after, end):
-        end += len(after)
+    for n in range(len(before) + 1):
+        if text.endswith(before[:n], 0, start) and text.startswith(before[n:], start):
+            start -= n
+            break
+    for n in range(len(after), -1, -1):
+        if text.endswith(after[:n], 0, end) and text.startswith(after[n:], end):
+            end += len(after) - n
+            break
     return start, end
 
 
