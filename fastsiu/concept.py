@@ -325,6 +325,8 @@ def _needles(concept: Concept) -> tuple[_Needle, ...]:
 
 def _ways(form: str, whole: bool, last: bool, only: bool) -> Iterator[_Needle]:
     text = " ".join(plain(form).text.split())
+    if not text:  # a part that nobody sees
+        return
     yield _needle(form, text, whole, last, only)
     simple = unicodedata.normalize("NFC", form).lower()
     other = "".join(_UMLAUTS.get(c, c) for c in simple)

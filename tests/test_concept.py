@@ -323,6 +323,7 @@ disturbed = st.tuples(known, st.lists(st.tuples(st.integers(0, 12), signs), min_
 @example("क\u093c\u094d")
 @example("\u3164x")
 @example("0\u0300\x1b")
+@example("Ann \u3164\u3164\u3164")
 @example("\x1b\u03000")
 @example("a\u0301\u200b\u0302\x07")
 @example("Z" + "o" * 40)
