@@ -124,7 +124,7 @@ class Work:
         with torch.no_grad():
             features = base.model.get_image_features(self.pixels, return_dict=True)
         features = type(features)(pooler_output=features["pooler_output"])
-        self.picture = Picture(None, features)  # type: ignore[arg-type]
+        self.picture = Picture(None, features)  # type: ignore[arg-type]  # the features are there already
         self.turns = []
         for number in range(samples):
             tail = torch.randint(4, V, (SUFFIX,), generator=torch.Generator().manual_seed(number)).tolist()

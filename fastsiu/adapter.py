@@ -194,7 +194,7 @@ def _stored_ranks(path: Path) -> set[int]:
     """The ranks of the stored factors, from the file's header. Raises BadInput for a file that is none."""
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise BadInput(f"{path} is damaged ({error}): restore it or train again.") from error
     return {shape[0] for key, shape in shapes.items() if "lora_A" in key and shape}

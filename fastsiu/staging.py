@@ -27,7 +27,7 @@ from .request import BadInput
 try:
     import fcntl
 except ImportError:  # Windows: what a killed run leaves is left to the user there
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # asked for by `is None`
 
 PREFIX, CLAIM = ".fastsiu.partial-", ".fastsiu.claim-"
 OTHER_FILE = "name another file"

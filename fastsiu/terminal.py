@@ -134,7 +134,7 @@ class Stream:
 def streams() -> Iterator[tuple[Stream, Stream]]:
     """Inside, sys.stdout and sys.stderr are a `Stream` each; gives both."""
     out, err = Stream(sys.stdout), Stream(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # type: ignore[type-var]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # type: ignore[type-var]  # all of TextIO that is used
         try:
             yield out, err
         finally:

@@ -333,12 +333,12 @@ class VLM:
         """
         text = self.render(".", True)
         try:
-            found = self.processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False).to(self.device)
+            found = self.processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False)
         except Exception as error:  # any: its settings are a stranger's
             said = source.first_line(error)
             raise BadInput(f"The model's processor does not take its chat template's text with a picture ({said}): restore its "
                            "settings, or save a template that marks where the picture is.") from error  # fmt: skip
-        dtype = next(self.base.parameters()).dtype
+        found, dtype = found.to(self.device), next(self.base.parameters()).dtype  # what fails here is the device's fault
         found = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in found.items()}
         if self.entry == "cross_attention_states":
             return BaseModelOutputWithPooling(pooler_output=crossed(self.base, found))

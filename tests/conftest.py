@@ -114,3 +114,21 @@ def quick(cast, demo_dir):
 def trained(quick, tmp_path_factory):
     """One finished run: its Result."""
     return quick(tmp_path_factory.mktemp("runs") / "first")
+
+
+@pytest.fixture
+def one_process():
+    """one_process(): inside, a process group of this process alone."""
+    import contextlib
+
+    import torch
+
+    @contextlib.contextmanager
+    def group():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            torch.distributed.destroy_process_group()
+
+    return group

@@ -114,7 +114,7 @@ def test_the_inner_of_nested_contexts_keeps():
     assert model(input_ids=IDS).logits.shape[-1] == V
 
 
-def test_no_logits_in_distributed_data_parallel():
+def test_no_logits_in_distributed_data_parallel(one_process):
     model = lora(tiny())
     with one_process():
         ddp = nn.parallel.DistributedDataParallel(model)
@@ -511,16 +511,7 @@ def test_dropout_is_no_obstacle_outside_training():
     assert head_of(lora(tiny(), lora_dropout=0.1).eval()).weight.shape == (V, D)
 
 
-@contextlib.contextmanager
-def one_process():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_a_sharded_head_is_gathered():
+def test_a_sharded_head_is_gathered(one_process):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 

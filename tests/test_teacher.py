@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import json
@@ -330,16 +329,7 @@ def test_a_head_with_a_graph_is_kept_without_it():
     assert not copy.deepcopy(teacher).is_stale and teacher.head_bias.grad_fn is None
 
 
-@contextlib.contextmanager
-def one_process():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_the_broadcast_of_ddp_changes_nothing():
+def test_the_broadcast_of_ddp_changes_nothing(one_process):
     body, head = nn.Linear(D, D), nn.Linear(D, V)
     head.requires_grad_(False)
     x, y = rand(N, D), torch.arange(N)

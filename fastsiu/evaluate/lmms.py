@@ -199,7 +199,7 @@ def _is_limited(run: Mapping[str, Any] | None, task: str) -> bool:
 
 
 def _counted(run: Mapping[str, Any], task: str) -> dict[str, int]:
-    return run.get("n-samples", {}).get(task, {})  # type: ignore[no-any-return]
+    return run.get("n-samples", {}).get(task, {})  # type: ignore[no-any-return]  # JSON of lmms-eval
 
 
 def _number(value: Any) -> bool:
