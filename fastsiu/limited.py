@@ -6,6 +6,7 @@ this process, so each is tried in a child process first, on inputs like those th
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -74,13 +75,18 @@ def check_template(template: str, tokens: dict[str, str]) -> None:
 
     tokens: the special tokens by their names, which templates refer to
     """
+    _check_template(template, tuple(sorted(tokens.items())))
+
+
+@functools.lru_cache  # planning and loading ask the same of one model; a refusal is not remembered
+def _check_template(template: str, tokens: tuple[tuple[str, str], ...]) -> None:
     turns = []
     for question in ("Who is this?", "Who is this? " * 40):
         for image in ([], [{"type": "image"}]):
             asked = {"role": "user", "content": [*image, {"type": "text", "text": question}]}
             said = {"role": "assistant", "content": [{"type": "text", "text": "Nobody."}]}
             turns += [([asked], True), ([asked, said], False)]
-    given = {"template": template, "turns": turns, "tokens": tokens}
+    given = {"template": template, "turns": turns, "tokens": dict(tokens)}
     if _run(_TEMPLATE, given) is None:
         raise BadInput(
             f"The model's chat template takes more than {SECONDS:g} s or {MEGABYTES} MB for a question: "

@@ -45,6 +45,15 @@ def test_a_template_that_ends_or_fails_by_itself(template):
     check_template(template, {"bos_token": "<s>"})
 
 
+def test_one_template_is_tried_once(monkeypatch):
+    ran, run = [], limited._run
+    monkeypatch.setattr(limited, "_run", lambda *given: ran.append(1) or run(*given))
+    for _ in range(3):
+        check_template("{{ messages }} once", {"eos_token": "</s>"})
+    check_template("{{ messages }} once", {"eos_token": "<end>"})
+    assert len(ran) == 2
+
+
 @pytest.mark.parametrize("pattern", ["(a|a|.)*(b|.)*(.*)*$x", "(.*)*(.*)*!", "((l|a|y|e|r|s|.)+)+!"])
 def test_a_pattern_that_takes_years(pattern):
     with pytest.raises(BadInput, match="takes more than 1 s on the model's layers"):

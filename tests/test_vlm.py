@@ -229,6 +229,15 @@ def test_memory_that_is_not_there_is_not_the_models_fault():
             vlm.probe_head(Broken(error, 0), {"input_ids": torch.arange(20)[None]})
 
 
+def test_memory_that_a_picture_does_not_find_is_not_the_processors_fault(loaded, shown, monkeypatch):
+    def full(self, *args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(transformers.BatchFeature, "to", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        loaded.picture(shown.image)
+
+
 def test_loading_runs_the_forward_three_times_and_no_more(demo_dir, monkeypatch):
     """Once without logits, once with them, and once with a picture."""
     ran = []
