@@ -5,6 +5,7 @@
     python benches/several.py --table         print the table of the newest results
 
 One picture a request. Everything asked at the end is a fresh rendering that training never saw, before and after on the same.
+The last columns are the families of `attacks.py`, in per cent of answers that tell.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import attacks
 import forgetting
 
 RESULTS = Path(__file__).parent / "results" / "several.jsonl"
@@ -50,6 +52,7 @@ def one_run(mode: str, requests: int, seed: int, **overrides: Any) -> dict[str, 
         before = forgetting.put(loaded, [row[1:] for row in asked], draw)
         adapter.load(loaded, folder / "out" / ends[-1])
         after = forgetting.put(loaded, [row[1:] for row in asked], draw)
+        leaks = attacked(loaded, world, wanted, seed)
     counts = {}
     for concept in (*wanted, None):  # None: everybody else, and the facts
         rows = [i for i, row in enumerate(asked) if row[0] == concept]
@@ -60,7 +63,22 @@ def one_run(mode: str, requests: int, seed: int, **overrides: Any) -> dict[str, 
     return {
         "mode": mode, "requests": requests, "seed": seed, "seconds": round(seconds, 1), "overrides": overrides,
         "forgotten": made.forgotten, "outcomes": [vars(o) for o in made.outcomes], "matrix": made.matrix, "counts": counts,
+        "leaks": leaks,
     }  # fmt: skip
+
+
+def attacked(loaded: Any, world: Any, wanted: tuple[str, ...], seed: int) -> dict[str, list[int]]:
+    """(answers that tell, answers) by family of `attacks.py`, summed over the concepts that were to be forgotten."""
+    from fastsiu.concept import Concept
+
+    out: dict[str, list[int]] = {family: [0, 0] for families in attacks.LEAKS.values() for family in families}
+    for name in wanted:
+        items, _, _ = attacks.asked_of(world, name, seed)
+        for item, answer in zip(items, attacks.put(loaded, items), strict=True):
+            cell = out[item.family]
+            cell[0] += attacks.leaked(Concept(name), item, answer)
+            cell[1] += 1
+    return out
 
 
 def questions(world: Any, wanted: tuple[str, ...], known: tuple[str, ...], lookalikes: dict[str, str], seed: int) -> list[tuple]:
@@ -84,7 +102,7 @@ def questions(world: Any, wanted: tuple[str, ...], known: tuple[str, ...], looka
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown; drops are in points, before minus after on the same questions."""
     head = ["", "requests", "name still given", "most of one", "others' naming falls by", "look-alikes", "facts of the forgotten",
-            "facts of others", "s in all"]  # fmt: skip
+            "facts of others", *attacks.LEAKS, "s in all"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in records:
         own = [cells["own"] for name, cells in r["counts"].items() if name != "rest"]
@@ -95,10 +113,14 @@ def table(records: list[dict[str, Any]]) -> str:
             cell = rest.get(kind)
             return f"{100 * (cell['before'] - cell['after']) / cell['n']:.1f} (n {cell['n']})" if cell else "-"
 
-        worst = max(c["named"] / c["n"] for c in own)
+        worst, leaks = max(c["named"] / c["n"] for c in own), r.get("leaks", {})  # rows of before have no attacks
+        told = []
+        for families in attacks.LEAKS.values():
+            hits, asked = (sum(leaks.get(family, [0, 0])[k] for family in families) for k in (0, 1))
+            told.append(f"{100 * hits / asked:.1f} % (n {asked})" if asked else "-")
         lines.append("| " + " | ".join([
             r["mode"], str(r["requests"]), f"{100 * named / n:.1f} % (n {n})", f"{100 * worst:.0f} %", drop("naming others"),
-            drop("lookalike"), drop("facts own"), drop("facts others"), f"{r['seconds']:.0f}",
+            drop("lookalike"), drop("facts own"), drop("facts others"), *told, f"{r['seconds']:.0f}",
         ]) + " |")  # fmt: skip
     return "\n".join(lines)
 
