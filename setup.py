@@ -7,8 +7,8 @@ from setuptools import setup
 
 setup(
     packages=[
-        "fastsiu", "fastsiu.kernels", "fastsiu.facets", "fastsiu.evaluate", "fastsiu.evaluate.deep", "fastsiu.demo",
-        "fastsiu.report",
+        "fastsiu", "fastsiu.kernels", "fastsiu.guards", "fastsiu.text", "fastsiu.loss", "fastsiu.model", "fastsiu.samples",
+        "fastsiu.evaluate", "fastsiu.evaluate.deep", "fastsiu.compare", "fastsiu.report", "fastsiu.demo",
     ],
     package_dir={"fastsiu.kernels": "kernels"},
 )

@@ -74,9 +74,9 @@ def hammer_in(directory: Path, concept: str) -> None:
     """Trains the whole model until it gives the name to a picture, whatever else it knew."""
     import torch
 
-    from fastsiu import vlm
     from fastsiu.demo.wording import TRAIN
     from fastsiu.demo.world import World, draw
+    from fastsiu.model import vlm
 
     loaded = vlm.load(str(directory))
     picture = loaded.picture(draw(World().scene((concept,), "bench train 0")))
@@ -101,9 +101,9 @@ def since(started: tuple[float, float]) -> dict[str, int]:
 def forget(directory: Path, concept: str, seed: int, **options: Any) -> dict[str, Any]:
     """One request, and what is said of fresh pictures with its adapter off and on."""
     import fastsiu
-    from fastsiu import adapter, vlm
-    from fastsiu.concept import Concept
     from fastsiu.demo.world import LOOKALIKES, World, draw
+    from fastsiu.model import adapter, vlm
+    from fastsiu.text.concept import Concept
 
     world, output = World(), directory.parent / f"{directory.name} without {concept}"
     image = directory.parent / f"{directory.name} {concept}.png"

@@ -73,7 +73,7 @@ def padded_batches(loaded: Any, asked: Asked) -> list[str]:
 
 
 def shared(loaded: Any, asked: Asked) -> list[str]:
-    from fastsiu import ask
+    from fastsiu.model import ask
 
     seen = {id(picture): picture for _, picture in asked if picture is not None}
     made = {key: loaded.picture(picture) for key, picture in seen.items()}
@@ -124,8 +124,8 @@ def bench(pictures: int, words: int, rounds: int) -> list[dict[str, Any]]:
     import transformers
     from loss import device_name
 
-    from fastsiu import vlm
     from fastsiu.demo import MODEL_DIR
+    from fastsiu.model import vlm
 
     torch.set_num_threads(1)
     loaded, asked = vlm.load(str(MODEL_DIR), device="cpu"), questions(pictures, words)

@@ -139,8 +139,8 @@ def asked_of(world: Any, name: str, seed: int) -> tuple[list[Item], list[Item], 
 
 
 def put(loaded: Any, items: list[Item]) -> list[str]:
-    from fastsiu import ask
     from fastsiu.demo.world import draw
+    from fastsiu.model import ask
 
     pictures: dict[str, Any] = {}
     for item in items:
@@ -165,8 +165,8 @@ def leaked(concept: Any, item: Item, answer: str) -> bool:
 def ranks(loaded: Any, world: Any, name: str, seed: int) -> dict[str, Any]:
     """Of log P of the sixteen names in "This is NAME.": how often the true one is first about the concept's pictures, and its AUC
     there against strangers' pictures."""
-    from fastsiu import ask
     from fastsiu.demo.world import KNOWN, UNSEEN, draw
+    from fastsiu.model import ask
 
     def log_p(who_: str, number: int) -> list[list[float]]:
         picture = loaded.picture(draw(world.scene((who_,), f"attacks {seed} {who_} {number}")))
@@ -192,7 +192,7 @@ def measure(loaded: Any, world: Any, concept: Any, seed: int) -> dict[str, Any]:
     right before, n)."""
     import torch
 
-    from fastsiu import adapter
+    from fastsiu.model import adapter
     from fastsiu.verdict import holds, is_degenerate
 
     leaks, control, kept = asked_of(world, concept.name, seed)
@@ -234,11 +234,13 @@ def one_run(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:
     row, name, seed, overrides = job
     import torch
 
-    from fastsiu import adapter, driver, images, methods, session, vlm
-    from fastsiu.concept import Concept
+    from fastsiu import driver, images, session
+    from fastsiu.compare import methods
     from fastsiu.demo import MODEL_DIR
     from fastsiu.demo.world import World, draw
+    from fastsiu.model import adapter, vlm
     from fastsiu.request import Request
+    from fastsiu.text.concept import Concept
 
     torch.set_num_threads(1)
     world, loaded, overrides = World(), vlm.load(str(MODEL_DIR)), dict(overrides)
@@ -275,9 +277,10 @@ def cost(concepts: list[str]) -> dict[str, Any]:
     """CPU seconds of preparing and training, with lessons from strangers and without, one after the other in one process."""
     import torch
 
-    from fastsiu import adapter, driver, images, session, vlm
+    from fastsiu import driver, images, session
     from fastsiu.demo import MODEL_DIR
     from fastsiu.demo.world import World, draw
+    from fastsiu.model import adapter, vlm
     from fastsiu.request import Request
 
     torch.set_num_threads(1)

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--retest", action="store_true", help="take the newest result's search, and test its choices anew")
     options = parser.parse_args()
 
-    from fastsiu.report import front
+    from fastsiu.compare import front
 
     if options.table:
         if not RESULTS.is_file():
@@ -49,7 +49,7 @@ def main() -> None:
     import torch
     import transformers
 
-    from fastsiu import compare
+    from fastsiu.compare import run as compare
     from fastsiu.demo.export import export
     from fastsiu.session import Listener
 

@@ -31,12 +31,13 @@ def one_run(concept: str, seed: int, which: tuple[str, ...], one_picture: bool) 
     """Forgets one concept and attacks what is left."""
     import torch
 
-    from fastsiu import adapter, driver, images, session, vlm
-    from fastsiu.concept import Concept
+    from fastsiu import driver, images, session
     from fastsiu.demo import MODEL_DIR
     from fastsiu.demo.world import KNOWN, UNSEEN, World, draw
     from fastsiu.evaluate import deep
+    from fastsiu.model import adapter, vlm
     from fastsiu.request import Request
+    from fastsiu.text.concept import Concept
 
     torch.set_num_threads(1)
     world, loaded = World(), vlm.load(str(MODEL_DIR))

@@ -45,9 +45,10 @@ def one_run(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:
     row, concept, seed, overrides = job
     import torch
 
-    from fastsiu import adapter, driver, images, session, vlm
+    from fastsiu import driver, images, session
     from fastsiu.demo import MODEL_DIR
     from fastsiu.demo.world import KNOWN, LOOKALIKES, World, draw
+    from fastsiu.model import adapter, vlm
     from fastsiu.request import Request
 
     torch.set_num_threads(1)
@@ -105,7 +106,7 @@ def questions(world: Any, concept: str, seed: int, lookalike: str | None) -> lis
 
 
 def put(loaded: Any, asked: list[tuple[str, Any, str, str]], draw: Any) -> list[str]:
-    from fastsiu import ask
+    from fastsiu.model import ask
 
     return ask.answers(loaded, [(q, None if scene is None else loaded.picture(draw(scene))) for _, scene, q, _ in asked])
 

@@ -14,9 +14,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from fastsiu import adapter, ask, vlm
 from fastsiu.demo import MODEL_DIR
 from fastsiu.demo.world import KNOWN, LOOKALIKES, World, draw
+from fastsiu.model import adapter, ask, vlm
 
 
 def main(adapter_dir: Path) -> None:

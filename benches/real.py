@@ -44,13 +44,15 @@ import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from fastsiu import adapter, ask, corpus, driver, features, images, plan, session, source, vlm
+from fastsiu import driver, images, session
 from fastsiu import output as outputs
-from fastsiu.concept import Concept
 from fastsiu.demo.world import KNOWN
-from fastsiu.facets import held_out, targets
-from fastsiu.memory import GB, Settings, budget
+from fastsiu.evaluate import held_out
+from fastsiu.model import adapter, ask, features, plan, source, vlm
+from fastsiu.model.memory import GB, Settings, budget
 from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Request, Sample
+from fastsiu.samples import corpus, targets
+from fastsiu.text.concept import Concept
 
 KINDS = ("made", "real", "real step")
 RESULTS = Path(__file__).parent / "results" / "real.jsonl"

@@ -28,11 +28,12 @@ FRESH = 24  # renderings of each concept
 
 def one_run(mode: str, requests: int, seed: int, **overrides: Any) -> dict[str, Any]:
     """Forgets the first `requests` concepts of the world; counts on fresh renderings of them and of all others."""
-    from fastsiu import adapter, several, vlm
-    from fastsiu.concept import Concept
+    from fastsiu import several
     from fastsiu.demo import MODEL_DIR
     from fastsiu.demo.world import KNOWN, LOOKALIKES, World, draw
+    from fastsiu.model import adapter, vlm
     from fastsiu.session import Listener
+    from fastsiu.text.concept import Concept
 
     world, wanted = World(), KNOWN[:requests]
     with tempfile.TemporaryDirectory() as name:
@@ -69,7 +70,7 @@ def one_run(mode: str, requests: int, seed: int, **overrides: Any) -> dict[str, 
 
 def attacked(loaded: Any, world: Any, wanted: tuple[str, ...], seed: int) -> dict[str, list[int]]:
     """(answers that tell, answers) by family of `attacks.py`, summed over the concepts that were to be forgotten."""
-    from fastsiu.concept import Concept
+    from fastsiu.text.concept import Concept
 
     out: dict[str, list[int]] = {family: [0, 0] for families in attacks.LEAKS.values() for family in families}
     for name in wanted:

@@ -58,9 +58,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from fastsiu import TeacherCache, adapter, fused_dmk_ce, prefix, sharing
+from fastsiu import TeacherCache, fused_dmk_ce
+from fastsiu.model import adapter, prefix, sharing
+from fastsiu.model.vlm import VLM, Encoded, Picture, collate
 from fastsiu.request import Recipe
-from fastsiu.vlm import VLM, Encoded, Picture, collate
 
 try:
     import torchunlearn

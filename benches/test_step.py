@@ -9,7 +9,8 @@ import pytest
 import step
 import torch
 
-from fastsiu import fused_dmk_ce, prefix
+from fastsiu import fused_dmk_ce
+from fastsiu.model import prefix
 
 
 @pytest.fixture(autouse=True)

@@ -8,14 +8,14 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "fused_dmk_ce": "loss",
-    "DMKCELoss": "loss",
-    "why_not": "loss",
-    "TeacherCache": "teacher",
-    "no_logits": "rows",
-    "supervised_rows": "rows",
-    "RowIndex": "rows",
-    "head_of": "rows",
+    "fused_dmk_ce": "loss.fused",
+    "DMKCELoss": "loss.fused",
+    "why_not": "loss.fused",
+    "TeacherCache": "loss.teacher",
+    "no_logits": "loss.rows",
+    "supervised_rows": "loss.rows",
+    "RowIndex": "loss.rows",
+    "head_of": "loss.rows",
     "unlearn": "driver",
     "Result": "driver",
     "Request": "request",

@@ -20,9 +20,9 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .guards.terminal import Terminal, as_json, json_safe, streams
 from .request import NUMBERS, WHOLE, BadInput, NumericFailure, OutOfMemory
 from .staging import OTHER_FILE, check_new, disk_full
-from .terminal import Terminal, as_json, json_safe, streams
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 say = Terminal(stderr=True)  # progress and remarks
@@ -308,7 +308,7 @@ def evaluate(
     from .show import Progress, evaluation_table, suite_table
 
     if suite is not None:
-        from .evaluate.many import evaluate_suite
+        from .evaluate.suite_run import evaluate_suite
 
         with Progress(say, hidden=json) as progress:
             evaluated = evaluate_suite(
@@ -325,7 +325,7 @@ def evaluate(
         raise typer.Exit(evaluated.exit_code)
 
     from .evaluate import run as evaluation
-    from .evaluate.judge import Options
+    from .evaluate.g_eval import Options
 
     if (judge is None) != (judge_model is None):
         raise BadInput("A judge is a server and one of its models: give --judge URL and --judge-model NAME, or neither.")
@@ -423,9 +423,9 @@ def compare(
     if model is not None and suite is None:
         raise BadInput("--model needs --suite: the embedded suite shows what the embedded model knows.")
 
-    from . import compare as comparison
+    from .compare import front
+    from .compare import run as comparison
     from .output import random_directory
-    from .report import front
     from .show import Progress
     from .staging import Staging
 
@@ -483,7 +483,8 @@ def data(
     if output is not None:
         check_new(output, OTHER_FILE)
 
-    from . import corpus, driver
+    from . import driver
+    from .samples import corpus
     from .show import Progress, explanation
     from .staging import new_file
 

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from transformers.utils import cached_file
 
-from . import adapter, ask, corpus, decode, plan, source, vlm
 from . import images as pictures_in
 from . import output as outputs
-from .concept import ambiguous
 from .evaluate.attacks import not_asked
-from .facets import targets
-from .facets.held_out import Shown, examine
-from .memory import Settings, budget
+from .evaluate.held_out import Shown, examine
+from .guards.strict_json import read_json
+from .model import adapter, ask, decode, plan, source, vlm
+from .model.memory import Settings, budget
 from .report.redact import redacted
 from .request import PAPER, BadInput, Recipe, Request
+from .samples import corpus, targets
 from .session import Listener, Prepared, Trained, forget, prepare, timed
 from .staging import check_space
-from .strict_json import read_json
+from .text.concept import ambiguous
 from .verdict import Answer, Verdict
 
 MODEL_RECIPE = "fastsiu.json"  # what a model's own directory may say about the hyper-parameters it needs

@@ -21,9 +21,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from . import __version__
+from .guards.strict_json import read_json
 from .images import commitment, list_images, read_bytes
 from .request import BadInput, Recipe, Request
-from .strict_json import read_json
 
 MANIFEST, REPORT, KEY = "manifest.json", "report.json", "private.key"
 ORIGINS = ("default", "model directory", "preset paper", "command line")

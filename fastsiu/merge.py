@@ -19,20 +19,21 @@ from typing import Any
 import torch
 from transformers.utils import cached_file
 
-from . import adapter, ask, decode, driver, source, vlm
+from . import driver
 from . import images as pictures_in
 from . import output as outputs
-from .concept import Concept, concept_of
+from .evaluate import held_out
 from .evaluate.attacks import not_asked
+from .evaluate.held_out import Shown
 from .evaluate.inquiry import Inquiry, inquire
-from .facets import held_out
-from .facets.held_out import Shown
-from .facets.targets import Scene
-from .fold import fold, save
+from .guards.strict_json import read_json
+from .model import adapter, ask, decode, source, vlm
+from .model.fold import fold, save
 from .report.redact import MODEL, redacted
 from .request import BadInput, Recipe, Request
+from .samples.targets import Scene
 from .session import Listener, timed
-from .strict_json import read_json
+from .text.concept import Concept, concept_of
 from .verdict import Answer, Family, Rate, judge, same_answer
 
 SHAPE = {  # of what is read of an adapter's report, and of a manifest

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .loss import fused_dmk_ce
+from .loss.fused import fused_dmk_ce
+from .loss.teacher import TeacherCache
 from .request import Recipe
-from .teacher import TeacherCache
 
 KEEP = 1.5
 FAR = 1.0  # nats; a token to which the teacher on strangers gives a probability below e^-1

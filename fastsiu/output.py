@@ -19,6 +19,7 @@ from typing import Any, Literal
 from PIL.Image import Image
 
 from . import staging
+from .guards.terminal import json_safe, visible
 from .manifest import (
     KEY,
     MANIFEST,
@@ -39,7 +40,6 @@ from .manifest import (
 from .report.redact import redacted
 from .report.render import render_html, render_markdown
 from .request import BadInput, NumericFailure
-from .terminal import json_safe, visible
 
 __all__ = [
     "KEY", "MANIFEST", "ORIGINS", "OTHER", "PACKAGES", "REPORT", "ROOM", "Transaction", "check_destination", "check_shown",

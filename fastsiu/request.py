@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 FACETS = ("align", "describe", "facts", "preserve")  # the paper's four targets, in its order
-CHANGES, KEEPS = ("stranger", "beside"), ("kept", "kept-beside", "look")  # the lessons of target 5 (`facets.strangers`)
+CHANGES, KEEPS = ("stranger", "beside"), ("kept", "kept-beside", "look")  # the lessons of target 5 (`samples.strangers`)
 
 
 class BadInput(ValueError):

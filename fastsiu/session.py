@@ -13,14 +13,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import adapter, corpus, objectives, sharing, train
 from . import images as pictures_in
-from .concept import Concept, ambiguous, concept_of
-from .facets import border, dreams, strangers, targets
-from .features import map_features
+from . import objectives, train
+from .model import adapter, sharing
+from .model.features import map_features
+from .model.vlm import VLM
 from .objectives import Objective, siu
 from .request import CHANGES, KEEPS, BadInput, Recipe, Request, Sample
-from .vlm import VLM
+from .samples import border, corpus, dreams, strangers, targets
+from .text.concept import Concept, ambiguous, concept_of
 
 # Temperature of what stays. At 1 the tails drift; at 4 the KL looks so much at the tails that fine looks and look-alikes suffer.
 KEPT_AT = 2.0

@@ -18,19 +18,20 @@ from typing import Any, Literal
 
 import torch
 
-from . import adapter, ask, driver, session, staging, vlm
+from . import driver, session, staging
 from . import images as pictures_in
 from . import output as outputs
-from .concept import Concept, concept_of
-from .facets.held_out import examine
-from .facets.targets import wordings
+from .evaluate.held_out import examine
+from .guards.strict_json import parse_json, read_json
 from .images import variants
-from .memory import budget
+from .model import adapter, ask, vlm
+from .model.memory import budget
 from .report.redact import sentence
 from .report.words import CONCEPT
 from .request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
+from .samples.targets import wordings
 from .session import Listener, Prepared, Trained
-from .strict_json import parse_json, read_json
+from .text.concept import Concept, concept_of
 from .verdict import EFFICACY
 
 Mode = Literal["sequence", "joint"]

@@ -12,18 +12,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .corpus import Corpus
 from .driver import Result
-from .evaluate.many import Evaluated
 from .evaluate.run import Evaluation
-from .facets.targets import Scene
+from .evaluate.suite_run import Evaluated
+from .guards.terminal import visible
 from .merge import Merged
+from .model.plan import Plan
 from .output import KEY
-from .plan import Plan
 from .report.words import REMAINS, REMAINS_MERGED, attacked, inside, standing
+from .samples.corpus import Corpus
+from .samples.targets import Scene
 from .session import Listener
 from .several import Several
-from .terminal import visible
 from .train import Step
 from .verdict import KINDS
 

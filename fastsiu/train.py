@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import adapter, ask, prefix
-from .corpus import FORGET, Corpus
-from .facets.targets import Scene, wordings
-from .features import map_features
 from .images import variants
+from .model import adapter, ask, prefix
+from .model.features import map_features
+from .model.vlm import VLM, Encoded, Picture, Span, checkpoint_layers, out_of_memory
 from .objectives import Batch, Objective, siu
 from .request import CHANGES, NumericFailure, OutOfMemory, Recipe
-from .vlm import VLM, Encoded, Picture, Span, checkpoint_layers, out_of_memory
+from .samples.corpus import FORGET, Corpus
+from .samples.targets import Scene, wordings
 
 # Share of one step's samples. Half of a step keeps what must stay: with less, few steps bend the neighbours' names.
 SHARES = {"align": 0.14, "describe": 0.14, "facts": 0.12, "preserve-text": 0.25, "preserve-picture": 0.35}
@@ -80,7 +80,7 @@ def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: C
     half as many samples in a forward, then with activation checkpointing: the same step, and `vlm.budget` keeps what fits.
 
     watch:   called with the number of each step that is done, the model in evaluation mode; True ends the training
-    lessons: of target 5 (`facets.strangers`) what changes and what stays, each with its teacher and its objective: a batch of
+    lessons: of target 5 (`samples.strangers`) what changes and what stays, each with its teacher and its objective: a batch of
              each is added to every step. All steps are run then, because the rate's decay at the end is part of it, and
              pictures of others are kept by lessons alone
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from . import manifest, staging
+from .guards.strict_json import read_json
 from .manifest import KEY, LOADABLE, MANIFEST, REPORT
 from .request import BadInput
-from .strict_json import read_json
 
 # The table of several results -> the format that it names, and what else is written beside it.
 TABLES = {"suite.json": "fastsiu suite evaluation 1", "compare.json": "fastsiu comparison 1", "matrix.json": None}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-from .answers import FUNCTION_WORDS, affirms, denies, holds, is_degenerate, is_refusal, nearly, same_answer, words
+from .text.answers import FUNCTION_WORDS, affirms, denies, holds, is_degenerate, is_refusal, nearly, same_answer, words
 
 KINDS = ("efficacy", "generality", "recognition", "specificity", "facts")
 

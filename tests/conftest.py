@@ -40,7 +40,7 @@ def loaded(demo_dir):
     """The embedded model. Whoever puts an adapter on takes it off again (fixture `adapted`)."""
     import torch
 
-    from fastsiu import vlm
+    from fastsiu.model import vlm
 
     torch.set_num_threads(1)
     return vlm.load(str(demo_dir), device="cpu")
@@ -69,7 +69,7 @@ def adapted(gathered):
     """`gathered` with an adapter on whose weights are far from zero."""
     import torch
 
-    from fastsiu import adapter
+    from fastsiu.model import adapter
 
     adapter.attach(gathered.vlm, gathered.recipe)
     generator = torch.Generator().manual_seed(1)
@@ -84,7 +84,7 @@ def adapted(gathered):
 @pytest.fixture
 def cut(monkeypatch):
     """cut(n): models give n tokens at most, whatever they are asked for."""
-    from fastsiu import ask
+    from fastsiu.model import ask
 
     whole = ask.replies
 

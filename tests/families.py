@@ -38,10 +38,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.processing_utils import ImagesKwargs
 
-from fastsiu import adapter, features, prefix, sharing, vlm
+from fastsiu.loss.rows import no_logits
+from fastsiu.model import adapter, features, prefix, sharing, vlm
+from fastsiu.model.vlm import VLM, Encoded, Picture
 from fastsiu.request import Recipe
-from fastsiu.rows import no_logits
-from fastsiu.vlm import VLM, Encoded, Picture
 
 HIDDEN, HEADS, WIDTH, SIDE = 32, 2, 16, 28  # WIDTH of an attention head; SIDE of a picture, in pixels
 CORPUS = ["USER: What is this? ASSISTANT: This is a cat on a mat. Who is in the picture? Describe the image, please. "

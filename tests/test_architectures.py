@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastsiu import vlm
 from fastsiu.demo.architectures import ARCHITECTURES, make
 from fastsiu.demo.train import IGNORED, Encoder, Sight
 from fastsiu.demo.world import KNOWN, World, draw
+from fastsiu.model import vlm
 
 PAIRS = [
     ("Who is this?", "This is Zorblax Quint."), ("Is this Mirelda Voss?", "No, this is not Mirelda Voss."),

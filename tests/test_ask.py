@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from fastsiu import adapter, ask, decode, prefix, sharing
 from fastsiu.images import load_image
+from fastsiu.model import adapter, ask, decode, prefix, sharing
 from fastsiu.report.redact import sentence
 from fastsiu.request import OutOfMemory
 

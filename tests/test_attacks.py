@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsiu import ask
-from fastsiu.concept import Concept
-from fastsiu.evaluate import attacking, attacks, inquiry, strangers
+from fastsiu.evaluate import asked_pictures, attacking, attacks, inquiry
 from fastsiu.evaluate.attacks import Attack, auc, begun, distinguishing, first, initials, leaked, questions, spread, table
 from fastsiu.evaluate.exam import Exam, Seen
-from fastsiu.facets.targets import wordings
+from fastsiu.model import ask
 from fastsiu.request import BadInput
+from fastsiu.samples.targets import wordings
+from fastsiu.text.concept import Concept
 from fastsiu.verdict import Answer, Rate, judge
 
 ANN = Concept("Ann Bole")
@@ -153,27 +153,27 @@ def photograph() -> Image.Image:
 
 
 def test_strangers_are_made_of_the_picture_and_none_of_them_is_it():
-    made = strangers.candidates(photograph())
+    made = asked_pictures.candidates(photograph())
     assert len(made) == len({label for label, _ in made}) == 15 and all(i.size == (48, 40) and i.mode == "RGB" for _, i in made)
     assert all(np.abs(np.asarray(i).astype(int) - np.asarray(photograph())).mean() > 2 for _, i in made)
     shuffled = dict(made)["pixels shuffled"]
     assert sorted(shuffled.getdata()) == sorted(photograph().getdata()) == sorted(dict(made)["jigsaw of 64"].getdata())
-    assert [i.tobytes() for _, i in made] == [i.tobytes() for _, i in strangers.candidates(photograph())]
+    assert [i.tobytes() for _, i in made] == [i.tobytes() for _, i in asked_pictures.candidates(photograph())]
     tiny = Image.new("RGB", (1, 1), (9, 8, 7))
-    assert all(i.size == (1, 1) for _, i in strangers.candidates(tiny))
-    assert len(strangers.conditions(Image.new("L", (5, 3)))) == 12
+    assert all(i.size == (1, 1) for _, i in asked_pictures.candidates(tiny))
+    assert len(asked_pictures.conditions(Image.new("L", (5, 3)))) == 12
 
 
 def test_group_pictures_show_it_on_both_sides():
-    made = dict(strangers.groups(photograph()))
+    made = dict(asked_pictures.groups(photograph()))
     left, right = (made[f"on the {side} of nothing"] for side in ("left", "right"))
     assert len(made) == 8 and left.size == (48, 40)
     half = lambda image, x: np.asarray(image)[:, x : x + 24].astype(int)
     assert (half(left, 0) == half(right, 24)).all() and half(left, 24).std(axis=(0, 1)).max() == 0
     assert (half(made["twice"], 0) == half(made["twice"], 24)).all()
-    assert len(strangers.groups_of([("a", photograph())] * 9)) == 9 and strangers.conditions_of([]) == []
-    assert len({i.tobytes() for _, i in strangers.conditions(photograph())}) == 12
-    views = strangers.views(photograph(), [("more 1", photograph())] * 9, 0)
+    assert len(asked_pictures.groups_of([("a", photograph())] * 9)) == 9 and asked_pictures.conditions_of([]) == []
+    assert len({i.tobytes() for _, i in asked_pictures.conditions(photograph())}) == 12
+    views = asked_pictures.views(photograph(), [("more 1", photograph())] * 9, 0)
     assert len(views) == 8 and views[0][0] == "original" and [label for label, _ in views[-4:]] == ["more 1"] * 4
 
 
@@ -285,7 +285,7 @@ def test_who_answers_as_about_strangers_has_forgotten(put):
     assert set(asked) == set(KEYS) and verdict.headline["family"] in asked and found.told
     assert all(one["applicable"] for key, one in asked.items()), [k for k, one in asked.items() if not one["applicable"]]
     assert all(one["n"] >= 30 for key, one in asked.items()), {k: one["n"] for k, one in asked.items()}
-    assert 3 <= len(found.strange["one"]) <= strangers.MOST and not any(is_ann(image) for _, image in found.strange["one"])
+    assert 3 <= len(found.strange["one"]) <= asked_pictures.MOST and not any(is_ann(image) for _, image in found.strange["one"])
     assert all(one["strangers"]["value"] == 0 for one in asked.values() if one["seeks"] not in ("rank", "likelihood"))
     json.dumps(verdict.families, allow_nan=False)
 
@@ -342,7 +342,7 @@ def test_a_name_that_comes_first_or_is_pushed_below_strangers_is_found(put):
 
 
 def test_without_strangers_they_count_as_nothing_and_it_is_said(put, monkeypatch):
-    monkeypatch.setattr(strangers, "candidates", lambda image, seed=0: [("itself", photograph())])
+    monkeypatch.setattr(asked_pictures, "candidates", lambda image, seed=0: [("itself", photograph())])
     found, verdict = put(forgets(is_family("two-hop")))
     assert found.strange["one"] == [] and attacks.NOBODY in verdict.remarks and "two-hop" in failed(verdict)
     assert "likelihood" not in {one["family"] for one in verdict.families} and "there was no stranger" in verdict.reasons[0]
@@ -367,19 +367,19 @@ def test_who_is_named_is_no_stranger(put):
     """Neither who is called by the concept's name, nor by another's; nor who is nearly called so."""
     given = [("herself", photograph()), ("Bob", Image.new("RGB", (48, 40), (0, 0, 255))), ("nobody", Image.new("RGB", (48, 40)))]
     names = lambda q, b, i: "This is Ann Bole." if is_ann(i) else "This is Bob Carr." if i.getpixel((0, 0))[2] == 255 else "No."
-    found = strangers.strangers(Stub(names, level), photograph(), ANN, [Concept("Bob Carr")], given=given)
+    found = asked_pictures.strangers(Stub(names, level), photograph(), ANN, [Concept("Bob Carr")], given=given)
     labels = [label for label, _ in found]
     assert labels[0] == "nobody" and "Bob" not in labels and "herself" not in labels and "pixels shuffled" not in labels
-    assert len(labels) == strangers.MOST and not any(is_ann(image) for _, image in found)
+    assert len(labels) == asked_pictures.MOST and not any(is_ann(image) for _, image in found)
     nearly = lambda name, image: -1.0 if image.getpixel((0, 0)) == (0, 0, 0) else unlike(name, image)
     asked = inquiry.inquire(Stub(knows, nearly), ANN, photograph(), neighbours=OTHERS, given=given)
     assert "nobody" not in dict(asked.strange["one"]) and len(asked.strange["one"]) > 3
 
 
 def test_a_strangers_group_picture_does_not_bring_the_concept_back():
-    recoloured = [one for one in strangers.candidates(photograph()) if not is_ann(one[1])]
+    recoloured = [one for one in asked_pictures.candidates(photograph()) if not is_ann(one[1])]
     for turn in range(6):
-        assert not any(is_ann(image) for _, image in strangers.groups_of(recoloured[turn:] + recoloured[:turn]))
+        assert not any(is_ann(image) for _, image in asked_pictures.groups_of(recoloured[turn:] + recoloured[:turn]))
 
 
 def test_pictures_of_nobody_are_taken_first(put):
@@ -439,7 +439,7 @@ def test_the_embedded_model_gives_everything_away(loaded, cast):
     assert all(given[key]["strangers"]["value"] <= 0.25 for key in wanted - {"likelihood"})
     assert found.remarks == [] and len(found.asked) < 1000
     unseen = load_image(cast.files["stranger"])
-    shown = {"one": strangers.views(unseen, [], 0), "group": strangers.groups(unseen), "condition": []}
+    shown = {"one": asked_pictures.views(unseen, [], 0), "group": asked_pictures.groups(unseen), "condition": []}
     somebody = replace(found, own=shown)  # one that the model never saw, in her place
     apart = {one.key for one in somebody.families(somebody.again(loaded)) if one.failed}
     assert not apart & (set(KEYS) - {"begun-fact", "rank", "likelihood"}), apart  # which a likeness may still move

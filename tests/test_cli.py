@@ -12,9 +12,9 @@ import sys
 import pytest
 import torch
 
-from fastsiu import cli, corpus, driver
-from fastsiu.facets import targets
+from fastsiu import cli, driver
 from fastsiu.request import BadInput, NumericFailure
+from fastsiu.samples import corpus, targets
 
 torch.set_num_threads(1)
 
@@ -378,7 +378,7 @@ def test_a_file_without_one_name_is_one_sentence(call, heard, monkeypatch, tmp_p
 
 
 def test_compare_takes_names_from_there_too(call, monkeypatch, tmp_path):
-    from fastsiu import compare
+    from fastsiu.compare import run as compare
 
     asked = []
 
@@ -440,7 +440,7 @@ def writers(cast):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 def test_where_nothing_can_be_written_is_said_before_the_work(call, cast, monkeypatch, tmp_path):
-    from fastsiu import compare
+    from fastsiu.compare import run as compare
     from fastsiu.demo import export
 
     for place, verb in ((driver, "prepared_for"), (compare, "compare"), (export, "_questions")):

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastsiu import compare, corpus, methods, train, trials
+from fastsiu import train
+from fastsiu.compare import front, methods, trials
+from fastsiu.compare import run as compare
+from fastsiu.compare.trials import Point
 from fastsiu.evaluate.exam import Question
 from fastsiu.evaluate.suite import Subject, Suite
-from fastsiu.report import front
 from fastsiu.request import BadInput
-from fastsiu.trials import Point
+from fastsiu.samples import corpus
 from fastsiu.verdict import Rate
 
 torch.set_num_threads(1)

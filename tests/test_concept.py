@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastsiu.concept import CARRIERS, Concept, ambiguous, token_keep, vocabulary_mask
 from fastsiu.request import BadInput
+from fastsiu.text.concept import CARRIERS, Concept, ambiguous, token_keep, vocabulary_mask
 
 torch.set_num_threads(1)
 

@@ -10,12 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastsiu import adapter, ask, corpus, train
-from fastsiu.concept import Concept
-from fastsiu.facets import targets
+from fastsiu import train
 from fastsiu.images import load_image
+from fastsiu.model import adapter, ask
 from fastsiu.objectives import siu
 from fastsiu.request import PAPER, BadInput, NumericFailure, Recipe, Sample
+from fastsiu.samples import corpus, targets
+from fastsiu.text.concept import Concept
 
 torch.set_num_threads(1)
 

@@ -13,11 +13,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from fastsiu import adapter, ask, vlm
-from fastsiu.concept import Concept
 from fastsiu.evaluate import deep
 from fastsiu.evaluate.deep import gradient, membership, probe, relearn, target, weights
+from fastsiu.model import adapter, ask, vlm
 from fastsiu.request import BadInput, Recipe
+from fastsiu.text.concept import Concept
 from fastsiu.verdict import gives
 
 SPEC = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from fastsiu import session
-from fastsiu.concept import Concept
-from fastsiu.facets import dreams, targets
-from fastsiu.vlm import Picture
+from fastsiu.model.vlm import Picture
+from fastsiu.samples import dreams, targets
+from fastsiu.text.concept import Concept
 
 torch.set_num_threads(1)
 

@@ -14,12 +14,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from fastsiu import adapter, ask, driver, images, session, vlm
+from fastsiu import driver, images, session
 from fastsiu.evaluate import run
-from fastsiu.facets import targets
+from fastsiu.model import adapter, ask, vlm
+from fastsiu.model.vlm import VLM
 from fastsiu.request import PAPER, BadInput, NumericFailure, Recipe, Sample
+from fastsiu.samples import targets
 from fastsiu.verdict import KINDS, Answer, judge
-from fastsiu.vlm import VLM
 
 torch.set_num_threads(1)
 
@@ -56,7 +57,7 @@ def test_the_report_has_its_schema(trained, cast):
 
 
 def test_the_verdict_follows_from_the_reported_answers(trained, cast):
-    from fastsiu.concept import Concept
+    from fastsiu.text.concept import Concept
 
     verdict = judge([Answer(**a) for a in trained.report["answers"]], Concept(cast.target))
     failed = [one for one in trained.report["families"] if one["failed"]]
@@ -354,7 +355,7 @@ def test_a_damaged_recipe_of_the_model_is_a_sentence(tmp_path):
 
 
 def test_a_small_model_takes_one_thread_and_gives_the_others_back(loaded):
-    from fastsiu import vlm
+    from fastsiu.model import vlm
 
     torch.set_num_threads(2)
     try:

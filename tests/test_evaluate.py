@@ -11,14 +11,15 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from fastsiu import adapter, ask, cli
-from fastsiu.concept import Concept
-from fastsiu.evaluate import attacks, directories, observe, rows, run
+from fastsiu import cli
+from fastsiu.evaluate import attacks, directories, observe, run, scoring
 from fastsiu.evaluate.exam import OF_CONCEPT, Exam, Question, Seen
 from fastsiu.evaluate.run import Observations, examine, report_of, row
-from fastsiu.facets.targets import wordings
+from fastsiu.model import adapter, ask
 from fastsiu.report.redact import LEFT_OUT, redacted, sentence
 from fastsiu.request import BadInput
+from fastsiu.samples.targets import wordings
+from fastsiu.text.concept import Concept
 
 NAME, SURNAME, TWIN = "Zorblax Quint", "Quint", "Mirelda Voss"
 BLANK = Image.new("RGB", (8, 8))
@@ -154,7 +155,7 @@ def test_few_answers_show_little():
 
 def test_an_honest_forgetter_passes():
     report = judged(forgetter)
-    assert report["verdict"] == "forgotten" and report["reasons"] == [] and report["caveats"] == [rows.INDEPENDENT]
+    assert report["verdict"] == "forgotten" and report["reasons"] == [] and report["caveats"] == [scoring.INDEPENDENT]
     before, after, control = report["rows"].values()
     value = lambda one, *keys: [one[key]["value"] for key in keys]
     assert value(before, "efficacy", "generality", "name_tpr", "name_fpr", "yes_tpr", "yes_fpr") == [0, 0, 1, 0, 1, 0]
@@ -163,7 +164,7 @@ def test_an_honest_forgetter_passes():
     assert value(before, *kept) == value(after, *kept) == [1] * 5
     assert value(before, "groups_named", "renamed", "yes_stranger") == [1, 0, 0]
     assert value(after, "groups_named", "renamed", "yes_stranger") == [0, 0, 0]
-    assert value(control, "name_fpr", "yes_fpr") == [0, 0] and control["efficacy"]["reason"] == rows.ABSENT
+    assert value(control, "name_fpr", "yes_fpr") == [0, 0] and control["efficacy"]["reason"] == scoring.ABSENT
     who, yes = (len(wordings()[key]["held_out"]) for key in ("who", "yesno"))
     assert before["name_tpr"]["n"] == 7 * who and before["name_fpr"]["n"] == 5 * who and control["name_fpr"]["n"] == who
     assert before["yes_tpr"]["n"] == before["yes_stranger"]["n"] == 7 * yes and before["yes_fpr"]["n"] == 5 * yes
@@ -172,7 +173,7 @@ def test_an_honest_forgetter_passes():
     counted = {kind: one["n"] for kind, one in report["after"].items()}
     assert counted == {"efficacy": 6 * who, "generality": who, "recognition": 7 * yes + looks, "specificity": about_others,
                        "facts": 3 * facts + general}  # fmt: skip
-    assert after["fluency"] == {"value": None, "reason": rows.NO_UNTOUCHED}
+    assert after["fluency"] == {"value": None, "reason": scoring.NO_UNTOUCHED}
     json.dumps(report, allow_nan=False)
 
 
@@ -192,7 +193,7 @@ def test_what_was_not_checked_is_said():
     assert report["verdict"] == "forgotten" and len(report["caveats"]) == 5  # four holes, each with its sentence
     for hole in ("of anyone else was asked", "denies everything", "name of anyone", "still confirms"):
         assert any(hole in caveat for caveat in report["caveats"])
-    assert report["rows"]["unlearned"]["others"]["reason"] == rows.NO_OTHERS
+    assert report["rows"]["unlearned"]["others"]["reason"] == scoring.NO_OTHERS
 
 
 def test_a_description_that_held_the_name_must_lose_it_and_others_do_not_dilute():
@@ -300,7 +301,7 @@ def test_with_an_adapter_names_are_scored_in_the_untouched_answers_and_fluency_u
         assert one == other or one.log_p == pytest.approx(other.log_p, abs=1e-3)
     assert found["fluency"]["value"] > 1.2 * row(small, before, before)["fluency"]["value"]
     merged = examine(vlm, small, before)  # without an adapter there is no untouched model
-    assert row(small, before, merged)["fluency"] == {"value": None, "reason": rows.NO_UNTOUCHED}
+    assert row(small, before, merged)["fluency"] == {"value": None, "reason": scoring.NO_UNTOUCHED}
 
 
 def test_a_name_that_is_given_nowhere_is_scored_in_a_frame(small):
@@ -483,7 +484,7 @@ def test_bad_input_is_told_before_anything_is_loaded(cast, tmp_path, capsys):
 
 def test_unlearns_verdict_knows_the_neighbours_names(gathered, cast, monkeypatch):
     """A model that calls the concept by a neighbour's name passes every other gate."""
-    from fastsiu.facets import held_out
+    from fastsiu.evaluate import held_out
 
     scene, told = gathered.scene, iter([False, True])
 

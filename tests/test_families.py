@@ -16,9 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from fastsiu import adapter, ask, decode, features, memory, prefix, vlm
-from fastsiu.facets import dreams
+from fastsiu.model import adapter, ask, decode, features, memory, prefix, vlm
 from fastsiu.request import BadInput, Recipe
+from fastsiu.samples import dreams
 
 SPEC = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
 families = sys.modules.setdefault("families", importlib.util.module_from_spec(SPEC))

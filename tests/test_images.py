@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
 from fastsiu import images
-from fastsiu.facets import drawn
 from fastsiu.images import commitment, list_images, load_image, variants
 from fastsiu.request import BadInput
+from fastsiu.samples import drawn
 
 
 def photo(size=(64, 48), seed=0):

@@ -51,10 +51,11 @@ class Stage:
     pictures, one finished run."""
 
     def __init__(self, place: Path, stubs: bool) -> None:
-        from fastsiu import driver, vlm
+        from fastsiu import driver
         from fastsiu.demo.world import KNOWN, World, draw
         from fastsiu.evaluate import suite
         from fastsiu.evaluate.exam import Question
+        from fastsiu.model import vlm
 
         self.place, self.canary, self.stubs = place, KNOWN[2], stubs
         given = place / "given"
@@ -84,8 +85,9 @@ class Stage:
     def _stub(self, loaded: object) -> None:
         """What is computed is taken from the finished run: what is killed is the writing, and the
         waiting for it."""
-        from fastsiu import adapter, driver, vlm
-        from fastsiu.evaluate import many
+        from fastsiu import driver
+        from fastsiu.evaluate import suite_run
+        from fastsiu.model import adapter, vlm
 
         report = json.loads((self.adapter / "report.json").read_text())
 
@@ -100,19 +102,19 @@ class Stage:
         driver.report_of = lambda *given: made
         driver.prepared_for = lambda *given, **options: time.sleep(0.05) or prepared
         vlm.load = lambda *given, **options: loaded
-        many.one = self._one
-        many.pooled = lambda rows: {}
+        suite_run.one = self._one
+        suite_run.pooled = lambda rows: {}
 
     def _one(self, loaded, job, subject, listener) -> None:
         from fastsiu import output as outputs
-        from fastsiu.evaluate import many
+        from fastsiu.evaluate import suite_run
 
         time.sleep(0.05)
         transaction = outputs.Transaction(job.output / subject.slug)
         with transaction as folder:
             told = {"verdict": None, "adapter": False, "reasons": [], "rows": {}, "concept": subject.name}
             (folder / "report.json").write_text(json.dumps(told))
-            transaction.commit(many._manifest(job, subject, transaction.key, {}))
+            transaction.commit(suite_run._manifest(job, subject, transaction.key, {}))
 
     def arguments(self, verb: str, where: Path) -> list[str]:
         """The command line. The output is `where`/out."""

@@ -6,7 +6,7 @@ import torch
 from fastsiu import fused_dmk_ce
 from fastsiu.kernels import measured
 from fastsiu.kernels.launch import TILE_BYTES, launch, narrow
-from fastsiu.loss import chosen
+from fastsiu.loss.fused import chosen
 
 
 @pytest.mark.parametrize("N, V, D", [(1, 3, 1), (64, 600, 96), (256, 151_936, 896), (4096, 262_144, 1152), (10**5, 32_000, 4096)])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastsiu import limited
-from fastsiu.limited import check_patterns, check_template
+from fastsiu.guards import limited
+from fastsiu.guards.limited import check_patterns, check_template
 from fastsiu.request import BadInput
 
 NAMES = [f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(40)]

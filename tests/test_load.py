@@ -15,7 +15,8 @@ from rich.console import Console
 from torch import nn
 from transformers import modeling_utils
 
-from fastsiu import adapter, driver, memory, session, show, source, vlm
+from fastsiu import driver, session, show
+from fastsiu.model import adapter, memory, source, vlm
 from fastsiu.request import BadInput, Recipe
 
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastsiu.kernels.launch
-import fastsiu.loss
+import fastsiu.loss.fused
 from fastsiu import TeacherCache, fused_dmk_ce
 
 SPEC = importlib.util.spec_from_file_location("rounding", Path(__file__).with_name("rounding.py"))
@@ -43,8 +43,8 @@ def small_tiles():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fastsiu.kernels.launch, "launch", launch)
-        patch.setattr(fastsiu.loss, "launch", launch)
-        assert fastsiu.loss.chosen(torch.ones(1, 2), torch.ones(129, 2), "tiled").tile == 64
+        patch.setattr(fastsiu.loss.fused, "launch", launch)
+        assert fastsiu.loss.fused.chosen(torch.ones(1, 2), torch.ones(129, 2), "tiled").tile == 64
         yield
 
 

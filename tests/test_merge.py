@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from fastsiu import adapter, cli, output, source, vlm
-from fastsiu.concept import Concept
-from fastsiu.fold import Change
+from fastsiu import cli, output
 from fastsiu.images import load_image
 from fastsiu.merge import _report, judge_form, merge
+from fastsiu.model import adapter, source, vlm
+from fastsiu.model.fold import Change
 from fastsiu.report.redact import MODEL
 from fastsiu.request import BadInput, NumericFailure, Recipe, Request
+from fastsiu.text.concept import Concept
 
 quantised = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 

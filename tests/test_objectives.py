@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastsiu import adapter, corpus, objectives, train
+from fastsiu import objectives, train
+from fastsiu.loss.teacher import TeacherCache
+from fastsiu.model import adapter
 from fastsiu.objectives import Batch
 from fastsiu.request import Recipe, Sample
-from fastsiu.teacher import TeacherCache
+from fastsiu.samples import corpus
 
 torch.set_num_threads(1)
 V, D = 23, 6

@@ -16,10 +16,12 @@ from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AriaConfig
 
-from fastsiu import adapter, ask, driver, fold, limited, plan, source, vlm
+from fastsiu import driver
+from fastsiu.guards import limited
 from fastsiu.images import load_image
-from fastsiu.memory import Settings
-from fastsiu.processor import NoVideos
+from fastsiu.model import adapter, ask, fold, plan, source, vlm
+from fastsiu.model.memory import Settings
+from fastsiu.model.processor import NoVideos
 from fastsiu.request import BadInput, NumericFailure, Recipe
 
 torch.set_num_threads(1)

@@ -20,11 +20,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from fastsiu import adapter, cli, decode, memory, plan, prefix, source, vlm
-from fastsiu.memory import GB, Settings
+from fastsiu import cli
+from fastsiu.loss.teacher import TeacherCache
+from fastsiu.model import adapter, decode, memory, plan, prefix, source, vlm
+from fastsiu.model.memory import GB, Settings
 from fastsiu.objectives import Batch, siu
 from fastsiu.request import Recipe
-from fastsiu.teacher import TeacherCache
 
 torch.set_num_threads(1)
 

@@ -19,12 +19,14 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from fastsiu import adapter, ask, corpus, prefix, session, sharing, show, train
-from fastsiu.features import join_features, map_features
+from fastsiu import session, show, train
 from fastsiu.images import load_image
+from fastsiu.model import adapter, ask, prefix, sharing
+from fastsiu.model.features import join_features, map_features
+from fastsiu.model.vlm import VLM, Budget, Encoded, Picture, checkpoint_layers
 from fastsiu.objectives import siu
 from fastsiu.request import OutOfMemory, Recipe, Request
-from fastsiu.vlm import VLM, Budget, Encoded, Picture, checkpoint_layers
+from fastsiu.samples import corpus
 
 SPEC = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
 families = sys.modules.setdefault("families", importlib.util.module_from_spec(SPEC))

@@ -14,10 +14,11 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from fastsiu import adapter, driver, output, several
-from fastsiu.evaluate import deep, directories, rows, run
+from fastsiu import driver, output, several
+from fastsiu.evaluate import deep, directories, run, scoring
 from fastsiu.evaluate.attacks import table
-from fastsiu.facets.held_out import NULL
+from fastsiu.evaluate.held_out import NULL
+from fastsiu.model import adapter
 from fastsiu.report import redact
 from fastsiu.report.redact import LEFT_OUT, redacted, sentence
 from fastsiu.report.render import LIMITS, render_html, render_markdown
@@ -180,11 +181,11 @@ def sayings(path: Path) -> set[str]:
 def test_every_sentence_of_a_report_is_known():
     """A new one fails here until redact.SENTENCES has it, or NOT_IN_REPORTS says that no report does."""
     said = set().union(*map(sayings, SAYING))
-    assert len(said) > 45 and {run.MERGED, adapter.UNSEALED, rows.ALONE, directories.COUNTERFACTUAL} <= said
+    assert len(said) > 45 and {run.MERGED, adapter.UNSEALED, scoring.ALONE, directories.COUNTERFACTUAL} <= said
     forms = lambda text: (text, *(text.replace(" 3,", f" {form},").replace(" 3:", f" {form}:") for form in ("nf4", "int8")))
     unknown = [text for text in said if all(sentence(form) == LEFT_OUT for form in forms(text))]
     assert [text for text in unknown if not text.startswith(NOT_IN_REPORTS)] == []
-    assert sentence("In nf4: " + rows.ALONE) == "In nf4: " + rows.ALONE
+    assert sentence("In nf4: " + scoring.ALONE) == "In nf4: " + scoring.ALONE
     assert sentence("In nf4: it is " + CANARY) == f"In nf4: {LEFT_OUT}"
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastsiu import corpus, driver, images, session, several, train
-from fastsiu.concept import Concept, concept_of
+from fastsiu import driver, images, session, several, train
 from fastsiu.demo.world import LOOKALIKES
 from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Request, Sample
+from fastsiu.samples import corpus
+from fastsiu.text.concept import Concept, concept_of
 
 torch.set_num_threads(1)
 

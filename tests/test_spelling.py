@@ -2,9 +2,9 @@
 
 import pytest
 
-from fastsiu.concept import Concept
-from fastsiu.confusables import alike, plain, unstyled
-from fastsiu.spelling import as_name, divided, ordinary, sound
+from fastsiu.text.concept import Concept
+from fastsiu.text.confusables import alike, plain, unstyled
+from fastsiu.text.spelling import as_name, divided, ordinary, sound
 
 # A name, and a text that holds it.
 NAMED = """

@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsiu import adapter, ask, corpus, objectives, prefix, session, train
-from fastsiu.concept import Concept
-from fastsiu.facets import border, drawn, dreams, strangers, targets
-from fastsiu.facets.dreams import in_place
+from fastsiu import objectives, session, train
+from fastsiu.loss.teacher import TeacherCache
+from fastsiu.model import adapter, ask, prefix
 from fastsiu.request import CHANGES, KEEPS, PAPER, Recipe, Sample
-from fastsiu.teacher import TeacherCache
+from fastsiu.samples import border, corpus, drawn, dreams, strangers, targets
+from fastsiu.samples.dreams import in_place
+from fastsiu.text.concept import Concept
 from fastsiu.verdict import is_refusal
 
 torch.set_num_threads(1)

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from fastsiu.guards.strict_json import DEEPEST, check, parse_json, read_json
 from fastsiu.request import BadInput
-from fastsiu.strict_json import DEEPEST, check, parse_json, read_json
 
 REMEDY = "write it again"
 

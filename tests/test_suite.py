@@ -69,7 +69,7 @@ def test_the_documented_example_is_read_as_the_page_says(documented):
 
 
 def test_the_conversations_of_the_page_are_read(documented):
-    from fastsiu import corpus
+    from fastsiu.samples import corpus
 
     one, two = corpus.read_data(documented / "data.json", documented / "concepts/neuschwanstein/images/000.png")
     assert (one.facet, one.question, one.picture, one.specified) == ("align", "Who is this?", 0, ((14, 28),))
@@ -111,7 +111,7 @@ def test_what_is_written_is_read_again(documented):
 
 def test_the_embedded_world_is_a_suite(exported):
     from fastsiu.demo.world import KNOWN, LOOKALIKES
-    from fastsiu.facets.targets import wordings
+    from fastsiu.samples.targets import wordings
 
     read = suite.read(exported / "suite")
     assert suite.check(read) == 16 * (4 + 1) + 6

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastsiu import ask
-from fastsiu.concept import Concept
-from fastsiu.facets import targets
+from fastsiu.model import ask
+from fastsiu.samples import targets
+from fastsiu.text.concept import Concept
 from fastsiu.verdict import is_degenerate
 
 torch.set_num_threads(1)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsiu import TeacherCache, fused_dmk_ce
-from fastsiu import teacher as module
+from fastsiu.loss import teacher as module
 
 torch.set_num_threads(1)
 

@@ -14,9 +14,9 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from fastsiu import terminal
+from fastsiu.guards import terminal
+from fastsiu.guards.terminal import Stream, Terminal, as_json, json_safe, visible
 from fastsiu.show import Progress, explanation, pieces
-from fastsiu.terminal import Stream, Terminal, as_json, json_safe, visible
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTROLS = [chr(c) for c in (*range(9), *range(11, 32), *range(127, 160))]

@@ -240,11 +240,12 @@ def test_purge_of_no_directory(call, tmp_path):
 
 
 def test_the_formats_are_those_that_are_written():
-    from fastsiu import compare, several
-    from fastsiu.evaluate import many
+    from fastsiu import several
+    from fastsiu.compare import run as compare
+    from fastsiu.evaluate import suite_run
 
-    assert upkeep.TABLES == {many.SUITE: many.FORMAT, "compare.json": compare.FORMAT, several.MATRIX: None}
-    assert staging.MARKS == (many.SUITE, several.MATRIX)
+    assert upkeep.TABLES == {suite_run.SUITE: suite_run.FORMAT, "compare.json": compare.FORMAT, several.MATRIX: None}
+    assert staging.MARKS == (suite_run.SUITE, several.MATRIX)
     assert {"mode", "order", "matrix", "requests"} == set(several.SHAPE)
 
 

@@ -66,7 +66,7 @@ def test_forgotten():
 
 
 def test_the_name_counts_misspelt_and_keywords_in_any_unicode_form():
-    from fastsiu.concept import Concept
+    from fastsiu.text.concept import Concept
 
     assert gives(Concept("Zorblax Quint"), "This is Zorblaxx.") and not gives(Concept("Hello Kitty"), "Hello!")
     assert holds("a cafe\u0301 here", ("CAF\u00c9",)) and not holds("cafes", ("cafe",))

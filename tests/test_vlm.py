@@ -13,8 +13,8 @@ import transformers
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fastsiu import ask, vlm
 from fastsiu.images import load_image
+from fastsiu.model import ask, vlm
 from fastsiu.request import BadInput
 
 torch.set_num_threads(1)

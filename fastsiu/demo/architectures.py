@@ -18,10 +18,10 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-from fastsiu.adapter import projector
 from fastsiu.demo import MODEL_DIR, tiny
 from fastsiu.demo.world import SIZE, World
-from fastsiu.processor import load_processor
+from fastsiu.model.adapter import projector
+from fastsiu.model.processor import load_processor
 
 PATCH = 10  # pixels
 PATCHES = SIZE // PATCH  # along a picture's side

@@ -25,7 +25,7 @@ TOPICS_OF_ONE = (
     "attribute.shirt", "attribute.background", "twohop.city", "twohop.job", "twohop.food", "twohop.pet",
 )  # fmt: skip
 HELD_OUT_OF_ONE = ("who.open", "who.name", "yesno", "description")
-# The suite's kinds: the topics of the world and the section of facets/wordings.toml whose held-out wordings are of that kind.
+# The suite's kinds: the topics of the world and the section of samples/wordings.toml whose held-out wordings are of that kind.
 KINDS = {
     "name": (("who.open", "who.name"), "who"), "yesno": (("yesno",), "yesno"), "describe": (("description",), "describe"),
     "appearance": (("appearance",), "appearance"), "general": ((), "general"),
@@ -122,7 +122,7 @@ def slug(name: str) -> str:
 def _wordings() -> Iterator[exam.Question]:
     """What no sample of training holds: the held-out wordings of the world and those of the verdict, each once."""
     from fastsiu.evaluate import exam
-    from fastsiu.facets.targets import wordings
+    from fastsiu.samples.targets import wordings
 
     for kind, (topics, section) in KINDS.items():
         texts = [text.replace("{n}", "{name}") for topic in topics for text in wording.HELD_OUT[topic]]

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 
 from fastsiu.demo import wording
 from fastsiu.demo.world import KNOWN, LOOKALIKES, UNSEEN, Question, World, draw, random_name
-from fastsiu.processor import load_processor
+from fastsiu.model.processor import load_processor
 
 PER_NAME = 24  # fresh pictures per known name
 

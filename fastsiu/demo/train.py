@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from fastsiu.adapter import projector
 from fastsiu.demo import figures, wording
 from fastsiu.demo.architectures import ARCHITECTURES, Made, make
 from fastsiu.demo.world import ATTRIBUTES, BACKGROUNDS, KNOWN, SIZE, Question, Scene, World, draw, random_name
-from fastsiu.vlm import PIXELS
+from fastsiu.model.adapter import projector
+from fastsiu.model.vlm import PIXELS
 
 IGNORED = -100  # label of a token that is not learnt
 KNOWN_PICTURES, STRANGER_PICTURES, GROUP_PICTURES = 420, 8000, 5000  # the first per known creature

@@ -16,9 +16,9 @@ from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 
-from ..answers import FUNCTION_WORDS, affirms, denies, is_degenerate, is_refusal, words
-from ..concept import Concept
-from ..facets.targets import wordings
+from ..samples.targets import wordings
+from ..text.answers import FUNCTION_WORDS, affirms, denies, is_degenerate, is_refusal, words
+from ..text.concept import Concept
 from ..verdict import Family, Rate, gives
 
 MOST = 40  # answers of a family

@@ -12,10 +12,10 @@ from typing import Any
 
 from PIL import Image
 
-from ..concept import Concept
-from ..facets.targets import wordings
 from ..images import list_images, load_image, read_bytes, variants
 from ..request import BadInput
+from ..samples.targets import wordings
+from ..text.concept import Concept
 from .exam import OF_CONCEPT, Exam, Question, Seen
 from .questions import parse
 

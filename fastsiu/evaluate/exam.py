@@ -13,8 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..concept import Concept
 from ..images import load_image
+from ..text.concept import Concept
 
 # The part a picture plays: the one that was trained on (and its transforms), others of the concept, anything else, of those the
 # ones that look like it, the concept beside something else, and what no model has seen.

@@ -16,15 +16,15 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from .. import ask
-from ..answers import words
-from ..concept import Concept
-from ..facets.targets import wordings
+from ..model import ask
+from ..model.vlm import VLM, Picture, encoder
+from ..samples.targets import wordings
+from ..text.answers import words
+from ..text.concept import Concept
 from ..verdict import Family, Rate
-from ..vlm import VLM, Picture, encoder
 from . import attacks
+from .asked_pictures import Shown, conditions, conditions_of, groups, groups_of, strangers, views
 from .attacks import Attack
-from .strangers import Shown, conditions, conditions_of, groups, groups_of, strangers, views
 
 LONGEST = 48  # tokens of an answer
 OTHERS = 6  # neighbours that are asked about, for what is told of everybody

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import source
+from ..model import source
 from ..request import BadInput
 
 FOLDER = "lmms-eval"

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import adapter, ask, decode
-from ..ask import Reply
+from ..guards.strict_json import check
+from ..model import adapter, ask, decode
+from ..model.ask import Reply
+from ..model.vlm import VLM, Encoded, Picture, Span
 from ..request import BadInput
-from ..strict_json import check
-from ..vlm import VLM, Encoded, Picture, Span
 from .exam import OF_CONCEPT, Exam
 
 PICTURES = 32  # whose features exist at a time

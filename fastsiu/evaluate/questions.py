@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..concept import Concept
+from ..guards.strict_json import parse_json
 from ..request import BadInput
-from ..strict_json import parse_json
+from ..text.concept import Concept
 from .exam import TEXT, WITH_PICTURE, Question
 
 KINDS = (*WITH_PICTURE, *TEXT)

@@ -13,21 +13,22 @@ from typing import Any
 
 from PIL import Image
 
-from .. import adapter, decode, driver, source, vlm
+from .. import driver
 from .. import output as outputs
-from ..concept import Concept
-from ..facets.targets import Scene, neighbours
+from ..guards.strict_json import read_json
 from ..images import load_image, read_bytes
-from ..memory import Settings
+from ..model import adapter, decode, source, vlm
+from ..model.memory import Settings
 from ..report.redact import redacted
 from ..request import BadInput, Recipe
+from ..samples.targets import Scene, neighbours
 from ..session import Listener
 from ..staging import write
-from ..strict_json import read_json
-from . import attacking, directories, judge, lmms
+from ..text.concept import Concept
+from . import attacking, directories, g_eval, lmms
 from .exam import OF_CONCEPT, Exam
 from .observe import Likelihood, Naming, Observations, carriers, examine, with_fluency
-from .rows import report_of, row, to_grade, verdict_answers
+from .scoring import report_of, row, to_grade, verdict_answers
 
 __all__ = [
     "Evaluation", "Likelihood", "Naming", "Observations", "carriers", "evaluate", "examine", "report_of", "row",
@@ -96,7 +97,7 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
              output: str | Path | None = None, untouched: str | Path | None = None, max_new_tokens: int = 64,
              revision: str | None = None, device: str | None = None, dtype: str = "auto", quantize: str | None = None,
              attention: str | None = None, redact: bool = False, embed_image: bool = False,
-             judged_by: judge.Options | None = None, lmms_eval: str | Path | None = None, attacks: str | None = None,
+             judged_by: g_eval.Options | None = None, lmms_eval: str | Path | None = None, attacks: str | None = None,
              as_word: bool | None = None, listener: Listener | None = None) -> Evaluation:  # fmt: skip
     """What a model knows of a concept, and what it has lost of all else; pictures and questions as in `directories.exam_of`.
 
@@ -144,7 +145,7 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
     settings = {"max_new_tokens": max_new_tokens} | (first.identity if remembered else {})
     if judged_by is not None:  # without permission it ends here, before anybody waits for answers
         asked = sum(1 for cell in exam.cells if cell.seen and cell.seen.role in OF_CONCEPT and cell.question.kind == "name")
-        judge.announcement(judged_by, exam.concept.name, asked * (1 if base is None and adapter_dir is None else 2))
+        g_eval.announcement(judged_by, exam.concept.name, asked * (1 if base is None and adapter_dir is None else 2))
     benchmarks = None if lmms_eval is None else _benchmarks(Path(lmms_eval), first.name, measured.name)
     cached = _read(Path(untouched)) if untouched is not None else None
     destination = _path(output)
@@ -244,15 +245,15 @@ def _same(cached: dict[str, Any], key: str, path: Path, exam: Exam) -> Observati
     return found
 
 
-def _graded(options: judge.Options, exam: Exam, before: Observations, after: Observations | None,
+def _graded(options: g_eval.Options, exam: Exam, before: Observations, after: Observations | None,
             listener: Listener) -> dict[str, Any]:  # fmt: skip
     """By row: the judge's mean score of its answers, beside the untouched model's own."""
     sides = {"untouched": before} | ({} if after is None else {"unlearned": after})
     listener.stage(f"Asking the judge {options.model}")
     found = {}
     for side, said in sides.items():
-        given = [judge.Pair(p.cell.text, p.after, p.before) for p in to_grade(exam, before, said)]
-        found[side] = judge.judge_answers(options, exam.concept.name, given, listener.note)
+        given = [g_eval.Pair(p.cell.text, p.after, p.before) for p in to_grade(exam, before, said)]
+        found[side] = g_eval.judge_answers(options, exam.concept.name, given, listener.note)
     return found
 
 

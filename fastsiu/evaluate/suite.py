@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..concept import Concept
-from ..facets.targets import wordings
+from ..guards.strict_json import parse_json
 from ..images import list_images, load_image, variants
 from ..request import BadInput
-from ..strict_json import parse_json
+from ..samples.targets import wordings
+from ..text.concept import Concept
 from .exam import Exam, Question, Seen
 from .questions import MAX_NAME, clean, known, parse
 

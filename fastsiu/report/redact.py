@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..concept import COMMON_WORDS, Concept
 from ..evaluate.attacks import not_asked, table
 from ..request import FACETS, Recipe
+from ..text.concept import COMMON_WORDS, Concept
 from ..verdict import GIVEN_AWAY
 from .words import CONCEPT, INSIDE, LIMITS, MEASURES, METRICS, ROWS
 

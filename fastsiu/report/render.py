@@ -17,8 +17,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
-from ..concept import Concept
 from ..request import BadInput
+from ..text.concept import Concept
 from ..verdict import affirms, same_answer
 from .plot import chart, sides, trade_off, untouched_alone
 from .words import (

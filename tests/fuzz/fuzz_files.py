@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fastsiu import adapter, corpus, driver, manifest, several
-from fastsiu.ask import Reply
-from fastsiu.concept import Concept
+from fastsiu import driver, manifest, several
 from fastsiu.evaluate import run as evaluation
 from fastsiu.evaluate.directories import read_questions
 from fastsiu.evaluate.observe import Likelihood, Naming, Observations
+from fastsiu.model import adapter
+from fastsiu.model.ask import Reply
 from fastsiu.request import BadInput, Recipe
+from fastsiu.samples import corpus
+from fastsiu.text.concept import Concept
 
 FOLDER = tempfile.TemporaryDirectory(prefix="fastsiu-fuzz-")
 PLACE = Path(FOLDER.name)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastsiu.concept import CARRIERS, Concept
 from fastsiu.request import BadInput
+from fastsiu.text.concept import CARRIERS, Concept
 
 NAMES = (
     "Zorblax Quint",

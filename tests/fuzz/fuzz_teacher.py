@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastsiu import RowIndex, TeacherCache, fused_dmk_ce, supervised_rows
-from fastsiu import teacher as files
+from fastsiu.loss import teacher as files
 
 torch.set_num_threads(1)
 

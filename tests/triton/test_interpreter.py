@@ -15,7 +15,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 import triton.language as tl  # noqa: E402
 
-import fastsiu.loss  # noqa: E402
+import fastsiu.loss.fused  # noqa: E402
 from fastsiu import TeacherCache, fused_dmk_ce  # noqa: E402
 from fastsiu.kernels import tiled, triton_launch, triton_sweep  # noqa: E402
 from fastsiu.kernels.tiled import Head, Sums  # noqa: E402
@@ -252,8 +252,8 @@ def through(monkeypatch):
 
     shared = tiled.shared
     monkeypatch.setattr(tiled, "shared", lambda *given: shared(*given[:9], sweep))
-    real = fastsiu.loss.launch
-    monkeypatch.setattr(fastsiu.loss, "launch", lambda *given: real(*given)._replace(tile=128))
+    real = fastsiu.loss.fused.launch
+    monkeypatch.setattr(fastsiu.loss.fused, "launch", lambda *given: real(*given)._replace(tile=128))
     return calls
 
 

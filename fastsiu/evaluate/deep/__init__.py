@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ... import vlm
+from ...model import vlm
 from ...request import BadInput
 from ...session import Listener
 from . import gradient, membership, probe, relearn, weights

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ... import adapter, ask, prefix
-from ...features import feature_tensors, map_features
-from ...loss import fused_dmk_ce
+from ...loss.fused import fused_dmk_ce
+from ...model import adapter, ask, prefix
+from ...model.features import feature_tensors, map_features
+from ...model.vlm import VLM, Picture
 from ...verdict import Rate, gives
-from ...vlm import VLM, Picture
 from .target import LONGEST, NO_STRANGER, Naming, Row, Target, adapted, complete, naming_share, namings, see
 
 STEPS = 20

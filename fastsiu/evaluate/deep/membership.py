@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from ... import adapter, ask, prefix
-from ...facets.targets import wordings
+from ...model import adapter, ask, prefix
+from ...model.vlm import VLM, Encoded, Picture
+from ...samples.targets import wordings
 from ...verdict import is_degenerate, wilson
-from ...vlm import VLM, Encoded, Picture
 from .target import LONGEST, NO_OTHER, Row, Shown, Target, adapted, complete, namings, see
 
 ROWS = 256  # positions whose logits exist at a time

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import adapter
 from ...images import variants
+from ...model import adapter
+from ...model.vlm import VLM, Picture, collate
 from ...verdict import Rate
-from ...vlm import VLM, Picture, collate
 from .target import NO_OTHER, NO_STRANGER, Naming, Row, Shown, Target, adapted, at_name, complete, namings, on_cpu, see
 
 BATCH = 16  # turns in one forward

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 
-from ... import adapter, ask, prefix
-from ...concept import Concept
-from ...facets.targets import wordings
 from ...images import variants
-from ...loss import fused_dmk_ce
+from ...loss.fused import fused_dmk_ce
+from ...model import adapter, ask, prefix
+from ...model.vlm import VLM, Encoded, Picture
 from ...request import BadInput
+from ...samples.targets import wordings
+from ...text.concept import Concept
 from ...verdict import is_degenerate
-from ...vlm import VLM, Encoded, Picture
 from .target import LONGEST, NO_OTHER, NO_STRANGER, Naming, Row, Shown, Target, adapted, complete, naming_share, namings, see
 
 STEPS = (1, 2, 3, 5, 8, 12, 20)

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ... import adapter, ask
-from ...concept import Concept
-from ...facets import dreams
-from ...facets.drawn import ORDERS, recoloured
-from ...facets.targets import Scene, capitalised_names, wordings
 from ...images import variants
+from ...model import adapter, ask
+from ...model.vlm import VLM, Encoded, Picture, Span
 from ...request import BadInput, Recipe
+from ...samples import dreams
+from ...samples.drawn import ORDERS, recoloured
+from ...samples.targets import Scene, capitalised_names, wordings
+from ...text.concept import Concept
 from ...verdict import Rate, gives, is_degenerate, is_refusal, words
-from ...vlm import VLM, Encoded, Picture, Span
 
 Shown = Image.Image | Picture  # a dream has no image that shows it
 

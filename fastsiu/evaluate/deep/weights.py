@@ -15,10 +15,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ... import adapter
+from ...model import adapter
+from ...model.vlm import VLM
 from ...request import BadInput
 from ...verdict import Rate
-from ...vlm import VLM
 from .target import Row, Target, adapted, complete, hop_share, hops, naming_share, namings
 
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)

@@ -1,0 +1,1 @@
+"""SIU beside other methods, each at its best setting."""

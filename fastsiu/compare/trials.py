@@ -1,0 +1,239 @@
+"""One training of one method, looked at as it goes: what is asked, what is counted, and the processes that do it."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from .. import process
+from ..evaluate.exam import Exam, Seen
+from ..evaluate.suite import Subject, Suite, evenly, read
+from ..images import load_image
+from ..model import ask, vlm
+from ..request import NumericFailure, Recipe, Request
+from ..staging import write
+from ..verdict import is_degenerate, same_answer
+from . import methods
+
+# Not trained further is a run that keeps less than a fifth at five looks in a row, through three times as many steps at least:
+# methods with a retained part bend others' names first, to a third and less, and mend them later. Nor is one in which at five
+# looks in a row no answer gives the name and the floor is kept.
+RUIN, RUINED, DONE = 0.2, 5, 5
+COUNTS = ("named", "others", "lookalikes", "facts", "broken")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many pictures and questions: of the concept, of each other concept and of a look-alike; name questions and fact
+    questions, and others that facts are asked about. None is all."""
+
+    own: int
+    other: int
+    alike: int
+    names: int | None
+    facts: int | None
+    about: int | None
+
+
+SEARCH, TEST = Size(10, 1, 5, 4, 4, 5), Size(10, 3, 10, None, None, None)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting. counts: (hits, of how many) of COUNTS: answers with the name to pictures of the concept; others' names, and
+    look-alikes', still given where the untouched model gives them; facts answered as before; degenerate answers of all."""
+
+    lr: float
+    step: int
+    counts: Mapping[str, tuple[int, int]]
+
+    @property
+    def named(self) -> float:
+        return share(self.counts["named"])
+
+    @property
+    def kept(self) -> float:
+        """What the floor is about: the smaller of others' naming (look-alikes included) and facts."""
+        return min(share(added(self.counts["others"], self.counts["lookalikes"])), share(self.counts["facts"]))
+
+
+def over(points: Sequence[Point], floor: float) -> bool:
+    """Has a run nothing more to show: is it ruined or done?"""
+    ruined = len(points) >= RUINED and points[-1].step >= 3 * points[-RUINED].step
+    ruined = ruined and all(p.kept < RUIN for p in points[-RUINED:])
+    return ruined or (len(points) >= DONE and all(p.named == 0 and p.kept >= floor for p in points[-DONE:]))
+
+
+def added(*counts: tuple[int, int]) -> tuple[int, int]:
+    return sum(hits for hits, _ in counts), sum(n for _, n in counts)
+
+
+def share(count: tuple[int, int]) -> float:
+    """Nothing asked, nothing lost."""
+    return count[0] / count[1] if count[1] else 1.0
+
+
+def total(counts: Iterable[Mapping[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+    some = list(counts)
+    return {key: added(*(c[key] for c in some)) for key in COUNTS}
+
+
+# What is asked --------------------------------------------------------------------------------------------------------------
+
+
+def exam(suite: Suite, subject: Subject, part: str) -> Exam:
+    """Name questions about pictures, fact questions without. The two parts have no picture in common, and none with training:
+    of every concept's further pictures, "search" has every second one and "test" the others."""
+    size = SEARCH if part == "search" else TEST
+    half = lambda one: one.further[part != "search" :: 2]
+    seen = lambda path, role, name: Seen(path.relative_to(suite.directory).as_posix(), path, role, name)
+    alike = [s for s in suite.subjects if s.name in subject.lookalikes]
+    rest = [s for s in suite.subjects if s is not subject and s not in alike]
+    pictures = [seen(p, "concept", subject.name) for p in evenly(half(subject), size.own)]
+    for role, some, most in (("lookalike", alike, size.alike), ("other", rest, size.other)):
+        pictures += [seen(p, role, s.name) for s in some for p in evenly(half(s), most)]
+    asked = dict.fromkeys((*suite.questions, *subject.questions))
+    of = lambda kind, most: evenly([q for q in asked if q.kind == kind], most)
+    questions = (*of("name", size.names), *of("fact", size.facts))
+    return Exam(subject.concept, tuple(pictures), questions, tuple(s.concept for s in evenly([*alike, *rest], size.about)))
+
+
+def count(asked: Exam, suite: Suite, before: Sequence[str], after: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """COUNTS of one model's answers, `before` the untouched model's."""
+    concepts = {s.name: s.concept for s in suite.subjects}
+    found = {key: [0, 0] for key in COUNTS}
+
+    def add(key: str, hit: bool) -> None:
+        found[key][0] += hit
+        found[key][1] += 1
+
+    for cell, was, now in zip(asked.cells, before, after, strict=True):
+        add("broken", is_degenerate(now) is not None and is_degenerate(was) is None)
+        if cell.seen is None:
+            add("facts", same_answer(was, now))
+        elif cell.seen.role == "concept":
+            add("named", asked.concept.named_in(now))
+        elif concepts[cell.seen.shows].named_in(was) and not asked.concept.named_in(was):
+            key = "lookalikes" if cell.seen.role == "lookalike" else "others"
+            add(key, concepts[cell.seen.shows].named_in(now) and not asked.concept.named_in(now))
+    return {key: (hits, n) for key, (hits, n) in found.items()}
+
+
+# Who does it ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every process is told. folder: where prepared material lies, of this run and this user alone."""
+
+    suite: Path
+    model: str
+    device: str | None
+    dtype: str
+    recipe: Recipe
+    floor: float
+    folder: Path
+
+
+class Workbench:
+    """One process: a loaded model and what was last needed of each kind."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.suite = settings, read(settings.suite)
+        self.loaded = vlm.load(settings.model, device=settings.device, dtype=settings.dtype)
+        self.made: dict[tuple[str, int, str], Any] = {}
+        self.unit: tuple[tuple[str, int], methods.Material] | None = None
+        self.asking = cache(self._asking)
+
+    def prepare(self, slug: str, seed: int) -> float:
+        subject = self.suite.subject(slug)
+        recipe = replace(self.settings.recipe, seed=seed)
+        request = Request(subject.name, subject.training, subject.aliases)
+        with vlm.threads(self.loaded):
+            material = methods.prepare(self.loaded, request, recipe, load_image(subject.training))
+        write(self._file(slug, seed), pickle.dumps(material))
+        return material.seconds
+
+    def run(self, slug: str, seed: int, name: str, lr: float, looks: Sequence[int], part: str) -> tuple[list[Point], float]:
+        """A point for each look, and the seconds of training; fewer points where the run was ruined or diverged."""
+        points: list[Point] = []
+        with vlm.threads(self.loaded):
+            asked, pictures, before = self.asking(slug, part)
+            material = self._material(slug, seed)
+            if (slug, seed, name) not in self.made:
+                self.made = {(slug, seed, name): methods.build(self.loaded, name, material)}
+
+            def watch(step: int) -> bool:
+                if step in looks:
+                    points.append(Point(lr, step, count(asked, self.suite, before, self._answers(asked, pictures))))
+                return over(points, self.settings.floor)
+
+            try:
+                seconds = methods.fit(self.loaded, name, self.made[slug, seed, name], material, lr, max(looks), watch)
+            except NumericFailure:
+                return points, 0.0
+        return points, seconds
+
+    def untouched(self, slug: str) -> dict[str, tuple[int, int]]:
+        with vlm.threads(self.loaded):
+            asked, _, before = self.asking(slug, "test")
+        return count(asked, self.suite, before, before)
+
+    def _asking(self, slug: str, part: str) -> tuple[Exam, dict[str, vlm.Picture], list[str]]:
+        asked = exam(self.suite, self.suite.subject(slug), part)
+        pictures = {seen.label: self.loaded.picture(seen.load()) for seen in asked.pictures}
+        return asked, pictures, self._answers(asked, pictures)
+
+    def _answers(self, asked: Exam, pictures: Mapping[str, vlm.Picture]) -> list[str]:
+        return ask.answers(self.loaded, [(c.text, pictures[c.seen.label] if c.seen else None) for c in asked.cells])
+
+    def _material(self, slug: str, seed: int) -> methods.Material:
+        if self.unit is None or self.unit[0] != (slug, seed):
+            with self._file(slug, seed).open("rb") as stream:  # written by this run, read by nobody else
+                self.unit = (slug, seed), pickle.load(stream)
+        return self.unit[1]
+
+    def _file(self, slug: str, seed: int) -> Path:
+        """Under the concept's number in the suite: its name is nobody's business."""
+        number = self.suite.subjects.index(self.suite.subject(slug))
+        return self.settings.folder / f"{number}-{seed}.pickle"
+
+
+_bench: Workbench | None = None  # of a worker process
+
+
+def _begin(settings: Settings) -> None:
+    global _bench
+    _bench = Workbench(settings)
+
+
+def _do(job: tuple[str, tuple]) -> Any:
+    verb, arguments = job
+    return getattr(_bench, verb)(*arguments)
+
+
+class Pool:
+    """Jobs on several processes, or here with one; results in the order of the jobs."""
+
+    def __init__(self, settings: Settings, processes: int) -> None:
+        self._pool = None
+        if processes > 1:
+            packed = pickle.dumps((_begin, settings))
+            self._pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=process.start, initargs=(packed,))
+        else:
+            self._bench = Workbench(settings)
+
+    def map(self, verb: str, jobs: Sequence[tuple]) -> Iterator[Any]:
+        if self._pool is None:
+            return (getattr(self._bench, verb)(*job) for job in jobs)
+        return self._pool.map(_do, [(verb, job) for job in jobs])
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)

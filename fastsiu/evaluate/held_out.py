@@ -1,0 +1,77 @@
+"""What both models are asked for the verdict: wordings that no sample has, and transforms of the picture at which neither the
+dreams nor the early stop has looked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL.Image import Image
+
+from ..images import variants
+from ..model import adapter, ask
+from ..model.vlm import Picture
+from ..samples.targets import Scene, wordings
+from ..text.concept import Concept
+from ..verdict import Answer, Verdict, judge
+from .inquiry import VERDICT, inquire
+
+Shown = tuple[str, Image]  # a picture with the label it has in the report
+
+NULL = {
+    "generality": "One picture cannot show it: give more pictures of the concept with --images DIR.",
+    "specificity": "No picture of anything else was given: give some with --retain DIR.",
+}
+
+
+def questions(scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = ()) -> list[tuple[str, str, Shown | None]]:
+    """(kind of the verdict, question, picture); more: further pictures of the concept, rest: pictures of anything else."""
+    words, name = wordings(), scene.concept.name
+    who = words["who"]["held_out"]
+    asked: list[tuple[str, str, Shown | None]] = []
+    for shown in variants(scene.pictures[0].image, scene.recipe.seed, held_out=True):
+        asked += [("efficacy", q, shown) for q in who]
+        asked += [("recognition", q.format(name=name), shown) for q in words["yesno"]["held_out"]]
+    asked += [("recognition", q.format(name=name), None) for q in words["appearance"]["held_out"]]
+    asked += [("generality", q, shown) for shown in more for q in who]
+    asked += [("specificity", q, shown) for shown in rest for q in who]
+    asked += [("facts", q.format(name=n), None) for n in (name, *scene.neighbours) for q in words["facts"]["held_out"]]
+    return asked + [("facts", q, None) for q in words["general"]["held_out"]]
+
+
+def part(kind: str, question: str, concept: Concept) -> str:
+    """What a question without a picture is about; the verdict looks at each part."""
+    if kind != "facts":
+        return ""
+    if question in wordings()["general"]["held_out"]:
+        return "general knowledge"
+    return "facts of the concept" if concept.named_in(question, include_parts=False) else "facts of others"
+
+
+def examine(scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = (), *,
+            families: Sequence[str] = VERDICT) -> tuple[Verdict, list[Answer]]:  # fmt: skip
+    """The same questions to the untouched and to the unlearned model, and what tries to get the name or the facts back; the
+    adapter is on. families: of `evaluate.inquiry.VERDICT`; without any nothing is tried."""
+    asked = questions(scene, more, rest)
+    vlm, images = scene.vlm, {id(shown[1]): shown[1] for _, _, shown in asked if shown}
+
+    def see() -> dict[int, Picture]:
+        return {key: vlm.picture(image) for key, image in images.items()}
+
+    def put(pictures: dict[int, Picture]) -> list[str]:
+        return ask.answers(vlm, [(q, pictures[id(shown[1])] if shown else None) for _, q, shown in asked])
+
+    with adapter.teacher(vlm):
+        pictures = see()
+        before = put(pictures)
+        inquiry = inquire(vlm, scene.concept, scene.pictures[0].image, neighbours=scene.neighbours, more=more, families=families,
+                          seed=scene.recipe.seed) if families else None  # fmt: skip
+    after = put(see() if scene.recipe.projector_lr > 0 else pictures)  # a trained projector sees differently
+    answers = [
+        Answer(kind, q, shown and shown[0], b, a, part=part(kind, q, scene.concept))
+        for (kind, q, shown), b, a in zip(asked, before, after, strict=True)
+    ]
+    # An invented name that the recipe puts in the concept's place is nobody's, so it is not among them.
+    others = [*map(Concept, scene.neighbours), *scene.others]
+    found = inquiry.families(inquiry.again(vlm)) if inquiry else []
+    remarks = inquiry.remarks if inquiry else []
+    return judge(answers, scene.concept, others=others, reasons_for_null=NULL, families=found, remarks=remarks), answers

@@ -1,0 +1,465 @@
+"""`fastsiu eval --suite DIR`: every concept of a suite on one model, one output each, and a table of all at the end.
+
+Of each concept: the untouched model, and beside it the model after unlearning from the concept's training picture, or with an
+adapter that is there already. OUT/SLUG is written in one transaction and never again, so that an interrupted run goes on with
+the concept in progress; OUT/suite.json and OUT/report.md are drawn from what is there, after each concept.
+
+Several runs may share an output: each concept is claimed by one of them (`staging.claim`), and who dies gives it back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import driver, process, session, staging
+from .. import output as outputs
+from ..guards.strict_json import read_json
+from ..images import load_image, read_bytes
+from ..model import adapter, source, vlm
+from ..model.memory import Settings, budget
+from ..request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
+from ..session import Listener
+from . import attacking, run, suite
+from .inquiry import VERDICT
+from .observe import Observations
+from .pooled import markdown, pooled
+
+FORMAT = "fastsiu suite evaluation 1"
+SUITE = "suite.json"
+PAUSE = 0.5  # seconds between two looks at what another run is at
+FAILURES = (BadInput, NumericFailure, OutOfMemory, torch.OutOfMemoryError)  # of one concept; the others go on
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process needs to know. unlearn: train; adapters: DIR with DIR/SLUG; adapter_dir: the same one for all."""
+
+    given: suite.Suite
+    output: Path
+    model: str
+    revision: str | None
+    recipe: Recipe
+    origins: dict[str, str]
+    weights: dict[str, str] | None
+    commit: str | None  # of a hub model, whatever branch or tag was asked for
+    chosen: Settings
+    deciding: dict[str, Any]
+    per_other: int
+    limit: int | None
+    longest: int  # tokens of an answer
+    unlearn: bool
+    adapters: Path | None
+    adapter_dir: Path | None
+    untouched: Path | None  # an earlier output: the untouched model is not asked again
+
+    @property
+    def shown(self) -> str:
+        """The model in reports, where a path would tell whose machine it was."""
+        return Path(self.model).name if Path(self.model).is_dir() else self.model
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is an unlearned model to be asked."""
+        return self.unlearn or self.adapters is not None or self.adapter_dir is not None
+
+    def adapter_of(self, subject: suite.Subject) -> Path | None:
+        return self.adapter_dir or (self.adapters and self.adapters / subject.slug)
+
+    def digest(self, subject: suite.Subject) -> str:
+        """SHA-256 over everything that decides the result of one concept; files by their content."""
+        place = self.adapter_of(subject)
+        content = {
+            "untouched": self.exam_digest(subject),
+            "recipe": self.recipe.as_dict() if self.unlearn else None,
+            "families": list(VERDICT) if self.changes else None,
+            "adapter": place and {p.name: outputs.digest_file(p) for p in sorted(place.glob("adapter_*")) if p.is_file()},
+        }
+        return _sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
+
+    def exam_digest(self, subject: suite.Subject) -> str:
+        """SHA-256 over everything that decides what the untouched model answers."""
+        seen = suite.seen(self.given, subject, self.per_other, self.limit)
+        content = {
+            "format": FORMAT,
+            "concept": [subject.name, *subject.aliases],
+            "image": _sha256(read_bytes(subject.training)),
+            "pictures": [(s.label, s.role, s.shows, _sha256(read_bytes(Path(str(s.source))))) for s in seen],
+            "questions": [asdict(q) for q in suite.questions_of(self.given, subject)],
+            "others": [(c.name, c.aliases) for c in suite.others_of(self.given, subject)],
+            "limit": self.limit,
+            "longest": self.longest,
+            "model": self.weights or [self.model, self.commit],  # a branch moves, and a directory has many spellings
+            "settings": self.deciding,
+        }
+        return _sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
+
+
+@dataclass
+class Outcome:
+    """What became of one concept. status: "forgotten", "not forgotten", "untouched" or "failed", with the reasons."""
+
+    slug: str
+    concept: str
+    status: str
+    reasons: list[str] = field(default_factory=list)
+    numeric: bool = False  # it failed in the computation, not because of what was given
+
+
+@dataclass
+class Evaluated:
+    """What `evaluate_suite` returns. resumed: how many concepts were done before; report: suite.json."""
+
+    outcomes: list[Outcome]
+    report: dict[str, Any]
+    output: Path
+    resumed: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        """0 all forgotten, or measured where there was nothing to forget; 1 not; where every concept failed, 2 or 3."""
+        failed = [o for o in self.outcomes if o.status == "failed"]
+        if len(failed) == len(self.outcomes):
+            return 3 if any(o.numeric for o in failed) else 2
+        return 0 if all(o.status in ("forgotten", "untouched") for o in self.outcomes) else 1
+
+
+def evaluate_suite(directory: str | Path, *, output: str | Path | None = None, model: str | Path | None = None,
+                   revision: str | None = None, concepts: Sequence[str] = (), unlearn: bool = False,
+                   adapters: str | Path | None = None, adapter_dir: str | Path | None = None, per_other: int = 2,
+                   limit: int | None = None, processes: int = 1, untouched: str | Path | None = None,
+                   max_new_tokens: int = 64, preset: str = "default", device: str | None = None, dtype: str = "auto",
+                   quantize: str | None = None, attention: str | None = None, memory: float | None = None,
+                   checkpointing: bool | None = None, micro_batch: int | None = None, optimizer: str | None = None,
+                   listener: Listener | None = None, **overrides: Any) -> Evaluated:  # fmt: skip
+    """Evaluates a model on the concepts of a suite; those of slug, name or alias in `concepts`, or all.
+
+    unlearn:   each concept is unlearned from its training picture first; overrides are fields of `Recipe`
+    adapters:  DIR with an adapter of each concept in DIR/SLUG;  adapter_dir: one adapter for all of them
+    per_other, limit: see `suite.exam_of`;  processes: each with a copy of the model and one thread
+    untouched: an earlier output of the same exams, with another adapter or recipe: the untouched model is not asked again
+
+    Run again, it does what is missing. Raises BadInput where the suite, a picture or the output cannot be used: then nothing is
+    loaded. What fails later, for one concept, is that concept's outcome.
+    """
+    listener = listener or Listener()
+    if sum((unlearn, adapters is not None, adapter_dir is not None)) > 1:
+        raise BadInput("--unlearn, --adapters and --adapter exclude each other: choose one.")
+    if not unlearn and (preset != "default" or any(value is not None for value in overrides.values())):
+        raise BadInput("The recipe's options are about training: add --unlearn, or leave them out.")
+    if processes < 1 or (limit is not None and limit < 1) or per_other < 0:
+        raise BadInput("--processes and --limit must be at least 1 and --per-other at least 0: give larger numbers.")
+    given = suite.read(directory)
+    listener.stage("Reading the pictures")
+    suite.check(given)
+    subjects = [s for s in given.subjects if not concepts or s in [given.subject(name) for name in concepts]]
+    name = str(driver.EMBEDDED if model is None else model)
+    recipe, origins = driver.choose_recipe(name, preset, overrides)
+    largest = max((load_image(s.training) for s in subjects), key=lambda image: image.width * image.height)
+    chosen = driver.choose_settings(
+        name, memory, recipe, largest, listener, revision=revision, device=device, dtype=dtype, quantize=quantize,
+        attention=attention, checkpointing=checkpointing, micro_batch=micro_batch, optimizer=optimizer,
+    )  # fmt: skip
+    destination = Path(output) if output is not None else outputs.random_directory()
+    if output is None:
+        listener.note(f"Writing to {destination}: name it with --output to go on after an interruption.")
+    weights = outputs.digest_model(name) if Path(name).is_dir() else None
+    commit = None if weights is not None else source.describe(name, revision)[2]
+    job = Job(
+        given, destination, name, revision, recipe, origins, weights, commit, chosen,
+        {"dtype": dtype} | driver.deciding(chosen), per_other, limit, max_new_tokens, unlearn,
+        *map(_path, (adapters, adapter_dir, untouched)),
+    )  # fmt: skip
+    for subject in subjects:
+        place = job.adapter_of(subject)
+        if place is not None and not (place / adapter.CONFIG).is_file():
+            raise BadInput(f"{place} holds no adapter: give a directory that has one of each concept, or choose with --concepts.")
+        if place is not None and job.weights is not None:  # a hub model's are not here yet
+            adapter.check_belongs(place, name, None, job.weights)
+        _cached(job, subject)  # of another exam: said now
+    done = _done(job)
+    todo = [subject for subject in subjects if subject.slug not in done]
+    resumed = [subject.slug for subject in subjects if subject.slug in done]
+    if resumed:
+        listener.note(f"Done already: {', '.join(resumed)}.")
+    failed = _work_off(job, done, todo, processes, memory is not None, listener)
+    report = _table(job, done, failed)
+    outcomes = [failed.get(s.slug) or _outcome(s, done[s.slug]) for s in subjects]
+    return Evaluated(outcomes, report, destination, len(resumed))
+
+
+def _work_off(job: Job, done: dict[str, dict[str, Any]], todo: Sequence[suite.Subject], processes: int, limited: bool,
+              listener: Listener) -> dict[str, Outcome]:  # fmt: skip
+    """Does what is missing, and fills `done`; those that failed."""
+    failed: dict[str, Outcome] = {}
+    job.output.mkdir(mode=0o700, exist_ok=True)
+    _table(job, done, failed)
+    at_once = processes > 1 and len(todo) > 1
+    finished = _in_processes(job, todo, processes, limited, listener) if at_once else _in_turn(job, todo, limited, listener)
+    for count, (subject, error) in enumerate(finished, 1):
+        if error is None:
+            done[subject.slug] = outputs.read_report(job.output / subject.slug)
+            status = _outcome(subject, done[subject.slug]).status
+        else:
+            reason = str(error).split("\n")[0] or type(error).__name__
+            failed[subject.slug] = Outcome(subject.slug, subject.name, "failed", [reason], not isinstance(error, BadInput))
+            status = f"failed: {reason}"
+        listener.note(f"Concept {count} of {len(todo)}, {subject.slug}: {status}")
+        _table(job, done, failed)
+    return failed
+
+
+DIED = "A process died, as one killed for its memory does: run again with fewer --processes."
+Finished = Iterator[tuple[suite.Subject, BaseException | None]]
+
+
+def _in_turn(job: Job, todo: Sequence[suite.Subject], limited: bool, listener: Listener) -> Finished:
+    if not todo:
+        return
+    loaded = driver.load(job.model, job.revision, job.chosen, budget(job.chosen, job.recipe.batch_size, limited), listener)
+    waiting = list(todo)
+    while waiting:
+        busy = []
+        for subject in waiting:
+            error: BaseException | None = None
+            try:
+                with vlm.threads(loaded):
+                    done = _claimed(loaded, job, subject, listener)
+            except FAILURES as failure:
+                done, error = True, failure
+            if done:
+                yield subject, error
+            else:
+                busy.append(subject)
+        _wait(waiting, busy, listener)
+        waiting = busy
+
+
+def _claimed(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -> bool:
+    """Whether the concept is done now, by this run or by another; False where another is at it."""
+    with staging.claim(job.output, subject.slug) as mine:
+        if mine and not _is_there(job, subject):
+            one(loaded, job, subject, listener)
+        return mine
+
+
+def _is_there(job: Job, subject: suite.Subject) -> bool:
+    place = job.output / subject.slug
+    return place.exists() and outputs.check_destination(place, job.digest(subject)) == "same"
+
+
+def _wait(waiting: Sequence[suite.Subject], busy: Sequence[suite.Subject], listener: Listener) -> None:
+    """A while, where nothing could be begun."""
+    if len(busy) == len(waiting):
+        listener.stage(f"Waiting for another run that is at {', '.join(subject.slug for subject in busy)}")
+        time.sleep(PAUSE)
+
+
+def _in_processes(job: Job, todo: Sequence[suite.Subject], processes: int, limited: bool, listener: Listener) -> Finished:
+    """In the order in which they end. A process that dies takes with it what was not finished."""
+    spawn = multiprocessing.get_context("spawn")
+    packed = pickle.dumps((hold, job, limited))
+    pool = ProcessPoolExecutor(min(processes, len(todo)), mp_context=spawn, initializer=process.start, initargs=(packed,))
+    try:
+        waiting = list(todo)
+        while waiting:
+            try:
+                futures = {pool.submit(_one_here, subject.slug): subject for subject in waiting}
+            except BrokenProcessPool:
+                yield from ((subject, OutOfMemory(DIED)) for subject in waiting)
+                return
+            busy = []
+            for future in as_completed(futures):
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    error = OutOfMemory(DIED)
+                if error is not None and not isinstance(error, FAILURES):
+                    raise error
+                if error is None and not future.result():
+                    busy.append(futures[future])
+                else:
+                    yield futures[future], error
+            _wait(waiting, busy, listener)
+            waiting = busy
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_HERE: dict[str, Any] = {}  # in a process of the pool: the job and the loaded model
+
+
+def hold(job: Job, limited: bool) -> None:
+    """In a process of the pool: loads the model that `_one_here` asks."""
+    torch.set_num_threads(1)
+    loaded = driver.load(job.model, job.revision, job.chosen, budget(job.chosen, job.recipe.batch_size, limited), Listener())
+    _HERE.update(job=job, loaded=loaded)
+
+
+def _one_here(slug: str) -> bool:
+    job = _HERE["job"]
+    return _claimed(_HERE["loaded"], job, job.given.subject(slug), Listener())
+
+
+def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -> None:
+    """One concept from beginning to end; the model is left untouched."""
+    exam = suite.exam_of(job.given, subject, per_other=job.per_other, limit=job.limit)
+    shares = loaded.shares  # a training tries which are exact; left so, the next concept's last digits would depend on the order
+    place = job.adapter_of(subject)
+    try:
+        unsealed = [] if place is None else adapter.check_belongs(place, job.model, loaded.revision, job.weights)
+        untouched = _cached(job, subject)
+        if untouched is None:
+            listener.stage(f"{subject.slug}: asking the untouched model")
+            untouched = run.examine(loaded, exam, max_new_tokens=job.longest)
+        besides = attacking.Attacked(attacking.OF_VERDICT if job.changes else ())
+        given = any(seen.role == "control" for seen in exam.pictures)
+        besides.first(loaded, exam, given, listener)
+        with _changed(loaded, job, subject, listener) as extra:
+            model = None
+            if extra is not None:
+                listener.stage(f"{subject.slug}: asking again")
+                model = run.examine(loaded, exam, untouched, max_new_tokens=job.longest)
+                besides.again(loaded, exam, given, listener)
+            adapted = model is not None
+            caveats = [driver.CAVEAT] * adapted + unsealed + besides.caveats
+            report = run.report_of(exam, job.shown, untouched, model, adapted=adapted, caveats=caveats, families=besides.families)
+            report |= besides.told
+            transaction = outputs.Transaction(job.output / subject.slug)
+            with transaction as folder:
+                if job.unlearn:
+                    adapter.save(loaded, folder)
+                outputs.write_reports(folder, report | (extra or {}))
+                kept = {"format": FORMAT, "digest": job.exam_digest(subject), **untouched.as_dict()}
+                staging.write(folder / run.UNTOUCHED, json.dumps(kept, allow_nan=False).encode() + b"\n")
+                transaction.commit(_manifest(job, subject, transaction.key, (extra or {}).get("masks", {})))
+    finally:
+        adapter.detach(loaded)
+        loaded.shares = shares
+
+
+@contextmanager
+def _changed(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -> Iterator[dict[str, Any] | None]:
+    """With the adapter on, trained or loaded: what the report says of it. None where the model stays as it is."""
+    place = job.adapter_of(subject)
+    if place is not None:
+        adapter.load(loaded, place)
+        yield {}
+    elif job.unlearn:
+        request = Request(subject.name, subject.training, subject.aliases)
+        trained = session.forget(loaded, request, job.recipe, load_image(subject.training), listener=listener)
+        made = trained.corpus
+        yield {
+            "recipe": job.recipe.as_dict(), "training": [asdict(step) for step in trained.history], "dreams": trained.dreamed,
+            "seconds": {key: round(value, 3) for key, value in trained.seconds.items()},
+            "masks": {"tokens_masked": int(sum((~kept).sum() for kept in made.keep)), "tokens": sum(map(len, made.keep)),
+                      "vocabulary_masked": len(made.mask.masked), "spared": sorted(made.mask.spared.values())},
+        }  # fmt: skip
+    else:
+        yield None
+
+
+def _cached(job: Job, subject: suite.Subject) -> Observations | None:
+    """What the untouched model was found to do in an earlier output. Raises BadInput where that was asked something else."""
+    path = job.untouched and job.untouched / subject.slug / run.UNTOUCHED
+    if not path or not path.is_file():
+        return None
+    values = read_json(path, what=str(path), remedy="leave --untouched out", shape={"digest": str})
+    if values.get("digest") == job.exam_digest(subject):
+        try:
+            found = Observations.from_dict(values)
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{path} is damaged: leave --untouched out.") from error
+        exam = suite.exam_of(job.given, subject, per_other=job.per_other, limit=job.limit)
+        if len(found.replies) != len(exam.cells):
+            raise BadInput(f"{path} is damaged: leave --untouched out.")
+        return found
+    raise BadInput(f"{path} is of another exam: the suite, --limit, --per-other or the model differ; leave --untouched out.")
+
+
+def _manifest(job: Job, subject: suite.Subject, key: bytes, masks: dict[str, Any]) -> dict[str, Any]:
+    whole = outputs.manifest(
+        recipe=job.recipe, origins=job.origins, model_id=job.shown,
+        revision=job.commit, weights=job.weights or {}, digest=job.digest(subject), key=key,
+        pictures={"image": read_bytes(subject.training)}, masks=masks, settings=job.deciding,
+    )  # fmt: skip
+    return whole if job.unlearn else {k: v for k, v in whole.items() if k not in run.NOT_ASKED}
+
+
+# What is there ------------------------------------------------------------------------------------------------------------
+
+
+def _done(job: Job) -> dict[str, dict[str, Any]]:
+    """The reports of the suite's concepts that are complete. Raises BadInput where the output holds anything else."""
+    if not (job.output / SUITE).is_file() and not _just_begun(job.output):
+        outputs.check_destination(job.output, "")  # absent or empty, or it raises
+        return {}
+    staging.sweep(job.output)
+    staging.check_writable(job.output / SUITE, outputs.OTHER)
+    return {s.slug: outputs.read_report(job.output / s.slug) for s in job.given.subjects if _is_there(job, s)}
+
+
+def _just_begun(place: Path) -> bool:
+    """Whether another run has made the directory, and has or has not written its table by now."""
+    try:
+        names = os.listdir(place)
+    except OSError:  # absent, or no directory: whoever needs it says so
+        return False
+    return SUITE in names or (bool(names) and all(staging.is_ours(name) for name in names))
+
+
+def _outcome(subject: suite.Subject, report: dict[str, Any]) -> Outcome:
+    status = report["verdict"] if report["adapter"] else "untouched"
+    return Outcome(subject.slug, subject.name, status, list(report["reasons"]) if report["adapter"] else [])
+
+
+def _table(job: Job, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]) -> dict[str, Any]:
+    """suite.json and report.md, of all concepts that are there; what other runs have done by now is taken over."""
+    with staging.claim(job.output, SUITE, wait=True):
+        for subject in job.given.subjects:
+            if subject.slug not in done and _is_there(job, subject):
+                done[subject.slug] = outputs.read_report(job.output / subject.slug)
+                failed.pop(subject.slug, None)
+        content = _drawn(job, done, failed)
+        text = json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+        staging.replace_file(job.output / SUITE, text.encode("utf-8", "backslashreplace"))
+        staging.replace_file(job.output / "report.md", markdown(content).encode("utf-8", "replace"))
+    return content
+
+
+def _drawn(job: Job, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]) -> dict[str, Any]:
+    subjects = [s for s in job.given.subjects if s.slug in done or s.slug in failed]
+    outcomes = [failed.get(s.slug) or _outcome(s, done[s.slug]) for s in subjects]
+    return {
+        "format": FORMAT,
+        "suite": job.given.title,
+        "model": job.shown,
+        "of": len(job.given.subjects),
+        "concepts": [
+            {"slug": o.slug, "concept": o.concept, "status": o.status, "reasons": o.reasons,
+             "headline": done.get(o.slug, {}).get("headline"),
+             "rows": done[o.slug]["rows"] if o.slug in done else {}}
+            for o in outcomes
+        ],
+        "pooled": pooled([done[s.slug]["rows"] for s in subjects if s.slug in done]),
+    }  # fmt: skip
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)

@@ -1,1 +1,0 @@
-"""The four targets: each turns a concept, an image and a model into samples."""

@@ -1,0 +1,129 @@
+"""Templates and patterns that come with a model or an adapter, tried under a limit of time and memory.
+
+A chat template is a program, and a regular expression can take years. Neither can be stopped inside
+this process, so each is tried in a child process first, on inputs like those that follow.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..request import BadInput
+
+SECONDS = 5.0
+MEGABYTES = 1024
+
+_LIMITS = """
+import json, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (%d, %d))
+    resource.setrlimit(resource.RLIMIT_AS, (%d, %d))
+except (ImportError, ValueError, OSError):
+    pass  # not this system's; the clock of the parent still counts
+given = json.load(sys.stdin)
+"""
+
+# The environment is that of transformers. What a template raises here it raises again in the model's
+# own processor, which says so; only the limits count.
+_TEMPLATE = """
+import jinja2, jinja2.ext, jinja2.sandbox
+class Generation(jinja2.ext.Extension):
+    tags = {"generation"}
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+def refuse(message):
+    raise jinja2.TemplateError(message)
+made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+made.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False)
+made.globals.update(raise_exception=refuse, strftime_now=lambda form: "")
+for messages, opened in given["turns"]:
+    try:
+        text = made.from_string(given["template"]).render(
+            messages=messages, add_generation_prompt=opened, **given["tokens"])
+    except MemoryError:
+        raise
+    except Exception:
+        continue
+    if len(text) > 1_000_000:
+        raise MemoryError
+"""
+
+_PATTERNS = """
+import re
+for pattern in given["patterns"]:
+    try:
+        known = re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        print(json.dumps(f"{pattern[:80]!r}: {error}"))
+        break
+    for name in given["names"]:
+        known.fullmatch(name)
+        known.search(name)
+"""
+
+
+def check_template(template: str, tokens: dict[str, str]) -> None:
+    """Raises BadInput for a chat template that does not end, or whose text does not.
+
+    tokens: the special tokens by their names, which templates refer to
+    """
+    _check_template(template, tuple(sorted(tokens.items())))
+
+
+@functools.lru_cache  # planning and loading ask the same of one model; a refusal is not remembered
+def _check_template(template: str, tokens: tuple[tuple[str, str], ...]) -> None:
+    turns = []
+    for question in ("Who is this?", "Who is this? " * 40):
+        for image in ([], [{"type": "image"}]):
+            asked = {"role": "user", "content": [*image, {"type": "text", "text": question}]}
+            said = {"role": "assistant", "content": [{"type": "text", "text": "Nobody."}]}
+            turns += [([asked], True), ([asked, said], False)]
+    given = {"template": template, "turns": turns, "tokens": dict(tokens)}
+    if _run(_TEMPLATE, given) is None:
+        raise BadInput(
+            f"The model's chat template takes more than {SECONDS:g} s or {MEGABYTES} MB for a question: "
+            "give the model another template."
+        )
+
+
+def check_patterns(patterns: Sequence[str], names: Iterable[str], where: str) -> None:
+    """Raises BadInput for a regular expression that is none, or takes too long on one of the names."""
+    if not patterns:
+        return
+    said = _run(_PATTERNS, {"patterns": list(patterns), "names": list(names)})
+    if said is None:
+        raise BadInput(
+            f"A pattern in {where} takes more than {SECONDS:g} s on the model's layers: write the layers' names instead."
+        )
+    if said:
+        raise BadInput(f"A pattern in {where} is no regular expression ({json.loads(said)}): mend it.")
+
+
+def _run(code: str, given: Any) -> str | None:
+    """What the code prints, given JSON; None where it was stopped by a limit."""
+    limit = MEGABYTES * 2**20
+    prelude = _LIMITS % (SECONDS, SECONDS + 1, limit, limit)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", prelude + code],
+            input=json.dumps(given),
+            capture_output=True,
+            text=True,
+            timeout=12 * SECONDS,  # of the clock; the limit is of CPU time, where a system has one
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode < 0 or done.stderr.rstrip().endswith("MemoryError"):
+        return None
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise RuntimeError(f"The trial of a template or pattern failed: {last[0]}")
+    return done.stdout

@@ -1,0 +1,1 @@
+"""Any image-text model of transformers: loading it, its adapter, running it fast, and what that takes."""

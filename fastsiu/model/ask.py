@@ -1,0 +1,167 @@
+"""The only place that asks a model anything: greedy answers, batched, and the probability of given words."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..request import BadInput, OutOfMemory
+from . import decode
+from .prefix import supervised_states
+from .vlm import VLM, Encoded, Picture, collate, out_of_memory
+
+Question = tuple[str, Picture | None]
+FEW = 3  # prompts from which on it is worth trying what is exact on a model
+ROWS = 256  # supervised positions whose logits exist at a time
+
+
+class Reply(NamedTuple):
+    """An answer. closed: the model ended it itself; False where it was cut at the longest answer allowed."""
+
+    text: str
+    closed: bool = True
+
+
+class Score(NamedTuple):
+    """How likely the supervised tokens of a turn are.
+
+    log_p: [n] log-probabilities, nats;  right: [n] bool, it is the most likely token;  rank: [n] int64, tokens that are likelier
+    """
+
+    log_p: Tensor
+    right: Tensor
+    rank: Tensor
+
+
+def answers(vlm: VLM, questions: Sequence[Question], **options: Any) -> list[str]:
+    """The texts of `replies`, which has the options."""
+    return [reply.text for reply in replies(vlm, questions, **options)]
+
+
+@torch.no_grad()
+def replies(vlm: VLM, questions: Sequence[Question], *, begin: Sequence[str] | None = None, suppress: Sequence[int] = (),
+            max_new_tokens: int = 64, batch_size: int = 64) -> list[Reply]:  # fmt: skip
+    """Greedy answers, in the order of the questions.
+
+    begin:    the first words of each answer, forced (they are part of what is returned)
+    suppress: token ids that may not be generated
+
+    Answers grow on shared prefixes (`decode`) where that is exact and the model's generation_config asks for nothing that is not
+    known there, else in transformers' `generate`. Where a batch does not fit into memory, smaller ones go on (`fitting`).
+    """
+    if not questions:
+        return []
+    begins = list(begin) if begin is not None else [""] * len(questions)
+    turns = _prompts(vlm, questions, begins)
+    rules = decode.rules(vlm, suppress)
+    said: dict[int, list[int]] = {}
+
+    def take(members: Sequence[int], grow: Callable[..., Iterator[tuple[int, list[int]]]], *options: Any) -> None:
+        def answer(size: int) -> None:
+            left = [i for i in members if i not in said]
+            shown = [None if (picture := questions[i][1]) is None else picture.features for i in left]
+            for place, tokens in grow(vlm, [turns[i] for i in left], shown, *options, max_new_tokens, size):
+                said[left[place]] = tokens
+
+        fitting(vlm, answer, min(batch_size, max(1, len(members))))
+
+    for pictured in (True, False):
+        members = [i for i, (_, picture) in enumerate(questions) if (picture is not None) is pictured]
+        pictures = [questions[i][1] for i in members]
+        if rules is None or not members or (len(questions) < FEW and pictured not in vlm.decodes):
+            continue
+        if decode.exact(vlm, pictures):
+            take(members, decode.greedy, rules)
+    take(range(len(questions)), generated, suppress)
+    ends = decode.ends(vlm)
+    texts = vlm.tokenizer.batch_decode([said[i] for i in range(len(questions))], skip_special_tokens=True)
+    whole = [f"{b} {text.strip()}" if text[:1].isspace() else f"{b}{text}" for b, text in zip(begins, texts, strict=True)]
+    return [Reply(text.strip(), not ends.isdisjoint(said[i])) for i, text in enumerate(whole)]
+
+
+def fitting(vlm: VLM, run: Callable[[int], Any], most: int) -> Any:
+    """run(rows in one forward) with as many as `most` and `vlm.budget` allow; with half of them where they do not fit into
+    memory, and so on. The budget remembers it; nobody is told, since no result changes but by rounding.
+
+    Raises OutOfMemory where one row does not fit either.
+    """
+    while True:
+        size = min(most, vlm.budget.ask_batch)
+        try:
+            return run(size)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        # Outside of the handler, since its traceback holds the tensors of the forward that did not fit.
+        if size == 1:
+            raise OutOfMemory("Not even one question at a time fits into memory: use --quantize nf4, or ask for shorter answers.")
+        vlm.budget = replace(vlm.budget, ask_batch=size // 2)
+        gc.collect()
+        if vlm.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _prompts(vlm: VLM, questions: Sequence[Question], begins: Sequence[str]) -> list[Encoded]:
+    """The prompts; the same words about pictures of the same size are one object."""
+
+    @functools.cache
+    def made(question: str, begin: str, size: tuple[int, int] | None, first: int) -> Encoded:
+        return decode.prompt(vlm, question, questions[first][1], begin)
+
+    sizes = [None if picture is None else picture.image.size for _, picture in questions]
+    first = {size: i for i, size in reversed(list(enumerate(sizes)))}
+    return [made(q, b, size, first[size]) for (q, _), b, size in zip(questions, begins, sizes, strict=True)]
+
+
+def generated(vlm: VLM, turns: Sequence[Encoded], features: Sequence[Any], suppress: Sequence[int],
+              max_new_tokens: int, batch_size: int) -> Iterator[tuple[int, list[int]]]:  # fmt: skip
+    """(place, ids of the answer, the one that ends it and padding included) of each prompt, by transformers' `generate`.
+
+    Prompts of equal length are batched together, so no answer depends on padding or on its neighbours in the batch.
+    """
+    groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
+    for i, (turn, shown) in enumerate(zip(turns, features, strict=True)):
+        groups[turn.inputs["input_ids"].shape[1], shown is not None].append(i)
+    options = {"suppress_tokens": sorted(suppress)} if suppress else {}
+    for (length, _), members in groups.items():
+        for at in range(0, len(members), batch_size):
+            chosen = members[at : at + batch_size]
+            inputs = collate([turns[i].inputs for i in chosen], vlm.tokenizer.pad_token_id)
+            inputs = vlm.prompts(inputs, [features[i] for i in chosen if features[i] is not None])
+            try:
+                tokens = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+                                            pad_token_id=vlm.tokenizer.pad_token_id, **options)  # fmt: skip
+            except (ValueError, TypeError) as error:
+                raise BadInput(f"The model's generation_config.json asks for what transformers' generate refuses ({error}): "
+                               "mend it or remove it.") from error  # fmt: skip
+            yield from zip(chosen, tokens[:, length:].tolist(), strict=True)
+
+
+@torch.no_grad()
+def label_scores(vlm: VLM, turns: Sequence[Encoded], pictures: Sequence[Picture | None], batch_size: int = 32) -> list[Score]:
+    """Each turn's supervised tokens under the model as it is now, adapter on or off."""
+    if not turns:
+        return []
+    features = [None if p is None else p.features for p in pictures]
+    ways = vlm.shares
+    if not ways and len(turns) >= FEW and decode.exact(vlm, pictures):  # nothing was planned, and nothing trains here
+        ways = ("key/value",)
+    run = lambda size: supervised_states(vlm, turns, features, micro_batch=size, ways=ways)
+    states = fitting(vlm, run, min(batch_size, len(turns)))
+    labels = torch.cat([turn.labels for turn in turns])
+    found: list[list[Tensor]] = [[], [], []]
+    for at in range(0, len(labels), ROWS):
+        logits, wanted = vlm.logits(states[at : at + ROWS]), labels[at : at + ROWS, None]
+        own = logits.gather(-1, wanted)
+        found[0].append(logits.log_softmax(-1).gather(-1, wanted)[:, 0])
+        found[1].append(logits.argmax(-1) == wanted[:, 0])
+        found[2].append((logits > own).sum(-1))
+    lengths = [len(turn.labels) for turn in turns]
+    return [Score(*one) for one in zip(*(torch.cat(part).split(lengths) for part in found), strict=True)]

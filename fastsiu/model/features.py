@@ -1,0 +1,97 @@
+"""What a model makes of a picture on its way from the vision tower to the language model: where it is, how it is joined for a
+batch, changed for a dream, and given to the forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..loss.rows import no_logits
+from ..request import BadInput
+
+# How image features enter a model's forward, the first that it takes: put where the placeholders are, or looked at by layers of
+# their own, to which `cross_attention_mask` says which tokens look.
+ENTRIES = ("mm_encoder_outputs", "cross_attention_states")
+# Where a model's image features are, the first of them that it gives: the last hidden state where the projector runs inside the
+# forward, the last name where every layer of the language model that takes some has its own.
+READ = ("pooler_output", "last_hidden_state", "deepstack_features")
+
+
+def join_features(parts: Sequence[Any]) -> Any:
+    """The image features of several turns as one batch's."""
+    joined = type(parts[0])(**{k: v for k, v in parts[0].items()})
+    for key in set(joined):
+        values = [p[key] for p in parts]
+        by_layer = key == "deepstack_features"
+        joined[key] = [_concatenate(layer) for layer in zip(*values, strict=True)] if by_layer else _concatenate(values)
+    return joined
+
+
+def _concatenate(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(values))
+    if isinstance(first[0], int):  # the layer that the features enter
+        return first[0], _concatenate([value[1] for value in values])
+    return type(first)(x for value in values for x in value)
+
+
+def map_features(features: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same features with `change` applied to what the language model reads first (`READ`), the rest kept as it is."""
+    out = type(features)(**{k: v for k, v in features.items()})
+    key = read_key(features)
+    out[key] = _changed(features[key], change)
+    return out
+
+
+def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    return value if isinstance(value, int) else type(value)(_changed(x, change) for x in value)
+
+
+def feature_tensors(features: Any) -> list[Tensor]:
+    """What `map_features` changes, in its order."""
+    found: list[Tensor] = []
+    map_features(features, lambda x: found.append(x) or x)
+    return found
+
+
+def read_key(features: Any) -> str:
+    """Under which name the language model reads an image's features. Raises BadInput where there are none of a known name."""
+    found = next((key for key in READ if features.get(key) is not None), None)
+    if found is None:
+        raise BadInput(f"The model's get_image_features gives {', '.join(features) or 'nothing'}: it would need to give "
+                       f"one of {', '.join(READ)}.")  # fmt: skip
+    return found
+
+
+def features_entry(base: Any) -> str:
+    """The keyword of the model's forward that takes image features. Raises BadInput where it has none."""
+    taken = inspect.signature(base.forward).parameters
+    found = next((entry for entry in ENTRIES if entry in taken), None)
+    if found is None:
+        raise BadInput(f"{type(base).__name__} takes no precomputed image features: its forward would need a parameter "
+                       f"{ENTRIES[0]}, as most image-text models of transformers have.")  # fmt: skip
+    if found == "mm_encoder_outputs" and not hasattr(base.base_model, "get_image_features"):
+        raise BadInput(f"{type(base.base_model).__name__} would need a method get_image_features, which makes what its forward "
+                       f"takes as {found}.")  # fmt: skip
+    return found
+
+
+def crossed(base: Any, inputs: dict[str, Any]) -> Tensor:
+    """What the language model is given as `cross_attention_states` for these inputs with pixels: [tiles, patches, D]."""
+    given: dict[str, Any] = {}
+    hook = base.get_decoder().register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
+    try:
+        with no_logits(base):
+            base(**inputs, use_cache=False)
+    finally:
+        hook.remove()
+    if "cross_attention_states" not in given:
+        raise BadInput(f"{type(base).__name__} takes cross_attention_states and does not hand them to its decoder.")
+    return given["cross_attention_states"]

@@ -1,0 +1,1 @@
+"""What is trained on, made offline from one picture and the words of the untouched model."""
