@@ -18,7 +18,7 @@ from fastsiu import RowIndex
 
 torch.set_num_threads(1)
 
-FOLDER = Path(__file__).parent / "trainers"
+FOLDER = Path(__file__).parent
 TARGETS = {"base head": ("q_proj", "v_proj"), "adapted head": ("q_proj", "lm_head")}
 
 

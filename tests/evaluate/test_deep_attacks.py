@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import families
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -19,10 +17,6 @@ from fastsiu.model import adapter, ask, vlm
 from fastsiu.request import BadInput, Recipe
 from fastsiu.text.concept import Concept
 from fastsiu.verdict import gives
-
-SPEC = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families = sys.modules.setdefault("families", importlib.util.module_from_spec(SPEC))
-SPEC.loader.exec_module(families)
 
 RATE = 1e-3  # of a model this small
 

@@ -1,6 +1,5 @@
 """What the tiled backend promises beyond the values: memory, flops, one node for the compiler, no gradient work unasked."""
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import rounding
 import torch
 from torch import library
 from torch.profiler import ProfilerActivity, profile
@@ -17,15 +17,11 @@ import fastsiu
 import fastsiu.kernels.launch
 from fastsiu import TeacherCache, fused_dmk_ce, why_not
 
-SPEC = importlib.util.spec_from_file_location("rounding", Path(__file__).with_name("rounding.py"))
-rounding = sys.modules.setdefault("rounding", importlib.util.module_from_spec(SPEC))
-SPEC.loader.exec_module(rounding)
-
 torch.set_num_threads(1)
 
 BACKENDS = ["tiled"]  # those that never hold [N, V]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MIB = 2**20
 
 

@@ -1,6 +1,6 @@
 """Tiny models of every family, built from their configurations and saved as the hub saves them: weights, tokenizer, image
 processor, chat template. No download, and no torchvision: see `Pictures` below for the three families that would need it.
-`python -P tests/families.py` measures them and prints what is in docs/families.md (-P: tests/triton is not the package).
+`python -P tests/helpers/families.py` measures them and prints what is in docs/families.md (-P: tests/triton is not the package).
 
 Each builder is what a family is made of here, the kinds of layers that matter present: one that slides and one that does not,
 one with a recurrent state and one with attention, one that looks at the picture across. `save` writes the directory.

@@ -1,11 +1,9 @@
 """The fused loss against loops over tokens and vocabulary, written from the equations (arXiv 2405.12523, Eq. 2-5)."""
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
+import rounding
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,10 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsiu import DMKCELoss, TeacherCache, fused_dmk_ce, why_not
 from fastsiu.kernels import launch
-
-SPEC = importlib.util.spec_from_file_location("rounding", Path(__file__).with_name("rounding.py"))
-rounding = sys.modules.setdefault("rounding", importlib.util.module_from_spec(SPEC))
-SPEC.loader.exec_module(rounding)
 
 torch.set_num_threads(1)
 

@@ -18,7 +18,7 @@ import torch
 from fastsiu.kernels import triton_launch
 from fastsiu.kernels.triton_launch import SHARED_LIMIT, TARGETS, Blocks, measured_backend, rows
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BF16, SHAPES = torch.bfloat16, [[256, 151936, 1024, "bfloat16"], [64, 151936, 1024, "bfloat16"]]
 WIDE, STEP = Blocks(64, 256, 32, 8, 2), Blocks(64, 128, 64, 8, 2)  # rows that nobody predicts
 

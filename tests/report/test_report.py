@@ -1,27 +1,20 @@
 """The report: complete, self-contained, and unmoved by hostile names and answers."""
 
 import base64
-import importlib.util
 import io
 import re
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from reports import evaluation, rate, report
 
 from fastsiu.report.plot import HEIGHT, WIDTH, trade_off
 from fastsiu.report.render import FEW, LIMITS, render_html, render_markdown
 from fastsiu.report.words import METRICS, standing
 from fastsiu.report.words import inside as attacked_inside
-
-SPEC = importlib.util.spec_from_file_location("reports", Path(__file__).with_name("reports.py"))
-reports = sys.modules.setdefault("reports", importlib.util.module_from_spec(SPEC))
-SPEC.loader.exec_module(reports)
-rate, report, evaluation = reports.rate, reports.report, reports.evaluation
 
 HOSTILE = (
     '<script>alert(1)</script> "\'><img src=http://evil.example/x onerror=alert(1)> {{ 7*7 }} '

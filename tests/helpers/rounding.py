@@ -100,7 +100,7 @@ def weights(c) -> tuple[Tensor, Tensor]:
 def bounds(c, upstream: Tensor) -> dict[str, Tensor]:
     """What fp32 may be off by in loss, ce, kl, entropy and the gradients h, W and b, one by one.
 
-    c: a call of the loss (`case`, or Case of tests/test_loss_hard.py)
+    c: a call of the loss (`case`, or Case of tests/loss/test_fused_hard.py)
     upstream: [N] or one number, the gradient that comes in
     The rounding of a result to its own dtype is not in it.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHES = Path(__file__).parents[1] / "benches"
+BENCHES = Path(__file__).parents[2] / "benches"
 sys.path.insert(0, str(BENCHES))
 roofline = importlib.import_module("roofline")
 GPUS, SHAPES = roofline.GPUS, roofline.SHAPES

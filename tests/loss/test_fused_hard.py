@@ -1,12 +1,10 @@
 """Every backend of the fused loss where it hurts: all options against fp64, inputs made to break it, symmetries, accuracy."""
 
-import importlib.util
-import sys
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
 import pytest
+import rounding
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,10 +13,6 @@ from torch import Tensor
 import fastsiu.kernels.launch
 import fastsiu.loss.fused
 from fastsiu import TeacherCache, fused_dmk_ce
-
-SPEC = importlib.util.spec_from_file_location("rounding", Path(__file__).with_name("rounding.py"))
-rounding = sys.modules.setdefault("rounding", importlib.util.module_from_spec(SPEC))
-SPEC.loader.exec_module(rounding)
 
 torch.set_num_threads(1)
 

@@ -18,7 +18,7 @@ from fastsiu.guards import terminal
 from fastsiu.guards.terminal import Stream, Terminal, as_json, json_safe, visible
 from fastsiu.show import Progress, explanation, pieces
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONTROLS = [chr(c) for c in (*range(9), *range(11, 32), *range(127, 160))]
 BIDI = [chr(c) for c in (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))]
 OTHERS = ["\u2028", "\u2029", "\ufeff", "\ufff9", "\ud83d", "\udc80", "\U000e0041"]

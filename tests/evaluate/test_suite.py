@@ -17,7 +17,7 @@ from fastsiu.evaluate.pooled import markdown, pooled
 from fastsiu.request import BadInput
 from fastsiu.verdict import wilson
 
-DOC = Path(__file__).parents[1] / "docs" / "suite.md"
+DOC = Path(__file__).parents[2] / "docs" / "suite.md"
 
 
 def picture(file: Path, shade: int = 0) -> None:

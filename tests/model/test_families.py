@@ -1,4 +1,4 @@
-"""Every family of tests/families.py, saved as the hub saves models and loaded as a user loads them: the shared prefix against
+"""Every family of tests/helpers/families.py, saved as the hub saves models and loaded as a user loads them: the shared prefix against
 separate forwards with pixels, the vision tower and the head counted, adapters as plain peft reads them."""
 
 from __future__ import annotations
@@ -6,9 +6,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 
+import families
 import pytest
 import torch
 import transformers
@@ -19,10 +18,6 @@ from transformers import AutoModelForImageTextToText
 from fastsiu.model import adapter, ask, decode, features, memory, prefix, vlm
 from fastsiu.request import BadInput, Recipe
 from fastsiu.samples import dreams
-
-SPEC = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families = sys.modules.setdefault("families", importlib.util.module_from_spec(SPEC))
-SPEC.loader.exec_module(families)
 
 torch.set_num_threads(1)
 LOOKS_AHEAD = ("paligemma", "paligemma2")  # their prefix looks at the question

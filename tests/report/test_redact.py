@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import re
 import shutil
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+from reports import evaluation, report
 
 from fastsiu import driver, output, several
 from fastsiu.evaluate import deep, directories, run, scoring
@@ -25,11 +24,6 @@ from fastsiu.report.render import LIMITS, render_html, render_markdown
 from fastsiu.request import BadInput, Recipe
 from fastsiu.train import Step
 from fastsiu.verdict import Answer, Family, Rate, judge
-
-SPEC = importlib.util.spec_from_file_location("reports", Path(__file__).with_name("reports.py"))
-reports = sys.modules.setdefault("reports", importlib.util.module_from_spec(SPEC))
-SPEC.loader.exec_module(reports)
-report, evaluation = reports.report, reports.evaluation
 
 CANARY = "Xanthippa"
 
@@ -150,8 +144,8 @@ def test_the_programs_own_sentences_stay_with_their_figures():
 
 
 ROOT = Path(output.__file__).parent
-OTHERS = ("adapter.py", "driver.py", "merge.py", "facets/held_out.py", "facets/strangers.py")
-SAYING = (*(ROOT / "evaluate").glob("[!jl]*.py"), *(ROOT / file for file in OTHERS))
+OTHERS = ("model/adapter.py", "driver.py", "merge.py", "samples/strangers.py")
+SAYING = (*(ROOT / "evaluate").glob("[!gl]*.py"), *(ROOT / file for file in OTHERS))
 NOT_IN_REPORTS = (  # what begins like that is a defect of a suite, a note, the table's legend or a part of an error
     "A line is an object", "A process died", "In brackets: Wilson's", "Model: 3.", "No --model was given",
     "3 already holds this very", "3 already holds the result", "3: 3 concepts", "3 (3 to 3", "The adapter in 3 does not fit",
@@ -190,7 +184,7 @@ def test_every_sentence_of_a_report_is_known():
 
 
 def test_rows_of_attacks_from_inside_stay_and_anything_else_in_them_goes():
-    lines = (Path(__file__).parents[1] / "benches/results/deep.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (Path(__file__).parents[2] / "benches/results/deep.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for line in lines for row in json.loads(line)["rows"]]
     known = ["logit lens, layer 2 of 3, mean rank of 16", "pixels within 8/255, 20 steps", "adapter x 0.25, two-hop"]
     rows += [{"attack": "probe", "setting": k, "side": "control", "value": 1.5, "n": 3, "low": None, "high": None} for k in known]

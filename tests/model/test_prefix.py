@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import inspect
 import io
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import families
 import pytest
 import torch
 import transformers
@@ -27,10 +25,6 @@ from fastsiu.model.vlm import VLM, Budget, Encoded, Picture, checkpoint_layers
 from fastsiu.objectives import siu
 from fastsiu.request import OutOfMemory, Recipe, Request
 from fastsiu.samples import corpus
-
-SPEC = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families = sys.modules.setdefault("families", importlib.util.module_from_spec(SPEC))
-SPEC.loader.exec_module(families)
 
 torch.set_num_threads(1)
 
