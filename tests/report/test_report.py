@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from reports import evaluation, rate, report
+from reports import evaluation, family, rate, report
 
 from fastsiu.report.plot import HEIGHT, WIDTH, trade_off
 from fastsiu.report.render import FEW, LIMITS, render_html, render_markdown
@@ -287,7 +287,7 @@ def test_what_is_not_all_is_not_rounded_to_all(share, words):
     assert _percent(share) == words
 
 
-FAILED = [reports.family(), reports.family("naming", 0.0), reports.family("languages", 0.0, applicable=False)]
+FAILED = [family(), family("naming", 0.0), family("languages", 0.0, applicable=False)]
 
 
 def test_families_are_shown_worst_first_with_what_was_not_asked():
