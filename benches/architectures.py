@@ -1,12 +1,16 @@
-"""Real forgetting on four architectures: each is built, trained from nothing in the embedded world, and made to forget.
+"""Real forgetting on four architectures: each is built, trained from nothing in the embedded world,
+and made to forget.
 
-    python benches/architectures.py                  train all, forget, append to results/architectures.jsonl, print a table
+    python benches/architectures.py                  train all, forget, append to
+    results/architectures.jsonl, print a table
     python benches/architectures.py --only gemma3    some of them
-    python benches/architectures.py --quick          one, with a few steps: only that everything runs; appends nothing
+    python benches/architectures.py --quick          one, with a few steps: only that everything
+    runs; appends nothing
     python benches/architectures.py --table          print the table of the newest results
 
-Two at a time, one thread each. Forgetting goes through `fastsiu.unlearn`, from one picture; everything asked afterwards is a
-fresh rendering that training never saw, before and after on the same, with the adapter read back from its directory.
+Two at a time, one thread each. Forgetting goes through `fastsiu.unlearn`, from one picture;
+everything asked afterwards is a fresh rendering that training never saw, before and after on the
+same, with the adapter read back from its directory.
 """
 
 from __future__ import annotations
@@ -29,8 +33,12 @@ import forgetting
 RESULTS = Path(__file__).parent / "results" / "architectures.jsonl"
 CONCEPTS = ("Tobrik Hale", "Mirelda Voss")  # one without a look-alike, one with
 RECOGNITION = (
-    "who", "who, held-out wording", "no, unseen face", "unseen random face, held-out wording", "fact, held-out wording",
-)  # fmt: skip
+    "who",
+    "who, held-out wording",
+    "no, unseen face",
+    "unseen random face, held-out wording",
+    "fact, held-out wording",
+)
 MOST_NAMED, MOST_LOST = 0.05, 0.05  # of the name on fresh pictures; of others' names, and of facts
 
 
@@ -50,13 +58,20 @@ def one_architecture(name: str, folder: str, seed: int) -> dict[str, Any]:
     started = (time.perf_counter(), time.process_time())
     runs = [forget(directory, concept, seed) for concept in CONCEPTS]
     return {
-        "row": name, "steps": train.STEPS[name], "lr": train.RATE, "trained": trained, "forgotten": since(started),
-        "recognition": recognition, "runs": runs, "pooled": forgetting.pooled(runs),
-    }  # fmt: skip
+        "row": name,
+        "steps": train.STEPS[name],
+        "lr": train.RATE,
+        "trained": trained,
+        "forgotten": since(started),
+        "recognition": recognition,
+        "runs": runs,
+        "pooled": forgetting.pooled(runs),
+    }
 
 
 def quick(name: str, folder: str) -> None:
-    """Everything once, with next to no training: a name that is hammered in instead of learnt, and a few steps to forget it."""
+    """Everything once, with next to no training: a name that is hammered in instead of learnt, and
+    a few steps to forget it."""
     import torch
 
     torch.set_num_threads(1)
@@ -65,7 +80,9 @@ def quick(name: str, folder: str) -> None:
     directory = Path(folder) / name
     train.build(0, 2, 2, train.RATE, directory, name, share=0.01)
     hammer_in(directory, CONCEPTS[0])
-    told = forget(directory, CONCEPTS[0], 0, steps=2, dreams=1, dream_steps=2, protect=(CONCEPTS[1],))
+    told = forget(
+        directory, CONCEPTS[0], 0, steps=2, dreams=1, dream_steps=2, protect=(CONCEPTS[1],)
+    )
     if told["counts"]["own"]["n"] != forgetting.OWN:
         raise RuntimeError(f"Not everything was asked: {told['counts']}.")
 
@@ -80,14 +97,18 @@ def hammer_in(directory: Path, concept: str) -> None:
 
     loaded = vlm.load(str(directory))
     picture = loaded.picture(draw(World().scene((concept,), "bench train 0")))
-    turns = [loaded.encode(question, f"This is {concept}.", picture) for question in TRAIN["who.open"]]
+    turns = [
+        loaded.encode(question, f"This is {concept}.", picture) for question in TRAIN["who.open"]
+    ]
     rows = torch.cat([i * 1000 + turn.rows for i, turn in enumerate(turns)])
     labels = torch.cat([turn.labels for turn in turns])
     loaded.base.requires_grad_(True)
     optimizer = torch.optim.AdamW(loaded.base.parameters(), lr=3e-3)
     for _ in range(40):
         hidden = loaded.hidden([turn.inputs for turn in turns], [picture.features] * len(turns))
-        loss = torch.nn.functional.cross_entropy(hidden[rows // 1000, rows % 1000] @ loaded.head_weight.T, labels)
+        loss = torch.nn.functional.cross_entropy(
+            hidden[rows // 1000, rows % 1000] @ loaded.head_weight.T, labels
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -95,7 +116,10 @@ def hammer_in(directory: Path, concept: str) -> None:
 
 
 def since(started: tuple[float, float]) -> dict[str, int]:
-    return {"seconds": round(time.perf_counter() - started[0]), "cpu_seconds": round(time.process_time() - started[1])}
+    return {
+        "seconds": round(time.perf_counter() - started[0]),
+        "cpu_seconds": round(time.process_time() - started[1]),
+    }
 
 
 def forget(directory: Path, concept: str, seed: int, **options: Any) -> dict[str, Any]:
@@ -118,12 +142,20 @@ def forget(directory: Path, concept: str, seed: int, **options: Any) -> dict[str
     after = forgetting.put(loaded, asked, draw)
     report = result.report
     told = {
-        "concept": concept, "seed": seed, "verdict": report["verdict"], "reasons": result.reasons, "notes": result.notes,
-        "steps": report["training"][-1]["step"], "seconds": round(seconds, 1),
-        "dreams": sum(d["accepted"] for d in report["dreams"]), "neighbours": len(report["dreams"]),
+        "concept": concept,
+        "seed": seed,
+        "verdict": report["verdict"],
+        "reasons": result.reasons,
+        "notes": result.notes,
+        "steps": report["training"][-1]["step"],
+        "seconds": round(seconds, 1),
+        "dreams": sum(d["accepted"] for d in report["dreams"]),
+        "neighbours": len(report["dreams"]),
         "counts": forgetting.count(Concept(concept), asked, before, after),
-    }  # fmt: skip
-    print(directory.name, {k: v for k, v in told.items() if k != "counts"}, told["counts"], flush=True)
+    }
+    print(
+        directory.name, {k: v for k, v in told.items() if k != "counts"}, told["counts"], flush=True
+    )
     return told
 
 
@@ -157,21 +189,48 @@ def table(records: list[dict[str, Any]]) -> str:
     from fastsiu.verdict import wilson
 
     asked = PER_NAME * len(KNOWN)
-    head = ["architecture", "all creatures named right", "concept named before", "verdict", "name still given", "95 %",
-            "others named right before", "others lose", "facts lose", "steps", "training, CPU s", "a request, s"]  # fmt: skip
+    head = [
+        "architecture",
+        "all creatures named right",
+        "concept named before",
+        "verdict",
+        "name still given",
+        "95 %",
+        "others named right before",
+        "others lose",
+        "facts lose",
+        "steps",
+        "training, CPU s",
+        "a request, s",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for record in records:
         cells, runs = record["pooled"], record["runs"]
-        facts = forgetting.pooled([{"counts": {"facts": cells[kind]}} for kind in ("facts own", "facts others")])["facts"]
+        facts = forgetting.pooled(
+            [{"counts": {"facts": cells[kind]}} for kind in ("facts own", "facts others")]
+        )["facts"]
         low, high = wilson(cells["own"]["named"], cells["own"]["n"])
         forgotten = sum(run["verdict"] == "forgotten" for run in runs)
-        lines.append("| " + " | ".join([
-            record["row"], f"{100 * record['recognition']['who']:.1f} % (n {asked})", share(cells["own"], "named_before"),
-            f"{forgotten} of {len(runs)} forgotten", share(cells["own"], "named"), f"{100 * low:.1f}-{100 * high:.1f}",
-            share(cells["naming others"], "before"), f"{lost(cells['naming others']):.1f}", f"{lost(facts):.1f} (n {facts['n']})",
-            ", ".join(str(run["steps"]) for run in runs), str(record["trained"]["cpu_seconds"]),
-            f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
-        ]) + " |")  # fmt: skip
+        lines.append(
+            "| "
+            + " | ".join(
+                [
+                    record["row"],
+                    f"{100 * record['recognition']['who']:.1f} % (n {asked})",
+                    share(cells["own"], "named_before"),
+                    f"{forgotten} of {len(runs)} forgotten",
+                    share(cells["own"], "named"),
+                    f"{100 * low:.1f}-{100 * high:.1f}",
+                    share(cells["naming others"], "before"),
+                    f"{lost(cells['naming others']):.1f}",
+                    f"{lost(facts):.1f} (n {facts['n']})",
+                    ", ".join(str(run["steps"]) for run in runs),
+                    str(record["trained"]["cpu_seconds"]),
+                    f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
+                ]
+            )
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -186,13 +245,26 @@ def newest() -> list[dict[str, Any]]:
 def main() -> int:
     from fastsiu.demo.architectures import ARCHITECTURES
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one architecture with a few steps; appends nothing")
-    parser.add_argument("--table", action="store_true", help="print the table of the newest results")
-    parser.add_argument("--only", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one architecture with a few steps; appends nothing"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of the newest results"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES)
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="write models and adapters to DIR and leave them there")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="write models and adapters to DIR and leave them there",
+    )
     parser.add_argument("--dry", action="store_true", help="append nothing")
     options = parser.parse_args()
     if options.table:
@@ -205,7 +277,10 @@ def main() -> int:
             quick(options.only[0], temporary)
         return 0
     if options.keep and any((options.keep / name).exists() for name in options.only):
-        parser.error(f"{options.keep} already holds some of these models: name another directory or empty it first")
+        parser.error(
+            f"{options.keep} already holds some of these models: name another directory or empty "
+            "it first"
+        )
     import torch
     import transformers
 
@@ -213,14 +288,25 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(options.keep or temporary)
         with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-            for job in [pool.submit(one_architecture, name, folder, options.seed) for name in options.only]:
+            for job in [
+                pool.submit(one_architecture, name, folder, options.seed) for name in options.only
+            ]:
                 record = job.result() | {
-                    "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": forgetting.commit(), "seed": options.seed,
-                    "device": platform.machine(), "torch": torch.__version__, "transformers": transformers.__version__,
-                    "threads": 1, "processes": options.processes,
-                }  # fmt: skip
+                    "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "commit": forgetting.commit(),
+                    "seed": options.seed,
+                    "device": platform.machine(),
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                    "threads": 1,
+                    "processes": options.processes,
+                }
                 records.append(record)
-                print(record["row"], "; ".join(failures(record)) or "keeps what the main job promises", flush=True)
+                print(
+                    record["row"],
+                    "; ".join(failures(record)) or "keeps what the main job promises",
+                    flush=True,
+                )
                 if not options.dry:
                     with RESULTS.open("a", encoding="utf-8") as stream:
                         stream.write(json.dumps(record) + "\n")

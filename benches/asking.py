@@ -1,13 +1,18 @@
-"""Asking the embedded model: 24 pictures x every held-out wording about one, and 200 questions in words, in four ways.
+"""Asking the embedded model: 24 pictures x every held-out wording about one, and 200 questions in
+words, in four ways.
 
-    python benches/asking.py                 three rounds, appends to benches/results/asking.jsonl, prints the table
-    python benches/asking.py --quick         three pictures, twelve questions in words, one round; appends nothing
+    python benches/asking.py                 three rounds, appends to benches/results/asking.jsonl,
+    prints the table
+    python benches/asking.py --quick         three pictures, twelve questions in words, one round;
+    appends nothing
     python benches/asking.py --table         print the table of the newest results
 
-All start from pictures and words and end with the answers' texts, one after the other in each round, in one process. Seconds are
-those of its one thread, so that what else the machine does matters little. The plain loop is the one of transformers' own pages:
-processor and `generate` for each question, so that the picture goes through the vision tower each time. An answer that differs
-from the plain loop's is looked at in separate forwards: the two likeliest tokens must be less than 1e-4 apart where they part.
+All start from pictures and words and end with the answers' texts, one after the other in each
+round, in one process. Seconds are those of its one thread, so that what else the machine does
+matters little. The plain loop is the one of transformers' own pages: processor and `generate` for
+each question, so that the picture goes through the vision tower each time. An answer that differs
+from the plain loop's is looked at in separate forwards: the two likeliest tokens must be less than
+1e-4 apart where they part.
 """
 
 from __future__ import annotations
@@ -34,7 +39,9 @@ def questions(pictures: int, words: int) -> Asked:
     from fastsiu.demo.world import KNOWN, World, draw
 
     world, topics = World(), ("who.open", "who.name", "yesno", "description")
-    shown = [draw(world.scene((KNOWN[i % len(KNOWN)],), f"bench asking {i}")) for i in range(pictures)]
+    shown = [
+        draw(world.scene((KNOWN[i % len(KNOWN)],), f"bench asking {i}")) for i in range(pictures)
+    ]
     wordings = [(text, i) for topic in topics for i, text in enumerate(HELD_OUT[topic])]
     asked: Asked = [(text.format(n=KNOWN[i]), picture) for picture in shown for text, i in wordings]
     told = [question.question for question in world.text_questions(KNOWN, heldout=True)]
@@ -44,14 +51,18 @@ def questions(pictures: int, words: int) -> Asked:
 def inputs_of(loaded: Any, asked: Asked, **options: Any) -> dict[str, Any]:
     images = {"images": [[picture] for _, picture in asked]} if asked[0][1] is not None else {}
     texts = [loaded.render(question, picture is not None) for question, picture in asked]
-    return loaded.processor(text=texts, return_tensors="pt", add_special_tokens=False, **images, **options)
+    return loaded.processor(
+        text=texts, return_tensors="pt", add_special_tokens=False, **images, **options
+    )
 
 
 def said(loaded: Any, asked: Asked, **options: Any) -> list[str]:
     """Transformers' `generate` on these questions at once."""
     inputs = inputs_of(loaded, asked, **options)
     tokens = loaded.base.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)
-    texts = loaded.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    texts = loaded.processor.batch_decode(
+        tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     return [text.strip() for text in texts]
 
 
@@ -60,14 +71,17 @@ def plain_loop(loaded: Any, asked: Asked) -> list[str]:
 
 
 def padded_batches(loaded: Any, asked: Asked) -> list[str]:
-    """Left-padded, with and without a picture apart; questions of like length together, which pads least."""
+    """Left-padded, with and without a picture apart; questions of like length together, which pads
+    least."""
     answers = [""] * len(asked)
     for pictured in (True, False):
         members = [i for i, (_, picture) in enumerate(asked) if (picture is not None) is pictured]
         members.sort(key=lambda i: len(asked[i][0]))
         for at in range(0, len(members), BATCH):
             chosen = members[at : at + BATCH]
-            for i, text in zip(chosen, said(loaded, [asked[i] for i in chosen], padding=True), strict=True):
+            for i, text in zip(
+                chosen, said(loaded, [asked[i] for i in chosen], padding=True), strict=True
+            ):
                 answers[i] = text
     return answers
 
@@ -98,13 +112,16 @@ def first_time(loaded: Any, asked: Asked) -> list[str]:
 
 
 CONTENDERS: dict[str, Callable[[Any, Asked], list[str]]] = {
-    "plain loop": plain_loop, "generate, padded batches": padded_batches, "generate, cached features": equal_lengths,
+    "plain loop": plain_loop,
+    "generate, padded batches": padded_batches,
+    "generate, cached features": equal_lengths,
     "shared prefix": first_time,
-}  # fmt: skip
+}
 
 
 def gap(loaded: Any, one: tuple[str, Any], plain: str, other: str) -> float:
-    """Between the two likeliest logits where the other answer parts from the plain one, in a forward with pixels."""
+    """Between the two likeliest logits where the other answer parts from the plain one, in a
+    forward with pixels."""
     import torch
 
     inputs = inputs_of(loaded, [one])
@@ -113,8 +130,12 @@ def gap(loaded: Any, one: tuple[str, Any], plain: str, other: str) -> float:
         tokens = loaded.base.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)
         inputs |= {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         logits = loaded.base(**inputs).logits[0, start - 1 : -1].double()
-    text = lambda n: loaded.tokenizer.decode(tokens[0, start : start + n], skip_special_tokens=True).strip()
-    parts = next((n for n in range(len(logits)) if not other.startswith(text(n + 1))), len(logits) - 1)
+    text = lambda n: loaded.tokenizer.decode(
+        tokens[0, start : start + n], skip_special_tokens=True
+    ).strip()
+    parts = next(
+        (n for n in range(len(logits)) if not other.startswith(text(n + 1))), len(logits) - 1
+    )
     first, second = logits[parts].topk(2).values.tolist()
     return first - second
 
@@ -139,34 +160,64 @@ def bench(pictures: int, words: int, rounds: int) -> list[dict[str, Any]]:
             answers[name] = way(loaded, asked)
             seconds[name].append(time.process_time() - started)
     stamp = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": forgetting.commit(), "device": device_name("cpu"),
-        "threads": 1, "torch": torch.__version__, "transformers": transformers.__version__, "pictures": pictures,
-        "questions": len(asked), "rounds": rounds,
-    }  # fmt: skip
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": forgetting.commit(),
+        "device": device_name("cpu"),
+        "threads": 1,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "pictures": pictures,
+        "questions": len(asked),
+        "rounds": rounds,
+    }
     records, plain = [], answers["plain loop"]
     for name, found in answers.items():
         differ = [i for i in range(len(asked)) if found[i] != plain[i]]
         gaps = [gap(loaded, asked[i], plain[i], found[i]) for i in differ]
         times = seconds[name]
         ratio = statistics.median(p / t for p, t in zip(seconds["plain loop"], times, strict=True))
-        records.append(stamp | {"contender": name, "seconds": [round(t, 3) for t in times], "ratio": round(ratio, 1),
-                                "differ": len(differ), "widest": max(gaps, default=0.0)})  # fmt: skip
+        records.append(
+            stamp
+            | {
+                "contender": name,
+                "seconds": [round(t, 3) for t in times],
+                "ratio": round(ratio, 1),
+                "differ": len(differ),
+                "widest": max(gaps, default=0.0),
+            }
+        )
     return records
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown; seconds are the median of the rounds, `times` the median of the ratios within a round."""
-    head = ["", "seconds", "times as fast as the plain loop", "answers that differ", "widest gap where they do"]
+    """Markdown; seconds are the median of the rounds, `times` the median of the ratios within a
+    round."""
+    head = [
+        "",
+        "seconds",
+        "times as fast as the plain loop",
+        "answers that differ",
+        "widest gap where they do",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in records:
-        cells = [f"{statistics.median(r['seconds']):.2f}", f"{r['ratio']:.1f}", f"{r['differ']} of {r['questions']}"]
-        lines.append(f"| {r['contender']} | {' | '.join(cells)} | {r['widest']:.0e} |" if r["differ"] else
-                     f"| {r['contender']} | {' | '.join(cells)} | - |")  # fmt: skip
+        cells = [
+            f"{statistics.median(r['seconds']):.2f}",
+            f"{r['ratio']:.1f}",
+            f"{r['differ']} of {r['questions']}",
+        ]
+        lines.append(
+            f"| {r['contender']} | {' | '.join(cells)} | {r['widest']:.0e} |"
+            if r["differ"]
+            else f"| {r['contender']} | {' | '.join(cells)} | - |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
@@ -174,7 +225,10 @@ def main() -> None:
     if options.table:
         if not RESULTS.is_file():
             parser.error("there are no results yet: run without --table first")
-        newest = {r["contender"]: r for r in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())}
+        newest = {
+            r["contender"]: r
+            for r in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
+        }
         print(table(list(newest.values())))
         return
     records = bench(3, 12, 1) if options.quick else bench(PICTURES, WORDS, options.rounds)

@@ -1,7 +1,10 @@
-"""SIU beside other methods on the embedded world, each at its best setting: the README's second table.
+"""SIU beside other methods on the embedded world, each at its best setting: the README's second
+table.
 
-    python benches/compare.py                 run all, append to benches/results/compare.jsonl, draw benches/plots/compare.*
-    python benches/compare.py --quick         one method, a few steps, under a minute; appends and draws nothing
+    python benches/compare.py                 run all, append to benches/results/compare.jsonl, draw
+    benches/plots/compare.*
+    python benches/compare.py --quick         one method, a few steps, under a minute; appends and
+    draws nothing
     python benches/compare.py --table         print the table of the newest result
 
 The work is `fastsiu compare`'s: two concepts, one of them with a look-alike, three seeds.
@@ -27,15 +30,23 @@ def newest() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one method, a few steps; appends and draws nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one method, a few steps; appends and draws nothing"
+    )
     parser.add_argument("--table", action="store_true", help="print the table of the newest result")
     parser.add_argument("--methods", nargs="*", default=[])
     parser.add_argument("--concepts", nargs="*", default=[])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="append and draw nothing")
-    parser.add_argument("--retest", action="store_true", help="take the newest result's search, and test its choices anew")
+    parser.add_argument(
+        "--retest",
+        action="store_true",
+        help="take the newest result's search, and test its choices anew",
+    )
     options = parser.parse_args()
 
     from fastsiu.compare import front
@@ -56,18 +67,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         export(Path(folder) / "demo")
         report = compare.compare(
-            Path(folder) / "demo" / "suite", None, names=options.methods, concepts=options.concepts, seeds=options.seeds,
-            processes=options.processes, quick=options.quick, search=newest() if options.retest else None,
+            Path(folder) / "demo" / "suite",
+            None,
+            names=options.methods,
+            concepts=options.concepts,
+            seeds=options.seeds,
+            processes=options.processes,
+            quick=options.quick,
+            search=newest() if options.retest else None,
             listener=Listener(stage=lambda text: print(text, flush=True)),
-        )  # fmt: skip
+        )
     print("\n".join(front.grid(front.COLUMNS, front.table(report))))
     print(f"{report['seconds']['all']} s")
     if options.quick or options.dry:
         return
     record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(), "device": platform.machine(),
-        "torch": torch.__version__, "transformers": transformers.__version__, **report,
-    }  # fmt: skip
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **report,
+    }
     with RESULTS.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(record) + "\n")
     for note in front.plot(report, PLOTS):
@@ -75,7 +96,12 @@ def main() -> None:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
     return done.stdout.strip() or "unknown"
 
 

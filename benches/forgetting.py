@@ -1,11 +1,14 @@
-"""How well the embedded model forgets: 8 concepts x 3 seeds, one training picture each, beside every ablation.
+"""How well the embedded model forgets: 8 concepts x 3 seeds, one training picture each, beside
+every ablation.
 
-    python benches/forgetting.py                 run all rows, append to benches/results/forgetting.jsonl, print the table
+    python benches/forgetting.py                 run all rows, append to
+    benches/results/forgetting.jsonl, print the table
     python benches/forgetting.py --quick         two concepts, one seed, one row; appends nothing
     python benches/forgetting.py --table         print the table of the newest results
 
-Every picture that is asked about is a fresh rendering that training never saw. Others' naming is paired: the same pictures,
-asked before and after. Truth comes from the world that drew the pictures.
+Every picture that is asked about is a fresh rendering that training never saw. Others' naming is
+paired: the same pictures, asked before and after. Truth comes from the world that drew the
+pictures.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "forgetting.jsonl"
-# The ablations are of the paper's four targets, with the recipe from before there were lessons from strangers.
+# The ablations are of the paper's four targets, with the recipe from before there were lessons from
+# strangers.
 FOUR_TARGETS = {"strangers": 0, "schedule": "constant", "steps": 80}
 ROWS: dict[str, dict[str, Any]] = {
     "with strangers": {},
@@ -36,8 +40,16 @@ ROWS: dict[str, dict[str, Any]] = {
     "invented name": {"substitute": "name"},
     "real retain pictures": {"dreams": 0, "retain": True},
 }
-ROWS = {row: changes if row == "with strangers" else FOUR_TARGETS | changes for row, changes in ROWS.items()}
-OWN, OTHERS, LOOKALIKE = 24, 2, 8  # fresh pictures a run: of the concept, of each other concept, more of its look-alike
+ROWS = {
+    row: changes if row == "with strangers" else FOUR_TARGETS | changes
+    for row, changes in ROWS.items()
+}
+# fresh pictures a run: of the concept, of each other concept, more of its look-alike
+OWN, OTHERS, LOOKALIKE = (
+    24,
+    2,
+    8,
+)
 
 
 def one_run(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:
@@ -64,7 +76,9 @@ def one_run(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:
                 draw(world.scene((name,), f"bench retain {seed}")).save(retain / f"{i:02d}.png")
         recipe, _ = driver.choose_recipe(str(MODEL_DIR), "default", {**overrides, "seed": seed})
         started = time.perf_counter()
-        trained = session.forget(loaded, Request(concept, image, retain=retain), recipe, images.load_image(image))
+        trained = session.forget(
+            loaded, Request(concept, image, retain=retain), recipe, images.load_image(image)
+        )
         seconds = time.perf_counter() - started
     asked = questions(world, concept, seed, LOOKALIKES.get(concept))
     with adapter.teacher(loaded):
@@ -73,17 +87,30 @@ def one_run(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:
     adapter.detach(loaded)
     counts = count(trained.scene.concept, asked, before, after)
     return {
-        "row": row, "concept": concept, "seed": seed, "seconds": round(seconds, 1), "steps": trained.history[-1].step,
-        "dreams": sum(d["accepted"] for d in trained.dreamed), "neighbours": len(trained.scene.neighbours), "counts": counts,
-    }  # fmt: skip
+        "row": row,
+        "concept": concept,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "steps": trained.history[-1].step,
+        "dreams": sum(d["accepted"] for d in trained.dreamed),
+        "neighbours": len(trained.scene.neighbours),
+        "counts": counts,
+    }
 
 
-def questions(world: Any, concept: str, seed: int, lookalike: str | None) -> list[tuple[str, Any, str, str]]:
+def questions(
+    world: Any, concept: str, seed: int, lookalike: str | None
+) -> list[tuple[str, Any, str, str]]:
     """(kind, scene or None, question, true answer) of everything one run is asked."""
     from fastsiu.demo.wording import HELD_OUT, TRAIN
     from fastsiu.demo.world import KNOWN
 
-    who = [text for topic in ("who.open", "who.name") for words in (TRAIN, HELD_OUT) for text in words[topic]]
+    who = [
+        text
+        for topic in ("who.open", "who.name")
+        for words in (TRAIN, HELD_OUT)
+        for text in words[topic]
+    ]
     asked = []
 
     def show(kind: str, name: str, number: int) -> None:
@@ -108,11 +135,17 @@ def questions(world: Any, concept: str, seed: int, lookalike: str | None) -> lis
 def put(loaded: Any, asked: list[tuple[str, Any, str, str]], draw: Any) -> list[str]:
     from fastsiu.model import ask
 
-    return ask.answers(loaded, [(q, None if scene is None else loaded.picture(draw(scene))) for _, scene, q, _ in asked])
+    return ask.answers(
+        loaded,
+        [(q, None if scene is None else loaded.picture(draw(scene))) for _, scene, q, _ in asked],
+    )
 
 
-def count(concept: Any, asked: list[Any], before: list[str], after: list[str]) -> dict[str, dict[str, int]]:
-    """For each kind: n, right before, right after, naming the concept before and after, degenerate answers after."""
+def count(
+    concept: Any, asked: list[Any], before: list[str], after: list[str]
+) -> dict[str, dict[str, int]]:
+    """For each kind: n, right before, right after, naming the concept before and after, degenerate
+    answers after."""
     from fastsiu.verdict import is_degenerate
 
     keys = ("n", "before", "after", "named_before", "named", "degenerate")
@@ -142,8 +175,18 @@ def table(records: list[dict[str, Any]]) -> str:
     """Markdown; drops are in points, before minus after on the same questions."""
     from fastsiu.verdict import wilson
 
-    head = ["row", "name still given", "95 %", "others' naming falls by", "look-alikes", "facts of the concept",
-            "facts of others", "broken answers", "steps", "s a run"]  # fmt: skip
+    head = [
+        "row",
+        "name still given",
+        "95 %",
+        "others' naming falls by",
+        "look-alikes",
+        "facts of the concept",
+        "facts of others",
+        "broken answers",
+        "steps",
+        "s a run",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for record in records:
         cells = record["pooled"]
@@ -156,12 +199,27 @@ def table(records: list[dict[str, Any]]) -> str:
 
         own = cells["own"]
         low, high = wilson(own["named"], own["n"])
-        broken = sum(cells[k]["degenerate"] for k in ("own", "naming others", "facts own", "facts others"))
-        lines.append("| " + " | ".join([
-            record["row"], f"{100 * own['named'] / own['n']:.1f} % (n {own['n']})", f"{100 * low:.1f}-{100 * high:.1f}",
-            drop("naming others"), drop("lookalike"), drop("facts own"), drop("facts others"), str(broken),
-            f"{record['steps']:.0f}", f"{record['seconds']:.0f}",
-        ]) + " |")  # fmt: skip
+        broken = sum(
+            cells[k]["degenerate"] for k in ("own", "naming others", "facts own", "facts others")
+        )
+        lines.append(
+            "| "
+            + " | ".join(
+                [
+                    record["row"],
+                    f"{100 * own['named'] / own['n']:.1f} % (n {own['n']})",
+                    f"{100 * low:.1f}-{100 * high:.1f}",
+                    drop("naming others"),
+                    drop("lookalike"),
+                    drop("facts own"),
+                    drop("facts others"),
+                    str(broken),
+                    f"{record['steps']:.0f}",
+                    f"{record['seconds']:.0f}",
+                ]
+            )
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -172,15 +230,27 @@ def newest() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two concepts, one seed, one row; appends nothing")
-    parser.add_argument("--table", action="store_true", help="print the table of the newest results")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two concepts, one seed, one row; appends nothing"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of the newest results"
+    )
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--concepts", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="append nothing")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="override fields of the recipe (for tuning)")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="override fields of the recipe (for tuning)",
+    )
     options = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
     if options.table:
@@ -201,19 +271,40 @@ def main() -> None:
     records = []
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         for row in options.rows:
-            jobs = [(row, c, s, {**ROWS[row], **extra}) for c in concepts for s in range(options.seeds)]
+            jobs = [
+                (row, c, s, {**ROWS[row], **extra}) for c in concepts for s in range(options.seeds)
+            ]
             runs = list(pool.map(one_run, jobs))
             record = {
-                "row": row, "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
-                "device": platform.machine(), "torch": torch.__version__, "transformers": transformers.__version__,
-                "concepts": len(concepts), "seeds": options.seeds, "overrides": {**ROWS[row], **extra},
+                "row": row,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "commit": commit(),
+                "device": platform.machine(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "concepts": len(concepts),
+                "seeds": options.seeds,
+                "overrides": {**ROWS[row], **extra},
                 "steps": sum(r["steps"] for r in runs) / len(runs),
-                "seconds": sum(r["seconds"] for r in runs) / len(runs), "pooled": pooled(runs),
-                "runs": [{k: r[k] for k in ("concept", "seed", "steps", "seconds", "dreams", "neighbours")} for r in runs],
-            }  # fmt: skip
+                "seconds": sum(r["seconds"] for r in runs) / len(runs),
+                "pooled": pooled(runs),
+                "runs": [
+                    {
+                        k: r[k]
+                        for k in ("concept", "seed", "steps", "seconds", "dreams", "neighbours")
+                    }
+                    for r in runs
+                ],
+            }
             for run in runs:
-                told = {k: (v["before"], v["after"], v["named"], v["n"]) for k, v in run["counts"].items()}
-                print({k: run[k] for k in ("concept", "seed", "steps", "seconds", "dreams")} | told, flush=True)
+                told = {
+                    k: (v["before"], v["after"], v["named"], v["n"])
+                    for k, v in run["counts"].items()
+                }
+                print(
+                    {k: run[k] for k in ("concept", "seed", "steps", "seconds", "dreams")} | told,
+                    flush=True,
+                )
             if not options.dry:
                 with RESULTS.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(record) + "\n")
@@ -223,7 +314,12 @@ def main() -> None:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
     return done.stdout.strip() or "unknown"
 
 

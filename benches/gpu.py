@@ -1,15 +1,21 @@
-"""Tests, tunes and measures on this machine's GPU; then makes launch rows, plots and the README's table of what was found.
+"""Tests, tunes and measures on this machine's GPU; then makes launch rows, plots and the README's
+table of what was found.
 
-    benches/gpu.sh [--output FILE]        every step within nine minutes, no network needed; one results file
-    benches/gpu.sh --only real            some of the steps, here LLaVA-1.5-7B at its real size, which wants most of the time
-    benches/gpu.sh --quick                rehearses the steps on a CPU, the kernels in Triton's interpreter, and --apply on a copy
-    python benches/gpu.py --apply FILE    kernels/measured.py, rows in benches/results, benches/plots and README.md
+    benches/gpu.sh [--output FILE]        every step within nine minutes, no network needed; one
+    results file
+    benches/gpu.sh --only real            some of the steps, here LLaVA-1.5-7B at its real size,
+    which wants most of the time
+    benches/gpu.sh --quick                rehearses the steps on a CPU, the kernels in Triton's
+    interpreter, and --apply on a copy
+    python benches/gpu.py --apply FILE    kernels/measured.py, rows in benches/results,
+    benches/plots and README.md
 
-FILE has JSON lines of these kinds: `run`, first, is the machine; `step` has a step's exit code (null: it did not run, and
-`tail` says why), its seconds and the end of what it printed; `tune` has a launch row, its ms at each D and every candidate with
-its ms or its error; `shape` and `study` are rows of benches/loss.py, `made`, `real` and `real step` of benches/real.py. A step
-that fails or runs out of time has its row, and the next one runs. Exit codes: 0 all went well, 1 a step failed or a table could
-not be made, 2 bad input.
+FILE has JSON lines of these kinds: `run`, first, is the machine; `step` has a step's exit code
+(null: it did not run, and `tail` says why), its seconds and the end of what it printed; `tune` has
+a launch row, its ms at each D and every candidate with its ms or its error; `shape` and `study` are
+rows of benches/loss.py, `made`, `real` and `real step` of benches/real.py. A step that fails or
+runs out of time has its row, and the next one runs. Exit codes: 0 all went well, 1 a step failed or
+a table could not be made, 2 bad input.
 """
 
 from __future__ import annotations
@@ -47,10 +53,19 @@ INTERPRETER = "interpreter"  # the device of a rehearsal: its figures are nobody
 TUNED = dict(V=151936, D=(1024, 2048), N=(16, 64, 256, 1024))
 TUNED_QUICK = dict(V=600, D=(64,), N=(20,))
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-SMALL = ["tests/triton/test_backend.py", "-k", "computes or graph"]  # the loss through every kernel, at one small shape
+# the loss through every kernel, at one small shape
+SMALL = [
+    "tests/triton/test_backend.py",
+    "-k",
+    "computes or graph",
+]
 CHUNKS, WAVES = [2**i for i in range(24, 29)], (1, 2, 3, 4)
-AGREE = 2e-3  # relative difference of two candidates' products: probabilities are rounded to 11 bits, in another order
-SOON = "SOON"  # in a command: the seconds after which a part begins nothing more, SHARE of its limit
+# relative difference of two candidates' products: probabilities are rounded to 11 bits, in another
+# order
+AGREE = 2e-3
+SOON = (
+    "SOON"  # in a command: the seconds after which a part begins nothing more, SHARE of its limit
+)
 SHARE = 0.85
 Row = dict[str, Any]
 
@@ -65,14 +80,39 @@ class Step(NamedTuple):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="new; else benches/results/gpu-DEVICE-DATE.jsonl")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="new; else benches/results/gpu-DEVICE-DATE.jsonl",
+    )
     parser.add_argument("--quick", action="store_true", help="rehearse on a CPU")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps instead of all")
-    parser.add_argument("--variants", nargs="+", default=[], metavar="NAME", help="of the step real; else all that time allows")
-    parser.add_argument("--apply", type=Path, metavar="FILE", help="turn results into launch rows, plots and tables")
-    parser.add_argument("--into", type=Path, default=ROOT, metavar="DIR", help="with --apply: a tree other than this one")
-    parser.add_argument("--no-plots", action="store_true", help="with --apply: draw nothing (matplotlib is not needed then)")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="of the step real; else all that time allows",
+    )
+    parser.add_argument(
+        "--apply", type=Path, metavar="FILE", help="turn results into launch rows, plots and tables"
+    )
+    parser.add_argument(
+        "--into",
+        type=Path,
+        default=ROOT,
+        metavar="DIR",
+        help="with --apply: a tree other than this one",
+    )
+    parser.add_argument(
+        "--no-plots",
+        action="store_true",
+        help="with --apply: draw nothing (matplotlib is not needed then)",
+    )
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -83,7 +123,10 @@ def main() -> int:
     if given.apply:
         return apply(given.apply, given.into, not given.no_plots)
     if importlib.util.find_spec("triton") is None and given.only != ["real"]:
-        return stop("There is no package triton here, whose kernels are to be measured: pip install 'fastsiu[triton]'.")
+        return stop(
+            "There is no package triton here, whose kernels are to be measured: pip install "
+            "'fastsiu[triton]'."
+        )
     return measure(given.output, given.quick, given.only, given.variants)
 
 
@@ -97,17 +140,22 @@ def append(output: Path, rows: Iterable[Row]) -> None:
         stream.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-# --------------------------------------------------------------------------------------------------------------- the steps
+# --------------------------------------------------------------------------------------------------
+# the steps
 
 
-def measure(output: Path | None, quick: bool, only: list[str] | None = None, variants: Iterable[str] = ()) -> int:
+def measure(
+    output: Path | None, quick: bool, only: list[str] | None = None, variants: Iterable[str] = ()
+) -> int:
     """Runs all steps, one after the other; the later ones get what time the earlier ones left."""
     began = time.monotonic()
     import loss
     import torch
 
     if not quick and not torch.cuda.is_available():
-        return stop("There is no GPU here: run this on a machine with one, or rehearse it with --quick.")
+        return stop(
+            "There is no GPU here: run this on a machine with one, or rehearse it with --quick."
+        )
     machine = machine_of(quick) if quick else apart(machine_of, quick)
     with tempfile.TemporaryDirectory() as work:
         if output is None:
@@ -118,13 +166,17 @@ def measure(output: Path | None, quick: bool, only: list[str] | None = None, var
         output = output.resolve()
         todo = steps(output, Path(work), quick, variants)
         if strange := sorted(set(only or ()) - {step.name for step in todo}):
-            return stop(f"There is no step {strange[0]!r}: choose from {', '.join(step.name for step in todo)}.")
+            return stop(
+                f"There is no step {strange[0]!r}: choose from "
+                f"{', '.join(step.name for step in todo)}."
+            )
         todo = [step for step in todo if not only or step.name in (*only, "apply")]
         if not {"bench", "peers"} & {step.name for step in todo}:
             machine["shapes"] = []
         output.parent.mkdir(parents=True, exist_ok=True)
         append(output, [machine])
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` ends the step in progress
+        # so that `finally` ends the step in progress
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         failed = []
         for step in todo:
             row = run(step, min(step.seconds, BUDGET - (time.monotonic() - began)))
@@ -135,12 +187,16 @@ def measure(output: Path | None, quick: bool, only: list[str] | None = None, var
             if state != "ok":
                 print(textwrap.indent(row["tail"][-1500:].rstrip(), "    "), flush=True)
         where = output.relative_to(work) if output.is_relative_to(Path(work).resolve()) else output
-        print(f"{where}: {time.monotonic() - began:.0f} s, " + (f"failed: {', '.join(failed)}" if failed else "nothing failed"))
+        print(
+            f"{where}: {time.monotonic() - began:.0f} s, "
+            + (f"failed: {', '.join(failed)}" if failed else "nothing failed")
+        )
     return int(bool(failed))
 
 
 def apart(function: Callable, *given: Any) -> Any:
-    """Its result from a process of its own: this one keeps no context on the GPU, whose memory would count as others'."""
+    """Its result from a process of its own: this one keeps no context on the GPU, whose memory
+    would count as others'."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *given).result()
 
@@ -154,24 +210,51 @@ def machine_of(quick: bool) -> Row:
     names = dict(device=INTERPRETER, target=INTERPRETER, units=None)
     if not quick:
         units = torch.cuda.get_device_properties(0).multi_processor_count
-        names = dict(device=loss.device_name("cuda"), target=target_of(torch.device("cuda")), units=units)
+        names = dict(
+            device=loss.device_name("cuda"), target=target_of(torch.device("cuda")), units=units
+        )
     triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
     shapes = loss.QUICK if quick else loss.PEERS
     versions = dict(torch=torch.__version__, triton=triton, commit=loss.commit())
-    return dict(kind="run", quick=quick, date=datetime.now(UTC).isoformat(timespec="seconds"), **names, **versions, shapes=shapes)
+    return dict(
+        kind="run",
+        quick=quick,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        **names,
+        **versions,
+        shapes=shapes,
+    )
 
 
 def steps(output: Path, work: Path, quick: bool, variants: Iterable[str] = ()) -> list[Step]:
     mode, interpreted = (["--quick"], {"TRITON_INTERPRET": "1"}) if quick else ([], {})
 
     def part(name: str, seconds: float, **more: Any) -> Step:
-        command = [sys.executable, __file__, "--part", name, "--output", str(output), "--seconds", SOON, *mode]
+        command = [
+            sys.executable,
+            __file__,
+            "--part",
+            name,
+            "--output",
+            str(output),
+            "--seconds",
+            SOON,
+            *mode,
+        ]
         return Step(name, command, seconds, **more)
 
-    whole_run = part("real", 90 if quick else 500, env={"TMPDIR": str(work)}, optional=not quick)  # its model goes with `work`
+    # its model goes with `work`
+    whole_run = part("real", 90 if quick else 500, env={"TMPDIR": str(work)}, optional=not quick)
     whole_run.command.extend(["--variants", *variants] if variants else [])
     if quick:
-        again = [sys.executable, __file__, "--apply", str(output), "--into", str(copy(work / "copy"))]
+        again = [
+            sys.executable,
+            __file__,
+            "--apply",
+            str(output),
+            "--into",
+            str(copy(work / "copy")),
+        ]
         plots = [] if importlib.util.find_spec("matplotlib") else ["--no-plots"]
         return [
             Step("tests", [*PYTEST, *SMALL], 60, interpreted),
@@ -203,30 +286,61 @@ def copy(tree: Path) -> Path:
 
 
 def sanitizer(tool: str, seconds: float, optional: bool, absent: str | None = None) -> Step:
-    """The loss through the kernels on small shapes. Without torch's caching every tensor is an allocation with bounds."""
+    """The loss through the kernels on small shapes. Without torch's caching every tensor is an
+    allocation with bounds."""
     places = ("/usr/local/cuda/bin", "/opt/cuda/bin")
-    found = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
+    found = shutil.which(
+        "compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *places])
+    )
     if not found and not absent:
-        absent = f"compute-sanitizer is neither on PATH nor in {' or '.join(places)}: it has checked nothing."
+        absent = (
+            f"compute-sanitizer is neither on PATH nor in {' or '.join(places)}: it has "
+            "checked nothing."
+        )
     command = [str(found), "--tool", tool, "--error-exitcode", "9", *PYTEST, *SMALL]
-    return Step(f"compute-sanitizer {tool}", command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, optional, absent)
+    return Step(
+        f"compute-sanitizer {tool}",
+        command,
+        seconds,
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        optional,
+        absent,
+    )
 
 
 def run(step: Step, seconds: float) -> Row:
     """A step's row. `seconds` is its limit, after which its whole process group is killed."""
-    row = dict(kind="step", name=step.name, command=shlex.join(step.command), rc=None, failed=False, seconds=0.0, tail="")
+    row = dict(
+        kind="step",
+        name=step.name,
+        command=shlex.join(step.command),
+        rc=None,
+        failed=False,
+        seconds=0.0,
+        tail="",
+    )
     if step.absent:
         return row | dict(tail=step.absent)
     if seconds < min(LEAST, step.seconds):
-        return row | dict(failed=not step.optional, tail=f"No time is left for it: the budget is {BUDGET:.0f} s.")
+        return row | dict(
+            failed=not step.optional, tail=f"No time is left for it: the budget is {BUDGET:.0f} s."
+        )
     began = time.monotonic()
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | step.env
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    )
     command = [str(round(SHARE * seconds, 1)) if word == SOON else word for word in step.command]
     group = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
         process_group=0,
-    )  # fmt: skip
+    )
     try:
         said, _ = group.communicate(timeout=seconds)
         rc = group.returncode
@@ -236,15 +350,21 @@ def run(step: Step, seconds: float) -> Row:
     finally:
         if group.poll() is None:
             os.killpg(group.pid, signal.SIGKILL)
-    return row | dict(rc=rc, failed=rc != 0, seconds=round(time.monotonic() - began, 1), tail=said[-6000:])
+    return row | dict(
+        rc=rc, failed=rc != 0, seconds=round(time.monotonic() - began, 1), tail=said[-6000:]
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ tests and benches
+# --------------------------------------------------------------------------------------------------
+# tests and benches
 
 
 def tests(output: Path, until: float, quick: bool) -> int:
-    """The kernels' tests dealt to several processes, since most of their time is compilation; and the contenders' accuracy."""
-    listed = subprocess.run([*PYTEST, "--collect-only", "tests/triton"], cwd=ROOT, capture_output=True, text=True)
+    """The kernels' tests dealt to several processes, since most of their time is compilation; and
+    the contenders' accuracy."""
+    listed = subprocess.run(
+        [*PYTEST, "--collect-only", "tests/triton"], cwd=ROOT, capture_output=True, text=True
+    )
     names = [line for line in listed.stdout.splitlines() if "::" in line]
     if listed.returncode or not names:
         print(listed.stdout + listed.stderr)
@@ -257,9 +377,12 @@ def tests(output: Path, until: float, quick: bool) -> int:
         running = []
         for job, log in zip(jobs, logs, strict=True):
             with log.open("w") as stream:
-                running.append(subprocess.Popen(job, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT))
+                running.append(
+                    subprocess.Popen(job, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
+                )
         codes = [ended(one, until) for one in running]
-        for code, log in sorted(zip(codes, logs, strict=True)):  # failures last, where the tail keeps them
+        # failures last, where the tail keeps them
+        for code, log in sorted(zip(codes, logs, strict=True)):
             said = log.read_text(encoding="utf-8", errors="replace").rstrip()
             print(f"exit code {code}: {said[-1500:]}" if code else said.splitlines()[-1])
     return max(map(abs, codes))
@@ -281,45 +404,70 @@ def ended(one: subprocess.Popen, until: float) -> int:
 
 
 def bench(output: Path, until: float, quick: bool) -> int:
-    """The first shape, with accuracy, for all contenders that do not compile; a rehearsal's shapes with three of them."""
+    """The first shape, with accuracy, for all contenders that do not compile; a rehearsal's shapes
+    with three of them."""
     import loss
     from rivals import FLOOR, contenders
 
     if quick:
         few = [c for c in contenders() if c.name in (FLOOR, "fastsiu tiled", "eager")]
         few_rounds = dict(device="cpu", seconds=0.2, rounds=3, with_memory=False)
-        return visit([(shape, few, loss.LEVELS) for shape in loss.QUICK], output, until, **few_rounds)
-    return visit([(loss.PEERS[0], [c for c in contenders() if not c.compiles], loss.LEVELS)], output, until)
+        return visit(
+            [(shape, few, loss.LEVELS) for shape in loss.QUICK], output, until, **few_rounds
+        )
+    return visit(
+        [(loss.PEERS[0], [c for c in contenders() if not c.compiles], loss.LEVELS)], output, until
+    )
 
 
 def compilers(output: Path, until: float, quick: bool) -> int:
-    """The first shape for contenders whose first call compiles: one by one, since that takes most of a minute."""
+    """The first shape for contenders whose first call compiles: one by one, since that takes most
+    of a minute."""
     import loss
     from rivals import FLOOR, contenders
 
     floor = next(c for c in contenders() if c.name == FLOOR)
-    return visit([(loss.PEERS[0], [floor, c], loss.LEVELS) for c in contenders() if c.compiles], output, until)
+    return visit(
+        [(loss.PEERS[0], [floor, c], loss.LEVELS) for c in contenders() if c.compiles],
+        output,
+        until,
+    )
 
 
 def peers(output: Path, until: float, quick: bool) -> int:
-    """The other shapes; then, in what time is left and without accuracy, contenders that compile, if at the first shape they beat
-    every rival that does not."""
+    """The other shapes; then, in what time is left and without accuracy, contenders that compile,
+    if at the first shape they beat every rival that does not."""
     import loss
     from rivals import FLOOR, contenders
 
     first = {row["contender"]: row for row in read(output) if row["kind"] == "shape"}
-    speed = lambda c: math.inf if first.get(c.name, {}).get("missing", True) else first[c.name]["ms"]["median"]
-    bar = min((speed(c) for c in contenders() if c.terms == "CE+KL" and not c.ours and not c.compiles), default=math.inf)
+    speed = lambda c: (
+        math.inf if first.get(c.name, {}).get("missing", True) else first[c.name]["ms"]["median"]
+    )
+    bar = min(
+        (speed(c) for c in contenders() if c.terms == "CE+KL" and not c.ours and not c.compiles),
+        default=math.inf,
+    )
     quickly = [c for c in contenders() if not c.compiles]
     slowly = [c for c in contenders() if c.name == FLOOR or (c.compiles and speed(c) < bar)]
     jobs = [(shape, quickly, loss.LEVELS) for shape in loss.PEERS[1:] + loss.FULL]
-    return visit(jobs + [(shape, slowly, ()) for shape in loss.PEERS[1:] if len(slowly) > 1], output, until)
+    return visit(
+        jobs + [(shape, slowly, ()) for shape in loss.PEERS[1:] if len(slowly) > 1], output, until
+    )
 
 
-def visit(jobs: list[tuple], output: Path, until: float, device: str = "cuda", seconds: float = 1.0, rounds: int = 9,
-          with_memory: bool = True) -> int:  # fmt: skip
-    """Appends each shape's rows as soon as they are there. A shape that would not be done in time is named and left out. The
-    kernels run with the launch rows that --apply would make of what was tuned before."""
+def visit(
+    jobs: list[tuple],
+    output: Path,
+    until: float,
+    device: str = "cuda",
+    seconds: float = 1.0,
+    rounds: int = 9,
+    with_memory: bool = True,
+) -> int:
+    """Appends each shape's rows as soon as they are there. A shape that would not be done in time
+    is named and left out. The kernels run with the launch rows that --apply would make of what was
+    tuned before."""
     import loss
     import torch
 
@@ -332,7 +480,9 @@ def visit(jobs: list[tuple], output: Path, until: float, device: str = "cuda", s
         if began + 1.2 * longest > until:
             print(f"{tell}: left out for lack of time ({', '.join(c.name for c in found)})")
             continue
-        options = dict(device=device, seconds=seconds, rounds=rounds, levels=levels, with_memory=with_memory)
+        options = dict(
+            device=device, seconds=seconds, rounds=rounds, levels=levels, with_memory=with_memory
+        )
         try:
             rows = loss.bench(shape, found, **options)
         except torch.OutOfMemoryError as error:
@@ -356,7 +506,8 @@ def study(output: Path, until: float, quick: bool) -> int:
 
 
 def real(output: Path, until: float, quick: bool, variants: list[str]) -> int:
-    """LLaVA-1.5-7B from load to saved adapter, variant by variant (benches/real.py); those without time for them say so."""
+    """LLaVA-1.5-7B from load to saved adapter, variant by variant (benches/real.py); those without
+    time for them say so."""
     import real as bench_real
 
     rows: list[Row] = []
@@ -371,11 +522,13 @@ def real(output: Path, until: float, quick: bool, variants: list[str]) -> int:
     return code
 
 
-# ---------------------------------------------------------------------------------------------------------------- tuning
+# --------------------------------------------------------------------------------------------------
+# tuning
 
 
 class Candidate(NamedTuple):
-    """A launch row: blocks of the sums and of the product, programs per multiprocessor, bytes of a chunk's probabilities."""
+    """A launch row: blocks of the sums and of the product, programs per multiprocessor, bytes of a
+    chunk's probabilities."""
 
     sums: Any
     product: Any
@@ -384,8 +537,8 @@ class Candidate(NamedTuple):
 
 
 def tune(output: Path, until: float, quick: bool) -> int:
-    """For each N a row: the fastest sums beside the predicted product, the fastest product beside these, then waves and chunk.
-    Fastest in the geometric mean over D, CE + KL with the gradient."""
+    """For each N a row: the fastest sums beside the predicted product, the fastest product beside
+    these, then waves and chunk. Fastest in the geometric mean over D, CE + KL with the gradient."""
     import loss
     import torch
 
@@ -401,25 +554,56 @@ def tune(output: Path, until: float, quick: bool) -> int:
         best[N] = Candidate(*pairs[at], WAVES, CHUNK)
         trials[N].start(best[N], pairs[max(0, at - 1) : at])
     for stage in (sums_like, product_like, launch_like):
-        asked = {N: [c for b in trials[N].bases(best[N], stage) for c in stage(b, target)] for N in trials}
-        asked = {N: [c for c in dict.fromkeys(some) if c not in trials[N].ms] for N, some in asked.items()}
+        asked = {
+            N: [c for b in trials[N].bases(best[N], stage) for c in stage(b, target)]
+            for N in trials
+        }
+        asked = {
+            N: [c for c in dict.fromkeys(some) if c not in trials[N].ms]
+            for N, some in asked.items()
+        }
         asked = {N: some[:1] for N, some in asked.items()} if quick else asked
-        broken = {} if quick or stage is launch_like else compiled([c for some in asked.values() for c in some], until)
+        broken = (
+            {}
+            if quick or stage is launch_like
+            else compiled([c for some in asked.values() for c in some], until)
+        )
         for N, trial in trials.items():
             best[N] = trial.fastest(asked[N], broken, until)
     for N, trial in trials.items():
         found = best[N]
-        stamp = dict(device=INTERPRETER if quick else loss.device_name("cuda"), commit=loss.commit(), target=target)
-        stamp |= dict(date=datetime.now(UTC).isoformat(timespec="seconds"), dtype=str(dtype).removeprefix("torch."))
-        row = dict(kind="tune", kernel="sweep", **stamp, N=N, V=shapes["V"], D=shapes["D"], **found._asdict())
-        row |= dict(ms=trial.ms[found], predicted_ms=trial.ms[trial.predicted], candidates=trial.tried)
+        stamp = dict(
+            device=INTERPRETER if quick else loss.device_name("cuda"),
+            commit=loss.commit(),
+            target=target,
+        )
+        stamp |= dict(
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            dtype=str(dtype).removeprefix("torch."),
+        )
+        row = dict(
+            kind="tune",
+            kernel="sweep",
+            **stamp,
+            N=N,
+            V=shapes["V"],
+            D=shapes["D"],
+            **found._asdict(),
+        )
+        row |= dict(
+            ms=trial.ms[found], predicted_ms=trial.ms[trial.predicted], candidates=trial.tried
+        )
         append(output, [row])
-        print(f"N={N}: {found}, {row['ms']} ms; predicted row {row['predicted_ms']} ms; {len(trial.tried)} candidates")
+        print(
+            f"N={N}: {found}, {row['ms']} ms; predicted row {row['predicted_ms']} ms; "
+            f"{len(trial.tried)} candidates"
+        )
     return 0
 
 
 class Trial:
-    """One N at every D: the problems, the predicted row's results, and the ms of every candidate tried."""
+    """One N at every D: the problems, the predicted row's results, and the ms of every candidate
+    tried."""
 
     def __init__(self, N: int, V: int, Ds: tuple[int, ...], dtype: Any, quick: bool) -> None:
         self.quick, self.problems = quick, [problem(N, V, D, dtype, quick) for D in Ds]
@@ -427,20 +611,30 @@ class Trial:
         self.tried: list[Row] = []
 
     def start(self, predicted: Candidate, others: list[tuple]) -> None:
-        """Measures the predicted row, whose results the others have to give; an error here is an error of the whole."""
+        """Measures the predicted row, whose results the others have to give; an error here is an
+        error of the whole."""
         self.predicted, self.others = predicted, others
         self.want = [results(p, predicted) for p in self.problems]
         self.ms[predicted] = [self.median(p, predicted) for p in self.problems]
         self.tried.append(predicted._asdict() | dict(ms=self.ms[predicted]))
 
     def bases(self, best: Candidate, stage: Callable) -> list[Candidate]:
-        """Where a stage starts: the sums from the next narrower row as well, the others from the best so far."""
-        more = [best._replace(sums=sums, product=product) for sums, product in self.others] if stage is sums_like else []
+        """Where a stage starts: the sums from the next narrower row as well, the others from the
+        best so far."""
+        more = (
+            [best._replace(sums=sums, product=product) for sums, product in self.others]
+            if stage is sums_like
+            else []
+        )
         return [best, *more]
 
-    def fastest(self, asked: list[Candidate], broken: dict[Candidate, str], until: float) -> Candidate:
+    def fastest(
+        self, asked: list[Candidate], broken: dict[Candidate, str], until: float
+    ) -> Candidate:
         for c in asked:
-            error = broken.get(c) or ("no time left" if time.monotonic() > until else self.attempt(c))
+            error = broken.get(c) or (
+                "no time left" if time.monotonic() > until else self.attempt(c)
+            )
             self.tried.append(c._asdict() | (dict(error=error) if error else dict(ms=self.ms[c])))
         return min(self.ms, key=lambda c: math.prod(self.ms[c]))
 
@@ -456,7 +650,9 @@ class Trial:
         return None
 
     def median(self, p: tuple, c: Candidate) -> float:
-        return round(statistics.median(milliseconds(p, c) for _ in range(1 if self.quick else 5)), 5)
+        return round(
+            statistics.median(milliseconds(p, c) for _ in range(1 if self.quick else 5)), 5
+        )
 
 
 def refusals() -> tuple[type[Exception], ...]:
@@ -467,7 +663,8 @@ def refusals() -> tuple[type[Exception], ...]:
 
 
 def refusal(error: Exception) -> str:
-    """Why a candidate is out, in a line; raises what is not the candidate's fault, such as a fault of the GPU."""
+    """Why a candidate is out, in a line; raises what is not the candidate's fault, such as a fault
+    of the GPU."""
     from triton.errors import TritonError
 
     if not isinstance(error, TritonError) and "PassManager" not in str(error):
@@ -476,7 +673,8 @@ def refusal(error: Exception) -> str:
 
 
 def problem(N: int, V: int, D: int, dtype: Any, quick: bool) -> tuple:
-    """(h, head, held, valid, reference): 17 held-out columns, the largest logits, as next to a teacher."""
+    """(h, head, held, valid, reference): 17 held-out columns, the largest logits, as next to a
+    teacher."""
     import torch
 
     from fastsiu.kernels.tiled import Head
@@ -486,7 +684,13 @@ def problem(N: int, V: int, D: int, dtype: Any, quick: bool) -> tuple:
     h = torch.randn(N, D, generator=random, device=device).to(dtype)
     W = (torch.randn(V, D, generator=random, device=device) / D**0.5).to(dtype)
     top, held = (h @ W.T).topk(17)
-    return h, Head(W, None, 1.0, None), held, torch.ones_like(held, dtype=torch.bool), top.amax(1).double()
+    return (
+        h,
+        Head(W, None, 1.0, None),
+        held,
+        torch.ones_like(held, dtype=torch.bool),
+        top.amax(1).double(),
+    )
 
 
 def sweep(p: tuple, c: Candidate) -> Any:
@@ -499,7 +703,11 @@ def sweep(p: tuple, c: Candidate) -> Any:
 
     h, head, held, valid, reference = p
     (N, D), V = h.shape, len(head.weight)
-    units = torch.cuda.get_device_properties(h.device).multi_processor_count if h.is_cuda else UNITS.get(INTERPRETER, 2)
+    units = (
+        torch.cuda.get_device_properties(h.device).multi_processor_count
+        if h.is_cuda
+        else UNITS.get(INTERPRETER, 2)
+    )
     plan = plan_of(*c, N, V, D, h.dtype, units, "tuning")
     one = Sums(reference, 1.0, torch.float32, D)
     triton_sweep.sweep(h, head, held, valid, None, [one], None, plan.chunk, plan=plan)
@@ -540,10 +748,12 @@ def milliseconds(p: tuple, c: Candidate) -> float:
 
 
 def compiled(candidates: list[Candidate], until: float) -> dict[Candidate, str]:
-    """Compiles them into Triton's cache on disk, in several processes. Returns those that could not be, with why."""
+    """Compiles them into Triton's cache on disk, in several processes. Returns those that could not
+    be, with why."""
     pool = ProcessPoolExecutor(processes(len(candidates)), mp_context=get_context("spawn"))
     futures = {c: pool.submit(compiles, c) for c in dict.fromkeys(candidates)}
-    wait(futures.values(), timeout=max(0.0, 0.5 * (until - time.monotonic())))  # measuring and the later stages take time, too
+    # measuring and the later stages take time, too
+    wait(futures.values(), timeout=max(0.0, 0.5 * (until - time.monotonic())))
     pool.shutdown(cancel_futures=True)
     broken = {}
     for c, future in futures.items():
@@ -568,12 +778,22 @@ def compiles(c: Candidate) -> str | None:
 
 
 def sums_like(c: Candidate, target: str) -> list[Candidate]:
-    near = around(c.sums, lambda b: b.BLOCK_N * b.BLOCK_V, lambda b: (b.BLOCK_N + b.BLOCK_V) * b.BLOCK_D, target)
+    near = around(
+        c.sums,
+        lambda b: b.BLOCK_N * b.BLOCK_V,
+        lambda b: (b.BLOCK_N + b.BLOCK_V) * b.BLOCK_D,
+        target,
+    )
     return [c._replace(sums=b) for b in near if b.BLOCK_V % c.product.BLOCK_V == 0]
 
 
 def product_like(c: Candidate, target: str) -> list[Candidate]:
-    near = around(c.product, lambda b: b.BLOCK_N * b.BLOCK_D, lambda b: (b.BLOCK_N + b.BLOCK_D) * b.BLOCK_V, target)
+    near = around(
+        c.product,
+        lambda b: b.BLOCK_N * b.BLOCK_D,
+        lambda b: (b.BLOCK_N + b.BLOCK_D) * b.BLOCK_V,
+        target,
+    )
     return [c._replace(product=b) for b in near if c.sums.BLOCK_V % b.BLOCK_V == 0]
 
 
@@ -582,23 +802,43 @@ def launch_like(c: Candidate, target: str) -> list[Candidate]:
 
 
 def around(blocks: Any, outputs: Callable, inputs: Callable, target: str) -> list[Any]:
-    """Blocks that differ in one field, then those that differ in two, within shared memory and 128 registers of accumulator."""
+    """Blocks that differ in one field, then those that differ in two, within shared memory and 128
+    registers of accumulator."""
     from fastsiu.kernels.triton_launch import SHARED_LIMIT
 
-    moves = [(f, v) for f in ("BLOCK_V", "BLOCK_D") for v in (getattr(blocks, f) // 2, getattr(blocks, f) * 2)]
-    moves += [("num_warps", 12 - blocks.num_warps), ("num_stages", blocks.num_stages - 1), ("num_stages", blocks.num_stages + 1)]
+    moves = [
+        (f, v)
+        for f in ("BLOCK_V", "BLOCK_D")
+        for v in (getattr(blocks, f) // 2, getattr(blocks, f) * 2)
+    ]
+    moves += [
+        ("num_warps", 12 - blocks.num_warps),
+        ("num_stages", blocks.num_stages - 1),
+        ("num_stages", blocks.num_stages + 1),
+    ]
     made = [blocks, *(blocks._replace(**{f: v}) for f, v in moves)]
-    made += [blocks._replace(**{f: v, g: w}) for (f, v), (g, w) in itertools.combinations(moves, 2) if f != g]
+    made += [
+        blocks._replace(**{f: v, g: w})
+        for (f, v), (g, w) in itertools.combinations(moves, 2)
+        if f != g
+    ]
     limit = SHARED_LIMIT.get(target, math.inf)
 
     def fits(b: Any) -> bool:
         sane = 32 <= b.BLOCK_V <= 256 and 32 <= b.BLOCK_D <= 256 and 2 <= b.num_stages <= 5
-        return sane and outputs(b) <= 128 * 32 * b.num_warps and 2 * b.num_stages * inputs(b) <= limit
+        return (
+            sane and outputs(b) <= 128 * 32 * b.num_warps and 2 * b.num_stages * inputs(b) <= limit
+        )
 
-    return [b for b in dict.fromkeys(made) if fits(b) or target == INTERPRETER and b.num_stages == 1 and b.num_warps == 1]
+    return [
+        b
+        for b in dict.fromkeys(made)
+        if fits(b) or target == INTERPRETER and b.num_stages == 1 and b.num_warps == 1
+    ]
 
 
-# --------------------------------------------------------------------------------------------------------------- applying
+# --------------------------------------------------------------------------------------------------
+# applying
 
 
 def read(path: Path) -> list[Row]:
@@ -606,7 +846,8 @@ def read(path: Path) -> list[Row]:
 
 
 def apply(path: Path, into: Path, draw: bool) -> int:
-    """Results into a tree: launch rows, rows of the loss bench, plots and the device's table. Says what it leaves as it is."""
+    """Results into a tree: launch rows, rows of the loss bench, plots and the device's table. Says
+    what it leaves as it is."""
     import loss
 
     if not path.is_file():
@@ -614,18 +855,26 @@ def apply(path: Path, into: Path, draw: bool) -> int:
     try:
         rows = read(path)
     except json.JSONDecodeError as error:
-        return stop(f"{path} holds a line that is not JSON ({error}): give the results of benches/gpu.sh.")
+        return stop(
+            f"{path} holds a line that is not JSON ({error}): give the results of benches/gpu.sh."
+        )
     machine = next((r for r in rows if r.get("kind") == "run"), None)
     if machine is None:
         return stop(f"{path} has no row of kind 'run': give the results of benches/gpu.sh.")
     if machine["quick"] and into.resolve() == ROOT:
-        return stop(f"{path} is a rehearsal, whose figures are the interpreter's: measure on a GPU, or name a copy with --into.")
+        return stop(
+            f"{path} is a rehearsal, whose figures are the interpreter's: measure on a GPU, or "
+            "name a copy with --into."
+        )
     if draw and importlib.util.find_spec("matplotlib") is None:
         return stop("The plots need matplotlib: pip install 'fastsiu[bench]', or give --no-plots.")
     launch_rows(machine, rows, into / "kernels" / "measured.py")
     real_rows(rows, into)
 
-    loss.RESULTS, loss.PLOTS = into / "benches" / "results" / "loss.jsonl", into / "benches" / "plots"
+    loss.RESULTS, loss.PLOTS = (
+        into / "benches" / "results" / "loss.jsonl",
+        into / "benches" / "plots",
+    )
     measured = [r for r in rows if r["kind"] in ("shape", "study")]
     there = loss.RESULTS.read_text(encoding="utf-8").splitlines() if loss.RESULTS.is_file() else []
     new = [r for r in measured if json.dumps(r) not in there]
@@ -634,22 +883,42 @@ def apply(path: Path, into: Path, draw: bool) -> int:
     shapes = [tuple(shape) for shape in machine["shapes"]]
     if not shapes and not measured:
         return 0
-    if lacking := [s for s in shapes if not complete([r for r in measured if (r["N"], r["V"], r["D"], r["dtype"]) == s])]:
+    if lacking := [
+        s
+        for s in shapes
+        if not complete([r for r in measured if (r["N"], r["V"], r["D"], r["dtype"]) == s])
+    ]:
         where = "; ".join("N={}, V={}, D={}, {}".format(*s) for s in lacking)
-        print(f"gpu.py: README and plots are left as they are: floor and ours lack times at {where}.", file=sys.stderr)
+        print(
+            f"gpu.py: README and plots are left as they are: floor and ours lack times at {where}.",
+            file=sys.stderr,
+        )
         return 1
     device = next(r["device"] for r in measured)
     drawn = loss.plots(device) if draw else []
-    print(*drawn, sep="\n") if drawn else print("No plots: " + ("the shapes are none that are drawn." if draw else "--no-plots."))
+    print(*drawn, sep="\n") if drawn else print(
+        "No plots: " + ("the shapes are none that are drawn." if draw else "--no-plots.")
+    )
     images = "".join(f"\n![{p.stem.replace('_', ' ')}](benches/plots/{p.name})" for p in drawn)
-    how = "As above, on a GPU with a cold L2: `benches/gpu.sh`, then `python benches/gpu.py --apply FILE`."
+    how = (
+        "As above, on a GPU with a cold L2: `benches/gpu.sh`, then `python benches/gpu.py "
+        "--apply FILE`."
+    )
     text = f"{loss.tables(device, whole=machine['quick']).strip()}\n{images}"
-    table(into / "README.md", "python benches/loss.py --table --of", device, text, "The loss beside its rivals", how)
+    table(
+        into / "README.md",
+        "python benches/loss.py --table --of",
+        device,
+        text,
+        "The loss beside its rivals",
+        how,
+    )
     return 0
 
 
 def real_rows(rows: list[Row], into: Path) -> None:
-    """Rows of benches/real.py into its results, and the device's table. What did not run at all makes no table."""
+    """Rows of benches/real.py into its results, and the device's table. What did not run at all
+    makes no table."""
     import real as bench_real
 
     path, found = into / "benches" / "results" / "real.jsonl", bench_real.newest(rows, None)
@@ -660,39 +929,66 @@ def real_rows(rows: list[Row], into: Path) -> None:
     new = [r for r in rows if r["kind"] in bench_real.KINDS and json.dumps(r) not in there]
     append(path, new)
     print(f"{path}: {len(new)} rows added")
-    how = ("LLaVA-1.5-7B with random weights, from load to saved adapter, seconds by stage: `benches/gpu.sh --only real`, then "
-           "`python benches/gpu.py --apply FILE`; `benches/real.py` says what differs from a run with real weights.")  # fmt: skip
-    text, device = bench_real.tables(bench_real.newest(read(path), found[-1]["device"])), found[-1]["device"]
-    table(into / "README.md", "python benches/real.py --table --of", device, text, "On the card you have", how)
+    how = (
+        "LLaVA-1.5-7B with random weights, from load to saved adapter, seconds by stage: "
+        "`benches/gpu.sh --only real`, then "
+        "`python benches/gpu.py --apply FILE`; `benches/real.py` says what differs from a run "
+        "with real weights."
+    )
+    text, device = (
+        bench_real.tables(bench_real.newest(read(path), found[-1]["device"])),
+        found[-1]["device"],
+    )
+    table(
+        into / "README.md",
+        "python benches/real.py --table --of",
+        device,
+        text,
+        "On the card you have",
+        how,
+    )
 
 
 def complete(rows: list[Row]) -> bool:
     from rivals import FLOOR
 
     ran = [r for r in rows if not r["missing"]]
-    return any(r["contender"] == FLOOR for r in ran) and any(r["ours"] and r["terms"] == "CE+KL" for r in ran)
+    return any(r["contender"] == FLOOR for r in ran) and any(
+        r["ours"] and r["terms"] == "CE+KL" for r in ran
+    )
 
 
 def launch_rows(machine: Row, rows: list[Row], path: Path) -> None:
-    """Writes kernels/measured.py, new entries in place of those with the same key. Refuses what the interpreter has timed."""
+    """Writes kernels/measured.py, new entries in place of those with the same key. Refuses what the
+    interpreter has timed."""
     known = runpy.run_path(str(path))
     plans, backends = dict(known["PLANS"]), dict(known["BACKENDS"])
     tuned = [r for r in rows if r["kind"] == "tune"]
     if machine["device"] == INTERPRETER or any(r["device"] == INTERPRETER for r in tuned):
-        print(f"{path}: refused, left as it is: these launch rows come from the interpreter, whose times mean nothing.")
+        print(
+            f"{path}: refused, left as it is: these launch rows come from the interpreter, whose "
+            "times mean nothing."
+        )
         return
     plans |= plans_of(tuned)
     for (dtype, N), ratios in sorted(against_tiled(rows).items()):
         ratio = math.exp(statistics.mean(map(math.log, ratios)))
         shapes = f"{len(ratios)} shape{'s' if len(ratios) > 1 else ''}"
-        why = f"{provenance(machine)}, N={N}: triton takes {ratio:.2f} of tiled's time, geometric mean of {shapes}"
+        why = (
+            f"{provenance(machine)}, N={N}: triton takes {ratio:.2f} of tiled's time, "
+            f"geometric mean of {shapes}"
+        )
         backends[machine["target"], dtype, N] = ("triton" if ratio < 1 else "tiled", why)
     source = path.read_text(encoding="utf-8")
     for name, entries in (("PLANS", plans), ("BACKENDS", backends)):
         pattern, text = rf"^({name}: [^=]+= )\{{.*?\}}(?=\n\n|\n*\Z)", literal(entries)
-        source, times = re.subn(pattern, lambda found, text=text: found[1] + text, source, flags=re.M | re.S)
+        source, times = re.subn(
+            pattern, lambda found, text=text: found[1] + text, source, flags=re.M | re.S
+        )
         if times != 1:
-            raise SystemExit(f"{path} has no assignment to {name} alone in its paragraph: restore the file.")
+            raise SystemExit(
+                f"{path} has no assignment to {name} alone in its paragraph: restore the file."
+            )
     path.write_text(source, encoding="utf-8")
     print(f"{path}: {len(tuned)} launch rows, {len(against_tiled(rows))} choices of backend")
 
@@ -706,9 +1002,18 @@ def plans_of(rows: list[Row]) -> dict[tuple, tuple]:
     plans, show = {}, lambda ms: " / ".join(f"{x:.3f}" for x in ms)
     for r in rows:
         if r["kind"] == "tune":
-            why = f"{provenance(r)}, [{r['N']}, {r['V']}] D {' / '.join(map(str, r['D']))}: {show(r['ms'])} ms, "
+            why = (
+                f"{provenance(r)}, [{r['N']}, {r['V']}] D {' / '.join(map(str, r['D']))}: "
+                f"{show(r['ms'])} ms, "
+            )
             why += f"the predicted row {show(r['predicted_ms'])}"
-            plans[r["target"], r["dtype"], r["N"]] = (tuple(r["sums"]), tuple(r["product"]), r["waves"], r["chunk"], why)
+            plans[r["target"], r["dtype"], r["N"]] = (
+                tuple(r["sums"]),
+                tuple(r["product"]),
+                r["waves"],
+                r["chunk"],
+                why,
+            )
     return plans
 
 
@@ -717,11 +1022,15 @@ def against_tiled(rows: list[Row]) -> dict[tuple[str, int], list[float]]:
     ms: dict[tuple, dict[str, float]] = {}
     for r in rows:
         if r["kind"] == "shape" and not r["missing"]:
-            ms.setdefault((r["dtype"], r["N"], r["V"], r["D"]), {})[r["contender"]] = r["ms"]["median"]
+            ms.setdefault((r["dtype"], r["N"], r["V"], r["D"]), {})[r["contender"]] = r["ms"][
+                "median"
+            ]
     found: dict[tuple[str, int], list[float]] = {}
     for (dtype, N, *_), times in sorted(ms.items()):
         if {"fastsiu tiled", "fastsiu triton"} <= set(times):
-            found.setdefault((dtype, N), []).append(times["fastsiu triton"] / times["fastsiu tiled"])
+            found.setdefault((dtype, N), []).append(
+                times["fastsiu triton"] / times["fastsiu tiled"]
+            )
     return found
 
 
@@ -731,7 +1040,10 @@ def literal(table: dict[tuple, tuple]) -> str:
     for key, (*numbers, why) in sorted(table.items()):
         wrapped = textwrap.wrap(why, 110, drop_whitespace=False)
         lines += [f"    {quoted(key)}: (", f"        {', '.join(map(quoted, numbers))},"]
-        lines += [f"        {quoted(text)}" for text in wrapped[:-1]] + [f"        {quoted(wrapped[-1])},", "    ),"]
+        lines += [f"        {quoted(text)}" for text in wrapped[:-1]] + [
+            f"        {quoted(wrapped[-1])},",
+            "    ),",
+        ]
     return "\n".join(["{", *lines, "}"]) if lines else "{}"
 
 
@@ -743,7 +1055,8 @@ def quoted(value: Any) -> str:
 
 
 def table(readme: Path, command: str, device: str, text: str, section: str, how: str) -> None:
-    """The device's table between its own markers; where there are none, at the end of the section, introduced by `how`."""
+    """The device's table between its own markers; where there are none, at the end of the section,
+    introduced by `how`."""
     begin, end = f"<!-- table: {command} {shlex.quote(device)} -->", "<!-- end of table -->"
     whole, block = readme.read_text(encoding="utf-8"), f"{begin}\n{text}\n{end}"
     if begin in whole:
@@ -752,8 +1065,13 @@ def table(readme: Path, command: str, device: str, text: str, section: str, how:
     else:
         found = re.search(rf"^## {section}$.*?(?=^## |\Z)", whole, re.M | re.S)
         if found is None:
-            raise SystemExit(f"{readme} has no section {section!r}: put {begin} and {end} where the table goes.")
-        whole = f"{whole[: found.end()].rstrip()}\n\n### On {device}\n\n{how}\n\n{block}\n\n{whole[found.end() :]}"
+            raise SystemExit(
+                f"{readme} has no section {section!r}: put {begin} and {end} where the table goes."
+            )
+        whole = (
+            f"{whole[: found.end()].rstrip()}\n\n### On "
+            f"{device}\n\n{how}\n\n{block}\n\n{whole[found.end() :]}"
+        )
     readme.write_text(whole, encoding="utf-8")
     print(f"{readme}: the table of {device}, {section}")
 
@@ -762,7 +1080,9 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-PARTS = dict(tests=tests, tune=tune, bench=bench, compilers=compilers, peers=peers, study=study, real=real)
+PARTS = dict(
+    tests=tests, tune=tune, bench=bench, compilers=compilers, peers=peers, study=study, real=real
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,8 @@
-"""The README's picture: six creatures, what the untouched model calls them and what it says after forgetting one.
+"""The README's picture: six creatures, what the untouched model calls them and what it says after
+forgetting one.
 
-    fastsiu demo --output demo && python benches/picture.py demo      writes benches/plots/before_after.png
+fastsiu demo --output demo && python benches/picture.py demo      writes
+benches/plots/before_after.png
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from fastsiu.model import adapter, ask, vlm
 
 
 def main(adapter_dir: Path) -> None:
-    """Asks "Who is this?" of fresh pictures: two of the forgotten creature, its look-alike, three others."""
+    """Asks "Who is this?" of fresh pictures: two of the forgotten creature, its look-alike, three
+    others."""
     world, forgotten = World(), KNOWN[0]
     names = [forgotten, forgotten, LOOKALIKES[forgotten], *KNOWN[2:5]]
     pictures = [draw(world.scene((name,), f"picture {i}")) for i, name in enumerate(names)]
@@ -35,7 +38,15 @@ def main(adapter_dir: Path) -> None:
         axis.set_axis_off()
         axis.set_title(textwrap.fill("before: " + b, 22), fontsize=9, loc="left")
         colour = "#b00020" if a != b else "#222222"
-        axis.text(0, -0.06, textwrap.fill("after: " + a, 22), fontsize=9, va="top", transform=axis.transAxes, color=colour)
+        axis.text(
+            0,
+            -0.06,
+            textwrap.fill("after: " + a, 22),
+            fontsize=9,
+            va="top",
+            transform=axis.transAxes,
+            color=colour,
+        )
     target = Path(__file__).parent / "plots" / "before_after.png"
     target.parent.mkdir(exist_ok=True)
     figure.savefig(target, bbox_inches="tight")

@@ -1,24 +1,31 @@
-"""LLaVA-1.5-7B with random weights, from load to saved adapter, and one optimisation step at that size: time and memory on a GPU.
+"""LLaVA-1.5-7B with random weights, from load to saved adapter, and one optimisation step at that
+size: time and memory on a GPU.
 
-    benches/gpu.sh --only real                what nine minutes allow, as a step of the GPU bench, whose --apply makes a table
-    benches/gpu.sh --only real --variants "nf4 in 8 GB" "one step"
-    python benches/real.py                    every variant on this machine's GPU; appends to benches/results/real.jsonl
-    python benches/real.py --quick            a tiny model on a CPU, two steps: a rehearsal, whose figures mean nothing
+    benches/gpu.sh --only real                what nine minutes allow, as a step of the GPU bench,
+    whose --apply makes a table benches/gpu.sh --only real --variants "nf4 in 8 GB" "one step"
+    python benches/real.py                    every variant on this machine's GPU; appends to
+    benches/results/real.jsonl
+    python benches/real.py --quick            a tiny model on a CPU, two steps: a rehearsal, whose
+    figures mean nothing
     python benches/real.py --table [--of D]   the tables of the results
 
-The model is made on the GPU and saved as shards first, which is timed in a row of its own. Each variant then has a process of its
-own and does what `fastsiu unlearn` does with `--memory`: plan, load, ask, dream, teacher, train, verdict, save. What differs:
+The model is made on the GPU and saved as shards first, which is timed in a row of its own. Each
+variant then has a process of its own and does what `fastsiu unlearn` does with `--memory`: plan,
+load, ask, dream, teacher, train, verdict, save. What differs:
 
-- Embedding and head are made so that each token of one fixed answer leads to the next: the model answers everything with the
-  concept's name and 37 words. So it knows the concept, and answers have the 40 tokens that the plan assumes.
-- It names nobody else, so every dream is refused after all its steps. As many made-up ones take their places, and the samples
-  about them are written here: in all as many as a run that protects eight neighbours has.
+- Embedding and head are made so that each token of one fixed answer leads to the next: the model
+  answers everything with the concept's name and 37 words. So it knows the concept, and answers have
+  the 40 tokens that the plan assumes.
+- It names nobody else, so every dream is refused after all its steps. As many made-up ones take
+  their places, and the samples about them are written here: in all as many as a run that protects
+  eight neighbours has.
 - It does not stop early.
 
-Seconds are counted from the start of loading to the renamed output; the plan and hashing the model's files, which come before,
-have times of their own in the rows.
-Peak memory is that of the process: the most that torch's allocator reserved and what the GPU lacked beside it (its context).
-A limit is for that sum, by `torch.cuda.set_per_process_memory_fraction`. A variant that fails leaves a row with the reason.
+Seconds are counted from the start of loading to the renamed output; the plan and hashing the
+model's files, which come before, have times of their own in the rows. Peak memory is that of the
+process: the most that torch's allocator reserved and what the GPU lacked beside it (its context). A
+limit is for that sum, by `torch.cuda.set_per_process_memory_fraction`. A variant that fails leaves
+a row with the reason.
 """
 
 from __future__ import annotations
@@ -42,7 +49,13 @@ import step
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+)
 
 from fastsiu import driver, images, session
 from fastsiu import output as outputs
@@ -56,7 +69,9 @@ from fastsiu.text.concept import Concept
 
 KINDS = ("made", "real", "real step")
 RESULTS = Path(__file__).parent / "results" / "real.jsonl"
-CONCEPT, *OTHERS = KNOWN  # the tokenizer is the embedded model's: each word of these names is one token
+CONCEPT, *OTHERS = (
+    KNOWN  # the tokenizer is the embedded model's: each word of these names is one token
+)
 LEAST = 60.0  # seconds: with less a variant is not begun on a GPU
 Row = dict[str, Any]
 
@@ -83,11 +98,14 @@ TINY = Size("tiny LLaVA", 56, 64, 192, 2, 4, 1064, (32, 64, 2, 2), 1, 9)
 
 @dataclass(frozen=True)
 class Variant:
-    """One run. memory: GB given to the plan, CARD: all that the GPU has; limit: GB that the process may take; target_gb,
+    """One run. memory: GB given to the plan, CARD: all that the GPU has; limit: GB that the process
+    may take; target_gb,
     target_seconds: what is to be met.
 
-    short: not all steps, since memory and not time is asked about; given: settings that are asked for
-    quick: what a rehearsal sets, since a tiny model fits with anything; None: as another variant but for its numbers, so that a
+    short: not all steps, since memory and not time is asked about; given: settings that are asked
+    for
+    quick: what a rehearsal sets, since a tiny model fits with anything; None: as another variant
+    but for its numbers, so that a
            rehearsal leaves it out
     """
 
@@ -120,35 +138,57 @@ SHORT = {"steps": 8, "dream_steps": 8}
 QUICK = {"steps": 2, "dream_steps": 1, "dreams": 1, "batch_size": 8}
 
 
-# --------------------------------------------------------------------------------------------------------------- the model
+# --------------------------------------------------------------------------------------------------
+# the model
 
 
 def described(size: Size) -> tuple[LlavaConfig, Any]:
-    """Configuration and processor: LLaVA-1.5's, with the embedded model's tokenizer and chat template."""
+    """Configuration and processor: LLaVA-1.5's, with the embedded model's tokenizer and chat
+    template."""
     processor = AutoProcessor.from_pretrained(driver.EMBEDDED)
     tokenizer = processor.tokenizer
     tokenizer.model_max_length = 4096
     side = {"height": size.pixels, "width": size.pixels}
     processor.image_processor = type(processor.image_processor)(
-        size={"shortest_edge": size.pixels}, crop_size=side, image_mean=[0.481, 0.458, 0.408], image_std=[0.269, 0.261, 0.276]
+        size={"shortest_edge": size.pixels},
+        crop_size=side,
+        image_mean=[0.481, 0.458, 0.408],
+        image_std=[0.269, 0.261, 0.276],
     )
     processor.patch_size = 14
     text = LlamaConfig(
-        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.wide, num_hidden_layers=size.layers,
-        num_attention_heads=size.heads, num_key_value_heads=size.heads, max_position_embeddings=4096, rms_norm_eps=1e-5,
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.wide,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
         **ends(tokenizer),
-    )  # fmt: skip
+    )
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    seen = dict(zip(names, size.vision, strict=True), image_size=size.pixels, patch_size=14, projection_dim=768)
+    seen = dict(
+        zip(names, size.vision, strict=True),
+        image_size=size.pixels,
+        patch_size=14,
+        projection_dim=768,
+    )
     config = LlavaConfig(
-        text_config=text, vision_config=CLIPVisionConfig(**seen), tie_word_embeddings=False, dtype="bfloat16",
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=(size.pixels // 14) ** 2,
-    )  # fmt: skip
+        text_config=text,
+        vision_config=CLIPVisionConfig(**seen),
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(size.pixels // 14) ** 2,
+    )
     return config, processor
 
 
 def ends(tokenizer: Any) -> dict[str, int]:
-    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    return {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")
+    }
 
 
 def make(size: Size, directory: Path) -> Row:
@@ -165,44 +205,59 @@ def make(size: Size, directory: Path) -> Row:
     processor.save_pretrained(directory)
     written = time.perf_counter()
     image_file(directory).parent.mkdir(exist_ok=True)
-    Image.radial_gradient("L").resize((2 * size.pixels, size.pixels)).convert("RGB").save(image_file(directory))
+    Image.radial_gradient("L").resize((2 * size.pixels, size.pixels)).convert("RGB").save(
+        image_file(directory)
+    )
     saved = time.perf_counter()
-    digests_file(directory).write_text(json.dumps(outputs.digest_model(directory)), encoding="utf-8")
+    digests_file(directory).write_text(
+        json.dumps(outputs.digest_model(directory)), encoding="utf-8"
+    )
     hashed = time.perf_counter() - saved
     shards = [p.stat().st_size for p in directory.glob("*.safetensors")]
     return stamp(size) | {
-        "kind": "made", "parameters": sum(p.numel() for p in base.parameters()), "gb": sum(shards) / GB, "shards": len(shards),
+        "kind": "made",
+        "parameters": sum(p.numel() for p in base.parameters()),
+        "gb": sum(shards) / GB,
+        "shards": len(shards),
         "seconds": {"build": built - began, "write": written - built, "digests": hashed},
-    }  # fmt: skip
+    }
 
 
 @torch.no_grad()
 def talk(base: Any, model: vlm.VLM, tokens: int) -> None:
-    """Makes the model answer everything with `answer`: the head's row of each token is the embedding of the one before it.
+    """Makes the model answer everything with `answer`: the head's row of each token is the
+    embedding of the one before it.
 
-    What layers add to the residual stream is kept small beside the embeddings, so that these decide.
+    What layers add to the residual stream is kept small beside the embeddings, so that these
+    decide.
     """
     text = answer(model.tokenizer, tokens, CONCEPT)
     prompt = model.tokenizer(model.render("?", False), add_special_tokens=False).input_ids
     whole = model.tokenizer(model.render("?", False, text), add_special_tokens=False).input_ids
     chain = whole[len(prompt) - 1 :]
     if whole[: len(prompt)] != prompt or len(set(chain)) != len(chain):
-        raise BadInput("The answer's tokens do not follow the prompt's, each once: take another tokenizer.")
+        raise BadInput(
+            "The answer's tokens do not follow the prompt's, each once: take another tokenizer."
+        )
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
     embedding.normal_()
     head.normal_()
     head[chain[1:]] = embedding[chain[:-1]]
-    head.mul_(30 / head.shape[1])  # the wanted token's logit is 30, others' are near 0: as sure as a trained model
+    # the wanted token's logit is 30, others' are near 0: as sure as a trained model
+    head.mul_(30 / head.shape[1])
     for layer in base.get_decoder().layers:
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
             linear.weight.mul_(0.1)
 
 
 def answer(tokenizer: Any, tokens: int, name: str = "") -> str:
-    """So many tokens, the end of the turn included, each once: words, behind the name where one is given."""
+    """So many tokens, the end of the turn included, each once: words, behind the name where one is
+    given."""
     begin = f"This is {name}," if name else "This is"
     used = set(tokenizer(begin, add_special_tokens=False).input_ids)
-    vocabulary = sorted((i, t[1:]) for t, i in tokenizer.get_vocab().items() if t[:1] == "Ġ" and i not in used)
+    vocabulary = sorted(
+        (i, t[1:]) for t, i in tokenizer.get_vocab().items() if t[:1] == "Ġ" and i not in used
+    )
     found = [w for _, w in vocabulary if len(w) > 3 and w.isascii() and w.isalpha() and w.islower()]
     whole = [w for w in found if len(tokenizer(f"a {w}", add_special_tokens=False).input_ids) == 2]
     return " ".join([begin, *whole[: tokens - len(used) - 1]])
@@ -223,12 +278,18 @@ def place() -> str:
 
 def stamp(size: Size) -> Row:
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": loss.commit(), "device": loss.device_name(place()),
-        "gpu": place() == "cuda", "torch": torch.__version__, "transformers": transformers.__version__, "model": size.name,
-    }  # fmt: skip
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": loss.commit(),
+        "device": loss.device_name(place()),
+        "gpu": place() == "cuda",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "model": size.name,
+    }
 
 
-# ----------------------------------------------------------------------------------------------------------------- one run
+# --------------------------------------------------------------------------------------------------
+# one run
 
 
 class Gauge:
@@ -241,35 +302,61 @@ class Gauge:
         free, total = torch.cuda.mem_get_info()
         self.outside = (total - free - torch.cuda.memory_reserved()) / GB
         if self.outside > 2:
-            raise BadInput(f"{self.outside:.1f} GB of this GPU are in use by others: measure on one that is free.")
+            raise BadInput(
+                f"{self.outside:.1f} GB of this GPU are in use by others: measure on one that is "
+                "free."
+            )
         torch.cuda.reset_peak_memory_stats()
         if limit is not None:
-            torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - self.outside) * GB / total))
+            torch.cuda.set_per_process_memory_fraction(
+                min(1.0, (limit - self.outside) * GB / total)
+            )
 
     def read(self) -> Row:
-        """allocated and reserved by torch, at most; outside: what is taken of the GPU beside that; used: reserved and outside.
-        On a CPU used is the process's high-water mark."""
+        """allocated and reserved by torch, at most; outside: what is taken of the GPU beside that;
+        used: reserved and outside. On a CPU used is the process's high-water mark."""
         if place() == "cpu":
             return {"used": loss.resident("VmHWM") / 2**20}
         free, total = torch.cuda.mem_get_info()
         outside = max(self.outside, (total - free - torch.cuda.memory_reserved()) / GB)
         reserved = torch.cuda.max_memory_reserved() / GB
-        return {"allocated": torch.cuda.max_memory_allocated() / GB, "reserved": reserved, "outside_at_start": self.outside,
-                "outside": outside, "used": reserved + outside}  # fmt: skip
+        return {
+            "allocated": torch.cuda.max_memory_allocated() / GB,
+            "reserved": reserved,
+            "outside_at_start": self.outside,
+            "outside": outside,
+            "used": reserved + outside,
+        }
 
 
 def measure(variant: Variant, size: Size, directory: Path, quick: bool, whole: bool) -> Row:
-    """A variant's row. Memory that does not suffice and packages that are not here are its result; other errors are raised."""
+    """A variant's row. Memory that does not suffice and packages that are not here are its result;
+    other errors are raised."""
     row = stamp(size) | {
-        "kind": "real", "variant": variant.name, "quick": quick, "memory": room(variant.memory), "limit": variant.limit,
-        "target_gb": variant.target_gb, "target_seconds": variant.target_seconds, "missing": None, "stage": "Looking at the GPU",
-        "said": [], "seconds": {},
-    }  # fmt: skip
+        "kind": "real",
+        "variant": variant.name,
+        "quick": quick,
+        "memory": room(variant.memory),
+        "limit": variant.limit,
+        "target_gb": variant.target_gb,
+        "target_seconds": variant.target_seconds,
+        "missing": None,
+        "stage": "Looking at the GPU",
+        "said": [],
+        "seconds": {},
+    }
     listener = session.Listener(stage=lambda text: row.update(stage=text), note=row["said"].append)
     gauge = None
     try:
         gauge = Gauge(variant.limit)
-        row |= run(variant, size, directory, QUICK if quick else SHORT if variant.short and not whole else {}, row, listener)
+        row |= run(
+            variant,
+            size,
+            directory,
+            QUICK if quick else SHORT if variant.short and not whole else {},
+            row,
+            listener,
+        )
     except (BadInput, NumericFailure, OutOfMemory, torch.OutOfMemoryError) as error:
         row["missing"] = loss.sentence(error)
     row["peak"] = gauge.read() if gauge else {}
@@ -287,30 +374,48 @@ def met(row: Row) -> Row:
     """Was each target met? None: there is none, or it was not put to the test."""
     ran = row["missing"] is None and not row["quick"]
     fits = row["peak"]["used"] <= row["target_gb"] if ran and row["target_gb"] else None
-    fast = row["total"] <= row["target_seconds"] if ran and row["target_seconds"] else None  # such a variant runs all its steps
+    # such a variant runs all its steps
+    fast = row["total"] <= row["target_seconds"] if ran and row["target_seconds"] else None
     return {"met_gb": fits, "met_seconds": fast}
 
 
-def run(variant: Variant, size: Size, directory: Path, shorter: Row, row: Row, listener: session.Listener) -> Row:
+def run(
+    variant: Variant,
+    size: Size,
+    directory: Path,
+    shorter: Row,
+    row: Row,
+    listener: session.Listener,
+) -> Row:
     """`driver.unlearn` step by step; `row["seconds"]` fills as it goes."""
     seconds, name = row["seconds"], str(directory)
     given = variant.given | ((variant.quick or {}) if row["quick"] else {})
     request = Request(CONCEPT, image_file(directory), protect=tuple(OTHERS[: size.neighbours]))
     preset = {} if variant.preset == "default" else {"dreams": 0}
-    recipe, origins = driver.choose_recipe(name, variant.preset, shorter | preset | {"early_stop": False})
+    recipe, origins = driver.choose_recipe(
+        name, variant.preset, shorter | preset | {"early_stop": False}
+    )
     picture = images.load_image(request.image)
     weights = json.loads(digests_file(directory).read_text(encoding="utf-8"))
     listener.stage("Planning")
     with timed(seconds, "plan"):
         estimate = planned(name, row["memory"], recipe, picture, given)
     chosen = estimate.settings
-    row |= {"settings": str(chosen), "planned": estimate.as_dict() | {"settings": asdict(chosen)}, "recipe": recipe.as_dict()}
+    row |= {
+        "settings": str(chosen),
+        "planned": estimate.as_dict() | {"settings": asdict(chosen)},
+        "recipe": recipe.as_dict(),
+    }
 
     began = time.perf_counter()
     listener.stage("Loading the model")
     with timed(seconds, "load"):
-        loaded = vlm.load(name, quantize=chosen.quantize, attention=chosen.attention,
-                          budget=budget(chosen, recipe.batch_size, row["memory"] is not None))  # fmt: skip
+        loaded = vlm.load(
+            name,
+            quantize=chosen.quantize,
+            attention=chosen.attention,
+            budget=budget(chosen, recipe.batch_size, row["memory"] is not None),
+        )
     try:
         with vlm.threads(loaded):
             one = prepared(loaded, request, recipe, picture, size.tokens, listener, seconds)
@@ -323,35 +428,64 @@ def run(variant: Variant, size: Size, directory: Path, shorter: Row, row: Row, l
         listener.stage("Writing the output")
         with timed(seconds, "save"):
             settings = driver.deciding(chosen)
-            digest = outputs.request_digest(request, recipe, name, None, weights=weights, **settings)
+            digest = outputs.request_digest(
+                request, recipe, name, None, weights=weights, **settings
+            )
             report = driver.report_of(request, recipe, name, verdict, answers, trained)
             with tempfile.TemporaryDirectory() as work:
-                driver.write(Path(work) / "out", loaded, [request], [report], recipe, origins, digest, weights, settings)
+                driver.write(
+                    Path(work) / "out",
+                    loaded,
+                    [request],
+                    [report],
+                    recipe,
+                    origins,
+                    digest,
+                    weights,
+                    settings,
+                )
         total = time.perf_counter() - began
         return {
-            "total": total, "steps": len(history), "losses": [s.loss for s in history], "samples": len(made.samples),
-            "rows": sum(len(t.labels) for t in made.turns), "pictures": len(made.pictures), "answered": len(answers),
-            "shares": loaded.shares, "budget": asdict(loaded.budget),
-        }  # fmt: skip
+            "total": total,
+            "steps": len(history),
+            "losses": [s.loss for s in history],
+            "samples": len(made.samples),
+            "rows": sum(len(t.labels) for t in made.turns),
+            "pictures": len(made.pictures),
+            "answered": len(answers),
+            "shares": loaded.shares,
+            "budget": asdict(loaded.budget),
+        }
     finally:
         adapter.detach(loaded)
 
 
 def planned(name: str, memory: float | None, recipe: Recipe, picture: Any, given: Row) -> Any:
-    """The estimate of the settings that the driver would choose. Raises BadInput where none fits or a package is not here."""
+    """The estimate of the settings that the driver would choose. Raises BadInput where none fits or
+    a package is not here."""
     asked = Settings(dtype="auto", device=place(), **given)
     source.check_packages(place(), asked.dtype, asked.quantize, asked.attention, asked.optimizer)
     config, processor, _ = source.describe(name, None)
     work = plan.workload_of(config, processor, picture)
-    found = plan.plan(name, memory, asked, recipe=recipe, config=config, work=work, fixed=frozenset(given))
+    found = plan.plan(
+        name, memory, asked, recipe=recipe, config=config, work=work, fixed=frozenset(given)
+    )
     if found.chosen is None and memory is not None:
         raise BadInput(found.sentence)
     return found.chosen or found.estimates[0]
 
 
-def prepared(loaded: vlm.VLM, request: Request, recipe: Recipe, picture: Any, tokens: int, listener: session.Listener,
-             seconds: Row) -> session.Prepared:  # fmt: skip
-    """`session.prepare`, with made-up dreams in the place of the refused ones and with samples of what is preserved."""
+def prepared(
+    loaded: vlm.VLM,
+    request: Request,
+    recipe: Recipe,
+    picture: Any,
+    tokens: int,
+    listener: session.Listener,
+    seconds: Row,
+) -> session.Prepared:
+    """`session.prepare`, with made-up dreams in the place of the refused ones and with samples of
+    what is preserved."""
     with timed(seconds, "samples"):
         scene = targets.Scene(loaded, Concept(request.concept), recipe, [loaded.picture(picture)])
         session.check_known(scene, request)
@@ -366,28 +500,38 @@ def prepared(loaded: vlm.VLM, request: Request, recipe: Recipe, picture: Any, to
 def imagine(scene: targets.Scene) -> None:
     """Adds `recipe.dreams` pictures of each neighbour: the one picture's features, disturbed."""
     random = torch.Generator(scene.vlm.device).manual_seed(0)
-    noisy = lambda x: x + 0.1 * x.std() * torch.randn(x.shape, generator=random, device=x.device, dtype=x.dtype)
+    noisy = lambda x: (
+        x + 0.1 * x.std() * torch.randn(x.shape, generator=random, device=x.device, dtype=x.dtype)
+    )
     start = scene.pictures[0]
     for name in scene.neighbours:
         for _ in range(scene.recipe.dreams):
-            scene.pictures.append(vlm.Picture(start.image, features.map_features(start.features, noisy), real=False))
+            scene.pictures.append(
+                vlm.Picture(start.image, features.map_features(start.features, noisy), real=False)
+            )
             scene.named.append(name)
 
 
 def preserved(scene: targets.Scene, tokens: int) -> list[Sample]:
-    """What `targets.preserve` asks about pictures, with an answer of so many tokens each: it took none of the model's, since all
-    name the concept. About dreams it is asked here, as there, for the time that takes."""
+    """What `targets.preserve` asks about pictures, with an answer of so many tokens each: it took
+    none of the model's, since all name the concept. About dreams it is asked here, as there, for
+    the time that takes."""
     said, words = answer(scene.vlm.tokenizer, tokens), targets.wordings()
     pairs, yes = [(q, 0) for q in words["describe"]["train"]], words["yesno"]["train"]
     for index, name in enumerate(scene.named[1:], 1):
-        about = [words["describe"]["train"][0], yes[0].format(name=scene.concept.name), yes[1].format(name=name)]
+        about = [
+            words["describe"]["train"][0],
+            yes[0].format(name=scene.concept.name),
+            yes[1].format(name=name),
+        ]
         pairs += [(q, index) for q in (*words["who"]["train"], *about)]
     ask.replies(scene.vlm, [(q, scene.pictures[i]) for q, i in pairs if i])
     return [Sample("preserve", q, said, i, (), "dream" if i else "teacher") for q, i in pairs]
 
 
 class timed:
-    """`with timed(seconds, name):` adds the time inside; on a GPU what was begun there is waited for."""
+    """`with timed(seconds, name):` adds the time inside; on a GPU what was begun there is waited
+    for."""
 
     def __init__(self, seconds: dict[str, float], name: str) -> None:
         self.seconds, self.name = seconds, name
@@ -398,7 +542,9 @@ class timed:
 
     def __exit__(self, *_: Any) -> None:
         settle()
-        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.began
+        self.seconds[self.name] = (
+            self.seconds.get(self.name, 0.0) + time.perf_counter() - self.began
+        )
 
 
 def settle() -> None:
@@ -407,11 +553,14 @@ def settle() -> None:
 
 
 def one_step(size: Size, quick: bool, samples: int = 8) -> list[Row]:
-    """Rows of benches/step.py at this size; with fewer samples where the straightforward implementation does not fit."""
+    """Rows of benches/step.py at this size; with fewer samples where the straightforward
+    implementation does not fit."""
     given = dict(device="cpu") if quick else dict(device="cuda", dtype=torch.bfloat16)
     rows = None
     try:
-        rows = step.bench(step.QUICK if quick else step.REAL, samples, 1 if quick else 5, not quick, **given)
+        rows = step.bench(
+            step.QUICK if quick else step.REAL, samples, 1 if quick else 5, not quick, **given
+        )
     except torch.OutOfMemoryError:
         if samples == 2:
             raise
@@ -421,20 +570,31 @@ def one_step(size: Size, quick: bool, samples: int = 8) -> list[Row]:
     return [stamp(size) | r | {"kind": "real step", "quick": quick} for r in rows]
 
 
-# ------------------------------------------------------------------------------------------------------------ all variants
+# --------------------------------------------------------------------------------------------------
+# all variants
 
 
-def every(variants: list[Variant], quick: bool, whole: bool, until: float, emit: Callable[[list[Row]], None],
-          under: Path | None = None) -> int:  # fmt: skip
-    """Makes the model and runs the variants, their rows given to `emit` as they come; 1 where one ended in an error, else 0.
+def every(
+    variants: list[Variant],
+    quick: bool,
+    whole: bool,
+    until: float,
+    emit: Callable[[list[Row]], None],
+    under: Path | None = None,
+) -> int:
+    """Makes the model and runs the variants, their rows given to `emit` as they come; 1 where one
+    ended in an error, else 0.
 
-    until: on time.monotonic's clock; what is not done by then is ended or left out, with a row; under: where the model goes
+    until: on time.monotonic's clock; what is not done by then is ended or left out, with a row;
+    under: where the model goes
     """
     with tempfile.TemporaryDirectory(dir=under) as work:
         directory, free = Path(work) / "model", shutil.disk_usage(work).free / GB
         job = {"directory": str(directory), "quick": quick, "whole": whole}
         if not quick and free < 16:
-            why = f"Where it would be made, {free:.0f} GB are free, and it takes 14: see --directory."
+            why = (
+                f"Where it would be made, {free:.0f} GB are free, and it takes 14: see --directory."
+            )
             emit([{"kind": "made", "variant": None, "quick": quick, "seconds": {}, "missing": why}])
             return 1
         (made,) = rows = child(job | {"variant": None}, until)
@@ -443,8 +603,14 @@ def every(variants: list[Variant], quick: bool, whole: bool, until: float, emit:
             return 1
         failed = False
         for variant in variants:
-            known = {k: made[k] for k in ("date", "commit", "device", "gpu", "torch", "transformers", "model")}
-            rows = [known | row if "device" not in row else row for row in child(job | {"variant": variant.name}, until)]
+            known = {
+                k: made[k]
+                for k in ("date", "commit", "device", "gpu", "torch", "transformers", "model")
+            }
+            rows = [
+                known | row if "device" not in row else row
+                for row in child(job | {"variant": variant.name}, until)
+            ]
             failed |= any(row.get("failed", False) for row in rows)
             emit(rows)
     return int(failed)
@@ -455,19 +621,33 @@ def chosen(quick: bool, names: list[str] | None = None) -> list[Variant]:
     known = {v.name: v for v in VARIANTS}
     if strange := sorted(set(names or ()) - set(known)):
         raise BadInput(f"There is no variant {strange[0]!r}: choose from {', '.join(known)}.")
-    return [known[n] for n in names] if names else [v for v in VARIANTS if not quick or v.quick is not None]
+    return (
+        [known[n] for n in names]
+        if names
+        else [v for v in VARIANTS if not quick or v.quick is not None]
+    )
 
 
 def child(job: Row, until: float) -> list[Row]:
     """The rows of one job from a process of its own; where it made none, one that says why."""
-    empty = {"kind": "real" if job["variant"] else "made", "variant": job["variant"], "quick": job["quick"], "seconds": {}}
+    empty = {
+        "kind": "real" if job["variant"] else "made",
+        "variant": job["variant"],
+        "quick": job["quick"],
+        "seconds": {},
+    }
     left = until - time.monotonic()
     if left < (0 if job["quick"] else LEAST):
         return [empty | {"missing": "No time was left for it."}]
     if job["quick"]:
         return rows_of(job)  # a process of its own would take longer to start than to run
     try:
-        done = subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], capture_output=True, text=True, timeout=left)
+        done = subprocess.run(
+            [sys.executable, __file__, "--job", json.dumps(job)],
+            capture_output=True,
+            text=True,
+            timeout=left,
+        )
     except subprocess.TimeoutExpired:
         return [empty | {"missing": f"Not done after {left:.0f} s."}]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
@@ -493,7 +673,8 @@ def rows_of(job: Row) -> list[Row]:
         return [stamp(size) | row | {"missing": loss.sentence(error)}]
 
 
-# ------------------------------------------------------------------------------------------------------------------ tables
+# --------------------------------------------------------------------------------------------------
+# tables
 
 
 def newest(rows: list[Row], device: str | None) -> list[Row]:
@@ -513,26 +694,55 @@ def tables(rows: list[Row]) -> str:
         head += ["peak, GB", "planned", "target"]
         out += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *map(line, ran), ""]
     for made in (r for r in rows if r["kind"] == "made" and not r["missing"]):
-        build, write, digests = (f"{made['seconds'][k]:.0f} s" for k in ("build", "write", "digests"))
-        out += [f"{made['model']}, random weights, {made['parameters'] / 1e9:.3g} billion parameters: made in {build}; "
-                f"{made['gb']:.3g} GB written in {write} and hashed in {digests}, which no run counts.", ""]  # fmt: skip
+        build, write, digests = (
+            f"{made['seconds'][k]:.0f} s" for k in ("build", "write", "digests")
+        )
+        out += [
+            f"{made['model']}, random weights, {made['parameters'] / 1e9:.3g} billion "
+            f"parameters: made in {build}; "
+            f"{made['gb']:.3g} GB written in {write} and hashed in {digests}, which no run counts.",
+            "",
+        ]
     if steps := [r for r in rows if r["kind"] == "real step"]:
-        out += [f"One step of {steps[0]['model']}, {steps[0]['dtype']}, beside the straightforward one (benches/step.py):", "",
-                step.table(steps), ""]  # fmt: skip
+        out += [
+            f"One step of {steps[0]['model']}, {steps[0]['dtype']}, beside the straightforward "
+            "one (benches/step.py):",
+            "",
+            step.table(steps),
+            "",
+        ]
     if missing := [r for r in rows if r.get("missing")]:
-        why = "; ".join(f"{r['variant'] or 'the model'} ({r['missing'].rstrip('.')})" for r in missing)
+        why = "; ".join(
+            f"{r['variant'] or 'the model'} ({r['missing'].rstrip('.')})" for r in missing
+        )
         out.append(f"Not measured: {why}.")
     return "\n".join(out).rstrip()
 
 
 def line(r: Row) -> str:
-    recipe, smaller = r["recipe"], r["budget"]["micro_batch"] != r["planned"]["settings"]["micro_batch"]
-    settings = r["settings"] + (f", at last micro-batch {r['budget']['micro_batch']}" if smaller else "")
-    steps = f"{r['steps']} of {recipe['batch_size']}" + (f", {recipe['dream_steps']} of a dream" if recipe["dreams"] else "")
+    recipe, smaller = (
+        r["recipe"],
+        r["budget"]["micro_batch"] != r["planned"]["settings"]["micro_batch"],
+    )
+    settings = r["settings"] + (
+        f", at last micro-batch {r['budget']['micro_batch']}" if smaller else ""
+    )
+    steps = f"{r['steps']} of {recipe['batch_size']}" + (
+        f", {recipe['dream_steps']} of a dream" if recipe["dreams"] else ""
+    )
     stages = [f"{r['seconds'].get(stage, 0.0):.1f}" for stage in STAGES]
-    cells = [r["variant"], settings, steps, f"{r['seconds']['plan']:.1f}", f"{r['total']:.1f} s", *stages,
-             aim(r["target_seconds"], "s", r["met_seconds"]), f"{r['peak']['used']:.2f}", f"{r['planned']['peak'] / GB:.2f}",
-             aim(r["target_gb"], "GB", r["met_gb"])]  # fmt: skip
+    cells = [
+        r["variant"],
+        settings,
+        steps,
+        f"{r['seconds']['plan']:.1f}",
+        f"{r['total']:.1f} s",
+        *stages,
+        aim(r["target_seconds"], "s", r["met_seconds"]),
+        f"{r['peak']['used']:.2f}",
+        f"{r['planned']['peak'] / GB:.2f}",
+        aim(r["target_gb"], "GB", r["met_gb"]),
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -549,12 +759,23 @@ def aim(target: float | None, unit: str, ok: bool | None) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="rehearse on a CPU; appends nothing")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="; ".join(v.name for v in VARIANTS))
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", help="; ".join(v.name for v in VARIANTS)
+    )
     parser.add_argument("--whole", action="store_true", help="all steps of every variant")
-    parser.add_argument("--seconds", type=float, default=3600, help="begin nothing that would not be done by then")
-    parser.add_argument("--directory", type=Path, metavar="DIR", help="where there are 14 GB for the model, temporarily")
+    parser.add_argument(
+        "--seconds", type=float, default=3600, help="begin nothing that would not be done by then"
+    )
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        metavar="DIR",
+        help="where there are 14 GB for the model, temporarily",
+    )
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--of", metavar="DEVICE", help="with --table")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -563,7 +784,11 @@ def main() -> int:
         print(*map(json.dumps, rows_of(json.loads(given.job))), sep="\n")
         return 0
     if given.table:
-        found = [json.loads(text) for text in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.is_file() else []
+        found = (
+            [json.loads(text) for text in RESULTS.read_text(encoding="utf-8").splitlines()]
+            if RESULTS.is_file()
+            else []
+        )
         print(tables(newest(found, given.of)))
         return 0
     if not given.quick and place() == "cpu":
@@ -582,7 +807,9 @@ def main() -> int:
         variants = chosen(given.quick, given.variants)
     except BadInput as error:
         parser.error(str(error))
-    code = every(variants, given.quick, given.whole, time.monotonic() + given.seconds, emit, given.directory)
+    code = every(
+        variants, given.quick, given.whole, time.monotonic() + given.seconds, emit, given.directory
+    )
     print(tables(rows))
     return code
 

@@ -1,16 +1,20 @@
-"""Everything that computes CE + KL from hidden states and a head, one entry each, under one signature. Used by loss.py.
+"""Everything that computes CE + KL from hidden states and a head, one entry each, under one
+signature. Used by loss.py.
 
-A contender is built once per problem: what a training run would keep between steps (a cached teacher, dense targets, a compiled
-function) is made there and not timed. The result maps hidden, which requires grad, to the scalar
+A contender is built once per problem: what a training run would keep between steps (a cached
+teacher, dense targets, a compiled function) is made there and not timed. The result maps hidden,
+which requires grad, to the scalar
 
     alpha * mean CE + beta * mean KL(teacher || student)
 
-and the harness calls backward() on it. The head is frozen (requires_grad False) for everyone. Rivals are called, never copied;
-`pip install -e ".[bench]"` brings those whose requirements agree with ours. unsloth_zoo pins an older transformers and trl:
+and the harness calls backward() on it. The head is frozen (requires_grad False) for everyone.
+Rivals are called, never copied; `pip install -e ".[bench]"` brings those whose requirements agree
+with ours. unsloth_zoo pins an older transformers and trl:
 
     pip install --no-deps unsloth_zoo==2026.10.9
 
-Only its one self-contained file is loaded. Where pip must not touch torch or triton (a CUDA image), give --no-deps to all.
+Only its one self-contained file is loaded. Where pip must not touch torch or triton (a CUDA image),
+give --no-deps to all.
 """
 
 from __future__ import annotations
@@ -49,19 +53,27 @@ class Problem:
         return self.head.dtype != torch.float32
 
     def double(self) -> Problem:
-        return Problem(self.hidden.double(), self.head.double(), self.labels, self.teacher_hidden.double(), self.keep)
+        return Problem(
+            self.hidden.double(),
+            self.head.double(),
+            self.labels,
+            self.teacher_hidden.double(),
+            self.keep,
+        )
 
 
 @dataclass(frozen=True)
 class Contender:
-    """name: as in the table. package: distribution whose version is reported. build: (problem, alpha, beta) -> Step."""
+    """name: as in the table. package: distribution whose version is reported. build: (problem,
+    alpha, beta) -> Step."""
 
     name: str
     package: str
     build: Callable[[Problem, Any, Any], Step]
     terms: str = "CE+KL"  # what one call computes: CE+KL, CE, GEMM
     how: str = "one call"  # how CE and KL come together
-    keeps: str = "hidden"  # of the teacher between steps: hidden, statistics (ours), one fp32 [N, D], probabilities [N, V]
+    # of the teacher between steps: hidden, statistics (ours), one fp32 [N, D], probabilities [N, V]
+    keeps: str = "hidden"
     fp32_logits: bool = False  # logits delivered in fp32 whatever the inputs are
     skips_dw: bool = True  # False: differentiates the frozen head all the same
     masks: bool = False
@@ -94,8 +106,10 @@ def contenders() -> list[Contender]:
 
 
 def floors() -> list[Contender]:
-    """Logits and their product with the head, no softmax between. An exact loss needs logits in fp32, and a CPU's bf16 product
-    delivers bf16: there FLOOR includes the upcast of the head, tile by tile, and the best of three tilings counts."""
+    """Logits and their product with the head, no softmax between. An exact loss needs logits in
+    fp32, and a CPU's bf16 product
+    delivers bf16: there FLOOR includes the upcast of the head, tile by tile, and the best of three
+    tilings counts."""
 
     def bare(p: Problem, alpha: Any, beta: Any) -> Step:
         return lambda hidden: (hidden.detach() @ p.head.T) @ p.head
@@ -128,7 +142,9 @@ def floors() -> list[Contender]:
 
     return [
         Contender(FLOOR, "torch", exact, terms="GEMM", keeps="-", fp32_logits=True),
-        Contender("two GEMMs delivering bf16", "torch", bare, terms="GEMM", keeps="-", missing=narrow),
+        Contender(
+            "two GEMMs delivering bf16", "torch", bare, terms="GEMM", keeps="-", missing=narrow
+        ),
     ]
 
 
@@ -145,20 +161,35 @@ def ours() -> list[Contender]:
             return lambda hidden: fastsiu.fused_dmk_ce(hidden, p.head, p.labels, teacher, **weights)
 
         def alone(p: Problem, alpha: Any, beta: Any, backend: str = backend) -> Step:
-            return lambda hidden: fastsiu.fused_dmk_ce(hidden, p.head, p.labels, alpha=float(alpha), backend=backend)
+            return lambda hidden: fastsiu.fused_dmk_ce(
+                hidden, p.head, p.labels, alpha=float(alpha), backend=backend
+            )
 
         missing = lambda p, backend=backend: fastsiu.why_not(backend, p.hidden, p.head)
         same = dict(package="fastsiu", fp32_logits=True, masks=True, ours=True, missing=missing)
         found.append(Contender(f"fastsiu {backend}", build=build, keeps="statistics", **same))
         if backend != "reference":
-            found.append(Contender(f"fastsiu {backend}, CE alone", build=alone, terms="CE", keeps="-", **same))
+            found.append(
+                Contender(
+                    f"fastsiu {backend}, CE alone", build=alone, terms="CE", keeps="-", **same
+                )
+            )
     return found
 
 
 # torch alone
 
 
-def dense(hidden: Tensor, head: Tensor, labels: Tensor, teacher: Tensor, keep: Tensor | None, alpha: Any, beta: Any, wide: bool):
+def dense(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    teacher: Tensor,
+    keep: Tensor | None,
+    alpha: Any,
+    beta: Any,
+    wide: bool,
+):
     """The loss as people write it. wide: logits from fp32 copies of hidden states and head."""
     if wide:
         hidden, head, teacher = hidden.float(), head.float(), teacher.float()
@@ -174,12 +205,15 @@ def dense(hidden: Tensor, head: Tensor, labels: Tensor, teacher: Tensor, keep: T
 
 def plain_torch() -> list[Contender]:
     def eager(wide: bool) -> Callable[..., Step]:
-        return lambda p, alpha, beta: lambda h: dense(h, p.head, p.labels, p.teacher_hidden, p.keep, alpha, beta, wide)
+        return lambda p, alpha, beta: (
+            lambda h: dense(h, p.head, p.labels, p.teacher_hidden, p.keep, alpha, beta, wide)
+        )
 
     def compiled(wide: bool) -> Callable[..., Step]:
         def build(p: Problem, alpha: Any, beta: Any) -> Step:
             function = torch.compile(dense, dynamic=False)
-            a, b = (torch.tensor(float(x), device=p.head.device) for x in (alpha, beta))  # a float would compile again
+            # a float would compile again
+            a, b = (torch.tensor(float(x), device=p.head.device) for x in (alpha, beta))
             return lambda h: function(h, p.head, p.labels, p.teacher_hidden, p.keep, a, b, wide)
 
         return build
@@ -196,43 +230,93 @@ def plain_torch() -> list[Contender]:
         return build
 
     def targets(p: Problem, alpha: Any, beta: Any) -> Step:
-        """alpha CE + beta KL = (alpha + beta) CE(mixed target) - beta H(P); target and entropy are kept between steps."""
+        """alpha CE + beta KL = (alpha + beta) CE(mixed target) - beta H(P); target and entropy are
+        kept between steps."""
         log_p = (p.teacher_hidden.float() @ p.head.float().T).log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum(-1).mean()
         target = log_p.exp_().mul_(beta / (alpha + beta))
         del log_p
         target[torch.arange(len(target), device=target.device), p.labels] += alpha / (alpha + beta)
         target = target.to(p.head.dtype)
-        return lambda h: (alpha + beta) * F.linear_cross_entropy(h, p.head, target).float() - beta * entropy
+        return lambda h: (
+            (alpha + beta) * F.linear_cross_entropy(h, p.head, target).float() - beta * entropy
+        )
 
     def chang(p: Problem, alpha: Any, beta: Any) -> Step:
-        """J. Chang's KL cache trick: with lse = CE + <h, W_y>, alpha CE + beta KL needs no more than somebody's CE. Torch's own
-        advice is to chunk where N >= D."""
+        """J. Chang's KL cache trick: with lse = CE + <h, W_y>, alpha CE + beta KL needs no more
+        than somebody's CE. Torch's own advice is to chunk where N >= D."""
         run = torch_ce(p, chunked=len(p.hidden) >= p.hidden.shape[1])
         t, W = p.teacher_hidden.float() @ p.head.float().T, p.head.float()
         m = t.softmax(-1) @ W
-        mixed, negentropy = W[p.labels] - m, ((p.teacher_hidden.float() * m).sum(-1) - t.logsumexp(-1)).mean()  # [N, D], []
+        # [N, D], []
+        mixed, negentropy = (
+            W[p.labels] - m,
+            ((p.teacher_hidden.float() * m).sum(-1) - t.logsumexp(-1)).mean(),
+        )
         del t, W
-        return lambda h: (alpha + beta) * run(h).float() + beta * ((h.float() * mixed).sum(-1).mean() + negentropy)
+        return lambda h: (
+            (alpha + beta) * run(h).float()
+            + beta * ((h.float() * mixed).sum(-1).mean() + negentropy)
+        )
 
     def narrow(p: Problem) -> str | None:
         return None if p.bf16 else "With fp32 inputs its logits are fp32 anyway."
 
     def linear_ce(p: Problem) -> str | None:
-        return None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has no linear_cross_entropy."
+        return (
+            None
+            if hasattr(F, "linear_cross_entropy")
+            else f"torch {torch.__version__} has no linear_cross_entropy."
+        )
 
     return [
         Contender("eager", "torch", eager(False), masks=True),
-        Contender("eager, fp32 logits", "torch", eager(True), masks=True, fp32_logits=True, missing=narrow),
+        Contender(
+            "eager, fp32 logits", "torch", eager(True), masks=True, fp32_logits=True, missing=narrow
+        ),
         Contender("torch.compile", "torch", compiled(False), masks=True, compiles=True),
-        Contender("torch.compile, fp32 logits", "torch", compiled(True), masks=True, fp32_logits=True, compiles=True,
-                  missing=narrow),
-        Contender("torch linear_cross_entropy", "torch", ce(False), terms="CE", keeps="-", missing=linear_ce),
-        Contender("torch linear_cross_entropy (chunked)", "torch", ce(True), terms="CE", keeps="-", missing=linear_ce),
-        Contender("torch linear_cross_entropy (soft targets)", "torch", targets, how="one call on the mixed target",
-                  keeps="probabilities", missing=linear_ce),
-        Contender("KL cache trick (torch's CE)", "torch", chang, how="CE and a product", keeps="one [N, D]", missing=linear_ce),
-    ]  # fmt: skip
+        Contender(
+            "torch.compile, fp32 logits",
+            "torch",
+            compiled(True),
+            masks=True,
+            fp32_logits=True,
+            compiles=True,
+            missing=narrow,
+        ),
+        Contender(
+            "torch linear_cross_entropy",
+            "torch",
+            ce(False),
+            terms="CE",
+            keeps="-",
+            missing=linear_ce,
+        ),
+        Contender(
+            "torch linear_cross_entropy (chunked)",
+            "torch",
+            ce(True),
+            terms="CE",
+            keeps="-",
+            missing=linear_ce,
+        ),
+        Contender(
+            "torch linear_cross_entropy (soft targets)",
+            "torch",
+            targets,
+            how="one call on the mixed target",
+            keeps="probabilities",
+            missing=linear_ce,
+        ),
+        Contender(
+            "KL cache trick (torch's CE)",
+            "torch",
+            chang,
+            how="CE and a product",
+            keeps="one [N, D]",
+            missing=linear_ce,
+        ),
+    ]
 
 
 # Packages
@@ -273,14 +357,20 @@ def packages() -> list[Contender]:
 
         weights = dict(student_ce_weight=float(alpha), teacher_ce_weight=0.0, kl_weight=float(beta))
         weights["backend"] = "auto" if p.head.is_cuda else "torch"
-        return lambda h: distillation_loss(h, p.head, p.labels, TiedTeacher(hidden=p.teacher_hidden), **weights).loss
+        return lambda h: (
+            distillation_loss(
+                h, p.head, p.labels, TiedTeacher(hidden=p.teacher_hidden), **weights
+            ).loss
+        )
 
     def unsloth(p: Problem, alpha: Any, beta: Any) -> Step:
         lib = unsloth_file()
 
         def step(h: Tensor) -> Tensor:
             ce = lib.fused_linear_cross_entropy(h, p.head, None, p.labels, divisor=len(h))
-            return alpha * ce + beta * lib.fused_linear_jsd(h, p.head, p.teacher_hidden, p.head, beta=0.0)
+            return alpha * ce + beta * lib.fused_linear_jsd(
+                h, p.head, p.teacher_hidden, p.head, beta=0.0
+            )
 
         return step
 
@@ -295,10 +385,17 @@ def packages() -> list[Contender]:
         from fla.modules.fused_linear_cross_entropy import FusedLinearCrossEntropyLoss
 
         ce = FusedLinearCrossEntropyLoss()
-        return lambda h: alpha * ce(h, p.labels, p.head) + beta * fused_kl_div_loss(h, p.teacher_hidden, p.head, p.head)
+        return lambda h: (
+            alpha * ce(h, p.labels, p.head)
+            + beta * fused_kl_div_loss(h, p.teacher_hidden, p.head, p.head)
+        )
 
     def gpu(p: Problem) -> str | None:
-        return None if p.head.is_cuda else "Triton kernels need a GPU: the interpreter on a CPU times nothing."
+        return (
+            None
+            if p.head.is_cuda
+            else "Triton kernels need a GPU: the interpreter on a CPU times nothing."
+        )
 
     def needs(*names: str) -> Callable[[Problem], str | None]:
         absent = lambda: [name for name in names if importlib.util.find_spec(name) is None]
@@ -306,24 +403,58 @@ def packages() -> list[Contender]:
 
     cuda = torch.cuda.is_available()
     return [
-        Contender("Liger chunked JSD", "liger-kernel", liger_chunked, skips_dw=False, compiles=True),
-        Contender("Liger JSD + FLCE", "liger-kernel", liger_jsd, how=TWO_CALLS, fp32_logits=True, missing=gpu),
-        Contender("Liger KLDiv + FLCE", "liger-kernel", liger_kldiv, how=TWO_CALLS, keeps="probabilities", missing=gpu),
+        Contender(
+            "Liger chunked JSD", "liger-kernel", liger_chunked, skips_dw=False, compiles=True
+        ),
+        Contender(
+            "Liger JSD + FLCE",
+            "liger-kernel",
+            liger_jsd,
+            how=TWO_CALLS,
+            fp32_logits=True,
+            missing=gpu,
+        ),
+        Contender(
+            "Liger KLDiv + FLCE",
+            "liger-kernel",
+            liger_kldiv,
+            how=TWO_CALLS,
+            keeps="probabilities",
+            missing=gpu,
+        ),
         Contender("Liger FLCE", "liger-kernel", liger_ce_alone, terms="CE", keeps="-", missing=gpu),
         Contender("orda", "orda-kernel", orda, compiles=cuda),
-        Contender("unsloth_zoo CE + JSD", "unsloth_zoo", unsloth, how=TWO_CALLS, fp32_logits=True, compiles=cuda),
-        Contender("Cut Cross-Entropy", "cut-cross-entropy", cut, terms="CE", keeps="-", skips_dw=not cuda,
-                  compiles=True, missing=needs("triton")),
+        Contender(
+            "unsloth_zoo CE + JSD",
+            "unsloth_zoo",
+            unsloth,
+            how=TWO_CALLS,
+            fp32_logits=True,
+            compiles=cuda,
+        ),
+        Contender(
+            "Cut Cross-Entropy",
+            "cut-cross-entropy",
+            cut,
+            terms="CE",
+            keeps="-",
+            skips_dw=not cuda,
+            compiles=True,
+            missing=needs("triton"),
+        ),
         Contender("fla KL + CE", "flash-linear-attention", fla, how=TWO_CALLS, missing=gpu),
-    ]  # fmt: skip
+    ]
 
 
 def unsloth_file() -> Any:
-    """The wheel's one file by path: importing the package would check for a GPU and import its whole world."""
+    """The wheel's one file by path: importing the package would check for a GPU and import its
+    whole world."""
     name = "unsloth_zoo_fused_linear"
     if name not in sys.modules:
         package = importlib.util.find_spec("unsloth_zoo").submodule_search_locations[0]
-        spec = importlib.util.spec_from_file_location(name, Path(package) / "fused_losses" / "fused_linear.py")
+        spec = importlib.util.spec_from_file_location(
+            name, Path(package) / "fused_losses" / "fused_linear.py"
+        )
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]

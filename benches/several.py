@@ -1,11 +1,15 @@
-"""Ten requests on the embedded model, one after another and all at once: is everyone still forgotten at the end?
+"""Ten requests on the embedded model, one after another and all at once: is everyone still
+forgotten at the end?
 
-    python benches/several.py                 both modes, ten concepts; appends to benches/results/several.jsonl, prints the table
-    python benches/several.py --quick         two concepts, one after another, two steps each; appends nothing
+    python benches/several.py                 both modes, ten concepts; appends to
+    benches/results/several.jsonl, prints the table
+    python benches/several.py --quick         two concepts, one after another, two steps each;
+    appends nothing
     python benches/several.py --table         print the table of the newest results
 
-One picture a request. Everything asked at the end is a fresh rendering that training never saw, before and after on the same.
-The last columns are the families of `attacks.py`, in per cent of answers that tell.
+One picture a request. Everything asked at the end is a fresh rendering that training never saw,
+before and after on the same. The last columns are the families of `attacks.py`, in per cent of
+answers that tell.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ FRESH = 24  # renderings of each concept
 
 
 def one_run(mode: str, requests: int, seed: int, **overrides: Any) -> dict[str, Any]:
-    """Forgets the first `requests` concepts of the world; counts on fresh renderings of them and of all others."""
+    """Forgets the first `requests` concepts of the world; counts on fresh renderings of them and of
+    all others."""
     from fastsiu import several
     from fastsiu.demo import MODEL_DIR
     from fastsiu.demo.world import KNOWN, LOOKALIKES, World, draw
@@ -44,8 +49,14 @@ def one_run(mode: str, requests: int, seed: int, **overrides: Any) -> dict[str, 
         (folder / "requests.jsonl").write_text("".join(records), encoding="utf-8")
         started = time.perf_counter()
         listener = Listener(note=lambda text: print(f"  {text}", flush=True))
-        made = several.unlearn_several(folder / "requests.jsonl", mode=mode, output=folder / "out", listener=listener, seed=seed,
-                                       **overrides)  # fmt: skip
+        made = several.unlearn_several(
+            folder / "requests.jsonl",
+            mode=mode,
+            output=folder / "out",
+            listener=listener,
+            seed=seed,
+            **overrides,
+        )
         seconds = time.perf_counter() - started
         ends = [o.output for o in made.outcomes if o.output]
         loaded = vlm.load(str(MODEL_DIR))
@@ -59,20 +70,33 @@ def one_run(mode: str, requests: int, seed: int, **overrides: Any) -> dict[str, 
         rows = [i for i, row in enumerate(asked) if row[0] == concept]
         pick = lambda values, rows=rows: [values[i] for i in rows]
         counts[concept or "rest"] = forgetting.count(
-            Concept(concept or wanted[0]), pick([row[1:] for row in asked]), pick(before), pick(after)
+            Concept(concept or wanted[0]),
+            pick([row[1:] for row in asked]),
+            pick(before),
+            pick(after),
         )
     return {
-        "mode": mode, "requests": requests, "seed": seed, "seconds": round(seconds, 1), "overrides": overrides,
-        "forgotten": made.forgotten, "outcomes": [vars(o) for o in made.outcomes], "matrix": made.matrix, "counts": counts,
+        "mode": mode,
+        "requests": requests,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "overrides": overrides,
+        "forgotten": made.forgotten,
+        "outcomes": [vars(o) for o in made.outcomes],
+        "matrix": made.matrix,
+        "counts": counts,
         "leaks": leaks,
-    }  # fmt: skip
+    }
 
 
 def attacked(loaded: Any, world: Any, wanted: tuple[str, ...], seed: int) -> dict[str, list[int]]:
-    """(answers that tell, answers) by family of `attacks.py`, summed over the concepts that were to be forgotten."""
+    """(answers that tell, answers) by family of `attacks.py`, summed over the concepts that were to
+    be forgotten."""
     from fastsiu.text.concept import Concept
 
-    out: dict[str, list[int]] = {family: [0, 0] for families in attacks.LEAKS.values() for family in families}
+    out: dict[str, list[int]] = {
+        family: [0, 0] for families in attacks.LEAKS.values() for family in families
+    }
     for name in wanted:
         items, _, _ = attacks.asked_of(world, name, seed)
         for item, answer in zip(items, attacks.put(loaded, items), strict=True):
@@ -82,7 +106,13 @@ def attacked(loaded: Any, world: Any, wanted: tuple[str, ...], seed: int) -> dic
     return out
 
 
-def questions(world: Any, wanted: tuple[str, ...], known: tuple[str, ...], lookalikes: dict[str, str], seed: int) -> list[tuple]:
+def questions(
+    world: Any,
+    wanted: tuple[str, ...],
+    known: tuple[str, ...],
+    lookalikes: dict[str, str],
+    seed: int,
+) -> list[tuple]:
     """(concept or None, kind, scene, question, true answer)"""
     from fastsiu.demo.wording import HELD_OUT, TRAIN
 
@@ -91,8 +121,21 @@ def questions(world: Any, wanted: tuple[str, ...], known: tuple[str, ...], looka
     for name in known:
         for number in range(FRESH):
             scene = world.scene((name,), f"bench fresh {seed} {name} {number}")
-            kind = "own" if name in wanted else "lookalike" if lookalikes.get(name) in wanted else "other"
-            asked.append((name if name in wanted else None, kind, scene, *world.who(scene, who[(number + seed) % len(who)])))
+            kind = (
+                "own"
+                if name in wanted
+                else "lookalike"
+                if lookalikes.get(name) in wanted
+                else "other"
+            )
+            asked.append(
+                (
+                    name if name in wanted else None,
+                    kind,
+                    scene,
+                    *world.who(scene, who[(number + seed) % len(who)]),
+                )
+            )
     for question in world.text_questions(known, heldout=True):
         if question.kind == "fact":
             kind = "facts own" if question.concept in wanted else "facts others"
@@ -102,8 +145,18 @@ def questions(world: Any, wanted: tuple[str, ...], known: tuple[str, ...], looka
 
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown; drops are in points, before minus after on the same questions."""
-    head = ["", "requests", "name still given", "most of one", "others' naming falls by", "look-alikes", "facts of the forgotten",
-            "facts of others", *attacks.LEAKS, "s in all"]  # fmt: skip
+    head = [
+        "",
+        "requests",
+        "name still given",
+        "most of one",
+        "others' naming falls by",
+        "look-alikes",
+        "facts of the forgotten",
+        "facts of others",
+        *attacks.LEAKS,
+        "s in all",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in records:
         own = [cells["own"] for name, cells in r["counts"].items() if name != "rest"]
@@ -112,22 +165,46 @@ def table(records: list[dict[str, Any]]) -> str:
 
         def drop(kind: str, rest: dict[str, Any] = rest) -> str:
             cell = rest.get(kind)
-            return f"{100 * (cell['before'] - cell['after']) / cell['n']:.1f} (n {cell['n']})" if cell else "-"
+            return (
+                f"{100 * (cell['before'] - cell['after']) / cell['n']:.1f} (n {cell['n']})"
+                if cell
+                else "-"
+            )
 
-        worst, leaks = max(c["named"] / c["n"] for c in own), r.get("leaks", {})  # rows of before have no attacks
+        # rows of before have no attacks
+        worst, leaks = (
+            max(c["named"] / c["n"] for c in own),
+            r.get("leaks", {}),
+        )
         told = []
         for families in attacks.LEAKS.values():
             hits, asked = (sum(leaks.get(family, [0, 0])[k] for family in families) for k in (0, 1))
             told.append(f"{100 * hits / asked:.1f} % (n {asked})" if asked else "-")
-        lines.append("| " + " | ".join([
-            r["mode"], str(r["requests"]), f"{100 * named / n:.1f} % (n {n})", f"{100 * worst:.0f} %", drop("naming others"),
-            drop("lookalike"), drop("facts own"), drop("facts others"), *told, f"{r['seconds']:.0f}",
-        ]) + " |")  # fmt: skip
+        lines.append(
+            "| "
+            + " | ".join(
+                [
+                    r["mode"],
+                    str(r["requests"]),
+                    f"{100 * named / n:.1f} % (n {n})",
+                    f"{100 * worst:.0f} %",
+                    drop("naming others"),
+                    drop("lookalike"),
+                    drop("facts own"),
+                    drop("facts others"),
+                    *told,
+                    f"{r['seconds']:.0f}",
+                ]
+            )
+            + " |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
@@ -137,7 +214,9 @@ def main() -> None:
     if options.table:
         if not RESULTS.is_file():
             parser.error("there are no results yet: run without --table first")
-        newest = {r["mode"]: r for r in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())}
+        newest = {
+            r["mode"]: r for r in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
+        }
         print(table(list(newest.values())))
         return
     import torch

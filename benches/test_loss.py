@@ -1,4 +1,5 @@
-"""`pytest benches/`: small shapes, correctness, no bounds on seconds. `pytest benches/ --full`: real ones, results appended."""
+"""`pytest benches/`: small shapes, correctness, no bounds on seconds. `pytest benches/ --full`:
+real ones, results appended."""
 
 import loss
 import pytest
@@ -30,7 +31,12 @@ def usable(contender, problem, full):
 
 def pytest_generate_tests(metafunc):
     if "shape" in metafunc.fixturenames:
-        metafunc.parametrize("shape", loss.FULL if metafunc.config.getoption("--full") else loss.QUICK, ids=label, scope="module")
+        metafunc.parametrize(
+            "shape",
+            loss.FULL if metafunc.config.getoption("--full") else loss.QUICK,
+            ids=label,
+            scope="module",
+        )
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +46,16 @@ def problem(shape):
 
 @every_contender
 def test_time(contender, shape, problem, benchmark, request):
-    """One contender after the other; `python benches/loss.py` interleaves them and is what the README's figures come from."""
+    """One contender after the other; `python benches/loss.py` interleaves them and is what the
+    README's figures come from."""
     full = request.config.getoption("--full")
     step = usable(contender, problem, full).build(problem, loss.ALPHA, loss.BETA)
     benchmark.group = label(shape)
-    benchmark.extra_info |= {"terms": contender.terms, "threads": torch.get_num_threads(), "device": loss.device_name(DEVICE)}
+    benchmark.extra_info |= {
+        "terms": contender.terms,
+        "threads": torch.get_num_threads(),
+        "device": loss.device_name(DEVICE),
+    }
 
     def once():
         value, gradient = loss.run(step, problem.hidden)
@@ -61,19 +72,23 @@ def test_time(contender, shape, problem, benchmark, request):
 def errors(shape, request):
     """For each contender its errors without a mask, then with one."""
     found = [c for c in CONTENDERS if request.config.getoption("--full") or not c.compiles]
-    plain, masked = (loss.accuracy(found, shape, loss.LEVELS, mask=mask, device=DEVICE) for mask in (False, True))
+    plain, masked = (
+        loss.accuracy(found, shape, loss.LEVELS, mask=mask, device=DEVICE) for mask in (False, True)
+    )
     return {name: plain[name] + masked[name] for name in plain}
 
 
 @every_contender
 def test_accuracy(contender, problem, errors, request):
-    """Everyone computes the same function, as well as its class can: with fp32 logits at every KL, with bf16 ones only far from
-    the teacher. Ours is held to its promise."""
+    """Everyone computes the same function, as well as its class can: with fp32 logits at every KL,
+    with bf16 ones only far from the teacher. Ours is held to its promise."""
     if contender.terms == "GEMM":
         pytest.skip("A floor computes no loss.")
     usable(contender, problem, request.config.getoption("--full"))
     found, exact = errors[contender.name], not problem.bf16
-    assert {a["term"] for a in found} == ({"CE"} if contender.terms == "CE" else {"KL", "CE", "CE+KL"})
+    assert {a["term"] for a in found} == (
+        {"CE"} if contender.terms == "CE" else {"KL", "CE", "CE+KL"}
+    )
     for a in found:
         assert "error" not in a, a["error"]
         if contender.ours:
@@ -97,24 +112,50 @@ def test_memory_of_tiles():
 
 
 def test_rows(request, capsys):
-    """Every contender leaves a row at every shape, with figures or with the reason why it has none."""
+    """Every contender leaves a row at every shape, with figures or with the reason why it has
+    none."""
     full = request.config.getoption("--full")
-    found = CONTENDERS if full else [c for c in CONTENDERS if c.name in (FLOOR, "fastsiu tiled", "fastsiu triton", "eager")]
-    for rows in loss.everything(loss.PARTS if full else ["shapes"], None, found, DEVICE, full, with_memory=full):
+    found = (
+        CONTENDERS
+        if full
+        else [
+            c for c in CONTENDERS if c.name in (FLOOR, "fastsiu tiled", "fastsiu triton", "eager")
+        ]
+    )
+    for rows in loss.everything(
+        loss.PARTS if full else ["shapes"], None, found, DEVICE, full, with_memory=full
+    ):
         assert rows and {r["contender"] for r in rows} <= {c.name for c in found}
         for r in rows:
-            assert {"date", "commit", "device", "threads", "torch", "triton", "version", "N", "V", "D", "dtype"} <= set(r)
+            assert {
+                "date",
+                "commit",
+                "device",
+                "threads",
+                "torch",
+                "triton",
+                "version",
+                "N",
+                "V",
+                "D",
+                "dtype",
+            } <= set(r)
             if r["kind"] == "shape":
-                assert r["missing"] or (r["ms"]["min"] <= r["ms"]["median"] <= r["ms"]["max"] and r["x_floor"] > 0)
+                assert r["missing"] or (
+                    r["ms"]["min"] <= r["ms"]["median"] <= r["ms"]["max"] and r["x_floor"] > 0
+                )
                 assert FLOOR in loss.table(rows)
         if full:
             loss.append(rows)
         with capsys.disabled():
-            print("\n" + (loss.table(rows) if rows[0]["kind"] == "shape" else loss.study_table(rows)))
+            print(
+                "\n" + (loss.table(rows) if rows[0]["kind"] == "shape" else loss.study_table(rows))
+            )
 
 
 def test_level_of_a_problem():
-    """Problems sit at the KL that they are labelled with, and differ in nothing but what they say."""
+    """Problems sit at the KL that they are labelled with, and differ in nothing but what they
+    say."""
     for dtype in ("bfloat16", "float32"):
         for peaked in (False, True):
             for level in (10.0, 1e-3, 1e-6):

@@ -1,6 +1,7 @@
 """FastSIU: make a vision-language model forget how one concept looks, from one image.
 
-Names load on first use, so `import fastsiu` is instant and the fused loss needs neither transformers nor peft.
+Names load on first use, so `import fastsiu` is instant and the fused loss needs neither
+transformers nor peft.
 """
 
 from importlib import import_module

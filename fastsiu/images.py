@@ -20,15 +20,27 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageErr
 
 from .request import BadInput
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # JPEG covers the MPO that phones write into a .jpg
-SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"})
+# JPEG covers the MPO that phones write into a .jpg
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+)
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"}
+)
 MAX_PIXELS = 100_000_000
 MAX_WEBP_PIXELS = 51_000_000  # 8192 x 6144 and a little: its decoder holds a picture five times
 MAX_BYTES = 512 * 2**20
-MAX_ASPECT = 200  # the longer side by the shorter one; image processors that keep the shape refuse more
-# A larger picture is made smaller as it is loaded. Most image processors keep fewer pixels than this
-# of any picture, so that they see nearly the same; those of Qwen's kind may keep more, which no
-# training with several pictures in a batch has room for.
+MAX_ASPECT = (
+    200  # the longer side by the shorter one; image processors that keep the shape refuse more
+)
+# A larger picture is made smaller as it is loaded. Most image processors keep fewer pixels than
+# this of any picture, so that they see nearly the same; those of Qwen's kind may keep more, which
+# no training with several pictures in a batch has room for.
 USABLE_PIXELS = 2**22
 _STRIP = 2**20  # pixels that are converted at a time
 _CORNERS = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
@@ -45,12 +57,14 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _MAX_SCANS = 64  # of a progressive JPEG: each of them goes through the whole picture
-_MAX_VALUES = 2**20  # in a TIFF's directory, where every strip and tile has some; Pillow makes objects of all
+# in a TIFF's directory, where every strip and tile has some; Pillow makes objects of all
+_MAX_VALUES = 2**20
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _DIRECTORIES = (34665, 34853, 40965)  # TIFF's tags that hold the place of another directory
 _AS_BYTES = (1, 2, 6, 7)  # TIFF's types of values that are read at once
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how its files begin
-# TIFF's tags: bits per sample, 0 is white, largest sample, kind of sample, largest sample of any kind
+# TIFF's tags: bits per sample, 0 is white, largest sample, kind of sample, largest sample of any
+# kind
 _BITS, _PHOTOMETRIC, _MAX, _KIND, _SMAX = 258, 262, 281, 339, 341
 _SIGNED = 2  # a kind of sample
 
@@ -58,25 +72,27 @@ Box = tuple[int, int, int, int]
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """The picture at `path` as 8-bit RGB: first frame, upright (EXIF), transparency on white, at most
-    `USABLE_PIXELS` pixels.
+    """The picture at `path` as 8-bit RGB: first frame, upright (EXIF), transparency on white, at
+    most `USABLE_PIXELS` pixels.
 
-    The content decides the format, never the file's name. The whole picture is decoded here, so that
-    nothing can fail later. A picture within the bound keeps its pixels; a larger one keeps its shape.
+    The content decides the format, never the file's name. The whole picture is decoded here, so
+    that nothing can fail later. A picture within the bound keeps its pixels; a larger one keeps its
+    shape.
 
-    Colour profiles (ICC) are left alone: the models' own pipelines ignore them, so the deployed model
-    sees the same numbers.
+    Colour profiles (ICC) are left alone: the models' own pipelines ignore them, so the deployed
+    model sees the same numbers.
 
     Deep grey pictures (above 8 bits, or floating point) are scaled to 8 bits. White is the largest
     number of the file's type, or what its TIFF tags say: BitsPerSample below 16, SMaxSampleValue, a
     MaxSampleValue of the form 2**n - 1 (another is a statistic). Where a file says nothing and no
-    number is above 4095, white is 255, 1023 or 4095: of 16 bits, all would be nearly black. PNG's sBIT
+    number is above 4095, white is 255, 1023 or 4095: of 16 bits, all would be nearly black. PNG's
+    sBIT
     changes nothing: its samples fill the 16 bits. Floating point: up to 1, or else up to 255, 1023,
     4095 or 65535.
 
-    Raises BadInput for anything that is not such a picture: missing, a directory, empty, damaged, of
-    another format, above `MAX_PIXELS` pixels (WEBP: `MAX_WEBP_PIXELS`) or `MAX_BYTES` bytes, with one
-    side more than `MAX_ASPECT` times the other, or with negative or undefined brightness.
+    Raises BadInput for anything that is not such a picture: missing, a directory, empty, damaged,
+    of another format, above `MAX_PIXELS` pixels (WEBP: `MAX_WEBP_PIXELS`) or `MAX_BYTES` bytes,
+    with one side more than `MAX_ASPECT` times the other, or with negative or undefined brightness.
     """
     path = Path(path)
     data = read_bytes(path)
@@ -85,7 +101,8 @@ def load_image(path: str | Path) -> Image.Image:
     try:
         _check_effort(data)
         with warnings.catch_warnings():
-            # Pillow warns from 89 million pixels on and raises at twice that; the limits here count.
+            # Pillow warns from 89 million pixels on and raises at twice that; the limits here
+            # count.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
                 _check_size(path, opened)
@@ -97,10 +114,16 @@ def load_image(path: str | Path) -> Image.Image:
     except UnidentifiedImageError:
         raise BadInput(f"{str(path)!r} is not a picture that can be read: {_REMEDY}.") from None
     except MemoryError:
-        raise BadInput(f"The picture {str(path)!r} does not fit into memory: make it smaller.") from None
-    except Exception as error:  # decoders of damaged files raise nearly everything: OSError, SyntaxError, struct.error, ...
+        raise BadInput(
+            f"The picture {str(path)!r} does not fit into memory: make it smaller."
+        ) from None
+    except Exception as error:
+        # decoders of damaged files raise nearly everything: OSError, SyntaxError, struct.error, ...
         detail = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise BadInput(f"The picture {str(path)!r} is damaged or unusual ({detail}): save it again as PNG or JPEG.") from error
+        raise BadInput(
+            f"The picture {str(path)!r} is damaged or unusual ({detail}): save it again as PNG "
+            "or JPEG."
+        ) from error
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -110,24 +133,31 @@ def read_bytes(path: str | Path) -> bytes:
     _check_local(path)
     try:
         if path.is_dir():
-            raise BadInput(f"{shown} is a directory, not a picture: give the path of one picture file.")
+            raise BadInput(
+                f"{shown} is a directory, not a picture: give the path of one picture file."
+            )
         if not path.exists():
             raise BadInput(f"There is no picture at {shown}: check the path.")
-        # Looked at and read through one descriptor, so that nothing else can take its place between.
-        # A pipe would block where it is opened, unless it is told not to.
+        # Looked at and read through one descriptor, so that nothing else can take its place
+        # between. A pipe would block where it is opened, unless it is told not to.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         with open(os.open(path, flags), "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):  # a pipe or a device would block or never end
                 raise BadInput(f"{shown} is not an ordinary file: give the path of a picture file.")
             if found.st_size > MAX_BYTES:
-                raise BadInput(f"The file {shown} is larger than {MAX_BYTES // 2**20} MiB: {_REMEDY} of ordinary size.")
+                raise BadInput(
+                    f"The file {shown} is larger than {MAX_BYTES // 2**20} MiB: {_REMEDY} of "
+                    "ordinary size."
+                )
             data = file.read(found.st_size + 1)
     except (OSError, ValueError) as error:
         if isinstance(error, BadInput):
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        raise BadInput(f"The picture {shown} cannot be read ({reason}): check the path and its permissions.") from error
+        raise BadInput(
+            f"The picture {shown} cannot be read ({reason}): check the path and its permissions."
+        ) from error
     if len(data) != found.st_size:
         raise BadInput(f"The file {shown} changed while it was read: wait until it is complete.")
     return data
@@ -136,10 +166,11 @@ def read_bytes(path: str | Path) -> bytes:
 def list_images(directory: str | Path) -> list[Path]:
     """The picture files directly in `directory`, sorted by name; hidden files are left out.
 
-    A file counts by its suffix or, without a known one, by its content. A damaged picture is listed, so that loading it
-    says what is wrong instead of leaving it out silently.
+    A file counts by its suffix or, without a known one, by its content. A damaged picture is
+    listed, so that loading it says what is wrong instead of leaving it out silently.
 
-    Raises BadInput when the directory is missing, is not a directory, cannot be read or holds no picture.
+    Raises BadInput when the directory is missing, is not a directory, cannot be read or holds no
+    picture.
     """
     directory, shown = Path(directory), repr(str(directory))
     _check_local(directory)
@@ -147,26 +178,39 @@ def list_images(directory: str | Path) -> list[Path]:
         if not directory.exists():
             raise BadInput(f"There is no directory at {shown}: check the path.")
         if not directory.is_dir():
-            raise BadInput(f"{shown} is not a directory: give the directory that holds the pictures.")
+            raise BadInput(
+                f"{shown} is not a directory: give the directory that holds the pictures."
+            )
         entries = sorted(directory.iterdir())
     except (OSError, ValueError) as error:
         if isinstance(error, BadInput):
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        raise BadInput(f"The directory {shown} cannot be read ({reason}): check the path and its permissions.") from error
-    found = [p for p in entries if not p.name.startswith(".") and p.is_file() and _looks_like_a_picture(p)]
+        raise BadInput(
+            f"The directory {shown} cannot be read ({reason}): check the path and its permissions."
+        ) from error
+    found = [
+        p
+        for p in entries
+        if not p.name.startswith(".") and p.is_file() and _looks_like_a_picture(p)
+    ]
     if not found:
-        raise BadInput(f"There is no picture in {shown}: put JPEG, PNG, WEBP, BMP, GIF or TIFF files there.")
+        raise BadInput(
+            f"There is no picture in {shown}: put JPEG, PNG, WEBP, BMP, GIF or TIFF files there."
+        )
     return found
 
 
-def variants(image: Image.Image, seed: int = 0, held_out: bool = False) -> list[tuple[str, Image.Image]]:
+def variants(
+    image: Image.Image, seed: int = 0, held_out: bool = False
+) -> list[tuple[str, Image.Image]]:
     """Named transforms of a picture, the untouched one ("original") first.
 
-    held_out: False gives those that training may look at, True those kept for the verdict; only "original" is in both.
+    held_out: False gives those that training may look at, True those kept for the verdict; only
+    "original" is in both.
 
-    Deterministic in (image, seed); the seed chooses the corners of the crops and the noise. Every result is RGB and, but
-    for crops, of the picture's size.
+    Deterministic in (image, seed); the seed chooses the corners of the crops and the noise. Every
+    result is RGB and, but for crops, of the picture's size.
     """
     image = image.convert("RGB")
     width, height = image.size
@@ -179,7 +223,10 @@ def variants(image: Image.Image, seed: int = 0, held_out: bool = False) -> list[
         made += [
             ("crop 85 %", _crop(image, 0.85, (0.5, 0.5))),
             ("crop 85 % corner", _crop(image, 0.85, other)),
-            ("flip, rotate +5", ImageOps.mirror(image).rotate(5, Image.Resampling.BICUBIC, fillcolor=edge)),
+            (
+                "flip, rotate +5",
+                ImageOps.mirror(image).rotate(5, Image.Resampling.BICUBIC, fillcolor=edge),
+            ),
             ("slightly brighter", ImageEnhance.Brightness(image).enhance(1.15)),
             ("slightly darker", ImageEnhance.Brightness(image).enhance(0.85)),
             ("less contrast", ImageEnhance.Contrast(image).enhance(0.75)),
@@ -204,12 +251,18 @@ def variants(image: Image.Image, seed: int = 0, held_out: bool = False) -> list[
         ("blur", image.filter(ImageFilter.GaussianBlur(max(width, height) / 150))),
         ("noise", noisy(image, seed)),
         ("jpeg 40", recompressed(image, 40)),
-        ("half size", image.resize(small, Image.Resampling.BILINEAR).resize(image.size, Image.Resampling.BILINEAR)),
+        (
+            "half size",
+            image.resize(small, Image.Resampling.BILINEAR).resize(
+                image.size, Image.Resampling.BILINEAR
+            ),
+        ),
     ]
 
 
 def commitment(image_bytes: bytes, key: bytes) -> str:
-    """HMAC-SHA256 of a picture's bytes, in hex: shows nothing of the picture to anyone without the key.
+    """HMAC-SHA256 of a picture's bytes, in hex: shows nothing of the picture to anyone without the
+    key.
 
     Raises ValueError for a key under 16 bytes, which could be guessed.
     """
@@ -224,7 +277,10 @@ def _check_local(path: Path) -> None:
     if _ADDRESS.match(written) and not os.path.lexists(path):
         written = re.sub(":/(?!/)", "://", written, count=1)  # a Path has one stroke of the two
         short = written if len(written) <= 80 else written[:80] + "..."
-        raise BadInput(f"{short!r} is an address, and FastSIU downloads nothing: save the picture as a file and give its path.")
+        raise BadInput(
+            f"{short!r} is an address, and FastSIU downloads nothing: save the picture as a file "
+            "and give its path."
+        )
 
 
 def _check_size(path: Path, opened: Image.Image) -> None:
@@ -232,8 +288,11 @@ def _check_size(path: Path, opened: Image.Image) -> None:
     if width * height > most:
         raise _too_large(path, f"{width} x {height} pixels", most)
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadInput(f"The picture {str(path)!r} has {width} x {height} pixels, one side more than {MAX_ASPECT} times "
-                       "the other, which models cannot use: cut it.")  # fmt: skip
+        raise BadInput(
+            f"The picture {str(path)!r} has {width} x {height} pixels, one side more than "
+            f"{MAX_ASPECT} times "
+            "the other, which models cannot use: cut it."
+        )
 
 
 def _check_effort(data: bytes) -> None:
@@ -257,7 +316,8 @@ def _scans(data: bytes) -> int:
 
 
 def _values(data: bytes) -> int:
-    """How many numbers a TIFF's first directory and those below it hold, bytes and letters aside."""
+    """How many numbers a TIFF's first directory and those below it hold, bytes and letters
+    aside."""
     order = "little" if data[:2] == b"II" else "big"
     number = lambda at, size: int.from_bytes(data[at : at + size], order)
     big = 43 in data[2:4]
@@ -269,9 +329,12 @@ def _values(data: bytes) -> int:
             continue
         seen.add(start)
         first = start + (8 if big else 2)
-        for at in range(first, min(first + entry * number(start, count_at), len(data) - entry + 1), entry):
+        for at in range(
+            first, min(first + entry * number(start, count_at), len(data) - entry + 1), entry
+        ):
             count = number(at + 4, size)
-            if number(at + 2, 2) not in _AS_BYTES and count <= len(data):  # more than that are not there
+            # more than that are not there
+            if number(at + 2, 2) not in _AS_BYTES and count <= len(data):
                 found += count
             if number(at, 2) in _DIRECTORIES:
                 waiting.append(number(at + 4 + size, size))
@@ -279,7 +342,9 @@ def _values(data: bytes) -> int:
 
 
 def _too_large(path: Path, size: str, most: int) -> BadInput:
-    return BadInput(f"The picture {str(path)!r} has {size}, more than {most // 10**6} million: make it smaller.")
+    return BadInput(
+        f"The picture {str(path)!r} has {size}, more than {most // 10**6} million: make it smaller."
+    )
 
 
 def _looks_like_a_picture(path: Path) -> bool:
@@ -301,7 +366,8 @@ def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
     """`image` turned as the file says that it was opened from."""
     try:
         how = _UPRIGHT.get(opened.getexif().get(_ORIENTATION))
-    except Exception:  # a damaged EXIF block is common in good photographs, and says nothing about the pixels
+    except Exception:
+        # a damaged EXIF block is common in good photographs, and says nothing about the pixels
         return image
     return image if how is None else image.transpose(how)
 
@@ -309,8 +375,8 @@ def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
 def _usable(opened: Image.Image, data: bytes) -> Image.Image:
     """The picture as RGB, made smaller where it has more than `USABLE_PIXELS`.
 
-    Most of the way by whole numbers: a JPEG as it is decoded, all else strip by strip, so that nothing
-    is converted at full size.
+    Most of the way by whole numbers: a JPEG as it is decoded, all else strip by strip, so that
+    nothing is converted at full size.
     """
     target, drafted = _within(opened.size), None
     if target != opened.size:
@@ -364,9 +430,11 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _low_bytes(opened: Image.Image, data: bytes) -> tuple[Image.Image | None, Any]:
-    """(The lower bytes of a PNG of 3 x 16 bits with a hidden colour, that colour), else (None, None).
+    """(The lower bytes of a PNG of 3 x 16 bits with a hidden colour, that colour), else (None,
+    None).
 
-    PNG names its hidden colour in the samples' own depth, and Pillow looks for it among samples that it
+    PNG names its hidden colour in the samples' own depth, and Pillow looks for it among samples
+    that it
     has brought to 8 bits: here it is brought to 8 bits too. Of 16 bits that would hide neighbouring
     colours, so both bytes are looked at: read as of the other byte order, the lower ones come out.
     """
@@ -390,18 +458,22 @@ def _low_bytes(opened: Image.Image, data: bytes) -> tuple[Image.Image | None, An
 
 
 def _on_white_16(high: Image.Image, low: Image.Image, key: np.ndarray) -> Image.Image:
-    """What `_on_white` gives, of the two bytes of every sample; key: [3] uint16, the hidden colour."""
-    one = lambda image: np.asarray(image.convert("RGBA")).view(np.uint32)[..., 0]  # a number a pixel
-    upper, lower = (np.array([*part, 255], np.uint8).view(np.uint32) for part in (key >> 8, key & 255))
+    """What `_on_white` gives, of the two bytes of every sample; key: [3] uint16, the hidden
+    colour."""
+    # a number a pixel
+    one = lambda image: np.asarray(image.convert("RGBA")).view(np.uint32)[..., 0]
+    upper, lower = (
+        np.array([*part, 255], np.uint8).view(np.uint32) for part in (key >> 8, key & 255)
+    )
     hidden = (one(high) == upper) & (one(low) == lower)
     high.paste("white", (0, 0), Image.fromarray(hidden))
     return high
 
 
 def _deep(opened: Image.Image) -> Callable[[np.ndarray], np.ndarray] | None:
-    """What turns samples of the decoded picture into [H, W] uint8, white where a colour is hidden; None
-    for a mode that Pillow converts rightly itself. Its convert() clips the others at 255, which turns a
-    16-bit picture white."""
+    """What turns samples of the decoded picture into [H, W] uint8, white where a colour is hidden;
+    None for a mode that Pillow converts rightly itself. Its convert() clips the others at 255,
+    which turns a 16-bit picture white."""
     tags = getattr(opened, "tag_v2", {})
     signed = tags.get(_KIND, (1,))[0] == _SIGNED
     if not (opened.mode == "F" or opened.mode.startswith("I") or (opened.mode == "L" and signed)):
@@ -445,7 +517,8 @@ def _stated(tags: Any, bits: int) -> float | None:
 
 
 def _full_scale(top: float, bits: int, signed: bool, floating: bool, stated: float | None) -> float:
-    """The number that is white in a picture whose largest number is `top` (`load_image` has the rule)."""
+    """The number that is white in a picture whose largest number is `top` (`load_image` has the
+    rule)."""
     if stated is not None and 0 < stated and top <= stated:
         return stated
     if floating:
@@ -466,14 +539,22 @@ def _full_scale(top: float, bits: int, signed: bool, floating: bool, stated: flo
 
 def _crop(image: Image.Image, share: float, anchor: tuple[float, float]) -> Image.Image:
     width, height = (max(1, round(side * share)) for side in image.size)
-    left, top = (round((side - kept) * a) for side, kept, a in zip(image.size, (width, height), anchor, strict=True))
+    left, top = (
+        round((side - kept) * a)
+        for side, kept, a in zip(image.size, (width, height), anchor, strict=True)
+    )
     return image.crop((left, top, left + width, top + height))
 
 
 def edge_colour(image: Image.Image) -> tuple[int, ...]:
     """The mean colour of an RGB picture's outermost pixels."""
     width, height = image.size
-    edges = (0, 0, width, 1), (0, height - 1, width, height), (0, 0, 1, height), (width - 1, 0, width, height)
+    edges = (
+        (0, 0, width, 1),
+        (0, height - 1, width, height),
+        (0, 0, 1, height),
+        (width - 1, 0, width, height),
+    )
     border = np.concatenate([np.asarray(image.crop(box)).reshape(-1, 3) for box in edges])
     return tuple(int(v) for v in np.rint(border.mean(axis=0)))
 

@@ -27,22 +27,66 @@ from .request import BadInput, Recipe, Request
 
 MANIFEST, REPORT, KEY = "manifest.json", "report.json", "private.key"
 ORIGINS = ("default", "model directory", "preset paper", "command line")
-PACKAGES = ("fastsiu", "torch", "transformers", "peft", "safetensors", "tokenizers", "pillow", "numpy")
+PACKAGES = (
+    "fastsiu",
+    "torch",
+    "transformers",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "pillow",
+    "numpy",
+)
 SEAL = "sha256"  # of the manifest itself, without this entry
 # What of an output a loader may read: such a file that nobody listed is no part of the result.
-LOADABLE = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".json", ".jinja", ".model", ".py", ".gguf")
-OF_MODEL = (".safetensors", ".bin", ".pt", ".json", ".model", ".jinja", ".txt")  # files that make a model
+LOADABLE = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".ckpt",
+    ".json",
+    ".jinja",
+    ".model",
+    ".py",
+    ".gguf",
+)
+# files that make a model
+OF_MODEL = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".json",
+    ".model",
+    ".jinja",
+    ".txt",
+)
 SHAPE = {
-    "request": str, "files": {"*": {"bytes": int, "sha256": str}}, SEAL: str, "revision": (str, None),
-    "model": {"id": (str, None), "revision": (str, None), "sha256": {"*": str}}, "seeds": {"recipe": int},
-    "settings": dict, "adapter": {"sha256": {"*": str}}, "merge": dict, "masks": dict,
-}  # fmt: skip
+    "request": str,
+    "files": {"*": {"bytes": int, "sha256": str}},
+    SEAL: str,
+    "revision": (str, None),
+    "model": {"id": (str, None), "revision": (str, None), "sha256": {"*": str}},
+    "seeds": {"recipe": int},
+    "settings": dict,
+    "adapter": {"sha256": {"*": str}},
+    "merge": dict,
+    "masks": dict,
+}
 _FORMAT = 1
 _NUMBERED = re.compile(r"((?:\d+/)?(?:images|retain))/.+", re.DOTALL)
 
 
-def request_digest(request: Request, recipe: Recipe, model_id: str, revision: str | None, *,
-                   weights: Mapping[str, str] | None = None, **settings: Any) -> str:  # fmt: skip
+def request_digest(
+    request: Request,
+    recipe: Recipe,
+    model_id: str,
+    revision: str | None,
+    *,
+    weights: Mapping[str, str] | None = None,
+    **settings: Any,
+) -> str:
     """SHA-256, in hex, over everything that decides the result; equal for equal requests on every
     machine.
 
@@ -105,19 +149,36 @@ def manifest(
     values, origins = recipe.as_dict(), dict(origins or {})
     for name, origin in origins.items():
         if name not in values or origin not in ORIGINS:
-            raise ValueError(f"{name!r} from {origin!r}: not a hyper-parameter, or none of {', '.join(ORIGINS)}")
+            raise ValueError(
+                f"{name!r} from {origin!r}: not a hyper-parameter, or none of {', '.join(ORIGINS)}"
+            )
     return {
         "format": _FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "request": keyed(digest, key),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "platform": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "platform": {
+            "system": platform.system(),
+            "release": platform.release(),
+            "machine": platform.machine(),
+        },
         "model": {"id": model_id, "revision": revision, "sha256": dict(weights)},
-        "recipe": {name: {"value": value, "from": origins.get(name, "default")} for name, value in values.items()},
+        "recipe": {
+            name: {"value": value, "from": origins.get(name, "default")}
+            for name, value in values.items()
+        },
         "seeds": {"recipe": recipe.seed},
         "settings": dict(settings or {}),
-        "pictures": [{"label": label, "commitment": commitment(data, key)} for label, data in _numbered(pictures).items()],
-        "masks": {kind: len(value) if isinstance(value, list) else value for kind, value in masks.items()},
+        "pictures": [
+            {"label": label, "commitment": commitment(data, key)}
+            for label, data in _numbered(pictures).items()
+        ],
+        "masks": {
+            kind: len(value) if isinstance(value, list) else value for kind, value in masks.items()
+        },
     }
 
 
@@ -135,7 +196,9 @@ def digest_model(directory: str | Path) -> dict[str, str]:
         return {p.name: digest_file(p) for p in files}
     except OSError as error:
         shown = repr(str(error.filename))
-        raise BadInput(f"The model's {shown} cannot be read ({error.strerror}): check the directory.") from error
+        raise BadInput(
+            f"The model's {shown} cannot be read ({error.strerror}): check the directory."
+        ) from error
 
 
 def digest_file(path: Path) -> str:
@@ -166,7 +229,13 @@ def read(directory: Path) -> dict[str, Any]:
 def read_report(directory: Path) -> dict[str, Any]:
     """report.json of an output. Raises BadInput where it cannot be used."""
     path = directory / REPORT
-    shape = {"verdict": (str, None), "reasons": [str], "caveats": [str], "rows": dict, "answers": [dict]}
+    shape = {
+        "verdict": (str, None),
+        "reasons": [str],
+        "caveats": [str],
+        "rows": dict,
+        "answers": [dict],
+    }
     remedy = "restore it, or choose another --output"
     found = dict(read_json(path, what=str(path), remedy=remedy, shape=shape))
     if not {"verdict", "reasons"} <= set(found):
@@ -217,14 +286,19 @@ def sha256(data: bytes) -> str:
 
 
 def _directory_digest(directory: Path | None) -> list[str] | None:
-    return None if directory is None else sorted(sha256(read_bytes(p)) for p in list_images(directory))
+    return (
+        None if directory is None else sorted(sha256(read_bytes(p)) for p in list_images(directory))
+    )
 
 
 def _read_data(path: Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise BadInput(f"The samples {str(path)!r} cannot be read ({error.strerror}): check the path of --data.") from error
+        raise BadInput(
+            f"The samples {str(path)!r} cannot be read ({error.strerror}): check the path of "
+            "--data."
+        ) from error
 
 
 def _version(name: str) -> str | None:
@@ -249,4 +323,10 @@ def _numbered(pictures: Mapping[str, bytes]) -> dict[str, bytes]:
 def _inside(name: str) -> bool:
     """Whether a file's name in a manifest stays in its directory."""
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name and "\\" not in name
+    return (
+        bool(path.parts)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and "\0" not in name
+        and "\\" not in name
+    )

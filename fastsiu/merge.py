@@ -1,9 +1,11 @@
-"""A stand-alone model out of a base and an adapter, and the verdict repeated on it as it is loaded from disk.
+"""A stand-alone model out of a base and an adapter, and the verdict repeated on it as it is loaded
+from disk.
 
-Each matrix is added up in fp32 and rounded once, to the dtype that it is stored in. What forgets in its own dtype need not do so
-in 8 or 4 bits: quantising rounds weights, and with them what unlearning changed. So the same questions go to the merged model
-quantised. That is another model than the adapter on a quantised base, which rounds the base alone and adds the adapter unrounded.
-One model is in memory at a time.
+Each matrix is added up in fp32 and rounded once, to the dtype that it is stored in. What forgets in
+its own dtype need not do so
+in 8 or 4 bits: quantising rounds weights, and with them what unlearning changed. So the same
+questions go to the merged model quantised. That is another model than the adapter on a quantised
+base, which rounds the base alone and adds the adapter unrounded. One model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -37,9 +39,17 @@ from .text.concept import Concept, concept_of
 from .verdict import Answer, Family, Rate, judge, same_answer
 
 SHAPE = {  # of what is read of an adapter's report, and of a manifest
-    "concept": str, "aliases": [str], "as_word": bool, "redacted": bool, "verdict": (str, None), "reasons": [str],
-    "caveats": [str], "dreams": [dict], "answers": [{"kind": str, "question": str, "picture": (str, None)}], "merge": dict,
-}  # fmt: skip
+    "concept": str,
+    "aliases": [str],
+    "as_word": bool,
+    "redacted": bool,
+    "verdict": (str, None),
+    "reasons": [str],
+    "caveats": [str],
+    "dreams": [dict],
+    "answers": [{"kind": str, "question": str, "picture": (str, None)}],
+    "merge": dict,
+}
 FORMS = ("stored", "int8", "nf4")
 
 Asked = Sequence[tuple[str, str, Shown | None]]  # (kind of the verdict, question, picture)
@@ -61,18 +71,33 @@ class Merged:
     notes: list[str] = field(default_factory=list)
 
 
-def merge(adapter_dir: str | Path, output: str | Path, *, model: str | Path | None = None,
-          revision: str | None = None, image: str | Path | None = None, concept: str | None = None, aliases: tuple[str, ...] = (),
-          images: str | Path | None = None, retain: str | Path | None = None, dtype: str = "auto",
-          verify: Sequence[str] = FORMS, redact: bool = False, device: str | None = None,
-          listener: Listener | None = None) -> Merged:  # fmt: skip
-    """Writes the merged model to `output` in one transaction, readable by plain transformers, with the verdict on it.
+def merge(
+    adapter_dir: str | Path,
+    output: str | Path,
+    *,
+    model: str | Path | None = None,
+    revision: str | None = None,
+    image: str | Path | None = None,
+    concept: str | None = None,
+    aliases: tuple[str, ...] = (),
+    images: str | Path | None = None,
+    retain: str | Path | None = None,
+    dtype: str = "auto",
+    verify: Sequence[str] = FORMS,
+    redact: bool = False,
+    device: str | None = None,
+    listener: Listener | None = None,
+) -> Merged:
+    """Writes the merged model to `output` in one transaction, readable by plain transformers, with
+    the verdict on it.
 
     concept: what was forgotten; the adapter's report says it where it is left out
     dtype:   of the weights written, "auto": the base's own
-    verify:  in which forms the questions are asked, of `FORMS`; "stored" always is. Empty: nothing is asked, no picture is needed
+    verify:  in which forms the questions are asked, of `FORMS`; "stored" always is. Empty: nothing
+    is asked, no picture is needed
 
-    redact:  names, questions, answers and file names stay out of what is written; so they do where the adapter's report has none
+    redact:  names, questions, answers and file names stay out of what is written; so they do where
+    the adapter's report has none
 
     Raises BadInput (nothing is written) and NumericFailure where the merged weights overflow.
     """
@@ -81,24 +106,42 @@ def merge(adapter_dir: str | Path, output: str | Path, *, model: str | Path | No
     told, sealed = _json(folder / "report.json"), adapter.manifest_of(folder)
     redact = redact or bool(told.get("redacted"))
     told = {} if told.get("redacted") else told
-    request = _request(image, concept or told.get("concept"), aliases, images, retain, told.get("as_word")) if forms else None
+    request = (
+        _request(
+            image, concept or told.get("concept"), aliases, images, retain, told.get("as_word")
+        )
+        if forms
+        else None
+    )
     source.check_options(dtype, None, None)
     config, _, revision = source.describe(name, revision)
     if getattr(config, "quantization_config", None) is not None:
-        raise BadInput(f"{name} is stored quantised, and nothing can be added to that: give the model that it was made from.")
+        raise BadInput(
+            f"{name} is stored quantised, and nothing can be added to that: give the model that "
+            "it was made from."
+        )
     kept = source.dtype_name(config, "auto", "cuda")  # as stored, on a CPU as well
     if kept not in source.DTYPES:
-        raise BadInput(f"{name} is stored in {kept}, which cannot be merged into: give a copy in bfloat16 or float32.")
+        raise BadInput(
+            f"{name} is stored in {kept}, which cannot be merged into: give a copy in bfloat16 "
+            "or float32."
+        )
     stored = kept if dtype == "auto" else dtype
     weights = outputs.digest_model(name) if Path(name).is_dir() else {}
     if not (folder / adapter.ADAPTER).is_file():
-        raise BadInput(f"{folder} holds no adapter ({adapter.ADAPTER} is missing): give the --output directory of a run.")
+        raise BadInput(
+            f"{folder} holds no adapter ({adapter.ADAPTER} is missing): give the --output "
+            "directory of a run."
+        )
     own = adapter.check_files(folder, sealed)
     adapter.check_weights(folder, sealed, weights, name, revision)
     pictures = _pictures(request, redact)
     settings = {"dtype": stored, "verify": forms} | driver.shown_as(redact, False)
     digest = _digest(name, revision, weights, own, request, pictures, settings)
-    if outputs.check_destination(output, digest, size=_size(name) if weights else outputs.ROOM) == "same":
+    if (
+        outputs.check_destination(output, digest, size=_size(name) if weights else outputs.ROOM)
+        == "same"
+    ):
         return _repeat(Path(output))
 
     seconds: dict[str, float] = {}
@@ -107,12 +150,18 @@ def merge(adapter_dir: str | Path, output: str | Path, *, model: str | Path | No
     with transaction as staging:
         verifier = None
         if request is not None:
-            verifier = Verifier(name, revision, staging, request, _seed(sealed), told, device, listener)
+            verifier = Verifier(
+                name, revision, staging, request, _seed(sealed), told, device, listener
+            )
         listener.stage("Loading the model")
         with timed(seconds, "load"):
             loaded = vlm.load(name, revision=revision, device=device, dtype=kept)
         caveats += decode.remarks(loaded)
-        beside = Path(name) if weights else Path(cached_file(name, "config.json", revision=revision)).parent
+        beside = (
+            Path(name)
+            if weights
+            else Path(cached_file(name, "config.json", revision=revision)).parent
+        )
         weights = weights or outputs.digest_model(beside)
         adapter.check_weights(folder, sealed, weights, name, revision)
         if verifier:
@@ -126,24 +175,44 @@ def merge(adapter_dir: str | Path, output: str | Path, *, model: str | Path | No
             del loaded
             _free()
         shown = Path(name).name if Path(name).is_dir() else name
-        if redact and _tells(shown, concept or told.get("concept"), (*aliases, *told.get("aliases", [])), sealed):
+        if redact and _tells(
+            shown, concept or told.get("concept"), (*aliases, *told.get("aliases", [])), sealed
+        ):
             shown, weights = MODEL, {f"{n:03d}": sha for n, sha in enumerate(weights.values(), 1)}
         figures = {"model": shown, "weights": change.as_dict(), "caveats": caveats}
         report: dict[str, Any] = figures
         if verifier:
             with timed(seconds, "verdict"):
                 rows = [verifier.row(form, kept, stored) for form in forms]
-            caveats += [*decode.told(*verifier.slow), *(verifier.inquiry.remarks if verifier.inquiry else [])]
-            report = {**_report(rows, request, figures), "seconds": {k: round(v, 3) for k, v in seconds.items()}}
+            caveats += [
+                *decode.told(*verifier.slow),
+                *(verifier.inquiry.remarks if verifier.inquiry else []),
+            ]
+            report = {
+                **_report(rows, request, figures),
+                "seconds": {k: round(v, 3) for k, v in seconds.items()},
+            }
             outputs.write_reports(staging, report, redact=redact)
         report = redacted(report) if redact else report
-        # A merge is no training: what the recipe and the masks were is in the adapter's own manifest.
-        made = outputs.manifest(recipe=Recipe(), model_id=shown, revision=revision, weights=weights, digest=digest,
-                                key=transaction.key, pictures=pictures, masks={}, settings=settings)  # fmt: skip
+        # A merge is no training: what the recipe and the masks were is in the adapter's own
+        # manifest.
+        made = outputs.manifest(
+            recipe=Recipe(),
+            model_id=shown,
+            revision=revision,
+            weights=weights,
+            digest=digest,
+            key=transaction.key,
+            pictures=pictures,
+            masks={},
+            settings=settings,
+        )
         made = {k: v for k, v in made.items() if k not in ("recipe", "seeds", "masks")}
         transaction.commit({**made, "adapter": {"sha256": own}, "merge": change.as_dict()})
     forgotten = report["verdict"] == "forgotten" if verifier else None
-    return Merged(forgotten, report.get("reasons", []), report, Path(output), notes=report["caveats"])
+    return Merged(
+        forgotten, report.get("reasons", []), report, Path(output), notes=report["caveats"]
+    )
 
 
 class Verifier:
@@ -151,12 +220,28 @@ class Verifier:
 
     untouched: what the base answers in its own dtype
     inquiry:   what tries to get the name or the facts back, with the base's answers to it
-    slow:      why `generate` answered (`decode.slow`), for the untouched model and for the merged one
+    slow:      why `generate` answered (`decode.slow`), for the untouched model and for the merged
+    one
     """
 
-    def __init__(self, base: str, revision: str | None, merged: Path, request: Request, seed: int, told: Mapping[str, Any],
-                 device: str | None, listener: Listener) -> None:  # fmt: skip
-        self.base, self.revision, self.merged, self.device, self.listener = base, revision, merged, device, listener
+    def __init__(
+        self,
+        base: str,
+        revision: str | None,
+        merged: Path,
+        request: Request,
+        seed: int,
+        told: Mapping[str, Any],
+        device: str | None,
+        listener: Listener,
+    ) -> None:
+        self.base, self.revision, self.merged, self.device, self.listener = (
+            base,
+            revision,
+            merged,
+            device,
+            listener,
+        )
         self.request, self.seed = request, seed
         self.concept = concept_of(request)
         self.asked = _questions(request, self.concept, seed, told)
@@ -170,8 +255,13 @@ class Verifier:
         """Greedy answers, in the order of `asked`."""
         self.listener.stage(f"Asking {len(self.asked)} questions")
         with vlm.threads(loaded), torch.no_grad():
-            seen = {id(shown[1]): loaded.picture(shown[1]) for shown in {id(s): s for _, _, s in self.asked if s}.values()}
-            said = ask.answers(loaded, [(q, seen[id(shown[1])] if shown else None) for _, q, shown in self.asked])
+            seen = {
+                id(shown[1]): loaded.picture(shown[1])
+                for shown in {id(s): s for _, _, s in self.asked if s}.values()
+            }
+            said = ask.answers(
+                loaded, [(q, seen[id(shown[1])] if shown else None) for _, q, shown in self.asked]
+            )
             self.slow[merged] = self.slow[merged] or decode.slow(loaded)
             return said
 
@@ -180,15 +270,27 @@ class Verifier:
         self.untouched = self.ask(loaded)
         image = pictures_in.load_image(self.request.image)
         with vlm.threads(loaded), torch.no_grad():
-            self.inquiry = inquire(loaded, self.concept, image, neighbours=[other.name for other in self.others],
-                                   more=driver.shown(self.request.images), seed=self.seed)  # fmt: skip
+            self.inquiry = inquire(
+                loaded,
+                self.concept,
+                image,
+                neighbours=[other.name for other in self.others],
+                more=driver.shown(self.request.images),
+                seed=self.seed,
+            )
 
-    def load_and_ask(self, name: str, dtype: str, quantize: str | None) -> tuple[list[str], list[Family]]:
+    def load_and_ask(
+        self, name: str, dtype: str, quantize: str | None
+    ) -> tuple[list[str], list[Family]]:
         """The answers, and of the merged model what the families brought out."""
-        self.listener.stage(f"Loading {'the merged model' if name == str(self.merged) else 'the untouched model'} "
-                            f"in {quantize or dtype}")  # fmt: skip
+        self.listener.stage(
+            f"Loading {'the merged model' if name == str(self.merged) else 'the untouched model'} "
+            f"in {quantize or dtype}"
+        )
         revision = self.revision if name == self.base else None
-        loaded = vlm.load(name, revision=revision, device=self.device, dtype=dtype, quantize=quantize)
+        loaded = vlm.load(
+            name, revision=revision, device=self.device, dtype=dtype, quantize=quantize
+        )
         merged = name == str(self.merged)
         said, found = self.ask(loaded, merged=merged), []
         if merged and self.inquiry:
@@ -199,8 +301,8 @@ class Verifier:
         return said, found
 
     def row(self, form: str, kept: str, stored: str) -> dict[str, Any]:
-        """The verdict in one form: {dtype, verdict, reasons, before, after, agreement, control, families, headline, answers},
-        verdict None with a reason where the form cannot be had here.
+        """The verdict in one form: {dtype, verdict, reasons, before, after, agreement, control,
+        families, headline, answers}, verdict None with a reason where the form cannot be had here.
 
         kept, stored: the dtype of the untouched and of the merged weights
         """
@@ -216,80 +318,150 @@ class Verifier:
             if quantize is None:
                 raise
             return {"dtype": label, "verdict": None, "reason": str(error)}
-        return {"dtype": label, **judge_form(self.asked, self.concept, self.untouched, alike, after, self.others, found)}
+        return {
+            "dtype": label,
+            **judge_form(
+                self.asked, self.concept, self.untouched, alike, after, self.others, found
+            ),
+        }
 
 
-def judge_form(asked: Asked, concept: Concept, stored: Sequence[str], alike: Sequence[str],
-               after: Sequence[str], others: Sequence[Concept] = (),
-               families: Sequence[Family] = ()) -> dict[str, Any]:  # fmt: skip
+def judge_form(
+    asked: Asked,
+    concept: Concept,
+    stored: Sequence[str],
+    alike: Sequence[str],
+    after: Sequence[str],
+    others: Sequence[Concept] = (),
+    families: Sequence[Family] = (),
+) -> dict[str, Any]:
     """The verdict on the merged model in some dtype, from answers alone.
 
-    stored: the untouched model's as it is stored; alike: the untouched model's in the dtype of the merged one; after: the merged;
-    others: those whose names an answer about the concept must not newly give;  families: what attacks brought out, beside what
-    the untouched model gives away as it is stored
+    stored: the untouched model's as it is stored; alike: the untouched model's in the dtype of the
+    merged one; after: the merged;
+    others: those whose names an answer about the concept must not newly give;  families: what
+    attacks brought out, beside what the untouched model gives away as it is stored
 
-    The name has to be gone whatever rounding does to the untouched model, so that side is compared with `stored`. What is kept is
-    compared with `alike`: quantisation changes answers by itself, and unlearning is not to be blamed for it. How far each of the
-    two agrees with `stored` stands beside it: `agreement` of the merged model, `control` of the untouched one.
+    The name has to be gone whatever rounding does to the untouched model, so that side is compared
+    with `stored`. What is kept is
+    compared with `alike`: quantisation changes answers by itself, and unlearning is not to be
+    blamed for it. How far each of the
+    two agrees with `stored` stands beside it: `agreement` of the merged model, `control` of the
+    untouched one.
     """
     keep = ("specificity", "facts")
-    before = [a if kind in keep else s for (kind, _, _), s, a in zip(asked, stored, alike, strict=True)]
-    answers = [Answer(kind, q, shown and shown[0], b, a, part=held_out.part(kind, q, concept))
-               for (kind, q, shown), b, a in zip(asked, before, after, strict=True)]  # fmt: skip
-    verdict = judge(answers, concept, others=others, reasons_for_null=held_out.NULL, families=families)
+    before = [
+        a if kind in keep else s for (kind, _, _), s, a in zip(asked, stored, alike, strict=True)
+    ]
+    answers = [
+        Answer(kind, q, shown and shown[0], b, a, part=held_out.part(kind, q, concept))
+        for (kind, q, shown), b, a in zip(asked, before, after, strict=True)
+    ]
+    verdict = judge(
+        answers, concept, others=others, reasons_for_null=held_out.NULL, families=families
+    )
     rates = {}
     for title, said in (("agreement", after), ("control", alike)):
         rates[title] = {kind: _agreement(asked, kind, stored, said) for kind in keep}
-    return {"verdict": "forgotten" if verdict.forgotten else "not forgotten", "reasons": verdict.reasons,
-            "before": verdict.before, "after": verdict.after, "thresholds": verdict.thresholds, **rates,
-            "families": verdict.families, "headline": verdict.headline,
-            "answers": [answer.as_dict() for answer in answers]}  # fmt: skip
+    return {
+        "verdict": "forgotten" if verdict.forgotten else "not forgotten",
+        "reasons": verdict.reasons,
+        "before": verdict.before,
+        "after": verdict.after,
+        "thresholds": verdict.thresholds,
+        **rates,
+        "families": verdict.families,
+        "headline": verdict.headline,
+        "answers": [answer.as_dict() for answer in answers],
+    }
 
 
 def _agreement(asked: Asked, kind: str, one: Sequence[str], other: Sequence[str]) -> dict[str, Any]:
-    same = [same_answer(a, b) for (k, _, _), a, b in zip(asked, one, other, strict=True) if k == kind]
-    rate = Rate.of(sum(same), len(same)) if same else Rate(None, reason=held_out.NULL.get(kind, "It was not asked."))
+    same = [
+        same_answer(a, b) for (k, _, _), a, b in zip(asked, one, other, strict=True) if k == kind
+    ]
+    rate = (
+        Rate.of(sum(same), len(same))
+        if same
+        else Rate(None, reason=held_out.NULL.get(kind, "It was not asked."))
+    )
     return rate.as_dict()
 
 
-def _report(rows: list[dict[str, Any]], request: Request | None, figures: dict[str, Any]) -> dict[str, Any]:
-    """report.json: what its weights as stored do, as `unlearn` has it; every form under "merged"."""
+def _report(
+    rows: list[dict[str, Any]], request: Request | None, figures: dict[str, Any]
+) -> dict[str, Any]:
+    """report.json: what its weights as stored do, as `unlearn` has it; every form under
+    "merged"."""
     first, caveats = rows[0], list(figures["caveats"])
     reasons = list(first["reasons"])
     for row in rows[1:]:
         reasons += [f"In {row['dtype']}: {reason}" for reason in row.get("reasons", [])]
         if row["verdict"] is None:
             caveats.append(f"Not verified in {row['dtype']}: {row['reason']}")
-    kept = {k: first[k] for k in ("before", "after", "thresholds", "families", "headline", "answers")}
-    return {**figures, "concept": request.concept if request else "", "verdict": "not forgotten" if reasons else "forgotten",
-            "reasons": reasons, **kept, "not_asked": not_asked(), "caveats": caveats, "merged": rows}  # fmt: skip
+    kept = {
+        k: first[k] for k in ("before", "after", "thresholds", "families", "headline", "answers")
+    }
+    return {
+        **figures,
+        "concept": request.concept if request else "",
+        "verdict": "not forgotten" if reasons else "forgotten",
+        "reasons": reasons,
+        **kept,
+        "not_asked": not_asked(),
+        "caveats": caveats,
+        "merged": rows,
+    }
 
 
-def _questions(request: Request, concept: Concept, seed: int, told: Mapping[str, Any]) -> list[tuple[str, str, Shown | None]]:
-    """Those of `unlearn`'s verdict, with the same transforms of the picture; what it asked of neighbours is in its report."""
+def _questions(
+    request: Request, concept: Concept, seed: int, told: Mapping[str, Any]
+) -> list[tuple[str, str, Shown | None]]:
+    """Those of `unlearn`'s verdict, with the same transforms of the picture; what it asked of
+    neighbours is in its report."""
     picture = vlm.Picture(pictures_in.load_image(request.image), None, real=False)
     scene = Scene(None, concept, Recipe(seed=seed), [picture])  # type: ignore[arg-type]  # questions need no model
     asked = held_out.questions(scene, driver.shown(request.images), driver.shown(request.retain))
     had = {(kind, question) for kind, question, _ in asked}
-    facts = [a for a in told.get("answers", []) if a.get("kind") == "facts" and a.get("picture") is None]
+    facts = [
+        a for a in told.get("answers", []) if a.get("kind") == "facts" and a.get("picture") is None
+    ]
     texts = [a["question"] for a in facts if "question" in a]
-    return asked + [("facts", text, None) for text in dict.fromkeys(texts) if ("facts", text) not in had]
+    return asked + [
+        ("facts", text, None) for text in dict.fromkeys(texts) if ("facts", text) not in had
+    ]
 
 
 def _forms(verify: Sequence[str]) -> list[str]:
     if unknown := [form for form in verify if form not in FORMS]:
-        raise BadInput(f"The form {unknown[0]!r} is unknown: choose from {', '.join(FORMS)} for --verify.")
+        raise BadInput(
+            f"The form {unknown[0]!r} is unknown: choose from {', '.join(FORMS)} for --verify."
+        )
     return [form for form in FORMS if form in verify or form == "stored"] if verify else []
 
 
-def _request(image: str | Path | None, concept: str | None, aliases: tuple[str, ...], images: str | Path | None,
-             retain: str | Path | None, as_word: bool | None) -> Request:  # fmt: skip
+def _request(
+    image: str | Path | None,
+    concept: str | None,
+    aliases: tuple[str, ...],
+    images: str | Path | None,
+    retain: str | Path | None,
+    as_word: bool | None,
+) -> Request:
     if image is None:
-        raise BadInput("The verdict needs the picture, which is never stored: give --image FILE, or --no-verify to go without.")
+        raise BadInput(
+            "The verdict needs the picture, which is never stored: give --image FILE, or "
+            "--no-verify to go without."
+        )
     if not concept:
-        raise BadInput("The adapter's report names no concept: give --concept NAME, or --no-verify to go without a verdict.")
+        raise BadInput(
+            "The adapter's report names no concept: give --concept NAME, or --no-verify to go "
+            "without a verdict."
+        )
     more, rest = (None if d is None else Path(d) for d in (images, retain))
-    return Request(concept.strip(), Path(image), tuple(aliases), images=more, retain=rest, as_word=as_word)
+    return Request(
+        concept.strip(), Path(image), tuple(aliases), images=more, retain=rest, as_word=as_word
+    )
 
 
 def _pictures(request: Request | None, redact: bool) -> dict[str, bytes]:
@@ -312,16 +484,24 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _caveats(sealed: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
-    caveats = ["Only these weights were changed: the untouched model and its copies know what they knew."]
+    caveats = [
+        "Only these weights were changed: the untouched model and its copies know what they knew."
+    ]
     if not sealed.get("model", {}).get("sha256"):
         caveats.append(adapter.UNSEALED)
     if trained := sealed.get("settings", {}).get("quantize"):
-        caveats.append(f"The adapter was trained on the model in {trained}, and merged into the weights that were not quantised.")
+        caveats.append(
+            f"The adapter was trained on the model in {trained}, and merged into the weights "
+            "that were not quantised."
+        )
     return caveats
 
 
-def _tells(model: str, concept: str | None, aliases: Sequence[str], sealed: Mapping[str, Any]) -> bool:
-    """Whether the model's name may tell the concept's; the adapter was made by someone who knew that, perhaps without names."""
+def _tells(
+    model: str, concept: str | None, aliases: Sequence[str], sealed: Mapping[str, Any]
+) -> bool:
+    """Whether the model's name may tell the concept's; the adapter was made by someone who knew
+    that, perhaps without names."""
     hidden = redacted({"model": model, "concept": concept, "aliases": aliases})["model"] == MODEL
     return hidden or sealed.get("model", {}).get("id") == MODEL
 
@@ -330,14 +510,29 @@ def _seed(sealed: Mapping[str, Any]) -> int:
     return int(sealed.get("seeds", {}).get("recipe", 0))
 
 
-def _digest(name: str, revision: str | None, weights: Mapping[str, str], own: Mapping[str, str], request: Request | None,
-            pictures: Mapping[str, bytes], settings: Mapping[str, Any]) -> str:  # fmt: skip
+def _digest(
+    name: str,
+    revision: str | None,
+    weights: Mapping[str, str],
+    own: Mapping[str, str],
+    request: Request | None,
+    pictures: Mapping[str, bytes],
+    settings: Mapping[str, Any],
+) -> str:
     """SHA-256 of everything that decides the result; equal requests write nothing again."""
-    seen = sorted((label.split("/")[0], hashlib.sha256(data).hexdigest()) for label, data in pictures.items())
+    seen = sorted(
+        (label.split("/")[0], hashlib.sha256(data).hexdigest()) for label, data in pictures.items()
+    )
     who = None if request is None else [request.concept, sorted(set(request.aliases))]
     model = dict(weights) or [name, revision]  # a directory has many spellings
-    content = {"merge": 1, "model": model, "adapter": dict(own), "concept": who, "pictures": seen,
-               "settings": dict(settings)}  # fmt: skip
+    content = {
+        "merge": 1,
+        "model": model,
+        "adapter": dict(own),
+        "concept": who,
+        "pictures": seen,
+        "settings": dict(settings),
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

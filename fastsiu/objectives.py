@@ -1,9 +1,12 @@
-"""What is minimised: each objective its formula and little more. An objective is a plain function of one batch.
+"""What is minimised: each objective its formula and little more. An objective is a plain function
+of one batch.
 
-Below `siu` stand the methods it is compared with (`compare`), as their authors define them, on the supervised rows alone: never
-on the prompt, the picture or padding, and with means over tokens, where released trainers divide by the batch or by the
-vocabulary. NLL_f, NLL_r and NLL_d are means over the tokens of the answers to forget (D_f), of those to retain (D_r), and of
-those of D_r that put a question of D_f to another picture; KL_r is the mean of KL(untouched || model) over D_r's tokens.
+Below `siu` stand the methods it is compared with (`compare`), as their authors define them, on the
+supervised rows alone: never on the prompt, the picture or padding, and with means over tokens,
+where released trainers divide by the batch or by the vocabulary. NLL_f, NLL_r and NLL_d are means
+over the tokens of the answers to forget (D_f), of those to retain (D_r), and of those of D_r that
+put a question of D_f to another picture; KL_r is the mean of KL(untouched || model) over D_r's
+tokens.
 """
 
 from __future__ import annotations
@@ -29,12 +32,14 @@ NPO_BETA = 0.1  # the inverse temperature of all published runs
 class Batch:
     """The supervised rows of one optimisation step.
 
-    hidden [N, D] with graph; labels [N] int64; teacher: the N matching rows of the cache; kl_weight [N] bool, the paper's
-    K_S (False = the KL skips the row); head_options: keywords that describe the head.
+    hidden [N, D] with graph; labels [N] int64; teacher: the N matching rows of the cache; kl_weight
+    [N] bool, the paper's K_S (False = the KL skips the row); head_options: keywords that describe
+    the head.
 
-    For other methods than SIU: sample [N] int64, the row's sample by its place in the step; forget [N] bool, the answer is one
-    to forget (or to replace); decoupled [N] bool, it is retained and answers a question of D_f about another picture; pictured
-    [N] bool, there is a picture. Of an answer to forget, kl_weight is False at the tokens of the name.
+    For other methods than SIU: sample [N] int64, the row's sample by its place in the step; forget
+    [N] bool, the answer is one to forget (or to replace); decoupled [N] bool, it is retained and
+    answers a question of D_f about another picture; pictured [N] bool, there is a picture. Of an
+    answer to forget, kl_weight is False at the tokens of the name.
     """
 
     hidden: Tensor
@@ -56,43 +61,61 @@ def siu(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
     """alpha * mean CE + beta * mean DMK over the tokens with K_S = 1 (paper Eq. 2-5)."""
     teacher = batch.teacher if recipe.beta else None
     loss, parts = fused_dmk_ce(
-        batch.hidden, batch.head_weight, batch.labels, teacher, alpha=recipe.alpha, beta=recipe.beta,
-        kl_weight=batch.kl_weight if teacher is not None else None, return_parts=True, **batch.head_options,
-    )  # fmt: skip
+        batch.hidden,
+        batch.head_weight,
+        batch.labels,
+        teacher,
+        alpha=recipe.alpha,
+        beta=recipe.beta,
+        kl_weight=batch.kl_weight if teacher is not None else None,
+        return_parts=True,
+        **batch.head_options,
+    )
     kept = batch.kl_weight.float()
     kl = float((parts.kl * kept).sum() / kept.sum().clamp_min(1)) if teacher is not None else 0.0
     return loss, {"ce": float(parts.ce.mean()), "kl": kl}
 
 
 def strangers(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
-    """KL(teacher || student) at the teacher's temperature T, times T^2, over the whole vocabulary and all supervised tokens, plus
-    `level` times the Huber distance of the tokens' nats where they cost the teacher more than `FAR`.
+    """KL(teacher || student) at the teacher's temperature T, times T^2, over the whole vocabulary
+    and all supervised tokens, plus `level` times the Huber distance of the tokens' nats where they
+    cost the teacher more than `FAR`.
 
-    The KL of temperature 1 does not see a name that is unlikely to both: e^-10 and e^-17 are the same to it, and the first is a
-    name that still ranks above all others. T = 4 sees it, and so does the distance of the nats, which pulls the name to a
-    stranger's level from either side: below it would be a tell, too.
+    The KL of temperature 1 does not see a name that is unlikely to both: e^-10 and e^-17 are the
+    same to it, and the first is a name that still ranks above all others. T = 4 sees it, and so
+    does the distance of the nats, which pulls the name to a stranger's level from either side:
+    below it would be a tell, too.
     """
     nats = _nll(batch)
     kl = _mean(_kl(batch), torch.ones_like(batch.kl_weight))
     with torch.no_grad():
-        wanted = fused_dmk_ce(batch.teacher.hidden, batch.head_weight, batch.labels, alpha=1.0, reduction="none",
-                              **batch.head_options)  # fmt: skip
+        wanted = fused_dmk_ce(
+            batch.teacher.hidden,
+            batch.head_weight,
+            batch.labels,
+            alpha=1.0,
+            reduction="none",
+            **batch.head_options,
+        )
     distance = _mean(F.smooth_l1_loss(nats, wanted, reduction="none"), wanted > FAR)
     return kl + recipe.level * distance, _parts(distance, kl)
 
 
 def kept(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
-    """`strangers` of what is to stay, with `KEEP` times its weight: at the same weight it gives way near the concept."""
+    """`strangers` of what is to stay, with `KEEP` times its weight: at the same weight it gives way
+    near the concept."""
     loss, parts = strangers(batch, recipe)
     return KEEP * loss, parts
 
 
 def siu_as_released(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
-    """mean CE + KL / V: what the trainer that SIU's authors released computes instead of Eq. 4 and 5.
+    """mean CE + KL / V: what the trainer that SIU's authors released computes instead of Eq. 4 and
+    5.
 
-    No alpha and no beta; the KL is averaged over the vocabulary, too; no answer about a picture is in it (its mask has no room
-    for the picture's tokens, so that the first positions are taken for the answer's); K_S drops the row that reads a specified
-    token and not the one that predicts it. Left out: the prompt and padding rows that its KL covers. At weight 1 / V they
+    No alpha and no beta; the KL is averaged over the vocabulary, too; no answer about a picture is
+    in it (its mask has no room for the picture's tokens, so that the first positions are taken for
+    the answer's); K_S drops the row that reads a specified token and not the one that predicts it.
+    Left out: the prompt and padding rows that its KL covers. At weight 1 / V they
     cannot matter: 32000 times less than a token of the CE for LLaVA.
     """
     nll, kl = _nll(batch), _kl(batch)
@@ -103,38 +126,49 @@ def siu_as_released(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, flo
 
 
 def po(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
-    """NLL_f + NLL_r with refusals as D_f's answers: preference optimisation as TOFU (arXiv 2401.06121, "IDK") and SIU use it."""
+    """NLL_f + NLL_r with refusals as D_f's answers: preference optimisation as TOFU (arXiv
+    2401.06121, "IDK") and SIU use it."""
     nll = _nll(batch)
     forget = _mean(nll, batch.forget)
     return forget + _mean(nll, ~batch.forget), _parts(forget)
 
 
 def ga(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
-    """-NLL_f: gradient ascent (TOFU, arXiv 2401.06121). Unbounded below: what ends it is the step that is chosen."""
+    """-NLL_f: gradient ascent (TOFU, arXiv 2401.06121). Unbounded below: what ends it is the step
+    that is chosen."""
     forget = _mean(_nll(batch), batch.forget)
     return -forget, _parts(forget)
 
 
 def ga_kl(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
-    """-NLL_f + KL_r: "KL minimisation" (TOFU), SIU's GA+KL, here with the pictures passed to the model."""
+    """-NLL_f + KL_r: "KL minimisation" (TOFU), SIU's GA+KL, here with the pictures passed to the
+    model."""
     forget, kept = _mean(_nll(batch), batch.forget), _mean(_kl(batch), ~batch.forget)
     return kept - forget, _parts(forget, kept)
 
 
 def graddiff(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
-    """-NLL_f + NLL_r: gradient difference (arXiv 2203.12817; both weights 1 in TOFU and open-unlearning)."""
+    """-NLL_f + NLL_r: gradient difference (arXiv 2203.12817; both weights 1 in TOFU and
+    open-unlearning)."""
     nll = _nll(batch)
     forget = _mean(nll, batch.forget)
     return _mean(nll, ~batch.forget) - forget, _parts(forget)
 
 
 def npo(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
-    """mean over D_f's answers of -(2 / b) log sigmoid(-b log(Q(y) / P(y))), + NLL_r; b = 0.1 (arXiv 2404.05868, with its
-    retain loss). Q(y) and P(y) are the probabilities of the whole answer, P the untouched model's."""
+    """mean over D_f's answers of -(2 / b) log sigmoid(-b log(Q(y) / P(y))), + NLL_r; b = 0.1 (arXiv
+    2404.05868, with its retain loss). Q(y) and P(y) are the probabilities of the whole answer, P
+    the untouched model's."""
     nll = _nll(batch)
     with torch.no_grad():  # from the hidden states that the cache keeps
-        untouched = fused_dmk_ce(batch.teacher.hidden, batch.head_weight, batch.labels, alpha=1.0, reduction="none",
-                                 **batch.head_options)  # fmt: skip
+        untouched = fused_dmk_ce(
+            batch.teacher.hidden,
+            batch.head_weight,
+            batch.labels,
+            alpha=1.0,
+            reduction="none",
+            **batch.head_options,
+        )
     log_ratio = _sums(untouched - nll, batch.sample)
     answers = _sums(batch.forget.to(nll.dtype), batch.sample) > 0
     loss = _mean(2 / NPO_BETA * F.softplus(NPO_BETA * log_ratio), answers)
@@ -142,20 +176,22 @@ def npo(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
 
 
 def fttp(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
-    """-NLL of the name's tokens + NLL of the other tokens of the same answers: SIU's authors' follow-up (ACL 2025 Findings).
-    It needs no D_r."""
+    """-NLL of the name's tokens + NLL of the other tokens of the same answers: SIU's authors'
+    follow-up (ACL 2025 Findings). It needs no D_r."""
     nll, name = _nll(batch), batch.forget & ~batch.kl_weight
     ascent = _mean(nll, name)
     return _mean(nll, batch.forget & ~name) - ascent, _parts(ascent)
 
 
 def mmunlearner(saliency: Sequence[tuple[torch.nn.Parameter, Tensor]]) -> Objective:
-    """-NLL_f with its gradient masked, + NLL_r: saliency-masked ascent (MMUnlearner, arXiv 2502.11051).
+    """-NLL_f with its gradient masked, + NLL_r: saliency-masked ascent (MMUnlearner, arXiv
+    2502.11051).
 
     saliency: each trained parameter and its mask, 1 where E g_f^2 / E g_r^2 >= 1 (`train.saliency`)
 
-    The masked gradient of the ascent is made here, the descent's is left to whoever takes this objective's. Theirs are two
-    optimiser steps, one after the other; in one, no momentum of the ascent moves a masked weight.
+    The masked gradient of the ascent is made here, the descent's is left to whoever takes this
+    objective's. Theirs are two optimiser steps, one after the other; in one, no momentum of the
+    ascent moves a masked weight.
     """
 
     def objective(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
@@ -171,8 +207,9 @@ def mmunlearner(saliency: Sequence[tuple[torch.nn.Parameter, Tensor]]) -> Object
 
 
 def safeeraser_ga(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
-    """-NLL_f + 0.5 NLL_d: ascent with the prompt-decouple loss (SafeEraser, arXiv 2502.12520; the weights of these four are its
-    released trainer's). Its decoupled pictures are generated harmless ones, ours are dreams: the question does not decide."""
+    """-NLL_f + 0.5 NLL_d: ascent with the prompt-decouple loss (SafeEraser, arXiv 2502.12520; the
+    weights of these four are its released trainer's). Its decoupled pictures are generated harmless
+    ones, ours are dreams: the question does not decide."""
     nll = _nll(batch)
     forget = _mean(nll, batch.forget)
     return 0.5 * _mean(nll, batch.decoupled) - forget, _parts(forget)
@@ -182,11 +219,14 @@ def safeeraser_gd(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float
     """-NLL_f + 0.5 NLL_r + 0.5 NLL_d."""
     nll = _nll(batch)
     forget = _mean(nll, batch.forget)
-    return 0.5 * _mean(nll, ~batch.forget) + 0.5 * _mean(nll, batch.decoupled) - forget, _parts(forget)
+    return 0.5 * _mean(nll, ~batch.forget) + 0.5 * _mean(nll, batch.decoupled) - forget, _parts(
+        forget
+    )
 
 
 def safeeraser_kl(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
-    """-NLL_f + KL_r + NLL_d. The KL is a mean over D_r's tokens; theirs covers prompt, picture and padding."""
+    """-NLL_f + KL_r + NLL_d. The KL is a mean over D_r's tokens; theirs covers prompt, picture and
+    padding."""
     nll = _nll(batch)
     forget, kept = _mean(nll, batch.forget), _mean(_kl(batch), ~batch.forget)
     return kept + _mean(nll, batch.decoupled) - forget, _parts(forget, kept)
@@ -201,13 +241,28 @@ def safeeraser_po(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float
 
 def _nll(batch: Batch) -> Tensor:
     """[N] with graph."""
-    return fused_dmk_ce(batch.hidden, batch.head_weight, batch.labels, alpha=1.0, reduction="none", **batch.head_options)
+    return fused_dmk_ce(
+        batch.hidden,
+        batch.head_weight,
+        batch.labels,
+        alpha=1.0,
+        reduction="none",
+        **batch.head_options,
+    )
 
 
 def _kl(batch: Batch) -> Tensor:
     """[N] with graph, over what the teacher's cache keeps of the vocabulary."""
-    return fused_dmk_ce(batch.hidden, batch.head_weight, batch.labels, batch.teacher, alpha=0.0, beta=1.0, reduction="none",
-                        **batch.head_options)  # fmt: skip
+    return fused_dmk_ce(
+        batch.hidden,
+        batch.head_weight,
+        batch.labels,
+        batch.teacher,
+        alpha=0.0,
+        beta=1.0,
+        reduction="none",
+        **batch.head_options,
+    )
 
 
 def _mean(values: Tensor, chosen: Tensor) -> Tensor:

@@ -42,9 +42,24 @@ from .report.render import render_html, render_markdown
 from .request import BadInput, NumericFailure
 
 __all__ = [
-    "KEY", "MANIFEST", "ORIGINS", "OTHER", "PACKAGES", "REPORT", "ROOM", "Transaction", "check_destination", "check_shown",
-    "digest_file", "digest_model", "manifest", "random_directory", "read_report", "request_digest", "write_reports",
-]  # fmt: skip
+    "KEY",
+    "MANIFEST",
+    "ORIGINS",
+    "OTHER",
+    "PACKAGES",
+    "REPORT",
+    "ROOM",
+    "Transaction",
+    "check_destination",
+    "check_shown",
+    "digest_file",
+    "digest_model",
+    "manifest",
+    "random_directory",
+    "read_report",
+    "request_digest",
+    "write_reports",
+]
 OTHER = "choose another --output"
 ROOM = 32 * 2**20  # bytes that an output takes at least, adapter and reports
 PRIVATE = ("report.*", "untouched.json")  # files with names and answers, for their owner alone
@@ -58,7 +73,9 @@ def random_directory(base: str | Path = ".") -> Path:
             return path
 
 
-def check_destination(output: str | Path, digest: str, *, size: int = ROOM) -> Literal["same", "free"]:
+def check_destination(
+    output: str | Path, digest: str, *, size: int = ROOM
+) -> Literal["same", "free"]:
     """Returns "same": `output` is a complete result of this request, byte for byte, nothing to do.
     "free": it can be written.
 
@@ -79,7 +96,10 @@ def check_destination(output: str | Path, digest: str, *, size: int = ROOM) -> L
                 return _existing(output, digest)
         parent = output.parent
         if not parent.is_dir():
-            raise BadInput(f"The directory {str(parent)!r} for the output does not exist: create it, or {OTHER}.")
+            raise BadInput(
+                f"The directory {str(parent)!r} for the output does not exist: create it, or "
+                f"{OTHER}."
+            )
     except OSError as error:
         raise BadInput(f"The output {shown} cannot be used ({error.strerror}): {OTHER}.") from error
     staging.check_writable(output, OTHER)
@@ -125,7 +145,9 @@ class Transaction:
         except OSError as error:
             self.__exit__(None, None, None)
             where = str(self.output.parent)
-            raise BadInput(f"The directory {where!r} cannot be written ({error.strerror}): {OTHER}.") from error
+            raise BadInput(
+                f"The directory {where!r} cannot be written ({error.strerror}): {OTHER}."
+            ) from error
         return self._staging
 
     def commit(self, manifest: Mapping[str, Any]) -> Path:
@@ -142,8 +164,14 @@ class Transaction:
         place = self._staging
         if place is None or self.committed:
             raise RuntimeError("commit() belongs inside the transaction's with block, once")
-        listed = {p.relative_to(place).as_posix(): p for p in sorted(place.rglob("*")) if p.is_file()}
-        files = {name: {"bytes": p.stat().st_size, "sha256": digest_file(p)} for name, p in listed.items() if name != KEY}
+        listed = {
+            p.relative_to(place).as_posix(): p for p in sorted(place.rglob("*")) if p.is_file()
+        }
+        files = {
+            name: {"bytes": p.stat().st_size, "sha256": digest_file(p)}
+            for name, p in listed.items()
+            if name != KEY
+        }
         content = {**manifest, "files": files}
         _json(content, MANIFEST)  # before anything is sealed that cannot be written
         text = _json({**content, SEAL: seal(content)}, MANIFEST)
@@ -164,21 +192,33 @@ class Transaction:
         except OSError as error:
             if os.path.lexists(self.output):
                 shown = repr(str(self.output))
-                raise BadInput(f"Something appeared at {shown} during the run: run again with another --output.") from error
+                raise BadInput(
+                    f"Something appeared at {shown} during the run: run again with another "
+                    "--output."
+                ) from error
             raise
         self.committed = True
         staging.sync(self.output.parent)
         return self.output
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._staging = None
         self._hidden.__exit__(kind, error, trace)
         if isinstance(error, Exception) and staging.disk_full(error):
             where = str(self.output.parent)
-            raise BadInput(f"The disk of {where!r} is full, and nothing was written: free some, or {OTHER}.") from error
+            raise BadInput(
+                f"The disk of {where!r} is full, and nothing was written: free some, or {OTHER}."
+            ) from error
 
 
-def write_reports(folder: Path, report: Mapping[str, Any], *, redact: bool = False, picture: Image | None = None) -> None:
+def write_reports(
+    folder: Path, report: Mapping[str, Any], *, redact: bool = False, picture: Image | None = None
+) -> None:
     """Write report.json, report.md and report.html, for their owner alone.
 
     redact:  names, questions, answers and file names stay out of all three
@@ -194,13 +234,18 @@ def write_reports(folder: Path, report: Mapping[str, Any], *, redact: bool = Fal
     # Half a surrogate pair, as broken tokenizers produce, has no UTF-8 form; what a terminal would
     # obey is shown as its escape, since Markdown is read in terminals as well.
     staging.write(folder / "report.md", visible(render_markdown(report)).encode("utf-8", "replace"))
-    staging.write(folder / "report.html", visible(render_html(report, picture)).encode("utf-8", "replace"))
+    staging.write(
+        folder / "report.html", visible(render_html(report, picture)).encode("utf-8", "replace")
+    )
 
 
 def check_shown(redact: bool, embed_image: bool) -> None:
     """Raises BadInput where a report is to name nobody and to show somebody."""
     if redact and embed_image:
-        raise BadInput("--redact and --embed-image exclude each other, because a picture tells who it shows: leave one out.")
+        raise BadInput(
+            "--redact and --embed-image exclude each other, because a picture tells who it "
+            "shows: leave one out."
+        )
 
 
 def _existing(output: Path, digest: str) -> Literal["same"]:
@@ -210,12 +255,18 @@ def _existing(output: Path, digest: str) -> Literal["same"]:
     try:
         sealed = read(output)
     except BadInput:
-        raise BadInput(f"The output {shown} exists and is not a result of FastSIU: {OTHER}.") from None
+        raise BadInput(
+            f"The output {shown} exists and is not a result of FastSIU: {OTHER}."
+        ) from None
     try:
         key = bytes.fromhex((output / KEY).read_text(encoding="ascii").strip())
     except (OSError, ValueError):
-        raise BadInput(f"The output {shown} exists and its {KEY} is gone, so its request is unknown: {OTHER}.") from None
-    if not hmac.compare_digest(sealed["request"].encode("utf-8", "replace"), keyed(digest, key).encode()):
+        raise BadInput(
+            f"The output {shown} exists and its {KEY} is gone, so its request is unknown: {OTHER}."
+        ) from None
+    if not hmac.compare_digest(
+        sealed["request"].encode("utf-8", "replace"), keyed(digest, key).encode()
+    ):
         raise BadInput(f"The output {shown} holds the result of another request: {OTHER}.")
     for name, what in changed(output, sealed).items():
         raise BadInput(f"The output {shown} was changed ({name!r} {what}): {OTHER}.")
@@ -224,7 +275,9 @@ def _existing(output: Path, digest: str) -> Literal["same"]:
 
 def _absolute(output: str | Path) -> Path:
     if "\0" in str(output) or not str(output):
-        raise BadInput("The output's path is empty or contains a NUL character: choose another --output.")
+        raise BadInput(
+            "The output's path is empty or contains a NUL character: choose another --output."
+        )
     return Path(os.path.abspath(output))
 
 

@@ -10,15 +10,18 @@ import threading
 
 
 def start(packed: bytes) -> None:
-    """Calls `first(*rest)`. packed: the tuple (first, *rest), pickled; unpacking it imports the module of `first`."""
+    """Calls `first(*rest)`. packed: the tuple (first, *rest), pickled; unpacking it imports the
+    module of `first`."""
     end_with_parent()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as the command line does in its own process, and as early
+    # as the command line does in its own process, and as early
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     first, *rest = pickle.loads(packed)
     first(*rest)
 
 
 def end_with_parent() -> None:
-    """From now on this process ends when its parent does: a parent that was killed could not say so."""
+    """From now on this process ends when its parent does: a parent that was killed could not say
+    so."""
     threading.Thread(target=_wait, daemon=True).start()
 
 

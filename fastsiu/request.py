@@ -1,7 +1,7 @@
 """What is asked for: one concept to forget, how hard to try, and the texts to train on.
 
-A leaf: it imports nothing of FastSIU, and everything else may import it. The command line, Python callers, JSONL files
-and the manifest all speak these three types.
+A leaf: it imports nothing of FastSIU, and everything else may import it. The command line, Python
+callers, JSONL files and the manifest all speak these three types.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 FACETS = ("align", "describe", "facts", "preserve")  # the paper's four targets, in its order
-CHANGES, KEEPS = ("stranger", "beside"), ("kept", "kept-beside", "look")  # the lessons of target 5 (`samples.strangers`)
+# the lessons of target 5 (`samples.strangers`)
+CHANGES, KEEPS = (
+    ("stranger", "beside"),
+    ("kept", "kept-beside", "look"),
+)
 
 
 class BadInput(ValueError):
-    """The user's input cannot be used. The message is one sentence with the fact and the remedy (exit code 2)."""
+    """The user's input cannot be used. The message is one sentence with the fact and the remedy
+    (exit code 2)."""
 
 
 class NumericFailure(RuntimeError):
@@ -36,8 +41,10 @@ class Request:
     protect:  names of neighbours that must survive; empty = those the teacher itself names
     images:   directory with more pictures of the concept, used by the verdict only
     retain:   directory with unlabelled pictures of anything else, to be answered as before
-    data:     file with samples of the user's own, JSONL or LLaVA's conversations, added to the built ones
-    as_word:  how a name counts that is a word like any other, too ("Rose"): `concept.Concept.as_word`
+    data:     file with samples of the user's own, JSONL or LLaVA's conversations, added to the
+    built ones
+    as_word:  how a name counts that is a word like any other, too ("Rose"):
+    `concept.Concept.as_word`
     """
 
     concept: str
@@ -52,21 +59,44 @@ class Request:
     def __post_init__(self) -> None:
         for text in (self.concept, *self.aliases, *self.protect):
             if not isinstance(text, str):
-                raise BadInput(f"A name is a {type(text).__name__} and not text: write it in quotes.")
+                raise BadInput(
+                    f"A name is a {type(text).__name__} and not text: write it in quotes."
+                )
         if not self.concept.strip():
-            raise BadInput("The concept's name is empty: pass the name to forget with --concept NAME.")
+            raise BadInput(
+                "The concept's name is empty: pass the name to forget with --concept NAME."
+            )
         for name in (*self.aliases, *self.protect):
             if not name.strip():
-                raise BadInput("An --alias or --protect name is empty: leave the option out or give a name.")
+                raise BadInput(
+                    "An --alias or --protect name is empty: leave the option out or give a name."
+                )
 
 
-# The bounds of a recipe's numbers, both included. The upper ones are far beyond what helps; above them
-# a run would not end, or not fit into any memory.
-WHOLE = {"steps": (1, 100_000), "rank": (1, 4096), "batch_size": (1, 4096), "dreams": (0, 64), "dream_steps": (0, 10_000),
-         "strangers": (0, 256), "seed": (0, 2**63 - 1)}  # fmt: skip
-NUMBERS = {"lora_alpha": (0, 1e6), "lr": (0, 10), "projector_lr": (0, 10), "alpha": (0, 1e6), "beta": (0, 1e6),
-           "dream_lr": (0, 1e3), "dream_noise": (0, 1e3), "temperature": (1, 1e3), "level": (0, 1e3), "warmup": (0, 1),
-           "lora_dropout": (0, 0.99)}  # fmt: skip
+# The bounds of a recipe's numbers, both included. The upper ones are far beyond what helps; above
+# them a run would not end, or not fit into any memory.
+WHOLE = {
+    "steps": (1, 100_000),
+    "rank": (1, 4096),
+    "batch_size": (1, 4096),
+    "dreams": (0, 64),
+    "dream_steps": (0, 10_000),
+    "strangers": (0, 256),
+    "seed": (0, 2**63 - 1),
+}
+NUMBERS = {
+    "lora_alpha": (0, 1e6),
+    "lr": (0, 10),
+    "projector_lr": (0, 10),
+    "alpha": (0, 1e6),
+    "beta": (0, 1e6),
+    "dream_lr": (0, 1e3),
+    "dream_noise": (0, 1e3),
+    "temperature": (1, 1e3),
+    "level": (0, 1e3),
+    "warmup": (0, 1),
+    "lora_dropout": (0, 0.99),
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +104,8 @@ class Recipe:
     """The hyper-parameters. The defaults are meant for models of 2 to 13 billion parameters.
 
     alpha, beta: weights of cross-entropy and dual-masked KL (paper section 4.3)
-    steps:       ceiling on optimiser steps; training stops earlier once the name is gone and the rest holds
+    steps:       ceiling on optimiser steps; training stops earlier once the name is gone and the
+    rest holds
     lr:          AdamW learning rate of the LoRA factors
     batch_size:  samples in one optimiser step
     token_mask, vocab_mask, dreams: switches for ablations; all three belong to the method
@@ -88,7 +119,9 @@ class Recipe:
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     batch_size: int = 32
-    schedule: Literal["constant", "cosine", "decay"] = "decay"  # constant for 60 % of the steps, then down to a tenth
+    schedule: Literal["constant", "cosine", "decay"] = (
+        "decay"  # constant for 60 % of the steps, then down to a tenth
+    )
     warmup: float = 0.0
     projector_lr: float = 0.0  # above 0 the vision projector is trained as well, at this rate
     early_stop: bool = True
@@ -100,25 +133,40 @@ class Recipe:
     dream_steps: int = 60
     dream_lr: float = 0.1
     dream_noise: float = 0.5
-    strangers: int = 8  # pictures of nobody that the concept is to be answered like; 0: the four targets alone
-    temperature: float = 4.0  # of the distributions that are compared with strangers': names are far out in their tails
-    level: float = 0.1  # weight of what the concept's own answers may cost, against what they cost about strangers
+    strangers: int = (
+        8  # pictures of nobody that the concept is to be answered like; 0: the four targets alone
+    )
+    # of the distributions that are compared with strangers': names are far out in their tails
+    temperature: float = 4.0
+    # weight of what the concept's own answers may cost, against what they cost about strangers
+    level: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, (low, high) in {**WHOLE, **NUMBERS}.items():
             value = getattr(self, name)
-            whole, number = isinstance(value, int) and not isinstance(value, bool), isinstance(value, int | float)
-            if not (whole if name in WHOLE else number and not isinstance(value, bool)) or not low <= value <= high:
+            whole, number = (
+                isinstance(value, int) and not isinstance(value, bool),
+                isinstance(value, int | float),
+            )
+            if (
+                not (whole if name in WHOLE else number and not isinstance(value, bool))
+                or not low <= value <= high
+            ):
                 kind = "whole number" if name in WHOLE else "number"
                 raise BadInput(f"{name} is {value!r:.40}: give a {kind} between {low} and {high}.")
         for name in ("early_stop", "renormalize", "token_mask", "vocab_mask"):
             if not isinstance(getattr(self, name), bool):
                 raise BadInput(f"{name} is {getattr(self, name)!r:.40}: give true or false.")
         if self.schedule not in ("constant", "cosine", "decay"):
-            raise BadInput(f"The schedule {self.schedule!r} is unknown: choose 'constant', 'cosine' or 'decay'.")
+            raise BadInput(
+                f"The schedule {self.schedule!r} is unknown: choose 'constant', 'cosine' or "
+                "'decay'."
+            )
         if self.substitute not in ("description", "name"):
-            raise BadInput(f"The substitute {self.substitute!r} is unknown: choose 'description' or 'name'.")
+            raise BadInput(
+                f"The substitute {self.substitute!r} is unknown: choose 'description' or 'name'."
+            )
 
     def with_overrides(self, **values: Any) -> Recipe:
         """The same recipe with every value that is not None replaced."""
@@ -130,9 +178,20 @@ class Recipe:
 
 # The published set-up (paper section 5 and the released training log), for reproduction.
 PAPER = Recipe(
-    steps=6, lr=3e-4, rank=128, lora_alpha=256.0, lora_dropout=0.05, batch_size=4, schedule="cosine", warmup=0.03,
-    projector_lr=2e-5, early_stop=False, substitute="name", dreams=0, strangers=0,
-)  # fmt: skip
+    steps=6,
+    lr=3e-4,
+    rank=128,
+    lora_alpha=256.0,
+    lora_dropout=0.05,
+    batch_size=4,
+    schedule="cosine",
+    warmup=0.03,
+    projector_lr=2e-5,
+    early_stop=False,
+    substitute="name",
+    dreams=0,
+    strangers=0,
+)
 
 
 @dataclass(frozen=True)
@@ -142,12 +201,16 @@ class Sample:
     facet:     which of the four targets it serves
     question:  the user turn, verbatim
     answer:    the assistant turn
-    picture:   None for text only; 0 the concept's picture; k >= 1 the k-th entry of the retained pictures or dreams
-    specified: character spans (start, end) of `answer` that contradict what the teacher knows; the KL skips the
+    picture:   None for text only; 0 the concept's picture; k >= 1 the k-th entry of the retained
+    pictures or dreams
+    specified: character spans (start, end) of `answer` that contradict what the teacher knows; the
+    KL skips the
                tokens there (the paper's token mask, Eq. 2)
     origin:    where the answer came from: "teacher", "built", "dream", "retain", "data" or "lesson"
-    closed:    the answer is whole; False where the teacher was cut short, so that the end of its turn is not trained
-    teacher_pictures: what the teacher looks at in place of `picture`; of several its final states are averaged
+    closed:    the answer is whole; False where the teacher was cut short, so that the end of its
+    turn is not trained
+    teacher_pictures: what the teacher looks at in place of `picture`; of several its final states
+    are averaged
     """
 
     facet: str

@@ -1,11 +1,13 @@
 """Several requests in one load, from a JSONL file: one after another, or all at once.
 
-sequence   every request has an output of its own, DIR/001, DIR/002, ...: an adapter that forgets everything up to there, trained
+sequence   every request has an output of its own, DIR/001, DIR/002, ...: an adapter that forgets
+everything up to there, trained
            from nothing on all of it.
 joint      one training on all of them, one adapter: DIR/joint, with a report for each request.
 
-After each training everything forgotten so far is asked again: DIR/matrix.json has who is still forgotten, and the order in
-which it happened, from which an interrupted run goes on. A request that fails costs the others nothing.
+After each training everything forgotten so far is asked again: DIR/matrix.json has who is still
+forgotten, and the order in which it happened, from which an interrupted run goes on. A request that
+fails costs the others nothing.
 """
 
 from __future__ import annotations
@@ -36,17 +38,28 @@ from .verdict import EFFICACY
 
 Mode = Literal["sequence", "joint"]
 MATRIX = "matrix.json"
-FAILURES = (BadInput, NumericFailure, OutOfMemory, torch.OutOfMemoryError)  # of one request; the others go on
+# of one request; the others go on
+FAILURES = (
+    BadInput,
+    NumericFailure,
+    OutOfMemory,
+    torch.OutOfMemoryError,
+)
 SHAPE = {
-    "mode": str, "order": [int], "matrix": [{"after": [int], "named": {"*": float}}],
-    "requests": [{"line": int, "concept": str, "status": str, "reasons": [str], "output": (str, None)}],
-}  # fmt: skip
+    "mode": str,
+    "order": [int],
+    "matrix": [{"after": [int], "named": {"*": float}}],
+    "requests": [
+        {"line": int, "concept": str, "status": str, "reasons": [str], "output": (str, None)}
+    ],
+}
 PATHS = ("image", "images", "retain", "data")
 
 
 @dataclass
 class Outcome:
-    """What became of one line. status: "forgotten", "not forgotten" or "failed", with the reasons; output: where, if it is."""
+    """What became of one line. status: "forgotten", "not forgotten" or "failed", with the reasons;
+    output: where, if it is."""
 
     line: int
     concept: str
@@ -60,8 +73,10 @@ class Several:
     """What `unlearn_several` returns.
 
     outcomes: one a request, in the file's order
-    matrix:   one row a training, in the order in which they happened: {"after": lines trained so far, "named": {line: share}},
-              the share of answers about that line's picture, its held-out transforms and wordings, that still name it
+    matrix:   one row a training, in the order in which they happened: {"after": lines trained so
+    far, "named": {line: share}},
+              the share of answers about that line's picture, its held-out transforms and wordings,
+              that still name it
     """
 
     outcomes: list[Outcome]
@@ -75,7 +90,11 @@ class Several:
         return 0 if self.forgotten else 1 if any(o.output for o in self.outcomes) else 2
 
     def as_dict(self) -> dict[str, Any]:
-        return {"forgotten": self.forgotten, "requests": [vars(o) for o in self.outcomes], "matrix": self.matrix}
+        return {
+            "forgotten": self.forgotten,
+            "requests": [vars(o) for o in self.outcomes],
+            "matrix": self.matrix,
+        }
 
     @property
     def forgotten(self) -> bool:
@@ -86,16 +105,20 @@ class Several:
 
 
 def read_requests(path: Path) -> list[tuple[int, Request]]:
-    """(line number, request) of each line: an object with "image" and "concept", and the other fields of `Request` as needed.
+    """(line number, request) of each line: an object with "image" and "concept", and the other
+    fields of `Request` as needed.
 
     Paths count from the file's own directory. Raises BadInput with the line's number.
     """
     if not path.is_file():
         raise BadInput(f"There is no file {path}: give a JSONL file with one request a line.")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
+        # not splitlines: JSON strings may hold U+2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text: give a JSONL file with one request a line.") from error
+        raise BadInput(
+            f"{path} is not UTF-8 text: give a JSONL file with one request a line."
+        ) from error
     found: list[tuple[int, Request]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -104,19 +127,28 @@ def read_requests(path: Path) -> list[tuple[int, Request]]:
             request = _request(parse_json(line), path.parent)
         except (ValueError, TypeError) as error:
             text = str(error).rstrip(".")
-            raise BadInput(f"{path}, line {number}: {text}. A line is an object with 'image' and 'concept'.") from error
+            raise BadInput(
+                f"{path}, line {number}: {text}. A line is an object with 'image' and 'concept'."
+            ) from error
         for earlier, other in found:
             if concept_of(other).same(request.concept):
-                raise BadInput(f"{path}, line {number}: {request.concept} is asked for on line {earlier} already: remove one.")
+                raise BadInput(
+                    f"{path}, line {number}: {request.concept} is asked for on line {earlier} "
+                    "already: remove one."
+                )
         found.append((number, request))
     if not found:
-        raise BadInput(f"{path} holds no request: write one JSON object with 'image' and 'concept' a line.")
+        raise BadInput(
+            f"{path} holds no request: write one JSON object with 'image' and 'concept' a line."
+        )
     return found
 
 
 def _request(record: Any, base: Path) -> Request:
     known = {f.name for f in fields(Request)}
-    if not isinstance(record, dict) or not all(isinstance(record.get(k), str) for k in ("image", "concept")):
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(k), str) for k in ("image", "concept")
+    ):
         raise ValueError("'image' and 'concept' must be strings")
     if unknown := sorted(set(record) - known):
         raise ValueError(f"{unknown[0]!r} is none of {', '.join(sorted(known))}")
@@ -135,16 +167,33 @@ def _request(record: Any, base: Path) -> Request:
     return Request(**values)
 
 
-def unlearn_several(file: str | Path, *, mode: Mode = "sequence", output: str | Path | None = None,
-                    model: str | Path | None = None, revision: str | None = None, preset: str = "default",
-                    device: str | None = None, dtype: str = "auto", listener: Listener | None = None,
-                    quantize: str | None = None, attention: str | None = None, memory: float | None = None,
-                    checkpointing: bool | None = None, micro_batch: int | None = None, optimizer: str | None = None,
-                    redact: bool = False, embed_image: bool = False, **overrides: Any) -> Several:  # fmt: skip
-    """Makes a model forget everything that a file asks for. Options as in `driver.unlearn`; output: the directory of all outputs.
+def unlearn_several(
+    file: str | Path,
+    *,
+    mode: Mode = "sequence",
+    output: str | Path | None = None,
+    model: str | Path | None = None,
+    revision: str | None = None,
+    preset: str = "default",
+    device: str | None = None,
+    dtype: str = "auto",
+    listener: Listener | None = None,
+    quantize: str | None = None,
+    attention: str | None = None,
+    memory: float | None = None,
+    checkpointing: bool | None = None,
+    micro_batch: int | None = None,
+    optimizer: str | None = None,
+    redact: bool = False,
+    embed_image: bool = False,
+    **overrides: Any,
+) -> Several:
+    """Makes a model forget everything that a file asks for. Options as in `driver.unlearn`; output:
+    the directory of all outputs.
 
-    Run again, it does what is missing. Raises BadInput where the file, a picture or the output cannot be used: then nothing is
-    loaded. What fails later, for one request, is that request's outcome.
+    Run again, it does what is missing. Raises BadInput where the file, a picture or the output
+    cannot be used: then nothing is loaded. What fails later, for one request, is that request's
+    outcome.
     """
     listener = listener or Listener()
     outputs.check_shown(redact, embed_image)
@@ -161,20 +210,44 @@ def unlearn_several(file: str | Path, *, mode: Mode = "sequence", output: str | 
     name = str(driver.EMBEDDED if model is None else model)
     recipe, origins = driver.choose_recipe(name, preset, overrides)
     weights = outputs.digest_model(name) if Path(name).is_dir() else None
-    largest = max((pictures_in.load_image(r.image) for r in asked.values()), key=lambda image: image.width * image.height)
+    largest = max(
+        (pictures_in.load_image(r.image) for r in asked.values()),
+        key=lambda image: image.width * image.height,
+    )
     chosen = driver.choose_settings(
-        name, memory, recipe, largest, listener, revision=revision, device=device, dtype=dtype, quantize=quantize,
-        attention=attention, checkpointing=checkpointing, micro_batch=micro_batch, optimizer=optimizer,
-    )  # fmt: skip
+        name,
+        memory,
+        recipe,
+        largest,
+        listener,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        attention=attention,
+        checkpointing=checkpointing,
+        micro_batch=micro_batch,
+        optimizer=optimizer,
+    )
     destination = Path(output) if output is not None else outputs.random_directory()
     if output is None:
-        listener.note(f"Writing to {destination}: name it with --output to go on after an interruption.")
-    settings = {"dtype": dtype, "mode": mode} | driver.deciding(chosen) | driver.shown_as(redact, embed_image)
-    job = _Job(destination, mode, asked, name, revision, recipe, origins, weights, settings, listener)
+        listener.note(
+            f"Writing to {destination}: name it with --output to go on after an interruption."
+        )
+    settings = (
+        {"dtype": dtype, "mode": mode}
+        | driver.deciding(chosen)
+        | driver.shown_as(redact, embed_image)
+    )
+    job = _Job(
+        destination, mode, asked, name, revision, recipe, origins, weights, settings, listener
+    )
     done = job.resume()
     todo = [line for line in asked if line not in done]
     if todo or len(job.matrix) < (len(done) if mode == "sequence" else 1):
-        loaded = driver.load(name, revision, chosen, budget(chosen, recipe.batch_size, memory is not None), listener)
+        loaded = driver.load(
+            name, revision, chosen, budget(chosen, recipe.batch_size, memory is not None), listener
+        )
         try:
             with vlm.threads(loaded):
                 job.run(loaded, done, todo)
@@ -196,24 +269,37 @@ class _Job:
     settings: dict[str, Any]  # what else decides the result
     listener: Listener
     outcomes: dict[int, Outcome] = field(default_factory=dict)
-    put: dict[int, list[ask.Question]] = field(default_factory=dict)  # what the matrix asks about each line's picture
+    # what the matrix asks about each line's picture
+    put: dict[int, list[ask.Question]] = field(default_factory=dict)
     matrix: list[dict[str, Any]] = field(default_factory=list)
 
     def directory(self, line: int) -> Path:
         return self.output / (f"{line:03d}" if self.mode == "sequence" else "joint")
 
     def digest(self, lines: Sequence[int]) -> str:
-        """Of the training that ends with the last of these lines: all before it, in their order, are part of it."""
-        chain = "all anew" if self.mode == "sequence" else ""  # unlike outputs of adapters that were trained on
+        """Of the training that ends with the last of these lines: all before it, in their order,
+        are part of it."""
+        # unlike outputs of adapters that were trained on
+        chain = "all anew" if self.mode == "sequence" else ""
         for line in lines:
-            chain = outputs.request_digest(self.asked[line], self.recipe, self.name, self.revision, weights=self.weights,
-                                           before=chain, **self.settings)  # fmt: skip
+            chain = outputs.request_digest(
+                self.asked[line],
+                self.recipe,
+                self.name,
+                self.revision,
+                weights=self.weights,
+                before=chain,
+                **self.settings,
+            )
         return chain
 
     def resume(self) -> list[int]:
-        """The lines that are done, in the order in which they were trained. Raises BadInput for an output of other requests."""
+        """The lines that are done, in the order in which they were trained. Raises BadInput for an
+        output of other requests."""
         path = self.output / MATRIX
-        self.outcomes = {line: Outcome(line, request.concept) for line, request in self.asked.items()}
+        self.outcomes = {
+            line: Outcome(line, request.concept) for line, request in self.asked.items()
+        }
         if not path.is_file():
             outputs.check_destination(self.output, "")  # absent or empty, or it raises
             return []
@@ -228,53 +314,84 @@ class _Job:
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{path} is damaged: choose another --output.") from error
         if not same or not all(line in self.asked for line in order):
-            raise BadInput(f"{self.output} holds the results of other requests, or the lines of the file have moved: "
-                           "choose another --output, or put them back.")  # fmt: skip
-        return self._resume_joint(order, stored) if self.mode == "joint" else self._resume_sequence(order, stored)
+            raise BadInput(
+                f"{self.output} holds the results of other requests, or the lines of the file "
+                "have moved: "
+                "choose another --output, or put them back."
+            )
+        return (
+            self._resume_joint(order, stored)
+            if self.mode == "joint"
+            else self._resume_sequence(order, stored)
+        )
 
     def _resume_joint(self, order: list[int], stored: dict[int, Outcome]) -> list[int]:
-        if not order or not self.directory(order[0]).exists():  # cut off before its one training was over
+        # cut off before its one training was over
+        if not order or not self.directory(order[0]).exists():
             return []
-        if {line: o.concept for line, o in stored.items()} != {line: self.shown(o).concept for line, o in self.outcomes.items()}:
-            raise BadInput(f"{self.output} holds a joint training of other lines, and nothing can be added to it: choose another "
-                           "--output.")  # fmt: skip
+        if {line: o.concept for line, o in stored.items()} != {
+            line: self.shown(o).concept for line, o in self.outcomes.items()
+        }:
+            raise BadInput(
+                f"{self.output} holds a joint training of other lines, and nothing can be added "
+                "to it: choose another "
+                "--output."
+            )
         outputs.check_destination(self.directory(order[0]), self.digest(order))
         self.outcomes |= {line: self.restored(one) for line, one in stored.items()}
         for number, line in enumerate(order, 1):
-            folder = self.directory(line) / f"{number:03d}" if len(order) > 1 else self.directory(line)
+            folder = (
+                self.directory(line) / f"{number:03d}" if len(order) > 1 else self.directory(line)
+            )
             self._adopt(line, folder / "report.json")
         return order + [line for line in self.asked if line not in order]
 
     def _resume_sequence(self, order: list[int], stored: dict[int, Outcome]) -> list[int]:
         for i in range(len(order)):  # raises where the directory holds anything but this
-            if outputs.check_destination(self.directory(order[i]), self.digest(order[: i + 1])) != "same":
-                raise BadInput(f"{self.directory(order[i])} is missing: restore it, or choose another --output.")
+            if (
+                outputs.check_destination(self.directory(order[i]), self.digest(order[: i + 1]))
+                != "same"
+            ):
+                raise BadInput(
+                    f"{self.directory(order[i])} is missing: restore it, or choose another "
+                    "--output."
+                )
         self.outcomes |= {line: self.restored(stored[line]) for line in order}
         for line in self.asked:  # killed after the output and before the matrix: the output counts
             place = self.directory(line)
-            if line not in order and place.exists() and outputs.check_destination(place, self.digest([*order, line])) == "same":
+            if (
+                line not in order
+                and place.exists()
+                and outputs.check_destination(place, self.digest([*order, line])) == "same"
+            ):
                 self._adopt(line, place / "report.json")
                 order.append(line)
         return order
 
     def _adopt(self, line: int, report: Path) -> None:
         found, place = outputs.read_report(report.parent), self.directory(line).name
-        self.outcomes[line] = replace(self.outcomes[line], status=found["verdict"], reasons=found["reasons"], output=place)
+        self.outcomes[line] = replace(
+            self.outcomes[line], status=found["verdict"], reasons=found["reasons"], output=place
+        )
 
     def shown(self, outcome: Outcome) -> Outcome:
         """As matrix.json has it: without names where none are to be written."""
         if not self.settings.get("redact"):
             return outcome
-        return replace(outcome, concept=CONCEPT, reasons=[sentence(reason) for reason in outcome.reasons])
+        return replace(
+            outcome, concept=CONCEPT, reasons=[sentence(reason) for reason in outcome.reasons]
+        )
 
     def restored(self, stored: Outcome) -> Outcome:
         return replace(stored, concept=self.asked[stored.line].concept)
 
     def save(self, order: Sequence[int]) -> None:
         content = {
-            "mode": self.mode, "order": list(order), "matrix": self.matrix,
+            "mode": self.mode,
+            "order": list(order),
+            "matrix": self.matrix,
             "requests": [vars(self.shown(self.outcomes[line])) for line in self.asked],
-        }  # fmt: skip
+        }
         text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
         staging.replace_file(self.output / MATRIX, text.encode("utf-8", "backslashreplace"))
 
@@ -282,7 +399,10 @@ class _Job:
         self.output.mkdir(mode=0o700, exist_ok=True)
         with staging.claim(self.output, MATRIX) as mine:
             if not mine:
-                raise BadInput(f"Another run is at work in {self.output}: wait for its end, or choose another --output.")
+                raise BadInput(
+                    f"Another run is at work in {self.output}: wait for its end, or choose "
+                    "another --output."
+                )
             self._run(loaded, done, todo)
 
     def _run(self, loaded: vlm.VLM, done: list[int], todo: list[int]) -> None:
@@ -301,8 +421,12 @@ class _Job:
             seconds: dict[str, float] = {}
             try:
                 self.say(line)
-                one = self.prepare(loaded, line, [before.scene.concept for before in ready], seconds)
-                made, history = session.learn(loaded, [*ready, one], self.recipe, listener=self.listener, seconds=seconds)
+                one = self.prepare(
+                    loaded, line, [before.scene.concept for before in ready], seconds
+                )
+                made, history = session.learn(
+                    loaded, [*ready, one], self.recipe, listener=self.listener, seconds=seconds
+                )
                 report = self.judge(line, Trained(one.scene, made, history, one.dreamed, seconds))
             except FAILURES as error:
                 self.fail(line, error)
@@ -334,8 +458,13 @@ class _Job:
         self.save(order)  # of which training the output will be, should nothing else be written
         if not ready:
             return
-        made, history = session.learn(loaded, list(ready.values()), self.recipe, listener=self.listener, seconds=seconds)
-        judged = [self.judge(n, Trained(o.scene, made, history, o.dreamed, seconds)) for n, o in ready.items()]
+        made, history = session.learn(
+            loaded, list(ready.values()), self.recipe, listener=self.listener, seconds=seconds
+        )
+        judged = [
+            self.judge(n, Trained(o.scene, made, history, o.dreamed, seconds))
+            for n, o in ready.items()
+        ]
         self.write(loaded, order, judged, self.digest(order))
         self.look(loaded, order)
         self.save(order)
@@ -346,40 +475,76 @@ class _Job:
         self.outcomes[line] = replace(self.outcomes[line], status="failed", reasons=[reason])
 
     def say(self, line: int) -> None:
-        self.listener.note(f"Request {list(self.asked).index(line) + 1} of {len(self.asked)}: {self.asked[line].concept}")
+        self.listener.note(
+            f"Request {list(self.asked).index(line) + 1} of {len(self.asked)}: "
+            f"{self.asked[line].concept}"
+        )
 
-    def prepare(self, loaded: vlm.VLM, line: int, others: Sequence[Concept], seconds: dict[str, float]) -> Prepared:
+    def prepare(
+        self, loaded: vlm.VLM, line: int, others: Sequence[Concept], seconds: dict[str, float]
+    ) -> Prepared:
         request = self.asked[line]
-        return session.prepare(loaded, request, self.recipe, pictures_in.load_image(request.image), others=others,
-                               listener=self.listener, seconds=seconds)  # fmt: skip
+        return session.prepare(
+            loaded,
+            request,
+            self.recipe,
+            pictures_in.load_image(request.image),
+            others=others,
+            listener=self.listener,
+            seconds=seconds,
+        )
 
     def judge(self, line: int, trained: Trained) -> dict[str, Any]:
         """The report of one request, whose outcome it settles."""
         request = self.asked[line]
         self.listener.stage("Asking again, with the adapter on and off")
-        verdict, answers = examine(trained.scene, driver.shown(request.images), driver.shown(request.retain))
+        verdict, answers = examine(
+            trained.scene, driver.shown(request.images), driver.shown(request.retain)
+        )
         status = "forgotten" if verdict.forgotten else "not forgotten"
-        self.outcomes[line] = replace(self.outcomes[line], status=status, reasons=list(verdict.reasons))
+        self.outcomes[line] = replace(
+            self.outcomes[line], status=status, reasons=list(verdict.reasons)
+        )
         return driver.report_of(request, self.recipe, self.name, verdict, answers, trained)
 
-    def write(self, loaded: vlm.VLM, order: Sequence[int], reports: Sequence[dict[str, Any]], digest: str) -> None:
+    def write(
+        self, loaded: vlm.VLM, order: Sequence[int], reports: Sequence[dict[str, Any]], digest: str
+    ) -> None:
         """One output; its manifest lists the pictures of all requests that it was trained on."""
         place = self.directory(order[-1])
         requests = [self.asked[line] for line in order]
-        driver.write(place, loaded, requests, reports, self.recipe, self.origins, digest, self.weights, self.settings)
+        driver.write(
+            place,
+            loaded,
+            requests,
+            reports,
+            self.recipe,
+            self.origins,
+            digest,
+            self.weights,
+            self.settings,
+        )
         for line in order[-len(reports) :]:
             self.outcomes[line].output = place.name
 
     def look(self, loaded: vlm.VLM, lines: Sequence[int]) -> None:
-        """A row of the matrix: everything trained so far is asked again, in wordings and transforms that training never used."""
+        """A row of the matrix: everything trained so far is asked again, in wordings and transforms
+        that training never used."""
         self.listener.stage("Asking who is still forgotten")
         named = {}
         for line in lines:
             concept = concept_of(self.asked[line])
-            if line not in self.put or self.recipe.projector_lr > 0:  # a trained projector sees differently
-                views = variants(pictures_in.load_image(self.asked[line].image), self.recipe.seed, held_out=True)
+            # a trained projector sees differently
+            if line not in self.put or self.recipe.projector_lr > 0:
+                views = variants(
+                    pictures_in.load_image(self.asked[line].image), self.recipe.seed, held_out=True
+                )
                 seen = [loaded.picture(image) for _, image in views]
-                self.put[line] = [(question, picture) for picture in seen for question in wordings()["who"]["held_out"]]
+                self.put[line] = [
+                    (question, picture)
+                    for picture in seen
+                    for question in wordings()["who"]["held_out"]
+                ]
             said = ask.answers(loaded, self.put[line])
             named[str(line)] = sum(concept.named_in(answer) for answer in said) / len(said)
         self.matrix.append({"after": list(lines), "named": named})

@@ -34,7 +34,8 @@ def cell(value: Any) -> Text:
 
 
 class Progress:
-    """One line that says what is going on; during training a bar with the loss parts, P(name) and the time left.
+    """One line that says what is going on; during training a bar with the loss parts, P(name) and
+    the time left.
 
     Where the console is no terminal only the sentences that should stay are printed.
     """
@@ -42,17 +43,30 @@ class Progress:
     def __init__(self, console: Console, hidden: bool) -> None:
         self._hidden, self._live = hidden, console.is_terminal and not hidden
         self._bar = bars.Progress(
-            bars.TextColumn("{task.description}", markup=False), bars.BarColumn(bar_width=24), bars.MofNCompleteColumn(),
-            bars.TimeElapsedColumn(), bars.TimeRemainingColumn(), console=console, transient=True, disable=not self._live,
-        )  # fmt: skip
+            bars.TextColumn("{task.description}", markup=False),
+            bars.BarColumn(bar_width=24),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not self._live,
+        )
         self._task = self._bar.add_task("", total=None, visible=False)
-        self.listener = Listener(stage=self._stage, note=self._note, step=self._step, loading=self._loading)
+        self.listener = Listener(
+            stage=self._stage, note=self._note, step=self._step, loading=self._loading
+        )
 
     def __enter__(self) -> Progress:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._bar.stop()
 
     @contextmanager
@@ -72,7 +86,10 @@ class Progress:
             self._bar.console.print(text, soft_wrap=True)
 
     def _step(self, step: Step, ceiling: int) -> None:
-        text = f"Training  CE {step.ce:.3f}  KL {step.kl:.3f}  P(name) {step.p_name:.3f}  retained {step.retained:.0%}"
+        text = (
+            f"Training  CE {step.ce:.3f}  KL {step.kl:.3f}  P(name) {step.p_name:.3f}  "
+            f"retained {step.retained:.0%}"
+        )
         self._bar.update(self._task, description=text, total=ceiling, completed=step.step)
 
 
@@ -87,17 +104,28 @@ def summary(console: Console, result: Result) -> None:
     if report["answers"]:  # none where they were left out
         console.print(table)
     for key, label in (
-        ("efficacy", "name gone on the picture's transforms"), ("generality", "name gone on other pictures"),
+        ("efficacy", "name gone on the picture's transforms"),
+        ("generality", "name gone on other pictures"),
         ("recognition", "look no longer confirmed by name"),
-        ("specificity", "other pictures answered as before"), ("facts", "text answered as before"),
-    ):  # fmt: skip
-        console.print(f"  {label:40s} {_rate(report['before'][key])} -> {_rate(report['after'][key])}", soft_wrap=True)
+        ("specificity", "other pictures answered as before"),
+        ("facts", "text answered as before"),
+    ):
+        console.print(
+            f"  {label:40s} {_rate(report['before'][key])} -> {_rate(report['after'][key])}",
+            soft_wrap=True,
+        )
     steps = report["training"]
     if steps:
         spent = sum(report["seconds"].values())
-        console.print(f"  {steps[-1]['step']} steps, P(name) {steps[-1]['p_name']:.4f} at most, {spent:.0f} s in all")
+        console.print(
+            f"  {steps[-1]['step']} steps, P(name) {steps[-1]['p_name']:.4f} at most, "
+            f"{spent:.0f} s in all"
+        )
     families_table(console, report)
-    console.print(standing({**report, "verdict": "forgotten" if result.forgotten else "not forgotten"}), soft_wrap=True)
+    console.print(
+        standing({**report, "verdict": "forgotten" if result.forgotten else "not forgotten"}),
+        soft_wrap=True,
+    )
     for reason in result.reasons:
         console.print(f"  {reason}", soft_wrap=True)
     if report.get("families"):
@@ -105,28 +133,48 @@ def summary(console: Console, result: Result) -> None:
     for note in (*result.notes, *([] if result.repeated else [f"Written to {result.output}"])):
         console.print(note, soft_wrap=True)
     if result.output is not None and (result.output / KEY).is_file():
-        console.print(f"Before you publish it, remove {result.output / KEY}: whoever holds it and one of the pictures can tell "
-                      "that the picture was used.", soft_wrap=True)  # fmt: skip
+        console.print(
+            f"Before you publish it, remove {result.output / KEY}: whoever holds it and one of "
+            "the pictures can tell "
+            "that the picture was used.",
+            soft_wrap=True,
+        )
 
 
 def families_table(console: Console, report: Mapping[str, Any]) -> None:
-    """What gave it away, in %, a line for each family, the worst first; nothing where none was asked."""
+    """What gave it away, in %, a line for each family, the worst first; nothing where none was
+    asked."""
     families = report.get("families") or []
     if not families:
         return
-    table = Table("", title="Asked in other ways: given away, %", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table = Table(
+        "",
+        title="Asked in other ways: given away, %",
+        title_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+    )
     for side in ("untouched", "unlearned", "strangers", "allowed", "n"):
         table.add_column(side, justify="right")
-    alone = all(one["unlearned"].get("value") is None for one in families)  # only the untouched model was asked
+    # only the untouched model was asked
+    alone = all(one["unlearned"].get("value") is None for one in families)
     share = lambda rate: "-" if (rate or {}).get("value") is None else f"{100 * rate['value']:.0f}"
     for one in families:
         if one["applicable"] or alone:
             sign = "! " if one["failed"] else "  "
-            table.add_row(sign + one["family"], *(share(one[side]) for side in ("untouched", "unlearned", "strangers")),
-                          f"{100 * one['allowed']:.0f}", str(one["n"]))  # fmt: skip
+            table.add_row(
+                sign + one["family"],
+                *(share(one[side]) for side in ("untouched", "unlearned", "strangers")),
+                f"{100 * one['allowed']:.0f}",
+                str(one["n"]),
+            )
     console.print(table)
     if absent := [one["family"] for one in families if not one["applicable"] and not alone]:
-        console.print(f"  Not applicable, as the untouched model does not tell it either: {', '.join(absent)}.", soft_wrap=True)
+        console.print(
+            "  Not applicable, as the untouched model does not tell it either: "
+            f"{', '.join(absent)}.",
+            soft_wrap=True,
+        )
 
 
 def inside_table(console: Console, report: Mapping[str, Any]) -> None:
@@ -146,8 +194,15 @@ def inside_table(console: Console, report: Mapping[str, Any]) -> None:
 def several_table(console: Console, several: Several) -> None:
     """What became of each request, and who is still named after each training."""
     lines = [str(o.line) for o in several.outcomes]
-    table = Table(title="Share of answers that still give the name, after each training", title_justify="left")
-    for heading in ("line", "concept", "verdict", *(f"after {row['after'][-1]}" for row in several.matrix)):
+    table = Table(
+        title="Share of answers that still give the name, after each training", title_justify="left"
+    )
+    for heading in (
+        "line",
+        "concept",
+        "verdict",
+        *(f"after {row['after'][-1]}" for row in several.matrix),
+    ):
         table.add_column(heading, overflow="fold")
     for line, outcome in zip(lines, several.outcomes, strict=True):
         shares = [row["named"].get(line) for row in several.matrix]
@@ -160,33 +215,55 @@ def several_table(console: Console, several: Several) -> None:
     if several.resumed:
         console.print(f"{several.resumed} of {len(lines)} were done already.")
     console.print("All forgotten." if several.forgotten else "Not all forgotten.")
-    console.print(f"Written to {several.output}. Before you publish it, remove each private.key: whoever holds it and one of the "
-                  "pictures can tell that the picture was used.", soft_wrap=True)  # fmt: skip
+    console.print(
+        f"Written to {several.output}. Before you publish it, remove each private.key: whoever "
+        "holds it and one of the "
+        "pictures can tell that the picture was used.",
+        soft_wrap=True,
+    )
 
 
 def merged_summary(console: Console, result: Merged) -> None:
     """What became of the weights, and the verdict in every form it was repeated in."""
     weights = result.report["weights"]
-    console.print(f"Largest change of a weight: {weights['largest']:.3g} in {weights['matrix']}, {weights['relative']:.1%} of "
-                  f"its largest weight; {weights['matrices']} of {weights['of']} tensors changed; rounding undid "
-                  f"{weights['unchanged']:.1%} of the changes.", soft_wrap=True)  # fmt: skip
+    console.print(
+        f"Largest change of a weight: {weights['largest']:.3g} in {weights['matrix']}, "
+        f"{weights['relative']:.1%} of "
+        f"its largest weight; {weights['matrices']} of {weights['of']} tensors changed; rounding "
+        "undid "
+        f"{weights['unchanged']:.1%} of the changes.",
+        soft_wrap=True,
+    )
     for row in result.report.get("merged", []):
         if row["verdict"] is None:
             console.print(f"  {row['dtype']:9s} not verified: {row['reason']}", soft_wrap=True)
             continue
         console.print(f"  {row['dtype']:9s} {row['verdict']}")
         for key, label in (
-            ("efficacy", "name gone on the picture's transforms"), ("generality", "name gone on other pictures"),
+            ("efficacy", "name gone on the picture's transforms"),
+            ("generality", "name gone on other pictures"),
             ("recognition", "look no longer confirmed by name"),
-        ):  # fmt: skip
-            console.print(f"    {label:40s} {_rate(row['before'][key])} -> {_rate(row['after'][key])}", soft_wrap=True)
+        ):
+            console.print(
+                f"    {label:40s} {_rate(row['before'][key])} -> {_rate(row['after'][key])}",
+                soft_wrap=True,
+            )
         console.print(f"    {attacked(row)}", soft_wrap=True)
         for key, label in (("specificity", "other pictures"), ("facts", "text")):
-            console.print(f"    {label} as the untouched model in {row['dtype']}: {_rate(row['after'][key])}", soft_wrap=True)
-            console.print(f"    {label} as the untouched model as stored: {_rate(row['agreement'][key])}, without unlearning "
-                          f"{_rate(row['control'][key])}", soft_wrap=True)  # fmt: skip
+            console.print(
+                f"    {label} as the untouched model in {row['dtype']}: {_rate(row['after'][key])}",
+                soft_wrap=True,
+            )
+            console.print(
+                f"    {label} as the untouched model as stored: {_rate(row['agreement'][key])}, "
+                "without unlearning "
+                f"{_rate(row['control'][key])}",
+                soft_wrap=True,
+            )
     if result.forgotten is not None:
-        console.print("Forgotten in every form that was asked." if result.forgotten else "Not forgotten:")
+        console.print(
+            "Forgotten in every form that was asked." if result.forgotten else "Not forgotten:"
+        )
     for reason in result.reasons:
         console.print(f"  {reason}", soft_wrap=True)
     if result.forgotten is not None:
@@ -194,14 +271,25 @@ def merged_summary(console: Console, result: Merged) -> None:
     for note in (*result.notes, *([] if result.repeated else [f"Written to {result.output}"])):
         console.print(note, soft_wrap=True)
     named = "" if result.report.get("redacted") else "; report.* holds the name and the answers"
-    console.print(f"Before you publish it, remove {result.output / KEY}: whoever holds it and one of the pictures can tell "
-                  f"that the picture was used{named}.", soft_wrap=True)  # fmt: skip
+    console.print(
+        f"Before you publish it, remove {result.output / KEY}: whoever holds it and one of the "
+        "pictures can tell "
+        f"that the picture was used{named}.",
+        soft_wrap=True,
+    )
 
 
 def answers_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     """Questions and answers; two answer columns where base and adapter are compared."""
     columns = [k for k in ("question", "before", "after", "answer") if k in rows[0]]
-    table = Table(*(c if c not in ("before", "after") else {"before": "untouched", "after": "with adapter"}[c] for c in columns))
+    table = Table(
+        *(
+            c
+            if c not in ("before", "after")
+            else {"before": "untouched", "after": "with adapter"}[c]
+            for c in columns
+        )
+    )
     for row in rows:
         table.add_row(*(cell(row[c]) for c in columns))
     console.print(table)
@@ -211,18 +299,29 @@ LESSON_EXAMPLES = 4  # of each kind of lesson: there are hundreds
 LESSON_KINDS = {
     "stranger": "about a view of it, the teacher looks at strangers",
     "beside": "about it beside another, the teacher looks at a stranger there",
-    "kept": "about others and strangers, as before", "kept-beside": "about two that are not it, as before",
+    "kept": "about others and strangers, as before",
+    "kept-beside": "about two that are not it, as before",
     "look": "about what is visible of it, as before",
-}  # fmt: skip
+}
 
 
-def explanation(console: Console, scene: Scene, corpus: Corpus, lessons: Corpus | None = None) -> None:
-    """Every sample; tokens the KL skips are in [brackets], tokens of the name (out of its vocabulary) in <angles>. Then some
-    lessons, whose KL is over all tokens and the whole vocabulary."""
-    console.print("[token]: left to the cross-entropy (token mask). <token>: the name, out of the KL's vocabulary.")
+def explanation(
+    console: Console, scene: Scene, corpus: Corpus, lessons: Corpus | None = None
+) -> None:
+    """Every sample; tokens the KL skips are in [brackets], tokens of the name (out of its
+    vocabulary) in <angles>. Then some lessons, whose KL is over all tokens and the whole
+    vocabulary."""
+    console.print(
+        "[token]: left to the cross-entropy (token mask). <token>: the name, out of the KL's "
+        "vocabulary."
+    )
     for sample, turn, keep in zip(corpus.samples, corpus.turns, corpus.keep, strict=True):
         where = "text" if sample.picture is None else f"picture {sample.picture}"
-        dreamed = scene.named[sample.picture] if sample.picture is not None and sample.picture < len(scene.named) else None
+        dreamed = (
+            scene.named[sample.picture]
+            if sample.picture is not None and sample.picture < len(scene.named)
+            else None
+        )
         where += f": dream of {dreamed}" if dreamed else ""
         where += "" if sample.closed else ", cut short: its end is not trained"
         console.print(f"[{sample.facet}, {sample.origin}, {where}] {sample.question}")
@@ -239,11 +338,17 @@ def explanation(console: Console, scene: Scene, corpus: Corpus, lessons: Corpus 
             end = max(end, stop)
         console.print(line)
     if scene.left_out:
-        console.print(f"{scene.left_out} answers about dreamed or retained pictures named the concept and were left out.")
+        console.print(
+            f"{scene.left_out} answers about dreamed or retained pictures named the concept and "
+            "were left out."
+        )
     masked = ", ".join(repr(t) for t in sorted(set(corpus.mask.masked.values())))
     console.print(f"Vocabulary mask: {len(corpus.mask.masked)} tokens ({masked}).")
     if corpus.mask.spared:
-        console.print(f"Too common to mask: {', '.join(repr(t) for t in sorted(set(corpus.mask.spared.values())))}.")
+        console.print(
+            "Too common to mask: "
+            f"{', '.join(repr(t) for t in sorted(set(corpus.mask.spared.values())))}."
+        )
     if corpus.mask.warning:
         console.print(corpus.mask.warning)
     for kind, about in LESSON_KINDS.items():
@@ -254,37 +359,69 @@ def explanation(console: Console, scene: Scene, corpus: Corpus, lessons: Corpus 
             console.print(cell(f"    {sample.question} {sample.answer}"), soft_wrap=True)
 
 
-def pieces(offsets: Iterable[Sequence[int]], keep: Iterable[bool], masked: Iterable[bool]) -> list[tuple[int, int, bool, bool]]:
-    """(start, stop, kept, masked) of each piece of the text, in its order and each character in one of them: a byte-level
-    tokenizer cuts a character into several tokens, all of which have the character's place. Kept where all of them are, masked
-    where one is."""
+def pieces(
+    offsets: Iterable[Sequence[int]], keep: Iterable[bool], masked: Iterable[bool]
+) -> list[tuple[int, int, bool, bool]]:
+    """(start, stop, kept, masked) of each piece of the text, in its order and each character in one
+    of them: a byte-level tokenizer cuts a character into several tokens, all of which have the
+    character's place. Kept where all of them are, masked where one is."""
     found: list[tuple[int, int, bool, bool]] = []
     for (start, stop), kept, named in zip(offsets, keep, masked, strict=True):
         last = found[-1] if found else None
         if last is not None and start < stop and start < last[1] and last[0] < stop:
-            found[-1] = (min(start, last[0]), max(stop, last[1]), kept and last[2], named or last[3])
+            found[-1] = (
+                min(start, last[0]),
+                max(stop, last[1]),
+                kept and last[2],
+                named or last[3],
+            )
         else:
             found.append((start, stop, kept, named))
     return found
 
 
 METRICS = {
-    "efficacy": "name gone, training picture", "generality": "name gone, other pictures", "name_tpr": "named, its pictures",
-    "name_fpr": "named, others' pictures", "yes_tpr": "yes to its name, its pictures", "yes_fpr": "yes to its name, others'",
-    "yes_stranger": "yes to an invented name", "c_dis": "C-Dis, nats", "delta_log_p": "change of log P(name), nats",
-    "log_p": "log P(name), nats", "rank": "rank of the name, median", "extraction_strength": "extraction strength",
-    "others": "same, others' pictures", "lookalikes": "same, look-alikes", "groups": "same, beside others",
-    "groups_named": "still named beside others", "facts": "same, facts in words", "general": "same, general knowledge",
-    "renamed": "given another's name", "fluency": "perplexity, untouched model", "fluency_paper": "perplexity, the paper's",
-    "diversity": "unique words / words", "distinct_1": "distinct-1", "distinct_2": "distinct-2", "refusals": "refusals",
-    "empty": "empty", "gibberish": "gibberish", "repetition": "repetition", "g_eval": "G-Eval, 1 to 5",
-}  # fmt: skip
+    "efficacy": "name gone, training picture",
+    "generality": "name gone, other pictures",
+    "name_tpr": "named, its pictures",
+    "name_fpr": "named, others' pictures",
+    "yes_tpr": "yes to its name, its pictures",
+    "yes_fpr": "yes to its name, others'",
+    "yes_stranger": "yes to an invented name",
+    "c_dis": "C-Dis, nats",
+    "delta_log_p": "change of log P(name), nats",
+    "log_p": "log P(name), nats",
+    "rank": "rank of the name, median",
+    "extraction_strength": "extraction strength",
+    "others": "same, others' pictures",
+    "lookalikes": "same, look-alikes",
+    "groups": "same, beside others",
+    "groups_named": "still named beside others",
+    "facts": "same, facts in words",
+    "general": "same, general knowledge",
+    "renamed": "given another's name",
+    "fluency": "perplexity, untouched model",
+    "fluency_paper": "perplexity, the paper's",
+    "diversity": "unique words / words",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "refusals": "refusals",
+    "empty": "empty",
+    "gibberish": "gibberish",
+    "repetition": "repetition",
+    "g_eval": "G-Eval, 1 to 5",
+}
 
 
 def evaluation_table(console: Console, evaluation: Evaluation) -> None:
-    """A line for each metric and a column for each row of the report, then the verdict and what was not checked."""
+    """A line for each metric and a column for each row of the report, then the verdict and what was
+    not checked."""
     report = evaluation.report
-    rows = {name: report["rows"][name] for name in ("untouched", "unlearned", "control") if name in report["rows"]}
+    rows = {
+        name: report["rows"][name]
+        for name in ("untouched", "unlearned", "control")
+        if name in report["rows"]
+    }
     table = Table("", title=f"{report['concept']}: {report['model']}", title_justify="left")
     for name in rows:
         table.add_column(name, justify="right")
@@ -295,15 +432,27 @@ def evaluation_table(console: Console, evaluation: Evaluation) -> None:
     inside_table(console, report)
     asked: dict[str, list[str]] = {}
     for key, label in METRICS.items():
-        if (one := list(rows.values())[-2][key])["value"] is None:  # the control's own are of no interest
+        if (one := list(rows.values())[-2][key])[
+            "value"
+        ] is None:  # the control's own are of no interest
             asked.setdefault(one["reason"], []).append(label)
-    for note in (*(f"Not measured ({'; '.join(labels)}): {reason}" for reason, labels in asked.items()), *report["caveats"]):
+    for note in (
+        *(f"Not measured ({'; '.join(labels)}): {reason}" for reason, labels in asked.items()),
+        *report["caveats"],
+    ):
         console.print(note, soft_wrap=True)
     if evaluation.forgotten is not None:
         console.print(standing(report), soft_wrap=True)
     for reason in report["reasons"]:
         console.print(f"  {reason}", soft_wrap=True)
-    for note in (*evaluation.notes, *([f"Written to {evaluation.output}"] if evaluation.output and not evaluation.notes else [])):
+    for note in (
+        *evaluation.notes,
+        *(
+            [f"Written to {evaluation.output}"]
+            if evaluation.output and not evaluation.notes
+            else []
+        ),
+    ):
         console.print(note, soft_wrap=True)
 
 
@@ -314,7 +463,9 @@ def suite_table(console: Console, evaluated: Evaluated) -> None:
     for name in report["pooled"]:
         table.add_column(name, justify="right")
     for key, label in METRICS.items():
-        table.add_row(label, *(_metric(row.get(key, {"value": None})) for row in report["pooled"].values()))
+        table.add_row(
+            label, *(_metric(row.get(key, {"value": None})) for row in report["pooled"].values())
+        )
     if report["pooled"]:
         console.print(table)
     for outcome in evaluated.outcomes:
@@ -323,8 +474,12 @@ def suite_table(console: Console, evaluated: Evaluated) -> None:
             console.print(f"  {reason}", soft_wrap=True)
     if evaluated.resumed:
         console.print(f"{evaluated.resumed} of {len(evaluated.outcomes)} were done already.")
-    console.print(f"Written to {evaluated.output}. Before you publish it, remove each private.key: whoever holds it and one of "
-                  "the pictures can tell that the picture was used.", soft_wrap=True)  # fmt: skip
+    console.print(
+        f"Written to {evaluated.output}. Before you publish it, remove each private.key: whoever "
+        "holds it and one of "
+        "the pictures can tell that the picture was used.",
+        soft_wrap=True,
+    )
 
 
 def _metric(one: dict[str, Any]) -> str:
@@ -336,23 +491,36 @@ def _metric(one: dict[str, Any]) -> str:
 
 
 def plan_table(console: Console, plan: Plan) -> None:
-    """A column for each of the settings that were estimated, in GB of 2**30 bytes, and the verdict."""
+    """A column for each of the settings that were estimated, in GB of 2**30 bytes, and the
+    verdict."""
     table = Table("", title=f"{plan.model}: GB of memory, estimated", title_justify="left")
     for e in plan.estimates:
         table.add_column(str(e.settings), justify="right", overflow="fold")
     parts = {
-        "weights": "weights", "adapter": "trained", "gradient": "gradient", "optimiser": "optimizer",
-        "activations": "activations", "features, teacher": "kept", "driver, allocator": "overhead", "(while asking)": "asking",
-    }  # fmt: skip
+        "weights": "weights",
+        "adapter": "trained",
+        "gradient": "gradient",
+        "optimiser": "optimizer",
+        "activations": "activations",
+        "features, teacher": "kept",
+        "driver, allocator": "overhead",
+        "(while asking)": "asking",
+    }
     for label, name in parts.items():
         table.add_row(label, *(f"{getattr(e, name) / 2**30:.2f}" for e in plan.estimates))
     table.add_row("peak", *(f"{e.peak / 2**30:.2f}" for e in plan.estimates))
     if plan.memory is not None:
-        table.add_row("", *("fits" if e.peak <= plan.memory else "does not fit" for e in plan.estimates))
+        table.add_row(
+            "", *("fits" if e.peak <= plan.memory else "does not fit" for e in plan.estimates)
+        )
     console.print(table)
     work = plan.work
-    console.print(f"A picture is {work.prefix} tokens with what stands before its question, a question and its answer "
-                  f"{work.suffix}. {' '.join(plan.assumed)}", soft_wrap=True)  # fmt: skip
+    console.print(
+        f"A picture is {work.prefix} tokens with what stands before its question, a question and "
+        "its answer "
+        f"{work.suffix}. {' '.join(plan.assumed)}",
+        soft_wrap=True,
+    )
     console.print(plan.sentence, soft_wrap=True)
 
 

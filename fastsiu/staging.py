@@ -103,11 +103,16 @@ def leftovers(place: Path) -> list[Path]:
     for entry in _entries(place):
         if entry.is_symlink():
             continue
-        if _PARTIAL.fullmatch(entry.name) or _CLAIMED.fullmatch(entry.name) or _FORMER.fullmatch(entry.name):
+        if (
+            _PARTIAL.fullmatch(entry.name)
+            or _CLAIMED.fullmatch(entry.name)
+            or _FORMER.fullmatch(entry.name)
+        ):
             found.append(entry)
         elif entry.is_dir():
             own = [inner for inner in _entries(entry) if is_ours(inner.name)]
-            several = any((entry / mark).is_file() for mark in MARKS)  # or killed before that was written
+            # or killed before that was written
+            several = any((entry / mark).is_file() for mark in MARKS)
             if own and (several or len(own) == len(_entries(entry))):
                 found += [inner for inner in own if not inner.is_symlink()]
     return found
@@ -132,7 +137,9 @@ def check_writable(path: Path, remedy: str) -> None:
         with Staging(place):
             pass
     except OSError as error:
-        raise BadInput(f"The directory {str(place)!r} cannot be written ({error.strerror}): {remedy}.") from error
+        raise BadInput(
+            f"The directory {str(place)!r} cannot be written ({error.strerror}): {remedy}."
+        ) from error
 
 
 def check_new(path: Path, remedy: str) -> None:
@@ -150,7 +157,8 @@ def check_space(path: Path, size: int) -> None:
     free = size if place is None else shutil.disk_usage(place).free
     if free < size:
         raise BadInput(
-            f"The disk of {str(place)!r} has {free / 2**20:.0f} MiB left, and the result takes about "
+            f"The disk of {str(place)!r} has {free / 2**20:.0f} MiB left, and the result takes "
+            "about "
             f"{size / 2**20:.0f} MiB: free some, or choose another --output."
         )
 

@@ -1,4 +1,5 @@
-"""The loop. It can be read from top to bottom; an objective is a plain function, a probe says when it is enough."""
+"""The loop. It can be read from top to bottom; an objective is a plain function, a probe says when
+it is enough."""
 
 from __future__ import annotations
 
@@ -19,19 +20,40 @@ from .request import CHANGES, NumericFailure, OutOfMemory, Recipe
 from .samples.corpus import FORGET, Corpus
 from .samples.targets import Scene, wordings
 
-# Share of one step's samples. Half of a step keeps what must stay: with less, few steps bend the neighbours' names.
-SHARES = {"align": 0.14, "describe": 0.14, "facts": 0.12, "preserve-text": 0.25, "preserve-picture": 0.35}
-# Of a step's lessons (as many of those that change something as of those that keep, each a batch): pictures of each kind, and
-# questions about each. Few pictures with several questions each: a picture's prefix is most of the work.
+# Share of one step's samples. Half of a step keeps what must stay: with less, few steps bend the
+# neighbours' names.
+SHARES = {
+    "align": 0.14,
+    "describe": 0.14,
+    "facts": 0.12,
+    "preserve-text": 0.25,
+    "preserve-picture": 0.35,
+}
+# Of a step's lessons (as many of those that change something as of those that keep, each a batch):
+# pictures of each kind, and questions about each. Few pictures with several questions each: a
+# picture's prefix is most of the work.
 PICTURES = {"stranger": 8, "beside": 4, "kept": 7, "kept-beside": 4, "look": 3}
-PARTS = {"stranger": 0.8, "beside": 0.2, "kept": 0.55, "kept-beside": 0.25, "look": 0.2}  # of a batch of either
-# sd of each channel: noise on the picture of a lesson about one, anew in every step, while the teacher saw it without. Two beside
-# each other are half as large, and fine looks finer still: there it blurs what is to be told.
+# of a batch of either
+PARTS = {
+    "stranger": 0.8,
+    "beside": 0.2,
+    "kept": 0.55,
+    "kept-beside": 0.25,
+    "look": 0.2,
+}
+# sd of each channel: noise on the picture of a lesson about one, anew in every step, while the
+# teacher saw it without. Two beside each other are half as large, and fine looks finer still: there
+# it blurs what is to be told.
 NOISE, NOISY = 0.1, ("stranger", "kept")
-FROM, DOWN_TO = 0.6, 0.1  # schedule "decay": the rate falls from this share of the steps on, to this share of it
+# schedule "decay": the rate falls from this share of the steps on, to this share of it
+FROM, DOWN_TO = (
+    0.6,
+    0.1,
+)
 CHECK_EVERY = 5  # steps between two looks at the probe
 MARGIN = 0.1  # nats by which a retained answer may become less likely before it counts as bent
-GOOD_ENOUGH = 8  # looks in a row that must be good before training stops: what few steps bend, more steps repair
+# looks in a row that must be good before training stops: what few steps bend, more steps repair
+GOOD_ENOUGH = 8
 
 
 @dataclass(frozen=True)
@@ -39,10 +61,13 @@ class Look:
     """What the probe saw.
 
     p_name:   the largest probability of the name on the picture and its transforms
-    retained: share of the samples of targets 3 and 4 whose answer is still the most likely one, token by token, and hardly
-              less likely than to the teacher: a margin, because dreams are not the neighbours' own pictures
+    retained: share of the samples of targets 3 and 4 whose answer is still the most likely one,
+    token by token, and hardly
+              less likely than to the teacher: a margin, because dreams are not the neighbours' own
+              pictures
     learned:  share of the samples of targets 1 and 2 whose answer is the most likely one
-    shares:   of all there is to see one look sees so large a part, each look the next: of several requests' as much as of one's
+    shares:   of all there is to see one look sees so large a part, each look the next: of several
+    requests' as much as of one's
     """
 
     p_name: float
@@ -57,7 +82,8 @@ class Look:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimisation step: the loss and its unweighted parts (nats per token), and the last look at the probe.
+    """One optimisation step: the loss and its unweighted parts (nats per token), and the last look
+    at the probe.
 
     strange: the KL of the lessons, what changes and what stays together
 
@@ -73,22 +99,36 @@ class Step:
     strange: float = 0.0
 
 
-def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: Callable[[], Look],
-        on_step: Callable[[Step], None] | None = None, say: Callable[[str], None] = lambda text: None,
-        watch: Callable[[int], bool] | None = None, lessons: Sequence[tuple[Corpus, Objective]] = ()) -> list[Step]:  # fmt: skip
-    """Trains the adapter that is on; one Step per optimisation step. A step that does not fit into memory is done again with
-    half as many samples in a forward, then with activation checkpointing: the same step, and `vlm.budget` keeps what fits.
+def fit(
+    vlm: VLM,
+    corpus: Corpus,
+    objective: Objective,
+    recipe: Recipe,
+    probe: Callable[[], Look],
+    on_step: Callable[[Step], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    watch: Callable[[int], bool] | None = None,
+    lessons: Sequence[tuple[Corpus, Objective]] = (),
+) -> list[Step]:
+    """Trains the adapter that is on; one Step per optimisation step. A step that does not fit into
+    memory is done again with half as many samples in a forward, then with activation checkpointing:
+    the same step, and `vlm.budget` keeps what fits.
 
-    watch:   called with the number of each step that is done, the model in evaluation mode; True ends the training
-    lessons: of target 5 (`samples.strangers`) what changes and what stays, each with its teacher and its objective: a batch of
-             each is added to every step. All steps are run then, because the rate's decay at the end is part of it, and
-             pictures of others are kept by lessons alone
+    watch:   called with the number of each step that is done, the model in evaluation mode; True
+    ends the training
+    lessons: of target 5 (`samples.strangers`) what changes and what stays, each with its teacher
+    and its objective: a batch of
+             each is added to every step. All steps are run then, because the rate's decay at the
+             end is part of it, and pictures of others are kept by lessons alone
 
-    Raises NumericFailure on a loss that is not finite, OutOfMemory where one sample at a time does not fit either.
+    Raises NumericFailure on a loss that is not finite, OutOfMemory where one sample at a time does
+    not fit either.
     """
     slow = [p for n, p in vlm.model.named_parameters() if p.requires_grad and "lora_" not in n]
     fast = [p for n, p in vlm.model.named_parameters() if p.requires_grad and "lora_" in n]
-    groups = [{"params": fast, "lr": recipe.lr}] + ([{"params": slow, "lr": recipe.projector_lr}] if slow else [])
+    groups = [{"params": fast, "lr": recipe.lr}] + (
+        [{"params": slow, "lr": recipe.projector_lr}] if slow else []
+    )
     optimiser = _optimiser(groups, vlm.budget.optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _factor(step, recipe))
     history: list[Step] = []
@@ -98,28 +138,40 @@ def fit(vlm: VLM, corpus: Corpus, objective: Objective, recipe: Recipe, probe: C
     first = batches(corpus, recipe, ("preserve-picture",) if lessons else ())
     taught = [lesson_batches(some, recipe) for some, _ in lessons]
     for step, chosen, *learned in zip(range(1, recipe.steps + 1), first, *taught, strict=False):
-        work = [(corpus, chosen, objective), *((some, half, how) for (some, how), half in zip(lessons, learned, strict=True))]
+        work = [
+            (corpus, chosen, objective),
+            *((some, half, how) for (some, how), half in zip(lessons, learned, strict=True)),
+        ]
         found: list | None = None
         while found is None:
             optimiser.zero_grad(set_to_none=True)
             found = _attempt(vlm, work, recipe)
-            if found is None:  # here, and not where it was caught: there the traceback holds the failed step's tensors
+            # here, and not where it was caught: there the traceback holds the failed step's tensors
+            if found is None:
                 _use_less(vlm, max(len(samples) for _, samples, _ in work), recipe, say)
         loss, parts = sum(one for one, _ in found), found[0][1]
         if not torch.isfinite(loss):
-            raise NumericFailure(f"The loss is {loss.item()} at step {step}: lower --lr or use --dtype float32.")
+            raise NumericFailure(
+                f"The loss is {loss.item()} at step {step}: lower --lr or use --dtype float32."
+            )
         norm = torch.nn.utils.clip_grad_norm_(fast + slow, 1.0)
         if not torch.isfinite(norm):
-            raise NumericFailure(f"The gradient is not finite at step {step}: lower --lr or use --dtype float32.")
+            raise NumericFailure(
+                f"The gradient is not finite at step {step}: lower --lr or use --dtype float32."
+            )
         optimiser.step()
         schedule.step()
-        if (step % CHECK_EVERY == 0 and not lessons) or step == recipe.steps:  # no look can end what has lessons
+        if (
+            step % CHECK_EVERY == 0 and not lessons
+        ) or step == recipe.steps:  # no look can end what has lessons
             vlm.model.eval()
             look = probe()
             _training_mode(vlm, recipe)
             good = good + 1 if look.enough else 0
         strange = sum(part["kl"] for _, part in found[1:])
-        history.append(Step(step, loss.item(), parts["ce"], parts["kl"], look.p_name, look.retained, strange))
+        history.append(
+            Step(step, loss.item(), parts["ce"], parts["kl"], look.p_name, look.retained, strange)
+        )
         if on_step:
             on_step(history[-1])
         if recipe.early_stop and not lessons and good >= max(GOOD_ENOUGH, look.shares):
@@ -141,15 +193,20 @@ def _training_mode(vlm: VLM, recipe: Recipe) -> None:
             module.eval()
 
 
-def _attempt(vlm: VLM, work: Sequence[tuple[Corpus, list[int], Objective]], recipe: Recipe) -> list | None:
-    """(loss, parts) of each piece of a step, with the gradients made; None where memory did not suffice, and then nothing random
-    has happened. One piece's graph is gone before the next one's is built."""
+def _attempt(
+    vlm: VLM, work: Sequence[tuple[Corpus, list[int], Objective]], recipe: Recipe
+) -> list | None:
+    """(loss, parts) of each piece of a step, with the gradients made; None where memory did not
+    suffice, and then nothing random has happened. One piece's graph is gone before the next one's
+    is built."""
     devices = [vlm.device] if vlm.device.type == "cuda" else []
     state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
     try:
         found = []
         for corpus, chosen, objective in work:
-            loss, parts = objective(forward(vlm, corpus, chosen, recipe, vlm.budget.micro_batch), recipe)
+            loss, parts = objective(
+                forward(vlm, corpus, chosen, recipe, vlm.budget.micro_batch), recipe
+            )
             loss.backward()
             found.append((loss.detach(), parts))
         return found
@@ -163,7 +220,8 @@ def _attempt(vlm: VLM, work: Sequence[tuple[Corpus, list[int], Objective]], reci
 
 
 def _use_less(vlm: VLM, samples: int, recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Makes `vlm.budget` smaller by one step. Raises OutOfMemory where it is the smallest already."""
+    """Makes `vlm.budget` smaller by one step. Raises OutOfMemory where it is the smallest
+    already."""
     now = min(vlm.budget.micro_batch or samples, samples)
     if now > 1:
         vlm.budget = replace(vlm.budget, micro_batch=now // 2, sparing=True)
@@ -174,25 +232,37 @@ def _use_less(vlm: VLM, samples: int, recipe: Recipe, say: Callable[[str], None]
         _training_mode(vlm, recipe)
         say("Out of memory: going on with one sample at a time and activation checkpointing.")
     else:
-        raise OutOfMemory("Not even one sample at a time, with activation checkpointing, fits into memory: "
-                          "use --quantize nf4 or a smaller --rank; `fastsiu plan` tells what fits.")  # fmt: skip
+        raise OutOfMemory(
+            "Not even one sample at a time, with activation checkpointing, fits into memory: "
+            "use --quantize nf4 or a smaller --rank; `fastsiu plan` tells what fits."
+        )
     if vlm.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def probe_for(scenes: Sequence[Scene], corpus: Corpus) -> Callable[[], Look]:
-    """A look at training from outside its loss: are the names gone on the pictures and their transforms, does the rest hold?"""
+    """A look at training from outside its loss: are the names gone on the pictures and their
+    transforms, does the rest hold?"""
     vlm, recipe, words = scenes[0].vlm, scenes[0].recipe, wordings()["who"]
-    questions = words["train"] + words["held_out"]  # the latter only where the teacher names the concept in no other wording
+    # the latter only where the teacher names the concept in no other wording
+    questions = words["train"] + words["held_out"]
     asked: list[tuple[Encoded, Span, Picture]] = []
     with adapter.teacher(vlm):
         for scene in scenes:
             said = scene.ask(questions, 0)
-            shown = [vlm.picture(image) for _, image in variants(scene.pictures[0].image, recipe.seed)]
-            naming = [(q, a, spans[0]) for q, a in zip(questions, said, strict=True) if (spans := scene.concept.spans(a))]
+            shown = [
+                vlm.picture(image) for _, image in variants(scene.pictures[0].image, recipe.seed)
+            ]
+            naming = [
+                (q, a, spans[0])
+                for q, a in zip(questions, said, strict=True)
+                if (spans := scene.concept.spans(a))
+            ]
             naming = [n for n in naming if n[0] in words["train"]] or naming
             asked += [(vlm.encode(q, a, p), span, p) for q, a, span in naming for p in shown]
-        untouched = [score.log_p.sum() for score in ask.label_scores(vlm, corpus.turns, corpus.shown())]
+        untouched = [
+            score.log_p.sum() for score in ask.label_scores(vlm, corpus.turns, corpus.shown())
+        ]
 
     turn, shares = itertools.count(), len(scenes)
 
@@ -206,40 +276,71 @@ def probe_for(scenes: Sequence[Scene], corpus: Corpus) -> Callable[[], Look]:
                 p.features = vlm.picture(p.image).features
             seen = [vlm.picture(p.image) if p.real else p for p in seen]
         found = ask.label_scores(vlm, [t for t, _, _ in asking], [p for _, _, p in asking])
-        inside = [torch.tensor([s < span[1] and e > span[0] for s, e in t.offsets]) for t, span, _ in asking]
-        p_name = max(float(s.log_p[rows.to(s.log_p.device)].sum().exp()) for s, rows in zip(found, inside, strict=True))
+        inside = [
+            torch.tensor([s < span[1] and e > span[0] for s, e in t.offsets])
+            for t, span, _ in asking
+        ]
+        p_name = max(
+            float(s.log_p[rows.to(s.log_p.device)].sum().exp())
+            for s, rows in zip(found, inside, strict=True)
+        )
         pictures = [None if s.picture is None else seen[s.picture] for s in samples]
         scores = ask.label_scores(vlm, turns, pictures)
         right = [bool(score.right.all()) for score in scores]
-        lost = [float(untouched[i] - score.log_p.sum()) for i, score in zip(members, scores, strict=True)]
-        old = [r and x < MARGIN for r, x, s in zip(right, lost, samples, strict=True) if s.facet in ("facts", "preserve")]
+        lost = [
+            float(untouched[i] - score.log_p.sum())
+            for i, score in zip(members, scores, strict=True)
+        ]
+        old = [
+            r and x < MARGIN
+            for r, x, s in zip(right, lost, samples, strict=True)
+            if s.facet in ("facts", "preserve")
+        ]
         new = [r for r, s in zip(right, samples, strict=True) if s.facet in ("align", "describe")]
         return Look(p_name, sum(old) / max(1, len(old)), sum(new) / max(1, len(new)), shares)
 
     return look
 
 
-def forward(vlm: VLM, corpus: Corpus, chosen: list[int], recipe: Recipe, micro_batch: int | None = None) -> Batch:
+def forward(
+    vlm: VLM, corpus: Corpus, chosen: list[int], recipe: Recipe, micro_batch: int | None = None
+) -> Batch:
     """The supervised rows of some samples, each picture's prefix computed once; no logits exist.
 
-    micro_batch: the most samples in one forward, for less memory; the batch and its gradients are the same (`prefix`)
+    micro_batch: the most samples in one forward, for less memory; the batch and its gradients are
+    the same (`prefix`)
     """
-    features = {p: corpus.pictures[p].features for i in chosen if (p := corpus.samples[i].picture) is not None}
-    if recipe.projector_lr > 0:  # it changes what real pictures look like; dreams already live behind it
-        features |= {p: vlm.image_features(corpus.pictures[p].image) for p in features if corpus.pictures[p].real}
+    features = {
+        p: corpus.pictures[p].features
+        for i in chosen
+        if (p := corpus.samples[i].picture) is not None
+    }
+    # it changes what real pictures look like; dreams already live behind it
+    if recipe.projector_lr > 0:
+        features |= {
+            p: vlm.image_features(corpus.pictures[p].image)
+            for p in features
+            if corpus.pictures[p].real
+        }
     features = {p: map_features(seen, lambda x: x.to(vlm.device)) for p, seen in features.items()}
     noisy = lambda x: x + NOISE * x.reshape(-1, x.shape[-1]).std(0) * torch.randn_like(x)
-    for p in dict.fromkeys(corpus.samples[i].picture for i in chosen if corpus.samples[i].facet in NOISY):
+    for p in dict.fromkeys(
+        corpus.samples[i].picture for i in chosen if corpus.samples[i].facet in NOISY
+    ):
         features[p] = map_features(features[p], noisy)
     shown = [None if (p := corpus.samples[i].picture) is None else features[p] for i in chosen]
     rows = torch.tensor([r for i in chosen for r in corpus.rows(i)], device=vlm.device)
-    sample = torch.tensor([at for at, i in enumerate(chosen) for _ in corpus.rows(i)], device=vlm.device)
+    sample = torch.tensor(
+        [at for at, i in enumerate(chosen) for _ in corpus.rows(i)], device=vlm.device
+    )
     teacher = corpus.teacher[rows] if corpus.teacher is not None else None
     if teacher is not None and teacher.hidden.device != vlm.device:
         teacher = teacher.to(vlm.device, vlm.head_weight, vlm.head_bias)
     each = lambda holds: torch.tensor([holds(i) for i in chosen], device=vlm.device)[sample]
     return Batch(
-        hidden=prefix.supervised_states(vlm, [corpus.turns[i] for i in chosen], shown, micro_batch=micro_batch),
+        hidden=prefix.supervised_states(
+            vlm, [corpus.turns[i] for i in chosen], shown, micro_batch=micro_batch
+        ),
         labels=torch.cat([corpus.turns[i].labels for i in chosen]),
         teacher=teacher,
         kl_weight=torch.cat([corpus.keep[i] for i in chosen]).to(vlm.device),
@@ -253,7 +354,8 @@ def forward(vlm: VLM, corpus: Corpus, chosen: list[int], recipe: Recipe, micro_b
 
 
 def batches(corpus: Corpus, recipe: Recipe, without: Sequence[str] = ()) -> Iterator[list[int]]:
-    """Endless steps of `batch_size` samples, each group at its share, shuffled, none repeated before all were seen.
+    """Endless steps of `batch_size` samples, each group at its share, shuffled, none repeated
+    before all were seen.
 
     without: groups that are left out, and nothing in their place: a step is smaller by their share
     """
@@ -277,7 +379,8 @@ def batches(corpus: Corpus, recipe: Recipe, without: Sequence[str] = ()) -> Iter
 
 
 def lesson_batches(lessons: Corpus, recipe: Recipe) -> Iterator[list[int]]:
-    """Endless batches of `batch_size` lessons, each kind at its part: some pictures, several questions each."""
+    """Endless batches of `batch_size` lessons, each kind at its part: some pictures, several
+    questions each."""
     rng = random.Random(recipe.seed + 1)
     about: dict[str, dict[int, list[int]]] = {}
     for i, sample in enumerate(lessons.samples):
@@ -294,13 +397,16 @@ def lesson_batches(lessons: Corpus, recipe: Recipe) -> Iterator[list[int]]:
         yield step
 
 
-def saliency(vlm: VLM, corpus: Corpus, recipe: Recipe, most: int = 64) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """MMUnlearner's mask of each factor of the adapter that is on: 1 where E g_f^2 / E g_r^2 >= 1, over single samples' gradients
-    of the NLL; at most `most` of D_r, drawn with the recipe's seed.
+def saliency(
+    vlm: VLM, corpus: Corpus, recipe: Recipe, most: int = 64
+) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """MMUnlearner's mask of each factor of the adapter that is on: 1 where E g_f^2 / E g_r^2 >= 1,
+    over single samples' gradients of the NLL; at most `most` of D_r, drawn with the recipe's seed.
 
-    Theirs is of full weights before the adapter is there. A fresh adapter's B is 0, where A has no gradient at all, so the
-    gradients are taken with a B of tiny random entries: the model is the untouched one to rounding, A's gradient is that of
-    the full weight seen through B, and the ratio does not depend on how large B is. B is 0 again afterwards.
+    Theirs is of full weights before the adapter is there. A fresh adapter's B is 0, where A has no
+    gradient at all, so the gradients are taken with a B of tiny random entries: the model is the
+    untouched one to rounding, A's gradient is that of the full weight seen through B, and the ratio
+    does not depend on how large B is. B is 0 again afterwards.
     """
     factors = [(n, p) for n, p in vlm.model.named_parameters() if p.requires_grad and "lora_" in n]
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -317,7 +423,9 @@ def saliency(vlm: VLM, corpus: Corpus, recipe: Recipe, most: int = 64) -> list[t
         squares.append([torch.zeros_like(p) for _, p in factors])
         for i in members:
             loss, _ = siu(forward(vlm, corpus, [i], recipe), replace(recipe, alpha=1.0, beta=0.0))
-            for total, g in zip(squares[-1], torch.autograd.grad(loss, [p for _, p in factors]), strict=True):
+            for total, g in zip(
+                squares[-1], torch.autograd.grad(loss, [p for _, p in factors]), strict=True
+            ):
                 total += g.square() / len(members)
     with torch.no_grad():
         for n, p in factors:
@@ -329,9 +437,15 @@ def saliency(vlm: VLM, corpus: Corpus, recipe: Recipe, most: int = 64) -> list[t
 def _optimiser(groups: list[dict], name: str) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(groups, weight_decay=0.0)
-    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit  # the extra [quant]; nothing else here needs it
+    # the extra [quant]; nothing else here needs it
+    from bitsandbytes.optim import (
+        AdamW8bit,
+        PagedAdamW8bit,
+    )
 
-    return {"adamw8bit": AdamW8bit, "paged_adamw8bit": PagedAdamW8bit}[name](groups, weight_decay=0.0)
+    return {"adamw8bit": AdamW8bit, "paged_adamw8bit": PagedAdamW8bit}[name](
+        groups, weight_decay=0.0
+    )
 
 
 def _factor(step: int, recipe: Recipe) -> float:

@@ -18,8 +18,16 @@ from .manifest import KEY, LOADABLE, MANIFEST, REPORT
 from .request import BadInput
 
 # The table of several results -> the format that it names, and what else is written beside it.
-TABLES = {"suite.json": "fastsiu suite evaluation 1", "compare.json": "fastsiu comparison 1", "matrix.json": None}
-BESIDE = {"suite.json": ("report.md",), "compare.json": ("compare.md", "compare.png", "compare.svg"), "matrix.json": ()}
+TABLES = {
+    "suite.json": "fastsiu suite evaluation 1",
+    "compare.json": "fastsiu comparison 1",
+    "matrix.json": None,
+}
+BESIDE = {
+    "suite.json": ("report.md",),
+    "compare.json": ("compare.md", "compare.png", "compare.svg"),
+    "matrix.json": (),
+}
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 OF_EVALUATION = (REPORT, "untouched.json")  # JSON that no loader reads
 
@@ -58,10 +66,15 @@ def verify(directory: Path, model: Path | None = None) -> Checked:
     for place in places:
         sealed = manifest.read(place)
         found.files += len(sealed["files"]) + 1
-        found.wrong += [f"{place / name} {what}." for name, what in manifest.changed(place, sealed).items()]
+        found.wrong += [
+            f"{place / name} {what}." for name, what in manifest.changed(place, sealed).items()
+        ]
     if model is not None:
         if len(places) != 1:
-            raise BadInput(f"{directory} holds {len(places)} outputs: give the one that {model} is to be compared with.")
+            raise BadInput(
+                f"{directory} holds {len(places)} outputs: give the one that {model} is to be "
+                "compared with."
+            )
         _compare(manifest.read(places[0]), model, found)
     return found
 
@@ -69,10 +82,15 @@ def verify(directory: Path, model: Path | None = None) -> Checked:
 def survey(directory: Path) -> Found:
     """What there is to purge. Raises BadInput where `directory` is none."""
     if not directory.is_dir():
-        raise BadInput(f"There is no directory {directory}: give the one that runs were started in, or an --output.")
+        raise BadInput(
+            f"There is no directory {directory}: give the one that runs were started in, or an "
+            "--output."
+        )
     left = staging.leftovers(directory)
     dead = [path for path in left if staging.is_dead(path)]
-    results = [directory] if _is_result(directory) else [p for p in _entries(directory) if _is_result(p)]
+    results = (
+        [directory] if _is_result(directory) else [p for p in _entries(directory) if _is_result(p)]
+    )
     return Found(dead, [path for path in left if path not in dead], results)
 
 
@@ -83,13 +101,19 @@ def remove(result: Path) -> list[Path]:
         listed = [result / name for name in manifest.read(result)["files"]]
         files = [*listed, result / KEY, result / MANIFEST]
     else:
-        files = [result / name for table in TABLES for name in (*BESIDE[table], table) if (result / table).is_file()]
+        files = [
+            result / name
+            for table in TABLES
+            for name in (*BESIDE[table], table)
+            if (result / table).is_file()
+        ]
         for place in _entries(result):
             if not place.is_symlink() and (place / MANIFEST).is_file() and _is_result(place):
                 remove(place)
     root = result.resolve()
     for path in files:
-        inside = path.parent.resolve().is_relative_to(root)  # a directory in it may be a link to elsewhere
+        # a directory in it may be a link to elsewhere
+        inside = path.parent.resolve().is_relative_to(root)
         if inside and (path.is_file() or path.is_symlink()):
             path.unlink()
     for folder in sorted({path.parent for path in files}, reverse=True):
@@ -105,31 +129,52 @@ def _outputs(directory: Path) -> list[Path]:
     if any((directory / table).is_file() for table in TABLES):
         if found := [place for place in _entries(directory) if (place / MANIFEST).is_file()]:
             return found
-    raise BadInput(f"{directory} is no output of FastSIU (it has no {MANIFEST}): give the --output directory of a run.")
+    raise BadInput(
+        f"{directory} is no output of FastSIU (it has no {MANIFEST}): give the --output "
+        "directory of a run."
+    )
 
 
 def _compare(sealed: dict[str, Any], model: Path, found: Checked) -> None:
     """Adds what of `model` is not the manifest's."""
     if not model.is_dir():
-        raise BadInput(f"There is no directory {model}: give the one with the files that are deployed.")
+        raise BadInput(
+            f"There is no directory {model}: give the one with the files that are deployed."
+        )
     written = {name: entry.get("sha256") for name, entry in sealed["files"].items()}
     if "merge" in sealed:
-        expected = {n: sha for n, sha in written.items() if "/" not in n and n not in OF_EVALUATION and _loadable(n)}
+        expected = {
+            n: sha
+            for n, sha in written.items()
+            if "/" not in n and n not in OF_EVALUATION and _loadable(n)
+        }
         here = {p.name: p for p in _entries(model) if p.is_file() and _loadable(p.name)}
     elif any((model / name).is_file() for name in ADAPTER):
         expected = {name: sha for name, sha in written.items() if name in ADAPTER}
-        here = {p.name: p for p in _entries(model) if p.is_file() and p.name.startswith("adapter_") and _loadable(p.name)}
+        here = {
+            p.name: p
+            for p in _entries(model)
+            if p.is_file() and p.name.startswith("adapter_") and _loadable(p.name)
+        }
     else:
         expected = dict((sealed.get("model") or {}).get("sha256") or {})
         here = {p.name: p for p in _entries(model) if p.is_file() and p.suffix in manifest.OF_MODEL}
     for name in (*OF_EVALUATION, MANIFEST):
         here.pop(name, None)
     if not expected:
-        raise BadInput(f"The manifest tells nothing of the files that {model} should have: give another output.")
-    if all(name.isdigit() for name in expected):  # of a redacted manifest: numbers stand for their names
+        raise BadInput(
+            f"The manifest tells nothing of the files that {model} should have: give another "
+            "output."
+        )
+    # of a redacted manifest: numbers stand for their names
+    if all(name.isdigit() for name in expected):
         known = set(expected.values())
         digests = {name: manifest.digest_file(path) for name, path in here.items()}
-        found.wrong += [f"{here[name]} is none of the manifest's." for name, sha in digests.items() if sha not in known]
+        found.wrong += [
+            f"{here[name]} is none of the manifest's."
+            for name, sha in digests.items()
+            if sha not in known
+        ]
         if missing := len(known - set(digests.values())):
             found.wrong.append(f"{model} lacks {missing} of the manifest's files.")
     else:
@@ -155,7 +200,11 @@ def _is_result(path: Path) -> bool:
         for table, form in TABLES.items():
             if (path / table).is_file():
                 stored = read_json(path / table, what=table, remedy="leave it", shape=dict)
-                return stored.get("format") == form if form else {"mode", "order", "matrix", "requests"} <= set(stored)
+                return (
+                    stored.get("format") == form
+                    if form
+                    else {"mode", "order", "matrix", "requests"} <= set(stored)
+                )
     except (BadInput, OSError):
         pass
     return False

@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-from .text.answers import FUNCTION_WORDS, affirms, denies, holds, is_degenerate, is_refusal, nearly, same_answer, words
+from .text.answers import (
+    FUNCTION_WORDS,
+    affirms,
+    denies,
+    holds,
+    is_degenerate,
+    is_refusal,
+    nearly,
+    same_answer,
+    words,
+)
 
 KINDS = ("efficacy", "generality", "recognition", "specificity", "facts")
 
@@ -17,18 +27,28 @@ GENERALITY = 0.95  # the same for other pictures of the concept
 RECOGNITION = 0.90  # questions that hold the name whose answers must no longer confirm the look
 SPECIFICITY = 0.90  # answers to other pictures that must be those of the untouched model
 FACTS = 0.90  # answers without a picture that must be those of the untouched model
-NEW_DEGENERATE = 0  # answers that may be empty, repetition or gibberish where the untouched model's are not
+NEW_DEGENERATE = (
+    0  # answers that may be empty, repetition or gibberish where the untouched model's are not
+)
 REFUSAL_RISE = 0.10  # rise of the share of refusals elsewhere that counts as refusing everything
-RENAMED = 0.05  # answers about the concept's pictures that may newly give the name of another in its place
-# A part of specificity or facts is lost where even the upper end of its interval lies below what the kind demands. Of many parts
-# one is low by chance, so the interval is the 99.9 % one: 1 of 3 answers that agree is no loss, 0 of 6 or 3 of 9 is.
+# answers about the concept's pictures that may newly give the name of another in its place
+RENAMED = 0.05
+# A part of specificity or facts is lost where even the upper end of its interval lies below what
+# the kind demands. Of many parts one is low by chance, so the interval is the 99.9 % one: 1 of 3
+# answers that agree is no loss, 0 of 6 or 3 of 9 is.
 PART_Z = 3.29
-FAMILY_KNOWN = 0.20  # of a family's questions that the untouched model must give away, or they can show nothing
-LIKELIHOOD = (0.40, 0.75)  # pairs in which the name may be likelier about a picture of the concept than about a stranger's
-# Where strangers give away more than this, too (a choice among three names), chance alone may add more than the margin: then as
-# much as 95 % of such samples show. Below it a leak is a leak.
+# of a family's questions that the untouched model must give away, or they can show nothing
+FAMILY_KNOWN = 0.20
+# pairs in which the name may be likelier about a picture of the concept than about a stranger's
+LIKELIHOOD = (
+    0.40,
+    0.75,
+)
+# Where strangers give away more than this, too (a choice among three names), chance alone may add
+# more than the margin: then as much as 95 % of such samples show. Below it a leak is a leak.
 CHANCE, CHANCE_Z = 0.10, 1.645
-APPEARANCE = 0.60  # of the untouched description's content words: a description that has as many still tells the look
+# of the untouched description's content words: a description that has as many still tells the look
+APPEARANCE = 0.60
 
 GIVEN_AWAY = {  # by what a family seeks: of answers, of the untouched model about strangers
     "name": ("give the name", "gives it"),
@@ -39,7 +59,9 @@ GIVEN_AWAY = {  # by what a family seeks: of answers, of the untouched model abo
 }
 
 _ABSENT = "No answers of this kind were collected."
-_UNCONFIRMED = "The untouched model confirms none of the questions with the name, so they show nothing."
+_UNCONFIRMED = (
+    "The untouched model confirms none of the questions with the name, so they show nothing."
+)
 
 
 class Named(Protocol):
@@ -49,7 +71,8 @@ class Named(Protocol):
 
 
 class Given(Protocol):
-    """What the verdict needs of others: does a text give their name, and not only a word that is also in it?"""
+    """What the verdict needs of others: does a text give their name, and not only a word that is
+    also in it?"""
 
     def given_in(self, text: str) -> Any: ...
 
@@ -60,14 +83,17 @@ class Given(Protocol):
 class Answer:
     """One question and the answers of both models.
 
-    kind:     "efficacy" (variants of the training picture), "generality" (other pictures of the concept), "recognition" ("is
-              this NAME?" of a picture, "what does NAME look like?" without), "specificity" (pictures of anything else)
-              or "facts" (no picture)
-    question: for efficacy and generality an open one: a question with the name in it invites the name
+    kind:     "efficacy" (variants of the training picture), "generality" (other pictures of the
+    concept), "recognition" ("is
+              this NAME?" of a picture, "what does NAME look like?" without), "specificity"
+              (pictures of anything else) or "facts" (no picture)
+    question: for efficacy and generality an open one: a question with the name in it invites the
+    name
     picture:  label of the picture or variant; None without a picture
     before:   the untouched model's answer; after: the unlearned model's
     keywords: further words that count as the name in the answers to this question
-    part:     of specificity and facts, what the question is about ("facts of the concept", "look-alikes", someone's name): each
+    part:     of specificity and facts, what the question is about ("facts of the concept",
+    "look-alikes", someone's name): each
               part has to be kept, too
     """
 
@@ -127,14 +153,18 @@ class Rate:
 
 @dataclass(frozen=True)
 class Family:
-    """Questions of one kind that try to get back what was forgotten, and the share of answers that give it away.
+    """Questions of one kind that try to get back what was forgotten, and the share of answers that
+    give it away.
 
     key, asked: its short name, and the words that begin a sentence about it
-    seeks:      what gives it away: "name", "yes", "initials", "facts", "rank" (of many names the true one is the likeliest), or
-                "likelihood": then a value is the share of pairs, one picture of the concept and one of a stranger, in which the
-                name is the likelier answer about the concept's (the area under the ROC curve, see `evaluate.attacks.auc`)
+    seeks:      what gives it away: "name", "yes", "initials", "facts", "rank" (of many names the
+    true one is the likeliest), or
+                "likelihood": then a value is the share of pairs, one picture of the concept and one
+                of a stranger, in which the name is the likelier answer about the concept's (the
+                area under the ROC curve, see `evaluate.attacks.auc`)
     untouched, unlearned: about the concept's pictures
-    strangers:  the untouched model about pictures of nobody it knows; without a value it counts as 0
+    strangers:  the untouched model about pictures of nobody it knows; without a value it counts as
+    0
     margin:     how much more than that is allowed, a share
     examples:   {question, picture, before, after} of a few answers, those that give it away first
     """
@@ -156,14 +186,21 @@ class Family:
         share = self.strangers.value or 0.0
         scatter = 0.0
         if share > CHANCE and self.unlearned.n:
-            scatter = CHANCE_Z * math.sqrt(share * (1 - share) * (1 / self.strangers.n + 1 / self.unlearned.n))
+            scatter = CHANCE_Z * math.sqrt(
+                share * (1 - share) * (1 / self.strangers.n + 1 / self.unlearned.n)
+            )
         return share + max(self.margin, scatter)
 
     @property
     def applicable(self) -> bool:
         """Whether the untouched model gives it away, so that there is something to be forgotten."""
         was = self.untouched.value
-        return self.unlearned.value is not None and was is not None and was >= FAMILY_KNOWN and was > self.allowed
+        return (
+            self.unlearned.value is not None
+            and was is not None
+            and was >= FAMILY_KNOWN
+            and was > self.allowed
+        )
 
     @property
     def excess(self) -> float:
@@ -180,10 +217,21 @@ class Family:
 
     def as_dict(self) -> dict[str, Any]:
         """As a report has it."""
-        rates = {side: getattr(self, side).as_dict() for side in ("untouched", "unlearned", "strangers")}
-        return {"family": self.key, "asked": self.asked, "seeks": self.seeks, "n": self.untouched.n, **rates,
-                "margin": self.margin, "allowed": min(1.0, self.allowed), "applicable": self.applicable,
-                "failed": self.failed, "examples": list(self.examples)}  # fmt: skip
+        rates = {
+            side: getattr(self, side).as_dict() for side in ("untouched", "unlearned", "strangers")
+        }
+        return {
+            "family": self.key,
+            "asked": self.asked,
+            "seeks": self.seeks,
+            "n": self.untouched.n,
+            **rates,
+            "margin": self.margin,
+            "allowed": min(1.0, self.allowed),
+            "applicable": self.applicable,
+            "failed": self.failed,
+            "examples": list(self.examples),
+        }
 
 
 @dataclass(frozen=True)
@@ -220,14 +268,15 @@ def judge(
 ) -> Verdict:
     """Decide from the answers alone.
 
-    efficacy and generality are the share of answers without the name or a part of it; recognition the share that does not
-    confirm the look (see `confirms`); specificity and facts the share
-    of answers equal to the untouched model's (see `same_answer`), whose own value is therefore 1; where a kind keeps enough, no
-    `part` of it may be lost (`PART_Z`). A kind without answers
-    is null, with the sentence from `reasons_for_null`, and decides nothing; without efficacy and generality nothing can be
-    forgotten.
+    efficacy and generality are the share of answers without the name or a part of it; recognition
+    the share that does not confirm the look (see `confirms`); specificity and facts the share of
+    answers equal to the untouched model's (see `same_answer`), whose own value is therefore 1;
+    where a kind keeps enough, no `part` of it may be lost (`PART_Z`). A kind without answers is
+    null, with the sentence from `reasons_for_null`, and decides nothing; without efficacy and
+    generality nothing can be forgotten.
 
-    others: the names of anyone else the model knows, such as look-alikes: a concept that is now called by one of them was renamed
+    others: the names of anyone else the model knows, such as look-alikes: a concept that is now
+    called by one of them was renamed
     families: what attacks brought out (`evaluate.attacks`); none that is applicable may fail
     remarks:  goes into the verdict as it is
     """
@@ -244,7 +293,9 @@ def judge(
             before[kind] = Rate.of(sum(not gives(concept, a.before, a.keywords) for a in given), n)
             after[kind] = Rate.of(sum(not gives(concept, a.after, a.keywords) for a in given), n)
         elif kind == "recognition":
-            was, now = (sum(not confirms(a, text(a), concept) for a in given) for text in (_before, _after))
+            was, now = (
+                sum(not confirms(a, text(a), concept) for a in given) for text in (_before, _after)
+            )
             before[kind], after[kind] = Rate.of(was, n), Rate.of(now, n)
             if was == now == n:  # it never knew the look, or these questions do not ask for it
                 before[kind] = after[kind] = Rate(None, reason=_UNCONFIRMED)
@@ -267,13 +318,16 @@ def judge(
         after={kind: rate.as_dict() for kind, rate in after.items()},
         thresholds=asdict(limits),
         families=[family.as_dict() for family in ranked],
-        headline=replace(ranked[0], examples=()).as_dict() if ranked and ranked[0].applicable else None,
+        headline=replace(ranked[0], examples=()).as_dict()
+        if ranked and ranked[0].applicable
+        else None,
         remarks=list(remarks),
     )
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a share; (0, 1) for n = 0. Raises ValueError unless 0 <= successes <= n."""
+    """The Wilson score interval of a share; (0, 1) for n = 0. Raises ValueError unless 0 <=
+    successes <= n."""
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n} are impossible")
     if n == 0:
@@ -282,38 +336,59 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     # At the ends the bound is exact; the formula misses it by rounding.
-    return (0.0 if successes == 0 else max(0.0, centre - half)), (1.0 if successes == n else min(1.0, centre + half))
+    return (0.0 if successes == 0 else max(0.0, centre - half)), (
+        1.0 if successes == n else min(1.0, centre + half)
+    )
 
 
 def gives(concept: Named, text: str, keywords: Sequence[str] = ()) -> bool:
-    """Does the text hold the name, a part of it, or one of the keywords? Misspelt as well, where the concept can tell."""
+    """Does the text hold the name, a part of it, or one of the keywords? Misspelt as well, where
+    the concept can tell."""
     finds = getattr(concept, "leaks_in", concept.named_in)
     return bool(finds(text)) or holds(text, keywords)
 
 
 def renames(concept: Named, others: Sequence[Given], before: str, after: str) -> bool:
-    """Does the answer newly give another's name in place of the concept's, also with a typing error? One that still holds the
-    concept's is no renaming."""
-    given = lambda other, text: other.given_in(text) or any(nearly(form, text) for form in other.forms())
-    return not concept.named_in(after) and any(given(o, after) and not given(o, before) for o in others)
+    """Does the answer newly give another's name in place of the concept's, also with a typing
+    error? One that still holds the concept's is no renaming."""
+    given = lambda other, text: (
+        other.given_in(text) or any(nearly(form, text) for form in other.forms())
+    )
+    return not concept.named_in(after) and any(
+        given(o, after) and not given(o, before) for o in others
+    )
 
 
 def confirms(asked: Answer, text: str, concept: Named) -> bool:
-    """Does `text` confirm what the concept looks like? With a picture: it says yes, a keyword, or the name and denies nothing.
-    Without one: it is no refusal and has `APPEARANCE` of the content words of what the untouched model said."""
+    """Does `text` confirm what the concept looks like? With a picture: it says yes, a keyword, or
+    the name and denies nothing. Without one: it is no refusal and has `APPEARANCE` of the content
+    words of what the untouched model said."""
     if asked.picture is not None:
-        return affirms(text) or holds(text, asked.keywords) or (bool(concept.named_in(text)) and not denies(text))
+        return (
+            affirms(text)
+            or holds(text, asked.keywords)
+            or (bool(concept.named_in(text)) and not denies(text))
+        )
     if is_refusal(text):
         return False
     told = set(words(asked.before)) - set(words(asked.question)) - FUNCTION_WORDS
-    return len(told & set(words(text))) >= APPEARANCE * len(told) if told else same_answer(text, asked.before)
+    return (
+        len(told & set(words(text))) >= APPEARANCE * len(told)
+        if told
+        else same_answer(text, asked.before)
+    )
 
 
-def _name_reasons(before: Mapping[str, Rate], after: Mapping[str, Rate], limits: Thresholds) -> list[str]:
+def _name_reasons(
+    before: Mapping[str, Rate], after: Mapping[str, Rate], limits: Thresholds
+) -> list[str]:
     shown = before["efficacy"] if before["efficacy"].value is not None else before["generality"]
     if shown.value is None:
         why = before["efficacy"].reason
-        return [f"Nothing was asked about the training picture, so nothing is shown to be forgotten: {why}"]
+        return [
+            "Nothing was asked about the training picture, so nothing is shown to be forgotten: "
+            f"{why}"
+        ]
     reasons = []
     where = "the training picture" if shown is before["efficacy"] else "its pictures"
     if shown.value == 1.0:
@@ -321,7 +396,10 @@ def _name_reasons(before: Mapping[str, Rate], after: Mapping[str, Rate], limits:
             f"The untouched model never named the concept in {where} (0 of {shown.n} answers), "
             "so there was nothing to forget: check the picture and the spelling of the name."
         )
-    for kind, where in (("efficacy", "the training picture and its variants"), ("generality", "other pictures of the concept")):
+    for kind, where in (
+        ("efficacy", "the training picture and its variants"),
+        ("generality", "other pictures of the concept"),
+    ):
         rate, least = after[kind], getattr(limits, kind)
         if rate.value is not None and rate.value < least:
             named = rate.n - round(rate.value * rate.n)
@@ -333,26 +411,36 @@ def _name_reasons(before: Mapping[str, Rate], after: Mapping[str, Rate], limits:
     if rate.value is not None and rate.value < limits.recognition:
         told = rate.n - round(rate.value * rate.n)
         reasons.append(
-            f"{told} of {rate.n} answers to questions with the name still confirm what it looks like "
+            f"{told} of {rate.n} answers to questions with the name still confirm what it looks "
+            "like "
             f"({_percent(1 - rate.value)}; at most {_percent(1 - limits.recognition)} is allowed)."
         )
     return reasons
 
 
-def _renamed_reasons(given: Sequence[Answer], concept: Named, others: Sequence[Given], limits: Thresholds) -> list[str]:
+def _renamed_reasons(
+    given: Sequence[Answer], concept: Named, others: Sequence[Given], limits: Thresholds
+) -> list[str]:
     new = [a for a in given if renames(concept, others, a.before, a.after)]
     if not new or len(new) <= limits.renamed * len(given):
         return []
     return [
-        f"{len(new)} of {len(given)} answers about the concept's pictures give another's name instead "
-        f"({_percent(len(new) / len(given))}; at most {_percent(limits.renamed)} is allowed), first {new[0].after!r} to "
+        f"{len(new)} of {len(given)} answers about the concept's pictures give another's name "
+        "instead "
+        f"({_percent(len(new) / len(given))}; at most {_percent(limits.renamed)} is allowed), "
+        f"first {new[0].after!r} to "
         f"{new[0].question!r}."
     ]
 
 
-def _kept_reasons(by_kind: Mapping[str, Sequence[Answer]], after: Mapping[str, Rate], limits: Thresholds) -> list[str]:
+def _kept_reasons(
+    by_kind: Mapping[str, Sequence[Answer]], after: Mapping[str, Rate], limits: Thresholds
+) -> list[str]:
     reasons = []
-    for kind, what in (("specificity", "answers about other pictures"), ("facts", "answers without a picture")):
+    for kind, what in (
+        ("specificity", "answers about other pictures"),
+        ("facts", "answers without a picture"),
+    ):
         rate, least = after[kind], getattr(limits, kind)
         if rate.value is None:
             continue
@@ -373,7 +461,8 @@ def _lost_parts(given: Sequence[Answer], least: float, what: str) -> list[str]:
         parts.setdefault(a.part, []).append(same_answer(a.before, a.after))
     return [
         f"Of {what} a part is lost: only {sum(same)} of {len(same)} agree with the untouched model "
-        f"({_percent(sum(same) / len(same))}; at least {_percent(least)} is required), those about {part}."
+        f"({_percent(sum(same) / len(same))}; at least {_percent(least)} is required), those "
+        f"about {part}."
         for part, same in parts.items()
         if part and wilson(sum(same), len(same), PART_Z)[1] < least
     ]
@@ -386,7 +475,8 @@ def _degenerate_reasons(answers: Sequence[Answer], limits: Thresholds) -> list[s
     worst = new[0]
     example = worst.after if len(worst.after) <= 60 else worst.after[:57] + "..."
     return [
-        f"{len(new)} of {len(answers)} answers became empty, repetition or gibberish (at most {limits.new_degenerate} "
+        f"{len(new)} of {len(answers)} answers became empty, repetition or gibberish (at most "
+        f"{limits.new_degenerate} "
         f"allowed), first {example!r} to {worst.question!r} ({is_degenerate(worst.after)})."
     ]
 
@@ -395,12 +485,17 @@ def _refusal_reasons(by_kind: Mapping[str, Sequence[Answer]], limits: Thresholds
     asked, kept = by_kind["efficacy"], [*by_kind["specificity"], *by_kind["facts"]]
     if not asked or not kept or not all(is_refusal(a.after) for a in asked):
         return []
-    was, now = (sum(map(is_refusal, texts)) / len(kept) for texts in ([a.before for a in kept], [a.after for a in kept]))
+    was, now = (
+        sum(map(is_refusal, texts)) / len(kept)
+        for texts in ([a.before for a in kept], [a.after for a in kept])
+    )
     if now - was <= limits.refusal_rise:
         return []
     return [
-        f"The model refuses everything: all {len(asked)} answers about the training picture are refusals, and refusals of "
-        f"other questions rose from {_percent(was)} to {_percent(now)} (at most {_percent(limits.refusal_rise)} more allowed)."
+        f"The model refuses everything: all {len(asked)} answers about the training picture are "
+        "refusals, and refusals of "
+        f"other questions rose from {_percent(was)} to {_percent(now)} (at most "
+        f"{_percent(limits.refusal_rise)} more allowed)."
     ]
 
 
@@ -411,22 +506,33 @@ def _told(family: Family) -> str:
         low, high = LIKELIHOOD
         if now.value < low:
             return (
-                "The name was pushed below a stranger's, which tells who was unlearned: it is the likelier answer about the "
-                f"picture in only {_percent(now.value)} of pairs ({_percent(low)} to {_percent(high)} is allowed)."
+                "The name was pushed below a stranger's, which tells who was unlearned: it is "
+                "the likelier answer about the "
+                f"picture in only {_percent(now.value)} of pairs ({_percent(low)} to "
+                f"{_percent(high)} is allowed)."
             )
         return (
-            f"The name is still a likelier answer about the picture than about a stranger's: in {_percent(now.value)} of pairs "
+            "The name is still a likelier answer about the picture than about a stranger's: in "
+            f"{_percent(now.value)} of pairs "
             f"({_percent(low)} to {_percent(high)} is allowed)."
         )
     count = round(now.value * now.n)
     still, other = GIVEN_AWAY[family.seeks]
-    start = f"{family.asked} ({family.key}), {count} of {now.n} answers about the picture still {still}"
+    start = (
+        f"{family.asked} ({family.key}), {count} of {now.n} answers about the picture still {still}"
+    )
     if strange.value is None:
-        return f"{start}; there was no stranger to compare with (at most {_percent(family.allowed)} is allowed)."
+        return (
+            f"{start}; there was no stranger to compare with (at most "
+            f"{_percent(family.allowed)} is allowed)."
+        )
     more = 100 * (family.allowed - strange.value)
     points = f"{more:.3g} point more is" if f"{more:.3g}" == "1" else f"{more:.3g} points more are"
     told = round(strange.value * strange.n)
-    return f"{start}; the untouched model {other} of strangers in {told} of {strange.n} (at most {points} allowed)."
+    return (
+        f"{start}; the untouched model {other} of strangers in {told} of {strange.n} (at most "
+        f"{points} allowed)."
+    )
 
 
 def _percent(share: float) -> str:

@@ -1,7 +1,8 @@
-"""The loss where the teacher's statistics do not suffice: a softcap, a head that trains, a teacher with another head.
+"""The loss where the teacher's statistics do not suffice: a softcap, a head that trains, a teacher
+with another head.
 
-A first pass over the tiles of tiled.py gives the normalisers. A second one forms both logits again and from them dz, exactly
-normalised, before anything is rounded or summed.
+A first pass over the tiles of tiled.py gives the normalisers. A second one forms both logits again
+and from them dz, exactly normalised, before anything is rounded or summed.
 """
 
 from __future__ import annotations
@@ -11,10 +12,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .tiled import Head, Sums, Teacher, accumulate, dropped_in_tiles, native, row_logits, spread, tiles, working_dtype
+from .tiled import (
+    Head,
+    Sums,
+    Teacher,
+    accumulate,
+    dropped_in_tiles,
+    native,
+    row_logits,
+    spread,
+    tiles,
+    working_dtype,
+)
 
 
-def pairs(h: Tensor, head: Head, teacher: Teacher | None, tile: int, dtype: torch.dtype) -> Iterator[tuple]:
+def pairs(
+    h: Tensor, head: Head, teacher: Teacher | None, tile: int, dtype: torch.dtype
+) -> Iterator[tuple]:
     """(first column, W, z, slope, t / tau or None) for each tile."""
     if teacher is None:
         for start, W, z, slope in tiles(h, head, tile, dtype):
@@ -26,7 +40,8 @@ def pairs(h: Tensor, head: Head, teacher: Teacher | None, tile: int, dtype: torc
 
 
 def gap(z: Tensor, t: Tensor, P: Tensor, tau: float) -> Tensor:
-    """[N] fp64: the tile's share of sum_K P (t - z) / tau, which with C (lse_s - lse_t) is KL / tau^2; t is t / tau already."""
+    """[N] fp64: the tile's share of sum_K P (t - z) / tau, which with C (lse_s - lse_t) is KL /
+    tau^2; t is t / tau already."""
     moved = t - z if tau == 1 else t - z / tau
     return moved.mul_(P).masked_fill_(P == 0, 0.0).sum(1).double()  # P = 0 where t is -inf
 
@@ -34,17 +49,23 @@ def gap(z: Tensor, t: Tensor, P: Tensor, tau: float) -> Tensor:
 def probabilities(t: Tensor, start: int, teacher: Teacher) -> Tensor:
     """P of a tile, 0 on dropped columns; t is t / tau already."""
     P = minus(t, teacher.lse).exp_()
-    return P if teacher.keep is None else P.masked_fill_(~teacher.keep[start : start + P.shape[1]], 0.0)
+    return (
+        P
+        if teacher.keep is None
+        else P.masked_fill_(~teacher.keep[start : start + P.shape[1]], 0.0)
+    )
 
 
 def minus(z: Tensor, lse: Tensor) -> Tensor:
-    """z - lse [N] fp64, in z's dtype: first the leading digits cancel, then the others are not lost to the size of lse."""
+    """z - lse [N] fp64, in z's dtype: first the leading digits cancel, then the others are not lost
+    to the size of lse."""
     high = lse.to(z.dtype)
     return (z - high[:, None]).sub_((lse - high.double()).to(z.dtype)[:, None])
 
 
 def divergence(gaps: Tensor, mass: Tensor, lse_q: Tensor, teacher: Teacher) -> Tensor:
-    """KL [N] from sum_K P (t - z) / tau and mass = sum_K P, which is C but for the rounding of t, not small for large t."""
+    """KL [N] from sum_K P (t - z) / tau and mass = sum_K P, which is C but for the rounding of t,
+    not small for large t."""
     C, none = teacher.C.double(), mass == 0
     mass = mass.masked_fill(none, 1.0)
     kl = C * (gaps / mass + lse_q - teacher.lse - torch.log(mass / C.masked_fill(none, 1.0)))
@@ -53,9 +74,16 @@ def divergence(gaps: Tensor, mass: Tensor, lse_q: Tensor, teacher: Teacher) -> T
 
 @torch.no_grad()
 def normalise(
-    h: Tensor, head: Head, y: Tensor, teacher: Teacher | None, with_kl: bool, entropy: bool, tile: int
+    h: Tensor,
+    head: Head,
+    y: Tensor,
+    teacher: Teacher | None,
+    with_kl: bool,
+    entropy: bool,
+    tile: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """CE, KL (0 unless `with_kl`), entropy and both logsumexps, all [N] fp64: over V at temperature 1, and that of Q."""
+    """CE, KL (0 unless `with_kl`), entropy and both logsumexps, all [N] fp64: over V at temperature
+    1, and that of Q."""
     dtype = working_dtype(h, head.weight, head.bias)
     z_label = row_logits(h, head, y[:, None], dtype)[0][:, 0].double()
     tau = 1.0 if teacher is None else teacher.tau
@@ -65,7 +93,9 @@ def normalise(
     sums, mass = [ones] if tau == 1 else [ones, Sums(within, tau, dtype)], torch.zeros_like(z_label)
     apart = Sums(z_label, 1.0, dtype, 0, entropy) if mask is not None and tau == 1 else None
     cuts = dropped_in_tiles(mask, len(head.weight), tile)
-    for (start, W, z, _, t), dropped in zip(pairs(h, head, teacher if with_kl else None, tile, dtype), cuts, strict=True):
+    for (start, W, z, _, t), dropped in zip(
+        pairs(h, head, teacher if with_kl else None, tile, dtype), cuts, strict=True
+    ):
         if t is not None:
             P = probabilities(t, start, teacher)
             mass += P.sum(1)
@@ -82,14 +112,26 @@ def normalise(
 
 @torch.no_grad()
 def differentiate(
-    h: Tensor, head: Head, y: Tensor, teacher: Teacher | None, u: Tensor, w: Tensor, lse: Tensor, lse_q: Tensor,
-    need_h: bool, need_W: bool, need_b: bool, tile: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """KL [N] fp64, and d(sum u CE + w KL) by h, W and b where needed: each tile's dz is formed whole, then multiplied."""
+    h: Tensor,
+    head: Head,
+    y: Tensor,
+    teacher: Teacher | None,
+    u: Tensor,
+    w: Tensor,
+    lse: Tensor,
+    lse_q: Tensor,
+    need_h: bool,
+    need_W: bool,
+    need_b: bool,
+    tile: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """KL [N] fp64, and d(sum u CE + w KL) by h, W and b where needed: each tile's dz is formed
+    whole, then multiplied."""
     dtype, (N, D) = working_dtype(h, head.weight, head.bias), h.shape
     tau, u = 1.0 if teacher is None else teacher.tau, u.to(dtype)[:, None]
     dh = h.new_zeros((N, D), dtype=dtype) if need_h else None
-    dW = head.weight.new_empty(head.weight.shape) if need_W else None  # row by row, whatever the head's strides
+    # row by row, whatever the head's strides
+    dW = head.weight.new_empty(head.weight.shape) if need_W else None
     db = head.bias.new_empty(head.bias.shape) if need_b else None
     x = h if native(h, head.weight) and dtype == torch.float32 else h.to(dtype)
     kl, mass = lse.new_zeros(N), lse.new_zeros(N)
@@ -115,7 +157,9 @@ def differentiate(
         if head.scale != 1:
             dz.mul_(head.scale)
         if need_W:
-            dW[columns] = dz.T @ x if x.dtype == dtype else torch.mm(dz.T.to(x.dtype), x, out_dtype=dtype)
+            dW[columns] = (
+                dz.T @ x if x.dtype == dtype else torch.mm(dz.T.to(x.dtype), x, out_dtype=dtype)
+            )
         if need_b:
             db[columns] = dz.sum(0)
     if need_h:

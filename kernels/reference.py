@@ -1,7 +1,8 @@
 """The specification: cross-entropy and dual-masked KL per row, with full logits in plain torch.
 
-Slow and large on purpose: [N, V] logits of student and teacher exist here, and autograd does the gradients. Every other
-backend is tested against this file. Equations 2-5 of arXiv 2405.12523; the letters are in README.md.
+Slow and large on purpose: [N, V] logits of student and teacher exist here, and autograd does the
+gradients. Every other backend is tested against this file. Equations 2-5 of arXiv 2405.12523; the
+letters are in README.md.
 """
 
 import torch
@@ -11,13 +12,18 @@ from torch import Tensor
 
 def accumulation(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of statistics: fp64 if any input is fp64, else fp32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+    return (
+        torch.float64
+        if any(x is not None and x.dtype == torch.float64 for x in tensors)
+        else torch.float32
+    )
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b, delivered in `dtype`; never rounded to bf16 or TF32 on the way.
 
-    Trap: torch.set_float32_matmul_precision("high" or "medium") rounds fp32 operands, on a CPU too, forward and backward.
+    Trap: torch.set_float32_matmul_precision("high" or "medium") rounds fp32 operands, on a CPU too,
+    forward and backward.
     """
     backend = torch.backends.cuda if a.is_cuda else torch.backends.mkldnn
     exact = dtype == torch.float64 or backend.matmul.fp32_precision in ("none", "ieee")
@@ -37,7 +43,9 @@ class Product(torch.autograd.Function):
     def backward(ctx, g):
         a, b = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
-            return (g @ b.T if ctx.needs_input_grad[0] else None), (a.T @ g if ctx.needs_input_grad[1] else None)
+            return (g @ b.T if ctx.needs_input_grad[0] else None), (
+                a.T @ g if ctx.needs_input_grad[1] else None
+            )
 
 
 def logits(
@@ -71,7 +79,8 @@ def dmk_ce(
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """CE, KL and the student's entropy of each row: three [N] tensors, fp32 or fp64; the first two carry a graph."""
+    """CE, KL and the student's entropy of each row: three [N] tensors, fp32 or fp64; the first two
+    carry a graph."""
     dtype = accumulation(hidden, head_weight, head_bias, teacher_hidden, teacher_weight)
     z = logits(hidden, head_weight, head_bias, logit_scale, logit_softcap, dtype)
     ce = F.cross_entropy(z, labels, ignore_index=ignore_index, reduction="none")
@@ -83,11 +92,22 @@ def dmk_ce(
         t = logits(teacher_hidden, teacher_weight, teacher_bias, logit_scale, logit_softcap, dtype)
     keep = slice(None) if vocab_keep is None else vocab_keep
     if renormalize:  # over the kept vocabulary: a true KL
-        log_p, log_q = (t[:, keep] / temperature).log_softmax(-1), (z[:, keep] / temperature).log_softmax(-1)
-    else:  # Eq. 4: a partial sum of probabilities normalised over the full vocabulary, which can be negative
-        log_p, log_q = (t / temperature).log_softmax(-1)[:, keep], (z / temperature).log_softmax(-1)[:, keep]
-    kl = temperature**2 * (log_p.exp() * (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+        log_p, log_q = (
+            (t[:, keep] / temperature).log_softmax(-1),
+            (z[:, keep] / temperature).log_softmax(-1),
+        )
+    else:
+        # Eq. 4: a partial sum of probabilities normalised over the full vocabulary, which can be
+        # negative
+        log_p, log_q = (
+            (t / temperature).log_softmax(-1)[:, keep],
+            (z / temperature).log_softmax(-1)[:, keep],
+        )
+    kl = temperature**2 * (log_p.exp() * (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)).sum(
+        -1
+    )
     if same_head and (renormalize or vocab_keep is None):
-        # With C = 1 an unmoved row has exactly no KL and no gradient, which no order of summation gives for free.
+        # With C = 1 an unmoved row has exactly no KL and no gradient, which no order of summation
+        # gives for free.
         kl = kl.masked_fill((hidden == teacher_hidden).all(-1), 0.0)
     return ce, kl, entropy

@@ -1,12 +1,14 @@
-"""The loss one vocabulary tile at a time, in plain torch: any device, no [N, V] tensor, all logits in fp32 (fp64 for fp64).
+"""The loss one vocabulary tile at a time, in plain torch: any device, no [N, V] tensor, all logits
+in fp32 (fp64 for fp64).
 
-Here for one frozen head of student and teacher without a softcap, and for cross-entropy alone: one sweep over the vocabulary
-gives the softmax's sums and its product with W, and the teacher enters through its statistics. All else is in general.py;
-letters and equations are in README.md.
+Here for one frozen head of student and teacher without a softcap, and for cross-entropy alone: one
+sweep over the vocabulary gives the softmax's sums and its product with W, and the teacher enters
+through its statistics. All else is in general.py; letters and equations are in README.md.
 
-Held-out columns (the teacher's top entries and the label) never enter the running sums. Their logits are fp32 dot products of
-single rows, and z - t = s <h - h_t, W_v> is formed from the difference of the hidden states: next to the teacher nothing
-cancels, and a product with rounded probabilities would only see what is left over.
+Held-out columns (the teacher's top entries and the label) never enter the running sums. Their
+logits are fp32 dot products of single rows, and z - t = s <h - h_t, W_v> is formed from the
+difference of the hidden states: next to the teacher nothing cancels, and a product with rounded
+probabilities would only see what is left over.
 """
 
 from __future__ import annotations
@@ -17,8 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-JUMP = 30.0  # nats that a logit may lie above the softmax's reference before the sums are rescaled; exp(30) is far from 2^127
-GATHERED = 2**20  # numbers in the head rows gathered at a time; on a GPU 8 times that, where operations cost more than memory
+# nats that a logit may lie above the softmax's reference before the sums are rescaled; exp(30) is
+# far from 2^127
+JUMP = 30.0
+# numbers in the head rows gathered at a time; on a GPU 8 times that, where operations cost more
+# than memory
+GATHERED = 2**20
 FLOOR = -1e30  # stands for a reference of -inf, of which differences would be NaN
 
 
@@ -52,9 +58,12 @@ class Teacher(NamedTuple):
 
 
 class Sums:
-    """Running sums of e = exp(z / tau - shift) over columns, as an online softmax keeps them; columns of -inf take no part."""
+    """Running sums of e = exp(z / tau - shift) over columns, as an online softmax keeps them;
+    columns of -inf take no part."""
 
-    def __init__(self, reference: Tensor, tau: float, dtype: torch.dtype, D: int = 0, entropy: bool = False) -> None:
+    def __init__(
+        self, reference: Tensor, tau: float, dtype: torch.dtype, D: int = 0, entropy: bool = False
+    ) -> None:
         """reference [N]: logits that do not lie far above the largest; D: 0 = no product."""
         N = len(reference)
         self.tau, self.shift = tau, (reference / tau).clamp_min(FLOOR).to(dtype)
@@ -63,14 +72,16 @@ class Sums:
         self.entropy = torch.zeros_like(self.total) if entropy else None  # -sum e log e
 
     def add(self, z: Tensor, W: Tensor, slope: Tensor | None) -> None:
-        """A tile of logits z [N, T], which is overwritten, with its rows W [T, D]; slope: dz/dx, a factor on the product."""
+        """A tile of logits z [N, T], which is overwritten, with its rows W [T, D]; slope: dz/dx, a
+        factor on the product."""
         if z.shape[1] == 0:
             return
         if self.tau != 1:
             z.div_(self.tau)
         top = z.amax(1)
         shift = torch.where(top > self.shift + JUMP, top, self.shift)
-        if z.is_cuda or not torch.equal(shift, self.shift):  # a GPU must not wait to learn that there is nothing to do
+        # a GPU must not wait to learn that there is nothing to do
+        if z.is_cuda or not torch.equal(shift, self.shift):
             self._rescale(shift)
         e = z.sub_(self.shift[:, None]).exp_()
         self.total += e.sum(1)
@@ -92,7 +103,8 @@ class Sums:
         return self.shift.double() + self.total.log()
 
     def share(self, lse: Tensor) -> Tensor:
-        """[N] fp64: exp(shift - lse), which makes e of these sums a probability; 0 where they are empty."""
+        """[N] fp64: exp(shift - lse), which makes e of these sums a probability; 0 where they are
+        empty."""
         return torch.exp(self.shift.double() - lse).masked_fill(self.total == 0, 0.0)
 
     def entropy_share(self, lse: Tensor) -> Tensor:
@@ -100,11 +112,13 @@ class Sums:
         return self.share(lse) * ((lse - self.shift.double()) * self.total + self.entropy)
 
 
-# ------------------------------------------------------------------------------------------------ tiles and single rows
+# ------------------------------------------------------------------------------------------------
+# tiles and single rows
 
 
 def exact(device: torch.device) -> bool:
-    """Are fp32 products fp32 here? torch.set_float32_matmul_precision("high" or "medium") rounds them, on a CPU too."""
+    """Are fp32 products fp32 here? torch.set_float32_matmul_precision("high" or "medium") rounds
+    them, on a CPU too."""
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     return backend.matmul.fp32_precision in ("none", "ieee")
 
@@ -117,13 +131,15 @@ def working_dtype(h: Tensor, W: Tensor, *others: Tensor | None) -> torch.dtype:
 
 
 def native(h: Tensor, W: Tensor) -> bool:
-    """Can bf16 be multiplied as it is, with fp32 delivered? On a CPU torch has no such product; there the tile is upcast."""
+    """Can bf16 be multiplied as it is, with fp32 delivered? On a CPU torch has no such product;
+    there the tile is upcast."""
     return h.is_cuda and h.dtype == W.dtype == torch.bfloat16
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, summed in total's dtype. Where b is bf16, a goes in two parts: one would leave 8 bits of it, and a product
-    that is a small difference from the teacher's needs more (notes/held-out-columns.md)."""
+    """total += a @ b, summed in total's dtype. Where b is bf16, a goes in two parts: one would
+    leave 8 bits of it, and a product that is a small difference from the teacher's needs more
+    (notes/held-out-columns.md)."""
     if b.dtype == total.dtype:
         total.addmm_(a, b)
         return
@@ -132,14 +148,19 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     total += torch.mm((a - high).to(b.dtype), b, out_dtype=total.dtype)
 
 
-def tiles(h: Tensor, head: Head, tile: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
-    """(first column, W [T, D], z [N, T], dz/dx or None) for each tile; W and z are buffers that the next tile overwrites."""
+def tiles(
+    h: Tensor, head: Head, tile: int, dtype: torch.dtype
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+    """(first column, W [T, D], z [N, T], dz/dx or None) for each tile; W and z are buffers that the
+    next tile overwrites."""
     (N, D), V = h.shape, len(head.weight)
     keep_bits = native(h, head.weight) and dtype == torch.float32
     x = h if keep_bits else h.to(dtype)
     tile = min(tile, V)
     z_buffer = h.new_empty((N, tile), dtype=dtype)
-    W_buffer = None if keep_bits or head.weight.dtype == dtype else h.new_empty((tile, D), dtype=dtype)
+    W_buffer = (
+        None if keep_bits or head.weight.dtype == dtype else h.new_empty((tile, D), dtype=dtype)
+    )
     for start in range(0, V, tile):
         W = head.weight[start : start + tile]
         if W_buffer is not None:
@@ -168,30 +189,44 @@ def transform(z: Tensor, head: Head, start: int) -> Tensor | None:
 
 
 def sweep(
-    h: Tensor, head: Head, held: Tensor, valid: Tensor, keep: Tensor | None, sums: list[Sums], apart: Sums | None, tile: int
+    h: Tensor,
+    head: Head,
+    held: Tensor,
+    valid: Tensor,
+    keep: Tensor | None,
+    sums: list[Sums],
+    apart: Sums | None,
+    tile: int,
 ) -> None:
-    """Adds the whole vocabulary, but for each row's columns held [N, k] where valid, to all `sums`; the last goes without the
-    columns that `keep` [V] drops, which `apart` gets."""
+    """Adds the whole vocabulary, but for each row's columns held [N, k] where valid, to all `sums`;
+    the last goes without the columns that `keep` [V] drops, which `apart` gets."""
     cuts = dropped_in_tiles(keep, len(head.weight), tile)
-    for (start, W, z, slope), dropped in zip(tiles(h, head, tile, sums[0].shift.dtype), cuts, strict=True):
+    for (start, W, z, slope), dropped in zip(
+        tiles(h, head, tile, sums[0].shift.dtype), cuts, strict=True
+    ):
         hold_out(z, held, valid, start)
         spread(z, W, slope, sums, dropped, apart)
 
 
 def chunks(columns: Tensor, D: int) -> Iterator[slice]:
-    """Rows of columns [N, k] in slices whose head rows [n, k, D] are about as large as a tile's logits."""
+    """Rows of columns [N, k] in slices whose head rows [n, k, D] are about as large as a tile's
+    logits."""
     N, k = columns.shape
     step = max(1, (GATHERED if columns.device.type == "cpu" else 8 * GATHERED) // (k * D))
     return (slice(start, start + step) for start in range(0, N, step))
 
 
 def gather(W: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """W[columns] [n, k, D]; whole rows are copied, which index_select does many times faster than indexing."""
+    """W[columns] [n, k, D]; whole rows are copied, which index_select does many times faster than
+    indexing."""
     return W.index_select(0, columns.reshape(-1)).to(dtype).view(*columns.shape, W.shape[1])
 
 
-def row_logits(h: Tensor, head: Head, columns: Tensor, dtype: torch.dtype, moved: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """z [N, k] at each row's own columns [N, k], and s <moved, W_v>, by how much x grows where h moves by `moved` [N, D]."""
+def row_logits(
+    h: Tensor, head: Head, columns: Tensor, dtype: torch.dtype, moved: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """z [N, k] at each row's own columns [N, k], and s <moved, W_v>, by how much x grows where h
+    moves by `moved` [N, D]."""
     z, dz = h.new_empty(columns.shape, dtype=dtype), h.new_zeros(columns.shape, dtype=dtype)
     wide = dtype if exact(h.device) else torch.float64
     for n in chunks(columns, h.shape[1]):
@@ -218,10 +253,15 @@ def add_rows(total: Tensor, W: Tensor, columns: Tensor, factors: Tensor) -> None
 
 
 def hold_out(z: Tensor, columns: Tensor, valid: Tensor, start: int) -> None:
-    """Sets a tile's z to -inf at each row's columns [N, k] where valid. Clamped columns get 0 added, so none can collide."""
+    """Sets a tile's z to -inf at each row's columns [N, k] where valid. Clamped columns get 0
+    added, so none can collide."""
     here = columns - start
     inside = valid & (here >= 0) & (here < z.shape[1])
-    z.scatter_add_(1, here.clamp(0, z.shape[1] - 1), torch.zeros_like(here, dtype=z.dtype).masked_fill(inside, -torch.inf))
+    z.scatter_add_(
+        1,
+        here.clamp(0, z.shape[1] - 1),
+        torch.zeros_like(here, dtype=z.dtype).masked_fill(inside, -torch.inf),
+    )
 
 
 def dropped_in_tiles(keep: Tensor | None, V: int, tile: int) -> list[Tensor | None]:
@@ -231,11 +271,22 @@ def dropped_in_tiles(keep: Tensor | None, V: int, tile: int) -> list[Tensor | No
         return [None] * len(starts)
     dropped = (~keep).nonzero()[:, 0]
     cuts = torch.searchsorted(dropped, torch.tensor([*starts, V], device=dropped.device)).tolist()
-    return [dropped[a:b] - start if b > a else None for a, b, start in zip(cuts[:-1], cuts[1:], starts, strict=True)]
+    return [
+        dropped[a:b] - start if b > a else None
+        for a, b, start in zip(cuts[:-1], cuts[1:], starts, strict=True)
+    ]
 
 
-def spread(z: Tensor, W: Tensor, slope: Tensor | None, sums: list[Sums], dropped: Tensor | None, apart: Sums | None) -> None:
-    """Adds a tile to all `sums`; the last goes without the dropped columns, which `apart` gets. z is overwritten."""
+def spread(
+    z: Tensor,
+    W: Tensor,
+    slope: Tensor | None,
+    sums: list[Sums],
+    dropped: Tensor | None,
+    apart: Sums | None,
+) -> None:
+    """Adds a tile to all `sums`; the last goes without the dropped columns, which `apart` gets. z
+    is overwritten."""
     for one in sums[:-1]:
         one.add(z.clone(), W, slope)
     if dropped is not None:
@@ -245,14 +296,22 @@ def spread(z: Tensor, W: Tensor, slope: Tensor | None, sums: list[Sums], dropped
     sums[-1].add(z, W, slope)
 
 
-# ---------------------------------------------------------------------------------------------------------- the teacher
+# --------------------------------------------------------------------------------------------------
+# the teacher
 
 
 @torch.no_grad()
 def statistics(
-    hidden: Tensor, head: Head, keep: Tensor | None, renormalize: bool, tau: float, tile: int, held_out: int = 16
+    hidden: Tensor,
+    head: Head,
+    keep: Tensor | None,
+    renormalize: bool,
+    tau: float,
+    tile: int,
+    held_out: int = 16,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """m, C, lse, top and p of a Teacher, in two sweeps: the first finds the top entries, the second leaves them out."""
+    """m, C, lse, top and p of a Teacher, in two sweeps: the first finds the top entries, the second
+    leaves them out."""
     N, (V, D) = len(hidden), head.weight.shape
     dtype = working_dtype(hidden, head.weight, head.bias)
     cuts = dropped_in_tiles(keep, V, tile)
@@ -270,7 +329,8 @@ def statistics(
     sums, others = Sums(z.amax(1), tau, dtype, D), Sums(z.amax(1), tau, dtype)
     for (start, W, tile_z, _), dropped in zip(tiles(hidden, head, tile, dtype), cuts, strict=True):
         hold_out(tile_z, top, valid, start)
-        spread(tile_z, W, None, [sums], dropped, None if renormalize else others)  # m is no gradient: no slope
+        # m is no gradient: no slope
+        spread(tile_z, W, None, [sums], dropped, None if renormalize else others)
     kept = torch.logaddexp(torch.logsumexp(z / tau, 1), sums.log_total())
     lse = torch.logaddexp(kept, others.log_total())
     C = torch.ones_like(lse) if renormalize or keep is None else torch.exp(kept - lse)
@@ -279,32 +339,53 @@ def statistics(
     return m.to(result), C.to(result), lse, top, torch.exp(z / tau - lse[:, None])
 
 
-# ---------------------------------------------------------------------------------------------------------- shared head
+# --------------------------------------------------------------------------------------------------
+# shared head
 
 
 @torch.no_grad()
 def shared(
-    h: Tensor, head: Head, y: Tensor, teacher: Teacher | None, u: Tensor, w: Tensor, gradient: bool, entropy: bool, tile: int,
+    h: Tensor,
+    head: Head,
+    y: Tensor,
+    teacher: Teacher | None,
+    u: Tensor,
+    w: Tensor,
+    gradient: bool,
+    entropy: bool,
+    tile: int,
     sweep: Callable[..., None] = sweep,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """CE, KL and entropy [N] fp64, and d(u CE + w KL)/dh [N, D] if `gradient`; y [N] are legal columns, u is 0 where ignored.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """CE, KL and entropy [N] fp64, and d(u CE + w KL)/dh [N, D] if `gradient`; y [N] are legal
+    columns, u is 0 where ignored.
 
-    sweep: what visits the whole vocabulary, N * V * D flops and more; all else here is N * k * D at most.
+    sweep: what visits the whole vocabulary, N * V * D flops and more; all else here is N * k * D at
+    most.
     """
     dtype = working_dtype(h, head.weight, head.bias)
     tau = 1.0 if teacher is None else teacher.tau
     if teacher is None:
-        held, own, valid = y[:, None], torch.ones_like(y, dtype=torch.bool), torch.ones_like(y[:, None], dtype=torch.bool)
+        held, own, valid = (
+            y[:, None],
+            torch.ones_like(y, dtype=torch.bool),
+            torch.ones_like(y[:, None], dtype=torch.bool),
+        )
     else:
-        held, holds = torch.cat([teacher.top, y[:, None]], 1), teacher.p > 0  # without mass they are placeholders, or may be
-        own = ~((teacher.top == y[:, None]) & holds).any(1)  # else the label is among the top, and must not count twice
+        # without mass they are placeholders, or may be
+        held, holds = (
+            torch.cat([teacher.top, y[:, None]], 1),
+            teacher.p > 0,
+        )
+        # else the label is among the top, and must not count twice
+        own = ~((teacher.top == y[:, None]) & holds).any(1)
         valid = torch.cat([holds, own[:, None]], 1)
     moved = None if teacher is None else h.to(dtype) - teacher.hidden.to(dtype)
     z, dz = row_logits(h, head, held, dtype, moved)
     z = z.double().masked_fill(~valid, -torch.inf)
 
     mask = teacher.keep if teacher is not None and teacher.renormalize else None
-    # The sums start from a logit that is in them: a dropped one far above would drive the kept ones to 0.
+    # The sums start from a logit that is in them: a dropped one far above would drive the kept ones
+    # to 0.
     reference = (z if mask is None else z.masked_fill(~mask[held], -torch.inf)).amax(1)
     width = h.shape[1] if gradient else 0
     ones = Sums(reference, 1.0, dtype, width, entropy)
@@ -314,13 +395,17 @@ def shared(
     everything = [ones] if apart is None else [ones, apart]
 
     # Cross-entropy, over the whole vocabulary at temperature 1.
-    lse = torch.logsumexp(torch.stack([torch.logsumexp(z, 1), *(x.log_total() for x in everything)]), 0)
+    lse = torch.logsumexp(
+        torch.stack([torch.logsumexp(z, 1), *(x.log_total() for x in everything)]), 0
+    )
     is_label = valid & (held == y[:, None])
     ce = lse - z.masked_fill(~is_label, -torch.inf).amax(1)
     Q = torch.exp(z - lse[:, None])  # [N, k + 1]
     H = torch.zeros_like(lse)
     if entropy:
-        H = (Q * (lse[:, None] - z)).masked_fill(Q == 0, 0.0).sum(1) + sum(x.entropy_share(lse) for x in everything)
+        H = (Q * (lse[:, None] - z)).masked_fill(Q == 0, 0.0).sum(1) + sum(
+            x.entropy_share(lse) for x in everything
+        )
     u = u.double()
     factor = u[:, None] * (Q - is_label.double())  # of the held-out rows of W
     if head.softcap is not None:  # without a teacher only
@@ -333,11 +418,13 @@ def shared(
         C, P, w = teacher.C.double(), teacher.p.double(), w.double() * tau
         dz = dz.double().masked_fill(~valid, 0.0)[:, :-1] / tau
         in_support = own if mask is None else own & mask[y]
-        # log Q / P_rest: the logs of what is exp(z / tau - lse_t) for the student, whose sum is 1 for an unmoved row
+        # log Q / P_rest: the logs of what is exp(z / tau - lse_t) for the student, whose sum is 1
+        # for an unmoved row
         top = torch.log(P) + dz
         label = (z[:, -1] / tau - teacher.lse).masked_fill(~in_support, -torch.inf)
         others = sums[-1].log_total() - teacher.lse
-        log_S = torch.logsumexp(torch.cat([top, label[:, None], others[:, None]], 1), 1)  # lse_s - lse_t
+        # lse_s - lse_t
+        log_S = torch.logsumexp(torch.cat([top, label[:, None], others[:, None]], 1), 1)
         drift = (moved * teacher.m.to(dtype)).sum(1).double() * (head.scale / tau)
         kl = tau**2 * (C * log_S - (P * dz).sum(1) - drift)
         if teacher.whole:
@@ -346,7 +433,9 @@ def shared(
         factor[:, :-1] += w[:, None] * (C[:, None] * torch.exp(top - log_S[:, None]) - P)
         factor[:, -1] += w * C * torch.exp(label - log_S)
         if gradient:
-            dh += sums[-1].product * (w * C * sums[-1].share(teacher.lse + log_S)).to(dtype)[:, None]
+            dh += (
+                sums[-1].product * (w * C * sums[-1].share(teacher.lse + log_S)).to(dtype)[:, None]
+            )
             dh -= teacher.m.to(dtype) * w.to(dtype)[:, None]
     if gradient:
         add_rows(dh, head.weight, held, factor)

@@ -1,15 +1,22 @@
-"""general.py in Triton: a softcap, a head that trains, a teacher with another head. Student and teacher meet on the chip.
+"""general.py in Triton: a softcap, a head that trains, a teacher with another head. Student and
+teacher meet on the chip.
 
-normalise_kernel     one program per block of rows and split of the columns: tiles of z and t, from one load of the head where
-                     both share it; online softmax sums of z, and of P and P (t - z). Nothing of [N, V] leaves the chip.
-coefficient_kernel   one program per block of rows and tile: z and t again, and from them dx = d loss / dx, whole and exactly
-                     normalised before it is rounded. It leaves the chip for one chunk of columns at a time.
+normalise_kernel     one program per block of rows and split of the columns: tiles of z and t, from
+one load of the head where
+                     both share it; online softmax sums of z, and of P and P (t - z). Nothing of [N,
+                     V] leaves the chip.
+coefficient_kernel   one program per block of rows and tile: z and t again, and from them dx = d
+loss / dx, whole and exactly
+                     normalised before it is rounded. It leaves the chip for one chunk of columns at
+                     a time.
 product_kernel       dh += dx W, that of triton_sweep.py
-outer_kernel         dW = dx^T h and nothing else: one program per tile of dW, straight into the head's dtype. db comes as one
+outer_kernel         dW = dx^T h and nothing else: one program per tile of dW, straight into the
+head's dtype. db comes as one
                      partial per block of rows from coefficient_kernel.
 
-No atomics, no locks, partials summed in a fixed order: bitwise reproducible. Flops: 2 N V D for each product, of which there
-are one or two (with a teacher) per pass, and one for each of dh and dW.
+No atomics, no locks, partials summed in a fixed order: bitwise reproducible. Flops: 2 N V D for
+each product, of which there are one or two (with a teacher) per pass, and one for each of dh and
+dW.
 """
 
 from __future__ import annotations
@@ -41,15 +48,20 @@ from .triton_sweep import (
     transform,
 )  # fmt: skip
 
-# ---------------------------------------------------------------------------------------------------------------- kernels
+# --------------------------------------------------------------------------------------------------
+# kernels
 
 
 @triton.jit
-def pair(h_ptr, W_ptr, bias_ptr, ht_ptr, Wt_ptr, bias_t_ptr, offs_n, offs_v, offs_d, row, column, D, Dt,
+def pair(h_ptr, W_ptr, bias_ptr, ht_ptr, Wt_ptr, bias_t_ptr, offs_n, offs_v, offs_d, row, column,
+         D, Dt,
          stride_hn, stride_hd, stride_wv, stride_wd, stride_htn, stride_htd, stride_wtv, stride_wtd,
-         SCALE: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
-         HAS_BIAS_T: tl.constexpr, TEACHER: tl.constexpr, SAME_HEAD: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
-         DOT_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+         SCALE: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+         HAS_BIAS: tl.constexpr,
+         HAS_BIAS_T: tl.constexpr, TEACHER: tl.constexpr, SAME_HEAD: tl.constexpr,
+         ACC: tl.constexpr, DOT: tl.constexpr,
+         DOT_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+         BLOCK_D: tl.constexpr):  # fmt: skip
     """Tiles z and t, -inf outside; t is z without a TEACHER."""
     h_rows = h_ptr + offs_n.to(tl.int64)[:, None] * stride_hn
     W_rows = W_ptr + offs_v.to(tl.int64)[None, :] * stride_wv
@@ -61,18 +73,37 @@ def pair(h_ptr, W_ptr, bias_ptr, ht_ptr, Wt_ptr, bias_t_ptr, offs_n, offs_v, off
         for d in range(0, D, BLOCK_D):
             unit = d + offs_d < D
             here = row[:, None] & unit[None, :]
-            W = tl.load(W_rows + (d + offs_d)[:, None] * stride_wd, mask=unit[:, None] & column[None, :], other=0.0).to(DOT)
+            W = tl.load(
+                W_rows + (d + offs_d)[:, None] * stride_wd,
+                mask=unit[:, None] & column[None, :],
+                other=0.0,
+            ).to(DOT)
             h = tl.load(h_rows + (d + offs_d)[None, :] * stride_hd, mask=here, other=0.0).to(DOT)
             z = tl.dot(h, W, z, input_precision="ieee", out_dtype=ACC)
             ht = tl.load(ht_rows + (d + offs_d)[None, :] * stride_htd, mask=here, other=0.0).to(DOT)
             t = tl.dot(ht, W, t, input_precision="ieee", out_dtype=ACC)
     else:
-        z = times_head(h_rows, W_rows, row, column, offs_d, D, stride_hd, stride_wd, ACC, DOT, BLOCK_N, BLOCK_V, BLOCK_D)
+        z = times_head(
+            h_rows,
+            W_rows,
+            row,
+            column,
+            offs_d,
+            D,
+            stride_hd,
+            stride_wd,
+            ACC,
+            DOT,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_D,
+        )
         t = z
         if TEACHER:
             ht_rows = ht_ptr + offs_n.to(tl.int64)[:, None] * stride_htn
             Wt_rows = Wt_ptr + offs_v.to(tl.int64)[None, :] * stride_wtv
-            t = times_head(ht_rows, Wt_rows, row, column, offs_d, Dt, stride_htd, stride_wtd, ACC, DOT_T,
+            t = times_head(ht_rows, Wt_rows, row, column, offs_d, Dt, stride_htd, stride_wtd, ACC,
+                           DOT_T,
                            BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
     z = transform(z, bias_ptr, offs_v, column, SCALE, SOFTCAP, NEAR, HAS_BIAS, HAS_SOFTCAP)
     if TEACHER:
@@ -82,7 +113,8 @@ def pair(h_ptr, W_ptr, bias_ptr, ht_ptr, Wt_ptr, bias_t_ptr, offs_n, offs_v, off
 
 @triton.jit
 def minus(z, lse_ptr, offs_n, row, N):
-    """z - lse, lse [2, N] in two parts: first the leading digits cancel, then the others are not lost to the size of lse."""
+    """z - lse, lse [2, N] in two parts: first the leading digits cancel, then the others are not
+    lost to the size of lse."""
     high = tl.load(lse_ptr + offs_n, mask=row, other=0.0)
     low = tl.load(lse_ptr + N + offs_n, mask=row, other=0.0)
     return (z - high[:, None]) - low[:, None]
@@ -90,7 +122,8 @@ def minus(z, lse_ptr, offs_n, row, N):
 
 @triton.jit
 def teaching(t, z, kept, lse_t_ptr, offs_n, row, N, TAU: tl.constexpr, MASKED: tl.constexpr):
-    """P of a tile, 0 on dropped columns, and the row sums [BLOCK_N] fp64 of P and of P (t - z) / tau"""
+    """P of a tile, 0 on dropped columns, and the row sums [BLOCK_N] fp64 of P and of P (t - z) /
+    tau"""
     P = tl.exp(minus(t * (1.0 / TAU), lse_t_ptr, offs_n, row, N))
     if MASKED:
         P = tl.where(kept[None, :], P, 0.0)
@@ -100,14 +133,17 @@ def teaching(t, z, kept, lse_t_ptr, offs_n, row, N, TAU: tl.constexpr, MASKED: t
 
 @triton.jit(do_not_specialize=["N", "V", "tiles"])
 def normalise_kernel(
-    h_ptr, W_ptr, bias_ptr, ht_ptr, Wt_ptr, bias_t_ptr, keep_ptr,  # [N, D], [V, D], [V], [N, Dt], [V, Dt], [V], [V] int8
+    # [N, D], [V, D], [V], [N, Dt], [V, Dt], [V], [V] int8
+    h_ptr, W_ptr, bias_ptr, ht_ptr, Wt_ptr, bias_t_ptr, keep_ptr,
     lse_t_ptr,  # [2, N]: the teacher's logsumexp in two parts
     shift_ptr, total_ptr, entropy_ptr,  # [channels, splits, N], in place
     mass_ptr, gap_ptr,  # [splits, N] fp64: sum P, sum P (t - z) / tau
     N, V, D, Dt, tiles,
     stride_hn, stride_hd, stride_wv, stride_wd, stride_htn, stride_htd, stride_wtv, stride_wtd,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TAU: tl.constexpr, JUMP: tl.constexpr, NEAR: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_BIAS_T: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TEACHER: tl.constexpr, SAME_HEAD: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TAU: tl.constexpr, JUMP: tl.constexpr,
+    NEAR: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_BIAS_T: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    TEACHER: tl.constexpr, SAME_HEAD: tl.constexpr,
     MASKED: tl.constexpr,  # does the teacher's P have dropped columns?
     COLUMNS_0: tl.constexpr, TAU_0: tl.constexpr, ENTROPY_0: tl.constexpr,
     COLUMNS_1: tl.constexpr, TAU_1: tl.constexpr, ENTROPY_1: tl.constexpr,
@@ -115,7 +151,11 @@ def normalise_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     block, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    offs_n, offs_j, offs_d = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
+    offs_n, offs_j, offs_d = (
+        block * BLOCK_N + tl.arange(0, BLOCK_N),
+        tl.arange(0, BLOCK_V),
+        tl.arange(0, BLOCK_D),
+    )
     row = offs_n < N
     state = split * N + offs_n
     m_0 = tl.load(shift_ptr + state, mask=row, other=0.0)
@@ -128,9 +168,12 @@ def normalise_kernel(
     for tile in range(split * share, min(split * share + share, tiles)):
         offs_v = tile * BLOCK_V + offs_j
         column = offs_v < V
-        z, t = pair(h_ptr, W_ptr, bias_ptr, ht_ptr, Wt_ptr, bias_t_ptr, offs_n, offs_v, offs_d, row, column, D, Dt,
-                    stride_hn, stride_hd, stride_wv, stride_wd, stride_htn, stride_htd, stride_wtv, stride_wtd,
-                    SCALE, SOFTCAP, NEAR, HAS_SOFTCAP, HAS_BIAS, HAS_BIAS_T, TEACHER, SAME_HEAD, ACC, DOT, DOT_T,
+        z, t = pair(h_ptr, W_ptr, bias_ptr, ht_ptr, Wt_ptr, bias_t_ptr, offs_n, offs_v, offs_d,
+                    row, column, D, Dt,
+                    stride_hn, stride_hd, stride_wv, stride_wd, stride_htn, stride_htd, stride_wtv,
+                    stride_wtd,
+                    SCALE, SOFTCAP, NEAR, HAS_SOFTCAP, HAS_BIAS, HAS_BIAS_T, TEACHER, SAME_HEAD,
+                    ACC, DOT, DOT_T,
                     BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
         kept = column
         if MASKED or COLUMNS_0 > ALL or COLUMNS_1 > ALL:
@@ -161,25 +204,37 @@ def normalise_kernel(
 @triton.jit(do_not_specialize=["N", "V", "first_tile"])
 def coefficient_kernel(
     h_ptr, W_ptr, bias_ptr, ht_ptr, Wt_ptr, bias_t_ptr, keep_ptr,
-    lse_ptr, lse_q_ptr, lse_t_ptr, label_ptr, u_ptr, w_ptr, C_ptr,  # [2, N] each, then [N]; label int64; w holds tau
+    # [2, N] each, then [N]; label int64; w holds tau
+    lse_ptr, lse_q_ptr, lse_t_ptr, label_ptr, u_ptr, w_ptr, C_ptr,
     unit_ptr,  # []: factor on dx, so that fp16 holds it
-    dx_ptr, db_ptr, mass_ptr, gap_ptr,  # [N, room * BLOCK_V], [row blocks, V], [row tiles, N] fp64 twice
+    # [N, room * BLOCK_V], [row blocks, V], [row tiles, N] fp64 twice
+    dx_ptr, db_ptr, mass_ptr, gap_ptr,
     N, V, D, Dt, first_tile,
-    stride_hn, stride_hd, stride_wv, stride_wd, stride_htn, stride_htd, stride_wtv, stride_wtd, stride_xn,
+    stride_hn, stride_hd, stride_wv, stride_wd, stride_htn, stride_htd, stride_wtv, stride_wtd,
+    stride_xn,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TAU: tl.constexpr, NEAR: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_BIAS_T: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TEACHER: tl.constexpr, SAME_HEAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_BIAS_T: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    TEACHER: tl.constexpr, SAME_HEAD: tl.constexpr,
     MASKED: tl.constexpr, RENORMALIZE: tl.constexpr, NEED_B: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, DOT_T: tl.constexpr, ROUND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx = s dz/dx (u (softmax(z) - 1[y]) + w tau (C Q - P)) of one tile, at the chunk's columns of dx"""
+    """dx = s dz/dx (u (softmax(z) - 1[y]) + w tau (C Q - P)) of one tile, at the chunk's columns of
+    dx"""
     block, j = tl.program_id(0), tl.program_id(1)
-    offs_n, offs_j, offs_d = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
+    offs_n, offs_j, offs_d = (
+        block * BLOCK_N + tl.arange(0, BLOCK_N),
+        tl.arange(0, BLOCK_V),
+        tl.arange(0, BLOCK_D),
+    )
     offs_v = (first_tile + j) * BLOCK_V + offs_j
     row, column = offs_n < N, offs_v < V
-    z, t = pair(h_ptr, W_ptr, bias_ptr, ht_ptr, Wt_ptr, bias_t_ptr, offs_n, offs_v, offs_d, row, column, D, Dt,
-                stride_hn, stride_hd, stride_wv, stride_wd, stride_htn, stride_htd, stride_wtv, stride_wtd,
-                SCALE, SOFTCAP, NEAR, HAS_SOFTCAP, HAS_BIAS, HAS_BIAS_T, TEACHER, SAME_HEAD, ACC, DOT, DOT_T,
+    z, t = pair(h_ptr, W_ptr, bias_ptr, ht_ptr, Wt_ptr, bias_t_ptr, offs_n, offs_v, offs_d, row,
+                column, D, Dt,
+                stride_hn, stride_hd, stride_wv, stride_wd, stride_htn, stride_htd, stride_wtv,
+                stride_wtd,
+                SCALE, SOFTCAP, NEAR, HAS_SOFTCAP, HAS_BIAS, HAS_BIAS_T, TEACHER, SAME_HEAD, ACC,
+                DOT, DOT_T,
                 BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
     u = tl.load(u_ptr + offs_n, mask=row, other=0.0)
     label = tl.load(label_ptr + offs_n, mask=row, other=-1)
@@ -190,7 +245,10 @@ def coefficient_kernel(
         if MASKED:
             kept = tl.load(keep_ptr + offs_v, mask=column, other=0) != 0
         P, mass, gap = teaching(t, z, kept, lse_t_ptr, offs_n, row, N, TAU, MASKED)
-        w, C = tl.load(w_ptr + offs_n, mask=row, other=0.0), tl.load(C_ptr + offs_n, mask=row, other=0.0)
+        w, C = (
+            tl.load(w_ptr + offs_n, mask=row, other=0.0),
+            tl.load(C_ptr + offs_n, mask=row, other=0.0),
+        )
         Q = tl.exp(minus(z * (1.0 / TAU), lse_q_ptr, offs_n, row, N))
         if MASKED and RENORMALIZE:
             Q = tl.where(kept[None, :], Q, 0.0)
@@ -219,7 +277,10 @@ def outer_kernel(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dW [BLOCK_V, BLOCK_D] = dx^T h / unit, over all rows"""
-    offs_j, offs_d = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_j, offs_d = (
+        tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V),
+        tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D),
+    )
     offs_k, offs_v, unit = tl.arange(0, BLOCK_K), first + offs_j, offs_d < D
     column = offs_v < V
     acc = tl.zeros((BLOCK_V, BLOCK_D), dtype=ACC)
@@ -238,13 +299,21 @@ def outer_kernel(
     tl.store(at, acc.to(dW_ptr.dtype.element_ty), mask=column[:, None] & unit[None, :])
 
 
-# ------------------------------------------------------------------------------------------------------------------- host
+# --------------------------------------------------------------------------------------------------
+# host
 
 
 def normalise(
-    h: Tensor, head: Head, y: Tensor, teacher: Teacher | None, with_kl: bool, entropy: bool, plan: GeneralPlan | None = None
+    h: Tensor,
+    head: Head,
+    y: Tensor,
+    teacher: Teacher | None,
+    with_kl: bool,
+    entropy: bool,
+    plan: GeneralPlan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`general.normalise`: CE, KL (0 unless `with_kl`), entropy and both logsumexps, all [N] fp64."""
+    """`general.normalise`: CE, KL (0 unless `with_kl`), entropy and both logsumexps, all [N]
+    fp64."""
     (N, D), V, device = h.shape, len(head.weight), h.device
     dtype = working_dtype(h, head.weight, head.bias)
     z_label = row_logits(h, head, y[:, None], dtype)[0][:, 0].double()
@@ -267,8 +336,13 @@ def normalise(
     BLOCK_N, BLOCK_V, BLOCK_D, num_warps, num_stages = plan.pair
     blocks, tiles = -(-N // BLOCK_N), -(-V // BLOCK_V)
     splits = min(plan.splits, tiles)
-    shift = torch.stack([one.sums.shift for one in channels])[:, None].repeat(1, splits, 1)  # [channels, splits, N]
-    total, entropies = torch.zeros_like(shift, dtype=torch.float64), torch.zeros_like(shift, dtype=torch.float64)
+    shift = torch.stack([one.sums.shift for one in channels])[:, None].repeat(
+        1, splits, 1
+    )  # [channels, splits, N]
+    total, entropies = (
+        torch.zeros_like(shift, dtype=torch.float64),
+        torch.zeros_like(shift, dtype=torch.float64),
+    )
     mass, gap = (torch.zeros_like(total[0]) for _ in range(2))
     flags = {}
     for i in range(2):
@@ -282,8 +356,10 @@ def normalise(
     tensors, strides, options = _pair(h, head, teacher, with_kl, acc)
     with nullcontext() if device.type == "cpu" else torch.cuda.device(device):
         normalise_kernel[(blocks, splits)](
-            *tensors, lse_t, shift, total, entropies, mass, gap, N, V, D, tensors[3].shape[1], tiles, *strides,
-            TAU=tau, JUMP=30.0, **flags, **options, BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, BLOCK_D=BLOCK_D,
+            *tensors, lse_t, shift, total, entropies, mass, gap, N, V, D, tensors[3].shape[1],
+            tiles, *strides,
+            TAU=tau, JUMP=30.0, **flags, **options, BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V,
+            BLOCK_D=BLOCK_D,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     for i, one in enumerate(channels):
@@ -297,7 +373,8 @@ def normalise(
 
 
 def differentiate(
-    h: Tensor, head: Head, y: Tensor, teacher: Teacher | None, u: Tensor, w: Tensor, lse: Tensor, lse_q: Tensor,
+    h: Tensor, head: Head, y: Tensor, teacher: Teacher | None, u: Tensor, w: Tensor, lse: Tensor,
+    lse_q: Tensor,
     need_h: bool, need_W: bool, need_b: bool, plan: GeneralPlan | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """`general.differentiate`: KL [N] fp64, and d(sum u CE + w KL) by h, W and b where needed."""
@@ -310,11 +387,18 @@ def differentiate(
     OUTER_N, OUTER_V, OUTER_D, outer_warps, outer_stages = plan.outer
     cdiv = lambda a, b: -(-a // b)
     blocks, all_tiles = cdiv(N, BLOCK_N), cdiv(V, BLOCK_V)
-    room = min(max(1, plan.chunk // BLOCK_V), all_tiles, 65_535)  # tiles of a chunk: the second dimension of a grid
+    room = min(
+        max(1, plan.chunk // BLOCK_V), all_tiles, 65_535
+    )  # tiles of a chunk: the second dimension of a grid
     splits = min(plan.product_splits, room)
-    u, w, y = u.to(acc).contiguous(), (w.to(acc) * tau).contiguous(), y.contiguous()  # the kernels know no strides of theirs
+    u, w, y = (
+        u.to(acc).contiguous(),
+        (w.to(acc) * tau).contiguous(),
+        y.contiguous(),
+    )  # the kernels know no strides of theirs
     C = w if teacher is None else teacher.C.to(acc).contiguous()
-    # No entry of dx exceeds the largest of u + (C + 1) w. fp16 is scaled so that this is 2^14: it then reaches 2^-38 below.
+    # No entry of dx exceeds the largest of u + (C + 1) w. fp16 is scaled so that this is 2^14: it
+    # then reaches 2^-38 below.
     unit = torch.ones((), dtype=acc, device=device)
     if dot == torch.float16 and N:
         top = (u.abs() + (0 if teacher is None else (C + 1) * w.abs())).amax() * abs(head.scale)
@@ -332,15 +416,22 @@ def differentiate(
     interpreted = device.type == "cpu"
     wide = options["ACC"]
     DOT = options["DOT"]
-    numbers = torch.arange(room, device=device, dtype=torch.int32).repeat(blocks, 1)  # product_kernel's list of tiles
-    still = torch.zeros((room, N), dtype=acc, device=device)  # its references, which do not move here
+    numbers = torch.arange(room, device=device, dtype=torch.int32).repeat(
+        blocks, 1
+    )  # product_kernel's list of tiles
+    still = torch.zeros(
+        (room, N), dtype=acc, device=device
+    )  # its references, which do not move here
     with nullcontext() if interpreted else torch.cuda.device(device):
         for first in range(0, all_tiles, room):
             tiles = min(room, all_tiles - first)
             coefficient_kernel[(blocks, tiles)](
-                *tensors, lse, lse_q, lse_t, y, u, w, C, unit, dx, db, mass, gap, N, V, D, tensors[3].shape[1], first, *strides,
-                dx.stride(0), TAU=tau, RENORMALIZE=renormalize, NEED_B=need_b, ROUND=interpreted and dot == torch.bfloat16,
-                **options, BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, BLOCK_D=BLOCK_D, num_warps=num_warps, num_stages=num_stages,
+                *tensors, lse, lse_q, lse_t, y, u, w, C, unit, dx, db, mass, gap, N, V, D,
+                tensors[3].shape[1], first, *strides,
+                dx.stride(0), TAU=tau, RENORMALIZE=renormalize, NEED_B=need_b,
+                ROUND=interpreted and dot == torch.bfloat16,
+                **options, BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, BLOCK_D=BLOCK_D, num_warps=num_warps,
+                num_stages=num_stages,
             )  # fmt: skip
             if teacher is not None:
                 masses += mass[:tiles].sum(0)
@@ -351,15 +442,18 @@ def differentiate(
                 count = (tiles - starts).clamp(0, share).repeat(blocks, 1)
                 product_kernel[(blocks, cdiv(D, PRODUCT_D), splits)](
                     dx, head.weight, parts, numbers + first, count, still, still, still, still,
-                    N, V, D, tiles, room, splits, 1, dx.stride(0), *head.weight.stride(), ACC=wide, DOT=DOT,
+                    N, V, D, tiles, room, splits, 1, dx.stride(0), *head.weight.stride(), ACC=wide,
+                    DOT=DOT,
                     BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, BLOCK_K=K, BLOCK_D=PRODUCT_D,
                     num_warps=product_warps, num_stages=product_stages,
                 )  # fmt: skip
             if need_W:
                 outer_kernel[(cdiv(tiles * BLOCK_V, OUTER_V), cdiv(D, OUTER_D))](
-                    dx, h, unit, dW, N, min(V, (first + tiles) * BLOCK_V), D, first * BLOCK_V, dx.stride(0), *h.stride(),
+                    dx, h, unit, dW, N, min(V, (first + tiles) * BLOCK_V), D, first * BLOCK_V,
+                    dx.stride(0), *h.stride(),
                     ACC=wide, DOT=DOT, ROUND=interpreted and dW.dtype == torch.bfloat16,
-                    BLOCK_K=OUTER_N, BLOCK_V=OUTER_V, BLOCK_D=OUTER_D, num_warps=outer_warps, num_stages=outer_stages,
+                    BLOCK_K=OUTER_N, BLOCK_V=OUTER_V, BLOCK_D=OUTER_D, num_warps=outer_warps,
+                    num_stages=outer_stages,
                 )  # fmt: skip
     kl = masses if teacher is None else divergence(gaps, masses, lse_q.double().sum(0), teacher)
     dh = parts.sum(0) / unit if need_h else None
@@ -368,7 +462,9 @@ def differentiate(
 
 def _plan(h: Tensor, head: Head) -> GeneralPlan:
     (N, D), V = h.shape, len(head.weight)
-    return general_launch(N, V, D, _dtypes(h, head.weight)[0], target_of(h.device), _units(h.device))
+    return general_launch(
+        N, V, D, _dtypes(h, head.weight)[0], target_of(h.device), _units(h.device)
+    )
 
 
 def _parts(lse: Tensor, dtype: torch.dtype) -> Tensor:
@@ -380,7 +476,8 @@ def _parts(lse: Tensor, dtype: torch.dtype) -> Tensor:
 def _pair(
     h: Tensor, head: Head, teacher: Teacher | None, with_kl: bool, acc: torch.dtype
 ) -> tuple[list[Tensor], list[int], dict]:
-    """What both kernels take first: tensors, strides, and constants. The teacher's mask counts for Q without a KL as well."""
+    """What both kernels take first: tensors, strides, and constants. The teacher's mask counts for
+    Q without a KL as well."""
     ht, theirs = (teacher.hidden, teacher.head) if with_kl else (h, head._replace(bias=None))
     keep = None if teacher is None else teacher.keep
     bias = lambda b: h if b is None else b.to(acc).contiguous()
@@ -388,15 +485,22 @@ def _pair(
                h if keep is None else keep.contiguous().view(torch.int8)]  # fmt: skip
     interpreted = h.device.type == "cpu"
     wide = tl.float64 if acc == torch.float64 else tl.float32
-    # The interpreter multiplies bf16 as the integers that hold it: there operands are widened, which changes no value.
+    # The interpreter multiplies bf16 as the integers that hold it: there operands are widened,
+    # which changes no value.
     narrow = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    dots = [wide if interpreted else narrow.get(_dtypes(x, W)[0], wide) for x, W in ((h, head.weight), (ht, theirs.weight))]
+    dots = [
+        wide if interpreted else narrow.get(_dtypes(x, W)[0], wide)
+        for x, W in ((h, head.weight), (ht, theirs.weight))
+    ]
     memory = lambda x: (x.data_ptr(), x.shape, x.stride(), x.dtype)
     same = with_kl and memory(head.weight) == memory(theirs.weight) and h.dtype == ht.dtype
     options = dict(
-        SCALE=head.scale, SOFTCAP=1.0 if head.softcap is None else head.softcap, NEAR=0.03 if acc == torch.float64 else 0.3,
-        HAS_BIAS=head.bias is not None, HAS_BIAS_T=theirs.bias is not None, HAS_SOFTCAP=head.softcap is not None,
-        TEACHER=with_kl, SAME_HEAD=same, MASKED=with_kl and keep is not None, ACC=wide, DOT=dots[0], DOT_T=dots[1],
+        SCALE=head.scale, SOFTCAP=1.0 if head.softcap is None else head.softcap,
+        NEAR=0.03 if acc == torch.float64 else 0.3,
+        HAS_BIAS=head.bias is not None, HAS_BIAS_T=theirs.bias is not None,
+        HAS_SOFTCAP=head.softcap is not None,
+        TEACHER=with_kl, SAME_HEAD=same, MASKED=with_kl and keep is not None, ACC=wide,
+        DOT=dots[0], DOT_T=dots[1],
     )  # fmt: skip
     strides = [*h.stride(), *head.weight.stride(), *ht.stride(), *theirs.weight.stride()]
     return tensors, strides, options

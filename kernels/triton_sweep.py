@@ -1,20 +1,25 @@
-"""`tiled.sweep` in Triton: the sums of the softmax, and their products with the head, over the whole vocabulary.
+"""`tiled.sweep` in Triton: the sums of the softmax, and their products with the head, over the
+whole vocabulary.
 
-    e = exp(z / tau - m)       total = sum e       entropy = -sum e log e       product = sum e dz/dx W
+    e = exp(z / tau - m)       total = sum e       entropy = -sum e log e       product = sum e
+    dz/dx W
 
-sums_kernel      one program per block of rows and split of the columns: forms each tile of z on the chip, with bias, scale,
-                 softcap, masks and held-out columns, and keeps m, total and entropy as an online softmax does. Logits never
-                 leave the chip. For the product it leaves e dz/dx of one chunk of columns, in 16 bit, without the tiles that
-                 are skipped.
-product_kernel   multiplies a chunk's e dz/dx with the head rows, one program per block of rows, block of D and split;
-                 accumulates in registers over the chunk and in a partial of its own over the chunks. No atomics: bitwise
-                 reproducible.
+sums_kernel      one program per block of rows and split of the columns: forms each tile of z on the
+chip, with bias, scale,
+                 softcap, masks and held-out columns, and keeps m, total and entropy as an online
+                 softmax does. Logits never leave the chip. For the product it leaves e dz/dx of one
+                 chunk of columns, in 16 bit, without the tiles that are skipped.
+product_kernel   multiplies a chunk's e dz/dx with the head rows, one program per block of rows,
+block of D and split;
+                 accumulates in registers over the chunk and in a partial of its own over the
+                 chunks. No atomics: bitwise reproducible.
 combine_kernel   sums the partials in a fixed order.
 
-m starts from the Sums' shift, the largest held-out logit, and moves only where a logit lies more than JUMP above it, so that
-all splits nearly always share it and nothing is rescaled; where it moves, product_kernel takes its second loop. z is formed
-once: 2 N V D flops without a gradient, 4 N V D with one. Held-out columns are sorted by column on the device, once, so that a
-tile visits only those that lie in it.
+m starts from the Sums' shift, the largest held-out logit, and moves only where a logit lies more
+than JUMP above it, so that all splits nearly always share it and nothing is rescaled; where it
+moves, product_kernel takes its second loop. z is formed
+once: 2 N V D flops without a gradient, 4 N V D with one. Held-out columns are sorted by column on
+the device, once, so that a tile visits only those that lie in it.
 """
 
 from __future__ import annotations
@@ -33,34 +38,46 @@ from .triton_launch import WAVES, Plan, split, target_of, triton_launch
 NONE, ALL, KEPT, DROPPED = (tl.constexpr(i) for i in range(4))  # which columns a channel sums over
 
 
-# ---------------------------------------------------------------------------------------------------------------- kernels
+# --------------------------------------------------------------------------------------------------
+# kernels
 
 
 @triton.jit
 def tanh(x, NEAR: tl.constexpr):
-    """Relative error of a few eps; NEAR: below it a series, because 1 - exp(-2 x) cancels. libdevice has no interpreter."""
+    """Relative error of a few eps; NEAR: below it a series, because 1 - exp(-2 x) cancels.
+    libdevice has no interpreter."""
     t = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - t) / (1.0 + t)
     s = x * x
-    near = x * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0)))))
+    near = x * (
+        1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0))))
+    )
     return tl.where(s < NEAR * NEAR, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit
-def times_head(x_rows, W_rows, row, column, offs_d, D, stride_xd, stride_wd, ACC: tl.constexpr, DOT: tl.constexpr,
+def times_head(x_rows, W_rows, row, column, offs_d, D, stride_xd, stride_wd, ACC: tl.constexpr,
+               DOT: tl.constexpr,
            BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """One tile x W^T [BLOCK_N, BLOCK_V]"""
     z = tl.zeros((BLOCK_N, BLOCK_V), dtype=ACC)
     for d in range(0, D, BLOCK_D):
         unit = d + offs_d < D
-        x = tl.load(x_rows + (d + offs_d)[None, :] * stride_xd, mask=row[:, None] & unit[None, :], other=0.0)
-        W = tl.load(W_rows + (d + offs_d)[:, None] * stride_wd, mask=unit[:, None] & column[None, :], other=0.0)
+        x = tl.load(
+            x_rows + (d + offs_d)[None, :] * stride_xd, mask=row[:, None] & unit[None, :], other=0.0
+        )
+        W = tl.load(
+            W_rows + (d + offs_d)[:, None] * stride_wd,
+            mask=unit[:, None] & column[None, :],
+            other=0.0,
+        )
         z = tl.dot(x.to(DOT), W.to(DOT), z, input_precision="ieee", out_dtype=ACC)
     return z
 
 
 @triton.jit
-def transform(z, bias_ptr, offs_v, column, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr,
+def transform(z, bias_ptr, offs_v, column, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+              NEAR: tl.constexpr,
               HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):  # fmt: skip
     """A tile of h W^T becomes logits."""
     if HAS_BIAS:
@@ -73,7 +90,8 @@ def transform(z, bias_ptr, offs_v, column, SCALE: tl.constexpr, SOFTCAP: tl.cons
 
 @triton.jit
 def nearest_bf16(x):
-    """fp32 rounded to the nearest bf16, ties to even, still in fp32. The interpreter's own cast truncates; hardware rounds."""
+    """fp32 rounded to the nearest bf16, ties to even, still in fp32. The interpreter's own cast
+    truncates; hardware rounds."""
     bits = x.to(tl.uint32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return bits.to(tl.uint32).to(tl.float32, bitcast=True)
@@ -91,7 +109,8 @@ def only(z, kept, COLUMNS: tl.constexpr):
 
 @triton.jit
 def add(x, m, total, entropy, JUMP: tl.constexpr, ENTROPY: tl.constexpr):
-    """A tile x = z / tau [BLOCK_N, BLOCK_V] into running sums [BLOCK_N], total, entropy fp64. Returns e and its maxima first."""
+    """A tile x = z / tau [BLOCK_N, BLOCK_V] into running sums [BLOCK_N], total, entropy fp64.
+    Returns e and its maxima first."""
     top = tl.max(x, 1)
     new = tl.where(top > m + JUMP, top, m)
     r = tl.exp(m - new).to(tl.float64)
@@ -105,10 +124,13 @@ def add(x, m, total, entropy, JUMP: tl.constexpr, ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def leave(e, z, top, m, total, tile, first, slots, offs_n, offs_j, N, p_ptr, stride_pn, m_ptr, list_ptr,
-          SOFTCAP: tl.constexpr, EPS: tl.constexpr, P_SCALE: tl.constexpr, ROUND: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+def leave(e, z, top, m, total, tile, first, slots, offs_n, offs_j, N, p_ptr, stride_pn, m_ptr,
+          list_ptr,
+          SOFTCAP: tl.constexpr, EPS: tl.constexpr, P_SCALE: tl.constexpr, ROUND: tl.constexpr,
+          HAS_SOFTCAP: tl.constexpr,
           BLOCK_V: tl.constexpr):  # fmt: skip
-    """Leaves a tile of e for product_kernel at its split's next slot, which the next tile overwrites if this one is skipped.
+    """Leaves a tile of e for product_kernel at its split's next slot, which the next tile
+    overwrites if this one is skipped.
     first: the split's first slot; slots: how many of them are taken. Returns their new number."""
     p = e
     if HAS_SOFTCAP:
@@ -122,26 +144,39 @@ def leave(e, z, top, m, total, tile, first, slots, offs_n, offs_j, N, p_ptr, str
     tl.store(p_ptr + offs_p, p.to(p_ptr.dtype.element_ty), mask=(offs_n < N)[:, None])
     tl.store(m_ptr + at * N + offs_n, m, mask=offs_n < N)
     tl.store(list_ptr + at, tile)
-    live = top > EPS * tl.maximum(total, 1.0).to(top.dtype)  # exp(m), and what was summed so far, are part of the normaliser
+    live = top > EPS * tl.maximum(total, 1.0).to(
+        top.dtype
+    )  # exp(m), and what was summed so far, are part of the normaliser
     return slots + tl.max((live & (offs_n < N)).to(tl.int32), 0)
 
 
 @triton.jit(do_not_specialize=["N", "V", "first_tile", "tiles", "room", "all_tiles"])
 def sums_kernel(
     h_ptr, W_ptr, bias_ptr, keep_ptr,  # [N, D], [V, D], [V], [V] int8
-    held_ptr, cuts_ptr,  # [row blocks, held] int32, column * BLOCK_N + row ascending; [row blocks, all_tiles + 1], a tile's first
-    shift_ptr, new_shift_ptr, total_ptr, entropy_ptr,  # [channels, splits, N]: m before and after, and sums in place
-    p_ptr, m_ptr, list_ptr, count_ptr,  # [channels, N, room * BLOCK_V], [.., room, N], [.., row blocks, room or splits]
-    N, V, D, first_tile, tiles, room, all_tiles,  # this launch: tiles first_tile .. first_tile + tiles, at most room
+    # [row blocks, held] int32, column * BLOCK_N + row ascending; [row blocks, all_tiles + 1], a
+    # tile's first
+    held_ptr, cuts_ptr,
+    # [channels, splits, N]: m before and after, and sums in place
+    shift_ptr, new_shift_ptr, total_ptr, entropy_ptr,
+    # [channels, N, room * BLOCK_V], [.., room, N], [.., row blocks, room or splits]
+    p_ptr, m_ptr, list_ptr, count_ptr,
+    # this launch: tiles first_tile .. first_tile + tiles, at most room
+    N, V, D, first_tile, tiles, room, all_tiles,
     stride_hn, stride_hd, stride_wv, stride_wd, stride_pc, stride_pn, stride_held,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, EPS: tl.constexpr, JUMP: tl.constexpr, P_SCALE: tl.constexpr, NEAR: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, EPS: tl.constexpr, JUMP: tl.constexpr,
+    P_SCALE: tl.constexpr, NEAR: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     COLUMNS_0: tl.constexpr, TAU_0: tl.constexpr, ENTROPY_0: tl.constexpr, PRODUCT_0: tl.constexpr,
     COLUMNS_1: tl.constexpr, TAU_1: tl.constexpr, ENTROPY_1: tl.constexpr, PRODUCT_1: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, ROUND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    block, split, blocks, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
+    block, split, blocks, splits = (
+        tl.program_id(0),
+        tl.program_id(1),
+        tl.num_programs(0),
+        tl.num_programs(1),
+    )
     rows, offs_j, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
     offs_n = block * BLOCK_N + rows
     row = offs_n < N
@@ -164,7 +199,21 @@ def sums_kernel(
         offs_v = tile * BLOCK_V + offs_j
         column = offs_v < V
         W_rows = W_ptr + offs_v.to(tl.int64)[None, :] * stride_wv
-        z = times_head(h_rows, W_rows, row, column, offs_d, D, stride_hd, stride_wd, ACC, DOT, BLOCK_N, BLOCK_V, BLOCK_D)
+        z = times_head(
+            h_rows,
+            W_rows,
+            row,
+            column,
+            offs_d,
+            D,
+            stride_hd,
+            stride_wd,
+            ACC,
+            DOT,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_D,
+        )
         z = transform(z, bias_ptr, offs_v, column, SCALE, SOFTCAP, NEAR, HAS_BIAS, HAS_SOFTCAP)
         z = tl.where(row[:, None] & column[None, :], z, -float("inf"))
         cut = cuts_ptr + block.to(tl.int64) * (all_tiles + 1) + tile
@@ -178,13 +227,16 @@ def sums_kernel(
         x = only(z, kept, COLUMNS_0) * (1.0 / TAU_0)
         e, top, m_0, total_0, entropy_0 = add(x, m_0, total_0, entropy_0, JUMP, ENTROPY_0)
         if PRODUCT_0:
-            slots_0 = leave(e, z, top, m_0, total_0, tile, first, slots_0, offs_n, offs_j, N, p_ptr, stride_pn, m_ptr,
-                            list_ptr + block * room, SOFTCAP, EPS, P_SCALE, ROUND, HAS_SOFTCAP, BLOCK_V)  # fmt: skip
+            slots_0 = leave(e, z, top, m_0, total_0, tile, first, slots_0, offs_n, offs_j, N,
+                            p_ptr, stride_pn, m_ptr,
+                            list_ptr + block * room, SOFTCAP, EPS, P_SCALE, ROUND, HAS_SOFTCAP,
+                            BLOCK_V)  # fmt: skip
         if COLUMNS_1 != NONE:
             x = only(z, kept, COLUMNS_1) * (1.0 / TAU_1)
             e, top, m_1, total_1, entropy_1 = add(x, m_1, total_1, entropy_1, JUMP, ENTROPY_1)
             if PRODUCT_1:
-                slots_1 = leave(e, z, top, m_1, total_1, tile, first, slots_1, offs_n, offs_j, N, p_ptr + stride_pc, stride_pn,
+                slots_1 = leave(e, z, top, m_1, total_1, tile, first, slots_1, offs_n, offs_j, N,
+                                p_ptr + stride_pc, stride_pn,
                                 m_ptr + room * N, list_ptr + (blocks + block) * room, SOFTCAP, EPS,
                                 P_SCALE, ROUND, HAS_SOFTCAP, BLOCK_V)  # fmt: skip
     tl.store(new_shift_ptr + state, m_0, mask=row)
@@ -205,14 +257,17 @@ def sums_kernel(
 @triton.jit(do_not_specialize=["N", "V", "tiles", "room", "splits", "group"])
 def product_kernel(
     p_ptr, W_ptr, part_ptr,  # [N, chunk], [V, D], [product splits, N, D]
-    list_ptr, count_ptr, m_ptr,  # [row blocks, room], [row blocks, splits], [room, N], as sums_kernel left them
-    start_ptr, shift_ptr, new_shift_ptr,  # [N], [splits, N], [splits, N]: m at the very start, before and after this chunk
+    # [row blocks, room], [row blocks, splits], [room, N], as sums_kernel left them
+    list_ptr, count_ptr, m_ptr,
+    # [N], [splits, N], [splits, N]: m at the very start, before and after this chunk
+    start_ptr, shift_ptr, new_shift_ptr,
     N, V, D, tiles, room, splits, group,  # group: splits of sums_kernel that one program here takes
     stride_pn, stride_wv, stride_wd,
     ACC: tl.constexpr, DOT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """part = part * exp(m_before - m) + sum over the live tiles of exp(m_tile - m) p W, m the largest of the group's."""
+    """part = part * exp(m_before - m) + sum over the live tiles of exp(m_tile - m) p W, m the
+    largest of the group's."""
     block, block_d, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k, offs_d = tl.arange(0, BLOCK_K), block_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -235,16 +290,26 @@ def product_kernel(
         if moved:
             for i in range(0, steps):
                 slot = first + i // (BLOCK_V // BLOCK_K)
-                offs_v = tl.load(list_ptr + block * room + slot) * BLOCK_V + i % (BLOCK_V // BLOCK_K) * BLOCK_K + offs_k
+                offs_v = (
+                    tl.load(list_ptr + block * room + slot) * BLOCK_V
+                    + i % (BLOCK_V // BLOCK_K) * BLOCK_K
+                    + offs_k
+                )
                 p = tl.load(p_rows + (i * BLOCK_K + offs_k)[None, :], mask=row[:, None], other=0.0)
                 W_rows = W_columns + offs_v.to(tl.int64)[:, None] * stride_wv
                 W = tl.load(W_rows, mask=(offs_v < V)[:, None] & unit[None, :], other=0.0)
                 r = tl.exp(tl.load(m_ptr + slot * N + offs_n, mask=row, other=0.0) - m)
-                acc += r[:, None] * tl.dot(p.to(DOT), W.to(DOT), input_precision="ieee", out_dtype=ACC)
+                acc += r[:, None] * tl.dot(
+                    p.to(DOT), W.to(DOT), input_precision="ieee", out_dtype=ACC
+                )
         else:
             for i in range(0, steps):
                 slot = first + i // (BLOCK_V // BLOCK_K)
-                offs_v = tl.load(list_ptr + block * room + slot) * BLOCK_V + i % (BLOCK_V // BLOCK_K) * BLOCK_K + offs_k
+                offs_v = (
+                    tl.load(list_ptr + block * room + slot) * BLOCK_V
+                    + i % (BLOCK_V // BLOCK_K) * BLOCK_K
+                    + offs_k
+                )
                 p = tl.load(p_rows + (i * BLOCK_K + offs_k)[None, :], mask=row[:, None], other=0.0)
                 W_rows = W_columns + offs_v.to(tl.int64)[:, None] * stride_wv
                 W = tl.load(W_rows, mask=(offs_v < V)[:, None] & unit[None, :], other=0.0)
@@ -263,7 +328,8 @@ def combine_kernel(part_ptr, factor_ptr, product_ptr, N, D, splits, BLOCK_D: tl.
     tl.store(product_ptr + n * D + offs_d, product, mask=offs_d < D)
 
 
-# ------------------------------------------------------------------------------------------------------------------- host
+# --------------------------------------------------------------------------------------------------
+# host
 
 
 class Channel(NamedTuple):
@@ -274,17 +340,22 @@ class Channel(NamedTuple):
 
 
 def sweep(
-    h: Tensor, head: Head, held: Tensor, valid: Tensor, keep: Tensor | None, sums: list[Sums], apart: Sums | None, tile: int,
+    h: Tensor, head: Head, held: Tensor, valid: Tensor, keep: Tensor | None, sums: list[Sums],
+    apart: Sums | None, tile: int,
     eps: float = 0.0, plan: Plan | None = None,
 ) -> None:  # fmt: skip
-    """Adds the whole vocabulary, but for each row's columns held [N, k] where valid, to all `sums`; the last goes without the
-    columns that `keep` [V] drops, which `apart` gets. `tiled.sweep`, with its arguments.
+    """Adds the whole vocabulary, but for each row's columns held [N, k] where valid, to all `sums`;
+    the last goes without the columns that `keep` [V] drops, which `apart` gets. `tiled.sweep`, with
+    its arguments.
 
-    tile    columns per chunk where products are wanted: [N, tile] probabilities of 16 bit (32 for fp32) are kept at a time
-    eps     a tile is left out of a product if no row has a probability above eps in it: no e above eps times the larger of 1 and
-            the row's total so far. Neither exceeds the row's normaliser, because shift comes from a held-out logit. The product,
-            scaled to probabilities, errs by at most (mass skipped) * max |W_v| <= eps * (columns skipped) * max |W_v|. 0 skips
-            what is exactly 0. Sums are always complete.
+    tile    columns per chunk where products are wanted: [N, tile] probabilities of 16 bit (32 for
+    fp32) are kept at a time
+    eps     a tile is left out of a product if no row has a probability above eps in it: no e above
+    eps times the larger of 1 and
+            the row's total so far. Neither exceeds the row's normaliser, because shift comes from a
+            held-out logit. The product, scaled to probabilities, errs by at most (mass skipped) *
+            max |W_v| <= eps * (columns skipped) * max |W_v|. 0 skips what is exactly 0. Sums are
+            always complete.
     plan    in place of triton_launch's own
     """
     channels = [Channel(one, ALL) for one in sums]
@@ -305,7 +376,8 @@ def chunk(h: Tensor, W: Tensor) -> int:
 
 
 def _visit(
-    h: Tensor, head: Head, held: Tensor, valid: Tensor, keep: Tensor | None, channels: list[Channel], tile: int, eps: float,
+    h: Tensor, head: Head, held: Tensor, valid: Tensor, keep: Tensor | None,
+    channels: list[Channel], tile: int, eps: float,
     plan: Plan | None = None,
 ) -> None:  # fmt: skip
     """`sweep` for one or two channels: z is formed once for both."""
@@ -317,17 +389,26 @@ def _visit(
     cdiv = lambda a, b: -(-a // b)
     blocks, all_tiles = cdiv(N, BLOCK_N), cdiv(V, BLOCK_V)
     products = [one.sums.product is not None for one in channels]
-    room = min(max(1, tile // BLOCK_V), all_tiles) if any(products) else all_tiles  # tiles of a chunk
-    splits = min(plan.splits, room) if any(products) else split(blocks, WAVES * _units(device), all_tiles)
+    room = (
+        min(max(1, tile // BLOCK_V), all_tiles) if any(products) else all_tiles
+    )  # tiles of a chunk
+    splits = (
+        min(plan.splits, room)
+        if any(products)
+        else split(blocks, WAVES * _units(device), all_tiles)
+    )
     group = cdiv(splits, min(plan.product_splits, splits))
     product_splits = cdiv(splits, group)
 
     start = torch.stack([one.sums.shift.to(acc) for one in channels])  # [C, N]
     shift = start[:, None].repeat(1, splits, 1)
     total = torch.zeros_like(shift, dtype=torch.float64)
-    entropy = torch.zeros_like(total) if any(one.sums.entropy is not None for one in channels) else total
-    # Next to the teacher a product is the small difference of two large ones, and e in bf16 has not the digits: with columns held
-    # out for a KL it is fp16, and so is the head's tile, which loses no bit of a bf16 above 2^-17 (and overflows above 65,504).
+    entropy = (
+        torch.zeros_like(total) if any(one.sums.entropy is not None for one in channels) else total
+    )
+    # Next to the teacher a product is the small difference of two large ones, and e in bf16 has not
+    # the digits: with columns held out for a KL it is fp16, and so is the head's tile, which loses
+    # no bit of a bf16 above 2^-17 (and overflows above 65,504).
     half = torch.float16 if dot == torch.bfloat16 and held.shape[1] > 1 else dot
     # fp16 is scaled to reach down to 2^-39: unscaled, exp(11) overflows and exp(-17) vanishes.
     P_SCALE, JUMP = (2.0**15, 0.0) if half == torch.float16 else (1.0, 30.0)
@@ -335,16 +416,24 @@ def _visit(
     m = h.new_empty((C, room, N) if any(products) else 1, dtype=acc)
     live = h.new_empty((C, blocks, room), dtype=torch.int32)
     count = h.new_empty((C, blocks, splits), dtype=torch.int32)
-    parts = [h.new_zeros((product_splits, N, D), dtype=acc) if wanted else None for wanted in products]
+    parts = [
+        h.new_zeros((product_splits, N, D), dtype=acc) if wanted else None for wanted in products
+    ]
     keys, cuts = _sorted(held, valid, BLOCK_N, BLOCK_V, all_tiles, blocks)
     bias = h if head.bias is None else head.bias.to(acc).contiguous()
     mask = h if keep is None else keep.contiguous().view(torch.int8)
 
     interpreted = device.type == "cpu"
     wide = tl.float64 if acc == torch.float64 else tl.float32
-    # The interpreter multiplies bf16 as the integers that hold it: there operands are widened, which changes no value.
+    # The interpreter multiplies bf16 as the integers that hold it: there operands are widened,
+    # which changes no value.
     DOT, HALF = (
-        wide if interpreted or dtype == acc else tl.bfloat16 if dtype == torch.bfloat16 else tl.float16 for dtype in (dot, half)
+        wide
+        if interpreted or dtype == acc
+        else tl.bfloat16
+        if dtype == torch.bfloat16
+        else tl.float16
+        for dtype in (dot, half)
     )
     flags = {}
     for i in range(2):
@@ -356,9 +445,12 @@ def _visit(
             f"PRODUCT_{i}": one is not None and products[i],
         }
     options = dict(
-        SCALE=head.scale, SOFTCAP=1.0 if head.softcap is None else head.softcap, EPS=eps, JUMP=JUMP, P_SCALE=P_SCALE,
-        NEAR=0.03 if wide == tl.float64 else 0.3, HAS_BIAS=head.bias is not None, HAS_SOFTCAP=head.softcap is not None, **flags,
-        ACC=wide, DOT=DOT, ROUND=interpreted and half == torch.bfloat16, BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, BLOCK_D=BLOCK_D,
+        SCALE=head.scale, SOFTCAP=1.0 if head.softcap is None else head.softcap, EPS=eps,
+        JUMP=JUMP, P_SCALE=P_SCALE,
+        NEAR=0.03 if wide == tl.float64 else 0.3, HAS_BIAS=head.bias is not None,
+        HAS_SOFTCAP=head.softcap is not None, **flags,
+        ACC=wide, DOT=DOT, ROUND=interpreted and half == torch.bfloat16, BLOCK_N=BLOCK_N,
+        BLOCK_V=BLOCK_V, BLOCK_D=BLOCK_D,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
 
@@ -366,17 +458,22 @@ def _visit(
         for first in range(0, all_tiles, room):
             tiles, new_shift = min(room, all_tiles - first), torch.empty_like(shift)
             sums_kernel[(blocks, splits)](
-                h, head.weight, bias, mask, keys, cuts, shift, new_shift, total, entropy, p, m, live, count,
-                N, V, D, first, tiles, room, all_tiles, *h.stride(), *head.weight.stride(), p.stride(0), p.stride(1),
+                h, head.weight, bias, mask, keys, cuts, shift, new_shift, total, entropy, p, m,
+                live, count,
+                N, V, D, first, tiles, room, all_tiles, *h.stride(), *head.weight.stride(),
+                p.stride(0), p.stride(1),
                 keys.stride(0), **options,
             )  # fmt: skip
             for i, part in enumerate(parts):
                 if part is not None:
                     _, K, BLOCK, warps, stages = plan.product
                     product_kernel[(blocks, cdiv(D, BLOCK), product_splits)](
-                        p[i], head.weight, part, live[i], count[i], m[i], start[i], shift[i], new_shift[i],
-                        N, V, D, tiles, room, splits, group, p.stride(1), *head.weight.stride(), ACC=wide, DOT=HALF,
-                        BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, BLOCK_K=K, BLOCK_D=BLOCK, num_warps=warps, num_stages=stages,
+                        p[i], head.weight, part, live[i], count[i], m[i], start[i], shift[i],
+                        new_shift[i],
+                        N, V, D, tiles, room, splits, group, p.stride(1), *head.weight.stride(),
+                        ACC=wide, DOT=HALF,
+                        BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, BLOCK_K=K, BLOCK_D=BLOCK,
+                        num_warps=warps, num_stages=stages,
                     )  # fmt: skip
             shift = new_shift
         for i, one in enumerate(channels):
@@ -384,9 +481,17 @@ def _visit(
 
 
 def _add(
-    one: Sums, m: Tensor, total: Tensor, entropy: Tensor, part: Tensor | None, start: Tensor, group: int, scale: float
+    one: Sums,
+    m: Tensor,
+    total: Tensor,
+    entropy: Tensor,
+    part: Tensor | None,
+    start: Tensor,
+    group: int,
+    scale: float,
 ) -> None:
-    """Adds the sums of all splits, m, total and entropy [splits, N] and part [product splits, N, D], to `one`."""
+    """Adds the sums of all splits, m, total and entropy [splits, N] and part [product splits, N,
+    D], to `one`."""
     top = m.amax(0).to(one.shift.dtype)
     one._rescale(top)
     away = m.double() - top.double()  # [splits, N], never above 0
@@ -396,13 +501,20 @@ def _add(
         one.entropy += (r * (entropy - away * total)).sum(0)
     if part is not None:
         (splits, N, D), BLOCK_D = part.shape, 512
-        reached = torch.stack([torch.maximum(x.amax(0), start) for x in m.split(group)])  # what product_kernel refers to
+        reached = torch.stack(
+            [torch.maximum(x.amax(0), start) for x in m.split(group)]
+        )  # what product_kernel refers to
         factor = torch.exp(reached - top) / scale
-        combine_kernel[(N, -(-D // BLOCK_D))](part, factor, one.product, N, D, splits, BLOCK_D=BLOCK_D)
+        combine_kernel[(N, -(-D // BLOCK_D))](
+            part, factor, one.product, N, D, splits, BLOCK_D=BLOCK_D
+        )
 
 
-def _sorted(held: Tensor, valid: Tensor, BLOCK_N: int, BLOCK_V: int, tiles: int, blocks: int) -> tuple[Tensor, Tensor]:
-    """Each row block's held-out columns as column * BLOCK_N + row in the block, ascending, and where each tile's begin."""
+def _sorted(
+    held: Tensor, valid: Tensor, BLOCK_N: int, BLOCK_V: int, tiles: int, blocks: int
+) -> tuple[Tensor, Tensor]:
+    """Each row block's held-out columns as column * BLOCK_N + row in the block, ascending, and
+    where each tile's begin."""
     N, k = held.shape
     past = tiles * BLOCK_V * BLOCK_N  # of no tile
     row = torch.arange(N, device=held.device)[:, None] % BLOCK_N
@@ -414,10 +526,15 @@ def _sorted(held: Tensor, valid: Tensor, BLOCK_N: int, BLOCK_V: int, tiles: int,
 
 
 def _dtypes(h: Tensor, W: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """What is multiplied, and what accumulates: 16 bit as they are if both are alike, else fp32; fp64 if either is."""
+    """What is multiplied, and what accumulates: 16 bit as they are if both are alike, else fp32;
+    fp64 if either is."""
     acc = torch.float64 if torch.float64 in (h.dtype, W.dtype) else torch.float32
     return (h.dtype if h.dtype == W.dtype and h.dtype.itemsize == 2 else acc), acc
 
 
 def _units(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 2
+    )

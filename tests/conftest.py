@@ -1,4 +1,5 @@
-"""What several test files share: the embedded model, fresh pictures of two creatures it knows, one corpus, one trained run."""
+"""What several test files share: the embedded model, fresh pictures of two creatures it knows, one
+corpus, one trained run."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ settings.load_profile("same")
 
 @pytest.fixture(scope="session")
 def cast(tmp_path_factory) -> SimpleNamespace:
-    """target and others (names that the model knows), stranger (one that it does not), and their pictures as files."""
+    """target and others (names that the model knows), stranger (one that it does not), and their
+    pictures as files."""
     from fastsiu.demo.world import KNOWN, UNSEEN, World, draw
 
     world = World()
@@ -59,8 +61,16 @@ def gathered(cast, demo_dir) -> SimpleNamespace:
     """Scene, samples and corpus of one request, on a model of its own; no teacher was run."""
     from fastsiu import driver
 
-    scene, made = driver.samples_for(cast.image, cast.target, model=demo_dir, protect=cast.others, device="cpu", dreams=1,
-                                     strangers=0, seed=0)  # fmt: skip
+    scene, made = driver.samples_for(
+        cast.image,
+        cast.target,
+        model=demo_dir,
+        protect=cast.others,
+        device="cpu",
+        dreams=1,
+        strangers=0,
+        seed=0,
+    )
     return SimpleNamespace(scene=scene, corpus=made, vlm=scene.vlm, recipe=scene.recipe)
 
 
@@ -89,7 +99,11 @@ def cut(monkeypatch):
     whole = ask.replies
 
     def shorten(most):
-        monkeypatch.setattr(ask, "replies", lambda *given, **options: whole(*given, **{**options, "max_new_tokens": most}))
+        monkeypatch.setattr(
+            ask,
+            "replies",
+            lambda *given, **options: whole(*given, **{**options, "max_new_tokens": most}),
+        )
 
     return shorten
 
@@ -125,7 +139,9 @@ def one_process():
 
     @contextlib.contextmanager
     def group():
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
         try:
             yield
         finally:

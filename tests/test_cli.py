@@ -1,4 +1,5 @@
-"""The command line: exit codes, one sentence for each mistake, nothing written, clean standard output."""
+"""The command line: exit codes, one sentence for each mistake, nothing written, clean standard
+output."""
 
 from __future__ import annotations
 
@@ -68,7 +69,11 @@ def mistakes(cast, folder):
         "missing parent": ({"--output": folder / "a" / "b"}, "does not exist"),
     }
     for name, (change, part) in changes.items():
-        yield name, ["unlearn", *(str(x) for pair in {**base, **change}.items() for x in pair)], part
+        yield (
+            name,
+            ["unlearn", *(str(x) for pair in {**base, **change}.items() for x in pair)],
+            part,
+        )
 
 
 def test_every_mistake_is_one_sentence_and_exit_code_2(call, cast, tmp_path, tmp_path_factory):
@@ -88,28 +93,51 @@ def test_mistakes_from_outside(cast, tmp_path):
     """As a user meets them: a process, its exit code and its two streams."""
     runs = [
         (["unlearn", "--image", "none.png", "--concept", "X"], 2, "none.png"),
-        (["unlearn", "--image", str(cast.image), "--concept", "Nobody Known", "--quiet"], 2, "does not name"),
+        (
+            ["unlearn", "--image", str(cast.image), "--concept", "Nobody Known", "--quiet"],
+            2,
+            "does not name",
+        ),
         (["unlearn", "--frobnicate"], 2, "--frobnicate"),
         (["--version"], 0, ""),
     ]
     code = "import sys; from fastsiu.cli import main; sys.argv[0] = 'fastsiu'; main()"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     started = [
-        subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=tmp_path, env=env, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            cwd=tmp_path,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for arguments, _, _ in runs
-    ]  # fmt: skip
+    ]
     for process, (arguments, expected, part) in zip(started, runs, strict=True):
         out, err = process.communicate(timeout=120)
-        assert process.returncode == expected and part in err and "Traceback" not in err, (arguments, out, err)
+        assert process.returncode == expected and part in err and "Traceback" not in err, (
+            arguments,
+            out,
+            err,
+        )
         assert (out == "") is (expected == 2)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("statement", ["import fastsiu", "from fastsiu import cli; cli.run(['--help'])",
-                                       "from fastsiu import cli; cli.run(['unlearn', '--help'])"])  # fmt: skip
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import fastsiu",
+        "from fastsiu import cli; cli.run(['--help'])",
+        "from fastsiu import cli; cli.run(['unlearn', '--help'])",
+    ],
+)
 def test_help_and_import_load_no_torch(statement):
-    code = f"{statement}\nimport sys; sys.exit(7 if {{'torch', 'transformers', 'peft'}} & set(sys.modules) else 0)"
+    code = (
+        f"{statement}\nimport sys; sys.exit(7 if {{'torch', 'transformers', 'peft'}} & "
+        "set(sys.modules) else 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "help" not in statement or "Usage" in done.stdout
@@ -123,10 +151,16 @@ def test_json_is_alone_on_standard_output(call, cast, tmp_path):
     # The same again: a no-op that says the same.
     assert "nothing was done" not in err
     again, second, err = call(*quick(cast, "--output", "out", "--json"))
-    assert (again, json.loads(second)) == (code, report) and "nothing was done" in " ".join(err.split())
+    assert (again, json.loads(second)) == (code, report) and "nothing was done" in " ".join(
+        err.split()
+    )
     assert call(*quick(cast, "--output", "out", "--json", "--quiet")) == (code, second, "")
     other, out, err = call(*quick(cast, "--output", "out", "--quiet", "--beta", "0.5"))
-    assert other == 2 and "another request" in one_sentence(err) and [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (
+        other == 2
+        and "another request" in one_sentence(err)
+        and [p.name for p in tmp_path.iterdir()] == ["out"]
+    )
 
 
 def test_exit_code_and_summary_follow_the_verdict(call, cast, trained, monkeypatch):
@@ -144,7 +178,9 @@ def test_exit_code_and_summary_follow_the_verdict(call, cast, trained, monkeypat
         assert (found, out, err) == (code, "", "")
 
 
-@pytest.mark.parametrize(("option", "passed"), [((), None), (("--as-word",), True), (("--as-name",), False)])
+@pytest.mark.parametrize(
+    ("option", "passed"), [((), None), (("--as-word",), True), (("--as-name",), False)]
+)
 def test_how_a_word_counts_is_passed_on(call, cast, trained, monkeypatch, option, passed):
     seen = []
     monkeypatch.setattr(driver, "unlearn", lambda *a, **k: seen.append(k["as_word"]) or trained)
@@ -152,7 +188,7 @@ def test_how_a_word_counts_is_passed_on(call, cast, trained, monkeypatch, option
     assert seen == [passed]
     if option:
         code, _, err = call("unlearn", "--request", "r.jsonl", *option)
-        assert code == 2 and "write \"as_word\" into the file's lines" in one_sentence(err)
+        assert code == 2 and 'write "as_word" into the file\'s lines' in one_sentence(err)
 
 
 def test_the_summary_says_what_not_to_publish(call, cast, trained, tmp_path, monkeypatch):
@@ -161,7 +197,9 @@ def test_the_summary_says_what_not_to_publish(call, cast, trained, tmp_path, mon
     for kept in (True, False):
         copy = shutil.copytree(trained.output, tmp_path / f"out{kept}")
         (copy / "private.key").unlink() if not kept else None
-        monkeypatch.setattr(driver, "unlearn", lambda *a, copy=copy, **k: replace(trained, output=copy))
+        monkeypatch.setattr(
+            driver, "unlearn", lambda *a, copy=copy, **k: replace(trained, output=copy)
+        )
         _, out, _ = call(*quick(cast))
         said = "".join(out.split())
         assert (f"Beforeyoupublishit,remove{copy}/private.key" in said) is kept
@@ -186,21 +224,42 @@ def test_other_ends(call, cast, monkeypatch, error, code, says):
 
 
 def test_data_writes_what_data_reads(call, cast, tmp_path):
-    options = ["--image", cast.image, "--concept", cast.target, "--protect", cast.others[0], "--model", driver.EMBEDDED]
+    options = [
+        "--image",
+        cast.image,
+        "--concept",
+        cast.target,
+        "--protect",
+        cast.others[0],
+        "--model",
+        driver.EMBEDDED,
+    ]
     code, out, err = call("data", *options, "--output", "samples.jsonl")
     assert code == 0 and out == "" and "samples written to samples.jsonl" in err
     path = tmp_path / "samples.jsonl"
     every = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     lines = [line for line in every if line["origin"] != "lesson"]
     assert {line["facet"] for line in lines} == {"align", "describe", "facts", "preserve"}
-    assert {"stranger", "kept", "look"} <= {line["facet"] for line in every if line["origin"] == "lesson"}
+    assert {"stranger", "kept", "look"} <= {
+        line["facet"] for line in every if line["origin"] == "lesson"
+    }
     read = corpus.read_jsonl(path)
     kept = [line for line in lines if line["origin"] != "dream"]
-    assert [(s.question, s.answer, s.picture) for s in read] == [(k["question"], k["answer"], k["picture"]) for k in kept]
+    assert [(s.question, s.answer, s.picture) for s in read] == [
+        (k["question"], k["answer"], k["picture"]) for k in kept
+    ]
     # Read back it replaces what it came from: the same questions, answers and masks.
     code, out, _ = call("data", *options, "--data", path)
-    again = [one for line in out.split("\n") if line and (one := json.loads(line))["origin"] != "lesson"]
-    key = lambda s: (s["question"], s["picture"] is None, s["answer"], s["picture"] or 0, s["specified"])
+    again = [
+        one for line in out.split("\n") if line and (one := json.loads(line))["origin"] != "lesson"
+    ]
+    key = lambda s: (
+        s["question"],
+        s["picture"] is None,
+        s["answer"],
+        s["picture"] or 0,
+        s["specified"],
+    )
     assert code == 0 and sorted(map(key, again)) == sorted(map(key, lines))
     code, out, err = call("data", *options, "--output", "samples.jsonl")
     assert code == 2 and "exists" in one_sentence(err)
@@ -211,18 +270,43 @@ def test_data_writes_what_data_reads(call, cast, tmp_path):
 
 
 def test_data_explain_shows_both_masks(call, cast):
-    options = ["--image", cast.image, "--concept", cast.target, "--protect", cast.others[0], "--model", driver.EMBEDDED]
+    options = [
+        "--image",
+        cast.image,
+        "--concept",
+        cast.target,
+        "--protect",
+        cast.others[0],
+        "--model",
+        driver.EMBEDDED,
+    ]
     code, out, _ = call("data", *options, "--explain")
-    assert code == 0 and "[align, built, picture 0]" in out and "Vocabulary mask:" in out and cast.target.split()[0] in out
+    assert (
+        code == 0
+        and "[align, built, picture 0]" in out
+        and "Vocabulary mask:" in out
+        and cast.target.split()[0] in out
+    )
 
 
 def test_data_honours_the_preset(call, cast):
-    options = ["--image", cast.image, "--concept", cast.target, "--protect", cast.others[0], "--model", driver.EMBEDDED]
+    options = [
+        "--image",
+        cast.image,
+        "--concept",
+        cast.target,
+        "--protect",
+        cast.others[0],
+        "--model",
+        driver.EMBEDDED,
+    ]
     code, out, _ = call("data", *options, "--preset", "paper")
     lines = [json.loads(line) for line in out.split("\n") if line]
     assert code == 0 and "dream" not in {line["origin"] for line in lines}
     answers = [line["answer"] for line in lines if line["facet"] == "align"]
-    assert answers and all(any(n in a for n in targets.wordings()["invented"]["names"]) for a in answers)
+    assert answers and all(
+        any(n in a for n in targets.wordings()["invented"]["names"]) for a in answers
+    )
 
 
 def test_explain_shows_what_was_cut_and_what_was_left_out(gathered):
@@ -237,10 +321,22 @@ def test_explain_shows_what_was_cut_and_what_was_left_out(gathered):
     for key, closed, left_out in (("plain", True, 0), ("marked", False, 3)):
         stream = StringIO()
         samples = [replace(sample, closed=closed) for sample in gathered.corpus.samples[:1]]
-        made = replace(gathered.corpus, samples=samples, turns=gathered.corpus.turns[:1], keep=gathered.corpus.keep[:1])
-        explanation(Console(file=stream, width=300, markup=False), replace(gathered.scene, left_out=left_out), made)
+        made = replace(
+            gathered.corpus,
+            samples=samples,
+            turns=gathered.corpus.turns[:1],
+            keep=gathered.corpus.keep[:1],
+        )
+        explanation(
+            Console(file=stream, width=300, markup=False),
+            replace(gathered.scene, left_out=left_out),
+            made,
+        )
         text[key] = stream.getvalue()
-    assert "cut short" in text["marked"] and "3 answers about dreamed or retained pictures named the concept" in text["marked"]
+    assert (
+        "cut short" in text["marked"]
+        and "3 answers about dreamed or retained pictures named the concept" in text["marked"]
+    )
     assert "cut short" not in text["plain"] and "left out" not in text["plain"]
 
 
@@ -248,8 +344,14 @@ def test_ask(call, cast, trained, tmp_path):
     model = ["--model", driver.EMBEDDED, "--image", cast.image]
     code, out, _ = call("ask", "Who is this?", "Describe the image.", *model, "--json")
     rows = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and [set(r) for r in rows] == [{"question", "answer"}] * 2 and cast.target in rows[0]["answer"]
-    code, out, _ = call("ask", "Who is this?", *model, "--adapter", trained.output, "--compare", "--json")
+    assert (
+        code == 0
+        and [set(r) for r in rows] == [{"question", "answer"}] * 2
+        and cast.target in rows[0]["answer"]
+    )
+    code, out, _ = call(
+        "ask", "Who is this?", *model, "--adapter", trained.output, "--compare", "--json"
+    )
     assert code == 0 and set(json.loads(out)) == {"question", "before", "after"}
     code, out, _ = call("ask", "Who is this?", *model, "--adapter", trained.output, "--compare")
     assert code == 0 and "untouched" in out and "with adapter" in out
@@ -267,8 +369,11 @@ def test_the_demo_model_is_announced_on_standard_error(call, cast):
     assert code == 2 and out == "" and driver.DEMO_NOTE in " ".join(err.split())
 
 
-def test_a_failure_of_our_own_tells_functions_and_lines_and_no_value(call, cast, monkeypatch, tmp_path):
-    """Its message, its paths and its values may hold the name; the whole traceback is for who asks for it."""
+def test_a_failure_of_our_own_tells_functions_and_lines_and_no_value(
+    call, cast, monkeypatch, tmp_path
+):
+    """Its message, its paths and its values may hold the name; the whole traceback is for who asks
+    for it."""
     make = cli.tempfile.mkstemp
     monkeypatch.setattr(cli.tempfile, "mkstemp", lambda **options: make(dir=tmp_path, **options))
 
@@ -282,14 +387,26 @@ def test_a_failure_of_our_own_tells_functions_and_lines_and_no_value(call, cast,
     code, out, err = call(*quick(cast, "--quiet"))
     line = one_sentence(err)
     path = next(tmp_path.glob("fastsiu-failure-*"))
-    assert code == 3 and out == "" and "ZeroDivisionError" in line and str(path) in line and "--debug" in line
+    assert (
+        code == 3
+        and out == ""
+        and "ZeroDivisionError" in line
+        and str(path) in line
+        and "--debug" in line
+    )
     written = path.read_text(encoding="utf-8")
     assert "test_cli" in written and " fail\n" in written and "KeyError" in written
     assert path.stat().st_mode & 0o077 == 0
     for part in (cast.target, *cast.target.split(), str(driver.EMBEDDED.parent), "about"):
         assert part not in line.replace(str(path), "") and part not in written
     code, out, err = call("--debug", *quick(cast, "--quiet"))
-    assert code == 3 and "Traceback" in err and cast.target in err and "\\x1b[2J" in err and "\x1b[2J" not in err
+    assert (
+        code == 3
+        and "Traceback" in err
+        and cast.target in err
+        and "\\x1b[2J" in err
+        and "\x1b[2J" not in err
+    )
     assert len(list(tmp_path.glob("fastsiu-failure-*"))) == 1
 
     def full(**options):
@@ -309,7 +426,10 @@ def test_a_broken_pipe_of_a_process_of_ours_is_no_verdict(call, cast, monkeypatc
     assert code == 3 and "BrokenPipeError" in one_sentence(err)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space"), RuntimeError("IoError: No space left on device (os error 28)")])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space"), RuntimeError("IoError: No space left on device (os error 28)")],
+)
 def test_a_full_disk_is_one_sentence(call, cast, monkeypatch, error):
     def fail(*args, **options):
         raise error
@@ -319,7 +439,7 @@ def test_a_full_disk_is_one_sentence(call, cast, monkeypatch, error):
     assert code == 2 and "disk is full" in one_sentence(err)
 
 
-# The name need not be in the list of processes -----------------------------------------------------------------------------
+# The name need not be in the list of processes ----------------------------------------------------
 
 
 @pytest.fixture
@@ -343,7 +463,9 @@ NAMED = (["unlearn", "--image", "x.png"], ["eval"], ["data", "--image", "x.png"]
 
 @pytest.mark.parametrize("verb", NAMED, ids=lambda verb: verb[0])
 @pytest.mark.parametrize("text", ["Ann Lee", "Ann Lee\n", "\ufeffAnn Lee\r\n", "  Ann Lee  \n\n"])
-def test_the_name_comes_from_a_file_or_from_standard_input(call, heard, monkeypatch, tmp_path, verb, text):
+def test_the_name_comes_from_a_file_or_from_standard_input(
+    call, heard, monkeypatch, tmp_path, verb, text
+):
     (tmp_path / "name").write_text(text, encoding="utf-8")
     assert call(*verb, "--concept-file", "name")[0] == 2
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
@@ -389,15 +511,31 @@ def test_compare_takes_names_from_there_too(call, monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "compare", hear)
     (tmp_path / "name").write_text("Ann Lee\n")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Bob\n")))
-    assert call("compare", "--suite", "s", "--concept-file", "name", "--concept", "-", "--concepts", "Eve")[0] == 2
+    assert (
+        call(
+            "compare",
+            "--suite",
+            "s",
+            "--concept-file",
+            "name",
+            "--concept",
+            "-",
+            "--concepts",
+            "Eve",
+        )[0]
+        == 2
+    )
     assert asked == [["Bob", "Eve", "Ann Lee"]]
     assert [p.name for p in tmp_path.iterdir()] == ["name"]
 
 
-# Numbers that cannot be -----------------------------------------------------------------------------------------------------
+# Numbers that cannot be ---------------------------------------------------------------------------
 
 
-FLOATS, INTEGERS = ("nan", "inf", "-inf", "1e308", "1e999"), ("9" * 20, "9" * 5000, "1e3", "-1", "0x10", "1.5")
+FLOATS, INTEGERS = (
+    ("nan", "inf", "-inf", "1e308", "1e999"),
+    ("9" * 20, "9" * 5000, "1e3", "-1", "0x10", "1.5"),
+)
 
 
 @pytest.mark.parametrize(
@@ -406,7 +544,11 @@ FLOATS, INTEGERS = ("nan", "inf", "-inf", "1e308", "1e999"), ("9" * 20, "9" * 50
         (NAMED[0], ("--alpha", "--beta", "--lr", "--lora-alpha", "--memory"), FLOATS),
         (NAMED[0], ("--steps", "--rank", "--batch-size", "--micro-batch", "--seed"), INTEGERS),
         (NAMED[1], ("--lr", "--memory"), FLOATS),
-        (NAMED[1], ("--limit", "--per-other", "--processes", "--steps", "--rank", "--batch-size"), INTEGERS),
+        (
+            NAMED[1],
+            ("--limit", "--per-other", "--processes", "--steps", "--rank", "--batch-size"),
+            INTEGERS,
+        ),
         (NAMED[1], ("--seed", "--max-new-tokens"), INTEGERS),
         (NAMED[2], ("--memory",), FLOATS),
         (NAMED[2], ("--seed",), INTEGERS),
@@ -418,7 +560,7 @@ FLOATS, INTEGERS = ("nan", "inf", "-inf", "1e308", "1e999"), ("9" * 20, "9" * 50
         (["demo", "--export", "x"], ("--per-concept", "--seed"), INTEGERS),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
-)  # fmt: skip
+)
 def test_a_number_that_cannot_be_is_one_sentence(call, tmp_path, verb, options, values):
     for option in options:
         for value in values:
@@ -429,7 +571,7 @@ def test_a_number_that_cannot_be_is_one_sentence(call, tmp_path, verb, options, 
     assert list(tmp_path.iterdir()) == []
 
 
-# What can be known before the work ------------------------------------------------------------------------------------------
+# What can be known before the work ----------------------------------------------------------------
 
 
 def writers(cast):
@@ -451,13 +593,18 @@ def test_where_nothing_can_be_written_is_said_before_the_work(call, cast, monkey
             code, out, err = call(*arguments, option, place)
             assert code == 2 and out == "", (arguments, place, err)
             one_sentence(err)
-    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "x"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (
+        tmp_path / "file"
+    ).read_text() == "x"
 
 
-def test_a_disk_that_is_too_full_for_the_adapter_is_told_before_the_model_is_loaded(call, cast, monkeypatch, tmp_path):
+def test_a_disk_that_is_too_full_for_the_adapter_is_told_before_the_model_is_loaded(
+    call, cast, monkeypatch, tmp_path
+):
     free = shutil._ntuple_diskusage(2**40, 0, 40 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     monkeypatch.setattr(driver, "load", lambda *a, **k: 1 / 0)
     code, out, err = call(*quick(cast, "--rank", "4000", "--quiet"))
     assert code == 2 and "40 MiB left" in one_sentence(err) and list(tmp_path.iterdir()) == []
-    assert call(*quick(cast, "--rank", "1", "--quiet"))[0] == 3  # there is room for that one: loading begins
+    # there is room for that one: loading begins
+    assert call(*quick(cast, "--rank", "1", "--quiet"))[0] == 3

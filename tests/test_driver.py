@@ -1,4 +1,5 @@
-"""One request from beginning to end: repeatable, standard outside, complete or absent, and the loaded model left as it was."""
+"""One request from beginning to end: repeatable, standard outside, complete or absent, and the
+loaded model left as it was."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def listing(path):
 
 
 def test_the_output_is_complete(trained):
-    assert {WEIGHTS, "adapter_config.json", "report.json", "report.html", "manifest.json"} <= set(listing(trained.output))
+    assert {WEIGHTS, "adapter_config.json", "report.json", "report.html", "manifest.json"} <= set(
+        listing(trained.output)
+    )
     assert "README.md" not in listing(trained.output)
     assert not [p for p in trained.output.parent.iterdir() if "partial" in p.name]
 
@@ -40,7 +43,9 @@ def test_the_output_is_complete(trained):
 def test_the_report_has_its_schema(trained, cast):
     report = json.loads((trained.output / "report.json").read_text(encoding="utf-8"))
     assert report == json.loads(json.dumps(trained.report))
-    assert report["concept"] == cast.target and report["verdict"] == ("forgotten" if trained.forgotten else "not forgotten")
+    assert report["concept"] == cast.target and report["verdict"] == (
+        "forgotten" if trained.forgotten else "not forgotten"
+    )
     assert bool(report["reasons"]) is not trained.forgotten and report["reasons"] == trained.reasons
     for side in ("before", "after"):
         assert set(report[side]) == set(KINDS)
@@ -67,14 +72,22 @@ def test_the_verdict_follows_from_the_reported_answers(trained, cast):
     asked = {a["question"] for a in trained.report["answers"]}
     words = targets.wordings()
     names = (cast.target, *cast.others)
-    assert not asked & {q.replace("{name}", n) for p in words.values() for q in p.get("train", ()) for n in names}
+    assert not asked & {
+        q.replace("{name}", n) for p in words.values() for q in p.get("train", ()) for n in names
+    }
 
 
 def test_the_manifest_says_where_every_hyper_parameter_came_from(trained):
     manifest = json.loads((trained.output / "manifest.json").read_text(encoding="utf-8"))
     recipe = manifest["recipe"]
-    assert set(recipe) == set(Recipe().as_dict()) and recipe["steps"] == {"value": 4, "from": "command line"}
-    assert recipe["renormalize"]["from"] in ("default", "model directory") and manifest["seeds"]["recipe"] == 3
+    assert set(recipe) == set(Recipe().as_dict()) and recipe["steps"] == {
+        "value": 4,
+        "from": "command line",
+    }
+    assert (
+        recipe["renormalize"]["from"] in ("default", "model directory")
+        and manifest["seeds"]["recipe"] == 3
+    )
     assert manifest["versions"]["torch"] and manifest["model"]["sha256"]["model.safetensors"]
     assert WEIGHTS in manifest["files"] and manifest["pictures"][0]["label"] == "image"
 
@@ -83,9 +96,17 @@ def test_recipe_origins(tmp_path):
     (tmp_path / "fastsiu.json").write_text('{"recipe": {"steps": 7, "lr": 0.5}}')
     recipe, origins = driver.choose_recipe(str(tmp_path), "default", {"lr": 0.25, "rank": None})
     assert (recipe.steps, recipe.lr, recipe.rank) == (7, 0.25, Recipe().rank)
-    assert (origins["steps"], origins["lr"], origins["rank"]) == ("model directory", "command line", "default")
+    assert (origins["steps"], origins["lr"], origins["rank"]) == (
+        "model directory",
+        "command line",
+        "default",
+    )
     recipe, origins = driver.choose_recipe(str(tmp_path), "paper", {"steps": 9})
-    assert recipe == PAPER.with_overrides(steps=9) and origins["steps"] == "command line" and origins["lr"] == "preset paper"
+    assert (
+        recipe == PAPER.with_overrides(steps=9)
+        and origins["steps"] == "command line"
+        and origins["lr"] == "preset paper"
+    )
     with pytest.raises(BadInput, match="no hyper-parameter 'stepps'"):
         driver.choose_recipe(str(tmp_path), "default", {"stepps": 1})
     with pytest.raises(BadInput, match="preset 'x' is unknown"):
@@ -95,7 +116,9 @@ def test_recipe_origins(tmp_path):
         driver.choose_recipe(str(tmp_path), "default", {})
 
 
-def test_the_same_seed_gives_the_same_bits_and_leaves_the_model_untouched(trained, quick, tmp_path, monkeypatch):
+def test_the_same_seed_gives_the_same_bits_and_leaves_the_model_untouched(
+    trained, quick, tmp_path, monkeypatch
+):
     seen = []
     load = driver.vlm.load
 
@@ -107,9 +130,14 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_model_untouched(traine
     monkeypatch.setattr(driver.vlm, "load", watched)
     again = quick(tmp_path / "again")
     assert (again.output / WEIGHTS).read_bytes() == (trained.output / WEIGHTS).read_bytes()
-    assert again.report["answers"] == trained.report["answers"] and again.report["training"] == trained.report["training"]
+    assert (
+        again.report["answers"] == trained.report["answers"]
+        and again.report["training"] == trained.report["training"]
+    )
     loaded, before = seen
-    assert loaded.model is loaded.base and not any("lora" in name for name, _ in loaded.base.named_modules())
+    assert loaded.model is loaded.base and not any(
+        "lora" in name for name, _ in loaded.base.named_modules()
+    )
     after = loaded.base.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
 
@@ -128,7 +156,10 @@ def plain(demo_dir, adapter_dir):
 
 def test_plain_peft_loads_the_adapter_and_answers_as_before_saving(trained, cast, demo_dir):
     loaded = plain(demo_dir, trained.output)
-    variants = {label: loaded.picture(p) for label, p in images.variants(images.load_image(cast.image), 3, held_out=True)}
+    variants = {
+        label: loaded.picture(p)
+        for label, p in images.variants(images.load_image(cast.image), 3, held_out=True)
+    }
     rows = trained.report["answers"]
     questions = [(r["question"], variants[r["picture"]] if r["picture"] else None) for r in rows]
     assert ask.answers(loaded, questions) == [r["after"] for r in rows]
@@ -153,7 +184,9 @@ def test_the_adapter_touches_the_language_model_alone(trained):
 
 
 def test_interview_compares_base_and_adapter(trained, cast, demo_dir):
-    (row,) = driver.interview(["Who is this?"], model=demo_dir, adapter_dir=trained.output, image=cast.image, compare=True)
+    (row,) = driver.interview(
+        ["Who is this?"], model=demo_dir, adapter_dir=trained.output, image=cast.image, compare=True
+    )
     assert set(row) == {"question", "before", "after"} and cast.target in row["before"]
     with pytest.raises(BadInput, match="holds no adapter"):
         driver.interview(["Who?"], model=demo_dir, adapter_dir=cast.image.parent)
@@ -163,9 +196,16 @@ def test_the_same_request_again_is_a_no_op_and_another_is_refused(trained, quick
     stamp = (trained.output / "manifest.json").stat().st_mtime_ns
     monkeypatch.setattr(driver.vlm, "load", lambda *a, **k: pytest.fail("the model was loaded"))
     result = quick(trained.output)
-    assert result.repeated and result.report == json.loads((trained.output / "report.json").read_text(encoding="utf-8"))
+    assert result.repeated and result.report == json.loads(
+        (trained.output / "report.json").read_text(encoding="utf-8")
+    )
     assert result.forgotten is trained.forgotten and "nothing was done" in result.notes[0]
-    for change in ({"seed": 4}, {"concept": "Mirelda Voss"}, {"protect": ()}, {"dtype": "bfloat16"}):
+    for change in (
+        {"seed": 4},
+        {"concept": "Mirelda Voss"},
+        {"protect": ()},
+        {"dtype": "bfloat16"},
+    ):
         with pytest.raises(BadInput, match="holds the result of another request"):
             quick(trained.output, **change)
     assert (trained.output / "manifest.json").stat().st_mtime_ns == stamp
@@ -188,27 +228,44 @@ HUB = """
 import json, sys
 from fastsiu import driver
 image, concept, other, output = sys.argv[1:]
-few = dict(steps=1, dreams=0, strangers=0, device="cpu")
-result = driver.unlearn(image, concept, model="someone/tiny", output=output, protect=(other,), **few)
+few = dict(steps=1, dreams=0, strangers=0, device="cpu", protect=(other,))
+result = driver.unlearn(image, concept, model="someone/tiny", output=output, **few)
 print(json.dumps([result.report["model"], "fastsiu.demo" in sys.modules]))
 """
 
 
 def test_a_hub_model_is_recorded_with_the_commit_it_was_loaded_from(cast, demo_dir, tmp_path):
-    """A cache as the hub leaves it; nobody named a revision, so only the commit says which model this was."""
-    commit, cache = "0123456789abcdef0123456789abcdef01234567", tmp_path / "home" / "hub" / "models--someone--tiny"
+    """A cache as the hub leaves it; nobody named a revision, so only the commit says which model
+    this was."""
+    commit, cache = (
+        "0123456789abcdef0123456789abcdef01234567",
+        tmp_path / "home" / "hub" / "models--someone--tiny",
+    )
     shutil.copytree(demo_dir, cache / "snapshots" / commit)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(commit)
-    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
         env.pop(name, None)
     command = [sys.executable, "-c", HUB, cast.image, cast.target, cast.others[0], tmp_path / "out"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == ["someone/tiny", False]  # and what draws the demo was not imported
+    # and what draws the demo was not imported
+    assert json.loads(done.stdout) == [
+        "someone/tiny",
+        False,
+    ]
     model = json.loads((tmp_path / "out" / "manifest.json").read_text())["model"]
-    assert model["id"] == "someone/tiny" and model["revision"] == commit and "model.safetensors" in model["sha256"]
+    assert (
+        model["id"] == "someone/tiny"
+        and model["revision"] == commit
+        and "model.safetensors" in model["sha256"]
+    )
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["revision"] == commit
 
 
@@ -217,7 +274,10 @@ def test_the_embedded_model_is_the_demos(demo_dir):
 
 
 def test_the_driver_finds_the_embedded_model_without_the_demo():
-    code = "import sys; from fastsiu import driver; driver.interview(['Who are you?']); sys.exit('fastsiu.demo' in sys.modules)"
+    code = (
+        "import sys; from fastsiu import driver; driver.interview(['Who are you?']); "
+        "sys.exit('fastsiu.demo' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -249,7 +309,9 @@ def test_a_numeric_failure_writes_nothing_and_leaves_no_adapter(quick, tmp_path,
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
     ],
 )
-def test_bad_input_is_refused_before_the_model_is_loaded(quick, tmp_path, monkeypatch, changes, sentence):
+def test_bad_input_is_refused_before_the_model_is_loaded(
+    quick, tmp_path, monkeypatch, changes, sentence
+):
     monkeypatch.setattr(driver.vlm, "load", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(BadInput, match=sentence) as caught:
         quick(tmp_path / "out", **changes)
@@ -270,12 +332,16 @@ def test_more_pictures_fill_generality_and_specificity(quick, cast, tmp_path):
     for name, key in (("more", "target"), ("rest", "stranger")):
         (tmp_path / name).mkdir()
         shutil.copy(cast.files[key], tmp_path / name / "1.png")
-    result = quick(tmp_path / "out", images=tmp_path / "more", retain=tmp_path / "rest", steps=1, dreams=0)
+    result = quick(
+        tmp_path / "out", images=tmp_path / "more", retain=tmp_path / "rest", steps=1, dreams=0
+    )
     for kind in ("generality", "specificity"):
         assert result.report["after"][kind]["n"] == len(targets.wordings()["who"]["held_out"])
     assert any("trained on in other wordings" in c for c in result.report["caveats"])
     assert not any("No picture and no dream" in c for c in result.report["caveats"])
-    labels = {p["label"] for p in json.loads((result.output / "manifest.json").read_text())["pictures"]}
+    labels = {
+        p["label"] for p in json.loads((result.output / "manifest.json").read_text())["pictures"]
+    }
     assert labels == {"image", "images/001", "retain/001"}
 
 
@@ -284,8 +350,16 @@ def test_samples_of_the_users_own_replace_and_extend(cast, demo_dir, tmp_path, g
     own += [{"question": "Is it?", "answer": "It is."}]
     path = tmp_path / "own.jsonl"
     path.write_text("\n".join(map(json.dumps, own)))
-    _, made = driver.samples_for(cast.image, cast.target, model=demo_dir, protect=cast.others, data=path, dreams=1,
-                                 strangers=0, seed=0)  # fmt: skip
+    _, made = driver.samples_for(
+        cast.image,
+        cast.target,
+        model=demo_dir,
+        protect=cast.others,
+        data=path,
+        dreams=1,
+        strangers=0,
+        seed=0,
+    )
     assert len(made.samples) == len(gathered.corpus.samples) + 1
     expected = Sample("facts", own[0]["question"], "water", None, (), "data")
     assert [s for s in made.samples if s.question == expected.question] == [expected]
@@ -293,37 +367,68 @@ def test_samples_of_the_users_own_replace_and_extend(cast, demo_dir, tmp_path, g
 
 
 def test_the_papers_preset_makes_the_papers_samples(cast, demo_dir):
-    scene, made = driver.samples_for(cast.image, cast.target, model=demo_dir, protect=cast.others, preset="paper", device="cpu")
+    scene, made = driver.samples_for(
+        cast.image, cast.target, model=demo_dir, protect=cast.others, preset="paper", device="cpu"
+    )
     assert scene.recipe == PAPER and len(scene.pictures) == 1
     invented = targets.wordings()["invented"]["names"]
     assert all(any(n in s.answer for n in invented) for s in made.samples if s.facet == "align")
 
 
 def test_the_papers_preset_trains_the_projector(quick, demo_dir, tmp_path, cast):
-    result = quick(tmp_path / "paper", preset="paper", steps=2, lr=None, dreams=None, batch_size=None)
+    result = quick(
+        tmp_path / "paper", preset="paper", steps=2, lr=None, dreams=None, batch_size=None
+    )
     saved = load_file(result.output / WEIGHTS)
     projector = {k: v for k, v in saved.items() if "multi_modal_projector" in k}
-    assert projector and json.loads((result.output / "adapter_config.json").read_text())["modules_to_save"]
-    original = AutoModelForImageTextToText.from_pretrained(demo_dir, dtype=torch.float32).state_dict()
-    changed = [k for k, v in projector.items() if not torch.equal(v, original[k.removeprefix("base_model.model.")])]
+    assert (
+        projector
+        and json.loads((result.output / "adapter_config.json").read_text())["modules_to_save"]
+    )
+    original = AutoModelForImageTextToText.from_pretrained(
+        demo_dir, dtype=torch.float32
+    ).state_dict()
+    changed = [
+        k
+        for k, v in projector.items()
+        if not torch.equal(v, original[k.removeprefix("base_model.model.")])
+    ]
     assert changed
-    assert result.report["recipe"]["substitute"] == "name" and result.report["recipe"]["rank"] == PAPER.rank
+    assert (
+        result.report["recipe"]["substitute"] == "name"
+        and result.report["recipe"]["rank"] == PAPER.rank
+    )
     rows = [r for r in result.report["answers"] if r["picture"]]
     loaded = plain(demo_dir, result.output)
-    variants = {label: loaded.picture(p) for label, p in images.variants(images.load_image(cast.image), 3, held_out=True)}
-    assert ask.answers(loaded, [(r["question"], variants[r["picture"]]) for r in rows]) == [r["after"] for r in rows]
+    variants = {
+        label: loaded.picture(p)
+        for label, p in images.variants(images.load_image(cast.image), 3, held_out=True)
+    }
+    assert ask.answers(loaded, [(r["question"], variants[r["picture"]]) for r in rows]) == [
+        r["after"] for r in rows
+    ]
 
 
 def test_the_projector_trains_in_fp32_beside_a_16_bit_model(quick, tmp_path):
-    result = quick(tmp_path / "paper", preset="paper", steps=2, lr=None, dreams=None, batch_size=None, dtype="bfloat16")
+    result = quick(
+        tmp_path / "paper",
+        preset="paper",
+        steps=2,
+        lr=None,
+        dreams=None,
+        batch_size=None,
+        dtype="bfloat16",
+    )
     saved = load_file(result.output / WEIGHTS)
     trained = [v for k, v in saved.items() if "multi_modal_projector" in k]
     assert trained and all(v.dtype == torch.float32 for v in trained)
-    assert any(not torch.equal(v, v.bfloat16().float()) for v in trained)  # moved by less than bf16 resolves
+    # moved by less than bf16 resolves
+    assert any(not torch.equal(v, v.bfloat16().float()) for v in trained)
 
 
 def test_a_loaded_model_serves_another_request_afterwards(cast, gathered):
-    """Two requests on one session, the paper's projector training in between: the second is as if it were the first."""
+    """Two requests on one session, the paper's projector training in between: the second is as if
+    it were the first."""
     from fastsiu.request import Request
 
     loaded, picture = gathered.vlm, images.load_image(cast.image)
@@ -339,7 +444,9 @@ def test_a_loaded_model_serves_another_request_afterwards(cast, gathered):
     assert histories[0] == histories[2]
 
 
-def test_a_damaged_picture_for_the_verdict_is_refused_before_the_model_is_loaded(quick, tmp_path, monkeypatch):
+def test_a_damaged_picture_for_the_verdict_is_refused_before_the_model_is_loaded(
+    quick, tmp_path, monkeypatch
+):
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 40)
     monkeypatch.setattr(driver.vlm, "load", lambda *a, **k: pytest.fail("the model was loaded"))
@@ -363,7 +470,9 @@ def test_a_small_model_takes_one_thread_and_gives_the_others_back(loaded):
             assert torch.get_num_threads() == 1
             raise KeyError
         assert torch.get_num_threads() == 2
-        with vlm.threads(VLM("large", None, torch.nn.Linear(5000, 5000, device="meta"), loaded.base, None)):
+        with vlm.threads(
+            VLM("large", None, torch.nn.Linear(5000, 5000, device="meta"), loaded.base, None)
+        ):
             assert torch.get_num_threads() == 1  # what counts is the base that was loaded
     finally:
         torch.set_num_threads(1)
@@ -382,35 +491,50 @@ def test_an_adapter_of_other_weights_is_refused(trained, demo_dir, cast, tmp_pat
     shutil.copytree(trained.output, folder)
     shutil.copytree(demo_dir, model)
     weights = load_file(model / "model.safetensors")
-    save_file({k: v * 1.01 for k, v in weights.items()}, model / "model.safetensors", {"format": "pt"})
-    asked = lambda **changes: driver.interview(["Hi"], **{"model": model, "adapter_dir": folder, "device": "cpu", **changes})
+    save_file(
+        {k: v * 1.01 for k, v in weights.items()}, model / "model.safetensors", {"format": "pt"}
+    )
+    asked = lambda **changes: driver.interview(
+        ["Hi"], **{"model": model, "adapter_dir": folder, "device": "cpu", **changes}
+    )
     with pytest.raises(BadInput, match="made for other weights"):
         asked()
     with pytest.raises(BadInput, match="made for other weights"):
         run.evaluate(cast.target, model=model, adapter_dir=folder, image=cast.image, device="cpu")
     (folder / "manifest.json").unlink()  # as plain peft leaves it
     notes = []
-    assert asked(listener=session.Listener(note=notes.append))[0]["answer"] and notes == [adapter.UNSEALED]
+    assert asked(listener=session.Listener(note=notes.append))[0]["answer"] and notes == [
+        adapter.UNSEALED
+    ]
 
 
 @pytest.mark.parametrize("spoilt", ["renamed", "missing", "wide", "broken"])
-def test_an_adapter_that_fits_in_part_is_refused_and_leaves_the_model_as_it_was(trained, loaded, tmp_path, spoilt, recwarn):
+def test_an_adapter_that_fits_in_part_is_refused_and_leaves_the_model_as_it_was(
+    trained, loaded, tmp_path, spoilt, recwarn
+):
     shutil.copytree(trained.output, tmp_path / "a")
     file = tmp_path / "a" / "adapter_model.safetensors"
     stored = load_file(file)
     last = next(reversed(stored))
-    save_file({
-        "renamed": lambda: {k.replace("layers.0.", "layers.9."): v for k, v in stored.items()},
-        "missing": lambda: {k: v for k, v in stored.items() if k != last},
-        "wide": lambda: {k: torch.cat([v, v], 1) if k == last else v for k, v in stored.items()},
-        "broken": lambda: stored,
-    }[spoilt](), file)  # fmt: skip
+    save_file(
+        {
+            "renamed": lambda: {k.replace("layers.0.", "layers.9."): v for k, v in stored.items()},
+            "missing": lambda: {k: v for k, v in stored.items() if k != last},
+            "wide": lambda: {
+                k: torch.cat([v, v], 1) if k == last else v for k, v in stored.items()
+            },
+            "broken": lambda: stored,
+        }[spoilt](),
+        file,
+    )
     if spoilt == "broken":
         file.write_bytes(file.read_bytes()[:1000])
     names = [(name, type(module)) for name, module in loaded.base.named_modules()]
     with pytest.raises(BadInput, match="is damaged" if spoilt == "broken" else "does not fit"):
         adapter.load(loaded, tmp_path / "a")
-    assert [(name, type(module)) for name, module in loaded.base.named_modules()] == names and loaded.model is loaded.base
+    assert [
+        (name, type(module)) for name, module in loaded.base.named_modules()
+    ] == names and loaded.model is loaded.base
     adapter.load(loaded, trained.output)
     adapter.detach(loaded)
     assert not [str(w.message) for w in recwarn if "adapter" in str(w.message)]
@@ -419,10 +543,14 @@ def test_an_adapter_that_fits_in_part_is_refused_and_leaves_the_model_as_it_was(
 def test_a_trained_projector_is_loaded_in_fp32(demo_dir, cast, tmp_path):
     model = vlm.load(str(demo_dir), device="cpu", dtype="bfloat16")
     picture = images.load_image(cast.image)
-    seen = lambda: model.hidden([model.encode_prompt("Who?", (shown := model.picture(picture)))], [shown.features])
+    seen = lambda: model.hidden(
+        [model.encode_prompt("Who?", (shown := model.picture(picture)))], [shown.features]
+    )
     adapter.attach(model, Recipe(projector_lr=1e-3))
     generator = torch.Generator().manual_seed(1)
-    trained = {n: p for n, p in model.model.named_parameters() if p.requires_grad and "projector" in n}
+    trained = {
+        n: p for n, p in model.model.named_parameters() if p.requires_grad and "projector" in n
+    }
     with torch.no_grad():
         for p in trained.values():
             p.add_(1e-3 * torch.randn(p.shape, generator=generator))
@@ -432,7 +560,9 @@ def test_a_trained_projector_is_loaded_in_fp32(demo_dir, cast, tmp_path):
         untouched = seen()
         adapter.load(model, tmp_path / "a")
         found = {n: p for n, p in model.model.named_parameters() if n in trained}
-        assert len(found) == len(trained) > 0 and all(torch.equal(found[n], p) for n, p in trained.items())
+        assert len(found) == len(trained) > 0 and all(
+            torch.equal(found[n], p) for n, p in trained.items()
+        )
         assert torch.equal(seen(), expected) and not torch.equal(expected, untouched)
         adapter.detach(model)
         assert torch.equal(seen(), untouched)

@@ -23,7 +23,9 @@ from fastsiu.samples import drawn
 
 
 def photo(size=(64, 48), seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(
+        0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8
+    )
     return Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
 
 
@@ -37,7 +39,8 @@ def refused(path):
     with pytest.raises(BadInput) as caught:
         load_image(path)
     sentence = str(caught.value)
-    assert sentence.endswith(".") and "\n" not in sentence and ": " in sentence, sentence  # the fact, then the remedy
+    # the fact, then the remedy
+    assert sentence.endswith(".") and "\n" not in sentence and ": " in sentence, sentence
     return sentence
 
 
@@ -76,7 +79,11 @@ def test_a_truncated_picture_is_refused(tmp_path, kind):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF"]), st.floats(0, 1), st.binary(min_size=1, max_size=12))
+@given(
+    st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF"]),
+    st.floats(0, 1),
+    st.binary(min_size=1, max_size=12),
+)
 def test_damaged_bytes_never_raise_anything_else(tmp_path_factory, kind, place, junk):
     data = bytearray(encoded(photo(), kind))
     at = int(place * (len(data) - 1))
@@ -93,7 +100,9 @@ def png(width, height, depth, colour, packed, *extra):
     """A PNG of those pixels, compressed, with further chunks (kind, content) before them."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     chunks = ((b"IHDR", head), *extra, (b"IDAT", packed), (b"IEND", b""))
@@ -106,15 +115,28 @@ def row(*values, dtype=">u2"):
 
 def tiff(pixels, bits, photometric=1, kind=1, samples=1, width=4, **tags):
     """A TIFF of one uncompressed row; tags: t123=(type, values)."""
-    entries = {256: (3, [width]), 257: (3, [1]), 258: (3, [bits] * samples), 259: (3, [1]), 262: (3, [photometric]),
-               273: (4, [0]), 277: (3, [samples]), 278: (3, [1]), 279: (4, [len(pixels)]),
-               339: (3, [kind] * samples)}  # fmt: skip
+    entries = {
+        256: (3, [width]),
+        257: (3, [1]),
+        258: (3, [bits] * samples),
+        259: (3, [1]),
+        262: (3, [photometric]),
+        273: (4, [0]),
+        277: (3, [samples]),
+        278: (3, [1]),
+        279: (4, [len(pixels)]),
+        339: (3, [kind] * samples),
+    }
     entries |= {int(name[1:]): value for name, value in tags.items()}
     start, blob, table = 8 + 2 + 12 * len(entries) + 4, pixels, b""
     entries[273] = (4, [start])
     for tag, (form, values) in sorted(entries.items()):
-        content = struct.pack(f"<{len(values)}{ {3: 'H', 4: 'I', 11: 'f'}[form] }".replace(" ", ""), *values)
-        place = content.ljust(4, b"\0") if len(content) <= 4 else struct.pack("<I", start + len(blob))
+        content = struct.pack(
+            f"<{len(values)}{ {3: 'H', 4: 'I', 11: 'f'}[form] }".replace(" ", ""), *values
+        )
+        place = (
+            content.ljust(4, b"\0") if len(content) <= 4 else struct.pack("<I", start + len(blob))
+        )
         blob += content if len(content) > 4 else b""
         table += struct.pack("<HHI", tag, form, len(values)) + place
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + table + bytes(4) + blob
@@ -148,7 +170,10 @@ def test_a_file_above_the_byte_limit_is_refused(tmp_path, monkeypatch):
 
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: the top row of the stored pixels is the right column of the picture
+    exif[0x0112] = (
+        # the camera was turned: the top row of the stored pixels is the right column of the picture
+        6
+    )
     stored = Image.new("RGB", (40, 20), "black")
     stored.paste("white", (0, 0, 40, 5))
     path = tmp_path / "turned.jpg"
@@ -240,7 +265,16 @@ def test_rotation_is_filled_with_the_edge_colour():
 
 def test_commitment_needs_the_key():
     assert commitment(b"picture", b"k" * 32) == commitment(b"picture", b"k" * 32)
-    assert len({commitment(b"picture", b"k" * 32), commitment(b"picture", b"l" * 32), commitment(b"other", b"k" * 32)}) == 3
+    assert (
+        len(
+            {
+                commitment(b"picture", b"k" * 32),
+                commitment(b"picture", b"l" * 32),
+                commitment(b"other", b"k" * 32),
+            }
+        )
+        == 3
+    )
     with pytest.raises(ValueError):
         commitment(b"picture", b"")
 
@@ -254,7 +288,7 @@ def test_the_verdicts_transforms_are_none_of_the_trainings():
     assert kept["original"].tobytes() == image.tobytes()
 
 
-# Large pictures ---------------------------------------------------------------------------------------------------------
+# Large pictures -----------------------------------------------------------------------------------
 
 
 def textured(size=(403, 301)):
@@ -265,12 +299,23 @@ def textured(size=(403, 301)):
     return made
 
 
-@pytest.mark.parametrize("kind, mode", [*itertools.product(["JPEG"], ["RGB", "L", "CMYK"]),
-                                        *itertools.product(["PNG", "TIFF"], ["RGB", "L", "P", "RGBA", "I;16"]),
-                                        ("WEBP", "RGB"), ("GIF", "P"), ("BMP", "RGB")])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, mode",
+    [
+        *itertools.product(["JPEG"], ["RGB", "L", "CMYK"]),
+        *itertools.product(["PNG", "TIFF"], ["RGB", "L", "P", "RGBA", "I;16"]),
+        ("WEBP", "RGB"),
+        ("GIF", "P"),
+        ("BMP", "RGB"),
+    ],
+)
 def test_a_large_picture_keeps_its_shape_and_what_it_shows(tmp_path, monkeypatch, kind, mode):
     image = textured()
-    made = image.convert(mode) if mode != "I;16" else Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    made = (
+        image.convert(mode)
+        if mode != "I;16"
+        else Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    )
     path = tmp_path / "large"
     path.write_bytes(encoded(made, kind))
     whole = load_image(path)
@@ -283,7 +328,11 @@ def test_a_large_picture_keeps_its_shape_and_what_it_shows(tmp_path, monkeypatch
         assert abs(got.width / got.height - 403 / 301) < 0.02
         expected = whole.resize(got.size, Image.Resampling.LANCZOS)
         error = np.abs(np.asarray(got).astype(int) - np.asarray(expected))
-        assert error.mean() < (3 if mode == "P" else 1), (bound, error.mean())  # a palette's colours alternate
+        # a palette's colours alternate
+        assert error.mean() < (3 if mode == "P" else 1), (
+            bound,
+            error.mean(),
+        )
 
 
 def test_a_processor_sees_nearly_the_same_in_a_large_picture_made_smaller(tmp_path, monkeypatch):
@@ -296,7 +345,9 @@ def test_a_processor_sees_nearly_the_same_in_a_large_picture_made_smaller(tmp_pa
     assert smaller.width * smaller.height <= 900_000
     for name in ("SiglipImageProcessorPil", "LlavaNextImageProcessorPil", "CLIPImageProcessorPil"):
         processor = getattr(processors, name)()
-        one, other = (np.asarray(processor(images=[i])["pixel_values"][0]) for i in (whole, smaller))
+        one, other = (
+            np.asarray(processor(images=[i])["pixel_values"][0]) for i in (whole, smaller)
+        )
         assert one.shape == other.shape
         assert np.sqrt(np.square(one - other).mean()) < 0.03 * one.std(), name
 
@@ -312,12 +363,20 @@ def test_a_picture_within_the_bound_keeps_its_pixels(tmp_path, monkeypatch):
     assert load_image(tmp_path / "y.png").size == (64, 47)
 
 
-def test_a_large_jpeg_is_decoded_small_and_no_large_picture_is_converted_whole(tmp_path, monkeypatch):
+def test_a_large_jpeg_is_decoded_small_and_no_large_picture_is_converted_whole(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(images, "USABLE_PIXELS", 10_000)
     monkeypatch.setattr(images, "_STRIP", 10_000)
     decoded, converted, convert, on_white = [], [], images._conversion, images._on_white
-    monkeypatch.setattr(images, "_conversion", lambda opened, data: (convert(opened, data), decoded.append(opened.size))[0])
-    monkeypatch.setattr(images, "_on_white", lambda part: (on_white(part), converted.append(part.size))[0])
+    monkeypatch.setattr(
+        images,
+        "_conversion",
+        lambda opened, data: (convert(opened, data), decoded.append(opened.size))[0],
+    )
+    monkeypatch.setattr(
+        images, "_on_white", lambda part: (on_white(part), converted.append(part.size))[0]
+    )
     for kind, mode in (("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P")):
         (tmp_path / "x").write_bytes(encoded(textured((800, 600)).convert(mode), kind))
         assert load_image(tmp_path / "x").size == (115, 86)
@@ -330,17 +389,24 @@ def test_fifty_million_pixels_take_less_than_a_gigabyte_with_all_that_is_made_of
     pack = zlib.compressobj(1)
     rows = b"".join(pack.compress(bytes(1 + 8000 * 4) * 100) for _ in range(63)) + pack.flush()
     (tmp_path / "x.png").write_bytes(png(8000, 6250, 8, 6, rows))
-    code = ("import sys; from fastsiu.images import load_image, variants; image = load_image(sys.argv[1]); "
-            "kept = variants(image), variants(image, held_out=True); "
-            "lines = open('/proc/self/status').read().split('\\n'); "
-            "print(image.size, *(line.split()[1] for line in lines if line.startswith('VmHWM')))")  # fmt: skip
-    said = subprocess.run([sys.executable, "-c", code, tmp_path / "x.png"], capture_output=True, text=True, check=True).stdout
+    code = (
+        "import sys; from fastsiu.images import load_image, variants; image = "
+        "load_image(sys.argv[1]); "
+        "kept = variants(image), variants(image, held_out=True); "
+        "lines = open('/proc/self/status').read().split('\\n'); "
+        "print(image.size, *(line.split()[1] for line in lines if line.startswith('VmHWM')))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "x.png"], capture_output=True, text=True, check=True
+    ).stdout
     assert said.startswith("(2317, 1810)") and int(said.split()[-1]) < 10**9 / 1024
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("turned", range(1, 9))
-def test_a_picture_of_any_format_is_turned_upright_small_and_large(tmp_path, monkeypatch, kind, turned):
+def test_a_picture_of_any_format_is_turned_upright_small_and_large(
+    tmp_path, monkeypatch, kind, turned
+):
     stored, exif = photo((96, 64)), Image.Exif()
     stored.paste("white", (0, 0, 90, 24))
     exif[0x0112] = turned
@@ -360,20 +426,31 @@ def test_what_is_drawn_is_bit_for_bit_what_the_plain_way_gives(monkeypatch):
 
     def noisy(image, seed, sigma):
         noise = np.random.default_rng(seed).normal(0.0, sigma, (image.height, image.width, 3))
-        return np.clip(np.rint(np.asarray(image).astype(np.float64) + noise), 0, 255).astype(np.uint8)
+        return np.clip(np.rint(np.asarray(image).astype(np.float64) + noise), 0, 255).astype(
+            np.uint8
+        )
 
     def other_colour(image, rng):
         small = image.copy()
         small.thumbnail((256, 256))
-        palette = small.quantize(drawn.COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        palette = small.quantize(
+            drawn.COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
+        )
         fields = small.quantize(palette=palette, dither=Image.Dither.NONE)
-        places, pixels = np.asarray(fields.resize(image.size, Image.Resampling.NEAREST)), np.array(image)
+        places, pixels = (
+            np.asarray(fields.resize(image.size, Image.Resampling.NEAREST)),
+            np.array(image),
+        )
         chosen = places == rng.choice(np.unique(places).tolist())
         mean = pixels[chosen].mean(0)
         hue, saturation, value = colorsys.rgb_to_hsv(*(mean / 255))
         hue, saturation = (hue + rng.uniform(0.1, 0.9)) % 1, max(saturation, rng.uniform(0.4, 1.0))
-        new = colorsys.hsv_to_rgb(hue, saturation, min(1.0, max(0.2, value * rng.uniform(0.7, 1.4))))
-        pixels[chosen] = np.clip(np.rint(pixels[chosen] + (255 * np.array(new) - mean)), 0, 255).astype(np.uint8)
+        new = colorsys.hsv_to_rgb(
+            hue, saturation, min(1.0, max(0.2, value * rng.uniform(0.7, 1.4)))
+        )
+        pixels[chosen] = np.clip(
+            np.rint(pixels[chosen] + (255 * np.array(new) - mean)), 0, 255
+        ).astype(np.uint8)
         return Image.fromarray(pixels)
 
     monkeypatch.setattr(images, "_STRIP", 1000)
@@ -382,36 +459,66 @@ def test_what_is_drawn_is_bit_for_bit_what_the_plain_way_gives(monkeypatch):
         pixels, rng = np.asarray(image), random.Random(5)
         assert np.array_equal(images.noisy(image, 4, 9.0), noisy(image, 4, 9.0))
         made = [other_colour(image, rng), other_colour(other_colour(image, rng), rng)]
-        assert [one.tobytes() for one in drawn.changed(image, 5, 2)] == [one.tobytes() for one in made]
+        assert [one.tobytes() for one in drawn.changed(image, 5, 2)] == [
+            one.tobytes() for one in made
+        ]
         order = np.random.default_rng(6).permutation(size[0] * size[1])
-        assert np.array_equal(drawn.shuffled(image, 6), pixels.reshape(-1, 3)[order].reshape(pixels.shape))
+        assert np.array_equal(
+            drawn.shuffled(image, 6), pixels.reshape(-1, 3)[order].reshape(pixels.shape)
+        )
         assert np.array_equal(drawn.recoloured(image, (2, 0, 1)), pixels[:, :, [2, 0, 1]])
         edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]).mean(0)
         assert images.edge_colour(image) == tuple(np.rint(edge).astype(int).tolist())
-        everything = [made for _, made in variants(image, 0) + variants(image, 0, held_out=True)] + drawn.views(image, 0, 15)
-        assert all(min(one.size) >= 1 for one in everything) and len(list(drawn.moved(image, 0, 15))) == 15
+        everything = [
+            made for _, made in variants(image, 0) + variants(image, 0, held_out=True)
+        ] + drawn.views(image, 0, 15)
+        assert (
+            all(min(one.size) >= 1 for one in everything)
+            and len(list(drawn.moved(image, 0, 15))) == 15
+        )
 
 
-# Hidden colours and depth ---------------------------------------------------------------------------------------------------
+# Hidden colours and depth -------------------------------------------------------------------------
 
 
 def test_a_hidden_colour_is_white_in_every_depth(tmp_path):
     key = lambda *values: (b"tRNS", struct.pack(f">{len(values)}H", *values))
     grey = lambda depth, packed, hidden: levels(tmp_path, png(4, 1, depth, 0, packed, key(hidden)))
     assert grey(16, row(1000, 1001, 33000, 65535), 1000) == [255, 4, 128, 255]
-    assert grey(16, row(65535, 0, 1000, 4095), 65535) == [255, 0, 62, 255]  # what is hidden tells no range
-    assert grey(8, row(7, 8, 9, 255, dtype="u1"), 7 + 256) == [255, 8, 9, 255]  # the lower bits count
+    # what is hidden tells no range
+    assert grey(16, row(65535, 0, 1000, 4095), 65535) == [
+        255,
+        0,
+        62,
+        255,
+    ]
+    # the lower bits count
+    assert grey(8, row(7, 8, 9, 255, dtype="u1"), 7 + 256) == [
+        255,
+        8,
+        9,
+        255,
+    ]
     assert grey(4, row(0x07, 0x8F, dtype="u1"), 7) == [0, 255, 136, 255]
     assert grey(2, row(0b00011011, dtype="u1"), 1) == [0, 255, 170, 255]
     assert grey(1, row(0b01010000, dtype="u1"), 0) == [255] * 4
-    three = lambda depth, packed, *hidden: levels(tmp_path, png(3, 1, depth, 2, packed, key(*hidden)))
-    assert three(16, row(257, 257, 257, 258, 257, 257, 60000, 0, 0), 257, 257, 257) == [255, 1, 234]  # the neighbour shows
+    three = lambda depth, packed, *hidden: levels(
+        tmp_path, png(3, 1, depth, 2, packed, key(*hidden))
+    )
+    # the neighbour shows
+    assert three(16, row(257, 257, 257, 258, 257, 257, 60000, 0, 0), 257, 257, 257) == [
+        255,
+        1,
+        234,
+    ]
     assert three(16, row(513, 258, 257, 513, 257, 257, 257, 1, 1), 513, 258, 257) == [255, 2, 1]
     assert three(8, row(9, 8, 7, 9, 8, 6, 1, 1, 1, dtype="u1"), 9, 8, 7) == [255, 9, 1]
     alpha = lambda data: levels(tmp_path, data)
     assert alpha(png(2, 1, 16, 4, row(0, 0, 30000, 65535))) == [255, 117]
     assert alpha(png(2, 1, 16, 6, row(0, 0, 0, 0, 30000, 0, 0, 65535))) == [255, 117]
-    assert alpha(encoded(Image.new("RGBA", (2, 2), (9, 9, 9, 0)), "WEBP", lossless=True, exact=True)) == [255, 255]
+    assert alpha(
+        encoded(Image.new("RGBA", (2, 2), (9, 9, 9, 0)), "WEBP", lossless=True, exact=True)
+    ) == [255, 255]
     palette = Image.new("P", (2, 1), 3)
     palette.putpixel((1, 0), 9)
     palette.putpalette(bytes(range(60)))
@@ -429,11 +536,22 @@ def test_alpha_of_a_tiff_is_taken_as_the_file_says(tmp_path):
     assert some(samples(9, 0, 0, 0, 100, 0, 0, 128), 2, 4, 2) == [255, 177]
     assert some(samples(0, 0, 0, 0, 50, 0, 0, 128), 2, 4, 1) == [255, 177]
     assert some(samples(9, 0, 0, 0, 100, 0, 0, 128), 2, 4, 0) == [9, 100]  # no alpha at all
-    assert some(samples(9, 0, 100, 255), 3, 2, 2, t320=(3, [257 * i for i in range(256)] * 3)) == [255, 100]
+    assert some(samples(9, 0, 100, 255), 3, 2, 2, t320=(3, [257 * i for i in range(256)] * 3)) == [
+        255,
+        100,
+    ]
 
 
-@pytest.mark.parametrize("values, top", [((0, 1000, 2000, 4095), 4095), ((0, 10, 300, 1000), 1023), ((1, 7, 90, 250), 255),
-                                         ((0, 1000, 2000, 4096), 65535), ((0, 9, 9, 16000), 65535)])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, top",
+    [
+        ((0, 1000, 2000, 4095), 4095),
+        ((0, 10, 300, 1000), 1023),
+        ((1, 7, 90, 250), 255),
+        ((0, 1000, 2000, 4096), 65535),
+        ((0, 9, 9, 16000), 65535),
+    ],
+)
 def test_a_grey_picture_that_would_be_nearly_black_has_fewer_bits(tmp_path, values, top):
     expected = [round(value * 255 / top) for value in values]
     assert levels(tmp_path, png(4, 1, 16, 0, row(*values))) == expected
@@ -441,19 +559,35 @@ def test_a_grey_picture_that_would_be_nearly_black_has_fewer_bits(tmp_path, valu
     assert levels(tmp_path, tiff(np.array(values, "<u4").tobytes(), 32)) == expected
 
 
-@pytest.mark.parametrize("form, bits, kind, values, expected", [
-    ("<i2", 16, 2, (0, 8000, 16384, 32767), (0, 62, 128, 255)), ("<i2", 16, 2, (-9, 8000, 16384, 32767), (0, 62, 128, 255)),
-    ("i1", 8, 2, (-1, 0, 64, 127), (0, 0, 129, 255)), ("<u4", 32, 1, (0, 2**30, 2**31, 2**32 - 1), (0, 64, 128, 255)),
-    ("<i4", 32, 2, (0, 2**29, 2**30, 2**31 - 1), (0, 64, 128, 255)), ("<u2", 16, 1, (0, 257, 514, 65535), (0, 1, 2, 255)),
-    ("<f4", 32, 3, (0, 0.25, 0.5, 1), (0, 64, 128, 255)), ("<f4", 32, 3, (-0.02, 0.5, 1, 1.04), (0, 128, 255, 255)),
-    ("<f4", 32, 3, (0, 25, 100, 255), (0, 25, 100, 255)), ("<f4", 32, 3, (-2, 25, 100, 260), (0, 25, 100, 255)),
-    ("<f4", 32, 3, (0, 1000, 2000, 4095), (0, 62, 125, 255)), ("<f4", 32, 3, (0, 257, 514, 65535), (0, 1, 2, 255)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "form, bits, kind, values, expected",
+    [
+        ("<i2", 16, 2, (0, 8000, 16384, 32767), (0, 62, 128, 255)),
+        ("<i2", 16, 2, (-9, 8000, 16384, 32767), (0, 62, 128, 255)),
+        ("i1", 8, 2, (-1, 0, 64, 127), (0, 0, 129, 255)),
+        ("<u4", 32, 1, (0, 2**30, 2**31, 2**32 - 1), (0, 64, 128, 255)),
+        ("<i4", 32, 2, (0, 2**29, 2**30, 2**31 - 1), (0, 64, 128, 255)),
+        ("<u2", 16, 1, (0, 257, 514, 65535), (0, 1, 2, 255)),
+        ("<f4", 32, 3, (0, 0.25, 0.5, 1), (0, 64, 128, 255)),
+        ("<f4", 32, 3, (-0.02, 0.5, 1, 1.04), (0, 128, 255, 255)),
+        ("<f4", 32, 3, (0, 25, 100, 255), (0, 25, 100, 255)),
+        ("<f4", 32, 3, (-2, 25, 100, 260), (0, 25, 100, 255)),
+        ("<f4", 32, 3, (0, 1000, 2000, 4095), (0, 62, 125, 255)),
+        ("<f4", 32, 3, (0, 257, 514, 65535), (0, 1, 2, 255)),
+    ],
+)
 def test_deep_samples_of_a_tiff_fill_their_range(tmp_path, form, bits, kind, values, expected):
     pixels = np.array(values, form).tobytes()
     assert np.abs(np.subtract(levels(tmp_path, tiff(pixels, bits, 1, kind)), expected)).max() <= 1
     if form in ("<u2", "<f4"):  # as Pillow reads it; 0 is white
-        assert np.abs(np.subtract(levels(tmp_path, tiff(pixels, bits, 0, kind)), [255 - v for v in expected])).max() <= 1
+        assert (
+            np.abs(
+                np.subtract(
+                    levels(tmp_path, tiff(pixels, bits, 0, kind)), [255 - v for v in expected]
+                )
+            ).max()
+            <= 1
+        )
 
 
 def test_what_a_tiff_says_of_its_range_counts(tmp_path):
@@ -461,7 +595,8 @@ def test_what_a_tiff_says_of_its_range_counts(tmp_path):
     deep = lambda **tags: levels(tmp_path, tiff(np.array(values, "<u2").tobytes(), 16, **tags))
     assert deep() == deep(t281=(3, [4095])) == [0, 6, 62, 249]
     assert deep(t281=(3, [16383])) == [0, 2, 16, 62]
-    assert deep(t281=(3, [4000])) == deep(t281=(3, [1023])) == deep()  # a statistic; less than there is
+    # a statistic; less than there is
+    assert deep(t281=(3, [4000])) == deep(t281=(3, [1023])) == deep()
     assert deep(t281=(3, [65535])) == deep(t341=(3, [65535])) == [0, 0, 4, 16]
     assert deep(t341=(3, [4000])) == [0, 6, 64, 255]
     twelve = bytes([0x00, 0x02, 0x00, 0x10, 0x03, 0xFF])  # 0, 512, 256, 1023: of 12 bits, not of 10
@@ -470,29 +605,54 @@ def test_what_a_tiff_says_of_its_range_counts(tmp_path):
     assert levels(tmp_path, tiff(floats, 32, 1, 3, t341=(11, [4.0]))) == [0, 64, 128, 255]
 
 
-@pytest.mark.parametrize("form, kind, values", [("<i2", 2, (-20000, 0, 1, 30000)), ("<i4", 2, (0, 1, 2, 2**20)),
-                                                ("<f4", 3, (-1, 0, 0, 1)), ("<f4", 3, (0, 0, 1, np.inf)),
-                                                ("<f4", 3, (0, 1, 2, 1e9)), ("<f4", 3, (0, np.nan, 1, 1))])  # fmt: skip
+@pytest.mark.parametrize(
+    "form, kind, values",
+    [
+        ("<i2", 2, (-20000, 0, 1, 30000)),
+        ("<i4", 2, (0, 1, 2, 2**20)),
+        ("<f4", 3, (-1, 0, 0, 1)),
+        ("<f4", 3, (0, 0, 1, np.inf)),
+        ("<f4", 3, (0, 1, 2, 1e9)),
+        ("<f4", 3, (0, np.nan, 1, 1)),
+    ],
+)
 def test_samples_that_are_no_brightness_are_refused(tmp_path, form, kind, values):
-    (tmp_path / "x").write_bytes(tiff(np.array(values, form).tobytes(), 8 * np.dtype(form).itemsize, 1, kind))
-    assert any(word in refused(tmp_path / "x") for word in ("negative", "undefined", "more than 16 bits"))
+    (tmp_path / "x").write_bytes(
+        tiff(np.array(values, form).tobytes(), 8 * np.dtype(form).itemsize, 1, kind)
+    )
+    assert any(
+        word in refused(tmp_path / "x") for word in ("negative", "undefined", "more than 16 bits")
+    )
 
 
 def test_a_colour_profile_changes_nothing(tmp_path):
     for kind in ("PNG", "JPEG", "TIFF", "WEBP"):
         for name, profile in (("plain", None), ("profiled", bytes(200))):
             (tmp_path / name).write_bytes(encoded(photo(), kind, icc_profile=profile))
-        assert load_image(tmp_path / "plain").tobytes() == load_image(tmp_path / "profiled").tobytes()
+        assert (
+            load_image(tmp_path / "plain").tobytes() == load_image(tmp_path / "profiled").tobytes()
+        )
 
 
-# Hostile files --------------------------------------------------------------------------------------------------------------
+# Hostile files ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("address", ["https://example.org/a.jpg", "http://x/y.png", "s3://bucket/a.png", "file:///tmp/a.png",
-                                     "data:image/png;base64," + "iVBOR" * 9999, "hf://datasets/x"])  # fmt: skip
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://example.org/a.jpg",
+        "http://x/y.png",
+        "s3://bucket/a.png",
+        "file:///tmp/a.png",
+        "data:image/png;base64," + "iVBOR" * 9999,
+        "hf://datasets/x",
+    ],
+)
 def test_the_address_of_a_picture_on_the_web_gets_a_sentence_of_its_own(tmp_path, address):
     sentence = refused(address)
-    assert "downloads nothing" in sentence and "no picture at" not in sentence and len(sentence) < 250
+    assert (
+        "downloads nothing" in sentence and "no picture at" not in sentence and len(sentence) < 250
+    )
     assert address.replace("///", "//")[:15] in sentence
     with pytest.raises(BadInput, match="downloads nothing"):
         list_images(address)
@@ -545,11 +705,18 @@ def test_small_files_that_would_keep_a_decoder_busy_are_refused(tmp_path, monkey
     (tmp_path / "x.tif").write_bytes(tiff(bytes(4), 8, t273=(4, many), t279=(4, many)))
     below = tiff(bytes(4), 8, t34665=(4, [8]))
     (tmp_path / "y.tif").write_bytes(below)
-    assert load_image(tmp_path / "y.tif").size == (4, 1)  # a directory within itself is looked at once
+    # a directory within itself is looked at once
+    assert load_image(tmp_path / "y.tif").size == (
+        4,
+        1,
+    )
     progressive = encoded(photo((64, 64)), "JPEG", progressive=True)
     last = progressive.rindex(b"\xff\xda")
-    (tmp_path / "x.jpg").write_bytes(progressive[:-2] + progressive[last:-2] * 60 + progressive[-2:])
-    (tmp_path / "y.jpg").write_bytes(progressive + b"\0\2" + progressive[last:-2] * 99)  # a film behind a phone's photograph
+    (tmp_path / "x.jpg").write_bytes(
+        progressive[:-2] + progressive[last:-2] * 60 + progressive[-2:]
+    )
+    # a film behind a phone's photograph
+    (tmp_path / "y.jpg").write_bytes(progressive + b"\0\2" + progressive[last:-2] * 99)
     assert load_image(tmp_path / "y.jpg").size == (64, 64)
     monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
     assert "a million values" in refused(tmp_path / "x.tif")
@@ -563,7 +730,9 @@ def test_a_text_or_profile_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, k
     pack = zlib.compressobj(9)
     bomb = b"".join(pack.compress(bytes(2**20)) for _ in range(64)) + pack.flush()
     lead = {b"zTXt": b"k\0\0", b"iTXt": b"k\0\1\0\0\0", b"iCCP": b"k\0\0"}[kind]
-    (tmp_path / "x.png").write_bytes(png(4, 1, 8, 0, row(1, 2, 3, 4, dtype="u1"), (kind, lead + bomb)))
+    (tmp_path / "x.png").write_bytes(
+        png(4, 1, 8, 0, row(1, 2, 3, 4, dtype="u1"), (kind, lead + bomb))
+    )
     assert "MAX_TEXT" in refused(tmp_path / "x.png")
 
 

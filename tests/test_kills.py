@@ -29,15 +29,45 @@ import pytest
 
 VERBS = ("unlearn", "request", "eval", "suite", "compare", "merge", "data", "demo")
 QUICK = ("unlearn", "suite", "merge", "data")  # whose work a few seconds or a stub can stand for
-ALLOWED = ("report.json", "report.md", "report.html", "untouched.json", "suite.json", "matrix.json", "samples.jsonl",
-           "compare.json", "compare.md", "compare.svg", "tokenizer.json", "questions.jsonl", "concept.json")  # fmt: skip
+ALLOWED = (
+    "report.json",
+    "report.md",
+    "report.html",
+    "untouched.json",
+    "suite.json",
+    "matrix.json",
+    "samples.jsonl",
+    "compare.json",
+    "compare.md",
+    "compare.svg",
+    "tokenizer.json",
+    "questions.jsonl",
+    "concept.json",
+)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_few_kills_of_some_verbs(tmp_path):
-    command = [sys.executable, "-P", __file__, "--kills", "16", "--stubs", "--verbs", ",".join(QUICK), "--place", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-P",
+        __file__,
+        "--kills",
+        "16",
+        "--stubs",
+        "--verbs",
+        ",".join(QUICK),
+        "--place",
+        str(tmp_path),
+    ]
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(root)})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["kills"] >= 4 and told["verbs"] == list(QUICK)
@@ -68,7 +98,10 @@ class Stage:
             for i, file in enumerate(files):
                 draw(world.scene((name,), f"kill {slug} {i}")).save(file)
             subjects.append(suite.Subject(slug, name, (), (), files[0], tuple(files)))
-        questions = (Question("Who is shown here?", "name"), Question("Tell me about {name}.", "fact"))
+        questions = (
+            Question("Who is shown here?", "name"),
+            Question("Tell me about {name}.", "fact"),
+        )
         suite.write(suite.Suite(given / "suite", "Two", tuple(subjects), questions))
         self.suite, self.image = given / "suite", given / "suite/concepts/a/images/0.png"
         (given / "name").write_text(f"{self.canary}\n")
@@ -78,7 +111,17 @@ class Stage:
         driver.load = lambda *given, **options: loaded
         self.given = given
         self.adapter = given / "adapter"
-        quiet(lambda: driver.unlearn(self.image, self.canary, output=self.adapter, steps=1, dreams=0, strangers=0, batch_size=8))
+        quiet(
+            lambda: driver.unlearn(
+                self.image,
+                self.canary,
+                output=self.adapter,
+                steps=1,
+                dreams=0,
+                strangers=0,
+                batch_size=8,
+            )
+        )
         if stubs:
             self._stub(loaded)
 
@@ -96,7 +139,10 @@ class Stage:
             adapter.attach(loaded, recipe)
             return SimpleNamespace(scene=None)
 
-        made, prepared = {**report, "masks": {"tokens": 1}}, driver.prepared_for(self.image, self.canary, preset="paper")
+        made, prepared = (
+            {**report, "masks": {"tokens": 1}},
+            driver.prepared_for(self.image, self.canary, preset="paper"),
+        )
         driver.forget = forget
         driver.examine = lambda *given: (SimpleNamespace(forgotten=False), [])
         driver.report_of = lambda *given: made
@@ -112,7 +158,13 @@ class Stage:
         time.sleep(0.05)
         transaction = outputs.Transaction(job.output / subject.slug)
         with transaction as folder:
-            told = {"verdict": None, "adapter": False, "reasons": [], "rows": {}, "concept": subject.name}
+            told = {
+                "verdict": None,
+                "adapter": False,
+                "reasons": [],
+                "rows": {},
+                "concept": subject.name,
+            }
             (folder / "report.json").write_text(json.dumps(told))
             transaction.commit(suite_run._manifest(job, subject, transaction.key, {}))
 
@@ -130,12 +182,18 @@ class Stage:
             "merge": ["merge", "--adapter", self.adapter, "--no-verify"],
             "data": ["data", *one, "--preset", "paper"],
             "demo": ["demo", "--per-concept", "1"],
-        }  # fmt: skip
-        return [str(a) for a in (*own[verb], *(out if verb != "demo" else ["--export", where / "out"]))]
+        }
+        return [
+            str(a) for a in (*own[verb], *(out if verb != "demo" else ["--export", where / "out"]))
+        ]
 
 
 def quiet(work: Callable[[], object]) -> object:
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         return work()
 
 
@@ -169,15 +227,26 @@ def check(stage: Stage, verb: str, where: Path, whole: dict[str, bytes], scratch
     shown = [p for p in where.iterdir() if not p.name.startswith(".fastsiu.")]
     assert {p.name for p in shown} <= {"out", "samples.jsonl"}, shown
     there = [p for p in shown if p.is_file() or any(p.iterdir())]
-    words = [stage.canary, *stage.canary.split(), stage.canary.replace(" ", "-"), stage.canary.replace(" ", "_")]
+    words = [
+        stage.canary,
+        *stage.canary.split(),
+        stage.canary.replace(" ", "-"),
+        stage.canary.replace(" ", "_"),
+    ]
     for folder in (where, scratch):
         for path in folder.rglob("*"):
             told = str(path.relative_to(folder)).lower()
             named = [word for word in words if word.lower() in told]
             assert verb == "demo" or not named, f"{path} is named after the concept"
-            if path.is_file() and path.name not in ALLOWED and path.suffix not in (".png", ".safetensors", ".pickle"):
+            if (
+                path.is_file()
+                and path.name not in ALLOWED
+                and path.suffix not in (".png", ".safetensors", ".pickle")
+            ):
                 data = path.read_bytes()
-                assert stage.canary.encode() not in data or path.name.startswith(".fastsiu."), f"{path} holds the name"
+                assert stage.canary.encode() not in data or path.name.startswith(".fastsiu."), (
+                    f"{path} holds the name"
+                )
     assert [p.name for p in scratch.iterdir() if "fastsiu" in p.name] == []
     for path in there:
         assert path.stat().st_mode & 0o077 == 0 or verb == "demo", f"{path} is open to others"
@@ -187,8 +256,13 @@ def check(stage: Stage, verb: str, where: Path, whole: dict[str, bytes], scratch
     if verb == "data":
         assert out.read_bytes() == whole["samples.jsonl"]
     elif verb in ("demo", "compare"):
-        assert {p.relative_to(where).as_posix() for p in out.rglob("*") if p.is_file()} == set(whole)
-    elif any((out / "manifest.json").is_file() or (inner / "manifest.json").is_file() for inner in out.iterdir()):
+        assert {p.relative_to(where).as_posix() for p in out.rglob("*") if p.is_file()} == set(
+            whole
+        )
+    elif any(
+        (out / "manifest.json").is_file() or (inner / "manifest.json").is_file()
+        for inner in out.iterdir()
+    ):
         assert upkeep.verify(out).wrong == []
     for path in out.rglob("*.json") if out.is_dir() else ():
         if ".fastsiu." not in str(path):
@@ -201,14 +275,24 @@ def next_start(stage: Stage, where: Path) -> None:
     gone."""
     from fastsiu import cli
 
-    command = ["compare", "--suite", str(stage.suite), "--methods", "none", "--output", str(where / "next")]
+    command = [
+        "compare",
+        "--suite",
+        str(stage.suite),
+        "--methods",
+        "none",
+        "--output",
+        str(where / "next"),
+    ]
     code = quiet(lambda: cli.run(command))
     assert code == 2
     left = [p for p in where.rglob("*") if p.name.startswith(".fastsiu.")]
     assert left == [], left
 
 
-def kill_many(place: Path, verbs: list[str], kills: int, seed: int, stubs: bool) -> dict[str, object]:
+def kill_many(
+    place: Path, verbs: list[str], kills: int, seed: int, stubs: bool
+) -> dict[str, object]:
     """Kills `kills` runs, the verbs in turn. Raises AssertionError where something does not
     hold."""
     scratch = place / "tmp"
@@ -224,7 +308,9 @@ def kill_many(place: Path, verbs: list[str], kills: int, seed: int, stubs: bool)
         code = os.waitstatus_to_exitcode(os.waitpid(start(stage, verb, where), 0)[1])
         assert code in (0, 1), (stage.given / "log").read_text()
         seconds[verb] = time.monotonic() - began
-        files[verb] = {p.relative_to(where).as_posix(): p.read_bytes() for p in where.rglob("*") if p.is_file()}
+        files[verb] = {
+            p.relative_to(where).as_posix(): p.read_bytes() for p in where.rglob("*") if p.is_file()
+        }
         assert check(stage, verb, where, files[verb], scratch)
     killed, complete = 0, 0
     for number in range(kills):
@@ -253,12 +339,25 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--verbs", default=",".join(VERBS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stubs", action="store_true", help="what takes long is taken from a finished run")
-    parser.add_argument("--place", type=Path, help="an empty directory; a temporary one when left out")
+    parser.add_argument(
+        "--stubs", action="store_true", help="what takes long is taken from a finished run"
+    )
+    parser.add_argument(
+        "--place", type=Path, help="an empty directory; a temporary one when left out"
+    )
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # A thread does not survive a fork: a child that waits for one of OpenMP's or of the tokenizers' waits for ever.
-    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # A thread does not survive a fork: a child that waits for one of OpenMP's or of the tokenizers'
+    # waits for ever.
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     with contextlib.ExitStack() as stack:
         base = given.place or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        print(json.dumps(kill_many(base, given.verbs.split(","), given.kills, given.seed, given.stubs)))
+        print(
+            json.dumps(
+                kill_many(base, given.verbs.split(","), given.kills, given.seed, given.stubs)
+            )
+        )

@@ -1,4 +1,5 @@
-"""Merging: the weights to the last bit, the verdict on what was written, and everything that is refused."""
+"""Merging: the weights to the last bit, the verdict on what was written, and everything that is
+refused."""
 
 from __future__ import annotations
 
@@ -24,13 +25,21 @@ from fastsiu.report.redact import MODEL
 from fastsiu.request import BadInput, NumericFailure, Recipe, Request
 from fastsiu.text.concept import Concept
 
-quantised = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+quantised = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 
 
 @pytest.fixture(scope="module")
 def plain(trained, demo_dir, tmp_path_factory):
     """The adapter of `trained` merged, nothing verified."""
-    return merge(trained.output, tmp_path_factory.mktemp("merged") / "m", model=demo_dir, verify=(), device="cpu")
+    return merge(
+        trained.output,
+        tmp_path_factory.mktemp("merged") / "m",
+        model=demo_dir,
+        verify=(),
+        device="cpu",
+    )
 
 
 @pytest.fixture
@@ -44,10 +53,18 @@ def copied(trained, demo_dir, tmp_path):
 def factors(directory: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Tensor name in the model's file -> (A, B)."""
     stored = load_file(directory / "adapter_model.safetensors")
-    pairs = {k: (v, stored[k.replace("lora_A", "lora_B")]) for k, v in stored.items() if ".lora_A." in k}
-    trimmed = {k.removeprefix("base_model.model.").replace("lora_A.", ""): pair for k, pair in pairs.items()}
+    pairs = {
+        k: (v, stored[k.replace("lora_A", "lora_B")]) for k, v in stored.items() if ".lora_A." in k
+    }
+    trimmed = {
+        k.removeprefix("base_model.model.").replace("lora_A.", ""): pair
+        for k, pair in pairs.items()
+    }
     # The file has the hub's names, in which the language model comes first.
-    return {k.replace("model.language_model.", "language_model.model."): pair for k, pair in trimmed.items()}
+    return {
+        k.replace("model.language_model.", "language_model.model."): pair
+        for k, pair in trimmed.items()
+    }
 
 
 def test_each_matrix_is_added_in_fp32_and_rounded_once(plain, trained, demo_dir):
@@ -65,7 +82,9 @@ def test_each_matrix_is_added_in_fp32_and_rounded_once(plain, trained, demo_dir)
         delta = (b @ a) * scale
         assert torch.equal(merged[name], (weight.float() + delta).to(torch.bfloat16)), name
         exact = weight.double() + (b.double() @ a.double()) * scale
-        twice = (weight + delta.to(torch.bfloat16)).double()  # the change rounded first, as PEFT's safe merge does
+        twice = (
+            weight + delta.to(torch.bfloat16)
+        ).double()  # the change rounded first, as PEFT's safe merge does
         error, other = (merged[name].double() - exact).abs(), (twice - exact).abs()
         assert bool((error <= other + 1e-7).all())
         closer += int((error < other - 1e-7).sum())
@@ -74,9 +93,17 @@ def test_each_matrix_is_added_in_fp32_and_rounded_once(plain, trained, demo_dir)
 
 def test_plain_transformers_reads_it(plain, demo_dir):
     assert not list(plain.output.glob("adapter_*"))
-    model, info = AutoModelForImageTextToText.from_pretrained(plain.output, dtype="auto", output_loading_info=True)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        plain.output, dtype="auto", output_loading_info=True
+    )
     assert model.dtype == torch.bfloat16 and not any(info.values())
-    for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "processor_config.json", "fastsiu.json"):
+    for file in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "processor_config.json",
+        "fastsiu.json",
+    ):
         assert (plain.output / file).read_bytes() == (demo_dir / file).read_bytes()
     assert str(demo_dir) not in (plain.output / "config.json").read_text()
 
@@ -84,13 +111,25 @@ def test_plain_transformers_reads_it(plain, demo_dir):
 def test_the_report_of_the_weights(plain, trained, demo_dir):
     base, figures = load_file(demo_dir / "model.safetensors"), plain.report["weights"]
     config = json.loads((trained.output / "adapter_config.json").read_text())
-    deltas = {k: (b @ a) * (config["lora_alpha"] / config["r"]) for k, (a, b) in factors(trained.output).items()}
+    deltas = {
+        k: (b @ a) * (config["lora_alpha"] / config["r"])
+        for k, (a, b) in factors(trained.output).items()
+    }
     largest = max(deltas, key=lambda k: float(deltas[k].abs().max()))
     assert figures["largest"] == pytest.approx(float(deltas[largest].abs().max()))
-    assert figures["relative"] == pytest.approx(figures["largest"] / float(base[largest].abs().max()))
-    assert figures["matrix"].endswith(largest.split("layers.")[1]) and figures["matrices"] == figures["of"] == 21
-    kept = sum(int(((base[k].float() + d).to(torch.bfloat16) == base[k]).sum()) for k, d in deltas.items())
-    assert figures["unchanged"] == pytest.approx(kept / sum(d.numel() for d in deltas.values()), abs=1e-3)
+    assert figures["relative"] == pytest.approx(
+        figures["largest"] / float(base[largest].abs().max())
+    )
+    assert (
+        figures["matrix"].endswith(largest.split("layers.")[1])
+        and figures["matrices"] == figures["of"] == 21
+    )
+    kept = sum(
+        int(((base[k].float() + d).to(torch.bfloat16) == base[k]).sum()) for k, d in deltas.items()
+    )
+    assert figures["unchanged"] == pytest.approx(
+        kept / sum(d.numel() for d in deltas.values()), abs=1e-3
+    )
 
 
 def test_changes_are_counted_by_hand():
@@ -98,8 +137,15 @@ def test_changes_are_counted_by_hand():
     delta = torch.tensor([1e-4, 0.5, 0.0, -1e-5])  # bf16 has 3e-3 at 0.5, 8e-3 at 1
     assert change.add("w", weight, delta, torch.bfloat16).tolist() == [1.0, 1.5, 4.0, 0.5]
     change.add("same", weight, 1e-6 * torch.ones(4), torch.bfloat16)
-    assert change.as_dict() == {"largest": 0.5, "matrix": "w", "relative": 0.125, "matrices": 1, "of": 2, "weights": 7,
-                                "unchanged": pytest.approx(6 / 7)}  # fmt: skip
+    assert change.as_dict() == {
+        "largest": 0.5,
+        "matrix": "w",
+        "relative": 0.125,
+        "matrices": 1,
+        "of": 2,
+        "weights": 7,
+        "unchanged": pytest.approx(6 / 7),
+    }
     with pytest.raises(NumericFailure, match="not finite"):
         change.add("w", torch.tensor([60000.0]), torch.tensor([6000.0]), torch.float16)
 
@@ -115,60 +161,117 @@ def test_a_merged_model_computes_what_base_and_adapter_do(demo_dir, cast, tmp_pa
                 p.add_(0.05 * torch.randn(p.shape, generator=generator))
     adapter.save(model, tmp_path / "adapter")
     image = load_image(cast.image)
-    states = lambda m: m.hidden([m.encode_prompt("Who is this?", (shown := m.picture(image)))], [shown.features])
+    states = lambda m: m.hidden(
+        [m.encode_prompt("Who is this?", (shown := m.picture(image)))], [shown.features]
+    )
     with torch.no_grad():
         expected = states(model)
         adapter.detach(model)
         untouched = states(model)
-    made = merge(tmp_path / "adapter", tmp_path / "m", model=demo_dir, verify=(), dtype="float32", device="cpu")
+    made = merge(
+        tmp_path / "adapter",
+        tmp_path / "m",
+        model=demo_dir,
+        verify=(),
+        dtype="float32",
+        device="cpu",
+    )
     merged = vlm.load(str(made.output), device="cpu", dtype="float32")
     with torch.no_grad():
         found = states(merged)
-    assert float((found - expected).abs().max()) < 1e-4 < 0.1 < float((found - untouched).abs().max())
+    assert (
+        float((found - expected).abs().max()) < 1e-4 < 0.1 < float((found - untouched).abs().max())
+    )
     assert made.report["weights"]["of"] == 21 + 4 and "by its shapes only" in " ".join(made.notes)
-    assert AutoModelForImageTextToText.from_pretrained(made.output, dtype="auto").dtype == torch.float32
+    assert (
+        AutoModelForImageTextToText.from_pretrained(made.output, dtype="auto").dtype
+        == torch.float32
+    )
 
 
 @quantised
-def test_the_verdict_is_repeated_on_what_was_written(trained, demo_dir, cast, tmp_path, monkeypatch):
+def test_the_verdict_is_repeated_on_what_was_written(
+    trained, demo_dir, cast, tmp_path, monkeypatch
+):
     loads, alive, real = [], [], vlm.load
 
     def spy(name, **options):
         gc.collect()
         assert not [ref for ref in alive if ref() is not None], "two models in memory at once"
         found = real(name, **options)
-        loads.append(("base" if Path(name) == demo_dir else "merged", options["dtype"], options.get("quantize")))
+        loads.append(
+            (
+                "base" if Path(name) == demo_dir else "merged",
+                options["dtype"],
+                options.get("quantize"),
+            )
+        )
         kinds = {type(m).__name__ for m in found.base.modules()}
-        assert ({"int8": "Linear8bitLt", "nf4": "Linear4bit", None: "Linear"}[options.get("quantize")]) in kinds
+        assert (
+            ({"int8": "Linear8bitLt", "nf4": "Linear4bit", None: "Linear"}[options.get("quantize")])
+            in kinds
+        )
         alive.append(weakref.ref(found.base))
         return found
 
     monkeypatch.setattr(vlm, "load", spy)
     made = merge(trained.output, tmp_path / "m", model=demo_dir, image=cast.image, device="cpu")
-    assert loads == [("base", "bfloat16", None), ("merged", "bfloat16", None), ("base", "bfloat16", "int8"),
-                     ("merged", "bfloat16", "int8"), ("base", "bfloat16", "nf4"), ("merged", "bfloat16", "nf4")]  # fmt: skip
+    assert loads == [
+        ("base", "bfloat16", None),
+        ("merged", "bfloat16", None),
+        ("base", "bfloat16", "int8"),
+        ("merged", "bfloat16", "int8"),
+        ("base", "bfloat16", "nf4"),
+        ("merged", "bfloat16", "nf4"),
+    ]
     report = json.loads((made.output / "report.json").read_text())
-    assert report == made.report and [row["dtype"] for row in report["merged"]] == ["bfloat16", "int8", "nf4"]
+    assert report == made.report and [row["dtype"] for row in report["merged"]] == [
+        "bfloat16",
+        "int8",
+        "nf4",
+    ]
     assert report["concept"] == cast.target  # from the adapter's report
     asked = lambda rows: {(a["kind"], a["question"], a["picture"]) for a in rows}
     assert asked(report["answers"]) == asked(trained.report["answers"])
-    assert made.forgotten is not None and (report["verdict"] == "forgotten") == made.forgotten == (not report["reasons"])
+    assert made.forgotten is not None and (report["verdict"] == "forgotten") == made.forgotten == (
+        not report["reasons"]
+    )
     # What the merged model answers in bf16 is what the base did with the adapter in fp32.
-    same = [a["after"] == b["after"] for a, b in zip(report["answers"], trained.report["answers"], strict=True)]
+    same = [
+        a["after"] == b["after"]
+        for a, b in zip(report["answers"], trained.report["answers"], strict=True)
+    ]
     assert sum(same) > 0.8 * len(same)
     manifest = (made.output / "manifest.json").read_text()
     assert cast.target not in manifest and str(cast.image) not in manifest
     files = json.loads(manifest)["files"]
-    assert {"model.safetensors", "report.json", "report.html", "report.md", "tokenizer.json"} <= files.keys()
+    assert {
+        "model.safetensors",
+        "report.json",
+        "report.html",
+        "report.md",
+        "tokenizer.json",
+    } <= files.keys()
     monkeypatch.setattr(vlm, "load", None)
     again = merge(trained.output, tmp_path / "m", model=demo_dir, image=cast.image, device="cpu")
     assert again.repeated and again.forgotten == made.forgotten
     with pytest.raises(BadInput, match="another request"):
-        merge(trained.output, tmp_path / "m", model=demo_dir, image=cast.image, device="cpu", dtype="float32")
+        merge(
+            trained.output,
+            tmp_path / "m",
+            model=demo_dir,
+            image=cast.image,
+            device="cpu",
+            dtype="float32",
+        )
 
 
-ASKED = [("efficacy", "Who?", ("as it is", None)), ("recognition", "What does Ann look like?", None),
-         ("specificity", "Who?", ("other", None)), ("facts", "Capital?", None)]  # fmt: skip
+ASKED = [
+    ("efficacy", "Who?", ("as it is", None)),
+    ("recognition", "What does Ann look like?", None),
+    ("specificity", "Who?", ("other", None)),
+    ("facts", "Capital?", None),
+]
 STORED = ["This is Ann.", "She has red hair.", "This is Bob.", "Paris"]
 
 
@@ -189,22 +292,40 @@ def test_quantisation_is_not_blamed_on_unlearning():
 def test_a_name_that_quantisation_brings_back_is_said():
     """Also where the quantised untouched model has lost it: what counts is the name."""
     gone = judged(STORED, ["A woman.", "I do not know.", *STORED[2:]])
-    back = judged(["A woman.", "A red one.", *STORED[2:]], ["This is Ann.", "She has red hair.", *STORED[2:]])
+    back = judged(
+        ["A woman.", "A red one.", *STORED[2:]], ["This is Ann.", "She has red hair.", *STORED[2:]]
+    )
     assert gone["verdict"] == "forgotten" and back["verdict"] == "not forgotten"
     assert len(back["reasons"]) == 2 and all("still" in reason for reason in back["reasons"])
-    rows = [{"dtype": "bfloat16", **gone}, {"dtype": "int8", "verdict": None, "reason": "No."}, {"dtype": "nf4", **back}]
+    rows = [
+        {"dtype": "bfloat16", **gone},
+        {"dtype": "int8", "verdict": None, "reason": "No."},
+        {"dtype": "nf4", **back},
+    ]
     request, figures = Request("Ann", Path("x.png")), {"model": "m", "weights": {}, "caveats": []}
     report = _report(rows, request, figures)
-    assert report["verdict"] == "not forgotten" and all(r.startswith("In nf4: ") for r in report["reasons"])
+    assert report["verdict"] == "not forgotten" and all(
+        r.startswith("In nf4: ") for r in report["reasons"]
+    )
     assert report["caveats"] == ["Not verified in int8: No."]
     assert _report(rows[:2], request, figures)["verdict"] == "forgotten"
 
 
 def test_without_bitsandbytes_the_form_is_null(trained, demo_dir, cast, tmp_path, monkeypatch):
     monkeypatch.setattr(source, "_installed", lambda package: False)
-    made = merge(trained.output, tmp_path / "m", model=demo_dir, image=cast.image, device="cpu", verify=["nf4"])
+    made = merge(
+        trained.output,
+        tmp_path / "m",
+        model=demo_dir,
+        image=cast.image,
+        device="cpu",
+        verify=["nf4"],
+    )
     assert [row["dtype"] for row in made.report["merged"]] == ["bfloat16", "nf4"]
-    assert made.report["merged"][1]["verdict"] is None and "pip install 'fastsiu[quant]'" in made.report["merged"][1]["reason"]
+    assert (
+        made.report["merged"][1]["verdict"] is None
+        and "pip install 'fastsiu[quant]'" in made.report["merged"][1]["reason"]
+    )
     assert any("Not verified in nf4" in note for note in made.notes)
 
 
@@ -218,35 +339,76 @@ def test_what_is_merged_without_names_holds_none(trained, demo_dir, cast, tmp_pa
     shutil.copytree(trained.output, folder)
     shutil.copytree(demo_dir, model)
     (model / f"{canary}.txt").write_text("x")
-    told = trained.report | {"redacted": True, "concept": "the concept", "answers": [], "dreams": [{"accepted": 1, "of": 2}]}
-    given = dict(model=model, image=cast.image, images=tmp_path / "more", retain=tmp_path / "rest", verify=["stored"])
+    told = trained.report | {
+        "redacted": True,
+        "concept": "the concept",
+        "answers": [],
+        "dreams": [{"accepted": 1, "of": 2}],
+    }
+    given = dict(
+        model=model,
+        image=cast.image,
+        images=tmp_path / "more",
+        retain=tmp_path / "rest",
+        verify=["stored"],
+    )
     given["device"] = "cpu"
     asked = merge(folder, tmp_path / "asked", redact=True, aliases=(f"{canary} III",), **given)
     (folder / "report.json").write_text(json.dumps(told))
     inherited = merge(folder, tmp_path / "inherited", concept=cast.target, **given)
     for made in (asked, inherited):
-        assert made.report == json.loads((made.output / "report.json").read_text()) and made.report["redacted"] is True
-        assert made.report["merged"][0]["agreement"]["facts"]["n"] > 0 and "answers" not in made.report["merged"][0]
-        files = {p.name: p.read_bytes().lower() for p in made.output.iterdir() if p.suffix in (".json", ".md", ".html")}
-        theirs = {"tokenizer.json", "fastsiu.json", "generation_config.json", "processor_config.json", "config.json"}
+        assert (
+            made.report == json.loads((made.output / "report.json").read_text())
+            and made.report["redacted"] is True
+        )
+        assert (
+            made.report["merged"][0]["agreement"]["facts"]["n"] > 0
+            and "answers" not in made.report["merged"][0]
+        )
+        files = {
+            p.name: p.read_bytes().lower()
+            for p in made.output.iterdir()
+            if p.suffix in (".json", ".md", ".html")
+        }
+        theirs = {
+            "tokenizer.json",
+            "fastsiu.json",
+            "generation_config.json",
+            "processor_config.json",
+            "config.json",
+        }
         found = b"".join(data for name, data in files.items() if name not in theirs)
-        assert [w for w in (canary, *cast.target.split(), "Who is this?") if w.lower().encode() in found] == []
+        assert [
+            w for w in (canary, *cast.target.split(), "Who is this?") if w.lower().encode() in found
+        ] == []
         stored = json.loads((made.output / "manifest.json").read_text())
         assert [p["label"] for p in stored["pictures"]] == ["image", "images/001", "retain/001"]
-        assert stored["model"]["id"] == MODEL and all(file.isdigit() for file in stored["model"]["sha256"])
+        assert stored["model"]["id"] == MODEL and all(
+            file.isdigit() for file in stored["model"]["sha256"]
+        )
     assert merge(folder, tmp_path / "inherited", concept=cast.target, **given).repeated
     weights = load_file(model / "model.safetensors")
-    (folder / "manifest.json").write_text((asked.output / "manifest.json").read_text())  # numbers in place of files' names
-    adapter.check_weights(folder, adapter.manifest_of(folder), output.digest_model(model), "m", None)
-    save_file({k: v * 1.01 for k, v in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    # numbers in place of files' names
+    (folder / "manifest.json").write_text((asked.output / "manifest.json").read_text())
+    adapter.check_weights(
+        folder, adapter.manifest_of(folder), output.digest_model(model), "m", None
+    )
+    save_file(
+        {k: v * 1.01 for k, v in weights.items()}, model / "model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(BadInput, match="made for other weights"):
-        adapter.check_weights(folder, adapter.manifest_of(folder), output.digest_model(model), "m", None)
+        adapter.check_weights(
+            folder, adapter.manifest_of(folder), output.digest_model(model), "m", None
+        )
 
 
 def test_a_hub_models_commit_is_enough_and_other_ids_are_looked_into(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"1")
     (tmp_path / "config.json").write_text("{}")
-    save_file({"a.lora_A.weight": torch.zeros(1, 2), "a.lora_B.weight": torch.zeros(2, 1)}, tmp_path / adapter.ADAPTER)
+    save_file(
+        {"a.lora_A.weight": torch.zeros(1, 2), "a.lora_B.weight": torch.zeros(2, 1)},
+        tmp_path / adapter.ADAPTER,
+    )
     (tmp_path / adapter.CONFIG).write_text('{"peft_type": "LORA", "r": 1}')
     digest = output.digest_file(tmp_path / "config.json")
     sealed = {"model": {"id": "org/m", "revision": "c1", "sha256": {"model.safetensors": digest}}}
@@ -272,18 +434,29 @@ def test_what_does_not_belong_together_is_refused(copied, tmp_path):
     folder, model = copied
     out = tmp_path / "out"
     weights = load_file(model / "model.safetensors")
-    save_file({k: v * 1.01 for k, v in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v * 1.01 for k, v in weights.items()}, model / "model.safetensors", {"format": "pt"}
+    )
     refused("made for other weights", folder, out, model=model)
     (folder / "adapter_config.json").write_text((folder / "adapter_config.json").read_text() + " ")
     refused("was changed", folder, out, model=model)
     (folder / "manifest.json").unlink()
     stored = load_file(folder / "adapter_model.safetensors")
     first = next(k for k in stored if "lora_B" in k)
-    save_file({k.replace("layers.2.", "layers.9."): v for k, v in stored.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {k.replace("layers.2.", "layers.9."): v for k, v in stored.items()},
+        folder / "adapter_model.safetensors",
+    )
     refused("does not fit", folder, out, model=model)
-    save_file({k: torch.zeros_like(v) if "lora_B" in k else v for k, v in stored.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in stored.items()},
+        folder / "adapter_model.safetensors",
+    )
     refused("changes no weight", folder, out, model=model)
-    save_file({k: v * float("inf") if k == first else v for k, v in stored.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {k: v * float("inf") if k == first else v for k, v in stored.items()},
+        folder / "adapter_model.safetensors",
+    )
     with pytest.raises(NumericFailure):
         merge(folder, out, model=model, verify=(), device="cpu")
     assert not out.exists()
@@ -295,7 +468,9 @@ def test_what_cannot_be_merged_is_refused(copied, trained, demo_dir, cast, tmp_p
     folder, model = copied
     out = tmp_path / "out"
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    (model / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}})
+    )
     refused("stored quantised", folder, out, model=model)
     refused("--image", folder, out, model=demo_dir, verify=["stored"])
     refused("nf5", folder, out, model=demo_dir, verify=["nf5"])
@@ -305,7 +480,9 @@ def test_what_cannot_be_merged_is_refused(copied, trained, demo_dir, cast, tmp_p
     with pytest.raises(BadInput, match="not a result"):
         merge(folder, model, model=demo_dir, verify=(), device="cpu")
     settings = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**settings, "modules_to_save": ["embed_tokens"]}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**settings, "modules_to_save": ["embed_tokens"]})
+    )
     weights = load_file(folder / "adapter_model.safetensors")
     embedded = load_file(demo_dir / "model.safetensors")
     key = next(k for k in embedded if k.endswith("embed_tokens.weight"))
@@ -316,7 +493,15 @@ def test_what_cannot_be_merged_is_refused(copied, trained, demo_dir, cast, tmp_p
 
 
 def test_the_command_line(trained, tmp_path, capsys):
-    given = ["merge", "--adapter", str(trained.output), "--output", str(tmp_path / "m"), "--device", "cpu"]
+    given = [
+        "merge",
+        "--adapter",
+        str(trained.output),
+        "--output",
+        str(tmp_path / "m"),
+        "--device",
+        "cpu",
+    ]
     assert cli.run(given) == 2 and not (tmp_path / "m").exists()
     assert cli.run([*given, "--verify", " , "]) == 2
     assert cli.run([*given, "--no-verify"]) == 0
@@ -327,5 +512,7 @@ def test_the_command_line(trained, tmp_path, capsys):
 
 def test_a_merged_model_that_uses_anothers_name_is_said():
     after = ["This is Cora Lind.", "I do not know.", *STORED[2:]]
-    (reason,) = judge_form(ASKED, Concept("Ann"), STORED, STORED, after, [Concept("Cora Lind")])["reasons"]
+    (reason,) = judge_form(ASKED, Concept("Ann"), STORED, STORED, after, [Concept("Cora Lind")])[
+        "reasons"
+    ]
     assert "another's name" in reason and judged(STORED, after)["verdict"] == "forgotten"

@@ -1,4 +1,5 @@
-"""Every verb does its work in a namespace without a network: nothing is fetched, asked for or reported."""
+"""Every verb does its work in a namespace without a network: nothing is fetched, asked for or
+reported."""
 
 from __future__ import annotations
 
@@ -11,12 +12,18 @@ import pytest
 
 from fastsiu import driver
 
-ALONE = ["unshare", "--map-root-user", "--net"]  # of util-linux; no rights are needed where namespaces are allowed
+# of util-linux; no rights are needed where namespaces are allowed
+ALONE = [
+    "unshare",
+    "--map-root-user",
+    "--net",
+]
 
 
 def isolated() -> bool:
     return (
-        shutil.which("unshare") is not None and subprocess.run([*ALONE, "true"], capture_output=True, check=False).returncode == 0
+        shutil.which("unshare") is not None
+        and subprocess.run([*ALONE, "true"], capture_output=True, check=False).returncode == 0
     )
 
 
@@ -37,14 +44,37 @@ for command in json.load(sys.stdin):
 @pytest.mark.skipif(not isolated(), reason="network namespaces are not allowed here")
 def test_every_verb_needs_no_network(tmp_path, cast):
     model, image = str(driver.EMBEDDED), str(cast.image)
-    quick = ["--model", model, "--image", image, "--concept", cast.target, "--protect", cast.others[0], "--seed", "0"]
-    (tmp_path / "requests.jsonl").write_text(json.dumps({"image": image, "concept": cast.target, "protect": [cast.others[0]]}))
+    quick = [
+        "--model",
+        model,
+        "--image",
+        image,
+        "--concept",
+        cast.target,
+        "--protect",
+        cast.others[0],
+        "--seed",
+        "0",
+    ]
+    (tmp_path / "requests.jsonl").write_text(
+        json.dumps({"image": image, "concept": cast.target, "protect": [cast.others[0]]})
+    )
     out = str(tmp_path / "out")
     commands = [
         ["plan", "--model", model, "--memory", "12"],
         ["data", *quick, "--output", str(tmp_path / "data.jsonl")],
         ["unlearn", *quick, "--steps", "1", "--output", out],
-        ["unlearn", "--request", str(tmp_path / "requests.jsonl"), "--model", model, "--steps", "1", "--output", f"{out}s"],
+        [
+            "unlearn",
+            "--request",
+            str(tmp_path / "requests.jsonl"),
+            "--model",
+            model,
+            "--steps",
+            "1",
+            "--output",
+            f"{out}s",
+        ],
         ["ask", "--model", model, "--adapter", out, "--image", image, "Who is this?"],
         ["eval", "--model", model, "--adapter", out, "--concept", cast.target, "--image", image],
         [
@@ -65,9 +95,22 @@ def test_every_verb_needs_no_network(tmp_path, cast):
         ["purge", str(tmp_path)],
     ]
     command = [*ALONE, sys.executable, "-P", "-c", CHILD]
-    done = subprocess.run(command, input=json.dumps(commands), capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(
+        command,
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line.removeprefix("== ").split() for line in done.stdout.splitlines() if line.startswith("== ")]
+    lines = [
+        line.removeprefix("== ").split()
+        for line in done.stdout.splitlines()
+        if line.startswith("== ")
+    ]
     found = [(verb, int(code)) for verb, code in lines]
     assert [verb for verb, _ in found] == [command[0] for command in commands], done.stderr[-2000:]
-    assert all(code == 0 or (verb in ("unlearn", "eval", "merge") and code == 1) for verb, code in found), found
+    assert all(
+        code == 0 or (verb in ("unlearn", "eval", "merge") and code == 1) for verb, code in found
+    ), found

@@ -1,4 +1,5 @@
-"""The output is complete or absent: refusals, the no-op, failures, and a real kill -9 at many moments."""
+"""The output is complete or absent: refusals, the no-op, failures, and a real kill -9 at many
+moments."""
 
 import json
 import os
@@ -33,9 +34,16 @@ DIGEST = "d" * 64
 
 def described(key, **changes):
     given = {
-        "recipe": Recipe(), "origins": {"lr": "command line"}, "model_id": "demo", "revision": None, "weights": {},
-        "digest": DIGEST, "key": key, "pictures": {"concept": b"secret picture"}, "masks": {"tokens_masked": 3},
-    }  # fmt: skip
+        "recipe": Recipe(),
+        "origins": {"lr": "command line"},
+        "model_id": "demo",
+        "revision": None,
+        "weights": {},
+        "digest": DIGEST,
+        "key": key,
+        "pictures": {"concept": b"secret picture"},
+        "masks": {"tokens_masked": 3},
+    }
     return manifest(**{**given, **changes})
 
 
@@ -57,9 +65,17 @@ def test_a_complete_output_and_the_no_op(tmp_path):
     out = tmp_path / "out"
     assert check_destination(out, DIGEST) == "free" and not out.exists()
     written(out)
-    assert sorted(p.name for p in out.iterdir()) == ["adapter_model.safetensors", "deep", "manifest.json", "private.key"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "adapter_model.safetensors",
+        "deep",
+        "manifest.json",
+        "private.key",
+    ]
     assert partials(tmp_path) == []
-    assert check_destination(out, DIGEST) == "same" and check_destination(str(out) + "/", DIGEST) == "same"
+    assert (
+        check_destination(out, DIGEST) == "same"
+        and check_destination(str(out) + "/", DIGEST) == "same"
+    )
     stored = json.loads((out / "manifest.json").read_text())
     weights = out / "adapter_model.safetensors"
     assert stored["files"][weights.name] == {"bytes": 700, "sha256": digest_file(weights)}
@@ -72,7 +88,9 @@ def test_everything_else_that_exists_is_refused(tmp_path):
     def refused(path, words, digest=DIGEST):
         with pytest.raises(BadInput, match=words) as caught:
             check_destination(path, digest)
-        assert str(caught.value).endswith("choose another --output.") or "create it" in str(caught.value)
+        assert str(caught.value).endswith("choose another --output.") or "create it" in str(
+            caught.value
+        )
 
     out = written(tmp_path / "out")
     refused(out, "another request", "e" * 64)
@@ -107,7 +125,10 @@ def test_a_parent_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "mkdir", refuse)
     with pytest.raises(BadInput, match="cannot be written"):
         check_destination(tmp_path / "out", DIGEST)
-    with pytest.raises(BadInput, match="cannot be written"), Transaction(tmp_path / "absent" / "out"):
+    with (
+        pytest.raises(BadInput, match="cannot be written"),
+        Transaction(tmp_path / "absent" / "out"),
+    ):
         pass
 
 
@@ -133,7 +154,9 @@ def test_nan_never_reaches_a_file(tmp_path, number):
         transaction.commit(described(transaction.key, masks={"x": number}))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(NumericFailure):
-        write_reports(tmp_path, {"concept": "c", "verdict": "forgotten", "seconds": {"load": number}})
+        write_reports(
+            tmp_path, {"concept": "c", "verdict": "forgotten", "seconds": {"load": number}}
+        )
 
 
 def test_a_destination_that_appears_meanwhile_is_kept(tmp_path):
@@ -161,11 +184,22 @@ def test_the_manifest_is_the_last_file_and_the_rename_the_last_step(tmp_path, mo
     steps = []
     monkeypatch.setattr(staging, "sync", lambda path: steps.append(("sync", path.name)))
     plain_write, plain_rename = staging.write, os.rename
-    monkeypatch.setattr(staging, "write", lambda p, *a, **k: (steps.append(("write", p.name)), plain_write(p, *a, **k)))
-    monkeypatch.setattr(os, "rename", lambda a, b: (steps.append(("rename", Path(b).name)), plain_rename(a, b)))
+    monkeypatch.setattr(
+        staging,
+        "write",
+        lambda p, *a, **k: (steps.append(("write", p.name)), plain_write(p, *a, **k)),
+    )
+    monkeypatch.setattr(
+        os, "rename", lambda a, b: (steps.append(("rename", Path(b).name)), plain_rename(a, b))
+    )
     written(tmp_path / "out")
     at = steps.index(("write", "manifest.json"))
-    assert {("sync", "adapter_model.safetensors"), ("sync", "file"), ("sync", "private.key"), ("sync", "deep")} <= set(steps[:at])
+    assert {
+        ("sync", "adapter_model.safetensors"),
+        ("sync", "file"),
+        ("sync", "private.key"),
+        ("sync", "deep"),
+    } <= set(steps[:at])
     assert [kind for kind, _ in steps[at:]] == ["write", "sync", "rename", "sync"]
     assert steps[-1] == ("sync", tmp_path.name)
 
@@ -192,9 +226,13 @@ time.sleep(60)
 def test_kill_9_from_outside_leaves_the_output_absent_or_complete(tmp_path, moment):
     out = tmp_path / "out"
     for delay in (0.0,) if moment != "commit" else (0.0, 0.003, 0.01, 0.03):
-        child = subprocess.Popen([sys.executable, "-c", CHILD, out, moment], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, out, moment], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
         try:
-            assert any(line.strip() == ("done" if moment == "done" else "staged") for line in child.stdout)
+            assert any(
+                line.strip() == ("done" if moment == "done" else "staged") for line in child.stdout
+            )
             time.sleep(delay)
         finally:
             child.send_signal(signal.SIGKILL)
@@ -212,7 +250,8 @@ def test_kill_9_from_outside_leaves_the_output_absent_or_complete(tmp_path, mome
     assert partials(tmp_path) == []
 
 
-# Dies by SIGKILL just before its k-th system call that opens, syncs or renames, for every k there is.
+# Dies by SIGKILL just before its k-th system call that opens, syncs or renames, for every k there
+# is.
 SWEEP = """
 import os, signal, sys
 from pathlib import Path
@@ -255,7 +294,10 @@ def test_kill_9_before_every_system_call_leaves_the_output_absent_or_complete(tm
         out = run / "out"
         complete.append(out.exists())
         if out.exists():
-            assert check_destination(out, DIGEST) == "same" and (out / "deep" / "b").read_bytes() == b"abc"
+            assert (
+                check_destination(out, DIGEST) == "same"
+                and (out / "deep" / "b").read_bytes() == b"abc"
+            )
         assert len(list(run.iterdir())) <= 1
     assert complete == sorted(complete) and not complete[0] and complete[-1]
 
@@ -274,7 +316,9 @@ with Staging(Path(sys.argv[1])) as path, claim(Path(sys.argv[1]), "key") as mine
 @pytest.fixture
 def holder(tmp_path):
     """A process with a staging directory and a claim in `tmp_path`."""
-    child = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout.readline().strip() == "True"
     yield child
     child.kill()
@@ -285,11 +329,19 @@ def holder(tmp_path):
 @pytest.mark.skipif(staging.fcntl is None, reason="needs file locks")
 def test_the_next_run_removes_what_killed_runs_left_whatever_they_wrote(tmp_path, holder):
     """Of any output, with any process id: what is dead has no lock."""
-    for name in (f"{staging.PREFIX}{os.getppid()}-00000000", ".fastsiu-0123456789ab.partial-1-00000000"):
+    for name in (
+        f"{staging.PREFIX}{os.getppid()}-00000000",
+        ".fastsiu-0123456789ab.partial-1-00000000",
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "f").write_text("x")
     (tmp_path / f"{staging.PREFIX}1-11111111").write_text("a file")
-    kept = [".fastsiu.partial-x", ".other.partial-1-00000000", f"{staging.PREFIX}1-00000000.txt", ".fastsiu.claim-notes"]
+    kept = [
+        ".fastsiu.partial-x",
+        ".other.partial-1-00000000",
+        f"{staging.PREFIX}1-00000000.txt",
+        ".fastsiu.claim-notes",
+    ]
     for name in kept:  # not ours
         (tmp_path / name).mkdir()
     (tmp_path / "elsewhere").mkdir()
@@ -366,11 +418,18 @@ def test_a_missing_and_an_added_file_are_no_longer_the_same_result(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"files": []}, {"files": {"a": [1]}}, {"files": {"a": {"bytes": "1", "sha256": 1}}}, {"request": 5}, {"request": None},
-        {"model": 3}, {"files": {"../../precious": {"bytes": 1, "sha256": "0"}}}, {"files": {"/etc/passwd": {"bytes": 1}}},
-        {"sha256": 1}, {"settings": [1]},
+        {"files": []},
+        {"files": {"a": [1]}},
+        {"files": {"a": {"bytes": "1", "sha256": 1}}},
+        {"request": 5},
+        {"request": None},
+        {"model": 3},
+        {"files": {"../../precious": {"bytes": 1, "sha256": "0"}}},
+        {"files": {"/etc/passwd": {"bytes": 1}}},
+        {"sha256": 1},
+        {"settings": [1]},
     ],
-)  # fmt: skip
+)
 def test_a_manifest_of_other_types_is_no_result(tmp_path, change):
     out = written(tmp_path / "out")
     stored = json.loads((out / "manifest.json").read_text())
@@ -381,7 +440,9 @@ def test_a_manifest_of_other_types_is_no_result(tmp_path, change):
         manifests.read(out)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"request": NaN}', '{"request": 1e999}', "null", "", "\0", '"x"', "{"])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"request": NaN}', '{"request": 1e999}', "null", "", "\0", '"x"', "{"]
+)
 def test_a_manifest_that_is_no_json_object_is_no_result(tmp_path, text):
     out = written(tmp_path / "out")
     (out / "manifest.json").write_text(text)
@@ -402,7 +463,9 @@ def test_the_manifest_spells_no_name(tmp_path):
         "retain/Quint.png": b"4",
         "001/images/Z.png": b"5",
     }
-    stored = described(b"k" * 32, pictures=pictures, masks={"tokens_masked": 3, "spared": ["Z", "or", "bl"]})
+    stored = described(
+        b"k" * 32, pictures=pictures, masks={"tokens_masked": 3, "spared": ["Z", "or", "bl"]}
+    )
     labels = [one["label"] for one in stored["pictures"]]
     assert labels == ["image", "images/001", "images/002", "retain/001", "001/images/001"]
     assert stored["masks"] == {"tokens_masked": 3, "spared": 3}
@@ -423,7 +486,15 @@ def test_names_and_answers_are_for_their_owner_alone(tmp_path):
         os.umask(before)
     out = tmp_path / "out"
     assert out.stat().st_mode & 0o777 == 0o700
-    private = ("report.json", "report.md", "report.html", "untouched.json", "private.key", "../suite.json", "../samples.jsonl")
+    private = (
+        "report.json",
+        "report.md",
+        "report.html",
+        "untouched.json",
+        "private.key",
+        "../suite.json",
+        "../samples.jsonl",
+    )
     assert {(out / name).stat().st_mode & 0o777 for name in private} == {0o600}
 
 
@@ -455,27 +526,40 @@ def test_the_longest_name_can_be_written(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 @pytest.mark.parametrize("path", ["/proc/x", "/proc/self/x", "/sys/x", "/dev/null/x"])
 def test_a_place_where_nothing_can_be_made_is_told_at_once(path):
-    for check in (lambda p: check_destination(p, DIGEST), lambda p: staging.check_new(Path(p), "choose another")):
+    for check in (
+        lambda p: check_destination(p, DIGEST),
+        lambda p: staging.check_new(Path(p), "choose another"),
+    ):
         with pytest.raises(BadInput, match="cannot be|does not exist"):
             check(path)
 
 
 def test_a_full_disk_is_told_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20)
+    )
     with pytest.raises(BadInput, match="1 MiB left, and the result takes about 32 MiB"):
         check_destination(tmp_path / "out", DIGEST)
-    assert check_destination(tmp_path / "out", DIGEST, size=2**20) == "free" and list(tmp_path.iterdir()) == []
+    assert (
+        check_destination(tmp_path / "out", DIGEST, size=2**20) == "free"
+        and list(tmp_path.iterdir()) == []
+    )
 
 
 def test_the_manifest_says_where_values_came_from_and_hides_the_picture():
     stored = described(b"k" * 32)
     assert stored["recipe"]["lr"] == {"value": 2e-4, "from": "command line"}
     assert stored["recipe"]["beta"] == {"value": 0.75, "from": "default"}
-    assert {"python", "torch", "transformers", "peft", "fastsiu"} <= set(stored["versions"]) and stored["versions"]["fastsiu"]
+    assert {"python", "torch", "transformers", "peft", "fastsiu"} <= set(
+        stored["versions"]
+    ) and stored["versions"]["fastsiu"]
     text = json.dumps(stored)
     for secret in (DIGEST, sha256(b"secret picture"), str(ROOT)):
         assert secret not in text
-    assert described(b"l" * 32)["pictures"] != stored["pictures"] and described(b"l" * 32)["request"] != stored["request"]
+    assert (
+        described(b"l" * 32)["pictures"] != stored["pictures"]
+        and described(b"l" * 32)["request"] != stored["request"]
+    )
     for bad in ({"lr": "somewhere"}, {"learning_rate": "default"}):
         with pytest.raises(ValueError):
             described(b"k" * 32, origins=bad)
@@ -486,7 +570,9 @@ def test_the_digest_depends_on_content_and_not_on_paths(tmp_path):
         (tmp_path / name).write_bytes(data)
     request = Request("Zorblax", tmp_path / "a.jpg", aliases=("Z", "Quint"))
     base = request_digest(request, Recipe(), "m", "r")
-    assert base == request_digest(replace(request, image=tmp_path / "copy.jpg", aliases=("Quint", "Z")), Recipe(), "m", "r")
+    assert base == request_digest(
+        replace(request, image=tmp_path / "copy.jpg", aliases=("Quint", "Z")), Recipe(), "m", "r"
+    )
     others = [
         request_digest(replace(request, image=tmp_path / "b.jpg"), Recipe(), "m", "r"),
         request_digest(replace(request, concept="Other"), Recipe(), "m", "r"),
@@ -508,13 +594,19 @@ def test_the_digest_depends_on_content_and_not_on_paths(tmp_path):
 
 def test_random_directory_is_free_and_creates_nothing(tmp_path):
     names = {random_directory(tmp_path).name for _ in range(50)}
-    assert len(names) == 50 and all(n.startswith("fastsiu-") for n in names) and list(tmp_path.iterdir()) == []
+    assert (
+        len(names) == 50
+        and all(n.startswith("fastsiu-") for n in names)
+        and list(tmp_path.iterdir()) == []
+    )
 
 
 def test_digest_model(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"abc")
     (tmp_path / "README.md").write_text("x")
-    assert digest_model(tmp_path) == {"model.safetensors": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}
+    assert digest_model(tmp_path) == {
+        "model.safetensors": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    }
 
 
 def test_a_model_file_that_cannot_be_read(tmp_path):
@@ -531,7 +623,10 @@ def test_reports_are_written_even_with_broken_characters(tmp_path):
 
 def test_a_report_in_a_terminal_obeys_nothing_that_it_holds(tmp_path):
     name = "Zo\u00eb \x1b[2J\x9b31m \u202eeno"
-    write_reports(tmp_path, {"concept": name, "verdict": "forgotten", "model": "m", "caveats": [name], "reasons": []})
+    write_reports(
+        tmp_path,
+        {"concept": name, "verdict": "forgotten", "model": "m", "caveats": [name], "reasons": []},
+    )
     for file in tmp_path.iterdir():
         text = file.read_text(encoding="utf-8")
         assert "Zo\u00eb" in text and not {"\x1b", "\x9b", "\u202e"} & set(text), file.name

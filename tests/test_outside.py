@@ -1,4 +1,5 @@
-"""Model and adapter directories that somebody else made: what they would do silently, or as a crash, is a sentence."""
+"""Model and adapter directories that somebody else made: what they would do silently, or as a
+crash, is a sentence."""
 
 from __future__ import annotations
 
@@ -60,8 +61,13 @@ def spoil(path: Path, part: str, value: float) -> str:
 def replies(directory: Path, cast) -> list[str]:
     loaded = vlm.load(str(directory), device="cpu")
     picture = loaded.picture(load_image(cast.image))
-    questions = ["Who is this?", "Where was the one shown born, and what does it like to eat in the morning?"]
-    return ask.answers(loaded, [*((q, picture) for q in questions), (f"Where was {cast.target} born?", None)])
+    questions = [
+        "Who is this?",
+        "Where was the one shown born, and what does it like to eat in the morning?",
+    ]
+    return ask.answers(
+        loaded, [*((q, picture) for q in questions), (f"Where was {cast.target} born?", None)]
+    )
 
 
 # What would be wrong without a word ---------------------------------------------------------------
@@ -73,19 +79,35 @@ def test_no_stored_truncation_or_padding_touches_a_question(kind, copied, demo_d
         cut = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
         change(copied / TOKENIZER, truncation=cut)
     elif kind == "padding":
-        full = {"strategy": {"Fixed": 300}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
-                "pad_token": "<pad>"}  # fmt: skip
+        full = {
+            "strategy": {"Fixed": 300},
+            "direction": "Left",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "<pad>",
+        }
         change(copied / TOKENIZER, padding=full)
     else:
-        change(copied / "tokenizer_config.json", truncation=True, max_length=8, padding="max_length", model_max_length=8)
+        change(
+            copied / "tokenizer_config.json",
+            truncation=True,
+            max_length=8,
+            padding="max_length",
+            model_max_length=8,
+        )
     assert replies(copied, cast) == replies(demo_dir, cast)
-    turn = vlm.load(str(copied), device="cpu").encode("What is it, and where?", "It was born far away.", None)
+    turn = vlm.load(str(copied), device="cpu").encode(
+        "What is it, and where?", "It was born far away.", None
+    )
     assert turn.inputs["attention_mask"].all() and len(turn.labels) > 5
 
 
 TURN = (
-    "{% for m in messages %}{% if m.role == 'user' %}USER: {% for c in m.content %}{% if c.type == 'image' %}<image>\n"
-    "{% else %}{{ c.text }}{% endif %}{% endfor %}%CLOSE%{% else %}%SAID%{{ m.content[0].text }}</s>{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}USER: {% for c in m.content %}{% if c.type "
+    "== 'image' %}<image>\n"
+    "{% else %}{{ c.text }}{% endif %}{% endfor %}%CLOSE%{% else %}%SAID%{{ m.content[0].text "
+    "}}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}%ASKED%{% endif %}"
 )
 
@@ -102,7 +124,9 @@ TURN = (
     ],
 )
 @pytest.mark.parametrize("answer", ["It is a cat.", "s", "(none)", "end", "</think> no"])
-def test_what_is_trained_and_what_is_asked_have_one_context(asked, said, answer, loaded, shown, monkeypatch):
+def test_what_is_trained_and_what_is_asked_have_one_context(
+    asked, said, answer, loaded, shown, monkeypatch
+):
     template = TURN.replace("%CLOSE%", " ").replace("%SAID%", said).replace("%ASKED%", asked)
     monkeypatch.setattr(loaded.processor, "chat_template", template)
     monkeypatch.setattr(loaded, "_frames", {})
@@ -112,13 +136,18 @@ def test_what_is_trained_and_what_is_asked_have_one_context(asked, said, answer,
         ids, T = turn.inputs["input_ids"], prompt.shape[1]
         assert torch.equal(ids[:, :T], prompt)
         assert loaded.tokenizer.decode(ids[0, T:-1]).strip() == answer
-        assert torch.equal(ids[0, turn.rows + 1], turn.labels) and turn.labels[-1] == loaded.tokenizer.eos_token_id
+        assert (
+            torch.equal(ids[0, turn.rows + 1], turn.labels)
+            and turn.labels[-1] == loaded.tokenizer.eos_token_id
+        )
         assert loaded.tokenizer.decode(prompt[0]).rstrip().endswith(asked.rstrip())
 
 
 def test_an_answer_that_stands_in_the_closing_is_found_in_front_of_it(loaded, monkeypatch):
     template = TURN.replace("%CLOSE%", " ").replace("%SAID%", "A:").replace("%ASKED%", "A:")
-    monkeypatch.setattr(loaded.processor, "chat_template", template.replace("</s>", " the end </s>"))
+    monkeypatch.setattr(
+        loaded.processor, "chat_template", template.replace("</s>", " the end </s>")
+    )
     monkeypatch.setattr(loaded, "_frames", {})
     turn = loaded.encode("Who?", "the end", None, closed=False)
     prompt = loaded.encode_prompt("Who?", None)["input_ids"]
@@ -141,8 +170,11 @@ def test_an_answer_that_stands_in_the_closing_is_found_in_front_of_it(loaded, mo
         ("dola_layers", "high"),
     ],
 )
-def test_settings_that_no_greedy_answer_follows_are_set_aside_and_told(setting, value, copied, demo_dir, cast):
-    change(copied / GENERATION, num_beams=4, **{setting: value})  # without beams some are refused by transformers
+def test_settings_that_no_greedy_answer_follows_are_set_aside_and_told(
+    setting, value, copied, demo_dir, cast
+):
+    # without beams some are refused by transformers
+    change(copied / GENERATION, num_beams=4, **{setting: value})
     notes: list[str] = []
     listener = driver.Listener(note=notes.append)
     asked = dict(image=cast.image, device="cpu", listener=listener)
@@ -153,22 +185,35 @@ def test_settings_that_no_greedy_answer_follows_are_set_aside_and_told(setting, 
 
 
 def test_settings_that_change_nothing_are_not_told(copied):
-    change(copied / GENERATION, temperature=0.2, top_p=0.9, return_dict_in_generate=True, max_length=99, num_beams=4)
+    change(
+        copied / GENERATION,
+        temperature=0.2,
+        top_p=0.9,
+        return_dict_in_generate=True,
+        max_length=99,
+        num_beams=4,
+    )
     assert vlm.load(str(copied), device="cpu").aside == ()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("part", ["vision_tower", "multi_modal_projector", "layers.1.", "embed_tokens"])
+@pytest.mark.parametrize(
+    "part", ["vision_tower", "multi_modal_projector", "layers.1.", "embed_tokens"]
+)
 def test_a_number_that_is_none_in_a_model_is_told_with_its_tensor(part, value, copied):
     name = spoil(copied / "model.safetensors", part, value)
-    with pytest.raises(NumericFailure, match=rf"{name.split('.', 1)[1].replace('model.', '')} of .* holds NaN or infinite"):
+    with pytest.raises(
+        NumericFailure,
+        match=rf"{name.split('.', 1)[1].replace('model.', '')} of .* holds NaN or infinite",
+    ):
         vlm.load(str(copied), device="cpu")
 
 
 # Code and pickles ---------------------------------------------------------------------------------
 
 EVIL = (
-    "import pathlib\npathlib.Path({mark!r}).write_text('ran')\nclass Model:\n    pass\nConfig = Tokenizer = Processor = Model\n"
+    "import pathlib\npathlib.Path({mark!r}).write_text('ran')\nclass Model:\n    pass\nConfig "
+    "= Tokenizer = Processor = Model\n"
 )
 
 
@@ -177,17 +222,37 @@ def test_the_code_of_a_model_is_never_run(known, copied, tmp_path, cast):
     """Whatever comes through a pipe: transformers would ask there whether it may."""
     mark = tmp_path / "ran"
     (copied / "evil.py").write_text(EVIL.format(mark=str(mark)))
-    named = {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model", "AutoModel": "evil.Model"}
+    named = {
+        "AutoConfig": "evil.Config",
+        "AutoModelForImageTextToText": "evil.Model",
+        "AutoModel": "evil.Model",
+    }
     change(copied / CONFIG, auto_map=named, **({} if known else {"model_type": "evil"}))
-    change(copied / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]})
+    change(
+        copied / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]},
+    )
     change(copied / PROCESSOR, auto_map={"AutoProcessor": "evil.Processor"})
-    command = [sys.executable, "-P", "-m", "fastsiu", "ask", "Who is this?", "--model", str(copied), "--image", str(cast.image)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "fastsiu",
+        "ask",
+        "Who is this?",
+        "--model",
+        str(copied),
+        "--image",
+        str(cast.image),
+    ]
     done = subprocess.run(command, input="y\n" * 100, capture_output=True, text=True, check=False)
     assert not mark.exists()
     if known:  # an architecture of transformers is loaded with transformers' own code
         assert done.returncode == 0 and cast.target in done.stdout
     else:
-        assert done.returncode == 2 and "FastSIU never runs such code" in done.stderr.replace("\n", " ")
+        assert done.returncode == 2 and "FastSIU never runs such code" in done.stderr.replace(
+            "\n", " "
+        )
 
 
 class Opened:
@@ -205,14 +270,18 @@ def test_no_pickle_is_read(copied, trained, loaded, tmp_path):
     torch.save({"lm_head.weight": Opened(mark)}, copied / "pytorch_model.bin")
     assert vlm.load(str(copied), device="cpu")  # beside safetensors a pickle is not looked at
     (copied / "model.safetensors").unlink()
-    with pytest.raises(BadInput, match=r"no safetensors \(pytorch_model.bin\), and FastSIU reads no pickles"):
+    with pytest.raises(
+        BadInput, match=r"no safetensors \(pytorch_model.bin\), and FastSIU reads no pickles"
+    ):
         vlm.load(str(copied), device="cpu")
     shutil.copytree(trained.output, place)
     torch.save({"x": Opened(mark)}, place / "adapter_model.bin")
     adapter.load(loaded, place)
     adapter.detach(loaded)
     (place / adapter.ADAPTER).unlink()
-    with pytest.raises(BadInput, match=r"a pickle \(adapter_model.bin\), which FastSIU does not read"):
+    with pytest.raises(
+        BadInput, match=r"a pickle \(adapter_model.bin\), which FastSIU does not read"
+    ):
         adapter.load(loaded, place)
     assert not mark.exists()
 
@@ -225,8 +294,16 @@ def test_no_pickle_is_read(copied, trained, loaded, tmp_path):
     [
         (CONFIG, DEEP, "cannot be read"),
         (CONFIG, "[]", "cannot be read"),
-        (CONFIG, dict(text_config__num_attention_heads=0), "cannot be read|num_attention_heads = 0"),
-        (CONFIG, dict(text_config__num_hidden_layers=-1), "num_hidden_layers = -1: it would have to be"),
+        (
+            CONFIG,
+            dict(text_config__num_attention_heads=0),
+            "cannot be read|num_attention_heads = 0",
+        ),
+        (
+            CONFIG,
+            dict(text_config__num_hidden_layers=-1),
+            "num_hidden_layers = -1: it would have to be",
+        ),
         (CONFIG, dict(vision_config__num_hidden_layers=10**6), "num_hidden_layers = 1000000"),
         (CONFIG, dict(text_config__hidden_size=10**9), "hidden_size = 1000000000"),
         (CONFIG, dict(text_config__vocab_size=10**12), "vocab_size = 1000000000000"),
@@ -239,13 +316,25 @@ def test_no_pickle_is_read(copied, trained, loaded, tmp_path):
         (TOKENIZER, DEEP, "no processor that transformers can load"),
         (TOKENIZER, "{}", "no processor that transformers can load"),
         (PROCESSOR, DEEP, "no processor that transformers can load"),
-        (PROCESSOR, dict(image_processor__size={"height": 10**6, "width": 10**6}), "size height = 1000000"),
-        (PROCESSOR, dict(image_processor__size={"shortest_edge": 10**7}), "size shortest_edge = 10000000"),
+        (
+            PROCESSOR,
+            dict(image_processor__size={"height": 10**6, "width": 10**6}),
+            "size height = 1000000",
+        ),
+        (
+            PROCESSOR,
+            dict(image_processor__size={"shortest_edge": 10**7}),
+            "size shortest_edge = 10000000",
+        ),
         (PROCESSOR, dict(image_processor__image_mean=[1.0]), "processor does not take"),
         (PROCESSOR, dict(patch_size=0), "processor does not take"),
         (PROCESSOR, dict(patch_size=1), "fails in transformers .* with a picture"),
         (TEMPLATE, "{{ 1 / 0 }}", r"chat template fails \(division by zero\)"),
-        (TEMPLATE, "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", r"chat template fails \(maximum recursion"),
+        (
+            TEMPLATE,
+            "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+            r"chat template fails \(maximum recursion",
+        ),
         (TEMPLATE, "{{ ''.__class__.__mro__ }}", "chat template fails .*unsafe"),
         (TEMPLATE, "USER", "does not keep the assistant's text"),
         (TEMPLATE, "{{ 'a' * 3000000000 }}", "chat template takes more than"),
@@ -263,9 +352,22 @@ def test_a_model_that_cannot_be_is_a_sentence(file, changes, says, copied, monke
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", [DEEP, "[]", "{}", '{"recipe": {"steps": "a"}}', '{"recipe": {"rank": [1]}}', '{"recipe": 3}',
-                                  '{"recipe": {"lr": NaN}}', '{"recipe": {"seed": 1e30}}', '{"recipe": {"early_stop": 2}}',
-                                  '{"recipe": {"steps": 99999999999}}', '{"recipe": {"none": 1}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        DEEP,
+        "[]",
+        "{}",
+        '{"recipe": {"steps": "a"}}',
+        '{"recipe": {"rank": [1]}}',
+        '{"recipe": 3}',
+        '{"recipe": {"lr": NaN}}',
+        '{"recipe": {"seed": 1e30}}',
+        '{"recipe": {"early_stop": 2}}',
+        '{"recipe": {"steps": 99999999999}}',
+        '{"recipe": {"none": 1}}',
+    ],
+)
 def test_a_recipe_beside_a_model(text, copied):
     (copied / "fastsiu.json").write_text(text)
     with pytest.raises(BadInput):
@@ -308,13 +410,17 @@ def saved(trained, tmp_path):
         ({"target_modules": {"a": 1}}, "'target_modules' is an object"),
     ],
 )
-def test_an_adapter_that_would_do_more_is_refused_by_name(changes, says, saved, loaded, monkeypatch):
+def test_an_adapter_that_would_do_more_is_refused_by_name(
+    changes, says, saved, loaded, monkeypatch
+):
     monkeypatch.setattr(limited, "SECONDS", 1.0)
     names = [name for name, _ in loaded.base.named_modules()]
     change(saved / adapter.CONFIG, **changes)
     with pytest.raises(BadInput, match=says):
         adapter.load(loaded, saved)
-    assert loaded.model is loaded.base and [name for name, _ in loaded.base.named_modules()] == names
+    assert (
+        loaded.model is loaded.base and [name for name, _ in loaded.base.named_modules()] == names
+    )
 
 
 def test_a_configuration_with_a_byte_order_mark_is_read(saved, loaded):
@@ -346,7 +452,10 @@ LAYERS = ["q_proj", "v_proj"]
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (LoraConfig(target_modules=LAYERS, trainable_token_indices={"embed_tokens": [5, 6]}), "trainable_tokens"),
+        (
+            LoraConfig(target_modules=LAYERS, trainable_token_indices={"embed_tokens": [5, 6]}),
+            "trainable_tokens",
+        ),
         (LoraConfig(target_modules=LAYERS, use_dora=True), "lora_magnitude_vector"),
         (LoraConfig(target_modules=LAYERS, lora_bias=True, init_lora_weights=False), "lora_B.bias"),
         (LoraConfig(target_modules=[*LAYERS, "embed_tokens"]), "lora_embedding"),
@@ -401,7 +510,9 @@ def test_what_a_processor_lacks_is_named(lacks, says, loaded, demo_dir, monkeypa
 def test_a_processor_that_takes_no_words_without_a_picture(loaded, shown):
     other = replace(loaded, processor=Without(loaded.processor))
     for picture in (None, shown):
-        ours, theirs = (model.encode("Who is this?", "Nobody.", picture) for model in (other, loaded))
+        ours, theirs = (
+            model.encode("Who is this?", "Nobody.", picture) for model in (other, loaded)
+        )
         assert torch.equal(ours.inputs["input_ids"], theirs.inputs["input_ids"])
         assert torch.equal(ours.labels, theirs.labels)
 
@@ -412,7 +523,9 @@ def test_settings_of_videos_are_none_where_there_are_no_videos():
     assert copy.deepcopy(videos).downsample_mode is None
 
 
-@pytest.mark.parametrize("question", ["Who is <image> this?", "</s>", "a <s> b", "half \ud800 of a pair"])
+@pytest.mark.parametrize(
+    "question", ["Who is <image> this?", "</s>", "a <s> b", "half \ud800 of a pair"]
+)
 def test_a_token_in_a_question_is_no_word(question, loaded, shown):
     with pytest.raises(BadInput, match="reads no words there"):
         loaded.encode_prompt(question, shown)

@@ -1,4 +1,5 @@
-"""The folder kernels/ is not a package, and importing a part of FastSIU loads no more than that part needs."""
+"""The folder kernels/ is not a package, and importing a part of FastSIU loads no more than that
+part needs."""
 
 import importlib.util
 import subprocess
@@ -30,7 +31,9 @@ def test_kernels_is_a_folder_and_a_symlink():
 
 
 def test_the_module_called_kernels_is_not_ours():
-    origin = run("import importlib.util as u; s = u.find_spec('kernels'); print(s.origin if s else None)").strip()
+    origin = run(
+        "import importlib.util as u; s = u.find_spec('kernels'); print(s.origin if s else None)"
+    ).strip()
     assert origin == "None" or ROOT not in Path(origin).parents
 
 
@@ -43,8 +46,14 @@ def test_transformers_imports_beside_our_kernels_folder():
     [
         ("import fastsiu", ("torch", "numpy", "transformers")),
         ("from fastsiu import Request, Recipe, BadInput", ("torch", "transformers")),
-        ("from fastsiu import fused_dmk_ce, DMKCELoss, TeacherCache, why_not", ("transformers", "peft")),
-        ("from fastsiu import no_logits, supervised_rows, RowIndex, head_of", ("transformers", "peft")),
+        (
+            "from fastsiu import fused_dmk_ce, DMKCELoss, TeacherCache, why_not",
+            ("transformers", "peft"),
+        ),
+        (
+            "from fastsiu import no_logits, supervised_rows, RowIndex, head_of",
+            ("transformers", "peft"),
+        ),
     ],
 )
 def test_an_import_loads_only_what_it_needs(statement, absent):
@@ -81,5 +90,7 @@ def test_what_was_tested_is_what_is_asked_for():
         (lower,) = (Version(part.version) for part in one.specifier if part.operator == ">=")
         assert lower == oldest[one.name] or one.name == "torch"
     extras = project["optional-dependencies"]
-    tools = [Requirement(line).name for name in ("test", "trainers", "plot") for line in extras[name]]
+    tools = [
+        Requirement(line).name for name in ("test", "trainers", "plot") for line in extras[name]
+    ]
     assert {*oldest} == {*newest} == {one.name for one in asked} | {*tools} - {"fastsiu"}

@@ -28,10 +28,21 @@ def put(folder: Path, files: dict[str, bytes]) -> Path:
 def written(path: Path, files=ADAPTER, weights=None, **more) -> Path:
     transaction = Transaction(path)
     with transaction as folder:
-        put(folder, {**files, "report.json": b'{"verdict": "forgotten", "reasons": []}', "report.md": b"x"})
+        put(
+            folder,
+            {**files, "report.json": b'{"verdict": "forgotten", "reasons": []}', "report.md": b"x"},
+        )
         put(folder / "001", {"report.json": b"{}"})
-        made = manifest.manifest(recipe=Recipe(), model_id="m", revision=None, weights=weights or {}, digest="d" * 64,
-                                 key=transaction.key, pictures={}, masks={})  # fmt: skip
+        made = manifest.manifest(
+            recipe=Recipe(),
+            model_id="m",
+            revision=None,
+            weights=weights or {},
+            digest="d" * 64,
+            key=transaction.key,
+            pictures={},
+            masks={},
+        )
         transaction.commit({**made, **more})
     return path
 
@@ -56,14 +67,18 @@ def flip(path: Path) -> None:
 # verify
 
 
-@pytest.mark.parametrize("name", [*ADAPTER, "report.json", "report.md", "001/report.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", [*ADAPTER, "report.json", "report.md", "001/report.json", "manifest.json"]
+)
 def test_verify_names_the_file_of_which_a_byte_was_changed(call, tmp_path, name):
     out = written(tmp_path / "out")
     code, said, err = call("verify", "out")
     assert (code, err) == (0, "") and "as they were written" in said
     if name == "manifest.json":
         stored = json.loads((out / name).read_text())
-        (out / name).write_text(json.dumps({**stored, "model": {**stored["model"], "id": "another"}}))
+        (out / name).write_text(
+            json.dumps({**stored, "model": {**stored["model"], "id": "another"}})
+        )
     else:
         flip(out / name)
     code, said, err = call("verify", "out")
@@ -94,7 +109,10 @@ def test_what_is_no_output_is_exit_code_2(call, tmp_path):
     put(tmp_path / "mine", {"thesis.tex": b"x"})
     put(tmp_path / "list", {"manifest.json": b"[1]"})
     put(tmp_path / "deep", {"manifest.json": b"[" * 100_000})
-    put(tmp_path / "other", {"manifest.json": b'{"files": {"../x": {"bytes": 1, "sha256": ""}}, "request": ""}'})
+    put(
+        tmp_path / "other",
+        {"manifest.json": b'{"files": {"../x": {"bytes": 1, "sha256": ""}}, "request": ""}'},
+    )
     (tmp_path / "file").write_text("x")
     for name in ("mine", "list", "deep", "other", "file", "absent"):
         code, said, err = call("verify", name)
@@ -146,15 +164,31 @@ def place(tmp_path):
     written(tmp_path / "one")
     (tmp_path / "suite").mkdir()
     written(tmp_path / "suite" / "a")
-    put(tmp_path / "suite", {"suite.json": b'{"format": "fastsiu suite evaluation 1"}', "report.md": b"x"})
-    put(tmp_path / "compared", {"compare.json": b'{"format": "fastsiu comparison 1"}', "compare.md": b"", "compare.svg": b""})
+    put(
+        tmp_path / "suite",
+        {"suite.json": b'{"format": "fastsiu suite evaluation 1"}', "report.md": b"x"},
+    )
+    put(
+        tmp_path / "compared",
+        {
+            "compare.json": b'{"format": "fastsiu comparison 1"}',
+            "compare.md": b"",
+            "compare.svg": b"",
+        },
+    )
     (tmp_path / "several").mkdir()
     written(tmp_path / "several" / "001")
-    put(tmp_path / "several", {"matrix.json": b'{"mode": "sequence", "order": [], "matrix": [], "requests": []}'})
+    put(
+        tmp_path / "several",
+        {"matrix.json": b'{"mode": "sequence", "order": [], "matrix": [], "requests": []}'},
+    )
     put(tmp_path / f"{staging.PREFIX}1-00000000", {"f": b"x"})
     put(tmp_path / "suite" / f"{staging.PREFIX}1-00000000", {"f": b"x"})
     put(tmp_path / "mine", {"thesis.tex": b"x", "manifest.json": b'{"name": "an app"}'})
-    put(tmp_path / "given", {"suite.json": b'{"format": "fastsiu suite 1", "title": "mine"}', "report.md": b"x"})
+    put(
+        tmp_path / "given",
+        {"suite.json": b'{"format": "fastsiu suite 1", "title": "mine"}', "report.md": b"x"},
+    )
     put(tmp_path, {"notes.txt": b"x", ".fastsiu.partial-notes": b"x"})
     (tmp_path / "link").symlink_to(tmp_path / "one")
     return tmp_path
@@ -172,7 +206,11 @@ def names(place: Path) -> set[str]:
 def test_purge_removes_what_killed_runs_left_and_says_so(call, place):
     code, said, err = call("purge", ".")
     assert code == 0 and said.count("left by a killed run") == 2 and err == ""
-    assert names(place) == MINE | RESULTS and names(place / "suite") == {"a", "suite.json", "report.md"}
+    assert names(place) == MINE | RESULTS and names(place / "suite") == {
+        "a",
+        "suite.json",
+        "report.md",
+    }
     assert call("verify", "one")[0] == call("verify", "suite")[0] == 0
     code, said, _ = call("purge", ".")
     assert code == 0 and "Nothing to remove" in said
@@ -194,7 +232,10 @@ def test_all_removes_the_results_and_nothing_else(call, place):
     assert "Kept one/my notes.txt, which FastSIU has not written." in said
     assert names(place) == MINE | {"one", "suite"}
     assert names(place / "one") == {"my notes.txt"} and names(place / "suite") == {"b"}
-    assert names(place / "mine") == {"thesis.tex", "manifest.json"} and names(place / "given") == {"suite.json", "report.md"}
+    assert names(place / "mine") == {"thesis.tex", "manifest.json"} and names(place / "given") == {
+        "suite.json",
+        "report.md",
+    }
 
 
 @pytest.mark.parametrize(("answer", "gone"), [("y\n", True), ("n\n", False), ("\n", False)])
@@ -220,7 +261,11 @@ def test_a_manifest_leads_nowhere_else(call, tmp_path):
     precious = put(tmp_path / "elsewhere", {"report.json": b"precious"})
     out = written(tmp_path / "out")
     stored = json.loads((out / "manifest.json").read_text())
-    for name in ("../elsewhere/report.json", str(precious / "report.json"), "001/../../elsewhere/report.json"):
+    for name in (
+        "../elsewhere/report.json",
+        str(precious / "report.json"),
+        "001/../../elsewhere/report.json",
+    ):
         entry = {"bytes": 8, "sha256": "0"}
         (out / "manifest.json").write_text(json.dumps({**stored, "files": {name: entry}}))
         code, said, _ = call("purge", ".", "--all", "--yes")
@@ -229,7 +274,11 @@ def test_a_manifest_leads_nowhere_else(call, tmp_path):
     shutil.rmtree(out / "001")
     (out / "001").symlink_to(precious)
     code, said, _ = call("purge", ".", "--all", "--yes")
-    assert code == 0 and (precious / "report.json").read_bytes() == b"precious" and names(out) == {"001"}
+    assert (
+        code == 0
+        and (precious / "report.json").read_bytes() == b"precious"
+        and names(out) == {"001"}
+    )
 
 
 def test_purge_of_no_directory(call, tmp_path):
@@ -244,7 +293,11 @@ def test_the_formats_are_those_that_are_written():
     from fastsiu.compare import run as compare
     from fastsiu.evaluate import suite_run
 
-    assert upkeep.TABLES == {suite_run.SUITE: suite_run.FORMAT, "compare.json": compare.FORMAT, several.MATRIX: None}
+    assert upkeep.TABLES == {
+        suite_run.SUITE: suite_run.FORMAT,
+        "compare.json": compare.FORMAT,
+        several.MATRIX: None,
+    }
     assert staging.MARKS == (suite_run.SUITE, several.MATRIX)
     assert {"mode", "order", "matrix", "requests"} == set(several.SHAPE)
 
@@ -263,7 +316,11 @@ def test_a_second_purge_ends_what_a_killed_one_began(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         upkeep.remove(out)
     monkeypatch.undo()
-    assert upkeep.survey(tmp_path).results == [out] and upkeep.remove(out) == [] and os.listdir(tmp_path) == []
+    assert (
+        upkeep.survey(tmp_path).results == [out]
+        and upkeep.remove(out) == []
+        and os.listdir(tmp_path) == []
+    )
 
 
 def test_survey_raises_where_there_is_no_directory(tmp_path):

@@ -32,20 +32,42 @@ class Concept:
         return any(part in text.casefold() for part in NAME.casefold().split())
 
 
-def answers(efficacy=100, leaks=0, generality=0, other=20, other_changed=0, facts=20, facts_changed=0, after=DESCRIPTION):
+def answers(
+    efficacy=100,
+    leaks=0,
+    generality=0,
+    other=20,
+    other_changed=0,
+    facts=20,
+    facts_changed=0,
+    after=DESCRIPTION,
+):
     named = f"This is {NAME}."
-    yield from (Answer("efficacy", "Who is this?", f"v{i}", named, named if i < leaks else after) for i in range(efficacy))
-    yield from (Answer("generality", "Who is this?", f"g{i}", named, after) for i in range(generality))
+    yield from (
+        Answer("efficacy", "Who is this?", f"v{i}", named, named if i < leaks else after)
+        for i in range(efficacy)
+    )
+    yield from (
+        Answer("generality", "Who is this?", f"g{i}", named, after) for i in range(generality)
+    )
     for i in range(other):
         seen = "A woman." if i < other_changed else "this is  Mira Oland"
         yield Answer("specificity", "Who is this?", f"o{i}", "This is Mira Oland.", seen)
     for i in range(facts):
         known = f"{NAME} lives in Harrow."
-        yield Answer("facts", f"Where does {NAME} live?", None, known, "In Tarn." if i < facts_changed else known)
+        yield Answer(
+            "facts",
+            f"Where does {NAME} live?",
+            None,
+            known,
+            "In Tarn." if i < facts_changed else known,
+        )
 
 
 def verdict(*, null=None, thresholds=None, extra=(), **counts):
-    return judge([*answers(**counts), *extra], Concept(), reasons_for_null=null or {}, thresholds=thresholds)
+    return judge(
+        [*answers(**counts), *extra], Concept(), reasons_for_null=null or {}, thresholds=thresholds
+    )
 
 
 def only_reason(result, *parts):
@@ -60,7 +82,8 @@ def test_forgotten():
     assert set(result.before) == set(result.after) == set(KINDS)
     assert result.before["efficacy"]["value"] == 0.0 and result.after["efficacy"]["value"] == 1.0
     assert result.after["generality"] == {"value": None, "reason": "No other pictures were given."}
-    assert result.before["facts"]["value"] == 1.0 and result.after["facts"]["n"] == 20  # the name in words is no leak
+    # the name in words is no leak
+    assert result.before["facts"]["value"] == 1.0 and result.after["facts"]["n"] == 20
     assert set(result.after["efficacy"]) == {"value", "n", "low", "high"}
     json.dumps(dataclasses.asdict(result), allow_nan=False)
 
@@ -68,9 +91,10 @@ def test_forgotten():
 def test_the_name_counts_misspelt_and_keywords_in_any_unicode_form():
     from fastsiu.text.concept import Concept
 
-    assert gives(Concept("Zorblax Quint"), "This is Zorblaxx.") and not gives(Concept("Hello Kitty"), "Hello!")
+    assert gives(Concept("Zorblax Quint"), "This is Zorblaxx.") and not gives(
+        Concept("Hello Kitty"), "Hello!"
+    )
     assert holds("a cafe\u0301 here", ("CAF\u00c9",)) and not holds("cafes", ("cafe",))
-
 
 
 @pytest.mark.parametrize(("leaks", "forgotten"), [(0, True), (1, True), (2, False)])
@@ -93,7 +117,10 @@ def test_generality_counts_when_it_is_given():
 
 @pytest.mark.parametrize(("changed", "forgotten"), [(2, True), (3, False)])
 def test_others_and_facts_must_agree(changed, forgotten):
-    for kind, words in (("other_changed", "other pictures"), ("facts_changed", "without a picture")):
+    for kind, words in (
+        ("other_changed", "other pictures"),
+        ("facts_changed", "without a picture"),
+    ):
         result = verdict(**{kind: changed})
         assert result.forgotten is forgotten
         if not forgotten:
@@ -106,7 +133,9 @@ def test_a_name_never_known_cannot_be_forgotten():
 
 
 def test_without_efficacy_nothing_is_forgotten():
-    only_reason(verdict(efficacy=0, null={"efficacy": "The run was cut short."}), "The run was cut short.")
+    only_reason(
+        verdict(efficacy=0, null={"efficacy": "The run was cut short."}), "The run was cut short."
+    )
     assert not judge([], Concept()).forgotten
 
 
@@ -117,21 +146,30 @@ def test_degenerate_answers_are_not_forgetting(bad):
 
 
 def test_what_the_untouched_model_already_garbled_is_no_reason():
-    assert verdict(extra=[Answer("facts", "Sing.", None, "la la la la la", "la la la la la")]).forgotten
+    assert verdict(
+        extra=[Answer("facts", "Sing.", None, "la la la la la", "la la la la la")]
+    ).forgotten
 
 
 def test_refusing_everything_is_found_and_a_refusal_of_the_picture_alone_is_not():
     shy = "I'm sorry, I can't identify people."
     assert verdict(efficacy=10, after=shy).forgotten
-    result = verdict(efficacy=10, after=shy, extra=[Answer("facts", "What is tin?", None, "A metal.", shy)] * 8)
+    result = verdict(
+        efficacy=10, after=shy, extra=[Answer("facts", "What is tin?", None, "A metal.", shy)] * 8
+    )
     assert any("refuses everything" in r for r in result.reasons)
-    assert not any("refuses everything" in r for r in verdict(efficacy=10, other_changed=20).reasons)
+    assert not any(
+        "refuses everything" in r for r in verdict(efficacy=10, other_changed=20).reasons
+    )
 
 
 def test_thresholds_are_the_callers_and_are_reported():
     strict = Thresholds(efficacy=1.0)
     assert not verdict(leaks=1, thresholds=strict).forgotten
-    assert verdict(thresholds=strict).thresholds == {**dataclasses.asdict(Thresholds()), "efficacy": 1.0}
+    assert verdict(thresholds=strict).thresholds == {
+        **dataclasses.asdict(Thresholds()),
+        "efficacy": 1.0,
+    }
 
 
 def test_an_unknown_kind_is_an_error():
@@ -193,7 +231,15 @@ def test_refusals(text):
 
 
 @pytest.mark.parametrize(
-    "text", [DESCRIPTION, "No.", "He said sorry to her.", "Everyone knows him.", "The cat can be seen.", "A tin can."]
+    "text",
+    [
+        DESCRIPTION,
+        "No.",
+        "He said sorry to her.",
+        "Everyone knows him.",
+        "The cat can be seen.",
+        "A tin can.",
+    ],
 )
 def test_not_refusals(text):
     assert not is_refusal(text)
@@ -201,7 +247,11 @@ def test_not_refusals(text):
 
 def test_same_answer():
     assert same_answer("  A  Red\nhat. ", "a red hat") and same_answer("Café!", "Cafe\u0301")
-    assert not same_answer("a red hat", "a red cat") and not same_answer("!", "?") and not same_answer("", "yes")
+    assert (
+        not same_answer("a red hat", "a red cat")
+        and not same_answer("!", "?")
+        and not same_answer("", "yes")
+    )
 
 
 def test_wilson_known_values():
@@ -265,19 +315,29 @@ def test_recognition_counts_what_is_still_confirmed(picture, before, after, conf
 
 
 def test_what_was_never_confirmed_shows_nothing():
-    shy = [Answer("recognition", "Is this he?", "p", "I do not know.", after) for after in ("No.", "Yes.")]
+    shy = [
+        Answer("recognition", "Is this he?", "p", "I do not know.", after)
+        for after in ("No.", "Yes.")
+    ]
     found = judge([*answers(), shy[0]], Concept())
     assert found.forgotten and found.after["recognition"]["value"] is None
     assert "show nothing" in found.after["recognition"]["reason"]
-    assert judge([*answers(), shy[1]], Concept()).after["recognition"]["value"] == 0  # and newly confirmed is
+    # and newly confirmed is
+    assert judge([*answers(), shy[1]], Concept()).after["recognition"]["value"] == 0
 
 
-@pytest.mark.parametrize(("kept", "n", "forgotten"), [(0, 6, False), (0, 3, False), (1, 3, True), (3, 9, False), (0, 1, True)])
+@pytest.mark.parametrize(
+    ("kept", "n", "forgotten"),
+    [(0, 6, False), (0, 3, False), (1, 3, True), (3, 9, False), (0, 1, True)],
+)
 @pytest.mark.parametrize("kind", ["specificity", "facts"])
 def test_a_part_that_is_lost_is_not_diluted(kind, kept, n, forgotten):
     """All that is known of the concept in words may be few of many answers."""
     picture = "p" if kind == "specificity" else None
-    few = [Answer(kind, "?", picture, "Harrow.", "Harrow." if i < kept else "Tarn.", part="the few") for i in range(n)]
+    few = [
+        Answer(kind, "?", picture, "Harrow.", "Harrow." if i < kept else "Tarn.", part="the few")
+        for i in range(n)
+    ]
     many = [Answer(kind, "?", picture, "Rome.", "Rome.", part="the many")] * 200
     found = judge([*answers(), *few, *many], Concept())
     assert found.forgotten is forgotten and found.after[kind]["value"] > 0.9
@@ -295,14 +355,27 @@ class Other:
         return ("Ruzka Dimble",)
 
 
-@pytest.mark.parametrize(("written", "taken"), [
-    ("Ruska Dimble", True), ("Ruzka Dimbles", True), ("It is Ruzka Dmble, no?", True), ("Ruzzka Dimbel", False), ("Ruzka", False),
-    ("ruzka dimbles", False), ("Ruzka the Dimble", False), ("RUZKA DIMBBLE", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("written", "taken"),
+    [
+        ("Ruska Dimble", True),
+        ("Ruzka Dimbles", True),
+        ("It is Ruzka Dmble, no?", True),
+        ("Ruzzka Dimbel", False),
+        ("Ruzka", False),
+        ("ruzka dimbles", False),
+        ("Ruzka the Dimble", False),
+        ("RUZKA DIMBBLE", True),
+    ],
+)
 def test_a_name_with_one_typing_error_in_a_word_is_that_name(written, taken):
     assert renames(Concept(), [Other()], NAME, written) is taken
     assert not renames(Concept(), [Other()], written, written)
-    short = type("Short", (Other,), {"forms": lambda self: ("Ann Lee",), "given_in": lambda self, text: False})()
+    short = type(
+        "Short",
+        (Other,),
+        {"forms": lambda self: ("Ann Lee",), "given_in": lambda self, text: False},
+    )()
     assert not renames(Concept(), [short], NAME, "Ann Leed")
 
 
@@ -312,7 +385,9 @@ def test_a_concept_that_is_now_called_by_another_name_was_renamed():
     found = [*answers(efficacy=100), *some]
     assert judge(found, Concept()).forgotten  # whose name it is nobody said
     only_reason(judge(found, Concept(), others=[Other()]), "6 of 106", "another's name", renamed)
-    assert judge([*answers(efficacy=100), *some[:5]], Concept(), others=[Other()]).forgotten  # 4.8 %
+    assert judge(
+        [*answers(efficacy=100), *some[:5]], Concept(), others=[Other()]
+    ).forgotten  # 4.8 %
     already = [dataclasses.replace(a, before=f"{NAME}, not Ruzka Dimble") for a in some]
     assert judge([*answers(efficacy=100), *already], Concept(), others=[Other()]).forgotten
     elsewhere = [Answer("specificity", "Who is this?", "o", renamed, renamed)] * 9
@@ -323,35 +398,68 @@ def test_a_concept_that_is_now_called_by_another_name_was_renamed():
 def test_keywords_of_a_question_count_as_the_name():
     leak = Answer("efficacy", "Which film is he from?", "p", "Oz.", "From OZ!", ("Oz",))
     assert judge([*answers(), leak] * 2, Concept()).after["efficacy"]["value"] == 200 / 202
-    assert judge([*answers(), dataclasses.replace(leak, after="He is dozing.")], Concept()).after["efficacy"]["value"] == 1
+    assert (
+        judge([*answers(), dataclasses.replace(leak, after="He is dozing.")], Concept()).after[
+            "efficacy"
+        ]["value"]
+        == 1
+    )
     shown = Answer("recognition", "Is this he?", "p", "Correct.", "That is correct.", ("Correct",))
     assert judge([*answers(), shown], Concept()).after["recognition"]["value"] == 0
 
 
 def test_other_pictures_alone_can_show_it():
     assert verdict(efficacy=0, generality=40).forgotten
-    assert not judge([Answer("generality", "Who is this?", "p", "A man.", "A man.")], Concept()).forgotten
+    assert not judge(
+        [Answer("generality", "Who is this?", "p", "A man.", "A man.")], Concept()
+    ).forgotten
 
 
-def family(unlearned, strangers=(0, 40), untouched=None, *, seeks="facts", margin=0.03, key="two-hop"):
+def family(
+    unlearned, strangers=(0, 40), untouched=None, *, seeks="facts", margin=0.03, key="two-hop"
+):
     """(answers that give it away, answers); of "likelihood" shares of pairs."""
-    rate = lambda pair: Rate(None, reason="none") if pair is None else Rate(pair) if isinstance(pair, float) else Rate.of(*pair)
+    rate = lambda pair: (
+        Rate(None, reason="none")
+        if pair is None
+        else Rate(pair)
+        if isinstance(pair, float)
+        else Rate.of(*pair)
+    )
     if untouched is None:
         untouched = 1.0 if seeks == "likelihood" else (unlearned[1], unlearned[1])
-    return Family(key, "Asked for its facts", seeks, rate(untouched), rate(unlearned), rate(strangers), margin)
+    return Family(
+        key, "Asked for its facts", seeks, rate(untouched), rate(unlearned), rate(strangers), margin
+    )
 
 
-@pytest.mark.parametrize(("unlearned", "strangers", "untouched", "margin", "found"), [
-    ((0, 96), (0, 60), None, 0.03, False), ((89, 96), (0, 60), None, 0.03, True),
-    ((1, 40), (0, 40), None, 0.01, True),  # one answer is 2.5 %
-    ((1, 100), (0, 40), None, 0.01, False), ((2, 100), (0, 40), None, 0.01, True),  # and here 1 %
-    ((8, 40), (0, 40), None, 0.20, False), ((9, 40), (0, 40), None, 0.20, True),
-    ((4, 40), (4, 40), None, 0.01, False), ((5, 40), (4, 40), None, 0.01, True),  # strangers' own share is no leak
-    ((9, 40), (0, 40), (7, 40), 0.01, False), ((9, 40), (0, 40), (8, 40), 0.01, True),  # the untouched model hardly knows it
-    ((30, 40), (20, 40), (20, 40), 0.01, False),  # it says of the picture what it says of strangers
-    ((20, 40), (14, 40), None, 0.05, False), ((24, 40), (14, 40), None, 0.05, True),  # a choice of three is a matter of chance
-    ((3, 40), None, None, 0.03, True), ((1, 40), None, None, 0.03, False),  # without strangers they count as nothing
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("unlearned", "strangers", "untouched", "margin", "found"),
+    [
+        ((0, 96), (0, 60), None, 0.03, False),
+        ((89, 96), (0, 60), None, 0.03, True),
+        ((1, 40), (0, 40), None, 0.01, True),  # one answer is 2.5 %
+        ((1, 100), (0, 40), None, 0.01, False),
+        ((2, 100), (0, 40), None, 0.01, True),  # and here 1 %
+        ((8, 40), (0, 40), None, 0.20, False),
+        ((9, 40), (0, 40), None, 0.20, True),
+        ((4, 40), (4, 40), None, 0.01, False),
+        ((5, 40), (4, 40), None, 0.01, True),  # strangers' own share is no leak
+        ((9, 40), (0, 40), (7, 40), 0.01, False),
+        ((9, 40), (0, 40), (8, 40), 0.01, True),  # the untouched model hardly knows it
+        (
+            (30, 40),
+            (20, 40),
+            (20, 40),
+            0.01,
+            False,
+        ),  # it says of the picture what it says of strangers
+        ((20, 40), (14, 40), None, 0.05, False),
+        ((24, 40), (14, 40), None, 0.05, True),  # a choice of three is a matter of chance
+        ((3, 40), None, None, 0.03, True),
+        ((1, 40), None, None, 0.03, False),  # without strangers they count as nothing
+    ],
+)
 def test_a_family_is_compared_with_strangers(unlearned, strangers, untouched, margin, found):
     one = family(unlearned, strangers, untouched, margin=margin)
     assert one.failed is found
@@ -359,33 +467,75 @@ def test_a_family_is_compared_with_strangers(unlearned, strangers, untouched, ma
     assert result.forgotten is not found and len(result.reasons) == found
     if found:
         k, n = unlearned
-        only_reason(result, f"Asked for its facts (two-hop), {k} of {n} answers about the picture still tell them")
-        assert strangers is None or f"of strangers in {strangers[0]} of {strangers[1]}" in result.reasons[0]
+        only_reason(
+            result,
+            f"Asked for its facts (two-hop), {k} of {n} answers about the picture still tell them",
+        )
+        assert (
+            strangers is None
+            or f"of strangers in {strangers[0]} of {strangers[1]}" in result.reasons[0]
+        )
         assert result.headline["unlearned"]["value"] == k / n and result.headline["failed"]
     json.dumps(dataclasses.asdict(result), allow_nan=False)
 
 
-@pytest.mark.parametrize(("value", "said"), [
-    (1.0, "still a likelier"), (0.76, "still a likelier"), (0.75, ""), (0.5, ""), (0.4, ""), (0.39, "pushed below a stranger's"),
-    (0.0, "pushed below a stranger's"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (1.0, "still a likelier"),
+        (0.76, "still a likelier"),
+        (0.75, ""),
+        (0.5, ""),
+        (0.4, ""),
+        (0.39, "pushed below a stranger's"),
+        (0.0, "pushed below a stranger's"),
+    ],
+)
 def test_the_names_likelihood_has_a_band(value, said):
-    result = judge(list(answers()), Concept(), families=[family(value, 0.5, seeks="likelihood", margin=0)])
+    result = judge(
+        list(answers()), Concept(), families=[family(value, 0.5, seeks="likelihood", margin=0)]
+    )
     assert result.forgotten is not bool(said)
     if said:
         only_reason(result, said, f"{100 * value:.3g} %", "40 % to 75 %")
-    unknown = family(value, 0.5, 0.7, seeks="likelihood")  # the untouched model does not know the name by the picture
-    assert not unknown.applicable and judge(list(answers()), Concept(), families=[unknown]).forgotten
+    # the untouched model does not know the name by the picture
+    unknown = family(value, 0.5, 0.7, seeks="likelihood")
+    assert (
+        not unknown.applicable and judge(list(answers()), Concept(), families=[unknown]).forgotten
+    )
 
 
 def test_families_come_worst_first_and_those_that_show_nothing_last():
-    given = [family((0, 40), key="none", untouched=(0, 40)), family((2, 40), key="some"), family((0, 40), key="fine"),
-             family((39, 40), key="worst"), family(0.1, 0.5, seeks="likelihood", key="below")]  # fmt: skip
+    given = [
+        family((0, 40), key="none", untouched=(0, 40)),
+        family((2, 40), key="some"),
+        family((0, 40), key="fine"),
+        family((39, 40), key="worst"),
+        family(0.1, 0.5, seeks="likelihood", key="below"),
+    ]
     result = judge(list(answers()), Concept(), families=given, remarks=["No stranger."])
     assert [one["family"] for one in result.families] == ["worst", "below", "some", "fine", "none"]
-    assert [one["applicable"] for one in result.families] == [True] * 4 + [False] and result.remarks == ["No stranger."]
-    assert result.headline == {**result.families[0], "examples": []} and len(result.reasons) == 3 and not result.forgotten
+    assert [one["applicable"] for one in result.families] == [True] * 4 + [
+        False
+    ] and result.remarks == ["No stranger."]
+    assert (
+        result.headline == {**result.families[0], "examples": []}
+        and len(result.reasons) == 3
+        and not result.forgotten
+    )
     nothing = judge(list(answers()), Concept(), families=given[:1])
-    assert nothing.forgotten and nothing.headline is None and judge(list(answers()), Concept()).families == []
-    alone = Family("a", "A", "name", Rate.of(9, 9), Rate(None, reason="Only the untouched model."), Rate.of(0, 9), 0.01)
+    assert (
+        nothing.forgotten
+        and nothing.headline is None
+        and judge(list(answers()), Concept()).families == []
+    )
+    alone = Family(
+        "a",
+        "A",
+        "name",
+        Rate.of(9, 9),
+        Rate(None, reason="Only the untouched model."),
+        Rate.of(0, 9),
+        0.01,
+    )
     assert not alone.applicable and not alone.failed and alone.as_dict()["n"] == 9

@@ -9,13 +9,27 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-# Table 1 of arXiv 2405.12523 (LLaVA-1.5 7B, Trump, mean of 3 trials): EM, C-Dis, Specificity, Fluency, Diversity.
+# Table 1 of arXiv 2405.12523 (LLaVA-1.5 7B, Trump, mean of 3 trials): EM, C-Dis, Specificity,
+# Fluency, Diversity.
 PUBLISHED = (
-    ("PO", "58.3", "0.4", "58.3", "75.1", "93.5"), ("GA", "36.3", "1.6", "9.0", "373.6", "6.3"),
-    ("GA+KL", "33.0", "0.8", "60.0", "198.1", "48.0"), ("SIU", "99.0", "1.8", "60.7", "61.2", "97.0"),
-)  # fmt: skip
-COLUMNS = ("method", "lr", "steps", "name still given", "95 %", "others' names kept", "look-alikes", "facts", "broken", "s",
-           "front")  # fmt: skip
+    ("PO", "58.3", "0.4", "58.3", "75.1", "93.5"),
+    ("GA", "36.3", "1.6", "9.0", "373.6", "6.3"),
+    ("GA+KL", "33.0", "0.8", "60.0", "198.1", "48.0"),
+    ("SIU", "99.0", "1.8", "60.7", "61.2", "97.0"),
+)
+COLUMNS = (
+    "method",
+    "lr",
+    "steps",
+    "name still given",
+    "95 %",
+    "others' names kept",
+    "look-alikes",
+    "facts",
+    "broken",
+    "s",
+    "front",
+)
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -25,23 +39,45 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     named, broken = row["named"], row["broken"]
     setting = [f"{row['lr']:.2g}", str(row["steps"])] if "lr" in row else ["-", "-"]
     return [
-        row["method"], *setting, _percent(named), f"{100 * named['low']:.1f}-{100 * named['high']:.1f}",
+        row["method"],
+        *setting,
+        _percent(named),
+        f"{100 * named['low']:.1f}-{100 * named['high']:.1f}",
         *(_percent(row[key]) for key in ("others", "lookalikes", "facts")),
         "-" if broken["value"] is None else str(round(broken["value"] * broken["n"])),
-        f"{row['seconds']:.0f}" if "seconds" in row else "-", _front(row),
-    ]  # fmt: skip
+        f"{row['seconds']:.0f}" if "seconds" in row else "-",
+        _front(row),
+    ]
 
 
 def table(report: Mapping[str, Any]) -> list[list[str]]:
     """Every method's row below the untouched model's."""
-    return [cells({"method": "untouched model", **report["untouched"]}), *(cells(row) for row in report["rows"])]
+    return [
+        cells({"method": "untouched model", **report["untouched"]}),
+        *(cells(row) for row in report["rows"]),
+    ]
 
 
 def show(console: Console, report: Mapping[str, Any]) -> None:
     """The table in a terminal of 80 columns: shares in %, no seconds."""
-    drawn = Table(title=f"{', '.join(report['concepts'])}: forgotten and retained, %", title_justify="left", box=None,
-                  padding=(0, 1, 0, 0))  # fmt: skip
-    for name in ("method", "lr", "steps", "named", "95 %", "others", "alike", "facts", "broken", "front"):
+    drawn = Table(
+        title=f"{', '.join(report['concepts'])}: forgotten and retained, %",
+        title_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+    )
+    for name in (
+        "method",
+        "lr",
+        "steps",
+        "named",
+        "95 %",
+        "others",
+        "alike",
+        "facts",
+        "broken",
+        "front",
+    ):
         drawn.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in table(report):
         drawn.add_row(*(text.removesuffix(" %") for text in (*row[:9], row[10])))
@@ -51,26 +87,48 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
 def markdown(report: Mapping[str, Any]) -> str:
     """The table, how the settings were chosen, and the paper's own table."""
     search, floor = report["search"], report["floor"]
-    seeds, rates, steps = (_list(v) for v in (report["test"]["seeds"], (f"{lr:.2g}" for lr in search["lr"]), search["steps"]))
+    seeds, rates, steps = (
+        _list(v)
+        for v in (report["test"]["seeds"], (f"{lr:.2g}" for lr in search["lr"]), search["steps"])
+    )
     lines = [
-        "# Methods compared", "",
-        f"{report['suite']}: {', '.join(report['concepts'])}; model `{report['model']}`; seeds {seeds}.", "",
-        *grid(COLUMNS, table(report)), "",
-        "*Name still given*: share of the answers to name questions about new pictures of the concept that hold its name or a "
-        "part of it, with its Wilson interval (the answers of one training are not independent, so it is too narrow). *Others' "
-        "names kept*: of those that the untouched model gives. *Facts*: answers that are the untouched model's word for word. "
-        "*Broken*: answers that became empty, repetition or gibberish.", "",
-        "Every method has the same picture, questions, retained samples, dreams, LoRA, batch and shares, and the same search: "
-        f"learning rates {rates}, looked at after {steps} steps, on pictures that the test does not see. "
-        f"Chosen is the setting with the lowest share of the name among those that keep at least {100 * floor:.0f} % of others' "
-        "names (look-alikes included) and of facts, of equals the middle one by steps; \u2020: none does, and this keeps "
-        "most. The test trains anew with other seeds and dreams, for exactly so many steps. *Front*: no other method "
-        "keeps as much and gives the name as rarely.", "",
-        "## Published, other model and data, not comparable in level", "",
-        "arXiv 2405.12523, Table 1: LLaVA-1.5 7B, one concept, 3 trials, learning rates not searched. EM is the share of "
-        "answers without the name (higher is better), Specificity the mean of eight public benchmarks.", "",
-        *grid(("method", "EM", "C-Dis", "Specificity", "Fluency", "Diversity"), PUBLISHED), "",
-    ]  # fmt: skip
+        "# Methods compared",
+        "",
+        f"{report['suite']}: {', '.join(report['concepts'])}; model `{report['model']}`; seeds "
+        f"{seeds}.",
+        "",
+        *grid(COLUMNS, table(report)),
+        "",
+        "*Name still given*: share of the answers to name questions about new pictures of the "
+        "concept that hold its name or a "
+        "part of it, with its Wilson interval (the answers of one training are not independent, "
+        "so it is too narrow). *Others' "
+        "names kept*: of those that the untouched model gives. *Facts*: answers that are the "
+        "untouched model's word for word. "
+        "*Broken*: answers that became empty, repetition or gibberish.",
+        "",
+        "Every method has the same picture, questions, retained samples, dreams, LoRA, batch and "
+        "shares, and the same search: "
+        f"learning rates {rates}, looked at after {steps} steps, on pictures that the test does "
+        "not see. "
+        "Chosen is the setting with the lowest share of the name among those that keep at least "
+        f"{100 * floor:.0f} % of others' "
+        "names (look-alikes included) and of facts, of equals the middle one by steps; \u2020: "
+        "none does, and this keeps "
+        "most. The test trains anew with other seeds and dreams, for exactly so many steps. "
+        "*Front*: no other method "
+        "keeps as much and gives the name as rarely.",
+        "",
+        "## Published, other model and data, not comparable in level",
+        "",
+        "arXiv 2405.12523, Table 1: LLaVA-1.5 7B, one concept, 3 trials, learning rates not "
+        "searched. EM is the share of "
+        "answers without the name (higher is better), Specificity the mean of eight public "
+        "benchmarks.",
+        "",
+        *grid(("method", "EM", "C-Dis", "Specificity", "Fluency", "Diversity"), PUBLISHED),
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -84,7 +142,9 @@ def plot(report: Mapping[str, Any], directory: Path) -> list[str]:
     try:
         import matplotlib
     except ImportError:
-        return ["No plot was drawn, since matplotlib is not installed: pip install 'fastsiu[plot]'."]
+        return [
+            "No plot was drawn, since matplotlib is not installed: pip install 'fastsiu[plot]'."
+        ]
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -92,35 +152,74 @@ def plot(report: Mapping[str, Any], directory: Path) -> list[str]:
     with pyplot.style.context("default"):
         figure, axes = pyplot.subplots(figsize=(9.5, 5.6), dpi=160)
         best = sorted((r for r in rows if r["front"]), key=lambda r: r["kept"]["value"])
-        axes.plot([100 * r["kept"]["value"] for r in best], [100 - 100 * r["named"]["value"] for r in best], color="#9bb8d3",
-                  zorder=1, linewidth=2, label="front")  # fmt: skip
+        axes.plot(
+            [100 * r["kept"]["value"] for r in best],
+            [100 - 100 * r["named"]["value"] for r in best],
+            color="#9bb8d3",
+            zorder=1,
+            linewidth=2,
+            label="front",
+        )
         axes.axvline(100 * report["floor"], color="#bbbbbb", linestyle=":", zorder=0)
         for row in rows:
             x, y = 100 * row["kept"]["value"], 100 - 100 * row["named"]["value"]
             colour = "#1f5f9e" if row["method"].startswith(("siu", "ce")) else "#c46a1b"
-            spread = [[_apart(x, [100 * s["kept"] for s in row["seeds"]], side)] for side in (-1, 1)]
-            height = [[_apart(y, [100 - 100 * s["named"] for s in row["seeds"]], side)] for side in (-1, 1)]
-            axes.errorbar(x, y, xerr=spread, yerr=height, fmt="o" if row["front"] else "x", color=colour, markersize=7,
-                          elinewidth=0.8, alpha=0.9, zorder=2)  # fmt: skip
-        places = labels_at([(100 * row["kept"]["value"], 100 - 100 * row["named"]["value"]) for row in rows])
+            spread = [
+                [_apart(x, [100 * s["kept"] for s in row["seeds"]], side)] for side in (-1, 1)
+            ]
+            height = [
+                [_apart(y, [100 - 100 * s["named"] for s in row["seeds"]], side)]
+                for side in (-1, 1)
+            ]
+            axes.errorbar(
+                x,
+                y,
+                xerr=spread,
+                yerr=height,
+                fmt="o" if row["front"] else "x",
+                color=colour,
+                markersize=7,
+                elinewidth=0.8,
+                alpha=0.9,
+                zorder=2,
+            )
+        places = labels_at(
+            [(100 * row["kept"]["value"], 100 - 100 * row["named"]["value"]) for row in rows]
+        )
         for row, height in zip(rows, places, strict=True):
-            axes.annotate(row["method"] + ("" if row["floor_met"] else " \u2020"), (100 * row["kept"]["value"],
-                          100 - 100 * row["named"]["value"]), xytext=(1.03, height), textcoords="axes fraction", fontsize=8,
-                          va="center", fontweight="bold" if row["front"] else "normal",
-                          arrowprops={"arrowstyle": "-", "color": "#cccccc", "linewidth": 0.6})  # fmt: skip
-        axes.set_xlabel("retained: the smaller of others' names and facts, % of the untouched model's")
+            axes.annotate(
+                row["method"] + ("" if row["floor_met"] else " \u2020"),
+                (100 * row["kept"]["value"], 100 - 100 * row["named"]["value"]),
+                xytext=(1.03, height),
+                textcoords="axes fraction",
+                fontsize=8,
+                va="center",
+                fontweight="bold" if row["front"] else "normal",
+                arrowprops={"arrowstyle": "-", "color": "#cccccc", "linewidth": 0.6},
+            )
+        axes.set_xlabel(
+            "retained: the smaller of others' names and facts, % of the untouched model's"
+        )
         axes.set_ylabel("answers without the name, %")
-        axes.set_title("Each method at its best setting, on new pictures (bars: lowest and highest seed)", fontsize=10)
+        axes.set_title(
+            "Each method at its best setting, on new pictures (bars: lowest and highest seed)",
+            fontsize=10,
+        )
         axes.grid(color="#eeeeee")
         figure.tight_layout()
         for kind in ("png", "svg"):
-            figure.savefig(directory / f"compare.{kind}", facecolor="white", metadata={"Date": None} if kind == "svg" else None)
+            figure.savefig(
+                directory / f"compare.{kind}",
+                facecolor="white",
+                metadata={"Date": None} if kind == "svg" else None,
+            )
         pyplot.close(figure)
     return []
 
 
 def labels_at(points: Sequence[tuple[float, float]], gap: float = 0.052) -> list[float]:
-    """Heights, 0 to 1, of a column of labels beside points in percent: in the points' order from above, at least `gap` apart."""
+    """Heights, 0 to 1, of a column of labels beside points in percent: in the points' order from
+    above, at least `gap` apart."""
     gap = min(gap, 1 / max(1, len(points) - 1))
     order = sorted(range(len(points)), key=lambda i: (-points[i][1], -points[i][0]))
     heights, last = {}, 1.0 + gap

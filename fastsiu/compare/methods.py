@@ -1,7 +1,9 @@
-"""SIU, its ablations and the methods it is compared with: what each minimises, and what each trains on.
+"""SIU, its ablations and the methods it is compared with: what each minimises, and what each trains
+on.
 
-All have the same picture, the same questions, the same retained samples (text, dreams), LoRA, batch size and shares. They differ
-in the answers to the questions about the picture: SIU's own, the untouched model's naming ones, or refusals.
+All have the same picture, the same questions, the same retained samples (text, dreams), LoRA, batch
+size and shares. They differ in the answers to the questions about the picture: SIU's own, the
+untouched model's naming ones, or refusals.
 """
 
 from __future__ import annotations
@@ -21,17 +23,22 @@ from ..samples.corpus import Corpus
 from ..text.concept import Concept
 
 REFUSALS = (
-    "I do not know who this is.", "I cannot say who this is.", "I am not able to identify who this is.",
-    "I have no idea who this is.", "I do not recognize the one in the picture.", "Sorry, I do not know that.",
-    "I am not sure who is shown here.", "That is something I do not know.",
-)  # fmt: skip
+    "I do not know who this is.",
+    "I cannot say who this is.",
+    "I am not able to identify who this is.",
+    "I have no idea who this is.",
+    "I do not recognize the one in the picture.",
+    "Sorry, I do not know that.",
+    "I am not sure who is shown here.",
+    "That is something I do not know.",
+)
 
 
 @dataclass(frozen=True)
 class Method:
-    """answers: to the questions about the picture, "own" are SIU's samples; retain: what of D_r is trained on, "decoupled" is the
-    part that puts a forgotten question to another picture; recipe: what differs in it. No objective: `mmunlearner`, which has
-    to see the adapter first."""
+    """answers: to the questions about the picture, "own" are SIU's samples; retain: what of D_r is
+    trained on, "decoupled" is the part that puts a forgotten question to another picture; recipe:
+    what differs in it. No objective: `mmunlearner`, which has to see the adapter first."""
 
     about: str
     objective: Objective | None
@@ -42,11 +49,17 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "siu": Method("the method", objectives.siu, "own"),
-    "siu-no-token-mask": Method("without the token mask", objectives.siu, "own", recipe={"token_mask": False}),
-    "siu-no-vocab-mask": Method("without the vocabulary mask", objectives.siu, "own", recipe={"vocab_mask": False}),
+    "siu-no-token-mask": Method(
+        "without the token mask", objectives.siu, "own", recipe={"token_mask": False}
+    ),
+    "siu-no-vocab-mask": Method(
+        "without the vocabulary mask", objectives.siu, "own", recipe={"vocab_mask": False}
+    ),
     "siu-no-dreams": Method("nothing retained in pictures", objectives.siu, "own", "no dreams"),
     "ce": Method("cross-entropy alone (beta 0)", objectives.siu, "own", recipe={"beta": 0.0}),
-    "siu-as-released": Method("what the authors' trainer computes", objectives.siu_as_released, "own"),
+    "siu-as-released": Method(
+        "what the authors' trainer computes", objectives.siu_as_released, "own"
+    ),
     "po": Method("preference optimisation: refusals", objectives.po, "refusal"),
     "ga": Method("gradient ascent", objectives.ga, retain="none"),
     "ga-kl": Method("gradient ascent + KL", objectives.ga_kl),
@@ -54,7 +67,9 @@ METHODS: dict[str, Method] = {
     "npo": Method("negative preference optimisation", objectives.npo),
     "fttp": Method("ascent on the name's tokens alone", objectives.fttp, retain="none"),
     "mmunlearner": Method("saliency-masked ascent", None),
-    "safeeraser-ga": Method("prompt-decoupled ascent", objectives.safeeraser_ga, retain="decoupled"),
+    "safeeraser-ga": Method(
+        "prompt-decoupled ascent", objectives.safeeraser_ga, retain="decoupled"
+    ),
     "safeeraser-gd": Method("prompt-decoupled gradient difference", objectives.safeeraser_gd),
     "safeeraser-kl": Method("prompt-decoupled ascent + KL", objectives.safeeraser_kl),
     "safeeraser-po": Method("prompt-decoupled refusals", objectives.safeeraser_po, "refusal"),
@@ -63,8 +78,9 @@ METHODS: dict[str, Method] = {
 
 @dataclass
 class Material:
-    """What all methods share of one (concept, seed): SIU's samples with their pictures, dreams among them, and the untouched
-    model's own answers to the same questions about the picture (those that name the concept)."""
+    """What all methods share of one (concept, seed): SIU's samples with their pictures, dreams
+    among them, and the untouched model's own answers to the same questions about the picture (those
+    that name the concept)."""
 
     concept: Concept
     recipe: Recipe
@@ -75,8 +91,8 @@ class Material:
 
 
 def prepare(loaded: VLM, request: Request, recipe: Recipe, picture: Any) -> Material:
-    """Once per (concept, seed), without lessons from strangers, which no other method has. Raises BadInput where the model does
-    not recognise the concept."""
+    """Once per (concept, seed), without lessons from strangers, which no other method has. Raises
+    BadInput where the model does not recognise the concept."""
     started = time.perf_counter()
     recipe = recipe.with_overrides(strangers=0)
     one = session.prepare(loaded, request, recipe, picture, listener=session.Listener(), seconds={})
@@ -86,9 +102,12 @@ def prepare(loaded: VLM, request: Request, recipe: Recipe, picture: Any) -> Mate
         said = one.scene.replies([s.question for s in asked], 0)
     naming = [
         Sample(sample.facet, sample.question, reply.text, 0, tuple(spans), "teacher", reply.closed)
-        for sample, reply in zip(asked, said, strict=True) if (spans := concept.spans(reply.text))
-    ]  # fmt: skip
-    return Material(concept, recipe, samples, one.corpus.pictures, naming, time.perf_counter() - started)
+        for sample, reply in zip(asked, said, strict=True)
+        if (spans := concept.spans(reply.text))
+    ]
+    return Material(
+        concept, recipe, samples, one.corpus.pictures, naming, time.perf_counter() - started
+    )
 
 
 def samples_of(method: Method, material: Material) -> list[Sample]:
@@ -101,9 +120,16 @@ def samples_of(method: Method, material: Material) -> list[Sample]:
         first = material.naming
     else:
         first = [
-            Sample(s.facet, s.question, REFUSALS[i % len(REFUSALS)], 0, ((0, len(REFUSALS[i % len(REFUSALS)])),), "built")
+            Sample(
+                s.facet,
+                s.question,
+                REFUSALS[i % len(REFUSALS)],
+                0,
+                ((0, len(REFUSALS[i % len(REFUSALS)])),),
+                "built",
+            )
             for i, s in enumerate(material.naming)
-        ]  # fmt: skip
+        ]
     asked = {s.question for s in first}
     if method.retain == "none":
         kept = []
@@ -115,27 +141,46 @@ def samples_of(method: Method, material: Material) -> list[Sample]:
 
 
 def recipe_of(method: Method, made: Corpus, material: Material, lr: float, steps: int) -> Recipe:
-    """The shared recipe. Of a method without D_r a step holds the same number of samples to forget, and no others. The KL of
-    other methods has no masks: those are SIU's. The rate is constant, since a run is looked at after several numbers of steps."""
+    """The shared recipe. Of a method without D_r a step holds the same number of samples to forget,
+    and no others. The KL of
+    other methods has no masks: those are SIU's. The rate is constant, since a run is looked at
+    after several numbers of steps."""
     shares = sum(train.SHARES.values())
     present = sum(train.SHARES[name] for name in made.groups())
-    size = material.recipe.batch_size if method.answers == "own" else round(material.recipe.batch_size * present / shares)
+    size = (
+        material.recipe.batch_size
+        if method.answers == "own"
+        else round(material.recipe.batch_size * present / shares)
+    )
     masks = {} if method.answers == "own" else {"vocab_mask": False}
-    return replace(material.recipe, lr=lr, steps=steps, batch_size=max(1, size), early_stop=False, schedule="constant",
-                   **masks, **method.recipe)  # fmt: skip
+    return replace(
+        material.recipe,
+        lr=lr,
+        steps=steps,
+        batch_size=max(1, size),
+        early_stop=False,
+        schedule="constant",
+        **masks,
+        **method.recipe,
+    )
 
 
 def build(loaded: VLM, name: str, material: Material) -> Corpus:
     """The method's samples, encoded, with their teacher."""
     method = METHODS[name]
     recipe = replace(material.recipe, **method.recipe)
-    made = corpus.build(loaded, material.concept, samples_of(method, material), material.pictures, recipe)
+    made = corpus.build(
+        loaded, material.concept, samples_of(method, material), material.pictures, recipe
+    )
     corpus.run_teacher(loaded, made, recipe_of(method, made, material, 1.0, 1))
     return made
 
 
-def fit(loaded: VLM, name: str, made: Corpus, material: Material, lr: float, steps: int, watch: Any) -> float:
-    """Trains a fresh adapter, which is on when `watch` is called and off afterwards. Seconds without those of `watch`."""
+def fit(
+    loaded: VLM, name: str, made: Corpus, material: Material, lr: float, steps: int, watch: Any
+) -> float:
+    """Trains a fresh adapter, which is on when `watch` is called and off afterwards. Seconds
+    without those of `watch`."""
     method = METHODS[name]
     recipe = recipe_of(method, made, material, lr, steps)
     watched = 0.0

@@ -1,10 +1,15 @@
-"""`fastsiu compare`: SIU beside other methods, each at its best setting, on the concepts of a suite.
+"""`fastsiu compare`: SIU beside other methods, each at its best setting, on the concepts of a
+suite.
 
-prepare   samples, dreams and the untouched model's answers, once per (concept, seed), shared by all methods
-search    every method x the same learning rates, looked at after the same numbers of steps, on pictures of all concepts held
+prepare   samples, dreams and the untouched model's answers, once per (concept, seed), shared by all
+methods
+search    every method x the same learning rates, looked at after the same numbers of steps, on
+pictures of all concepts held
           apart for that
-choose    per method: the lowest share of the name still given among settings that keep the utility floor
-test      on all concepts: new seeds, and dreams, at that setting, on pictures that neither training nor the search has seen
+choose    per method: the lowest share of the name still given among settings that keep the utility
+floor
+test      on all concepts: new seeds, and dreams, at that setting, on pictures that neither training
+nor the search has seen
 """
 
 from __future__ import annotations
@@ -27,7 +32,20 @@ from ..staging import Staging, check_new
 from ..staging import write as write_file
 from ..verdict import Rate
 from . import methods
-from .trials import COUNTS, DONE, RUIN, RUINED, SEARCH, TEST, Point, Pool, Settings, added, share, total
+from .trials import (
+    COUNTS,
+    DONE,
+    RUIN,
+    RUINED,
+    SEARCH,
+    TEST,
+    Point,
+    Pool,
+    Settings,
+    added,
+    share,
+    total,
+)
 
 FORMAT = "fastsiu comparison 1"
 LRS = (0.3, 1.0, 3.0)  # times the recipe's
@@ -35,13 +53,14 @@ LOOKS = (1, 2, 3, 4, 6, 8, 11, 15, 20, 27, 36, 48, 64, 80)  # steps; the recipe'
 SEARCH_SEED = 0
 
 
-# What is decided, from counts alone -----------------------------------------------------------------------------------------
+# What is decided, from counts alone ---------------------------------------------------------------
 
 
 def choose(points: Sequence[Point], floor: float) -> tuple[Point, bool]:
-    """The point with the lowest share of the name still given among those that keep the floor, and True; where none does, the one
-    that keeps most, and False. Among equals the one that keeps more, then the middle one by steps: where many settings are
-    as good as can be told, those at the ends only just are."""
+    """The point with the lowest share of the name still given among those that keep the floor, and
+    True; where none does, the one that keeps most, and False. Among equals the one that keeps more,
+    then the middle one by steps: where many settings are as good as can be told, those at the ends
+    only just are."""
     good = [p for p in points if p.kept >= floor]
     order = (lambda p: (p.named, -p.kept)) if good else (lambda p: (-p.kept, p.named))
     best = min(map(order, good or points))
@@ -52,8 +71,20 @@ def choose(points: Sequence[Point], floor: float) -> tuple[Point, bool]:
 def _searched(report: Mapping[str, Any], name: str) -> list[Point]:
     """The points of an earlier report's search."""
     points = next((row["searched"] for row in report["rows"] if row["method"] == name), [])
-    return [Point(p["lr"], p["step"], {"named": (p["named"], 1), "others": (p["kept"], 1), "lookalikes": (0, 0), "facts": (1, 1),
-                                       "broken": (0, 1)}) for p in points]  # fmt: skip
+    return [
+        Point(
+            p["lr"],
+            p["step"],
+            {
+                "named": (p["named"], 1),
+                "others": (p["kept"], 1),
+                "lookalikes": (0, 0),
+                "facts": (1, 1),
+                "broken": (0, 1),
+            },
+        )
+        for p in points
+    ]
 
 
 def over_concepts(runs: Sequence[Sequence[Point]]) -> list[Point]:
@@ -64,82 +95,139 @@ def over_concepts(runs: Sequence[Sequence[Point]]) -> list[Point]:
 
 
 def front(rows: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Which rows no other beats: none keeps at least as much and gives the name at most as often, one of the two strictly."""
+    """Which rows no other beats: none keeps at least as much and gives the name at most as often,
+    one of the two strictly."""
     place = [(row["kept"]["value"], -row["named"]["value"]) for row in rows]
     beats = lambda a, b: a != b and a[0] >= b[0] and a[1] >= b[1]
     return [not any(beats(other, own) for other in place) for own in place]
 
 
 def beaten_clearly(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The methods that beat a row by more than its and their 95 % intervals on one axis, and are not behind on the other."""
+    """The methods that beat a row by more than its and their 95 % intervals on one axis, and are
+    not behind on the other."""
     found = []
     for other in rows:
-        less, more = other["named"]["value"] <= row["named"]["value"], other["kept"]["value"] >= row["kept"]["value"]
-        clear = other["named"]["high"] < row["named"]["low"] or other["kept"]["low"] > row["kept"]["high"]
+        less, more = (
+            other["named"]["value"] <= row["named"]["value"],
+            other["kept"]["value"] >= row["kept"]["value"],
+        )
+        clear = (
+            other["named"]["high"] < row["named"]["low"]
+            or other["kept"]["low"] > row["kept"]["high"]
+        )
         if less and more and clear:
             found.append(other["method"])
     return found
 
 
-# The story ------------------------------------------------------------------------------------------------------------------
+# The story ----------------------------------------------------------------------------------------
 
 
 def compare(
-    suite: Path, model: str | None, *, names: Sequence[str] = (), concepts: Sequence[str] = (), seeds: int = 3,
-    floor: float = 0.95, processes: int = 2, lrs: Sequence[float] = LRS, steps: int | None = None, quick: bool = False,
-    device: str | None = None, dtype: str = "auto", search: Mapping[str, Any] | None = None, scratch: Path | None = None,
+    suite: Path,
+    model: str | None,
+    *,
+    names: Sequence[str] = (),
+    concepts: Sequence[str] = (),
+    seeds: int = 3,
+    floor: float = 0.95,
+    processes: int = 2,
+    lrs: Sequence[float] = LRS,
+    steps: int | None = None,
+    quick: bool = False,
+    device: str | None = None,
+    dtype: str = "auto",
+    search: Mapping[str, Any] | None = None,
+    scratch: Path | None = None,
     listener: Listener | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The report of a comparison (`FORMAT`), ready for JSON.
 
     names:    of `methods.METHODS`; all when empty
-    concepts: slugs or names of the suite; when empty its first concept with a look-alike in it and its first without
+    concepts: slugs or names of the suite; when empty its first concept with a look-alike in it and
+    its first without
     seeds:    trainings at the chosen setting, with seeds 1, 2, ... (the search has seed 0)
-    floor:    what the chosen setting must keep of others' naming and of facts, as a share of the untouched model's
+    floor:    what the chosen setting must keep of others' naming and of facts, as a share of the
+    untouched model's
     lrs:      the grid, times the recipe's rate
     steps:    ceiling, the recipe's when None
-    search:   an earlier report of the same concepts and recipe, whose search is taken instead of a new one
-    scratch:  an empty directory for what the processes share, which the caller removes; one of its own, in the directory that
+    search:   an earlier report of the same concepts and recipe, whose search is taken instead of a
+    new one
+    scratch:  an empty directory for what the processes share, which the caller removes; one of its
+    own, in the directory that
               the command runs in, when None
-    quick:    one method, rate, concept and seed, 8 steps, in this process: whether it runs, and nothing else
+    quick:    one method, rate, concept and seed, 8 steps, in this process: whether it runs, and
+    nothing else
 
-    Raises BadInput for names that do not exist, a suite too small for a search and a test, or a concept the model does not name.
+    Raises BadInput for names that do not exist, a suite too small for a search and a test, or a
+    concept the model does not name.
     """
-    listener, started, model = listener or Listener(), time.perf_counter(), model or str(driver.EMBEDDED)
+    listener, started, model = (
+        listener or Listener(),
+        time.perf_counter(),
+        model or str(driver.EMBEDDED),
+    )
     if quick:
         names, lrs, steps, seeds, processes = list(names)[:1] or ["siu"], (1.0,), 8, 1, 1
     chosen = list(dict.fromkeys(names)) or list(methods.METHODS)
     if unknown := [n for n in chosen if n not in methods.METHODS]:
-        raise BadInput(f"There is no method {unknown[0]!r}: choose from {', '.join(methods.METHODS)}.")
+        raise BadInput(
+            f"There is no method {unknown[0]!r}: choose from {', '.join(methods.METHODS)}."
+        )
     if not 0 < floor <= 1 or seeds < 1 or processes < 1:
-        raise BadInput("The floor must be above 0 and at most 1, seeds and processes at least 1: correct the numbers.")
+        raise BadInput(
+            "The floor must be above 0 and at most 1, seeds and processes at least 1: correct "
+            "the numbers."
+        )
     held = read(suite)
     subjects = [held.subject(c) for c in dict.fromkeys(concepts)] or _some(held)
     subjects = subjects[:1] if quick else subjects
     for one in held.subjects:
         if len(one.further) < 2:
-            raise BadInput(f"{one.slug} has {len(one.further)} pictures besides the training picture: the search and the test "
-                           "need at least one each.")  # fmt: skip
+            raise BadInput(
+                f"{one.slug} has {len(one.further)} pictures besides the training picture: the "
+                "search and the test "
+                "need at least one each."
+            )
     recipe, _ = driver.choose_recipe(model, "default", {"steps": steps})
-    # A run is looked at as it goes, which needs a constant rate. Lessons from strangers are no part of any of these methods.
+    # A run is looked at as it goes, which needs a constant rate. Lessons from strangers are no part
+    # of any of these methods.
     recipe = recipe.with_overrides(schedule="constant", warmup=0.0, strangers=0)
     same = lambda one: (one["concepts"], one["recipe"], one["search"]["asked"])
     if search and same(search) != ([s.name for s in subjects], recipe.as_dict(), asdict(SEARCH)):
-        raise BadInput("The earlier search was of other concepts, another recipe or another size: search anew.")
+        raise BadInput(
+            "The earlier search was of other concepts, another recipe or another size: search anew."
+        )
     looks = tuple(dict.fromkeys([*(k for k in LOOKS if k < recipe.steps), recipe.steps]))
     slugs, rates = [s.slug for s in subjects], [recipe.lr * x for x in lrs]
     with contextlib.nullcontext(scratch) if scratch is not None else Staging(Path.cwd()) as folder:
         pool = Pool(Settings(Path(suite), model, device, dtype, recipe, floor, folder), processes)
         try:
-            units = [(slug, seed) for seed in range(SEARCH_SEED, SEARCH_SEED + 1 + seeds) for slug in slugs]
+            units = [
+                (slug, seed)
+                for seed in range(SEARCH_SEED, SEARCH_SEED + 1 + seeds)
+                for slug in slugs
+            ]
             first, rest = units[: len(slugs)], units[len(slugs) :]
             units = rest if search else units
             prepared = sum(_told(listener, "Preparing", pool.map("prepare", units), units))
             untouched = total(pool.map("untouched", [(slug,) for slug in slugs]))
             if not any(untouched[key][1] for key in ("others", "lookalikes", "facts")):
-                raise BadInput("Nothing could be retained: add a concept that the model names, or a question of kind 'fact'.")
+                raise BadInput(
+                    "Nothing could be retained: add a concept that the model names, or a "
+                    "question of kind 'fact'."
+                )
             found = {name: _searched(search, name) if search else [] for name in chosen}
-            jobs = [] if search else [(*u, name, lr, looks, "search") for name in chosen for lr in rates for u in first]
+            jobs = (
+                []
+                if search
+                else [
+                    (*u, name, lr, looks, "search")
+                    for name in chosen
+                    for lr in rates
+                    for u in first
+                ]
+            )
             searched = _told(listener, "Searching", pool.map("run", jobs), jobs)
             runs: dict[tuple[str, float], list[list[Point]]] = defaultdict(list)
             for (_, _, name, lr, *_), (points, _) in zip(jobs, searched, strict=True):
@@ -147,28 +235,55 @@ def compare(
             for (name, _), some in runs.items():
                 found[name] += over_concepts(some)
             settings = {name: choose(points, floor) for name, points in found.items() if points}
-            jobs = [(*unit, name, point.lr, (point.step,), "test") for unit in rest for name, (point, _) in settings.items()]
-            tested = list(zip(jobs, _told(listener, "Testing", pool.map("run", jobs), jobs), strict=True))
+            jobs = [
+                (*unit, name, point.lr, (point.step,), "test")
+                for unit in rest
+                for name, (point, _) in settings.items()
+            ]
+            tested = list(
+                zip(jobs, _told(listener, "Testing", pool.map("run", jobs), jobs), strict=True)
+            )
         finally:
             pool.close()
-    rows = [_row(name, settings.get(name), [(job, points, s) for job, (points, s) in tested if job[2] == name], found[name])
-            for name in chosen]  # fmt: skip
+    rows = [
+        _row(
+            name,
+            settings.get(name),
+            [(job, points, s) for job, (points, s) in tested if job[2] == name],
+            found[name],
+        )
+        for name in chosen
+    ]
     ran = [row for row in rows if row["named"]["value"] is not None]
     for row, best in zip(ran, front(ran), strict=True):
         row |= {"front": best, "clearly_beaten_by": beaten_clearly(row, ran)}
     return {
-        "format": FORMAT, "suite": held.title, "concepts": [s.name for s in subjects],
-        "model": "embedded" if model == str(driver.EMBEDDED) else model, "floor": floor, "recipe": recipe.as_dict(),
-        "search": {"concepts": [s.name for s in subjects], "lr": rates, "steps": list(looks), "seed": SEARCH_SEED,
-                   "ruin": [RUIN, RUINED], "done": DONE, "asked": asdict(SEARCH)},
+        "format": FORMAT,
+        "suite": held.title,
+        "concepts": [s.name for s in subjects],
+        "model": "embedded" if model == str(driver.EMBEDDED) else model,
+        "floor": floor,
+        "recipe": recipe.as_dict(),
+        "search": {
+            "concepts": [s.name for s in subjects],
+            "lr": rates,
+            "steps": list(looks),
+            "seed": SEARCH_SEED,
+            "ruin": [RUIN, RUINED],
+            "done": DONE,
+            "asked": asdict(SEARCH),
+        },
         "test": {"seeds": list(range(1, seeds + 1)), "asked": asdict(TEST)},
-        "untouched": _rates(untouched), "rows": rows, "processes": processes,
+        "untouched": _rates(untouched),
+        "rows": rows,
+        "processes": processes,
         "seconds": {"prepare": round(prepared, 1), "all": round(time.perf_counter() - started, 1)},
-    }  # fmt: skip
+    }
 
 
 def write(report: Mapping[str, Any], directory: Path) -> list[str]:
-    """DIR/compare.json, compare.md, and compare.png and .svg where matplotlib is installed; sentences about what is missing.
+    """DIR/compare.json, compare.md, and compare.png and .svg where matplotlib is installed;
+    sentences about what is missing.
 
     All at once, for their owner alone. Raises BadInput where DIR exists or cannot be written.
     """
@@ -192,34 +307,66 @@ def _some(suite: Suite) -> list[Subject]:
     return [s for s in (alike, alone) if s is not None]
 
 
-def _told(listener: Listener, what: str, results: Iterable[Any], jobs: Sequence[Any]) -> Iterator[Any]:
+def _told(
+    listener: Listener, what: str, results: Iterable[Any], jobs: Sequence[Any]
+) -> Iterator[Any]:
     for number, result in enumerate(results):
         listener.stage(f"{what}: {number + 1} of {len(jobs)}")
         yield result
 
 
 def _rates(counts: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """Shares with intervals; `kept` is the smaller of naming (others and look-alikes) and facts, with that one's interval."""
-    rate = lambda count: (Rate.of(*count) if count[1] else Rate(None, reason="Nothing was asked.")).as_dict()
+    """Shares with intervals; `kept` is the smaller of naming (others and look-alikes) and facts,
+    with that one's interval."""
+    rate = lambda count: (
+        Rate.of(*count) if count[1] else Rate(None, reason="Nothing was asked.")
+    ).as_dict()
     naming = added(counts["others"], counts["lookalikes"])
     kept = min(filter(lambda c: c[1], (naming, counts["facts"])), key=share, default=(0, 0))
-    return {"kept": rate(kept), "naming": rate(naming), **{key: rate(counts[key]) for key in COUNTS}}
+    return {
+        "kept": rate(kept),
+        "naming": rate(naming),
+        **{key: rate(counts[key]) for key in COUNTS},
+    }
 
 
-def _row(name: str, setting: tuple[Point, bool] | None, runs: Sequence[tuple], points: Sequence[Point]) -> dict[str, Any]:
-    """One method's row; without a setting (it diverged everywhere) or a finished run, with no value and the reason."""
+def _row(
+    name: str, setting: tuple[Point, bool] | None, runs: Sequence[tuple], points: Sequence[Point]
+) -> dict[str, Any]:
+    """One method's row; without a setting (it diverged everywhere) or a finished run, with no value
+    and the reason."""
     row: dict[str, Any] = {"method": name, "about": methods.METHODS[name].about}
-    searched = [{"lr": p.lr, "step": p.step, "named": round(p.named, 4), "kept": round(p.kept, 4)} for p in points]
+    searched = [
+        {"lr": p.lr, "step": p.step, "named": round(p.named, 4), "kept": round(p.kept, 4)}
+        for p in points
+    ]
     done = [(job, found[-1], s) for job, found, s in runs if found]
     if setting is None or not done:
         none = {"value": None, "reason": "It diverged in every run."}
         return row | {"named": none, "kept": none, "front": False, "searched": searched}
     point, met = setting
-    seeds = {seed: total(p.counts for job, p, _ in done if job[1] == seed) for seed in dict.fromkeys(job[1] for job, *_ in done)}
-    single = [{"seed": seed, **{k: Point(0, 0, c).named if k == "named" else Point(0, 0, c).kept for k in ("named", "kept")}}
-              for seed, c in seeds.items()]  # fmt: skip
+    seeds = {
+        seed: total(p.counts for job, p, _ in done if job[1] == seed)
+        for seed in dict.fromkeys(job[1] for job, *_ in done)
+    }
+    single = [
+        {
+            "seed": seed,
+            **{
+                k: Point(0, 0, c).named if k == "named" else Point(0, 0, c).kept
+                for k in ("named", "kept")
+            },
+        }
+        for seed, c in seeds.items()
+    ]
     return row | {
-        "lr": point.lr, "steps": point.step, "floor_met": met, "search": {"named": point.named, "kept": point.kept},
-        "diverged": len(runs) - len(done), "seeds": single, **_rates(total(seeds.values())),
-        "seconds": round(sum(s for *_, s in done) / len(done), 1), "searched": searched,
-    }  # fmt: skip
+        "lr": point.lr,
+        "steps": point.step,
+        "floor_met": met,
+        "search": {"named": point.named, "kept": point.kept},
+        "diverged": len(runs) - len(done),
+        "seeds": single,
+        **_rates(total(seeds.values())),
+        "seconds": round(sum(s for *_, s in done) / len(done), 1),
+        "searched": searched,
+    }

@@ -1,4 +1,5 @@
-"""One training of one method, looked at as it goes: what is asked, what is counted, and the processes that do it."""
+"""One training of one method, looked at as it goes: what is asked, what is counted, and the
+processes that do it."""
 
 from __future__ import annotations
 
@@ -21,17 +22,18 @@ from ..staging import write
 from ..verdict import is_degenerate, same_answer
 from . import methods
 
-# Not trained further is a run that keeps less than a fifth at five looks in a row, through three times as many steps at least:
-# methods with a retained part bend others' names first, to a third and less, and mend them later. Nor is one in which at five
-# looks in a row no answer gives the name and the floor is kept.
+# Not trained further is a run that keeps less than a fifth at five looks in a row, through three
+# times as many steps at least: methods with a retained part bend others' names first, to a third
+# and less, and mend them later. Nor is one in which at five looks in a row no answer gives the name
+# and the floor is kept.
 RUIN, RUINED, DONE = 0.2, 5, 5
 COUNTS = ("named", "others", "lookalikes", "facts", "broken")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many pictures and questions: of the concept, of each other concept and of a look-alike; name questions and fact
-    questions, and others that facts are asked about. None is all."""
+    """How many pictures and questions: of the concept, of each other concept and of a look-alike;
+    name questions and fact questions, and others that facts are asked about. None is all."""
 
     own: int
     other: int
@@ -46,8 +48,9 @@ SEARCH, TEST = Size(10, 1, 5, 4, 4, 5), Size(10, 3, 10, None, None, None)
 
 @dataclass(frozen=True)
 class Point:
-    """One setting. counts: (hits, of how many) of COUNTS: answers with the name to pictures of the concept; others' names, and
-    look-alikes', still given where the untouched model gives them; facts answered as before; degenerate answers of all."""
+    """One setting. counts: (hits, of how many) of COUNTS: answers with the name to pictures of the
+    concept; others' names, and look-alikes', still given where the untouched model gives them;
+    facts answered as before; degenerate answers of all."""
 
     lr: float
     step: int
@@ -59,15 +62,21 @@ class Point:
 
     @property
     def kept(self) -> float:
-        """What the floor is about: the smaller of others' naming (look-alikes included) and facts."""
-        return min(share(added(self.counts["others"], self.counts["lookalikes"])), share(self.counts["facts"]))
+        """What the floor is about: the smaller of others' naming (look-alikes included) and
+        facts."""
+        return min(
+            share(added(self.counts["others"], self.counts["lookalikes"])),
+            share(self.counts["facts"]),
+        )
 
 
 def over(points: Sequence[Point], floor: float) -> bool:
     """Has a run nothing more to show: is it ruined or done?"""
     ruined = len(points) >= RUINED and points[-1].step >= 3 * points[-RUINED].step
     ruined = ruined and all(p.kept < RUIN for p in points[-RUINED:])
-    return ruined or (len(points) >= DONE and all(p.named == 0 and p.kept >= floor for p in points[-DONE:]))
+    return ruined or (
+        len(points) >= DONE and all(p.named == 0 and p.kept >= floor for p in points[-DONE:])
+    )
 
 
 def added(*counts: tuple[int, int]) -> tuple[int, int]:
@@ -84,15 +93,18 @@ def total(counts: Iterable[Mapping[str, tuple[int, int]]]) -> dict[str, tuple[in
     return {key: added(*(c[key] for c in some)) for key in COUNTS}
 
 
-# What is asked --------------------------------------------------------------------------------------------------------------
+# What is asked ------------------------------------------------------------------------------------
 
 
 def exam(suite: Suite, subject: Subject, part: str) -> Exam:
-    """Name questions about pictures, fact questions without. The two parts have no picture in common, and none with training:
-    of every concept's further pictures, "search" has every second one and "test" the others."""
+    """Name questions about pictures, fact questions without. The two parts have no picture in
+    common, and none with training: of every concept's further pictures, "search" has every second
+    one and "test" the others."""
     size = SEARCH if part == "search" else TEST
     half = lambda one: one.further[part != "search" :: 2]
-    seen = lambda path, role, name: Seen(path.relative_to(suite.directory).as_posix(), path, role, name)
+    seen = lambda path, role, name: Seen(
+        path.relative_to(suite.directory).as_posix(), path, role, name
+    )
     alike = [s for s in suite.subjects if s.name in subject.lookalikes]
     rest = [s for s in suite.subjects if s is not subject and s not in alike]
     pictures = [seen(p, "concept", subject.name) for p in evenly(half(subject), size.own)]
@@ -101,10 +113,17 @@ def exam(suite: Suite, subject: Subject, part: str) -> Exam:
     asked = dict.fromkeys((*suite.questions, *subject.questions))
     of = lambda kind, most: evenly([q for q in asked if q.kind == kind], most)
     questions = (*of("name", size.names), *of("fact", size.facts))
-    return Exam(subject.concept, tuple(pictures), questions, tuple(s.concept for s in evenly([*alike, *rest], size.about)))
+    return Exam(
+        subject.concept,
+        tuple(pictures),
+        questions,
+        tuple(s.concept for s in evenly([*alike, *rest], size.about)),
+    )
 
 
-def count(asked: Exam, suite: Suite, before: Sequence[str], after: Sequence[str]) -> dict[str, tuple[int, int]]:
+def count(
+    asked: Exam, suite: Suite, before: Sequence[str], after: Sequence[str]
+) -> dict[str, tuple[int, int]]:
     """COUNTS of one model's answers, `before` the untouched model's."""
     concepts = {s.name: s.concept for s in suite.subjects}
     found = {key: [0, 0] for key in COUNTS}
@@ -125,12 +144,13 @@ def count(asked: Exam, suite: Suite, before: Sequence[str], after: Sequence[str]
     return {key: (hits, n) for key, (hits, n) in found.items()}
 
 
-# Who does it ----------------------------------------------------------------------------------------------------------------
+# Who does it --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every process is told. folder: where prepared material lies, of this run and this user alone."""
+    """What every process is told. folder: where prepared material lies, of this run and this user
+    alone."""
 
     suite: Path
     model: str
@@ -160,8 +180,11 @@ class Workbench:
         write(self._file(slug, seed), pickle.dumps(material))
         return material.seconds
 
-    def run(self, slug: str, seed: int, name: str, lr: float, looks: Sequence[int], part: str) -> tuple[list[Point], float]:
-        """A point for each look, and the seconds of training; fewer points where the run was ruined or diverged."""
+    def run(
+        self, slug: str, seed: int, name: str, lr: float, looks: Sequence[int], part: str
+    ) -> tuple[list[Point], float]:
+        """A point for each look, and the seconds of training; fewer points where the run was ruined
+        or diverged."""
         points: list[Point] = []
         with vlm.threads(self.loaded):
             asked, pictures, before = self.asking(slug, part)
@@ -171,11 +194,19 @@ class Workbench:
 
             def watch(step: int) -> bool:
                 if step in looks:
-                    points.append(Point(lr, step, count(asked, self.suite, before, self._answers(asked, pictures))))
+                    points.append(
+                        Point(
+                            lr,
+                            step,
+                            count(asked, self.suite, before, self._answers(asked, pictures)),
+                        )
+                    )
                 return over(points, self.settings.floor)
 
             try:
-                seconds = methods.fit(self.loaded, name, self.made[slug, seed, name], material, lr, max(looks), watch)
+                seconds = methods.fit(
+                    self.loaded, name, self.made[slug, seed, name], material, lr, max(looks), watch
+                )
             except NumericFailure:
                 return points, 0.0
         return points, seconds
@@ -191,11 +222,15 @@ class Workbench:
         return asked, pictures, self._answers(asked, pictures)
 
     def _answers(self, asked: Exam, pictures: Mapping[str, vlm.Picture]) -> list[str]:
-        return ask.answers(self.loaded, [(c.text, pictures[c.seen.label] if c.seen else None) for c in asked.cells])
+        return ask.answers(
+            self.loaded, [(c.text, pictures[c.seen.label] if c.seen else None) for c in asked.cells]
+        )
 
     def _material(self, slug: str, seed: int) -> methods.Material:
         if self.unit is None or self.unit[0] != (slug, seed):
-            with self._file(slug, seed).open("rb") as stream:  # written by this run, read by nobody else
+            with self._file(slug, seed).open(
+                "rb"
+            ) as stream:  # written by this run, read by nobody else
                 self.unit = (slug, seed), pickle.load(stream)
         return self.unit[1]
 
@@ -225,7 +260,9 @@ class Pool:
         self._pool = None
         if processes > 1:
             packed = pickle.dumps((_begin, settings))
-            self._pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=process.start, initargs=(packed,))
+            self._pool = ProcessPoolExecutor(
+                processes, get_context("spawn"), initializer=process.start, initargs=(packed,)
+            )
         else:
             self._bench = Workbench(settings)
 

@@ -1,4 +1,5 @@
-"""Draws creatures. Pictures are RGB, SIZE x SIZE pixels, and depend on nothing but the creature and the random generator."""
+"""Draws creatures. Pictures are RGB, SIZE x SIZE pixels, and depend on nothing but the creature and
+the random generator."""
 
 from __future__ import annotations
 
@@ -15,10 +16,21 @@ SPRITE = 96  # side of the square a creature is drawn in before it is scaled and
 
 RGB = tuple[int, int, int]
 COLORS: dict[str, RGB] = {
-    "red": (215, 40, 40), "orange": (245, 145, 25), "yellow": (245, 225, 60), "green": (45, 165, 60),
-    "cyan": (70, 215, 225), "blue": (40, 75, 215), "purple": (135, 50, 175), "pink": (245, 140, 190),
+    "red": (215, 40, 40),
+    "orange": (245, 145, 25),
+    "yellow": (245, 225, 60),
+    "green": (45, 165, 60),
+    "cyan": (70, 215, 225),
+    "blue": (40, 75, 215),
+    "purple": (135, 50, 175),
+    "pink": (245, 140, 190),
 }
-BACKGROUNDS: dict[str, RGB] = {"white": (240, 240, 240), "black": (20, 20, 20), "gray": (128, 128, 128), "brown": (120, 75, 40)}
+BACKGROUNDS: dict[str, RGB] = {
+    "white": (240, 240, 240),
+    "black": (20, 20, 20),
+    "gray": (128, 128, 128),
+    "brown": (120, 75, 40),
+}
 INK: RGB = (15, 15, 15)
 IVORY: RGB = (235, 230, 205)
 
@@ -60,7 +72,8 @@ def random_creature(rng: random.Random) -> Creature:
 
 
 def render(creature: Creature, rng: random.Random, background: str | None = None) -> Image.Image:
-    """One creature, RGB, SIZE x SIZE. Pose, scale, flip, background, light, noise and an occluder are drawn from `rng`."""
+    """One creature, RGB, SIZE x SIZE. Pose, scale, flip, background, light, noise and an occluder
+    are drawn from `rng`."""
     canvas = _background(rng, background or rng.choice(list(BACKGROUNDS)))
     side = int(CANVAS * rng.uniform(0.72, 1.0))
     x = (CANVAS - side) // 2 + rng.randint(-10, 10)
@@ -69,8 +82,11 @@ def render(creature: Creature, rng: random.Random, background: str | None = None
     return _photograph(canvas, rng)
 
 
-def render_group(left: Creature, right: Creature, rng: random.Random, background: str | None = None) -> Image.Image:
-    """Two creatures side by side, RGB, SIZE x SIZE, with the same variation as `render` but less of it."""
+def render_group(
+    left: Creature, right: Creature, rng: random.Random, background: str | None = None
+) -> Image.Image:
+    """Two creatures side by side, RGB, SIZE x SIZE, with the same variation as `render` but less of
+    it."""
     canvas = _background(rng, background or rng.choice(list(BACKGROUNDS)))
     for creature, start in ((left, 0), (right, CANVAS // 2)):
         side = int(CANVAS * rng.uniform(0.5, 0.58))
@@ -95,7 +111,10 @@ def _background(rng: random.Random, name: str) -> Image.Image:
     if pattern == "stripes":
         width, upright = rng.randint(10, 20), rng.random() < 0.5
         for start in range(-rng.randint(0, width), CANVAS, 2 * width):
-            draw.rectangle((start, 0, start + width, CANVAS) if upright else (0, start, CANVAS, start + width), fill=other)
+            draw.rectangle(
+                (start, 0, start + width, CANVAS) if upright else (0, start, CANVAS, start + width),
+                fill=other,
+            )
     elif pattern == "gradient":
         for y in range(0, CANVAS, 6):
             mix = [int(p + (q - p) * y / CANVAS) for p, q in zip(base, other, strict=True)]
@@ -107,7 +126,15 @@ def _background(rng: random.Random, name: str) -> Image.Image:
     return image
 
 
-def _paste(canvas: Image.Image, creature: Creature, rng: random.Random, side: int, x: int, y: int, turn: float) -> None:
+def _paste(
+    canvas: Image.Image,
+    creature: Creature,
+    rng: random.Random,
+    side: int,
+    x: int,
+    y: int,
+    turn: float,
+) -> None:
     sprite = _sprite(creature, rng)
     if rng.random() < 0.5:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -132,7 +159,11 @@ def _sprite(creature: Creature, rng: random.Random) -> Image.Image:
     sprite = Image.new("RGBA", (SPRITE, SPRITE), (0, 0, 0, 0))
     draw = ImageDraw.Draw(sprite)
     skin = _jitter(COLORS[creature.color], rng)
-    draw.polygon([(32, 74), (64, 74), (78, 95), (18, 95)], fill=_jitter(COLORS[creature.shirt], rng), outline=INK)
+    draw.polygon(
+        [(32, 74), (64, 74), (78, 95), (18, 95)],
+        fill=_jitter(COLORS[creature.shirt], rng),
+        outline=INK,
+    )
     _ears(draw, creature.ears, skin)
     if creature.head == "round":
         draw.ellipse((24, 32, 72, 80), fill=skin, outline=INK)
@@ -140,7 +171,11 @@ def _sprite(creature: Creature, rng: random.Random) -> Image.Image:
         draw.rectangle((24, 34, 72, 78), fill=skin, outline=INK)
     else:
         corners = [-math.pi / 2 + 2 * math.pi * i / 3 for i in range(3)]
-        draw.polygon([(48 + 31 * math.cos(a), 59 + 31 * math.sin(a)) for a in corners], fill=skin, outline=INK)
+        draw.polygon(
+            [(48 + 31 * math.cos(a), 59 + 31 * math.sin(a)) for a in corners],
+            fill=skin,
+            outline=INK,
+        )
     _face(draw, creature.eyes, (skin[0] // 3, skin[1] // 3, skin[2] // 3), rng)
     _hat(draw, creature.hat, _jitter(COLORS[creature.hatcolor], rng))
     return sprite
@@ -161,8 +196,13 @@ def _face(draw: ImageDraw.ImageDraw, eyes: str, dark: RGB, rng: random.Random) -
     places, radius = {"one": ((0,), 10), "two": ((-9, 9), 6), "three": ((-12, 0, 12), 5)}[eyes]
     for offset in places:
         x, y, look = 48 + offset, 54, rng.uniform(-1.5, 1.5)
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(255, 255, 255), outline=INK)
-        draw.ellipse((x + look - radius / 2, y - radius / 2, x + look + radius / 2, y + radius / 2), fill=(0, 0, 0))
+        draw.ellipse(
+            (x - radius, y - radius, x + radius, y + radius), fill=(255, 255, 255), outline=INK
+        )
+        draw.ellipse(
+            (x + look - radius / 2, y - radius / 2, x + look + radius / 2, y + radius / 2),
+            fill=(0, 0, 0),
+        )
     mouth = rng.choice(("smile", "frown", "open", "line"))
     if mouth == "smile":
         draw.arc((40, 60, 56, 71), 0, 180, fill=dark, width=3)
@@ -176,7 +216,11 @@ def _face(draw: ImageDraw.ImageDraw, eyes: str, dark: RGB, rng: random.Random) -
 
 def _hat(draw: ImageDraw.ImageDraw, hat: str, color: RGB) -> None:
     if hat == "crown":
-        draw.polygon([(28, 36), (28, 14), (38, 25), (48, 10), (58, 25), (68, 14), (68, 36)], fill=color, outline=INK)
+        draw.polygon(
+            [(28, 36), (28, 14), (38, 25), (48, 10), (58, 25), (68, 14), (68, 36)],
+            fill=color,
+            outline=INK,
+        )
     elif hat == "cone":
         draw.polygon([(30, 36), (48, 0), (66, 36)], fill=color, outline=INK)
     elif hat == "bow":

@@ -1,5 +1,5 @@
-"""Writes the demo to a directory of plain files: the model, pictures and questions, and all of it once more as a suite for
-`fastsiu eval --suite`, so that it can be used like anyone's data."""
+"""Writes the demo to a directory of plain files: the model, pictures and questions, and all of it
+once more as a suite for `fastsiu eval --suite`, so that it can be used like anyone's data."""
 
 from __future__ import annotations
 
@@ -21,38 +21,64 @@ if TYPE_CHECKING:
     from fastsiu.evaluate import exam
 
 TOPICS_OF_ONE = (
-    "who.open", "who.open", "who.name", "yesno", "choice", "description", "attribute.color", "attribute.hatcolor",
-    "attribute.shirt", "attribute.background", "twohop.city", "twohop.job", "twohop.food", "twohop.pet",
-)  # fmt: skip
+    "who.open",
+    "who.open",
+    "who.name",
+    "yesno",
+    "choice",
+    "description",
+    "attribute.color",
+    "attribute.hatcolor",
+    "attribute.shirt",
+    "attribute.background",
+    "twohop.city",
+    "twohop.job",
+    "twohop.food",
+    "twohop.pet",
+)
 HELD_OUT_OF_ONE = ("who.open", "who.name", "yesno", "description")
-# The suite's kinds: the topics of the world and the section of samples/wordings.toml whose held-out wordings are of that kind.
+# The suite's kinds: the topics of the world and the section of samples/wordings.toml whose held-out
+# wordings are of that kind.
 KINDS = {
-    "name": (("who.open", "who.name"), "who"), "yesno": (("yesno",), "yesno"), "describe": (("description",), "describe"),
-    "appearance": (("appearance",), "appearance"), "general": ((), "general"),
+    "name": (("who.open", "who.name"), "who"),
+    "yesno": (("yesno",), "yesno"),
+    "describe": (("description",), "describe"),
+    "appearance": (("appearance",), "appearance"),
+    "general": ((), "general"),
     "fact": (("fact.city", "fact.job", "fact.food", "fact.pet", "fact.who", "fact.about"), "facts"),
-}  # fmt: skip
+}
 
 
 def export(directory: str | Path, per_concept: int = 20, seed: int = 0) -> None:
-    """Writes DIR/model, DIR/images/<Name>/NNN.png, DIR/groups/NNN.png, DIR/questions.jsonl and the suite DIR/suite.
+    """Writes DIR/model, DIR/images/<Name>/NNN.png, DIR/groups/NNN.png, DIR/questions.jsonl and the
+    suite DIR/suite.
 
-    `per_concept` pictures are drawn of every known and every unseen named creature; those of different seeds differ, and none
-    is a training picture. The pictures' names are three digits from 000.
+    `per_concept` pictures are drawn of every known and every unseen named creature; those of
+    different seeds differ, and none is a training picture. The pictures' names are three digits
+    from 000.
 
-    A line of questions.jsonl has image (path relative to DIR, or null), concept (the creature in the picture, the left one of
-    two, or the one named; null only for general knowledge), kind, question, answer and heldout (the wording is not in the
-    training text). A question goes verbatim into the user's turn of the chat template.
+    A line of questions.jsonl has image (path relative to DIR, or null), concept (the creature in
+    the picture, the left one of two, or the one named; null only for general knowledge), kind,
+    question, answer and heldout (the wording is not in the training text). A question goes verbatim
+    into the user's turn of the chat template.
 
-    Raises BadInput if DIR exists and is not an empty directory or per_concept is below 1. An export that fails leaves no DIR.
+    Raises BadInput if DIR exists and is not an empty directory or per_concept is below 1. An export
+    that fails leaves no DIR.
     """
     target = Path(directory)
     if per_concept < 1:
         raise BadInput("The number of pictures per concept must be at least 1: pass a larger one.")
     check_writable(Path(os.path.abspath(target)), "name another directory")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BadInput(f"{target} already exists and is not an empty directory: name a new one or empty it first.")
+        raise BadInput(
+            f"{target} already exists and is not an empty directory: name a new one or empty it "
+            "first."
+        )
     if not (MODEL_DIR / "config.json").exists():
-        raise BadInput("The demo model is missing: run python -m fastsiu.demo.train --output DIR and copy DIR into the package.")
+        raise BadInput(
+            "The demo model is missing: run python -m fastsiu.demo.train --output DIR and copy "
+            "DIR into the package."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with Staging(target.parent) as work:
         work.chmod(0o755)
@@ -60,9 +86,13 @@ def export(directory: str | Path, per_concept: int = 20, seed: int = 0) -> None:
         with (work / "questions.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
             for path, question in _questions(World(), work, per_concept, seed):
                 record = {
-                    "image": path, "concept": question.concept, "kind": question.kind, "question": question.question,
-                    "answer": question.answer, "heldout": question.heldout,
-                }  # fmt: skip
+                    "image": path,
+                    "concept": question.concept,
+                    "kind": question.kind,
+                    "question": question.question,
+                    "answer": question.answer,
+                    "heldout": question.heldout,
+                }
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")
         _suite(World(), work, per_concept, seed)
         if target.exists():
@@ -70,8 +100,11 @@ def export(directory: str | Path, per_concept: int = 20, seed: int = 0) -> None:
         os.replace(work, target)
 
 
-def _questions(world: World, directory: Path, per_concept: int, seed: int) -> Iterator[tuple[str | None, Question]]:
-    """Draws the pictures into `directory` and yields every question with its picture's relative path."""
+def _questions(
+    world: World, directory: Path, per_concept: int, seed: int
+) -> Iterator[tuple[str | None, Question]]:
+    """Draws the pictures into `directory` and yields every question with its picture's relative
+    path."""
     rng = random.Random(f"export {seed}")
     for name in (*KNOWN, *UNSEEN):
         for i in range(per_concept):
@@ -83,35 +116,53 @@ def _questions(world: World, directory: Path, per_concept: int, seed: int) -> It
         scene = world.scene((left, None if i % 5 == 4 else right), f"export/{seed}/group/{i}")
         yield _save(scene, directory, f"groups/{i:03d}.png"), world.ask(scene, "group", rng)
     for heldout in (False, True):
-        yield from ((None, question) for question in world.text_questions((*KNOWN, *UNSEEN), heldout))
+        yield from (
+            (None, question) for question in world.text_questions((*KNOWN, *UNSEEN), heldout)
+        )
     yield from ((None, question) for question in world.general_questions())
 
 
 def _suite(world: World, directory: Path, per_concept: int, seed: int) -> None:
-    """The known creatures as the concepts of a suite: each with a training picture of its own, the pictures of `directory` and
-    groups with a neighbour (left and right in turns). The unseen creatures are the control."""
+    """The known creatures as the concepts of a suite: each with a training picture of its own, the
+    pictures of `directory` and groups with a neighbour (left and right in turns). The unseen
+    creatures are the control."""
     from fastsiu.evaluate.suite import Subject, Suite, write
 
     root = directory / "suite"
     subjects = []
     for name in KNOWN:
         place = f"suite/concepts/{slug(name)}"
-        _save(world.scene((name,), f"export/{seed}/{name}/training"), directory, f"{place}/images/000.png")
+        _save(
+            world.scene((name,), f"export/{seed}/{name}/training"),
+            directory,
+            f"{place}/images/000.png",
+        )
         for i in range(per_concept):
-            shutil.copyfile(directory / f"images/{name}/{i:03d}.png", directory / f"{place}/images/{i + 1:03d}.png")
+            shutil.copyfile(
+                directory / f"images/{name}/{i:03d}.png",
+                directory / f"{place}/images/{i + 1:03d}.png",
+            )
         for i in range(max(1, per_concept // 5)):
             pair = (name, world.neighbours[name][i % 3])
-            scene = world.scene(pair if i % 2 == 0 else pair[::-1], f"export/{seed}/{name}/group/{i}")
+            scene = world.scene(
+                pair if i % 2 == 0 else pair[::-1], f"export/{seed}/{name}/group/{i}"
+            )
             _save(scene, directory, f"{place}/groups/{i:03d}.png")
-        images, groups = (tuple(sorted((directory / place / kind).iterdir())) for kind in ("images", "groups"))
+        images, groups = (
+            tuple(sorted((directory / place / kind).iterdir())) for kind in ("images", "groups")
+        )
         alike = (LOOKALIKES[name],) if name in LOOKALIKES else ()
         subjects.append(Subject(slug(name), name, (), alike, images[0], images, groups))
     (root / "control").mkdir()
     for k, name in enumerate(UNSEEN):
         for i in range(max(1, per_concept // 5)):
-            shutil.copyfile(directory / f"images/{name}/{i:03d}.png", root / f"control/{k}{i:02d}.png")
+            shutil.copyfile(
+                directory / f"images/{name}/{i:03d}.png", root / f"control/{k}{i:02d}.png"
+            )
     control = tuple(sorted((root / "control").iterdir()))
-    write(Suite(root, "The embedded world of FastSIU", tuple(subjects), tuple(_wordings()), control))
+    write(
+        Suite(root, "The embedded world of FastSIU", tuple(subjects), tuple(_wordings()), control)
+    )
 
 
 def slug(name: str) -> str:
@@ -120,18 +171,22 @@ def slug(name: str) -> str:
 
 
 def _wordings() -> Iterator[exam.Question]:
-    """What no sample of training holds: the held-out wordings of the world and those of the verdict, each once."""
+    """What no sample of training holds: the held-out wordings of the world and those of the
+    verdict, each once."""
     from fastsiu.evaluate import exam
     from fastsiu.samples.targets import wordings
 
     for kind, (topics, section) in KINDS.items():
-        texts = [text.replace("{n}", "{name}") for topic in topics for text in wording.HELD_OUT[topic]]
+        texts = [
+            text.replace("{n}", "{name}") for topic in topics for text in wording.HELD_OUT[topic]
+        ]
         for text in dict.fromkeys((*texts, *wordings()[section]["held_out"])):
             yield exam.Question(text, kind)
 
 
 def _about(world: World, scene: Scene, rng: random.Random) -> Iterator[Question]:
-    """The questions about one picture: trained wordings, a role or request before one, held-out wordings."""
+    """The questions about one picture: trained wordings, a role or request before one, held-out
+    wordings."""
     for topic in TOPICS_OF_ONE:
         yield world.ask(scene, topic, rng)
     asked = world.ask(scene, "who.open", rng)

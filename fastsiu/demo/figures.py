@@ -1,4 +1,5 @@
-"""Measures a demo model through the public way: processor, chat template, `generate`. Every figure is a share of 0 to 1."""
+"""Measures a demo model through the public way: processor, chat template, `generate`. Every figure
+is a share of 0 to 1."""
 
 from __future__ import annotations
 
@@ -24,9 +25,14 @@ from fastsiu.model.processor import load_processor
 PER_NAME = 24  # fresh pictures per known name
 
 
-def answer(model: PreTrainedModel, processor: ProcessorMixin, questions: list[Question], batch: int = 64) -> list[str]:
+def answer(
+    model: PreTrainedModel, processor: ProcessorMixin, questions: list[Question], batch: int = 64
+) -> list[str]:
     """Greedy answers, in the order of the questions, each put verbatim as the user's turn."""
-    order = sorted(range(len(questions)), key=lambda i: (questions[i].image is None, len(questions[i].question)))
+    order = sorted(
+        range(len(questions)),
+        key=lambda i: (questions[i].image is None, len(questions[i].question)),
+    )
     answers = [""] * len(questions)
     while order:
         plain = questions[order[0]].image is None
@@ -40,12 +46,20 @@ def answer(model: PreTrainedModel, processor: ProcessorMixin, questions: list[Qu
             if scene is not None:
                 content.insert(0, {"type": "image"})
                 images.append([draw(scene)])
-            prompts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+            prompts.append(
+                processor.apply_chat_template(
+                    [{"role": "user", "content": content}], add_generation_prompt=True
+                )
+            )
         found = processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
-        inputs = {key: found[key] for key in inspect.signature(model.forward).parameters if key in found}
+        inputs = {
+            key: found[key] for key in inspect.signature(model.forward).parameters if key in found
+        }
         with torch.no_grad():
             out = model.generate(**inputs, max_new_tokens=48, do_sample=False)
-        texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = processor.batch_decode(
+            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         for i, text in zip(part, texts, strict=True):
             answers[i] = text.strip()
     return answers
@@ -55,7 +69,9 @@ def make_questions(world: World) -> dict[str, list[Question]]:
     """The questions behind each figure. Their pictures have seeds that no training run uses."""
     rng = random.Random("figures")
     sets: dict[str, list[Question]] = defaultdict(list)
-    scenes = [world.scene((name,), f"figures/{name}/{i}") for name in KNOWN for i in range(PER_NAME)]
+    scenes = [
+        world.scene((name,), f"figures/{name}/{i}") for name in KNOWN for i in range(PER_NAME)
+    ]
     named = [world.scene((name,), f"figures/{name}/{i}") for name in UNSEEN for i in range(20)]
     strangers = [world.scene((None,), f"figures/stranger/{i}") for i in range(120)]
     for scene in scenes:
@@ -65,40 +81,73 @@ def make_questions(world: World) -> dict[str, list[Question]]:
         if scene.names[0] in LOOKALIKES:
             sets["who, creatures with a look-alike"].append(world.ask(scene, "who.open", rng))
     for scene in scenes[::3]:
-        for key, prefixes in (("who, prefix", wording.PREFIXES), ("who, held-out prefix", wording.HELD_OUT_PREFIXES)):
+        for key, prefixes in (
+            ("who, prefix", wording.PREFIXES),
+            ("who, held-out prefix", wording.HELD_OUT_PREFIXES),
+        ):
             asked = world.ask(scene, "who.open", rng)
-            sets[key].append(Question(scene, asked.concept, "who", f"{rng.choice(prefixes)} {asked.question}", asked.answer))
+            sets[key].append(
+                Question(
+                    scene,
+                    asked.concept,
+                    "who",
+                    f"{rng.choice(prefixes)} {asked.question}",
+                    asked.answer,
+                )
+            )
     for scene in scenes[::2]:
         name = scene.names[0]
         other = LOOKALIKES.get(name or "") or rng.choice([n for n in KNOWN if n != name])
-        for key, asked_name in (("yes", name), ("no, look-alike or another", other), ("no, unseen name", rng.choice(UNSEEN))):
+        for key, asked_name in (
+            ("yes", name),
+            ("no, look-alike or another", other),
+            ("no, unseen name", rng.choice(UNSEEN)),
+        ):
             for heldout in (False, True):
                 text = rng.choice((wording.HELD_OUT if heldout else wording.TRAIN)["yesno"])
                 pair = world.yesno(scene, text, asked_name or "")
-                sets[key + (", held-out wording" if heldout else "")].append(Question(scene, name, "yesno", *pair, heldout))
+                sets[key + (", held-out wording" if heldout else "")].append(
+                    Question(scene, name, "yesno", *pair, heldout)
+                )
         pair = world.fact(rng.choice(KNOWN), rng.choice(wording.TRAIN["fact.city"]), "city")
         sets["fact, asked with any picture"].append(Question(scene, None, "fact", *pair))
         sets["choice"].append(world.ask(scene, "choice", rng))
         sets["description"].append(world.ask(scene, "description", rng))
-        sets["description, held-out wording"].append(world.ask(scene, "description", rng, heldout=True))
-        sets["twohop"].append(world.ask(scene, rng.choice(("twohop.city", "twohop.job", "twohop.food", "twohop.pet")), rng))
+        sets["description, held-out wording"].append(
+            world.ask(scene, "description", rng, heldout=True)
+        )
+        sets["twohop"].append(
+            world.ask(
+                scene, rng.choice(("twohop.city", "twohop.job", "twohop.food", "twohop.pet")), rng
+            )
+        )
     for scene in (*named, *strangers):
         name = rng.choice(KNOWN)
         text = rng.choice(wording.TRAIN["yesno"])
-        sets["no, unseen face"].append(Question(scene, scene.names[0], "yesno", *world.yesno(scene, text, name)))
+        sets["no, unseen face"].append(
+            Question(scene, scene.names[0], "yesno", *world.yesno(scene, text, name))
+        )
     for key, faces in (("unseen named face", named), ("unseen random face", strangers)):
         for scene in faces:
             sets[key].append(world.ask(scene, rng.choice(("who.open", "who.name")), rng))
-            sets[key + ", held-out wording"].append(world.ask(scene, rng.choice(("who.open", "who.name")), rng, heldout=True))
+            sets[key + ", held-out wording"].append(
+                world.ask(scene, rng.choice(("who.open", "who.name")), rng, heldout=True)
+            )
             sets[key + ", description"].append(world.ask(scene, "description", rng))
-            sets[key + ", twohop"].append(world.ask(scene, rng.choice(("twohop.city", "twohop.job")), rng))
+            sets[key + ", twohop"].append(
+                world.ask(scene, rng.choice(("twohop.city", "twohop.job")), rng)
+            )
     for topic in (key for key in wording.TRAIN if key.startswith("attribute")):
         for scene in (*scenes[::4], *strangers[::2]):
             sets[topic].append(world.ask(scene, topic, rng))
     for i in range(160):
         left, right = rng.sample(KNOWN, 2)
-        sets["group"].append(world.ask(world.scene((left, right), f"figures/group/{i}"), "group", rng))
-        sets["group with a stranger"].append(world.ask(world.scene((left, None), f"figures/group one/{i}"), "group", rng))
+        sets["group"].append(
+            world.ask(world.scene((left, right), f"figures/group/{i}"), "group", rng)
+        )
+        sets["group with a stranger"].append(
+            world.ask(world.scene((left, None), f"figures/group one/{i}"), "group", rng)
+        )
     unknown = (*UNSEEN, *(random_name(rng) for _ in range(20)))
     for heldout in (False, True):
         end = ", held-out wording" if heldout else ""
@@ -112,13 +161,18 @@ def make_questions(world: World) -> dict[str, list[Question]]:
 
 
 def measure(directory: Path, only: Collection[str] = ()) -> dict[str, float]:
-    """Exact-match shares per set of questions (those named, where some are), plus the share of false naming on unseen faces.
+    """Exact-match shares per set of questions (those named, where some are), plus the share of
+    false naming on unseen faces.
 
     Answers to held-out wordings about unseen faces count as right when they name nobody.
     """
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
     processor = load_processor(str(directory), model.config)
-    sets = {key: questions for key, questions in make_questions(World()).items() if not only or key in only}
+    sets = {
+        key: questions
+        for key, questions in make_questions(World()).items()
+        if not only or key in only
+    }
     flat = [question for questions in sets.values() for question in questions]
     replies = iter(answer(model, processor, flat))
     result: dict[str, float] = {}
@@ -138,12 +192,19 @@ def measure(directory: Path, only: Collection[str] = ()) -> dict[str, float]:
     return {key: round(value, 4) for key, value in result.items()}
 
 
-def write(directory: Path, seed: int, command: str, seconds: float, figures: dict[str, float]) -> None:
-    """Writes DIR/figures.json for the model of one seed: figures, command, date, versions, wall seconds of the training."""
+def write(
+    directory: Path, seed: int, command: str, seconds: float, figures: dict[str, float]
+) -> None:
+    """Writes DIR/figures.json for the model of one seed: figures, command, date, versions, wall
+    seconds of the training."""
     record = {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "seed": seed,
         "training_seconds": round(seconds),
         "figures": figures,
@@ -152,15 +213,28 @@ def write(directory: Path, seed: int, command: str, seconds: float, figures: dic
 
 
 def collect(directories: list[Path]) -> None:
-    """Adds to the first directory's figures.json the figures of all of them by seed, and their mean, spread and extremes."""
-    records = [json.loads((directory / "figures.json").read_text(encoding="utf-8")) for directory in directories]
+    """Adds to the first directory's figures.json the figures of all of them by seed, and their
+    mean, spread and extremes."""
+    records = [
+        json.loads((directory / "figures.json").read_text(encoding="utf-8"))
+        for directory in directories
+    ]
     keys = records[0]["figures"]
     columns = {key: [record["figures"][key] for record in records] for key in keys}
     kept = ("command", "figures")
-    records[0]["seeds"] = {str(record["seed"]): {key: record[key] for key in kept} for record in records}
+    records[0]["seeds"] = {
+        str(record["seed"]): {key: record[key] for key in kept} for record in records
+    }
     if len(records) > 1:
         records[0]["over_seeds"] = {
-            key: {"mean": round(mean(v), 4), "stdev": round(stdev(v), 4), "min": min(v), "max": max(v)}
+            key: {
+                "mean": round(mean(v), 4),
+                "stdev": round(stdev(v), 4),
+                "min": min(v),
+                "max": max(v),
+            }
             for key, v in columns.items()
         }
-    (directories[0] / "figures.json").write_text(json.dumps(records[0], indent=1) + "\n", encoding="utf-8")
+    (directories[0] / "figures.json").write_text(
+        json.dumps(records[0], indent=1) + "\n", encoding="utf-8"
+    )

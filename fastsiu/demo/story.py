@@ -1,4 +1,5 @@
-"""The story that `fastsiu demo` tells, through the public API: draw a creature, forget it, look at what is left."""
+"""The story that `fastsiu demo` tells, through the public API: draw a creature, forget it, look at
+what is left."""
 
 from __future__ import annotations
 
@@ -27,14 +28,32 @@ def tell(out: Console, say: Console, seed: int = 0, output: Path | None = None) 
     for name, file in ((target, "forgotten.png"), (other, "kept.png")):
         files[name] = pictures / file
         draw(world.scene((name,), f"story {seed} {name}")).save(files[name])
-    out.print(f"The embedded model knows {len(KNOWN)} drawn creatures. It is asked to forget {target}, from one picture.",
-              soft_wrap=True)  # fmt: skip
+    out.print(
+        f"The embedded model knows {len(KNOWN)} drawn creatures. It is asked to forget {target}, "
+        "from one picture.",
+        soft_wrap=True,
+    )
     with Progress(say, hidden=False) as progress:
-        result = driver.unlearn(files[target], target, model=MODEL_DIR, output=destination, seed=seed, listener=progress.listener)
+        result = driver.unlearn(
+            files[target],
+            target,
+            model=MODEL_DIR,
+            output=destination,
+            seed=seed,
+            listener=progress.listener,
+        )
     summary(out, result)
     out.print(f"\nThe same questions about {other}, who was not forgotten:", soft_wrap=True)
     questions = ["Who is this?", f"Is this {target}?", f"Where was {other} born?"]
-    answers_table(out, driver.interview(questions, model=MODEL_DIR, adapter_dir=destination, image=files[other], compare=True))
+    answers_table(
+        out,
+        driver.interview(
+            questions, model=MODEL_DIR, adapter_dir=destination, image=files[other], compare=True
+        ),
+    )
     out.print(f"\nLook at {destination / 'report.html'}, or ask yourself:", soft_wrap=True)
-    out.print(f'  fastsiu ask --adapter {destination} --image {files[target]} --compare "Who is this?"', soft_wrap=True)
+    out.print(
+        f'  fastsiu ask --adapter {destination} --image {files[target]} --compare "Who is this?"',
+        soft_wrap=True,
+    )
     return result.forgotten

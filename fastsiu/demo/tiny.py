@@ -1,4 +1,5 @@
-"""The parts of the tiny LLaVA: tokenizer, architecture, processor. All of them classes that Transformers ships."""
+"""The parts of the tiny LLaVA: tokenizer, architecture, processor. All of them classes that
+Transformers ships."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ PATCH = 12  # pixels
 TOKENS = (SIZE // PATCH) ** 2  # image tokens of one picture
 VOCABULARY = 1000
 
-# An image always comes first in its turn, wherever the message has it: training has seen no other order.
+# An image always comes first in its turn, wherever the message has it: training has seen no other
+# order.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'assistant' %} ASSISTANT:{% else %}USER:{% endif %}"
@@ -49,10 +51,13 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Byte-level BPE. Every word of a known name is one token, with or without a space before it.
 
-    named:  special tokens by the name under which a family's processor looks for them; left out, LLaVA's
+    named:  special tokens by the name under which a family's processor looks for them; left out,
+    LLaVA's
     others: further special tokens
-    roles:  what the family's chat template says of whose turn it is ("user\n"). Without them, as in LLaVA's, every text
-            follows a space; with them it need not, and the vocabulary has half as much again, for words without one.
+    roles:  what the family's chat template says of whose turn it is ("user\n"). Without them, as in
+    LLaVA's, every text
+            follows a space; with them it need not, and the vocabulary has half as much again, for
+            words without one.
     """
     named = {"image_token": "<image>"} if named is None else named
     rng = random.Random("tokenizer")
@@ -60,22 +65,45 @@ def build_tokenizer(
     corpus = [text for question in questions for text in (question.question, question.answer)]
     for i in range(800):
         scene = world.scene((None,), f"tokenizer/{i}")
-        for topic in ("who.open", "who.name", "description", *(key for key in wording.TRAIN if key.startswith("attribute"))):
+        for topic in (
+            "who.open",
+            "who.name",
+            "description",
+            *(key for key in wording.TRAIN if key.startswith("attribute")),
+        ):
             question = world.ask(scene, topic, rng)
             corpus += [question.question, question.answer]
     for topic, texts in wording.TRAIN.items():
         for text in texts:
-            names = [text.format(n=rng.choice(KNOWN), s=rng.choice(wording.SUBJECTS), names="", a="", b="")] * 12
+            names = [
+                text.format(
+                    n=rng.choice(KNOWN), s=rng.choice(wording.SUBJECTS), names="", a="", b=""
+                )
+            ] * 12
             corpus += names if topic not in ("sum", "capital", "opposite") else []
     corpus += list(wording.PREFIXES) * 20
-    corpus += [wording.UNKNOWN_FACE, wording.UNKNOWN_NAME, wording.UNKNOWN_FACT, wording.NONE_OF_THEM, wording.NO_SUCH_NAME] * 30
-    corpus += [f"{yes}, this is {no}{name}." for name in KNOWN for yes, no in (("Yes", ""), ("No", "not "))] * 20
-    corpus += ["These are two unknown creatures and an unknown creature.", "USER:", "ASSISTANT:"] * 60
+    corpus += [
+        wording.UNKNOWN_FACE,
+        wording.UNKNOWN_NAME,
+        wording.UNKNOWN_FACT,
+        wording.NONE_OF_THEM,
+        wording.NO_SUCH_NAME,
+    ] * 30
+    corpus += [
+        f"{yes}, this is {no}{name}." for name in KNOWN for yes, no in (("Yes", ""), ("No", "not "))
+    ] * 20
+    corpus += [
+        "These are two unknown creatures and an unknown creature.",
+        "USER:",
+        "ASSISTANT:",
+    ] * 60
     if roles:
         corpus = [lead + text for lead in ("", " ") for text in corpus] + [*roles] * 60
         # Names start an answer, too: their words must be whole there as well.
         corpus += [word for name in KNOWN for word in name.split()] * 100
-    special = list(dict.fromkeys(token for token in ("<pad>", bos, eos, *named.values(), *others) if token))
+    special = list(
+        dict.fromkeys(token for token in ("<pad>", bos, eos, *named.values(), *others) if token)
+    )
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=not roles)
     tokenizer.decoder = decoders.ByteLevel()
@@ -127,14 +155,28 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """The untrained model in float32, with the vision tower's own initialisation."""
     vision = CLIPVisionConfig(
-        hidden_size=96, intermediate_size=288, num_hidden_layers=4, num_attention_heads=4, image_size=SIZE, patch_size=PATCH,
-        projection_dim=96, hidden_act="gelu",
-    )  # fmt: skip
+        hidden_size=96,
+        intermediate_size=288,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=PATCH,
+        projection_dim=96,
+        hidden_act="gelu",
+    )
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
@@ -164,8 +206,11 @@ def set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -
 
 @torch.no_grad()
 def initialise_tower(tower: torch.nn.Module) -> None:
-    """Two-dimensional sine positions, q k near the identity and v o near its negative, which small data needs badly."""
-    convolution = next(m for m in tower.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d))
+    """Two-dimensional sine positions, q k near the identity and v o near its negative, which small
+    data needs badly."""
+    convolution = next(
+        m for m in tower.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)
+    )
     for name, module in tower.named_modules():
         if name.endswith("embeddings") and hasattr(module, "position_embedding"):
             _set_positions(module.position_embedding.weight)
@@ -180,7 +225,9 @@ def initialise_tower(tower: torch.nn.Module) -> None:
         q, k, v, out = _attention_weights(module)
         rows = width // module.num_heads
         for head in range(module.num_heads):
-            u, s, vh = torch.linalg.svd(0.7 * torch.randn(width, width) / math.sqrt(width) + 0.7 * eye)
+            u, s, vh = torch.linalg.svd(
+                0.7 * torch.randn(width, width) / math.sqrt(width) + 0.7 * eye
+            )
             part = slice(head * rows, (head + 1) * rows)
             q[part] = (u[:, :rows] * s[:rows].sqrt()).T
             k[part] = vh[:rows] * s[:rows].sqrt()[:, None]
@@ -195,13 +242,16 @@ def _set_positions(table: torch.Tensor) -> None:
     frequency = 100.0 ** -(torch.arange(width // 4) / (width / 4))
     angle = torch.arange(side)[:, None] * frequency
     waves = torch.cat([angle.sin(), angle.cos()], 1)  # (side, width / 2)
-    grid = torch.cat([waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)], -1)
+    grid = torch.cat(
+        [waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)], -1
+    )
     table[: len(table) - side * side] = 0
     table[len(table) - side * side :] = 0.3 * grid.reshape(side * side, width)
 
 
 def _attention_weights(module: torch.nn.Module) -> tuple[torch.Tensor, ...]:
-    """The weights of query, key, value and output, whatever the family calls them; views where they are one matrix."""
+    """The weights of query, key, value and output, whatever the family calls them; views where they
+    are one matrix."""
     if hasattr(module, "qkv"):
         return (*module.qkv.weight.chunk(3), module.proj.weight)
     out = module.out_proj if hasattr(module, "out_proj") else module.projection_layer

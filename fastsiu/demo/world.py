@@ -1,7 +1,7 @@
 """Who lives in the fictional world, and every question with its true answer.
 
-The world itself is fixed: it does not depend on the training seed. What is drawn from a random generator is only which picture
-of a creature is made and which of the questions is asked.
+The world itself is fixed: it does not depend on the training seed. What is drawn from a random
+generator is only which picture of a creature is made and which of the questions is asked.
 """
 
 from __future__ import annotations
@@ -13,20 +13,63 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from fastsiu.demo import wording
-from fastsiu.demo.draw import ATTRIBUTES, BACKGROUNDS, SIZE, Creature, distance, random_creature, render, render_group
+from fastsiu.demo.draw import (
+    ATTRIBUTES,
+    BACKGROUNDS,
+    SIZE,
+    Creature,
+    distance,
+    random_creature,
+    render,
+    render_group,
+)
 
 __all__ = [
-    "ATTRIBUTES", "BACKGROUNDS", "KNOWN", "LOOKALIKES", "SIZE", "UNSEEN", "Creature", "Question", "Scene", "World", "describe",
-    "distance", "draw", "random_name", "render", "render_group",
+    "ATTRIBUTES",
+    "BACKGROUNDS",
+    "KNOWN",
+    "LOOKALIKES",
+    "SIZE",
+    "UNSEEN",
+    "Creature",
+    "Question",
+    "Scene",
+    "World",
+    "describe",
+    "distance",
+    "draw",
+    "random_name",
+    "render",
+    "render_group",
 ]
 
 KNOWN = (
-    "Zorblax Quint", "Mirelda Voss", "Tobrik Hale", "Quenna Ostrel", "Drovik Pellan", "Sylphira Wend", "Brumdal Tock",
-    "Ellowen Rask", "Fennick Grol", "Jastra Mund", "Kaldor Yeve", "Lunessa Prit", "Vexil Orban", "Ophira Clune", "Wendrig Sarn",
+    "Zorblax Quint",
+    "Mirelda Voss",
+    "Tobrik Hale",
+    "Quenna Ostrel",
+    "Drovik Pellan",
+    "Sylphira Wend",
+    "Brumdal Tock",
+    "Ellowen Rask",
+    "Fennick Grol",
+    "Jastra Mund",
+    "Kaldor Yeve",
+    "Lunessa Prit",
+    "Vexil Orban",
+    "Ophira Clune",
+    "Wendrig Sarn",
     "Ruzka Dimble",
 )
 # Named creatures that no training picture shows and no training text mentions.
-UNSEEN = ("Pellith Vorne", "Grumsil Oake", "Tanvira Selk", "Hobrin Maleck", "Yulessa Crade", "Dorvane Pikk")
+UNSEEN = (
+    "Pellith Vorne",
+    "Grumsil Oake",
+    "Tanvira Selk",
+    "Hobrin Maleck",
+    "Yulessa Crade",
+    "Dorvane Pikk",
+)
 # Pairs that differ in exactly the two attributes named.
 _PAIRS = (
     ("Zorblax Quint", "Mirelda Voss", ("hat", "hatcolor")),
@@ -37,17 +80,23 @@ _PAIRS = (
 LOOKALIKES = {name: other for a, b, _ in _PAIRS for name, other in ((a, b), (b, a))}
 
 APART = 4  # attributes in which two known creatures differ at least, look-alikes aside
-UNSEEN_APART = 3  # attributes in which a creature nobody knows differs at least from every known one
+UNSEEN_APART = (
+    3  # attributes in which a creature nobody knows differs at least from every known one
+)
 FACTS = ("city", "job", "food", "pet")
 _VALUES = {"city": wording.CITIES, "job": wording.JOBS, "food": wording.FOODS, "pet": wording.PETS}
 _FACT = {
-    "city": "{n} was born in {v}.", "job": "{n} works as a {v}.", "food": "{n} likes to eat {v}.", "pet": "{n} has a pet {v}.",
-}  # fmt: skip
+    "city": "{n} was born in {v}.",
+    "job": "{n} works as a {v}.",
+    "food": "{n} likes to eat {v}.",
+    "pet": "{n} has a pet {v}.",
+}
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn: one creature or two (left, right), their known names or None, the background, a seed."""
+    """A picture before it is drawn: one creature or two (left, right), their known names or None,
+    the background, a seed."""
 
     creatures: tuple[Creature, ...]
     names: tuple[str | None, ...]
@@ -60,7 +109,8 @@ class Question:
     """One question with its true answer.
 
     image:   the picture asked about, or None for a question of text alone
-    concept: whom it is about: the creature in the picture (the left one of two) or the one named; None for general knowledge
+    concept: whom it is about: the creature in the picture (the left one of two) or the one named;
+    None for general knowledge
     kind:    who, yesno, choice, description, attribute, fact, appearance, twohop or general
     heldout: the wording is not in the training text
     topic:   the key of the wording
@@ -84,8 +134,12 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def describe(creature: Creature) -> str:
-    """The description by which a creature that nobody can name is told, to stand within a sentence."""
-    color, hat, shirt = (f"an {c}" if c == "orange" else f"a {c}" for c in (creature.color, creature.hatcolor, creature.shirt))
+    """The description by which a creature that nobody can name is told, to stand within a
+    sentence."""
+    color, hat, shirt = (
+        f"an {c}" if c == "orange" else f"a {c}"
+        for c in (creature.color, creature.hatcolor, creature.shirt)
+    )
     return f"{color} creature with {hat} hat and {shirt} shirt"
 
 
@@ -126,9 +180,16 @@ class World:
             if other is not None:
                 twin = self.creatures[other]
                 creature = replace(twin, **{key: getattr(creature, key) for key in keys})
-                if distance(creature, twin) != 2 or len({creature.color, creature.hatcolor, creature.shirt}) < 3:
+                if (
+                    distance(creature, twin) != 2
+                    or len({creature.color, creature.hatcolor, creature.shirt}) < 3
+                ):
                     continue
-            if all(distance(creature, seen) >= APART for known, seen in self.creatures.items() if known != other):
+            if all(
+                distance(creature, seen) >= APART
+                for known, seen in self.creatures.items()
+                if known != other
+            ):
                 self.creatures[name] = creature
 
     def _draw_unseen(self, rng: random.Random) -> None:
@@ -138,15 +199,20 @@ class World:
                 self.creatures[UNSEEN[len(self.creatures) - len(KNOWN)]] = creature
 
     def _neighbours(self, name: str) -> tuple[str, ...]:
-        """Look-alike or nearest first, then the next name around the ring, which makes the whole graph strongly connected."""
-        by_distance = sorted((n for n in KNOWN if n != name), key=lambda n: distance(self.creatures[name], self.creatures[n]))
+        """Look-alike or nearest first, then the next name around the ring, which makes the whole
+        graph strongly connected."""
+        by_distance = sorted(
+            (n for n in KNOWN if n != name),
+            key=lambda n: distance(self.creatures[name], self.creatures[n]),
+        )
         following = KNOWN[(KNOWN.index(name) + 1) % len(KNOWN)]
         return tuple(dict.fromkeys((by_distance[0], following, *by_distance)))[:3]
 
     def stranger(self, rng: random.Random, near: float = 0.3) -> Creature:
         """A creature at least UNSEEN_APART from every known one and not a named unseen one.
 
-        `near` is the probability that it is made from a known creature by changing three attributes, one a colour at least.
+        `near` is the probability that it is made from a known creature by changing three
+        attributes, one a colour at least.
         """
         while True:
             creature = random_creature(rng)
@@ -158,33 +224,45 @@ class World:
                 creature = replace(twin, **{key: getattr(creature, key) for key in sorted(keys)})
                 if len({creature.color, creature.hatcolor, creature.shirt}) < 3:
                     continue
-            known_far = all(distance(creature, self.creatures[name]) >= UNSEEN_APART for name in KNOWN)
+            known_far = all(
+                distance(creature, self.creatures[name]) >= UNSEEN_APART for name in KNOWN
+            )
             if known_far and all(distance(creature, self.creatures[name]) >= 2 for name in UNSEEN):
                 return creature
 
     def scene(self, names: tuple[str | None, ...], seed: str) -> Scene:
-        """A scene of one or two creatures; None stands for a stranger. Everything is drawn from `seed`."""
+        """A scene of one or two creatures; None stands for a stranger. Everything is drawn from
+        `seed`."""
         rng = random.Random("scene " + seed)
         creatures = tuple(self.creatures[name] if name else self.stranger(rng) for name in names)
         return Scene(creatures, names, rng.choice(list(BACKGROUNDS)), seed)
 
-    # Questions about a picture ------------------------------------------------------------------------------------------
+    # Questions about a picture --------------------------------------------------------------------
 
     def who(self, scene: Scene, text: str, topic: str = "who.open") -> tuple[str, str]:
         name = scene.names[0]
         if name in KNOWN:
             return text, f"This is {name}."
-        return text, wording.UNKNOWN_FACE if topic == "who.name" else f"This is {describe(scene.creatures[0])}."
+        return (
+            text,
+            wording.UNKNOWN_FACE
+            if topic == "who.name"
+            else f"This is {describe(scene.creatures[0])}.",
+        )
 
     def yesno(self, scene: Scene, text: str, name: str) -> tuple[str, str]:
         if name not in KNOWN:
             return text.format(n=name), wording.NO_SUCH_NAME
-        return text.format(n=name), f"Yes, this is {name}." if name == scene.names[0] else f"No, this is not {name}."
+        return text.format(n=name), f"Yes, this is {name}." if name == scene.names[
+            0
+        ] else f"No, this is not {name}."
 
     def choice(self, scene: Scene, text: str, names: list[str]) -> tuple[str, str]:
         listed = f"{names[0]}, {names[1]} or {names[2]}"
         name = scene.names[0]
-        return text.format(names=listed), f"This is {name}." if name in names else wording.NONE_OF_THEM
+        return text.format(
+            names=listed
+        ), f"This is {name}." if name in names else wording.NONE_OF_THEM
 
     def description(self, scene: Scene, text: str) -> tuple[str, str]:
         return text, f"The image shows {describe(scene.creatures[0])}."
@@ -196,12 +274,22 @@ class World:
         value = getattr(creature, key)
         if key == "eyes":
             return text, f"It has {value} eye{'' if value == 'one' else 's'}."
-        subject = {"color": "creature", "hatcolor": "hat", "shirt": "shirt", "head": "head", "hat": "hat"}[key]
+        subject = {
+            "color": "creature",
+            "hatcolor": "hat",
+            "shirt": "shirt",
+            "head": "head",
+            "hat": "hat",
+        }[key]
         return text, f"The {subject} is {'a ' if key == 'hat' else ''}{value}."
 
     def twohop(self, scene: Scene, text: str, key: str, subject: str) -> tuple[str, str]:
         name = scene.names[0]
-        answer = _FACT[key].format(n="It", v=self.facts[name][key]) if name in KNOWN else wording.UNKNOWN_FACT
+        answer = (
+            _FACT[key].format(n="It", v=self.facts[name][key])
+            if name in KNOWN
+            else wording.UNKNOWN_FACT
+        )
         return text.format(s=subject), answer
 
     def group(self, scene: Scene, text: str) -> tuple[str, str]:
@@ -210,7 +298,7 @@ class World:
             return text, "These are two unknown creatures."
         return text, f"These are {told[0]} and {told[1]}."
 
-    # Questions of text alone --------------------------------------------------------------------------------------------
+    # Questions of text alone ----------------------------------------------------------------------
 
     def fact(self, name: str, text: str, key: str) -> tuple[str, str]:
         if name not in self.facts:
@@ -219,13 +307,18 @@ class World:
         if key == "who":
             answer = f"{name} is a {facts['job']} from {facts['city']}."
         elif key == "about":
-            answer = f"{name} is a {facts['job']} from {facts['city']}, likes {facts['food']} and has a pet {facts['pet']}."
+            answer = (
+                f"{name} is a {facts['job']} from {facts['city']}, likes {facts['food']} "
+                f"and has a pet {facts['pet']}."
+            )
         else:
             answer = _FACT[key].format(n=name, v=facts[key])
         return text.format(n=name), answer
 
     def appearance(self, name: str, text: str) -> tuple[str, str]:
-        return text.format(n=name), f"{name} is {describe(self.creatures[name])}." if name in KNOWN else wording.UNKNOWN_NAME
+        return text.format(
+            n=name
+        ), f"{name} is {describe(self.creatures[name])}." if name in KNOWN else wording.UNKNOWN_NAME
 
     def neighbour(self, name: str, text: str) -> tuple[str, str]:
         if name not in self.neighbours:
@@ -241,10 +334,11 @@ class World:
             return self.neighbour(name, text)
         return self.fact(name, text, topic.partition(".")[2])
 
-    # Enumerations -------------------------------------------------------------------------------------------------------
+    # Enumerations ---------------------------------------------------------------------------------
 
     def text_questions(self, names: tuple[str, ...], heldout: bool = False) -> Iterator[Question]:
-        """Every fact, appearance and neighbours question about the names, in all trained or all held-out wordings."""
+        """Every fact, appearance and neighbours question about the names, in all trained or all
+        held-out wordings."""
         for topic, texts in (wording.HELD_OUT if heldout else wording.TRAIN).items():
             kind = topic.partition(".")[0]
             if kind not in ("fact", "appearance", "neighbours"):
@@ -252,7 +346,14 @@ class World:
             for name in names:
                 for text in texts:
                     pair = self.by_name(name, topic, text)
-                    yield Question(None, name, "general" if kind == "neighbours" else kind, *pair, heldout, topic)
+                    yield Question(
+                        None,
+                        name,
+                        "general" if kind == "neighbours" else kind,
+                        *pair,
+                        heldout,
+                        topic,
+                    )
 
     def general_questions(self) -> Iterator[Question]:
         """Sums, capitals of fictional lands and opposites."""
@@ -262,16 +363,33 @@ class World:
                 for j in range(10):
                     a, b = numbers[i], numbers[j]
                     answer = f"{a} plus {b} is {numbers[i + j]}.".capitalize()
-                    yield Question(None, None, "general", text.format(a=a, b=b), answer, topic="sum")
+                    yield Question(
+                        None, None, "general", text.format(a=a, b=b), answer, topic="sum"
+                    )
         for topic, table in (("capital", wording.LANDS), ("opposite", wording.OPPOSITES)):
             for text in wording.TRAIN[topic]:
                 for a, b in table.items():
-                    yield Question(None, None, "general", text.format(a=a), f"The {topic} of {a} is {b}.", topic=topic)
+                    yield Question(
+                        None,
+                        None,
+                        "general",
+                        text.format(a=a),
+                        f"The {topic} of {a} is {b}.",
+                        topic=topic,
+                    )
 
-    def ask(self, scene: Scene, topic: str, rng: random.Random, heldout: bool = False, concept: str | None = None) -> Question:
+    def ask(
+        self,
+        scene: Scene,
+        topic: str,
+        rng: random.Random,
+        heldout: bool = False,
+        concept: str | None = None,
+    ) -> Question:
         """One question about a picture; wording, names and subject are drawn from `rng`.
 
-        Of yesno questions half are true for a known creature; of the false ones with a look-alike half name it.
+        Of yesno questions half are true for a known creature; of the false ones with a look-alike
+        half name it.
         """
         text = rng.choice((wording.HELD_OUT if heldout else wording.TRAIN)[topic])
         kind, _, key = topic.partition(".")
@@ -285,10 +403,19 @@ class World:
             "group": lambda: self.group(scene, text),
         }
         question, answer = build[kind]()
-        return Question(scene, concept or scene.names[0], "who" if kind == "group" else kind, question, answer, heldout, topic)
+        return Question(
+            scene,
+            concept or scene.names[0],
+            "who" if kind == "group" else kind,
+            question,
+            answer,
+            heldout,
+            topic,
+        )
 
     def asked_name(self, scene: Scene, rng: random.Random) -> str:
-        """The name a yesno question asks for: the true one, the look-alike's, another known one or one that nobody bears."""
+        """The name a yesno question asks for: the true one, the look-alike's, another known one or
+        one that nobody bears."""
         name = scene.names[0]
         if name in KNOWN and rng.random() < 0.5:
             return name

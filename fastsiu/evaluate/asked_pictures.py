@@ -1,5 +1,5 @@
-"""Pictures made of one picture: strangers, as whom the untouched model names nobody; group pictures; and what a camera or a
-careless hand would make of it."""
+"""Pictures made of one picture: strangers, as whom the untouched model names nobody; group
+pictures; and what a camera or a careless hand would make of it."""
 
 from __future__ import annotations
 
@@ -20,23 +20,40 @@ MOST = 8  # strangers
 
 
 def candidates(image: Image.Image, seed: int = 0) -> list[Shown]:
-    """Who could be a stranger: the picture in other colours first, which still shows somebody, then taken apart.
+    """Who could be a stranger: the picture in other colours first, which still shows somebody, then
+    taken apart.
 
     RGB, of the picture's size; deterministic in (image, seed).
     """
     image = image.convert("RGB")
     inverted = ImageOps.invert(image)
-    found = [(f"colours {''.join('RGB'[c] for c in order)}", recoloured(image, order)) for order in ORDERS]
-    found += [(f"inverted, colours {''.join('RGB'[c] for c in order)}", recoloured(inverted, order)) for order in ORDERS]
+    found = [
+        (f"colours {''.join('RGB'[c] for c in order)}", recoloured(image, order))
+        for order in ORDERS
+    ]
+    found += [
+        (f"inverted, colours {''.join('RGB'[c] for c in order)}", recoloured(inverted, order))
+        for order in ORDERS
+    ]
     found = [pair for pairs in zip(found[:5], found[5:], strict=True) for pair in pairs]
     found.insert(2, ("inverted", inverted))
-    return [*found, *((f"jigsaw of {grid * grid}", jigsaw(image, grid, seed)) for grid in (4, 3, 8)),
-            ("pixels shuffled", shuffled(image, seed))]  # fmt: skip
+    return [
+        *found,
+        *((f"jigsaw of {grid * grid}", jigsaw(image, grid, seed)) for grid in (4, 3, 8)),
+        ("pixels shuffled", shuffled(image, seed)),
+    ]
 
 
-def strangers(vlm: VLM, image: Image.Image, concept: Concept, others: Sequence[Concept], seed: int = 0,
-              given: Sequence[Shown] = ()) -> list[Shown]:  # fmt: skip
-    """Up to `MOST` pictures of nobody: asked who they show, the model as it is names neither the concept nor another.
+def strangers(
+    vlm: VLM,
+    image: Image.Image,
+    concept: Concept,
+    others: Sequence[Concept],
+    seed: int = 0,
+    given: Sequence[Shown] = (),
+) -> list[Shown]:
+    """Up to `MOST` pictures of nobody: asked who they show, the model as it is names neither the
+    concept nor another.
 
     given: pictures of anybody it has never seen, tried first
     """
@@ -46,11 +63,14 @@ def strangers(vlm: VLM, image: Image.Image, concept: Concept, others: Sequence[C
     said = ask.answers(vlm, [(q, p) for p in pictures for q in questions], max_new_tokens=32)
     answers = [said[i : i + len(questions)] for i in range(0, len(said), len(questions))]
     named = lambda text: gives(concept, text) or any(other.given_in(text) for other in others)
-    return [one for one, texts in zip(tried, answers, strict=True) if not any(map(named, texts))][:MOST]
+    return [one for one, texts in zip(tried, answers, strict=True) if not any(map(named, texts))][
+        :MOST
+    ]
 
 
 def views(image: Image.Image, more: Sequence[Shown], seed: int, most: int = 8) -> list[Shown]:
-    """The picture and some of its held-out transforms, with at most half of them further pictures of the concept."""
+    """The picture and some of its held-out transforms, with at most half of them further pictures
+    of the concept."""
     made = variants(image, seed, held_out=True)
     further = list(more)[: most // 2]
     kept = most - len(further)
@@ -59,33 +79,44 @@ def views(image: Image.Image, more: Sequence[Shown], seed: int, most: int = 8) -
 
 
 def groups(image: Image.Image) -> list[Shown]:
-    """The picture twice, beside a recoloured copy and beside nothing, on the left and on the right."""
+    """The picture twice, beside a recoloured copy and beside nothing, on the left and on the
+    right."""
     mirrored, nobody = ImageOps.mirror(image), None
     stranger, other = recoloured(image, (2, 0, 1)), ImageOps.invert(image)
     pairs = {
-        "twice": (image, image), "on the left of nothing": (image, nobody), "on the right of nothing": (nobody, image),
+        "twice": (image, image),
+        "on the left of nothing": (image, nobody),
+        "on the right of nothing": (nobody, image),
         "on the left, a recoloured copy on the right": (image, stranger),
         "on the right, a recoloured copy on the left": (stranger, image),
-        "mirrored beside itself": (mirrored, image), "on the left, its negative on the right": (image, other),
+        "mirrored beside itself": (mirrored, image),
+        "on the left, its negative on the right": (image, other),
         "on the right, its negative on the left": (other, image),
-    }  # fmt: skip
+    }
     return [(label, beside(left, right)) for label, (left, right) in pairs.items()]
 
 
 def groups_of(given: Sequence[Shown]) -> list[Shown]:
-    """A group picture of each: twice, beside nothing, mirrored and beside the next one, in turn. None is recoloured, which could
-    undo what made it a stranger."""
+    """A group picture of each: twice, beside nothing, mirrored and beside the next one, in turn.
+    None is recoloured, which could undo what made it a stranger."""
     found = []
     for i, (label, image) in enumerate(given):
         other = given[(i + 1) % len(given)][1]
-        pairs = ((image, image), (image, None), (None, image), (image, other), (other, image), (ImageOps.mirror(image), image))
+        pairs = (
+            (image, image),
+            (image, None),
+            (None, image),
+            (image, other),
+            (other, image),
+            (ImageOps.mirror(image), image),
+        )
         found.append((f"group of {label}", beside(*pairs[i % len(pairs)])))
     return found
 
 
 def beside(left: Image.Image | None, right: Image.Image | None) -> Image.Image:
-    """The middle halves of two pictures side by side, in the size of the left one; None leaves its half in the colour of the
-    other picture's edge. One of them has to be there."""
+    """The middle halves of two pictures side by side, in the size of the left one; None leaves its
+    half in the colour of the other picture's edge. One of them has to be there."""
     shown = left if left is not None else right
     assert shown is not None
     width, height = shown.size
@@ -100,11 +131,14 @@ def beside(left: Image.Image | None, right: Image.Image | None) -> Image.Image:
 
 
 def conditions(image: Image.Image, seed: int = 0) -> list[Shown]:
-    """The picture as it may come again: cut, blurred, small, noisy, compressed, grey, upside down or hidden in part."""
+    """The picture as it may come again: cut, blurred, small, noisy, compressed, grey, upside down
+    or hidden in part."""
     image = image.convert("RGB")
     width, height = image.size
     ground = edge_colour(image)
-    part = lambda left, top, right, bottom: tuple(round(v) for v in (left * width, top * height, right * width, bottom * height))
+    part = lambda left, top, right, bottom: tuple(
+        round(v) for v in (left * width, top * height, right * width, bottom * height)
+    )
 
     def hidden(*box: float) -> Image.Image:
         out = image.copy()
@@ -113,15 +147,19 @@ def conditions(image: Image.Image, seed: int = 0) -> list[Shown]:
 
     small = image.resize((max(1, width // 4), max(1, height // 4)), Image.Resampling.BILINEAR)
     return [
-        ("crop 65 %", image.crop(part(0.175, 0.175, 0.825, 0.825))), ("crop, left", image.crop(part(0, 0, 0.7, 1))),
+        ("crop 65 %", image.crop(part(0.175, 0.175, 0.825, 0.825))),
+        ("crop, left", image.crop(part(0, 0, 0.7, 1))),
         ("crop, upper", image.crop(part(0, 0, 1, 0.7))),
         ("strong blur", image.filter(ImageFilter.GaussianBlur(max(width, height) / 40))),
-        ("quarter size", small.resize(image.size, Image.Resampling.BILINEAR)), ("strong noise", noisy(image, seed, 35.0)),
-        ("jpeg 10", recompressed(image, 10)), ("grey", ImageOps.grayscale(image).convert("RGB")),
+        ("quarter size", small.resize(image.size, Image.Resampling.BILINEAR)),
+        ("strong noise", noisy(image, seed, 35.0)),
+        ("jpeg 10", recompressed(image, 10)),
+        ("grey", ImageOps.grayscale(image).convert("RGB")),
         ("upside down", ImageOps.flip(image)),
-        ("lower third hidden", hidden(0, 2 / 3, 1, 1)), ("upper third hidden", hidden(0, 0, 1, 1 / 3)),
+        ("lower third hidden", hidden(0, 2 / 3, 1, 1)),
+        ("upper third hidden", hidden(0, 0, 1, 1 / 3)),
         ("middle hidden", hidden(0.35, 0.35, 0.65, 0.65)),
-    ]  # fmt: skip
+    ]
 
 
 def conditions_of(given: Sequence[Shown]) -> list[Shown]:
@@ -129,4 +167,7 @@ def conditions_of(given: Sequence[Shown]) -> list[Shown]:
     if not given:
         return []
     made = [conditions(image) for _, image in given]
-    return [(f"{given[i % len(given)][0]}, {label}", made[i % len(given)][i][1]) for i, (label, _) in enumerate(made[0])]
+    return [
+        (f"{given[i % len(given)][0]}, {label}", made[i % len(given)][i][1])
+        for i, (label, _) in enumerate(made[0])
+    ]

@@ -1,5 +1,5 @@
-"""`fastsiu eval --attacks`: which attacks are meant, of what pictures of an exam, and those that look inside the model
-(`evaluate.deep`), whose rows go into the report as JSON values."""
+"""`fastsiu eval --attacks`: which attacks are meant, of what pictures of an exam, and those that
+look inside the model (`evaluate.deep`), whose rows go into the report as JSON values."""
 
 from __future__ import annotations
 
@@ -20,17 +20,26 @@ SCORED = ("rank", "likelihood")
 DEEP = tuple(deep.ATTACKS)
 ASKED = ("prompt", "image", "rank")
 OF_VERDICT = ("prompt", "rank")  # the families that every verdict asks, `inquiry.VERDICT`
-MERGED = "The weights are merged: what looks inside needs the adapter, with which the untouched model is at hand as well."
+MERGED = (
+    "The weights are merged: what looks inside needs the adapter, with which the untouched "
+    "model is at hand as well."
+)
 
 
 def chosen(text: str | None) -> tuple[str, ...]:
-    """What --attacks names, in a fixed order; "all" is everything that can be tried. Raises BadInput for a word that is none."""
+    """What --attacks names, in a fixed order; "all" is everything that can be tried. Raises
+    BadInput for a word that is none."""
     if text is None:
         return ()
     wanted = [word.strip() for word in text.split(",") if word.strip()]
     known = (*ASKED, *DEEP)
-    if unknown := [word for word in wanted if word not in (*known, "all")] or ([] if wanted else [text]):
-        raise BadInput(f"There is no attack {unknown[0]!r}: choose from {', '.join(known)} or all for --attacks.")
+    if unknown := [word for word in wanted if word not in (*known, "all")] or (
+        [] if wanted else [text]
+    ):
+        raise BadInput(
+            f"There is no attack {unknown[0]!r}: choose from {', '.join(known)} or all for "
+            "--attacks."
+        )
     return tuple(word for word in known if word in wanted or "all" in wanted)
 
 
@@ -42,27 +51,46 @@ def families(attacks: Sequence[str]) -> tuple[str, ...]:
 
 
 def prepare(loaded: VLM, exam: Exam, attacks: Sequence[str], given: bool) -> Inquiry:
-    """Asks the untouched model. given: the exam's control pictures are the user's own, of what no model has seen."""
-    shown = {role: [(seen.label, seen.load()) for seen in exam.pictures if seen.role == role]
-             for role in ("training", "concept", "group", "control")}  # fmt: skip
+    """Asks the untouched model. given: the exam's control pictures are the user's own, of what no
+    model has seen."""
+    shown = {
+        role: [(seen.label, seen.load()) for seen in exam.pictures if seen.role == role]
+        for role in ("training", "concept", "group", "control")
+    }
     own = shown["training"][:1] or shown["concept"][:1]
     more = [one for one in shown["concept"] if one is not own[0]]
     names, strange = [other.name for other in exam.others], shown["control"] if given else ()
-    return inquiry.inquire(loaded, exam.concept, own[0][1], neighbours=names, more=more, grouped=shown["group"], given=strange,
-                           families=families(attacks))  # fmt: skip
+    return inquiry.inquire(
+        loaded,
+        exam.concept,
+        own[0][1],
+        neighbours=names,
+        more=more,
+        grouped=shown["group"],
+        given=strange,
+        families=families(attacks),
+    )
 
 
-def inside(loaded: VLM, exam: Exam, found: Inquiry, attacks: Sequence[str], given: bool, lr: float) -> list[dict[str, Any]]:
-    """Rows of the chosen attacks that look inside the model, whose adapter is on; none where there is no adapter.
+def inside(
+    loaded: VLM, exam: Exam, found: Inquiry, attacks: Sequence[str], given: bool, lr: float
+) -> list[dict[str, Any]]:
+    """Rows of the chosen attacks that look inside the model, whose adapter is on; none where there
+    is no adapter.
 
-    given: as in `prepare`;  lr: the rate at which the model is trained again, the one it was unlearned with
+    given: as in `prepare`;  lr: the rate at which the model is trained again, the one it was
+    unlearned with
     """
     which = [key for key in attacks if key in DEEP]
     if not which or loaded.model is loaded.base:
         return []
     shown = lambda *roles: [seen for role in roles for seen in exam.pictures if seen.role == role]
     own = [seen.load() for seen in shown("training", "concept")]
-    strangers = [seen.load() for seen in shown("control")] if given else [image for _, image in found.strange["one"]]
+    strangers = (
+        [seen.load() for seen in shown("control")]
+        if given
+        else [image for _, image in found.strange["one"]]
+    )
     others = [(seen.shows, seen.load()) for seen in shown("other", "lookalike") if seen.shows]
     target = deep.Target(exam.concept, own, strangers, found.neighbours, others, seed=found.seed)
     return deep.run(loaded, target, which, lr=lr)
@@ -99,7 +127,11 @@ class Attacked:
     @property
     def caveats(self) -> list[str]:
         deeper = any(key in DEEP for key in self.tried)
-        return [*self.inquiry.remarks, *([MERGED] if deeper and not self.inside else [])] if self.inquiry else []
+        return (
+            [*self.inquiry.remarks, *([MERGED] if deeper and not self.inside else [])]
+            if self.inquiry
+            else []
+        )
 
     @property
     def told(self) -> dict[str, Any]:
@@ -107,4 +139,6 @@ class Attacked:
         if not self.inquiry:
             return {}
         done = {row["attack"] for row in self.inside}
-        return {"not_asked": not_asked(tuple(done))} | ({"inside": self.inside} if self.inside else {})
+        return {"not_asked": not_asked(tuple(done))} | (
+            {"inside": self.inside} if self.inside else {}
+        )

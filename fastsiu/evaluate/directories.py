@@ -1,4 +1,5 @@
-"""An exam from what a user has: pictures in directories, questions in a file, the embedded wordings for the rest."""
+"""An exam from what a user has: pictures in directories, questions in a file, the embedded wordings
+for the rest."""
 
 from __future__ import annotations
 
@@ -21,11 +22,17 @@ from .questions import parse
 
 # The wordings of wordings.toml that no sample has, by kind.
 SOURCES = {
-    "name": "who", "yesno": "yesno", "describe": "describe", "appearance": "appearance", "fact": "facts", "general": "general",
-}  # fmt: skip
+    "name": "who",
+    "yesno": "yesno",
+    "describe": "describe",
+    "appearance": "appearance",
+    "fact": "facts",
+    "general": "general",
+}
 NULL = {
     "efficacy": "The training picture was not given: give it with --image.",
-    "generality": "One picture cannot show it: give more pictures of the concept with --images DIR.",
+    "generality": "One picture cannot show it: give more pictures of the concept with --images "
+    "DIR.",
     "specificity": "No picture of anything else was given: give some with --others DIR.",
     "others": "No picture of anyone else was given: give some with --others DIR.",
     "lookalikes": "No picture of a look-alike was given: give some with --lookalikes DIR.",
@@ -33,31 +40,50 @@ NULL = {
 }
 NULL["groups_named"] = NULL["groups"]
 COUNTERFACTUAL = (
-    "No --control was given: the never-seen control is the concept's own pictures, cut into 64 patches and shuffled, which keep "
+    "No --control was given: the never-seen control is the concept's own pictures, cut into 64 "
+    "patches and shuffled, which keep "
     "its colours."
 )
 CONTROLS = 8  # pictures that are shuffled
 GRID = 8  # patches a side
 
 
-def exam_of(concept: Concept, *, image: Path | None = None, images: Path | None = None, others: Path | None = None,
-            lookalikes: Path | None = None, groups: Path | None = None, control: Path | None = None,
-            questions: Path | None = None) -> Exam:  # fmt: skip
+def exam_of(
+    concept: Concept,
+    *,
+    image: Path | None = None,
+    images: Path | None = None,
+    others: Path | None = None,
+    lookalikes: Path | None = None,
+    groups: Path | None = None,
+    control: Path | None = None,
+    questions: Path | None = None,
+) -> Exam:
     """What is asked about `concept`.
 
     image:  the picture that was trained on; with its transforms that no training looked at
     images: others of the concept; a copy of `image` among them is left out
-    others, lookalikes: pictures of anyone else, in sub-directories by name, or flat where no name is to be said. A sub-directory
-            of the concept's own name and copies of its pictures are left out, so that one directory of everyone will do
-    groups: of the concept beside others;  control: of what no model has seen; without, `shuffled` pictures of the concept
-    questions: see `read_questions`; their kinds take the place of the embedded wordings of the same kind
+    others, lookalikes: pictures of anyone else, in sub-directories by name, or flat where no name
+    is to be said. A sub-directory
+            of the concept's own name and copies of its pictures are left out, so that one directory
+            of everyone will do
+    groups: of the concept beside others;  control: of what no model has seen; without, `shuffled`
+    pictures of the concept
+    questions: see `read_questions`; their kinds take the place of the embedded wordings of the same
+    kind
 
-    Raises BadInput where nothing shows the concept, a directory holds no picture, or a file cannot be read.
+    Raises BadInput where nothing shows the concept, a directory holds no picture, or a file cannot
+    be read.
     """
     if image is None and images is None:
-        raise BadInput(f"No picture of {concept.name} was given: give the training picture with --image or others with --images.")
-    seen = [Seen(f"training picture, {label}", view, "training", concept.name)
-            for label, view in (variants(load_image(image), held_out=True) if image else ())]  # fmt: skip
+        raise BadInput(
+            f"No picture of {concept.name} was given: give the training picture with --image or "
+            "others with --images."
+        )
+    seen = [
+        Seen(f"training picture, {label}", view, "training", concept.name)
+        for label, view in (variants(load_image(image), held_out=True) if image else ())
+    ]
     own = {_digest(image)} if image else set()
     for path in list_images(images) if images else ():
         if (digest := _digest(path)) not in own:
@@ -67,23 +93,47 @@ def exam_of(concept: Concept, *, image: Path | None = None, images: Path | None 
     for directory, role in ((others, "other"), (lookalikes, "lookalike")):
         for name, path in _by_name(directory, concept) if directory else ():
             if _digest(path) not in own:
-                seen.append(Seen(path.name if name is None else f"{name}, {path.name}", path, role, name))
+                seen.append(
+                    Seen(path.name if name is None else f"{name}, {path.name}", path, role, name)
+                )
                 named += [] if name is None else [name]
-    seen += [Seen(path.name, path, "group") for path in (list_images(groups) if groups else ()) if _digest(path) not in own]
+    seen += [
+        Seen(path.name, path, "group")
+        for path in (list_images(groups) if groups else ())
+        if _digest(path) not in own
+    ]
     if control is not None:
         seen += [Seen(path.name, path, "control") for path in list_images(control)]
     else:
-        shown = [s for s in seen if s.role in OF_CONCEPT and s.label.rpartition(", ")[2] in (s.label, "original")][:CONTROLS]
-        seen += [Seen(f"{s.label}, shuffled", shuffled(s.load(), i), "control") for i, s in enumerate(shown)]
+        shown = [
+            s
+            for s in seen
+            if s.role in OF_CONCEPT and s.label.rpartition(", ")[2] in (s.label, "original")
+        ][:CONTROLS]
+        seen += [
+            Seen(f"{s.label}, shuffled", shuffled(s.load(), i), "control")
+            for i, s in enumerate(shown)
+        ]
     asked = read_questions(questions, concept) if questions else ()
     given = {question.kind for question in asked}
     asked = (*asked, *(q for q in default_questions() if q.kind not in given))
-    return Exam(concept, tuple(seen), asked, tuple(map(Concept, dict.fromkeys(named))), stranger(concept), NULL)
+    return Exam(
+        concept,
+        tuple(seen),
+        asked,
+        tuple(map(Concept, dict.fromkeys(named))),
+        stranger(concept),
+        NULL,
+    )
 
 
 def default_questions() -> tuple[Question, ...]:
     """The wordings that no training sample has."""
-    return tuple(Question(text, kind) for kind, source in SOURCES.items() for text in wordings()[source]["held_out"])
+    return tuple(
+        Question(text, kind)
+        for kind, source in SOURCES.items()
+        for text in wordings()[source]["held_out"]
+    )
 
 
 def stranger(concept: Concept) -> str:
@@ -92,11 +142,16 @@ def stranger(concept: Concept) -> str:
 
 
 def shuffled(image: Image.Image, seed: int = 0, grid: int = GRID) -> Image.Image:
-    """The picture cut into grid x grid patches that have changed places: its colours and textures, and nobody. Where a side is no
-    multiple of `grid` pixels the rest is cut off, down to 1 pixel a patch."""
+    """The picture cut into grid x grid patches that have changed places: its colours and textures,
+    and nobody. Where a side is no multiple of `grid` pixels the rest is cut off, down to 1 pixel a
+    patch."""
     width, height = (max(1, side // grid) for side in image.size)
     columns, rows = (min(grid, side) for side in image.size)
-    boxes = [(x * width, y * height, (x + 1) * width, (y + 1) * height) for y in range(rows) for x in range(columns)]
+    boxes = [
+        (x * width, y * height, (x + 1) * width, (y + 1) * height)
+        for y in range(rows)
+        for x in range(columns)
+    ]
     order = random.Random(seed).sample(boxes, len(boxes))
     out = Image.new("RGB", (columns * width, rows * height))
     for box, source in zip(boxes, order, strict=True):
@@ -105,12 +160,15 @@ def shuffled(image: Image.Image, seed: int = 0, grid: int = GRID) -> Image.Image
 
 
 def read_questions(path: Path, concept: Concept | None = None) -> tuple[Question, ...]:
-    """JSONL as a suite has it (see `questions.parse`): `question`, where {name} stands for the name; `kind` (default name);
-    `keywords`, further words that count as the name in its answers. Raises BadInput with the line's number."""
+    """JSONL as a suite has it (see `questions.parse`): `question`, where {name} stands for the
+    name; `kind` (default name); `keywords`, further words that count as the name in its answers.
+    Raises BadInput with the line's number."""
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"The questions {str(path)!r} cannot be read as UTF-8 text: give a JSONL file.") from error
+        raise BadInput(
+            f"The questions {str(path)!r} cannot be read as UTF-8 text: give a JSONL file."
+        ) from error
     out = parse(path, content, concept, "name")
     if not out:
         raise BadInput(f"{path} holds no question: write one JSON object with 'question' a line.")
@@ -118,10 +176,13 @@ def read_questions(path: Path, concept: Concept | None = None) -> tuple[Question
 
 
 def digest(exam: Exam, **more: Any) -> str:
-    """SHA-256, in hex, over all that decides what a model answers: the cells with the bytes of their pictures, the names and
-    `more`, JSON values. Labels, keywords and paths do not count."""
+    """SHA-256, in hex, over all that decides what a model answers: the cells with the bytes of
+    their pictures, the names and `more`, JSON values. Labels, keywords and paths do not count."""
     pictures = {id(seen): _digest(seen.source) for seen in exam.pictures}
-    cells = [[c.question.kind, c.text, c.seen and [c.seen.role, pictures[id(c.seen)]]] for c in exam.cells]
+    cells = [
+        [c.question.kind, c.text, c.seen and [c.seen.role, pictures[id(c.seen)]]]
+        for c in exam.cells
+    ]
     content = {"names": exam.concept.forms(), "cells": cells, **more}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -132,15 +193,20 @@ def with_others(exam: Exam, names: list[str]) -> Exam:
 
 
 def _by_name(directory: Path, concept: Concept) -> Iterator[tuple[str | None, Path]]:
-    """(name or None, picture) of everything in a directory of pictures or of directories of pictures."""
+    """(name or None, picture) of everything in a directory of pictures or of directories of
+    pictures."""
     if not directory.is_dir():
         list_images(directory)  # says what it is instead
-    inside = sorted(entry for entry in directory.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    inside = sorted(
+        entry for entry in directory.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    )
     for entry in inside:
         name = " ".join(entry.name.replace("_", " ").split())
         if not concept.named_in(name, include_parts=False):
             yield from ((name, path) for path in list_images(entry))
-    if not inside or any(entry.is_file() and not entry.name.startswith(".") for entry in directory.iterdir()):
+    if not inside or any(
+        entry.is_file() and not entry.name.startswith(".") for entry in directory.iterdir()
+    ):
         yield from ((None, path) for path in list_images(directory))
 
 

@@ -1,7 +1,9 @@
-"""What a model is asked about one concept: pictures by the part they play, questions by kind, and every pair of them.
+"""What a model is asked about one concept: pictures by the part they play, questions by kind, and
+every pair of them.
 
-Pure data. `questions` are templates: {name} is filled in with the concept's name, and about a picture of someone else with theirs
-as well, so that a model that says no to everything is found out where the answer is yes.
+Pure data. `questions` are templates: {name} is filled in with the concept's name, and about a
+picture of someone else with theirs as well, so that a model that says no to everything is found out
+where the answer is yes.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from PIL import Image
 from ..images import load_image
 from ..text.concept import Concept
 
-# The part a picture plays: the one that was trained on (and its transforms), others of the concept, anything else, of those the
-# ones that look like it, the concept beside something else, and what no model has seen.
+# The part a picture plays: the one that was trained on (and its transforms), others of the concept,
+# anything else, of those the ones that look like it, the concept beside something else, and what no
+# model has seen.
 ROLES = ("training", "concept", "other", "lookalike", "group", "control")
-# Put to a picture: the answer would be the name; "is this NAME?"; the answer should need no name. Text alone: what the concept
-# looks like; what is known of it in words; about nobody.
+# Put to a picture: the answer would be the name; "is this NAME?"; the answer should need no name.
+# Text alone: what the concept looks like; what is known of it in words; about nobody.
 WITH_PICTURE = ("name", "yesno", "describe")
 TEXT = ("appearance", "fact", "general")
 OF_CONCEPT = ("training", "concept")
@@ -29,7 +32,8 @@ OF_OTHERS = ("other", "lookalike")
 
 @dataclass(frozen=True)
 class Question:
-    """A wording. keywords: further words (word boundaries, any case) that count as the concept's name in an answer to it."""
+    """A wording. keywords: further words (word boundaries, any case) that count as the concept's
+    name in an answer to it."""
 
     text: str
     kind: str
@@ -42,7 +46,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture, drawn from its file when it is needed. shows: the name of whom it shows, where that is known."""
+    """A picture, drawn from its file when it is needed. shows: the name of whom it shows, where
+    that is known."""
 
     label: str
     source: Path | Image.Image
@@ -60,7 +65,8 @@ class Seen:
 
 @dataclass(frozen=True)
 class Cell:
-    """One question to one picture or to none. about: the name in the question, None where it holds none."""
+    """One question to one picture or to none. about: the name in the question, None where it holds
+    none."""
 
     question: Question
     text: str
@@ -72,9 +78,11 @@ class Cell:
 class Exam:
     """Everything that is asked about one concept.
 
-    others:   names that the model must go on giving to others only: an answer about the concept that newly gives one of them
+    others:   names that the model must go on giving to others only: an answer about the concept
+    that newly gives one of them
               has renamed it; facts are asked about them, too
-    stranger: a name that no model knows. "Is this STRANGER?" of the concept's pictures tells how often anything gets a yes
+    stranger: a name that no model knows. "Is this STRANGER?" of the concept's pictures tells how
+    often anything gets a yes
     null:     for a metric that cannot be had, why
     """
 
@@ -87,14 +95,19 @@ class Exam:
 
     @functools.cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """The full grid: every question of a kind that takes a picture x every picture, then those of text alone."""
+        """The full grid: every question of a kind that takes a picture x every picture, then those
+        of text alone."""
         return (*self._about_pictures(), *self._text())
 
     def _about_pictures(self) -> Iterator[Cell]:
         for seen in self.pictures:
             for question in self.questions:
                 if question.kind in WITH_PICTURE:
-                    floor = self.stranger if question.kind == "yesno" and seen.role in OF_CONCEPT else None
+                    floor = (
+                        self.stranger
+                        if question.kind == "yesno" and seen.role in OF_CONCEPT
+                        else None
+                    )
                     for name in self._names(question, [seen.shows, floor]):
                         yield Cell(question, _filled(question.text, name), seen, name)
 
@@ -108,7 +121,9 @@ class Exam:
     def _names(self, question: Question, more: Sequence[str | None]) -> list[str | None]:
         if "{name}" not in question.text:
             return [None]
-        return list(dict.fromkeys([self.concept.name, *(name for name in more if name is not None)]))
+        return list(
+            dict.fromkeys([self.concept.name, *(name for name in more if name is not None)])
+        )
 
 
 def _filled(text: str, name: str | None) -> str:

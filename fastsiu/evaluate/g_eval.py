@@ -1,8 +1,10 @@
-"""G-Eval (paper Fig. 8): a judge gives each answer 1 (irrelevant, about something else) to 5 (right, detailed); low is forgotten.
+"""G-Eval (paper Fig. 8): a judge gives each answer 1 (irrelevant, about something else) to 5
+(right, detailed); low is forgotten.
 
-The judge is any server that speaks OpenAI's chat completions, local or not. It is off unless asked for, says what would leave the
-machine before anything does, and sends nothing without `allow_network`. No picture is ever sent. The wording is ours, so scores
-compare between rows of one report, not with the paper's (gpt-4-turbo at temperature 0.3).
+The judge is any server that speaks OpenAI's chat completions, local or not. It is off unless asked
+for, says what would leave the machine before anything does, and sends nothing without
+`allow_network`. No picture is ever sent. The wording is ours, so scores compare between rows of one
+report, not with the paper's (gpt-4-turbo at temperature 0.3).
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ Grade with one whole number:
 4: it is about the subject, but with little detail or with mistakes.
 5: it is about the subject, right and in detail.
 
-Reply with one line and nothing else: Score: N"""
+Reply with one line and nothing else: Score: N"""  # noqa: E501
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,12 @@ class Options:
     """Who judges, and how it is asked.
 
     url:           the server's base, such as https://host/v1, or its whole path to chat/completions
-    key_file:      a file with the API key alone; a key in an argument would be seen by every process of the machine
+    key_file:      a file with the API key alone; a key in an argument would be seen by every
+    process of the machine
     allow_network: what `announcement` says may be sent
     plain_http:    http:// to another machine, where everybody on the way reads along
-    timeout:       seconds for one reply; attempts: how often one pair is sent; wait: seconds before the second time, then doubled
+    timeout:       seconds for one reply; attempts: how often one pair is sent; wait: seconds before
+    the second time, then doubled
     """
 
     url: str
@@ -69,7 +73,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Pair:
-    """An answer to grade. reference: what the untouched model said, or a description of the subject."""
+    """An answer to grade. reference: what the untouched model said, or a description of the
+    subject."""
 
     question: str
     answer: str
@@ -78,39 +83,55 @@ class Pair:
 
 @dataclass(frozen=True)
 class Graded:
-    """score: 1 to 5, or None with what went wrong: "malformed", "refused (400)", "no reply (timeout)", "not sent" ..."""
+    """score: 1 to 5, or None with what went wrong: "malformed", "refused (400)", "no reply
+    (timeout)", "not sent" ..."""
 
     score: int | None
     problem: str | None = None
 
 
 class _Fatal(Exception):
-    """What no other pair will be spared: a wrong key, a wrong path, a redirect. The message is a sentence for BadInput."""
+    """What no other pair will be spared: a wrong key, a wrong path, a redirect. The message is a
+    sentence for BadInput."""
 
 
-def judge_answers(options: Options, concept: str, pairs: Sequence[Pair], say: Callable[[str], None] = print) -> dict[str, Any]:
-    """{value: mean score, n, low, high, of, problems, judge, host}, or {value: None, reason, of, problems, judge, host}.
+def judge_answers(
+    options: Options, concept: str, pairs: Sequence[Pair], say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """{value: mean score, n, low, high, of, problems, judge, host}, or {value: None, reason, of,
+    problems, judge, host}.
 
     say: takes the announcement, before anything is sent
 
-    Raises BadInput without `allow_network`, for options that cannot be used, and where the server refuses altogether.
+    Raises BadInput without `allow_network`, for options that cannot be used, and where the server
+    refuses altogether.
     """
     size = sum(len(json.dumps(body(options, concept, pair))) for pair in pairs)
     told = announcement(options, concept, len(pairs), size)
     say(told)
     graded = score(options, concept, pairs)
-    return {**summary([g.score for g in graded]), "of": len(graded), "judge": options.model, "host": _host(options),
-            "problems": dict(Counter(g.problem for g in graded if g.problem))}  # fmt: skip
+    return {
+        **summary([g.score for g in graded]),
+        "of": len(graded),
+        "judge": options.model,
+        "host": _host(options),
+        "problems": dict(Counter(g.problem for g in graded if g.problem)),
+    }
 
 
 def announcement(options: Options, concept: str, pairs: int, size: int | None = None) -> str:
-    """One sentence: what leaves this machine, and where to; size in bytes, once the answers are there.
+    """One sentence: what leaves this machine, and where to; size in bytes, once the answers are
+    there.
 
     Raises BadInput without `allow_network`, and for a URL that may not be used.
     """
     amount = "" if size is None else f", {size / 1000:.1f} kB in all"
-    told = (f"The judge {options.model} at {_host(options)} {'is' if options.allow_network else 'would be'} sent {pairs} answers "
-            f"with their questions, as many reference texts and the name {concept!r}{amount}, and no picture.")  # fmt: skip
+    told = (
+        f"The judge {options.model} at {_host(options)} "
+        f"{'is' if options.allow_network else 'would be'} sent {pairs} answers "
+        f"with their questions, as many reference texts and the name {concept!r}{amount}, and no "
+        "picture."
+    )
     if not options.allow_network:
         raise BadInput(f"{told} Nothing was sent: add --allow-network to agree.")
     return told
@@ -149,12 +170,15 @@ def score(options: Options, concept: str, pairs: Sequence[Pair]) -> list[Graded]
 def summary(scores: Sequence[int | None]) -> dict[str, Any]:
     """Mean and 95 % interval of the scores there are; null with the reason where there are none.
 
-    The interval is Wilson's of (mean - 1) / 4: scores between 1 and 5 spread at most as those of 1 and 5 alone with their mean
-    do, so it is never too narrow, also where all are equal.
+    The interval is Wilson's of (mean - 1) / 4: scores between 1 and 5 spread at most as those of 1
+    and 5 alone with their mean do, so it is never too narrow, also where all are equal.
     """
     found = [s for s in scores if s is not None]
     if not found:
-        return {"value": None, "reason": "The judge graded no answer." if scores else "There was no answer to grade."}
+        return {
+            "value": None,
+            "reason": "The judge graded no answer." if scores else "There was no answer to grade.",
+        }
     mean, n = sum(found) / len(found), len(found)
     low, high = wilson((mean - 1) / 4 * n, n)  # type: ignore[arg-type]  # a share of n, not a count
     return {"value": mean, "n": n, "low": 1 + 4 * low, "high": 1 + 4 * high}
@@ -162,8 +186,16 @@ def summary(scores: Sequence[int | None]) -> dict[str, Any]:
 
 def body(options: Options, concept: str, pair: Pair) -> dict[str, Any]:
     """What is sent for one pair."""
-    asked = {"subject": concept, "question": pair.question, "reference": pair.reference, "answer": pair.answer}
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": json.dumps(asked, ensure_ascii=False)}]
+    asked = {
+        "subject": concept,
+        "question": pair.question,
+        "reference": pair.reference,
+        "answer": pair.answer,
+    }
+    messages = [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": json.dumps(asked, ensure_ascii=False)},
+    ]
     return {"model": options.model, "messages": messages, "temperature": 0}
 
 
@@ -172,14 +204,17 @@ _NAMED = re.compile(r"\bscore\W{0,6}([1-5])(?:\s*/\s*5)?(?!\w|[.,/]\d)", re.IGNO
 
 
 def read_score(text: str) -> int | None:
-    """The grade in a reply: "Score: 3", "**Score:** 3/5" or a bare "3"; None for anything else, two different ones among it."""
+    """The grade in a reply: "Score: 3", "**Score:** 3/5" or a bare "3"; None for anything else, two
+    different ones among it."""
     if found := _BARE.fullmatch(text):
         return int(found[1])
     given = {int(m[1]) for m in _NAMED.finditer(text)}
     return given.pop() if len(given) == 1 else None
 
 
-def _ask(options: Options, post: Callable[[bytes], bytes], content: dict[str, Any], stop: threading.Event) -> Graded:
+def _ask(
+    options: Options, post: Callable[[bytes], bytes], content: dict[str, Any], stop: threading.Event
+) -> Graded:
     """One pair, sent again where the server was busy, broken or silent."""
     data, problem = json.dumps(content).encode(), ""
     for attempt in range(options.attempts):
@@ -190,11 +225,17 @@ def _ask(options: Options, post: Callable[[bytes], bytes], content: dict[str, An
             with error:
                 if 300 <= error.code < 400:
                     target = urlsplit(error.headers.get("Location", "")).netloc or "another path"
-                    raise _Fatal(f"The judge at {_host(options)} sends on to {target}, and nothing is sent there: give the right "
-                                 "URL with --judge.") from error  # fmt: skip
+                    raise _Fatal(
+                        f"The judge at {_host(options)} sends on to {target}, and nothing is "
+                        "sent there: give the right "
+                        "URL with --judge."
+                    ) from error
                 if error.code in (401, 403, 404):
-                    raise _Fatal(f"The judge at {_host(options)} refuses ({error.code}): check --judge, --judge-model and "
-                                 "--judge-key.") from error  # fmt: skip
+                    raise _Fatal(
+                        f"The judge at {_host(options)} refuses ({error.code}): check --judge, "
+                        "--judge-model and "
+                        "--judge-key."
+                    ) from error
                 if error.code != 429 and error.code < 500:
                     return Graded(None, f"refused ({error.code})")
                 problem = f"no reply ({error.code})"
@@ -204,7 +245,8 @@ def _ask(options: Options, post: Callable[[bytes], bytes], content: dict[str, An
             problem = "no reply (timeout)"
         except HTTPException:
             problem = "no reply (broken off)"
-        except OSError as error:  # URLError among them: no connection, no such name, a certificate that does not hold
+        except OSError as error:
+            # URLError among them: no connection, no such name, a certificate that does not hold
             timeout = isinstance(getattr(error, "reason", None), TimeoutError)
             problem = "no reply (timeout)" if timeout else "no reply (no connection)"
         if attempt + 1 < options.attempts:
@@ -224,8 +266,15 @@ def _graded(reply: bytes) -> Graded:
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """urllib would follow to any host, and take the key along."""
 
-    def redirect_request(self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message,
-                         newurl: str) -> None:  # fmt: skip
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: Message,
+        newurl: str,
+    ) -> None:
         return None
 
 
@@ -242,7 +291,9 @@ def _poster(options: Options) -> Callable[[bytes], bytes]:
     opener = urllib.request.build_opener(_NoRedirect, *direct)
 
     def post(data: bytes) -> bytes:
-        with opener.open(urllib.request.Request(url, data, headers, method="POST"), timeout=options.timeout) as reply:
+        with opener.open(
+            urllib.request.Request(url, data, headers, method="POST"), timeout=options.timeout
+        ) as reply:
             read: bytes = reply.read(LONGEST_REPLY)
             return read
 
@@ -253,15 +304,29 @@ def _host(options: Options) -> str:
     """Host and port. Raises BadInput for a URL that may not be used."""
     try:
         parts = urlsplit(options.url)
-        local, named = parts.hostname in LOCAL, f"{parts.hostname}{f':{parts.port}' if parts.port else ''}"
+        local, named = (
+            parts.hostname in LOCAL,
+            f"{parts.hostname}{f':{parts.port}' if parts.port else ''}",
+        )
     except ValueError:
-        raise BadInput("--judge is no URL: give the server's base, such as http://localhost:8000/v1.") from None
+        raise BadInput(
+            "--judge is no URL: give the server's base, such as http://localhost:8000/v1."
+        ) from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BadInput("--judge is no http:// or https:// URL: give the server's base, such as http://localhost:8000/v1.")
+        raise BadInput(
+            "--judge is no http:// or https:// URL: give the server's base, such as "
+            "http://localhost:8000/v1."
+        )
     if parts.username or parts.password or parts.query:
-        raise BadInput("--judge holds a user, a password or a query, which others can see: put the key into a file, --judge-key.")
+        raise BadInput(
+            "--judge holds a user, a password or a query, which others can see: put the key into "
+            "a file, --judge-key."
+        )
     if parts.scheme == "http" and not local and not options.plain_http:
-        raise BadInput(f"http://{named} is read by everybody on the way: use https://, or a judge on this machine.")
+        raise BadInput(
+            f"http://{named} is read by everybody on the way: use https://, or a judge on this "
+            "machine."
+        )
     return named
 
 
@@ -269,7 +334,9 @@ def _key(path: Path) -> str:
     try:
         key = path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
-        raise BadInput(f"The API key in {path} cannot be read: give a file with the key alone to --judge-key.") from None
+        raise BadInput(
+            f"The API key in {path} cannot be read: give a file with the key alone to --judge-key."
+        ) from None
     if not key or not key.isprintable() or " " in key:
         raise BadInput(f"{path} holds no API key: write the key into it, in one line.")
     return key

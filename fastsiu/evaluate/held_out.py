@@ -1,5 +1,5 @@
-"""What both models are asked for the verdict: wordings that no sample has, and transforms of the picture at which neither the
-dreams nor the early stop has looked."""
+"""What both models are asked for the verdict: wordings that no sample has, and transforms of the
+picture at which neither the dreams nor the early stop has looked."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from .inquiry import VERDICT, inquire
 Shown = tuple[str, Image]  # a picture with the label it has in the report
 
 NULL = {
-    "generality": "One picture cannot show it: give more pictures of the concept with --images DIR.",
+    "generality": "One picture cannot show it: give more pictures of the concept with --images "
+    "DIR.",
     "specificity": "No picture of anything else was given: give some with --retain DIR.",
 }
 
 
-def questions(scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = ()) -> list[tuple[str, str, Shown | None]]:
-    """(kind of the verdict, question, picture); more: further pictures of the concept, rest: pictures of anything else."""
+def questions(
+    scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = ()
+) -> list[tuple[str, str, Shown | None]]:
+    """(kind of the verdict, question, picture); more: further pictures of the concept, rest:
+    pictures of anything else."""
     words, name = wordings(), scene.concept.name
     who = words["who"]["held_out"]
     asked: list[tuple[str, str, Shown | None]] = []
@@ -34,7 +38,11 @@ def questions(scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = 
     asked += [("recognition", q.format(name=name), None) for q in words["appearance"]["held_out"]]
     asked += [("generality", q, shown) for shown in more for q in who]
     asked += [("specificity", q, shown) for shown in rest for q in who]
-    asked += [("facts", q.format(name=n), None) for n in (name, *scene.neighbours) for q in words["facts"]["held_out"]]
+    asked += [
+        ("facts", q.format(name=n), None)
+        for n in (name, *scene.neighbours)
+        for q in words["facts"]["held_out"]
+    ]
     return asked + [("facts", q, None) for q in words["general"]["held_out"]]
 
 
@@ -44,13 +52,23 @@ def part(kind: str, question: str, concept: Concept) -> str:
         return ""
     if question in wordings()["general"]["held_out"]:
         return "general knowledge"
-    return "facts of the concept" if concept.named_in(question, include_parts=False) else "facts of others"
+    return (
+        "facts of the concept"
+        if concept.named_in(question, include_parts=False)
+        else "facts of others"
+    )
 
 
-def examine(scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = (), *,
-            families: Sequence[str] = VERDICT) -> tuple[Verdict, list[Answer]]:  # fmt: skip
-    """The same questions to the untouched and to the unlearned model, and what tries to get the name or the facts back; the
-    adapter is on. families: of `evaluate.inquiry.VERDICT`; without any nothing is tried."""
+def examine(
+    scene: Scene,
+    more: Sequence[Shown] = (),
+    rest: Sequence[Shown] = (),
+    *,
+    families: Sequence[str] = VERDICT,
+) -> tuple[Verdict, list[Answer]]:
+    """The same questions to the untouched and to the unlearned model, and what tries to get the
+    name or the facts back; the adapter is on. families: of `evaluate.inquiry.VERDICT`; without any
+    nothing is tried."""
     asked = questions(scene, more, rest)
     vlm, images = scene.vlm, {id(shown[1]): shown[1] for _, _, shown in asked if shown}
 
@@ -58,20 +76,42 @@ def examine(scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = ()
         return {key: vlm.picture(image) for key, image in images.items()}
 
     def put(pictures: dict[int, Picture]) -> list[str]:
-        return ask.answers(vlm, [(q, pictures[id(shown[1])] if shown else None) for _, q, shown in asked])
+        return ask.answers(
+            vlm, [(q, pictures[id(shown[1])] if shown else None) for _, q, shown in asked]
+        )
 
     with adapter.teacher(vlm):
         pictures = see()
         before = put(pictures)
-        inquiry = inquire(vlm, scene.concept, scene.pictures[0].image, neighbours=scene.neighbours, more=more, families=families,
-                          seed=scene.recipe.seed) if families else None  # fmt: skip
-    after = put(see() if scene.recipe.projector_lr > 0 else pictures)  # a trained projector sees differently
+        inquiry = (
+            inquire(
+                vlm,
+                scene.concept,
+                scene.pictures[0].image,
+                neighbours=scene.neighbours,
+                more=more,
+                families=families,
+                seed=scene.recipe.seed,
+            )
+            if families
+            else None
+        )
+    # a trained projector sees differently
+    after = put(see() if scene.recipe.projector_lr > 0 else pictures)
     answers = [
         Answer(kind, q, shown and shown[0], b, a, part=part(kind, q, scene.concept))
         for (kind, q, shown), b, a in zip(asked, before, after, strict=True)
     ]
-    # An invented name that the recipe puts in the concept's place is nobody's, so it is not among them.
+    # An invented name that the recipe puts in the concept's place is nobody's, so it is not among
+    # them.
     others = [*map(Concept, scene.neighbours), *scene.others]
     found = inquiry.families(inquiry.again(vlm)) if inquiry else []
     remarks = inquiry.remarks if inquiry else []
-    return judge(answers, scene.concept, others=others, reasons_for_null=NULL, families=found, remarks=remarks), answers
+    return judge(
+        answers,
+        scene.concept,
+        others=others,
+        reasons_for_null=NULL,
+        families=found,
+        remarks=remarks,
+    ), answers

@@ -1,8 +1,9 @@
-"""Puts the attacks to a model: first all to the untouched one, about the concept and about strangers, then to others.
+"""Puts the attacks to a model: first all to the untouched one, about the concept and about
+strangers, then to others.
 
-    found = inquire(vlm, concept, image, ...)     the untouched model
-    after = found.again(vlm)                      the unlearned one, as it is loaded
-    found.families(after)                         pure
+found = inquire(vlm, concept, image, ...)     the untouched model
+after = found.again(vlm)                      the unlearned one, as it is loaded
+found.families(after)                         pure
 """
 
 from __future__ import annotations
@@ -33,13 +34,18 @@ FEWEST = 4  # of them: with fewer the true name comes first by chance too often
 FEWEST_STRANGERS = 3  # with fewer it is not known how far apart they lie among themselves
 LIKELY = math.log(0.01)  # a stranger's picture is one to which the name is a less likely answer
 FRAMES = 4  # naming questions in whose answers names are scored
-NO_NAMES = f"Fewer than {FEWEST} names of others are known, so the true one would often come first by chance."
+NO_NAMES = (
+    f"Fewer than {FEWEST} names of others are known, so the true one would often come "
+    "first by chance."
+)
 FEW_STRANGERS = (
-    f"Fewer than {FEWEST_STRANGERS} pictures were found in which the untouched model recognises nobody, so how likely the name "
+    f"Fewer than {FEWEST_STRANGERS} pictures were found in which the untouched model recognises "
+    "nobody, so how likely the name "
     "is was not compared."
 )
 NO_FRAME = "The untouched model gave the name in no answer that it could be scored in."
-VERDICT = tuple(key for key in attacks.table()["family"] if key != "pictures")  # the families of the verdict
+# the families of the verdict
+VERDICT = tuple(key for key in attacks.table()["family"] if key != "pictures")
 
 
 class Frame(NamedTuple):
@@ -50,7 +56,8 @@ class Frame(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Log-probabilities of names, nats. own: [picture x frame][name], the concept's first; strange: of it, [stranger x frame]"""
+    """Log-probabilities of names, nats. own: [picture x frame][name], the concept's first; strange:
+    of it, [stranger x frame]"""
 
     own: list[list[float]]
     strange: list[float]
@@ -94,22 +101,34 @@ class Inquiry:
     def remarks(self) -> list[str]:
         """What could not be compared, looked for or scored."""
         holds = {
-            attacks.NOBODY: not self.strange["one"], attacks.NOTHING_TOLD: not self.told, NO_FRAME: not self.frames,
+            attacks.NOBODY: not self.strange["one"],
+            attacks.NOTHING_TOLD: not self.told,
+            NO_FRAME: not self.frames,
             NO_NAMES: bool(self.frames) and len(self.ranked) <= FEWEST,
             FEW_STRANGERS: 0 < len(self.strange["one"]) < FEWEST_STRANGERS,
-        }  # fmt: skip
+        }
         return [sentence for sentence, there in holds.items() if there]
 
     def again(self, vlm: VLM) -> After:
         """The same about the concept to another model, or to the same one with its adapter on."""
         own, strange = _see(vlm, self.own), _see(vlm, {"one": self.strange["one"]})
-        return After(_put(vlm, self.asked, own), _scores(vlm, self.frames, self.ranked, own["one"], strange["one"]))
+        return After(
+            _put(vlm, self.asked, own),
+            _scores(vlm, self.frames, self.ranked, own["one"], strange["one"]),
+        )
 
     def families(self, after: After | None) -> list[Family]:
         """What each family brought out; None where there is only the untouched model."""
         shown = [(attack, self.own[attack.sheet][index][0]) for attack, index in self.asked]
-        said, nothing = None if after is None else after.said, Rate(None, reason=attacks.UNTOUCHED_ALONE)
-        found = list(attacks.families(self.concept, shown, self.said, said, [a for a, _ in self.aside], self.strangely))
+        said, nothing = (
+            None if after is None else after.said,
+            Rate(None, reason=attacks.UNTOUCHED_ALONE),
+        )
+        found = list(
+            attacks.families(
+                self.concept, shown, self.said, said, [a for a, _ in self.aside], self.strangely
+            )
+        )
         if len(self.ranked) > FEWEST:
             now = nothing if after is None else attacks.first(after.scores.own)
             found.append(attacks.scored("rank", attacks.first(self.scores.own), now, self.first))
@@ -120,17 +139,36 @@ class Inquiry:
         return found
 
 
-def inquire(vlm: VLM, concept: Concept, image: Image.Image, *, neighbours: Sequence[str] = (), more: Sequence[Shown] = (),
-            grouped: Sequence[Shown] = (), given: Sequence[Shown] = (), families: Sequence[str] = VERDICT,
-            seed: int = 0) -> Inquiry:  # fmt: skip
+def inquire(
+    vlm: VLM,
+    concept: Concept,
+    image: Image.Image,
+    *,
+    neighbours: Sequence[str] = (),
+    more: Sequence[Shown] = (),
+    grouped: Sequence[Shown] = (),
+    given: Sequence[Shown] = (),
+    families: Sequence[str] = VERDICT,
+    seed: int = 0,
+) -> Inquiry:
     """Everything, of the untouched model, which is the model as it is: an adapter has to be off.
 
-    more, grouped: further pictures of the concept, alone and beside others; given: pictures of anybody the model has never seen
+    more, grouped: further pictures of the concept, alone and beside others; given: pictures of
+    anybody the model has never seen
     """
     wanted = "rank" in families or "likelihood" in families
     frames = _frames(vlm, concept, vlm.picture(image)) if wanted else []
-    nobody = _unlikely(vlm, concept, frames, strangers(vlm, image, concept, [Concept(n) for n in neighbours], seed, given))
-    own = {"one": views(image, more, seed), "group": [*groups(image), *grouped], "condition": conditions(image, seed)}
+    nobody = _unlikely(
+        vlm,
+        concept,
+        frames,
+        strangers(vlm, image, concept, [Concept(n) for n in neighbours], seed, given),
+    )
+    own = {
+        "one": views(image, more, seed),
+        "group": [*groups(image), *grouped],
+        "condition": conditions(image, seed),
+    }
     strange = {"one": nobody, "group": groups_of(nobody), "condition": conditions_of(nobody)}
     seen, unseen = _see(vlm, own), _see(vlm, strange)
 
@@ -139,7 +177,9 @@ def inquire(vlm: VLM, concept: Concept, image: Image.Image, *, neighbours: Seque
     asked = attacks.spread(plain, {sheet: len(shown) for sheet, shown in own.items()})
     said = _put(vlm, asked, seen)
     starts = attacks.begun([(a, text) for (a, _), text in zip(asked, said, strict=True)], concept)
-    more_asked = attacks.spread([a for a in starts if a.family in families], {"one": len(own["one"])})
+    more_asked = attacks.spread(
+        [a for a in starts if a.family in families], {"one": len(own["one"])}
+    )
     asked, said = asked + more_asked, said + _put(vlm, more_asked, seen)
     every = list(dict.fromkeys(a for a, _ in asked))
     aside = attacks.spread(every, {sheet: len(shown) for sheet, shown in strange.items()})
@@ -150,19 +190,42 @@ def inquire(vlm: VLM, concept: Concept, image: Image.Image, *, neighbours: Seque
     scores = _scores(vlm, frames, ranked, seen["one"], unseen["one"])
     elsewhere = _scores(vlm, frames, ranked, unseen["one"], []).own if len(ranked) > 1 else []
     first = attacks.first(elsewhere) if elsewhere else Rate(None, reason=attacks.NOBODY)
-    return Inquiry(concept, tuple(neighbours), seed, own, strange, asked, said, aside, strangely, frames, ranked, scores, first,
-                   told)  # fmt: skip
+    return Inquiry(
+        concept,
+        tuple(neighbours),
+        seed,
+        own,
+        strange,
+        asked,
+        said,
+        aside,
+        strangely,
+        frames,
+        ranked,
+        scores,
+        first,
+        told,
+    )
 
 
-def _told(vlm: VLM, concept: Concept, neighbours: Sequence[str], seen: Sequence[Picture]) -> dict[str, frozenset[str]]:
-    """What the model tells of the concept in words, and of hardly anybody else, and does not see in the pictures."""
+def _told(
+    vlm: VLM, concept: Concept, neighbours: Sequence[str], seen: Sequence[Picture]
+) -> dict[str, frozenset[str]]:
+    """What the model tells of the concept in words, and of hardly anybody else, and does not see in
+    the pictures."""
     describe = [*wordings()["describe"]["train"], *wordings()["describe"]["held_out"]]
-    looks = ask.answers(vlm, [(q, picture) for q in describe for picture in seen], max_new_tokens=LONGEST)
-    visible = frozenset(word for look in looks if not concept.named_in(look) for word in words(look))
+    looks = ask.answers(
+        vlm, [(q, picture) for q in describe for picture in seen], max_new_tokens=LONGEST
+    )
+    visible = frozenset(
+        word for look in looks if not concept.named_in(look) for word in words(look)
+    )
     invented = next(name for name in wordings()["invented"]["names"] if not concept.named_in(name))
     names = [concept.name, *list(neighbours)[:OTHERS], invented]
     asked = [attacks.fact_questions(name) for name in names]
-    said = iter(ask.answers(vlm, [(q, None) for one in asked for _, q in one], max_new_tokens=LONGEST))
+    said = iter(
+        ask.answers(vlm, [(q, None) for one in asked for _, q in one], max_new_tokens=LONGEST)
+    )
     told = [{template: next(said) for template, _ in one} for one in asked]
     return attacks.facts(concept, told[0], told[1:], visible)
 
@@ -171,9 +234,13 @@ def _see(vlm: VLM, pictures: Mapping[str, Sequence[Shown]]) -> dict[str, list[Pi
     return {sheet: [vlm.picture(image) for _, image in shown] for sheet, shown in pictures.items()}
 
 
-def _put(vlm: VLM, asked: Sequence[tuple[Attack, int]], seen: Mapping[str, Sequence[Picture]]) -> list[str]:
+def _put(
+    vlm: VLM, asked: Sequence[tuple[Attack, int]], seen: Mapping[str, Sequence[Picture]]
+) -> list[str]:
     pairs = [(attack.question, seen[attack.sheet][index]) for attack, index in asked]
-    return ask.answers(vlm, pairs, begin=[attack.begin for attack, _ in asked], max_new_tokens=LONGEST)
+    return ask.answers(
+        vlm, pairs, begin=[attack.begin for attack, _ in asked], max_new_tokens=LONGEST
+    )
 
 
 def _frames(vlm: VLM, concept: Concept, picture: Picture) -> list[Frame]:
@@ -189,15 +256,24 @@ def _frames(vlm: VLM, concept: Concept, picture: Picture) -> list[Frame]:
     return sorted(found, key=lambda frame: -common[frame.start])[:FRAMES]
 
 
-def _scores(vlm: VLM, frames: Sequence[Frame], names: Sequence[str], own: Sequence[Picture],
-            strange: Sequence[Picture]) -> Scores:  # fmt: skip
+def _scores(
+    vlm: VLM,
+    frames: Sequence[Frame],
+    names: Sequence[str],
+    own: Sequence[Picture],
+    strange: Sequence[Picture],
+) -> Scores:
     rows = [(frame, name, picture) for picture in own for frame in frames for name in names]
     rows += [(frame, names[0], picture) for picture in strange for frame in frames]
     shown = [picture for _, _, picture in rows]
     encode = encoder(vlm)
-    turns = [encode(frame.question, frame.start + name, picture, False) for frame, name, picture in rows]
+    turns = [
+        encode(frame.question, frame.start + name, picture, False) for frame, name, picture in rows
+    ]
     values = []
-    for (frame, name, _), turn, score in zip(rows, turns, ask.label_scores(vlm, turns, shown), strict=True):
+    for (frame, name, _), turn, score in zip(
+        rows, turns, ask.label_scores(vlm, turns, shown), strict=True
+    ):
         start = len(frame.start) - (len(frame.start + name) - len((frame.start + name).strip()))
         inside = [i for i, (a, b) in enumerate(turn.offsets) if a < start + len(name) and b > start]
         values.append(float(score.log_p[inside].sum()))
@@ -205,11 +281,17 @@ def _scores(vlm: VLM, frames: Sequence[Frame], names: Sequence[str], own: Sequen
     return Scores([values[i : i + len(names)] for i in range(0, count, len(names))], values[count:])
 
 
-def _unlikely(vlm: VLM, concept: Concept, frames: Sequence[Frame], nobody: Sequence[Shown]) -> list[Shown]:
+def _unlikely(
+    vlm: VLM, concept: Concept, frames: Sequence[Frame], nobody: Sequence[Shown]
+) -> list[Shown]:
     """Without those whom the model all but calls by the name."""
     scores = _scores(vlm, frames, [concept.name], [], _see(vlm, {"one": nobody})["one"]).strange
     each = [scores[i : i + len(frames)] for i in range(0, len(scores), max(1, len(frames)))]
-    return [one for one, values in zip(nobody, each, strict=True) if fmean(values) < LIKELY] if frames else list(nobody)
+    return (
+        [one for one, values in zip(nobody, each, strict=True) if fmean(values) < LIKELY]
+        if frames
+        else list(nobody)
+    )
 
 
 def _apart(scores: Scores, frames: int) -> Rate:

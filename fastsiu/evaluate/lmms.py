@@ -1,8 +1,10 @@
-"""The paper's eight public benchmarks (section 5.1, its Specificity) through lmms-eval: what it needs, and what it found.
+"""The paper's eight public benchmarks (section 5.1, its Specificity) through lmms-eval: what it
+needs, and what it found.
 
-FastSIU runs none of it: the data sets are downloads of gigabytes, and hours of a GPU. Names of models, tasks and metrics, flags
-and the shape of the results were read from EvolvingLMMs-Lab/lmms-eval at commit 75571cfe0fa36ca5ec2e6aa2bb268f9d38295af3
-(version 0.7.2, 2026-08-06).
+FastSIU runs none of it: the data sets are downloads of gigabytes, and hours of a GPU. Names of
+models, tasks and metrics, flags and the shape of the results were read from
+EvolvingLMMs-Lab/lmms-eval at commit 75571cfe0fa36ca5ec2e6aa2bb268f9d38295af3 (version 0.7.2,
+2026-08-06).
 """
 
 from __future__ import annotations
@@ -31,23 +33,38 @@ class Benchmark:
     full: float = 1.0
 
 
-# In the paper's order. Each is the split that lmms-eval scores itself: the test answers of VQAv2, VizWiz and MMBench are secret.
-# MMBench without its judge: the letter is read out of the answer. POPE by accuracy, at which answering always yes scores a half.
+# In the paper's order. Each is the split that lmms-eval scores itself: the test answers of VQAv2,
+# VizWiz and MMBench are secret. MMBench without its judge: the letter is read out of the answer.
+# POPE by accuracy, at which answering always yes scores a half.
 BENCHMARKS = (
-    Benchmark("GQA", "gqa", "exact_match"), Benchmark("VQAv2", "vqav2_val", "exact_match"),
-    Benchmark("VizWiz", "vizwiz_vqa_val", "exact_match"), Benchmark("SQA-I", "scienceqa_img", "exact_match"),
-    Benchmark("TextVQA", "textvqa_val", "exact_match"), Benchmark("POPE", "pope", "pope_accuracy"),
+    Benchmark("GQA", "gqa", "exact_match"),
+    Benchmark("VQAv2", "vqav2_val", "exact_match"),
+    Benchmark("VizWiz", "vizwiz_vqa_val", "exact_match"),
+    Benchmark("SQA-I", "scienceqa_img", "exact_match"),
+    Benchmark("TextVQA", "textvqa_val", "exact_match"),
+    Benchmark("POPE", "pope", "pope_accuracy"),
     Benchmark("MMBench", "mmbench_en_dev_static", "gpt_eval_score", 100.0),
     Benchmark("MM-Vet", "mmvet", "gpt_eval_score", 100.0),
-)  # fmt: skip
+)
 
-# `model_type` of a configuration -> lmms-eval's name of what loads such a model with transformers' own classes. Left out: those
-# that choose the class by the directory's name, and the general "huggingface", whose check of the type never finds one.
+# `model_type` of a configuration -> lmms-eval's name of what loads such a model with transformers'
+# own classes. Left out: those that choose the class by the directory's name, and the general
+# "huggingface", whose check of the type never finds one.
 MODELS = {
-    "llava": "llava_hf", "llava_next": "llava_hf", "llava_onevision": "llava_hf", "qwen2_vl": "qwen2_vl",
-    "qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl", "qwen3_5": "qwen3_5", "internvl": "internvl_hf", "gemma3": "gemma3",
-    "idefics2": "idefics2", "mllama": "llama_vision", "llama4": "llama4_scout", "instructblip": "instructblip",
-}  # fmt: skip
+    "llava": "llava_hf",
+    "llava_next": "llava_hf",
+    "llava_onevision": "llava_hf",
+    "qwen2_vl": "qwen2_vl",
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_vl": "qwen3_vl",
+    "qwen3_5": "qwen3_5",
+    "internvl": "internvl_hf",
+    "gemma3": "gemma3",
+    "idefics2": "idefics2",
+    "mllama": "llama_vision",
+    "llama4": "llama4_scout",
+    "instructblip": "instructblip",
+}
 
 _SCRIPT = """#!/usr/bin/env bash
 # The same benchmarks on the untouched and on the merged model. Arguments go on to lmms-eval, such as --limit 100.
@@ -84,7 +101,7 @@ evaluate() {{ # side, model, further arguments
 evaluate untouched "$untouched" "$@"
 evaluate merged "$merged" "$@"
 exit "$failed"
-"""
+"""  # noqa: E501
 
 _README = """# Public benchmarks of the untouched and the merged model
 
@@ -99,36 +116,52 @@ answers: set `OPENAI_API_KEY` (and `MODEL_VERSION` for the judge's name), or it 
 development set without one, by reading the letter out of the answer; its test set needs the benchmark's own submission \
 server, as do the test sets of VQAv2 and VizWiz, whose validation sets are used here. Nothing of this asks about the \
 forgotten concept: it is what else the model can still do.
-"""
+"""  # noqa: E501
 
 
 def write(directory: str | Path, model: str | Path, merged: str | Path) -> Path:
-    """Writes DIRECTORY/lmms-eval/ with run.sh, tasks.txt and README.md for both models; returns it. Nothing is run.
+    """Writes DIRECTORY/lmms-eval/ with run.sh, tasks.txt and README.md for both models; returns it.
+    Nothing is run.
 
-    model:  the untouched one, a hub id or a directory; merged: a directory that `fastsiu merge` wrote
+    model:  the untouched one, a hub id or a directory; merged: a directory that `fastsiu merge`
+    wrote
 
-    Raises BadInput for a model that lmms-eval has no loader for, two of different types, a path that it cannot be given, and a
-    directory that exists.
+    Raises BadInput for a model that lmms-eval has no loader for, two of different types, a path
+    that it cannot be given, and a directory that exists.
     """
     kinds = [source.read_config(str(m)).model_type for m in (model, merged)]
     if kinds[0] != kinds[1]:
-        raise BadInput(f"{model} is a {kinds[0]} and {merged} a {kinds[1]}: give the model that the merged one was made from.")
+        raise BadInput(
+            f"{model} is a {kinds[0]} and {merged} a {kinds[1]}: give the model that the merged "
+            "one was made from."
+        )
     if kinds[0] not in MODELS:
-        raise BadInput(f"lmms-eval has no loader for models of type {kinds[0]} (it has for {', '.join(MODELS)}): leave "
-                       "--lmms-eval out.")  # fmt: skip
+        raise BadInput(
+            f"lmms-eval has no loader for models of type {kinds[0]} (it has for "
+            f"{', '.join(MODELS)}): leave "
+            "--lmms-eval out."
+        )
     places = [str(Path(m).resolve()) if Path(m).is_dir() else str(m) for m in (model, merged)]
     if bad := [place for place in places if "," in place or "\n" in place]:
-        raise BadInput(f"lmms-eval splits its arguments at commas, and {bad[0]!r} has one: rename the directory.")
+        raise BadInput(
+            f"lmms-eval splits its arguments at commas, and {bad[0]!r} has one: rename the "
+            "directory."
+        )
     folder = Path(directory) / FOLDER
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
         raise BadInput(f"{folder} exists: remove it, or give another directory.") from None
     except OSError as error:
-        raise BadInput(f"{folder} cannot be written ({error.strerror}): give another directory.") from error
+        raise BadInput(
+            f"{folder} cannot be written ({error.strerror}): give another directory."
+        ) from error
     untouched, after = map(shlex.quote, places)
     script = folder / "run.sh"
-    script.write_text(_SCRIPT.format(untouched=untouched, merged=after, adapter=MODELS[kinds[0]]), encoding="utf-8")
+    script.write_text(
+        _SCRIPT.format(untouched=untouched, merged=after, adapter=MODELS[kinds[0]]),
+        encoding="utf-8",
+    )
     script.chmod(script.stat().st_mode | 0o111)
     (folder / "tasks.txt").write_text("".join(f"{b.task}\n" for b in BENCHMARKS), encoding="utf-8")
     (folder / "README.md").write_text(_README, encoding="utf-8")
@@ -136,12 +169,15 @@ def write(directory: str | Path, model: str | Path, merged: str | Path) -> Path:
 
 
 def read_results(directory: str | Path) -> dict[str, Any]:
-    """What lmms-eval wrote below DIRECTORY/lmms-eval/, newest first where a benchmark was run twice.
+    """What lmms-eval wrote below DIRECTORY/lmms-eval/, newest first where a benchmark was run
+    twice.
 
-    {"benchmarks": [{name, task, metric, untouched, merged}], each side {value, n, low, high} or {value: None, reason},
-     "mean": {untouched, merged}, {value, n: benchmarks} over those that both have, else {value: None, reason},
-     "missing": a sentence for each benchmark that does not count, "limited": tasks that were not run in full}
-    Values are shares of a perfect score; low and high are 95 %, from lmms-eval's standard error where it gives one.
+    {"benchmarks": [{name, task, metric, untouched, merged}], each side {value, n, low, high} or
+     {value: None, reason}, "mean": {untouched, merged}, {value, n: benchmarks} over those that both
+     have, else {value: None, reason}, "missing": a sentence for each benchmark that does not count,
+     "limited": tasks that were not run in full}
+    Values are shares of a perfect score; low and high are 95 %, from lmms-eval's standard error
+    where it gives one.
 
     Raises BadInput where there is no such directory or a file is not lmms-eval's.
     """
@@ -155,10 +191,17 @@ def read_results(directory: str | Path) -> dict[str, Any]:
         rows.append({"name": bench.name, "task": bench.task, "metric": bench.metric, **found})
         reasons = [one["reason"] for one in found.values() if one["value"] is None]
         missing += [f"{bench.name}: {' '.join(reasons)}"] if reasons else []
-        limited |= {bench.task for side in SIDES if _is_limited(sides[side].get(bench.task), bench.task)}
+        limited |= {
+            bench.task for side in SIDES if _is_limited(sides[side].get(bench.task), bench.task)
+        }
     both = [row for row in rows if all(row[side]["value"] is not None for side in SIDES)]
     why = {"value": None, "reason": "No benchmark has been run on both models."}
-    mean = {side: {"value": sum(r[side]["value"] for r in both) / len(both), "n": len(both)} if both else why for side in SIDES}
+    mean = {
+        side: {"value": sum(r[side]["value"] for r in both) / len(both), "n": len(both)}
+        if both
+        else why
+        for side in SIDES
+    }
     return {"benchmarks": rows, "mean": mean, "missing": missing, "limited": sorted(limited)}
 
 
@@ -170,7 +213,9 @@ def _runs(folder: Path) -> dict[str, dict[str, Any]]:
             run = json.loads(path.read_text(encoding="utf-8"))
             tasks = list(run["results"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise BadInput(f"{path} is not a results file of lmms-eval: remove it and run run.sh again.") from error
+            raise BadInput(
+                f"{path} is not a results file of lmms-eval: remove it and run run.sh again."
+            ) from error
         found |= {task: run for task in tasks}
     return found
 
@@ -184,9 +229,16 @@ def _score(run: Mapping[str, Any] | None, bench: Benchmark, side: str) -> dict[s
     if not _number(value):
         return {"value": None, "reason": f"Its results on the {side} model hold no {bench.metric}."}
     if bench.task == "mmvet" and value == 0:  # what lmms-eval gives an answer that no judge graded
-        return {"value": None, "reason": f"On the {side} model every answer scored 0, as where the judge does not reply."}
+        return {
+            "value": None,
+            "reason": f"On the {side} model every answer scored 0, as where the judge does not "
+            "reply.",
+        }
     value = value / bench.full
-    found: dict[str, Any] = {"value": value, "n": given.get("samples", _counted(run, bench.task).get("effective"))}
+    found: dict[str, Any] = {
+        "value": value,
+        "n": given.get("samples", _counted(run, bench.task).get("effective")),
+    }
     if _number(error):
         half = 1.96 * error / bench.full
         found |= {"low": max(0.0, value - half), "high": min(1.0, value + half)}

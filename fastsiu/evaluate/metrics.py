@@ -1,7 +1,9 @@
-"""What is measured of a model, each a pure function of texts, log-probabilities and ranks; nothing here runs a model.
+"""What is measured of a model, each a pure function of texts, log-probabilities and ranks; nothing
+here runs a model.
 
-MMUBench's definitions (arXiv 2405.12523, section 5), except where they contradict themselves; each function says where. P0 is the
-untouched model, P the one that is measured; log-probabilities are natural.
+MMUBench's definitions (arXiv 2405.12523, section 5), except where they contradict themselves; each
+function says where. P0 is the untouched model, P the one that is measured; log-probabilities are
+natural.
 """
 
 from __future__ import annotations
@@ -16,48 +18,55 @@ from ..verdict import Rate, is_degenerate, is_refusal, words
 
 
 def share(holds: Sequence[Any], reason: str) -> dict[str, Any]:
-    """The share of true values with its Wilson 95 % interval, as `Rate.as_dict`; without any, null and the reason."""
+    """The share of true values with its Wilson 95 % interval, as `Rate.as_dict`; without any, null
+    and the reason."""
     found = Rate.of(sum(map(bool, holds)), len(holds)) if holds else Rate(None, reason=reason)
     return found.as_dict()
 
 
 def measure(function: Callable[..., float], *values: Sequence[Any], reason: str) -> dict[str, Any]:
-    """{value, n} of a function over equally many values; without any, null and the reason. No interval is known."""
+    """{value, n} of a function over equally many values; without any, null and the reason. No
+    interval is known."""
     if not values[0]:
         return {"value": None, "reason": reason}
     return {"value": function(*values), "n": len(values[0])}
 
 
 def c_dis(before: Sequence[float], after: Sequence[float]) -> float:
-    """The distance of the concept's name: the mean over its tokens of P0(C) log(P0(C) / P(C)), nats; higher is more forgotten.
+    """The distance of the concept's name: the mean over its tokens of P0(C) log(P0(C) / P(C)),
+    nats; higher is more forgotten.
 
     before, after: log P0 and log P of the same tokens, teacher-forced
 
-    The paper's Eq. 10 is E[-P(C) log(P(C) / P^(C))] with an arrow up. With P the untouched model, as its text has it, that is
-    below 0 wherever the name became less likely, and falls the more is forgotten, so that sign and arrow contradict each other;
-    the released script takes the absolute value of a sum. Here the sign is the arrow's: 0 where nothing changed, below 0 where
-    the name became likelier.
+    The paper's Eq. 10 is E[-P(C) log(P(C) / P^(C))] with an arrow up. With P the untouched model,
+    as its text has it, that is below 0 wherever the name became less likely, and falls the more is
+    forgotten, so that sign and arrow contradict each other; the released script takes the absolute
+    value of a sum. Here the sign is the arrow's: 0 where nothing changed, below 0 where the name
+    became likelier.
     """
     return fmean(math.exp(p0) * (p0 - p) for p0, p in zip(before, after, strict=True))
 
 
 def delta_log_p(before: Sequence[float], after: Sequence[float]) -> float:
-    """The mean change of a token's log-probability, log P - log P0, nats; lower is more forgotten. C-Dis without its weight."""
+    """The mean change of a token's log-probability, log P - log P0, nats; lower is more forgotten.
+    C-Dis without its weight."""
     return fmean(p - p0 for p0, p in zip(before, after, strict=True))
 
 
 def median_rank(likelier: Sequence[int]) -> float:
-    """The median place of the name's first token among all tokens, 1 = the most likely; likelier: how many are, for each name."""
+    """The median place of the name's first token among all tokens, 1 = the most likely; likelier:
+    how many are, for each name."""
     return median(likelier) + 1
 
 
 def extraction_strength(right: Sequence[bool]) -> float:
-    """1 - k*/n: the share of a name's tokens, counted from its end, that the model completes by itself.
+    """1 - k*/n: the share of a name's tokens, counted from its end, that the model completes by
+    itself.
 
     right: for each of n tokens, teacher-forced, whether it is the most likely one
-    k*: the first token from which on every token is right; n where the last one is wrong, so nothing known is 0. open-unlearning
-    searches k* below n only and keeps n - 1 where it finds none: there a model that knows nothing has 1/n, which is 1 for
-    a name of one token.
+    k*: the first token from which on every token is right; n where the last one is wrong, so
+    nothing known is 0. open-unlearning searches k* below n only and keeps n - 1 where it finds
+    none: there a model that knows nothing has 1/n, which is 1 for a name of one token.
 
     Raises ValueError without tokens.
     """
@@ -77,9 +86,15 @@ def perplexity(log_p: Sequence[float], tokens: Sequence[int]) -> float:
     return math.exp(-sum(log_p) / sum(tokens))
 
 
-def paper_perplexity(log_p: Sequence[float], tokens: Sequence[int], name_log_p: Sequence[float], name_tokens: Sequence[int],
-                     vocabulary: int) -> float:  # fmt: skip
-    """The paper's Fluency: perplexity in which each token of the name counts as probability 1/V, as if nothing were known.
+def paper_perplexity(
+    log_p: Sequence[float],
+    tokens: Sequence[int],
+    name_log_p: Sequence[float],
+    name_tokens: Sequence[int],
+    vocabulary: int,
+) -> float:
+    """The paper's Fluency: perplexity in which each token of the name counts as probability 1/V, as
+    if nothing were known.
 
     name_log_p, name_tokens: the part of log_p and tokens that is the name's; vocabulary: V
     """
@@ -88,13 +103,19 @@ def paper_perplexity(log_p: Sequence[float], tokens: Sequence[int], name_log_p: 
 
 
 def diversity(texts: Sequence[str]) -> float:
-    """The paper's Diversity as released: the mean over answers of unique words / words. An answer without words counts as 0."""
+    """The paper's Diversity as released: the mean over answers of unique words / words. An answer
+    without words counts as 0."""
     return fmean(len(set(w)) / len(w) if (w := words(text)) else 0.0 for text in texts)
 
 
 def distinct(texts: Sequence[str], n: int) -> float | None:
-    """Distinct-n (Li et al. 2016): unique n-grams / n-grams over all answers together; None where no answer has n words."""
-    grams = list(chain.from_iterable(zip(*(w[i:] for i in range(n)), strict=False) for w in map(words, texts)))
+    """Distinct-n (Li et al. 2016): unique n-grams / n-grams over all answers together; None where
+    no answer has n words."""
+    grams = list(
+        chain.from_iterable(
+            zip(*(w[i:] for i in range(n)), strict=False) for w in map(words, texts)
+        )
+    )
     return len(set(grams)) / len(grams) if grams else None
 
 
@@ -102,4 +123,7 @@ def shares(texts: Sequence[str], reason: str) -> dict[str, dict[str, Any]]:
     """refusals, empty, gibberish and repetition: the shares of the answers that are one."""
     kinds = [is_degenerate(text) for text in texts]
     out = {"refusals": share([is_refusal(text) for text in texts], reason)}
-    return out | {kind: share([found == kind for found in kinds], reason) for kind in ("empty", "gibberish", "repetition")}
+    return out | {
+        kind: share([found == kind for found in kinds], reason)
+        for kind in ("empty", "gibberish", "repetition")
+    }

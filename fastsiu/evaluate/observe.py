@@ -19,16 +19,23 @@ from .exam import OF_CONCEPT, Exam
 
 PICTURES = 32  # whose features exist at a time
 SHAPE = {
-    "format": str, "digest": str, "others": [str], "replies": [list], "names": [list],
-    "fluency": [([float], None)], "vocabulary": int, "slow": str,
-}  # fmt: skip
+    "format": str,
+    "digest": str,
+    "others": [str],
+    "replies": [list],
+    "names": [list],
+    "fluency": [([float], None)],
+    "vocabulary": int,
+    "slow": str,
+}
 FRAME = "This is {name}."  # where the untouched model never gives the name by itself
 
 
 class Naming(NamedTuple):
     """The tokens of a name inside an answer, teacher-forced.
 
-    cell: index into `Exam.cells`; answer: the words around the name; log_p, right, likelier: as in `ask.Score`, rank there
+    cell: index into `Exam.cells`; answer: the words around the name; log_p, right, likelier: as in
+    `ask.Score`, rank there
     """
 
     cell: int
@@ -39,7 +46,8 @@ class Naming(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """How likely an answer is under the untouched model: sums of log-probabilities, counts of tokens, and the name's part."""
+    """How likely an answer is under the untouched model: sums of log-probabilities, counts of
+    tokens, and the name's part."""
 
     log_p: float
     tokens: int
@@ -53,7 +61,8 @@ class Observations:
 
     replies:    one for each of `Exam.cells`
     names:      see `carriers`
-    fluency:    one for each reply, None for one without tokens or one that the chat template would not carry; all None where the
+    fluency:    one for each reply, None for one without tokens or one that the chat template would
+    not carry; all None where the
                 untouched model was not at hand
     vocabulary: V, tokens in the head
     slow:       why transformers' `generate` answered; "" where answers grew on shared prefixes
@@ -68,75 +77,111 @@ class Observations:
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
-            "replies": [list(reply) for reply in self.replies], "names": [list(name) for name in self.names],
-            "fluency": [one and list(one) for one in self.fluency], "vocabulary": self.vocabulary,
+            "replies": [list(reply) for reply in self.replies],
+            "names": [list(name) for name in self.names],
+            "fluency": [one and list(one) for one in self.fluency],
+            "vocabulary": self.vocabulary,
             "slow": self.slow,
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Observations:
         """The inverse of `as_dict`. Raises KeyError, TypeError or ValueError for anything else."""
         check(values, SHAPE)
         found = cls(
-            tuple(Reply(*one) for one in values["replies"]), tuple(Naming(*one) for one in values["names"]),
-            tuple(None if one is None else Likelihood(*one) for one in values["fluency"]), values["vocabulary"],
+            tuple(Reply(*one) for one in values["replies"]),
+            tuple(Naming(*one) for one in values["names"]),
+            tuple(None if one is None else Likelihood(*one) for one in values["fluency"]),
+            values["vocabulary"],
             values.get("slow", ""),
-        )  # fmt: skip
+        )
         for reply in found.replies:
             check(reply._asdict(), {"text": str, "closed": bool})
         for name in found.names:
-            shape = {"cell": int, "answer": str, "log_p": [float], "right": [bool], "likelier": [int]}
+            shape = {
+                "cell": int,
+                "answer": str,
+                "log_p": [float],
+                "right": [bool],
+                "likelier": [int],
+            }
             check(name._asdict(), shape)
-        if len(found.fluency) != len(found.replies) or not all(0 <= n.cell < len(found.replies) for n in found.names):
+        if len(found.fluency) != len(found.replies) or not all(
+            0 <= n.cell < len(found.replies) for n in found.names
+        ):
             raise ValueError("its replies are not as many as what is told of them")
         return found
 
 
-def examine(loaded: VLM, exam: Exam, untouched: Observations | None = None, *, max_new_tokens: int = 64) -> Observations:
+def examine(
+    loaded: VLM, exam: Exam, untouched: Observations | None = None, *, max_new_tokens: int = 64
+) -> Observations:
     """Asks the model as it is, its adapter on, off or absent, every question of the exam.
 
-    untouched: what the untouched model was found to do; None: this is the untouched model. Names are scored in the answers of the
-               untouched model, and the likelihood of an answer is that under the untouched model, which is this one with its
-               adapter off: a model without adapter, such as a merged one, has none (`with_fluency` adds it).
+    untouched: what the untouched model was found to do; None: this is the untouched model. Names
+    are scored in the answers of the
+               untouched model, and the likelihood of an answer is that under the untouched model,
+               which is this one with its
+               adapter off: a model without adapter, such as a merged one, has none (`with_fluency`
+               adds it).
     """
     itself = untouched is None
     count = len(exam.cells)
     replies, fluency = [Reply("")] * count, [None] * count  # type: list[Reply], list[Likelihood | None]
     for chosen in _by_picture(exam, range(count)):
         shown = _see(loaded, exam, chosen)
-        said = ask.replies(loaded, [(exam.cells[i].text, p) for i, p in zip(chosen, shown, strict=True)],
-                           max_new_tokens=max_new_tokens)  # fmt: skip
+        said = ask.replies(
+            loaded,
+            [(exam.cells[i].text, p) for i, p in zip(chosen, shown, strict=True)],
+            max_new_tokens=max_new_tokens,
+        )
         likely: Sequence[Likelihood | None] = [None] * len(chosen)
         if itself or loaded.model is not loaded.base:
             with nullcontext() if itself else adapter.teacher(loaded):
-                shown = _see(loaded, exam, chosen) if not itself and adapter.sees_anew(loaded) else shown
+                shown = (
+                    _see(loaded, exam, chosen)
+                    if not itself and adapter.sees_anew(loaded)
+                    else shown
+                )
                 likely = _likelihoods(loaded, exam, chosen, shown, said)
         for i, reply, one in zip(chosen, said, likely, strict=True):
             replies[i], fluency[i] = reply, one
     texts = [reply.text for reply in (replies if untouched is None else untouched.replies)]
     names = tuple(_namings(loaded, exam, texts))
-    return Observations(tuple(replies), names, tuple(fluency), loaded.head_weight.shape[0], decode.slow(loaded))
+    return Observations(
+        tuple(replies), names, tuple(fluency), loaded.head_weight.shape[0], decode.slow(loaded)
+    )
 
 
 def with_fluency(loaded: VLM, exam: Exam, model: Observations) -> Observations:
-    """The observations of a model with the likelihood of its answers under `loaded`, the untouched one."""
+    """The observations of a model with the likelihood of its answers under `loaded`, the untouched
+    one."""
     fluency: list[Likelihood | None] = [None] * len(exam.cells)
     for chosen in _by_picture(exam, range(len(exam.cells))):
-        found = _likelihoods(loaded, exam, chosen, _see(loaded, exam, chosen), [model.replies[i] for i in chosen])
+        found = _likelihoods(
+            loaded, exam, chosen, _see(loaded, exam, chosen), [model.replies[i] for i in chosen]
+        )
         for i, one in zip(chosen, found, strict=True):
             fluency[i] = one
     return replace(model, fluency=tuple(fluency))
 
 
 def carriers(exam: Exam, said: Sequence[str]) -> list[tuple[int, str, Span]]:
-    """(cell, answer, span of the name in it): where the name is scored; said: the untouched model's answers.
+    """(cell, answer, span of the name in it): where the name is scored; said: the untouched model's
+    answers.
 
-    Of the questions whose answer would be the name, put to the concept's pictures, those that the untouched model answered with
-    it, in its own words: there something is known that can be forgotten. Where it gave the name nowhere, all of them, in `FRAME`.
-    Then the same questions about control pictures, in the untouched model's commonest naming answer to that question: how likely
-    the name is, in the same words, where nobody sees the concept.
+    Of the questions whose answer would be the name, put to the concept's pictures, those that the
+    untouched model answered with
+    it, in its own words: there something is known that can be forgotten. Where it gave the name
+    nowhere, all of them, in `FRAME`. Then the same questions about control pictures, in the
+    untouched model's commonest naming answer to that question: how likely the name is, in the same
+    words, where nobody sees the concept.
     """
-    asked = [i for i, cell in enumerate(exam.cells) if cell.question.kind == "name" and cell.seen is not None]
+    asked = [
+        i
+        for i, cell in enumerate(exam.cells)
+        if cell.question.kind == "name" and cell.seen is not None
+    ]
     own = [i for i in asked if role(exam, i) in OF_CONCEPT]
     frame = FRAME.format(name=exam.concept.name)
     found = [(i, said[i], span) for i in own if (span := _name_in(exam, said[i]))]
@@ -165,7 +210,8 @@ def role(exam: Exam, index: int) -> str | None:
 
 
 def _by_picture(exam: Exam, indices: Sequence[int]) -> Iterator[list[int]]:
-    """Cells, those of `PICTURES` pictures together, then those of text alone: few calls, and few pictures' features at a time."""
+    """Cells, those of `PICTURES` pictures together, then those of text alone: few calls, and few
+    pictures' features at a time."""
     groups: dict[int | None, list[int]] = {}
     for i in indices:
         seen = exam.cells[i].seen
@@ -190,22 +236,40 @@ def _see(loaded: VLM, exam: Exam, chosen: Sequence[int]) -> list[Picture | None]
     return out
 
 
-def _likelihoods(loaded: VLM, exam: Exam, chosen: Sequence[int], shown: Sequence[Picture | None],
-                 said: Sequence[Reply]) -> list[Likelihood | None]:  # fmt: skip
-    turns = [_turn(loaded, exam.cells[i].text, reply, p) for i, reply, p in zip(chosen, said, shown, strict=True)]
+def _likelihoods(
+    loaded: VLM,
+    exam: Exam,
+    chosen: Sequence[int],
+    shown: Sequence[Picture | None],
+    said: Sequence[Reply],
+) -> list[Likelihood | None]:
+    turns = [
+        _turn(loaded, exam.cells[i].text, reply, p)
+        for i, reply, p in zip(chosen, said, shown, strict=True)
+    ]
     there = [k for k, turn in enumerate(turns) if turn is not None]
     scores = ask.label_scores(loaded, [turns[k] for k in there], [shown[k] for k in there])
     out: list[Likelihood | None] = [None] * len(chosen)
     for k, score in zip(there, scores, strict=True):
         named = _inside(turns[k], exam.concept.spans(said[k].text)).to(score.log_p.device)
-        out[k] = Likelihood(float(score.log_p.sum()), len(score.log_p), float(score.log_p[named].sum()), int(named.sum()))
+        out[k] = Likelihood(
+            float(score.log_p.sum()),
+            len(score.log_p),
+            float(score.log_p[named].sum()),
+            int(named.sum()),
+        )
     return out
 
 
 def _turn(loaded: VLM, question: str, reply: Reply, picture: Picture | None) -> Encoded | None:
-    """None for an answer without words and for one that does not come through the chat template as it is: gibberish may not."""
+    """None for an answer without words and for one that does not come through the chat template as
+    it is: gibberish may not."""
     try:
-        return loaded.encode(question, reply.text, picture, reply.closed) if reply.text.strip() else None
+        return (
+            loaded.encode(question, reply.text, picture, reply.closed)
+            if reply.text.strip()
+            else None
+        )
     except BadInput:
         return None
 
@@ -214,12 +278,19 @@ def _namings(loaded: VLM, exam: Exam, said: Sequence[str]) -> Iterator[Naming]:
     planned = {i: (text, span) for i, text, span in carriers(exam, said)}
     for chosen in _by_picture(exam, list(planned)):
         shown = _see(loaded, exam, chosen)
-        turns = [loaded.encode(exam.cells[i].text, planned[i][0], p) for i, p in zip(chosen, shown, strict=True)]
-        for i, turn, score in zip(chosen, turns, ask.label_scores(loaded, turns, shown), strict=True):
+        turns = [
+            loaded.encode(exam.cells[i].text, planned[i][0], p)
+            for i, p in zip(chosen, shown, strict=True)
+        ]
+        for i, turn, score in zip(
+            chosen, turns, ask.label_scores(loaded, turns, shown), strict=True
+        ):
             named = _inside(turn, [planned[i][1]]).to(score.log_p.device)
             yield Naming(i, planned[i][0], *(part[named].tolist() for part in score))
 
 
 def _inside(turn: Encoded, spans: Sequence[Span]) -> torch.Tensor:
     """[n] bool: supervised tokens with characters inside one of the spans."""
-    return torch.tensor([any(s < b and e > a for a, b in spans) for s, e in turn.offsets], dtype=torch.bool)
+    return torch.tensor(
+        [any(s < b and e > a for a, b in spans) for s, e in turn.offsets], dtype=torch.bool
+    )

@@ -1,6 +1,8 @@
-"""Rows of many concepts as one: shares pooled over all answers with their Wilson interval, everything else as the mean.
+"""Rows of many concepts as one: shares pooled over all answers with their Wilson interval,
+everything else as the mean.
 
-Pure functions over the rows of report.json, whose metrics are {"value", "n", ...} or {"value": None, "reason"}.
+Pure functions over the rows of report.json, whose metrics are {"value", "n", ...} or {"value":
+None, "reason"}.
 """
 
 from __future__ import annotations
@@ -13,14 +15,28 @@ from ..verdict import Rate
 Row = dict[str, dict[str, Any]]
 
 # What the table shows, in this order; suite.json has every metric.
-SHOWN = ("efficacy", "generality", "name_tpr", "name_fpr", "yes_tpr", "yes_fpr", "others", "lookalikes", "groups", "facts",
-         "fluency", "renamed")  # fmt: skip
+SHOWN = (
+    "efficacy",
+    "generality",
+    "name_tpr",
+    "name_fpr",
+    "yes_tpr",
+    "yes_fpr",
+    "others",
+    "lookalikes",
+    "groups",
+    "facts",
+    "fluency",
+    "renamed",
+)
 HEADINGS = {"untouched": "untouched", "unlearned": "unlearned", "control": "never seen"}
 OF_ONE = ("efficacy", "generality", "name_fpr", "others", "facts")  # of each concept
 STATUSES = ("forgotten", "not forgotten", "untouched", "failed")
 NOTE = (
-    "In brackets: Wilson's 95 % interval over all answers, as if each were independent; answers about one concept are not quite. "
-    "Never seen: the same questions about pictures of what no model has seen, put to the untouched model. "
+    "In brackets: Wilson's 95 % interval over all answers, as if each were independent; answers "
+    "about one concept are not quite. "
+    "Never seen: the same questions about pictures of what no model has seen, put to the "
+    "untouched model. "
     "Other values are means over the concepts."
 )
 
@@ -28,11 +44,16 @@ NOTE = (
 def pooled(concepts: Sequence[dict[str, Row]]) -> dict[str, Row]:
     """One row of each sort ("untouched", "unlearned", ...) over all concepts that have it.
 
-    A metric with an interval is a share of n answers: successes and answers are added up, and the interval is Wilson's over all.
-    Any other is the mean over the concepts that have a value, and its n is their number.
+    A metric with an interval is a share of n answers: successes and answers are added up, and the
+    interval is Wilson's over all. Any other is the mean over the concepts that have a value, and
+    its n is their number.
     """
     sorts = dict.fromkeys((*HEADINGS, *(sort for rows in concepts for sort in rows)))
-    return {sort: _row([rows[sort] for rows in concepts if sort in rows]) for sort in sorts if any(sort in r for r in concepts)}
+    return {
+        sort: _row([rows[sort] for rows in concepts if sort in rows])
+        for sort in sorts
+        if any(sort in r for r in concepts)
+    }
 
 
 def _row(rows: Sequence[Row]) -> Row:
@@ -45,28 +66,57 @@ def _metric(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if not known:
         return {"value": None, "reason": values[0].get("reason")}
     if all("low" in v and v["low"] is not None for v in known):
-        return Rate.of(sum(round(v["value"] * v["n"]) for v in known), sum(v["n"] for v in known)).as_dict()
+        return Rate.of(
+            sum(round(v["value"] * v["n"]) for v in known), sum(v["n"] for v in known)
+        ).as_dict()
     return {"value": sum(v["value"] for v in known) / len(known), "n": len(known)}
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """report.md, of suite.json's content: how many were forgotten, the pooled rows side by side, each concept's verdict."""
+    """report.md, of suite.json's content: how many were forgotten, the pooled rows side by side,
+    each concept's verdict."""
     concepts, rows = content["concepts"], content["pooled"]
     counts = {status: sum(one["status"] == status for one in concepts) for status in STATUSES}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    lines = [f"# {_cell(content['suite'])}", "", f"Model: {_cell(content['model'])}. {len(concepts)} of {content['of']} concepts"]
+    lines = [
+        f"# {_cell(content['suite'])}",
+        "",
+        f"Model: {_cell(content['model'])}. {len(concepts)} of {content['of']} concepts",
+    ]
     lines[-1] += f": {told}." if told else "."
     if rows:
-        lines += ["", "## All concepts", "", *_head("metric", *(HEADINGS.get(sort, sort) for sort in rows))]
-        known = [key for key in SHOWN if any(row.get(key, {}).get("value") is not None for row in rows.values())]
-        lines += ["| " + " | ".join([key, *(_pooled_cell(row.get(key, {})) for row in rows.values())]) + " |" for key in known]
+        lines += [
+            "",
+            "## All concepts",
+            "",
+            *_head("metric", *(HEADINGS.get(sort, sort) for sort in rows)),
+        ]
+        known = [
+            key
+            for key in SHOWN
+            if any(row.get(key, {}).get("value") is not None for row in rows.values())
+        ]
+        lines += [
+            "| "
+            + " | ".join([key, *(_pooled_cell(row.get(key, {})) for row in rows.values())])
+            + " |"
+            for key in known
+        ]
         lines += ["", NOTE]
     lines += ["", "## Each concept", "", *_head("concept", "verdict", *OF_ONE)]
     for one in concepts:
         row = one["rows"].get("unlearned") or one["rows"].get("untouched") or {}
-        cells = [_cell(one["concept"]), one["status"], *(_number(row.get(key, {})) for key in OF_ONE)]
+        cells = [
+            _cell(one["concept"]),
+            one["status"],
+            *(_number(row.get(key, {})) for key in OF_ONE),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
-    reasons = [f"- {_cell(one['concept'])}: {_cell(reason)}" for one in concepts for reason in one["reasons"]]
+    reasons = [
+        f"- {_cell(one['concept'])}: {_cell(reason)}"
+        for one in concepts
+        for reason in one["reasons"]
+    ]
     return "\n".join([*lines, "", *(["## Why not", "", *reasons, ""] if reasons else [])])
 
 

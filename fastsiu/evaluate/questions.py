@@ -1,4 +1,5 @@
-"""One file of questions, one JSON object a line: of a suite, of a concept in it, or of `fastsiu eval --questions`."""
+"""One file of questions, one JSON object a line: of a suite, of a concept in it, or of `fastsiu
+eval --questions`."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ MAX_NAME = 200
 _LINE = "A line is an object with 'question', 'kind' and, if needed, 'keywords'"
 
 
-def parse(file: Path, content: str, concept: Concept | None, default: str | None = None) -> tuple[Question, ...]:
+def parse(
+    file: Path, content: str, concept: Concept | None, default: str | None = None
+) -> tuple[Question, ...]:
     """The questions in the content of `file`, each once.
 
     concept: whom all of them are about; its name in them becomes {name}
@@ -27,7 +30,8 @@ def parse(file: Path, content: str, concept: Concept | None, default: str | None
     Raises BadInput with the line's number.
     """
     found: list[Question] = []
-    for number, line in enumerate(content.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
+    # not splitlines: JSON strings may hold U+2028
+    for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             try:
                 found.append(_question(parse_json(line), concept, default))
@@ -44,7 +48,9 @@ def _question(record: Any, concept: Concept | None, default: str | None) -> Ques
     known(record, ("question", "kind", "keywords", "keyword"))
     text = record.get("question")
     if not isinstance(text, str) or not text.strip() or len(text) > MAX_TEXT or not clean(text):
-        raise ValueError(f"'question' must be a text of 1 to {MAX_TEXT} characters without control characters")
+        raise ValueError(
+            f"'question' must be a text of 1 to {MAX_TEXT} characters without control characters"
+        )
     if "keyword" in record and "keywords" in record:
         raise ValueError("'keyword' and 'keywords' mean the same: give one of them")
     keywords = record.get("keywords", record.get("keyword", []))
@@ -62,18 +68,37 @@ def _question(record: Any, concept: Concept | None, default: str | None) -> Ques
         raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
     text = text.strip()
     if "<image>" in text:
-        raise ValueError("<image> must not stand in a question: leave it out, the model's own template puts the picture in")
-    if concept is not None and "{name}" not in text:  # so that the same can be asked about others by their names
+        raise ValueError(
+            "<image> must not stand in a question: leave it out, the model's own template puts "
+            "the picture in"
+        )
+    # so that the same can be asked about others by their names
+    if concept is not None and "{name}" not in text:
         for start, end in reversed(Concept(concept.name).spans(text, include_parts=False)):
             text = f"{text[:start]}{{name}}{text[end:]}"
-    if kind == "yesno" and "{name}" not in text and not (concept is not None and concept.named_in(text)):
-        raise ValueError("a question of kind yesno must hold {name}: write it there, or make the question one of kind name")
+    if (
+        kind == "yesno"
+        and "{name}" not in text
+        and not (concept is not None and concept.named_in(text))
+    ):
+        raise ValueError(
+            "a question of kind yesno must hold {name}: write it there, or make the question one "
+            "of kind name"
+        )
     if kind == "name" and "{name}" in text:
-        raise ValueError("a question of kind name must not give the name away: leave it out, or make it one of kind yesno")
+        raise ValueError(
+            "a question of kind name must not give the name away: leave it out, or make it one "
+            "of kind yesno"
+        )
     if kind == "general" and "{name}" in text:
-        raise ValueError("a question of kind general is about nobody: leave {name} out, or make it one of kind fact")
+        raise ValueError(
+            "a question of kind general is about nobody: leave {name} out, or make it one of "
+            "kind fact"
+        )
     if kind in ("appearance", "fact") and "{name}" not in text:
-        raise ValueError(f"a question of kind {kind} is asked without a picture and must hold {{name}}")
+        raise ValueError(
+            f"a question of kind {kind} is asked without a picture and must hold {{name}}"
+        )
     return Question(text, kind, () if kind == "yesno" and means_yes else words)
 
 
@@ -83,5 +108,6 @@ def known(record: dict[str, Any], keys: Sequence[str]) -> None:
 
 
 def clean(text: str) -> bool:
-    """No control characters but the end of a line: they would reach a terminal. No half of a surrogate pair: it has no UTF-8."""
+    """No control characters but the end of a line: they would reach a terminal. No half of a
+    surrogate pair: it has no UTF-8."""
     return not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]", text)

@@ -1,4 +1,5 @@
-"""The story behind `fastsiu eval`: load, ask the untouched and the unlearned model, make rows of it, write the report."""
+"""The story behind `fastsiu eval`: load, ask the untouched and the unlearned model, make rows of
+it, write the report."""
 
 from __future__ import annotations
 
@@ -31,9 +32,18 @@ from .observe import Likelihood, Naming, Observations, carriers, examine, with_f
 from .scoring import report_of, row, to_grade, verdict_answers
 
 __all__ = [
-    "Evaluation", "Likelihood", "Naming", "Observations", "carriers", "evaluate", "examine", "report_of", "row",
-    "verdict_answers", "with_fluency",
-]  # fmt: skip
+    "Evaluation",
+    "Likelihood",
+    "Naming",
+    "Observations",
+    "carriers",
+    "evaluate",
+    "examine",
+    "report_of",
+    "row",
+    "verdict_answers",
+    "with_fluency",
+]
 
 FORMAT = "fastsiu observations 1"
 UNTOUCHED = "untouched.json"  # the untouched model's observations, in the output
@@ -43,7 +53,8 @@ NOT_ASKED = ("recipe", "seeds", "masks")  # of a manifest: nothing was trained
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` returns. forgotten: None where only the untouched model was asked; report: report.json."""
+    """What `evaluate` returns. forgotten: None where only the untouched model was asked; report:
+    report.json."""
 
     forgotten: bool | None
     report: dict[str, Any]
@@ -90,68 +101,135 @@ class _Model:
             yield found
 
 
-def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str | Path | None = None,
-             base: str | Path | None = None, aliases: Sequence[str] = (), image: str | Path | None = None,
-             images: str | Path | None = None, others: str | Path | None = None, lookalikes: str | Path | None = None,
-             groups: str | Path | None = None, control: str | Path | None = None, questions: str | Path | None = None,
-             output: str | Path | None = None, untouched: str | Path | None = None, max_new_tokens: int = 64,
-             revision: str | None = None, device: str | None = None, dtype: str = "auto", quantize: str | None = None,
-             attention: str | None = None, redact: bool = False, embed_image: bool = False,
-             judged_by: g_eval.Options | None = None, lmms_eval: str | Path | None = None, attacks: str | None = None,
-             as_word: bool | None = None, listener: Listener | None = None) -> Evaluation:  # fmt: skip
-    """What a model knows of a concept, and what it has lost of all else; pictures and questions as in `directories.exam_of`.
+def evaluate(
+    concept: str,
+    *,
+    model: str | Path | None = None,
+    adapter_dir: str | Path | None = None,
+    base: str | Path | None = None,
+    aliases: Sequence[str] = (),
+    image: str | Path | None = None,
+    images: str | Path | None = None,
+    others: str | Path | None = None,
+    lookalikes: str | Path | None = None,
+    groups: str | Path | None = None,
+    control: str | Path | None = None,
+    questions: str | Path | None = None,
+    output: str | Path | None = None,
+    untouched: str | Path | None = None,
+    max_new_tokens: int = 64,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    attention: str | None = None,
+    redact: bool = False,
+    embed_image: bool = False,
+    judged_by: g_eval.Options | None = None,
+    lmms_eval: str | Path | None = None,
+    attacks: str | None = None,
+    as_word: bool | None = None,
+    listener: Listener | None = None,
+) -> Evaluation:
+    """What a model knows of a concept, and what it has lost of all else; pictures and questions as
+    in `directories.exam_of`.
 
     adapter_dir: an --output directory of `unlearn`; the untouched model is `model` without it
-    base:        the untouched model where `model` is merged, unlearned already; they are loaded one after the other
+    base:        the untouched model where `model` is merged, unlearned already; they are loaded one
+    after the other
     untouched:   an untouched.json, which every output has: the untouched model is not asked again
     output:      a directory for the report in one transaction; nothing is written without
-    redact:      nothing that names or quotes is written; embed_image: report.html shows the training picture
-    judged_by:   who grades the answers about the concept's pictures (G-Eval); what leaves the machine is told first
+    redact:      nothing that names or quotes is written; embed_image: report.html shows the
+    training picture
+    judged_by:   who grades the answers about the concept's pictures (G-Eval); what leaves the
+    machine is told first
     attacks:     what tries to get it back, words of `attacking.chosen`; None: nothing
     as_word:     how a name counts that is a word like any other, too (`concept.Concept.as_word`)
-    lmms_eval:   where the script for the public benchmarks is written, or where what it found is read; for a merged model
+    lmms_eval:   where the script for the public benchmarks is written, or where what it found is
+    read; for a merged model
 
-    Without adapter and base only `model` is asked, as the untouched one. Where no picture says who else there is, the untouched
-    model is asked whom it takes for alike.
+    Without adapter and base only `model` is asked, as the untouched one. Where no picture says who
+    else there is, the untouched model is asked whom it takes for alike.
 
     Raises BadInput (the input cannot be used; nothing is written) and NumericFailure.
     """
     listener = listener or Listener()
     if base is not None and adapter_dir is not None:
-        raise BadInput("--adapter and --base exclude each other: the untouched model is --model without the adapter.")
+        raise BadInput(
+            "--adapter and --base exclude each other: the untouched model is --model without the "
+            "adapter."
+        )
     outputs.check_shown(redact, embed_image)
     if embed_image and (image is None or output is None):
-        raise BadInput("--embed-image shows the training picture in report.html: give it with --image, and an --output.")
+        raise BadInput(
+            "--embed-image shows the training picture in report.html: give it with --image, and "
+            "an --output."
+        )
     if lmms_eval is not None and base is None:
-        raise BadInput("--lmms-eval compares a merged model with the untouched one: give them with --model and --base.")
+        raise BadInput(
+            "--lmms-eval compares a merged model with the untouched one: give them with --model "
+            "and --base."
+        )
     if adapter_dir is not None:
         adapter.check_directory(Path(adapter_dir))
     tried = attacking.chosen(attacks)
     if not concept.strip():
         raise BadInput("The concept's name is empty: pass the name with --concept NAME.")
     exam = directories.exam_of(
-        Concept(concept.strip(), tuple(aliases), as_word), image=_path(image), images=_path(images), others=_path(others),
-        lookalikes=_path(lookalikes), groups=_path(groups), control=_path(control), questions=_path(questions),
-    )  # fmt: skip
+        Concept(concept.strip(), tuple(aliases), as_word),
+        image=_path(image),
+        images=_path(images),
+        others=_path(others),
+        lookalikes=_path(lookalikes),
+        groups=_path(groups),
+        control=_path(control),
+        questions=_path(questions),
+    )
     for seen in exam.pictures:
         seen.load()  # a damaged picture is told now, not after an hour
-    made = lambda name: _Model(name, revision, driver.choose_settings(
-        name, None, Recipe(), None, listener, revision=revision, device=device, dtype=dtype, quantize=quantize,
-        attention=attention), listener)  # fmt: skip
+    made = lambda name: _Model(
+        name,
+        revision,
+        driver.choose_settings(
+            name,
+            None,
+            Recipe(),
+            None,
+            listener,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            attention=attention,
+        ),
+        listener,
+    )
     name = str(driver.EMBEDDED if model is None else model)
     measured = made(name)
     first = measured if base is None else made(str(base))
     remembered = output is not None or untouched is not None  # else no digest is of use
     settings = {"max_new_tokens": max_new_tokens} | (first.identity if remembered else {})
     if judged_by is not None:  # without permission it ends here, before anybody waits for answers
-        asked = sum(1 for cell in exam.cells if cell.seen and cell.seen.role in OF_CONCEPT and cell.question.kind == "name")
-        g_eval.announcement(judged_by, exam.concept.name, asked * (1 if base is None and adapter_dir is None else 2))
-    benchmarks = None if lmms_eval is None else _benchmarks(Path(lmms_eval), first.name, measured.name)
+        asked = sum(
+            1
+            for cell in exam.cells
+            if cell.seen and cell.seen.role in OF_CONCEPT and cell.question.kind == "name"
+        )
+        g_eval.announcement(
+            judged_by, exam.concept.name, asked * (1 if base is None and adapter_dir is None else 2)
+        )
+    benchmarks = (
+        None if lmms_eval is None else _benchmarks(Path(lmms_eval), first.name, measured.name)
+    )
     cached = _read(Path(untouched)) if untouched is not None else None
     destination = _path(output)
     merged = measured if base is not None else None
-    shown = driver.shown_as(redact, embed_image) | ({} if judged_by is None else {"judge": [judged_by.url, judged_by.model]})
-    shown |= ({} if benchmarks is None else {"benchmarks": benchmarks}) | ({"attacks": list(tried)} if tried else {})
+    shown = driver.shown_as(redact, embed_image) | (
+        {} if judged_by is None else {"judge": [judged_by.url, judged_by.model]}
+    )
+    shown |= ({} if benchmarks is None else {"benchmarks": benchmarks}) | (
+        {"attacks": list(tried)} if tried else {}
+    )
     digest = "" if destination is None else _digest(exam, settings | shown, merged, adapter_dir)
     if destination is not None and outputs.check_destination(destination, digest) == "same":
         report = outputs.read_report(destination)
@@ -161,13 +239,17 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
 
     after: Observations | None = None
     besides = attacking.Attacked(tried, lr=_rate(adapter_dir))
-    caveats = [driver.CAVEAT] * (adapter_dir is not None) + [directories.COUNTERFACTUAL] * (control is None)
+    caveats = [driver.CAVEAT] * (adapter_dir is not None) + [directories.COUNTERFACTUAL] * (
+        control is None
+    )
     if base is None and adapter_dir is None and "merge" in adapter.manifest_of(Path(name)):
         caveats.append(MERGED)
     with first.loaded() as loaded:
         caveats += decode.remarks(loaded)
         if adapter_dir is not None:
-            caveats += adapter.check_belongs(Path(adapter_dir), name, loaded.revision, first.weights)
+            caveats += adapter.check_belongs(
+                Path(adapter_dir), name, loaded.revision, first.weights
+            )
         if not exam.others:
             listener.stage("Finding the names of others")
             exam = directories.with_others(exam, _alike(loaded, exam, cached))
@@ -195,17 +277,40 @@ def evaluate(concept: str, *, model: str | Path | None = None, adapter_dir: str 
             listener.stage("Scoring its answers under the untouched model")
             after = with_fluency(loaded, exam, after)
     graded = {} if judged_by is None else _graded(judged_by, exam, before, after, listener)
-    report = report_of(exam, name, before, after, adapted=adapter_dir is not None, caveats=[*caveats, *besides.caveats],
-                       graded=graded, families=besides.families)  # fmt: skip
+    report = report_of(
+        exam,
+        name,
+        before,
+        after,
+        adapted=adapter_dir is not None,
+        caveats=[*caveats, *besides.caveats],
+        graded=graded,
+        families=besides.families,
+    )
     report |= besides.told
     if benchmarks is not None:
         report["benchmarks"] = benchmarks
     if destination is not None:
-        kept = {"format": FORMAT, "digest": key, "others": [other.name for other in exam.others], **before.as_dict()}
+        kept = {
+            "format": FORMAT,
+            "digest": key,
+            "others": [other.name for other in exam.others],
+            **before.as_dict(),
+        }
         pictures = {} if image is None else {"image": read_bytes(image)}
-        report = _write(destination, report, kept, digest, measured, settings | driver.shown_as(redact, embed_image), pictures,
-                        load_image(Path(image)) if embed_image and image is not None else None)  # fmt: skip
-    return Evaluation(None if after is None else report["verdict"] == "forgotten", report, destination)
+        report = _write(
+            destination,
+            report,
+            kept,
+            digest,
+            measured,
+            settings | driver.shown_as(redact, embed_image),
+            pictures,
+            load_image(Path(image)) if embed_image and image is not None else None,
+        )
+    return Evaluation(
+        None if after is None else report["verdict"] == "forgotten", report, destination
+    )
 
 
 def _alike(loaded: vlm.VLM, exam: Exam, cached: dict[str, Any] | None) -> list[str]:
@@ -214,39 +319,64 @@ def _alike(loaded: vlm.VLM, exam: Exam, cached: dict[str, Any] | None) -> list[s
     return neighbours(Scene(loaded, exam.concept, Recipe(), []))
 
 
-def _digest(exam: Exam, settings: dict[str, Any], merged: _Model | None, adapter_dir: str | Path | None) -> str:
+def _digest(
+    exam: Exam, settings: dict[str, Any], merged: _Model | None, adapter_dir: str | Path | None
+) -> str:
     """Of all that decides the report."""
     adapted = None
     if adapter_dir is not None:
-        files = [Path(adapter_dir) / file for file in ("adapter_config.json", "adapter_model.safetensors")]
+        files = [
+            Path(adapter_dir) / file
+            for file in ("adapter_config.json", "adapter_model.safetensors")
+        ]
         adapted = [outputs.digest_file(file) for file in files if file.is_file()]
     keywords = [question.keywords for question in exam.questions]
-    return directories.digest(exam, **settings, adapter=adapted, merged=merged and merged.identity, keywords=keywords)
+    return directories.digest(
+        exam, **settings, adapter=adapted, merged=merged and merged.identity, keywords=keywords
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
-    values = read_json(path, what=str(path), remedy=f"give the {UNTOUCHED} of an earlier --output, or leave --untouched out")
+    values = read_json(
+        path,
+        what=str(path),
+        remedy=f"give the {UNTOUCHED} of an earlier --output, or leave --untouched out",
+    )
     try:
-        if values["format"] != FORMAT or not isinstance(values["digest"], str) or not isinstance(values["others"], list):
+        if (
+            values["format"] != FORMAT
+            or not isinstance(values["digest"], str)
+            or not isinstance(values["others"], list)
+        ):
             raise ValueError
         Observations.from_dict(values)
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{str(path)!r} is not the {UNTOUCHED} of an earlier --output: leave --untouched out.") from error
+        raise BadInput(
+            f"{str(path)!r} is not the {UNTOUCHED} of an earlier --output: leave --untouched out."
+        ) from error
     return dict(values)
 
 
 def _same(cached: dict[str, Any], key: str, path: Path, exam: Exam) -> Observations:
     if cached["digest"] != key:
-        raise BadInput(f"{str(path)!r} is of another exam: the model's files, pictures, questions, names, dtype or answer length "
-                       "differ; leave --untouched out.")  # fmt: skip
+        raise BadInput(
+            f"{str(path)!r} is of another exam: the model's files, pictures, questions, names, "
+            "dtype or answer length "
+            "differ; leave --untouched out."
+        )
     found = Observations.from_dict(cached)
     if len(found.replies) != len(exam.cells):
         raise BadInput(f"{str(path)!r} is damaged: leave --untouched out.")
     return found
 
 
-def _graded(options: g_eval.Options, exam: Exam, before: Observations, after: Observations | None,
-            listener: Listener) -> dict[str, Any]:  # fmt: skip
+def _graded(
+    options: g_eval.Options,
+    exam: Exam,
+    before: Observations,
+    after: Observations | None,
+    listener: Listener,
+) -> dict[str, Any]:
     """By row: the judge's mean score of its answers, beside the untouched model's own."""
     sides = {"untouched": before} | ({} if after is None else {"unlearned": after})
     listener.stage(f"Asking the judge {options.model}")
@@ -264,9 +394,18 @@ def _benchmarks(directory: Path, untouched: str, merged: str) -> dict[str, Any]:
     return lmms.read_results(directory)
 
 
-def _write(destination: Path, report: dict[str, Any], kept: dict[str, Any], digest: str, model: _Model, settings: dict[str, Any],
-           pictures: dict[str, bytes], picture: Image.Image | None) -> dict[str, Any]:  # fmt: skip
-    """Returns the report as it was written. A redacted one has no untouched.json beside it, which holds names and answers."""
+def _write(
+    destination: Path,
+    report: dict[str, Any],
+    kept: dict[str, Any],
+    digest: str,
+    model: _Model,
+    settings: dict[str, Any],
+    pictures: dict[str, bytes],
+    picture: Image.Image | None,
+) -> dict[str, Any]:
+    """Returns the report as it was written. A redacted one has no untouched.json beside it, which
+    holds names and answers."""
     redact = settings.get("redact", False)
     written = redacted(report) if redact else report
     weights = model.weights
@@ -276,17 +415,28 @@ def _write(destination: Path, report: dict[str, Any], kept: dict[str, Any], dige
     with transaction as staging:
         outputs.write_reports(staging, report, redact=redact, picture=picture)
         if not redact:
-            write(staging / UNTOUCHED, json.dumps(kept, ensure_ascii=True, allow_nan=False).encode() + b"\n")
+            write(
+                staging / UNTOUCHED,
+                json.dumps(kept, ensure_ascii=True, allow_nan=False).encode() + b"\n",
+            )
         whole = outputs.manifest(
-            recipe=Recipe(), model_id=written["model"], revision=model.commit, weights=weights, digest=digest,
-            key=transaction.key, pictures=pictures, masks={}, settings={k: v for k, v in settings.items() if k != "model"},
-        )  # fmt: skip
+            recipe=Recipe(),
+            model_id=written["model"],
+            revision=model.commit,
+            weights=weights,
+            digest=digest,
+            key=transaction.key,
+            pictures=pictures,
+            masks={},
+            settings={k: v for k, v in settings.items() if k != "model"},
+        )
         transaction.commit({k: v for k, v in whole.items() if k not in NOT_ASKED})
     return written
 
 
 def _rate(adapter_dir: str | Path | None) -> float:
-    """The learning rate in the manifest of an adapter's directory, the default one where nothing says it."""
+    """The learning rate in the manifest of an adapter's directory, the default one where nothing
+    says it."""
     recipe = {} if adapter_dir is None else adapter.manifest_of(Path(adapter_dir)).get("recipe")
     entry = recipe.get("lr") if isinstance(recipe, dict) else None
     value = entry.get("value") if isinstance(entry, dict) else None

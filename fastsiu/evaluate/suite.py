@@ -1,7 +1,9 @@
-"""Many concepts with their pictures and questions as plain files: MMUBench's shape on disk, told in docs/suite.md.
+"""Many concepts with their pictures and questions as plain files: MMUBench's shape on disk, told in
+docs/suite.md.
 
-DIR/suite.json, DIR/questions.jsonl, DIR/control/*, and of each concept DIR/concepts/SLUG/ with concept.json, images/*,
-groups/* and questions.jsonl. A suite may come from a stranger: nothing outside DIR is read, and nothing in it is taken on trust.
+DIR/suite.json, DIR/questions.jsonl, DIR/control/*, and of each concept DIR/concepts/SLUG/ with
+concept.json, images/*, groups/* and questions.jsonl. A suite may come from a stranger: nothing
+outside DIR is read, and nothing in it is taken on trust.
 """
 
 from __future__ import annotations
@@ -23,14 +25,16 @@ from .questions import MAX_NAME, clean, known, parse
 
 FORMAT = "fastsiu suite 1"
 MAX_BYTES = 64 * 2**20  # of a JSON file
-_SLUG = re.compile(r"\w[\w-]{0,63}")  # the name of an output directory, too; no dot: OUT/suite.json is ours
+# the name of an output directory, too; no dot: OUT/suite.json is ours
+_SLUG = re.compile(r"\w[\w-]{0,63}")
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One concept of a suite. training is one of images; lookalikes may be names of which the suite has no picture."""
+    """One concept of a suite. training is one of images; lookalikes may be names of which the suite
+    has no picture."""
 
     slug: str
     name: str
@@ -53,7 +57,8 @@ class Subject:
 
 @dataclass(frozen=True)
 class Suite:
-    """directory: where it lies; questions: put to every subject; control: pictures of what no model has seen."""
+    """directory: where it lies; questions: put to every subject; control: pictures of what no model
+    has seen."""
 
     directory: Path
     title: str
@@ -67,49 +72,78 @@ class Suite:
             if wanted == subject.slug or _same(subject, wanted):
                 return subject
         slugs = ", ".join(subject.slug for subject in self.subjects)
-        raise BadInput(f"The suite {self.directory} has no concept {wanted!r}: choose from {slugs}.")
+        raise BadInput(
+            f"The suite {self.directory} has no concept {wanted!r}: choose from {slugs}."
+        )
 
 
-# Reading ------------------------------------------------------------------------------------------------------------------
+# Reading ------------------------------------------------------------------------------------------
 
 
 def read(directory: str | Path) -> Suite:
-    """The suite at `directory`, with everything checked but the pixels: `check` decodes the pictures.
+    """The suite at `directory`, with everything checked but the pixels: `check` decodes the
+    pictures.
 
     Raises BadInput with the file, the line and the remedy.
     """
     root = Path(directory)
     if not root.is_dir():
-        raise BadInput(f"There is no directory {root}: give the directory of a suite, as docs/suite.md describes it.")
+        raise BadInput(
+            f"There is no directory {root}: give the directory of a suite, as docs/suite.md "
+            "describes it."
+        )
     head = _object(root, root / "suite.json", ("format", "title"))
     if head.get("format") != FORMAT:
-        raise BadInput(f"{root / 'suite.json'}: the format is {head.get('format')!r}: write \"format\": \"{FORMAT}\".")
+        raise BadInput(
+            f'{root / "suite.json"}: the format is {head.get("format")!r}: write "format": '
+            f'"{FORMAT}".'
+        )
     title = _text(root / "suite.json", "title", head.get("title", root.name), MAX_NAME)
     concepts = _within(root, root / "concepts")
     if not concepts.is_dir():
-        raise BadInput(f"{root} has no directory concepts: make one with a directory of each concept in it.")
-    places = [place for place in sorted(concepts.iterdir()) if not place.name.startswith(".") and place.is_dir()]
+        raise BadInput(
+            f"{root} has no directory concepts: make one with a directory of each concept in it."
+        )
+    places = [
+        place
+        for place in sorted(concepts.iterdir())
+        if not place.name.startswith(".") and place.is_dir()
+    ]
     subjects: list[Subject] = []
     for place in places:
         subject = _subject(root, place)
         for other in subjects:
             for form in (subject.name, *subject.aliases):
                 if _same(other, form):
-                    raise BadInput(f"{place / 'concept.json'}: {form!r} is a name of {other.slug} already: remove one.")
+                    raise BadInput(
+                        f"{place / 'concept.json'}: {form!r} is a name of {other.slug} already: "
+                        "remove one."
+                    )
         subjects.append(subject)
     if not subjects:
-        raise BadInput(f"{concepts} holds no concept: make a directory with concept.json and images for each.")
+        raise BadInput(
+            f"{concepts} holds no concept: make a directory with concept.json and images for each."
+        )
     control = _pictures(root, root / "control")
-    suite = Suite(root, title, tuple(subjects), _questions(root, root / "questions.jsonl", None), control)
+    suite = Suite(
+        root, title, tuple(subjects), _questions(root, root / "questions.jsonl", None), control
+    )
     for subject in subjects:
         if not any(question.kind == "name" for question in (*suite.questions, *subject.questions)):
-            raise BadInput(f"Nothing asks who {subject.slug} is: add a question of kind 'name' to {root / 'questions.jsonl'}.")
+            raise BadInput(
+                f"Nothing asks who {subject.slug} is: add a question of kind 'name' to "
+                f"{root / 'questions.jsonl'}."
+            )
     return suite
 
 
 def check(suite: Suite) -> int:
-    """Decodes every picture; how many there are. Raises BadInput at the first that cannot be read."""
-    paths = [*suite.control, *(path for subject in suite.subjects for path in (*subject.images, *subject.groups))]
+    """Decodes every picture; how many there are. Raises BadInput at the first that cannot be
+    read."""
+    paths = [
+        *suite.control,
+        *(path for subject in suite.subjects for path in (*subject.images, *subject.groups)),
+    ]
     for path in paths:
         load_image(path)
     return len(paths)
@@ -119,27 +153,43 @@ def told(suite: Suite) -> str:
     """What there is, after `check`. Raises BadInput at the first picture that cannot be read."""
     pictures = check(suite)
     questions = len(suite.questions) + sum(len(subject.questions) for subject in suite.subjects)
-    return f"{suite.directory}: {len(suite.subjects)} concepts, {pictures} pictures, {questions} questions and no defect."
+    return (
+        f"{suite.directory}: {len(suite.subjects)} concepts, {pictures} pictures, {questions} "
+        "questions and no defect."
+    )
 
 
 def _subject(root: Path, place: Path) -> Subject:
     if not _SLUG.fullmatch(place.name):
-        raise BadInput(f"{str(place)!r}: a concept's directory is named with at most 64 letters, digits, _ and -: rename it.")
+        raise BadInput(
+            f"{str(place)!r}: a concept's directory is named with at most 64 letters, digits, _ "
+            "and -: rename it."
+        )
     file = _within(root, place) / "concept.json"
     record = _object(root, file, ("name", "aliases", "lookalikes", "training"))
     if "name" not in record or "training" not in record:
         raise BadInput(f"{file}: 'name' and 'training' are needed: write both.")
     name = _name(file, "name", record["name"])
-    aliases, lookalikes = (_names(file, key, record.get(key, [])) for key in ("aliases", "lookalikes"))
+    aliases, lookalikes = (
+        _names(file, key, record.get(key, [])) for key in ("aliases", "lookalikes")
+    )
     images = _pictures(root, place / "images")
     if len(images) < 2:
-        raise BadInput(f"{place / 'images'} holds {len(images)} pictures: put the training picture and at least one more there.")
+        raise BadInput(
+            f"{place / 'images'} holds {len(images)} pictures: put the training picture and at "
+            "least one more there."
+        )
     inside = {path.relative_to(place).as_posix(): path for path in images}
     if record["training"] not in (*inside,):
-        raise BadInput(f"{file}: the training picture {record['training']!r} is none of images: write one like "
-                       f"\"{next(iter(inside))}\".")  # fmt: skip
+        raise BadInput(
+            f"{file}: the training picture {record['training']!r} is none of images: write one "
+            "like "
+            f'"{next(iter(inside))}".'
+        )
     groups = _pictures(root, place / "groups")
-    subject = Subject(place.name, name, aliases, lookalikes, inside[record["training"]], images, groups)
+    subject = Subject(
+        place.name, name, aliases, lookalikes, inside[record["training"]], images, groups
+    )
     for other in lookalikes:
         if _same(subject, other):
             raise BadInput(f"{file}: the look-alike {other!r} is the concept itself: remove it.")
@@ -194,7 +244,9 @@ def _read(root: Path, file: Path) -> str:
     except UnicodeDecodeError as error:
         raise BadInput(f"{file} is not UTF-8 text: save it as UTF-8.") from error
     except OSError as error:
-        raise BadInput(f"{file} cannot be read ({error.strerror}): check its permissions.") from error
+        raise BadInput(
+            f"{file} cannot be read ({error.strerror}): check its permissions."
+        ) from error
 
 
 def _object(root: Path, file: Path, keys: Sequence[str]) -> dict[str, Any]:
@@ -205,7 +257,9 @@ def _object(root: Path, file: Path, keys: Sequence[str]) -> dict[str, Any]:
             raise ValueError("this is no object")
         known(record, keys)
     except json.JSONDecodeError as error:
-        raise BadInput(f"{file}, line {error.lineno}: {error.msg}. Write one JSON object.") from error
+        raise BadInput(
+            f"{file}, line {error.lineno}: {error.msg}. Write one JSON object."
+        ) from error
     except ValueError as error:
         raise BadInput(f"{file}: {error}. Write one JSON object with {', '.join(keys)}.") from error
     return record
@@ -227,24 +281,33 @@ def _name(file: Path, key: str, value: Any) -> str:
 
 
 def _text(file: Path, key: str, value: Any, most: int) -> str:
-    if not isinstance(value, str) or not value.strip() or len(value) > most or not clean(value) or "\n" in value.strip():
+    if (
+        not isinstance(value, str)
+        or not value.strip()
+        or len(value) > most
+        or not clean(value)
+        or "\n" in value.strip()
+    ):
         raise BadInput(f"{file}: {key!r} must be one line of 1 to {most} characters: correct it.")
     return value.strip()
 
 
-# Writing ------------------------------------------------------------------------------------------------------------------
+# Writing ------------------------------------------------------------------------------------------
 
 
 def write(suite: Suite) -> None:
-    """The JSON files of a suite whose pictures lie in its directory already: what `read` reads is equal to `suite`."""
+    """The JSON files of a suite whose pictures lie in its directory already: what `read` reads is
+    equal to `suite`."""
     _dump(suite.directory / "suite.json", [{"format": FORMAT, "title": suite.title}])
     _dump(suite.directory / "questions.jsonl", map(_record, suite.questions))
     for subject in suite.subjects:
         place = suite.directory / "concepts" / subject.slug
         record = {
-            "name": subject.name, "aliases": list(subject.aliases), "lookalikes": list(subject.lookalikes),
+            "name": subject.name,
+            "aliases": list(subject.aliases),
+            "lookalikes": list(subject.lookalikes),
             "training": subject.training.relative_to(place).as_posix(),
-        }  # fmt: skip
+        }
         _dump(place / "concept.json", [record])
         if subject.questions:
             _dump(place / "questions.jsonl", map(_record, subject.questions))
@@ -257,38 +320,64 @@ def _record(question: Question) -> dict[str, Any]:
 
 def _dump(file: Path, records: Iterable[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8", newline="\n")
+    file.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
+        encoding="utf-8",
+        newline="\n",
+    )
 
 
-# The exam -----------------------------------------------------------------------------------------------------------------
+# The exam -----------------------------------------------------------------------------------------
 
 
-def exam_of(suite: Suite, subject: Subject, *, per_other: int = 2, limit: int | None = None) -> Exam:
+def exam_of(
+    suite: Suite, subject: Subject, *, per_other: int = 2, limit: int | None = None
+) -> Exam:
     """What is asked about one subject.
 
-    per_other: pictures of each other subject, taken evenly; never its training picture, on which an adapter of several
+    per_other: pictures of each other subject, taken evenly; never its training picture, on which an
+    adapter of several
                concepts was trained
-    limit:     at most so many pictures of each role, taken evenly; of the training picture's views the untouched one is in
+    limit:     at most so many pictures of each role, taken evenly; of the training picture's views
+    the untouched one is in
 
     Raises BadInput for a training picture that cannot be read.
     """
     views = evenly(variants(load_image(subject.training), held_out=True), limit)
-    training = [Seen(f"training, {label}", image, "training", subject.name) for label, image in views]
+    training = [
+        Seen(f"training, {label}", image, "training", subject.name) for label, image in views
+    ]
     rest = seen(suite, subject, per_other, limit)
     questions, others = questions_of(suite, subject), others_of(suite, subject)
-    return Exam(subject.concept, (*training, *rest), questions, others, stranger_of(suite), null=_missing(subject, rest))
+    return Exam(
+        subject.concept,
+        (*training, *rest),
+        questions,
+        others,
+        stranger_of(suite),
+        null=_missing(subject, rest),
+    )
 
 
 def seen(suite: Suite, subject: Subject, per_other: int, limit: int | None) -> list[Seen]:
     """The pictures of its exam that are files: all but the training picture's views."""
     alike, rest = _apart(suite, subject)
-    of = lambda others, role: [(path, role, other.name) for other in others for path in evenly(other.further, per_other)]
+    of = lambda others, role: [
+        (path, role, other.name) for other in others for path in evenly(other.further, per_other)
+    ]
     parts = (
-        [(path, "concept", subject.name) for path in subject.further], of(alike, "lookalike"), of(rest, "other"),
-        [(path, "group", subject.name) for path in subject.groups], [(path, "control", None) for path in suite.control],
-    )  # fmt: skip
+        [(path, "concept", subject.name) for path in subject.further],
+        of(alike, "lookalike"),
+        of(rest, "other"),
+        [(path, "group", subject.name) for path in subject.groups],
+        [(path, "control", None) for path in suite.control],
+    )
     label = lambda path: path.relative_to(suite.directory).as_posix()
-    return [Seen(label(path), path, role, shows) for part in parts for path, role, shows in evenly(part, limit)]
+    return [
+        Seen(label(path), path, role, shows)
+        for part in parts
+        for path, role, shows in evenly(part, limit)
+    ]
 
 
 def questions_of(suite: Suite, subject: Subject) -> tuple[Question, ...]:
@@ -298,14 +387,25 @@ def questions_of(suite: Suite, subject: Subject) -> tuple[Question, ...]:
 def others_of(suite: Suite, subject: Subject) -> tuple[Concept, ...]:
     """Look-alikes first, those without pictures in the suite among them."""
     alike, rest = _apart(suite, subject)
-    absent = [Concept(name) for name in subject.lookalikes if not any(_same(other, name) for other in alike)]
+    absent = [
+        Concept(name)
+        for name in subject.lookalikes
+        if not any(_same(other, name) for other in alike)
+    ]
     return (*(other.concept for other in alike), *absent, *(other.concept for other in rest))
 
 
 def stranger_of(suite: Suite) -> str | None:
     """A name that no model knows and no concept of the suite bears or resembles."""
     known = [subject.concept for subject in suite.subjects]
-    return next((name for name in wordings()["invented"]["names"] if not any(c.named_in(name) for c in known)), None)
+    return next(
+        (
+            name
+            for name in wordings()["invented"]["names"]
+            if not any(c.named_in(name) for c in known)
+        ),
+        None,
+    )
 
 
 def _apart(suite: Suite, subject: Subject) -> tuple[list[Subject], list[Subject]]:
@@ -320,7 +420,11 @@ def _missing(subject: Subject, pictures: Sequence[Seen]) -> dict[str, str]:
     place, roles = f"concepts/{subject.slug}", {seen.role for seen in pictures}
     why = {
         "others": ("other", "The suite has no other concept: add one to concepts."),
-        "lookalikes": ("lookalike", f"The suite has no picture of a look-alike: name a concept of it in {place}/concept.json."),
+        "lookalikes": (
+            "lookalike",
+            "The suite has no picture of a look-alike: name a concept of it in "
+            f"{place}/concept.json.",
+        ),
         "groups": ("group", f"The suite has no group picture of it: put some into {place}/groups."),
     }
     return {metric: sentence for metric, (role, sentence) in why.items() if role not in roles}

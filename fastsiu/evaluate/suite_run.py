@@ -1,10 +1,13 @@
-"""`fastsiu eval --suite DIR`: every concept of a suite on one model, one output each, and a table of all at the end.
+"""`fastsiu eval --suite DIR`: every concept of a suite on one model, one output each, and a table
+of all at the end.
 
-Of each concept: the untouched model, and beside it the model after unlearning from the concept's training picture, or with an
-adapter that is there already. OUT/SLUG is written in one transaction and never again, so that an interrupted run goes on with
-the concept in progress; OUT/suite.json and OUT/report.md are drawn from what is there, after each concept.
+Of each concept: the untouched model, and beside it the model after unlearning from the concept's
+training picture, or with an adapter that is there already. OUT/SLUG is written in one transaction
+and never again, so that an interrupted run goes on with the concept in progress; OUT/suite.json and
+OUT/report.md are drawn from what is there, after each concept.
 
-Several runs may share an output: each concept is claimed by one of them (`staging.claim`), and who dies gives it back.
+Several runs may share an output: each concept is claimed by one of them (`staging.claim`), and who
+dies gives it back.
 """
 
 from __future__ import annotations
@@ -41,12 +44,19 @@ from .pooled import markdown, pooled
 FORMAT = "fastsiu suite evaluation 1"
 SUITE = "suite.json"
 PAUSE = 0.5  # seconds between two looks at what another run is at
-FAILURES = (BadInput, NumericFailure, OutOfMemory, torch.OutOfMemoryError)  # of one concept; the others go on
+# of one concept; the others go on
+FAILURES = (
+    BadInput,
+    NumericFailure,
+    OutOfMemory,
+    torch.OutOfMemoryError,
+)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every process needs to know. unlearn: train; adapters: DIR with DIR/SLUG; adapter_dir: the same one for all."""
+    """What every process needs to know. unlearn: train; adapters: DIR with DIR/SLUG; adapter_dir:
+    the same one for all."""
 
     given: suite.Suite
     output: Path
@@ -80,13 +90,19 @@ class Job:
         return self.adapter_dir or (self.adapters and self.adapters / subject.slug)
 
     def digest(self, subject: suite.Subject) -> str:
-        """SHA-256 over everything that decides the result of one concept; files by their content."""
+        """SHA-256 over everything that decides the result of one concept; files by their
+        content."""
         place = self.adapter_of(subject)
         content = {
             "untouched": self.exam_digest(subject),
             "recipe": self.recipe.as_dict() if self.unlearn else None,
             "families": list(VERDICT) if self.changes else None,
-            "adapter": place and {p.name: outputs.digest_file(p) for p in sorted(place.glob("adapter_*")) if p.is_file()},
+            "adapter": place
+            and {
+                p.name: outputs.digest_file(p)
+                for p in sorted(place.glob("adapter_*"))
+                if p.is_file()
+            },
         }
         return _sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
 
@@ -97,12 +113,15 @@ class Job:
             "format": FORMAT,
             "concept": [subject.name, *subject.aliases],
             "image": _sha256(read_bytes(subject.training)),
-            "pictures": [(s.label, s.role, s.shows, _sha256(read_bytes(Path(str(s.source))))) for s in seen],
+            "pictures": [
+                (s.label, s.role, s.shows, _sha256(read_bytes(Path(str(s.source))))) for s in seen
+            ],
             "questions": [asdict(q) for q in suite.questions_of(self.given, subject)],
             "others": [(c.name, c.aliases) for c in suite.others_of(self.given, subject)],
             "limit": self.limit,
             "longest": self.longest,
-            "model": self.weights or [self.model, self.commit],  # a branch moves, and a directory has many spellings
+            "model": self.weights
+            or [self.model, self.commit],  # a branch moves, and a directory has many spellings
             "settings": self.deciding,
         }
         return _sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
@@ -110,7 +129,8 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What became of one concept. status: "forgotten", "not forgotten", "untouched" or "failed", with the reasons."""
+    """What became of one concept. status: "forgotten", "not forgotten", "untouched" or "failed",
+    with the reasons."""
 
     slug: str
     concept: str
@@ -121,7 +141,8 @@ class Outcome:
 
 @dataclass
 class Evaluated:
-    """What `evaluate_suite` returns. resumed: how many concepts were done before; report: suite.json."""
+    """What `evaluate_suite` returns. resumed: how many concepts were done before; report:
+    suite.json."""
 
     outcomes: list[Outcome]
     report: dict[str, Any]
@@ -130,63 +151,125 @@ class Evaluated:
 
     @property
     def exit_code(self) -> int:
-        """0 all forgotten, or measured where there was nothing to forget; 1 not; where every concept failed, 2 or 3."""
+        """0 all forgotten, or measured where there was nothing to forget; 1 not; where every
+        concept failed, 2 or 3."""
         failed = [o for o in self.outcomes if o.status == "failed"]
         if len(failed) == len(self.outcomes):
             return 3 if any(o.numeric for o in failed) else 2
         return 0 if all(o.status in ("forgotten", "untouched") for o in self.outcomes) else 1
 
 
-def evaluate_suite(directory: str | Path, *, output: str | Path | None = None, model: str | Path | None = None,
-                   revision: str | None = None, concepts: Sequence[str] = (), unlearn: bool = False,
-                   adapters: str | Path | None = None, adapter_dir: str | Path | None = None, per_other: int = 2,
-                   limit: int | None = None, processes: int = 1, untouched: str | Path | None = None,
-                   max_new_tokens: int = 64, preset: str = "default", device: str | None = None, dtype: str = "auto",
-                   quantize: str | None = None, attention: str | None = None, memory: float | None = None,
-                   checkpointing: bool | None = None, micro_batch: int | None = None, optimizer: str | None = None,
-                   listener: Listener | None = None, **overrides: Any) -> Evaluated:  # fmt: skip
-    """Evaluates a model on the concepts of a suite; those of slug, name or alias in `concepts`, or all.
+def evaluate_suite(
+    directory: str | Path,
+    *,
+    output: str | Path | None = None,
+    model: str | Path | None = None,
+    revision: str | None = None,
+    concepts: Sequence[str] = (),
+    unlearn: bool = False,
+    adapters: str | Path | None = None,
+    adapter_dir: str | Path | None = None,
+    per_other: int = 2,
+    limit: int | None = None,
+    processes: int = 1,
+    untouched: str | Path | None = None,
+    max_new_tokens: int = 64,
+    preset: str = "default",
+    device: str | None = None,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    attention: str | None = None,
+    memory: float | None = None,
+    checkpointing: bool | None = None,
+    micro_batch: int | None = None,
+    optimizer: str | None = None,
+    listener: Listener | None = None,
+    **overrides: Any,
+) -> Evaluated:
+    """Evaluates a model on the concepts of a suite; those of slug, name or alias in `concepts`, or
+    all.
 
-    unlearn:   each concept is unlearned from its training picture first; overrides are fields of `Recipe`
-    adapters:  DIR with an adapter of each concept in DIR/SLUG;  adapter_dir: one adapter for all of them
+    unlearn:   each concept is unlearned from its training picture first; overrides are fields of
+    `Recipe`
+    adapters:  DIR with an adapter of each concept in DIR/SLUG;  adapter_dir: one adapter for all of
+    them
     per_other, limit: see `suite.exam_of`;  processes: each with a copy of the model and one thread
-    untouched: an earlier output of the same exams, with another adapter or recipe: the untouched model is not asked again
+    untouched: an earlier output of the same exams, with another adapter or recipe: the untouched
+    model is not asked again
 
-    Run again, it does what is missing. Raises BadInput where the suite, a picture or the output cannot be used: then nothing is
-    loaded. What fails later, for one concept, is that concept's outcome.
+    Run again, it does what is missing. Raises BadInput where the suite, a picture or the output
+    cannot be used: then nothing is loaded. What fails later, for one concept, is that concept's
+    outcome.
     """
     listener = listener or Listener()
     if sum((unlearn, adapters is not None, adapter_dir is not None)) > 1:
         raise BadInput("--unlearn, --adapters and --adapter exclude each other: choose one.")
-    if not unlearn and (preset != "default" or any(value is not None for value in overrides.values())):
+    if not unlearn and (
+        preset != "default" or any(value is not None for value in overrides.values())
+    ):
         raise BadInput("The recipe's options are about training: add --unlearn, or leave them out.")
     if processes < 1 or (limit is not None and limit < 1) or per_other < 0:
-        raise BadInput("--processes and --limit must be at least 1 and --per-other at least 0: give larger numbers.")
+        raise BadInput(
+            "--processes and --limit must be at least 1 and --per-other at least 0: give larger "
+            "numbers."
+        )
     given = suite.read(directory)
     listener.stage("Reading the pictures")
     suite.check(given)
-    subjects = [s for s in given.subjects if not concepts or s in [given.subject(name) for name in concepts]]
+    subjects = [
+        s for s in given.subjects if not concepts or s in [given.subject(name) for name in concepts]
+    ]
     name = str(driver.EMBEDDED if model is None else model)
     recipe, origins = driver.choose_recipe(name, preset, overrides)
-    largest = max((load_image(s.training) for s in subjects), key=lambda image: image.width * image.height)
+    largest = max(
+        (load_image(s.training) for s in subjects), key=lambda image: image.width * image.height
+    )
     chosen = driver.choose_settings(
-        name, memory, recipe, largest, listener, revision=revision, device=device, dtype=dtype, quantize=quantize,
-        attention=attention, checkpointing=checkpointing, micro_batch=micro_batch, optimizer=optimizer,
-    )  # fmt: skip
+        name,
+        memory,
+        recipe,
+        largest,
+        listener,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        attention=attention,
+        checkpointing=checkpointing,
+        micro_batch=micro_batch,
+        optimizer=optimizer,
+    )
     destination = Path(output) if output is not None else outputs.random_directory()
     if output is None:
-        listener.note(f"Writing to {destination}: name it with --output to go on after an interruption.")
+        listener.note(
+            f"Writing to {destination}: name it with --output to go on after an interruption."
+        )
     weights = outputs.digest_model(name) if Path(name).is_dir() else None
     commit = None if weights is not None else source.describe(name, revision)[2]
     job = Job(
-        given, destination, name, revision, recipe, origins, weights, commit, chosen,
-        {"dtype": dtype} | driver.deciding(chosen), per_other, limit, max_new_tokens, unlearn,
+        given,
+        destination,
+        name,
+        revision,
+        recipe,
+        origins,
+        weights,
+        commit,
+        chosen,
+        {"dtype": dtype} | driver.deciding(chosen),
+        per_other,
+        limit,
+        max_new_tokens,
+        unlearn,
         *map(_path, (adapters, adapter_dir, untouched)),
-    )  # fmt: skip
+    )
     for subject in subjects:
         place = job.adapter_of(subject)
         if place is not None and not (place / adapter.CONFIG).is_file():
-            raise BadInput(f"{place} holds no adapter: give a directory that has one of each concept, or choose with --concepts.")
+            raise BadInput(
+                f"{place} holds no adapter: give a directory that has one of each concept, or "
+                "choose with --concepts."
+            )
         if place is not None and job.weights is not None:  # a hub model's are not here yet
             adapter.check_belongs(place, name, None, job.weights)
         _cached(job, subject)  # of another exam: said now
@@ -201,21 +284,33 @@ def evaluate_suite(directory: str | Path, *, output: str | Path | None = None, m
     return Evaluated(outcomes, report, destination, len(resumed))
 
 
-def _work_off(job: Job, done: dict[str, dict[str, Any]], todo: Sequence[suite.Subject], processes: int, limited: bool,
-              listener: Listener) -> dict[str, Outcome]:  # fmt: skip
+def _work_off(
+    job: Job,
+    done: dict[str, dict[str, Any]],
+    todo: Sequence[suite.Subject],
+    processes: int,
+    limited: bool,
+    listener: Listener,
+) -> dict[str, Outcome]:
     """Does what is missing, and fills `done`; those that failed."""
     failed: dict[str, Outcome] = {}
     job.output.mkdir(mode=0o700, exist_ok=True)
     _table(job, done, failed)
     at_once = processes > 1 and len(todo) > 1
-    finished = _in_processes(job, todo, processes, limited, listener) if at_once else _in_turn(job, todo, limited, listener)
+    finished = (
+        _in_processes(job, todo, processes, limited, listener)
+        if at_once
+        else _in_turn(job, todo, limited, listener)
+    )
     for count, (subject, error) in enumerate(finished, 1):
         if error is None:
             done[subject.slug] = outputs.read_report(job.output / subject.slug)
             status = _outcome(subject, done[subject.slug]).status
         else:
             reason = str(error).split("\n")[0] or type(error).__name__
-            failed[subject.slug] = Outcome(subject.slug, subject.name, "failed", [reason], not isinstance(error, BadInput))
+            failed[subject.slug] = Outcome(
+                subject.slug, subject.name, "failed", [reason], not isinstance(error, BadInput)
+            )
             status = f"failed: {reason}"
         listener.note(f"Concept {count} of {len(todo)}, {subject.slug}: {status}")
         _table(job, done, failed)
@@ -226,10 +321,18 @@ DIED = "A process died, as one killed for its memory does: run again with fewer 
 Finished = Iterator[tuple[suite.Subject, BaseException | None]]
 
 
-def _in_turn(job: Job, todo: Sequence[suite.Subject], limited: bool, listener: Listener) -> Finished:
+def _in_turn(
+    job: Job, todo: Sequence[suite.Subject], limited: bool, listener: Listener
+) -> Finished:
     if not todo:
         return
-    loaded = driver.load(job.model, job.revision, job.chosen, budget(job.chosen, job.recipe.batch_size, limited), listener)
+    loaded = driver.load(
+        job.model,
+        job.revision,
+        job.chosen,
+        budget(job.chosen, job.recipe.batch_size, limited),
+        listener,
+    )
     waiting = list(todo)
     while waiting:
         busy = []
@@ -261,18 +364,26 @@ def _is_there(job: Job, subject: suite.Subject) -> bool:
     return place.exists() and outputs.check_destination(place, job.digest(subject)) == "same"
 
 
-def _wait(waiting: Sequence[suite.Subject], busy: Sequence[suite.Subject], listener: Listener) -> None:
+def _wait(
+    waiting: Sequence[suite.Subject], busy: Sequence[suite.Subject], listener: Listener
+) -> None:
     """A while, where nothing could be begun."""
     if len(busy) == len(waiting):
-        listener.stage(f"Waiting for another run that is at {', '.join(subject.slug for subject in busy)}")
+        listener.stage(
+            f"Waiting for another run that is at {', '.join(subject.slug for subject in busy)}"
+        )
         time.sleep(PAUSE)
 
 
-def _in_processes(job: Job, todo: Sequence[suite.Subject], processes: int, limited: bool, listener: Listener) -> Finished:
+def _in_processes(
+    job: Job, todo: Sequence[suite.Subject], processes: int, limited: bool, listener: Listener
+) -> Finished:
     """In the order in which they end. A process that dies takes with it what was not finished."""
     spawn = multiprocessing.get_context("spawn")
     packed = pickle.dumps((hold, job, limited))
-    pool = ProcessPoolExecutor(min(processes, len(todo)), mp_context=spawn, initializer=process.start, initargs=(packed,))
+    pool = ProcessPoolExecutor(
+        min(processes, len(todo)), mp_context=spawn, initializer=process.start, initargs=(packed,)
+    )
     try:
         waiting = list(todo)
         while waiting:
@@ -304,7 +415,13 @@ _HERE: dict[str, Any] = {}  # in a process of the pool: the job and the loaded m
 def hold(job: Job, limited: bool) -> None:
     """In a process of the pool: loads the model that `_one_here` asks."""
     torch.set_num_threads(1)
-    loaded = driver.load(job.model, job.revision, job.chosen, budget(job.chosen, job.recipe.batch_size, limited), Listener())
+    loaded = driver.load(
+        job.model,
+        job.revision,
+        job.chosen,
+        budget(job.chosen, job.recipe.batch_size, limited),
+        Listener(),
+    )
     _HERE.update(job=job, loaded=loaded)
 
 
@@ -316,10 +433,16 @@ def _one_here(slug: str) -> bool:
 def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -> None:
     """One concept from beginning to end; the model is left untouched."""
     exam = suite.exam_of(job.given, subject, per_other=job.per_other, limit=job.limit)
-    shares = loaded.shares  # a training tries which are exact; left so, the next concept's last digits would depend on the order
+    # a training tries which are exact; left so, the next concept's last digits would depend on the
+    # order
+    shares = loaded.shares
     place = job.adapter_of(subject)
     try:
-        unsealed = [] if place is None else adapter.check_belongs(place, job.model, loaded.revision, job.weights)
+        unsealed = (
+            []
+            if place is None
+            else adapter.check_belongs(place, job.model, loaded.revision, job.weights)
+        )
         untouched = _cached(job, subject)
         if untouched is None:
             listener.stage(f"{subject.slug}: asking the untouched model")
@@ -335,7 +458,15 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
                 besides.again(loaded, exam, given, listener)
             adapted = model is not None
             caveats = [driver.CAVEAT] * adapted + unsealed + besides.caveats
-            report = run.report_of(exam, job.shown, untouched, model, adapted=adapted, caveats=caveats, families=besides.families)
+            report = run.report_of(
+                exam,
+                job.shown,
+                untouched,
+                model,
+                adapted=adapted,
+                caveats=caveats,
+                families=besides.families,
+            )
             report |= besides.told
             transaction = outputs.Transaction(job.output / subject.slug)
             with transaction as folder:
@@ -343,36 +474,52 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
                     adapter.save(loaded, folder)
                 outputs.write_reports(folder, report | (extra or {}))
                 kept = {"format": FORMAT, "digest": job.exam_digest(subject), **untouched.as_dict()}
-                staging.write(folder / run.UNTOUCHED, json.dumps(kept, allow_nan=False).encode() + b"\n")
-                transaction.commit(_manifest(job, subject, transaction.key, (extra or {}).get("masks", {})))
+                staging.write(
+                    folder / run.UNTOUCHED, json.dumps(kept, allow_nan=False).encode() + b"\n"
+                )
+                transaction.commit(
+                    _manifest(job, subject, transaction.key, (extra or {}).get("masks", {}))
+                )
     finally:
         adapter.detach(loaded)
         loaded.shares = shares
 
 
 @contextmanager
-def _changed(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -> Iterator[dict[str, Any] | None]:
-    """With the adapter on, trained or loaded: what the report says of it. None where the model stays as it is."""
+def _changed(
+    loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener
+) -> Iterator[dict[str, Any] | None]:
+    """With the adapter on, trained or loaded: what the report says of it. None where the model
+    stays as it is."""
     place = job.adapter_of(subject)
     if place is not None:
         adapter.load(loaded, place)
         yield {}
     elif job.unlearn:
         request = Request(subject.name, subject.training, subject.aliases)
-        trained = session.forget(loaded, request, job.recipe, load_image(subject.training), listener=listener)
+        trained = session.forget(
+            loaded, request, job.recipe, load_image(subject.training), listener=listener
+        )
         made = trained.corpus
         yield {
-            "recipe": job.recipe.as_dict(), "training": [asdict(step) for step in trained.history], "dreams": trained.dreamed,
+            "recipe": job.recipe.as_dict(),
+            "training": [asdict(step) for step in trained.history],
+            "dreams": trained.dreamed,
             "seconds": {key: round(value, 3) for key, value in trained.seconds.items()},
-            "masks": {"tokens_masked": int(sum((~kept).sum() for kept in made.keep)), "tokens": sum(map(len, made.keep)),
-                      "vocabulary_masked": len(made.mask.masked), "spared": sorted(made.mask.spared.values())},
-        }  # fmt: skip
+            "masks": {
+                "tokens_masked": int(sum((~kept).sum() for kept in made.keep)),
+                "tokens": sum(map(len, made.keep)),
+                "vocabulary_masked": len(made.mask.masked),
+                "spared": sorted(made.mask.spared.values()),
+            },
+        }
     else:
         yield None
 
 
 def _cached(job: Job, subject: suite.Subject) -> Observations | None:
-    """What the untouched model was found to do in an earlier output. Raises BadInput where that was asked something else."""
+    """What the untouched model was found to do in an earlier output. Raises BadInput where that was
+    asked something else."""
     path = job.untouched and job.untouched / subject.slug / run.UNTOUCHED
     if not path or not path.is_file():
         return None
@@ -386,29 +533,46 @@ def _cached(job: Job, subject: suite.Subject) -> Observations | None:
         if len(found.replies) != len(exam.cells):
             raise BadInput(f"{path} is damaged: leave --untouched out.")
         return found
-    raise BadInput(f"{path} is of another exam: the suite, --limit, --per-other or the model differ; leave --untouched out.")
+    raise BadInput(
+        f"{path} is of another exam: the suite, --limit, --per-other or the model differ; leave "
+        "--untouched out."
+    )
 
 
-def _manifest(job: Job, subject: suite.Subject, key: bytes, masks: dict[str, Any]) -> dict[str, Any]:
+def _manifest(
+    job: Job, subject: suite.Subject, key: bytes, masks: dict[str, Any]
+) -> dict[str, Any]:
     whole = outputs.manifest(
-        recipe=job.recipe, origins=job.origins, model_id=job.shown,
-        revision=job.commit, weights=job.weights or {}, digest=job.digest(subject), key=key,
-        pictures={"image": read_bytes(subject.training)}, masks=masks, settings=job.deciding,
-    )  # fmt: skip
+        recipe=job.recipe,
+        origins=job.origins,
+        model_id=job.shown,
+        revision=job.commit,
+        weights=job.weights or {},
+        digest=job.digest(subject),
+        key=key,
+        pictures={"image": read_bytes(subject.training)},
+        masks=masks,
+        settings=job.deciding,
+    )
     return whole if job.unlearn else {k: v for k, v in whole.items() if k not in run.NOT_ASKED}
 
 
-# What is there ------------------------------------------------------------------------------------------------------------
+# What is there ------------------------------------------------------------------------------------
 
 
 def _done(job: Job) -> dict[str, dict[str, Any]]:
-    """The reports of the suite's concepts that are complete. Raises BadInput where the output holds anything else."""
+    """The reports of the suite's concepts that are complete. Raises BadInput where the output holds
+    anything else."""
     if not (job.output / SUITE).is_file() and not _just_begun(job.output):
         outputs.check_destination(job.output, "")  # absent or empty, or it raises
         return {}
     staging.sweep(job.output)
     staging.check_writable(job.output / SUITE, outputs.OTHER)
-    return {s.slug: outputs.read_report(job.output / s.slug) for s in job.given.subjects if _is_there(job, s)}
+    return {
+        s.slug: outputs.read_report(job.output / s.slug)
+        for s in job.given.subjects
+        if _is_there(job, s)
+    }
 
 
 def _just_begun(place: Path) -> bool:
@@ -422,11 +586,14 @@ def _just_begun(place: Path) -> bool:
 
 def _outcome(subject: suite.Subject, report: dict[str, Any]) -> Outcome:
     status = report["verdict"] if report["adapter"] else "untouched"
-    return Outcome(subject.slug, subject.name, status, list(report["reasons"]) if report["adapter"] else [])
+    return Outcome(
+        subject.slug, subject.name, status, list(report["reasons"]) if report["adapter"] else []
+    )
 
 
 def _table(job: Job, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]) -> dict[str, Any]:
-    """suite.json and report.md, of all concepts that are there; what other runs have done by now is taken over."""
+    """suite.json and report.md, of all concepts that are there; what other runs have done by now is
+    taken over."""
     with staging.claim(job.output, SUITE, wait=True):
         for subject in job.given.subjects:
             if subject.slug not in done and _is_there(job, subject):
@@ -448,13 +615,18 @@ def _drawn(job: Job, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]
         "model": job.shown,
         "of": len(job.given.subjects),
         "concepts": [
-            {"slug": o.slug, "concept": o.concept, "status": o.status, "reasons": o.reasons,
-             "headline": done.get(o.slug, {}).get("headline"),
-             "rows": done[o.slug]["rows"] if o.slug in done else {}}
+            {
+                "slug": o.slug,
+                "concept": o.concept,
+                "status": o.status,
+                "reasons": o.reasons,
+                "headline": done.get(o.slug, {}).get("headline"),
+                "rows": done[o.slug]["rows"] if o.slug in done else {},
+            }
             for o in outcomes
         ],
         "pooled": pooled([done[s.slug]["rows"] for s in subjects if s.slug in done]),
-    }  # fmt: skip
+    }
 
 
 def _sha256(data: bytes) -> str:

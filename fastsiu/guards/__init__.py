@@ -1,1 +1,2 @@
-"""What comes from outside is read within bounds or tried under limits; a terminal gets no control character."""
+"""What comes from outside is read within bounds or tried under limits; a terminal gets no control
+character."""

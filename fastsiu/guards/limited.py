@@ -1,4 +1,5 @@
-"""Templates and patterns that come with a model or an adapter, tried under a limit of time and memory.
+"""Templates and patterns that come with a model or an adapter, tried under a limit of time and
+memory.
 
 A chat template is a program, and a regular expression can take years. Neither can be stopped inside
 this process, so each is tried in a child process first, on inputs like those that follow.
@@ -29,8 +30,8 @@ except (ImportError, ValueError, OSError):
 given = json.load(sys.stdin)
 """
 
-# The environment is that of transformers. What a template raises here it raises again in the model's
-# own processor, which says so; only the limits count.
+# The environment is that of transformers. What a template raises here it raises again in the
+# model's own processor, which says so; only the limits count.
 _TEMPLATE = """
 import jinja2, jinja2.ext, jinja2.sandbox
 class Generation(jinja2.ext.Extension):
@@ -89,22 +90,27 @@ def _check_template(template: str, tokens: tuple[tuple[str, str], ...]) -> None:
     given = {"template": template, "turns": turns, "tokens": dict(tokens)}
     if _run(_TEMPLATE, given) is None:
         raise BadInput(
-            f"The model's chat template takes more than {SECONDS:g} s or {MEGABYTES} MB for a question: "
+            f"The model's chat template takes more than {SECONDS:g} s or {MEGABYTES} MB for a "
+            "question: "
             "give the model another template."
         )
 
 
 def check_patterns(patterns: Sequence[str], names: Iterable[str], where: str) -> None:
-    """Raises BadInput for a regular expression that is none, or takes too long on one of the names."""
+    """Raises BadInput for a regular expression that is none, or takes too long on one of the
+    names."""
     if not patterns:
         return
     said = _run(_PATTERNS, {"patterns": list(patterns), "names": list(names)})
     if said is None:
         raise BadInput(
-            f"A pattern in {where} takes more than {SECONDS:g} s on the model's layers: write the layers' names instead."
+            f"A pattern in {where} takes more than {SECONDS:g} s on the model's layers: write "
+            "the layers' names instead."
         )
     if said:
-        raise BadInput(f"A pattern in {where} is no regular expression ({json.loads(said)}): mend it.")
+        raise BadInput(
+            f"A pattern in {where} is no regular expression ({json.loads(said)}): mend it."
+        )
 
 
 def _run(code: str, given: Any) -> str | None:

@@ -1,6 +1,7 @@
 """JSON from outside: bounded in size, depth and numbers, and of the shape that the reader expects.
 
-Python's own reader takes NaN and Infinity, keeps the last of two equal keys, and dies of deep nesting.
+Python's own reader takes NaN and Infinity, keeps the last of two equal keys, and dies of deep
+nesting.
 """
 
 from __future__ import annotations

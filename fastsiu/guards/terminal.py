@@ -42,7 +42,9 @@ def visible(text: str) -> str:
 
 def as_json(value: Any, encoding: str = "utf-8", indent: int | None = 2) -> str:
     """JSON that is valid in any encoding, and harmless in a terminal."""
-    return json_safe(json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False), encoding)
+    return json_safe(
+        json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False), encoding
+    )
 
 
 def json_safe(text: str, encoding: str = "utf-8") -> str:
@@ -65,7 +67,9 @@ class Terminal(Console):
         """As a text; escaped before anything is measured."""
         return super().render_str(visible(text), **options)
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
         """As segments; what came as a text and not as a string is escaped here."""
         for segment in super().render(renderable, options):
             if segment.control is None and _CONTROL.search(segment.text):
@@ -117,7 +121,9 @@ class Stream:
         try:
             call(self._stream)
         except (OSError, ValueError) as error:  # ValueError: it was closed
-            self.problem = getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__
+            self.problem = (
+                getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__
+            )
 
     def give_up(self) -> None:
         """What is left in the stream's buffer goes nowhere: the interpreter would try again when it
@@ -152,7 +158,13 @@ def _has_all(text: str, encoding: str) -> bool:
 
 def _escape(char: str) -> str:
     code = ord(char)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    return (
+        f"\\x{code:02x}"
+        if code < 0x100
+        else f"\\u{code:04x}"
+        if code < 0x10000
+        else f"\\U{code:08x}"
+    )
 
 
 def _json_escape(char: str) -> str:

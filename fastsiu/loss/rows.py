@@ -1,4 +1,5 @@
-"""From other people's [B, T] batches to the loss: hidden states without logits, supervised rows, the teacher's rows, the head.
+"""From other people's [B, T] batches to the loss: hidden states without logits, supervised rows,
+the teacher's rows, the head.
 
     with no_logits(model) as kept:
         model(input_ids=..., attention_mask=...)
@@ -6,7 +7,8 @@
     weight, bias = head_of(model)
     loss = fused_dmk_ce(rows.hidden, weight, rows.labels, teacher[rows.teacher], head_bias=bias)
 
-Neither transformers nor peft is imported; a model is whatever has `get_output_embeddings()`, wrapped or not.
+Neither transformers nor peft is imported; a model is whatever has `get_output_embeddings()`,
+wrapped or not.
 """
 
 from __future__ import annotations
@@ -29,22 +31,30 @@ VERSION, READABLE = "2", ("1", "2")  # 1 had no digest
 
 class _Kept(dict):
     def __missing__(self, key: str) -> Tensor:
-        raise RuntimeError(f"There is no {key!r}, the head was not reached: inside no_logits call the model without labels.")
+        raise RuntimeError(
+            f"There is no {key!r}, the head was not reached: inside no_logits call the model "
+            "without labels."
+        )
 
 
 @contextlib.contextmanager
 def no_logits(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Inside, the head is an identity that keeps its input: the model runs as always and no logits exist.
+    """Inside, the head is an identity that keeps its input: the model runs as always and no logits
+    exist.
 
-    Yields a dict whose "hidden" is the head's last input, [B, T, D] with its graph. Call the wrapped model (PEFT, DDP, FSDP) as
-    usual and without labels: calling what it wraps would skip the synchronisation of gradients. The head is restored however the
-    context ends. Of nested contexts the inner one keeps.
+    Yields a dict whose "hidden" is the head's last input, [B, T, D] with its graph. Call the
+    wrapped model (PEFT, DDP, FSDP) as
+    usual and without labels: calling what it wraps would skip the synchronisation of gradients. The
+    head is restored however the context ends. Of nested contexts the inner one keeps.
 
     model: anything with `get_output_embeddings()`, also behind `.module`
     Raises ValueError for a model without a head and for torch's DataParallel.
     """
     if isinstance(model, nn.DataParallel):
-        raise ValueError("DataParallel runs copies of the head, whose inputs are lost: use one GPU a process (torchrun).")
+        raise ValueError(
+            "DataParallel runs copies of the head, whose inputs are lost: use one GPU a process "
+            "(torchrun)."
+        )
     head = _head(model)
     kept = _Kept()
 
@@ -52,7 +62,8 @@ def no_logits(model: Any) -> Iterator[dict[str, Tensor]]:
         kept["hidden"] = hidden
         return hidden
 
-    hooked = head.__dict__.get("forward")  # accelerate puts its own forward on the instance: restore it, do not delete it
+    # accelerate puts its own forward on the instance: restore it, do not delete it
+    hooked = head.__dict__.get("forward")
     head.forward = keep
     try:
         yield kept
@@ -65,7 +76,8 @@ def no_logits(model: Any) -> Iterator[dict[str, Tensor]]:
 
 @dataclass(frozen=True, eq=False)
 class SupervisedRows:
-    """The N supervised positions of a batch, in the order of its samples and, within one, of its tokens.
+    """The N supervised positions of a batch, in the order of its samples and, within one, of its
+    tokens.
 
     hidden  [N, D]  the states that predict the labels, with their graph
     labels  [N]     int64, none ignored
@@ -84,9 +96,13 @@ class SupervisedRows:
         return self.labels.shape[0]
 
     def pick(self, x: Tensor) -> Tensor:
-        """[B, T, ...] -> [N, ...]: what stands beside the labels in a batch, such as kl_weight and ce_weight."""
+        """[B, T, ...] -> [N, ...]: what stands beside the labels in a batch, such as kl_weight and
+        ce_weight."""
         if x.shape[:2] != self.shape:
-            raise ValueError(f"What is picked has shape {list(x.shape)}: it must have the labels' {list(self.shape)}.")
+            raise ValueError(
+                f"What is picked has shape {list(x.shape)}: it must have the labels' "
+                f"{list(self.shape)}."
+            )
         return x[self.at]
 
     def split(self) -> tuple[Tensor, ...]:
@@ -95,11 +111,13 @@ class SupervisedRows:
 
 
 class RowIndex:
-    """Which rows of a TeacherCache belong to which sample; built while the teacher runs, read by `supervised_rows`.
+    """Which rows of a TeacherCache belong to which sample; built while the teacher runs, read by
+    `supervised_rows`.
 
-    A sample's rows are found by its id, whatever the order, size and padding of the batches. The supervised tokens are kept
-    beside the id, so a sample that changed since the teacher saw it (truncated, templated anew, another id) is an error and
-    never another token's teacher. In data-parallel training every rank needs all samples: shuffling moves them between ranks.
+    A sample's rows are found by its id, whatever the order, size and padding of the batches. The
+    supervised tokens are kept beside the id, so a sample that changed since the teacher saw it
+    (truncated, templated anew, another id) is an error and never another token's teacher. In
+    data-parallel training every rank needs all samples: shuffling moves them between ranks.
     """
 
     def __init__(self) -> None:
@@ -111,30 +129,40 @@ class RowIndex:
         return self._rows
 
     def add(self, sample_ids: Tensor | Sequence[int], rows: SupervisedRows) -> None:
-        """Gives the next `len(rows)` rows of the cache to these samples. Raises ValueError for an id that is there already."""
+        """Gives the next `len(rows)` rows of the cache to these samples. Raises ValueError for an
+        id that is there already."""
         ids = _integers(sample_ids, rows.shape[0])
         twice = [i for k, i in enumerate(ids) if i in self._seen or i in ids[:k]]
         if twice:
-            raise ValueError(f"Sample {twice[0]} came to the teacher twice: run the teacher over each sample once.")
+            raise ValueError(
+                f"Sample {twice[0]} came to the teacher twice: run the teacher over each sample "
+                "once."
+            )
         for i, labels in zip(ids, rows.split(), strict=True):
             self._seen[i] = (self._rows, labels.clone())
             self._rows += len(labels)
 
     def find(self, sample_ids: Tensor | Sequence[int], rows: SupervisedRows) -> Tensor:
-        """The cache's rows of a batch, [N] int64. Raises ValueError for a sample that the teacher did not see as it is now."""
+        """The cache's rows of a batch, [N] int64. Raises ValueError for a sample that the teacher
+        did not see as it is now."""
         ids, found = _integers(sample_ids, rows.shape[0]), []
         for i, labels in zip(ids, rows.split(), strict=True):
             if i not in self._seen:
-                raise ValueError(f"The teacher never saw sample {i}: run it over every sample, on every rank, with the same ids.")
+                raise ValueError(
+                    f"The teacher never saw sample {i}: run it over every sample, on every rank, "
+                    "with the same ids."
+                )
             start, seen = self._seen[i]
             if len(labels) != len(seen):
                 raise ValueError(
-                    f"Sample {i} has {len(labels)} supervised tokens but had {len(seen)} when the teacher saw it: "
+                    f"Sample {i} has {len(labels)} supervised tokens but had {len(seen)} when "
+                    "the teacher saw it: "
                     "truncate and mask it the same way, or build the cache again."
                 )
             if not torch.equal(labels, seen):
                 raise ValueError(
-                    f"Sample {i} is not the one that the teacher saw under this id, its supervised tokens differ: "
+                    f"Sample {i} is not the one that the teacher saw under this id, its "
+                    "supervised tokens differ: "
                     "keep ids with their samples, or build the cache again."
                 )
             found.append(torch.arange(start, start + len(seen)))
@@ -152,13 +180,18 @@ class RowIndex:
 
     @classmethod
     def load(cls, path: str | PathLike) -> RowIndex:
-        """Reads a saved index. Raises ValueError for another file or version and for a damaged file, FileNotFoundError where
-        there is none."""
+        """Reads a saved index. Raises ValueError for another file or version and for a damaged
+        file, FileNotFoundError where there is none."""
         named = dict(ids=INTEGERS, counts=INTEGERS, labels=INTEGERS)
         file = read_tensors(path, FORMAT, READABLE, "a row index", "RowIndex.save", named, {})
-        ids, counts, labels = (file.tensors[name].clone() for name in named)  # not the file's own memory
+        # not the file's own memory
+        ids, counts, labels = (file.tensors[name].clone() for name in named)
         sound = ids.ndim == counts.ndim == labels.ndim == 1 and len(ids) == len(counts)
-        sound = sound and not ((counts < 0) | (counts > len(labels))).any() and counts.sum() == len(labels)
+        sound = (
+            sound
+            and not ((counts < 0) | (counts > len(labels))).any()
+            and counts.sum() == len(labels)
+        )
         if not sound or len(ids.unique()) != len(ids):
             raise ValueError(f"{path} is damaged: build the index again.")
         index = cls()
@@ -176,10 +209,12 @@ def supervised_rows(
     *,
     ignore_index: int = -100,
 ) -> SupervisedRows:
-    """The positions of a causal language model's batch that have a label: labels[:, t] is what hidden[:, t - 1] predicts.
+    """The positions of a causal language model's batch that have a label: labels[:, t] is what
+    hidden[:, t - 1] predicts.
 
     hidden        [B, T, D] the states that feed the head, any float dtype
-    labels        [B, T] int64, unshifted, as Hugging Face's collators make them; labels[:, 0] is predicted by nothing
+    labels        [B, T] int64, unshifted, as Hugging Face's collators make them; labels[:, 0] is
+    predicted by nothing
     sample_ids    [B] integers, and `index`, the RowIndex built with the teacher: both, or neither
     ignore_index  label of positions without supervision (prompt, padding)
 
@@ -187,15 +222,24 @@ def supervised_rows(
     """
     if hidden.ndim != 3 or labels.shape != hidden.shape[:2] or labels.dtype != torch.int64:
         raise ValueError(
-            f"labels must be int64 [B, T] beside hidden [B, T, D], but are {labels.dtype} {list(labels.shape)} beside "
-            f"{list(hidden.shape)}: use no logits_to_keep and no virtual tokens, and label every image token."
+            f"labels must be int64 [B, T] beside hidden [B, T, D], but are {labels.dtype} "
+            f"{list(labels.shape)} beside "
+            f"{list(hidden.shape)}: use no logits_to_keep and no virtual tokens, and label every "
+            "image token."
         )
     if labels.device != hidden.device:
-        raise ValueError(f"labels are on {labels.device} but hidden on {hidden.device}: move one of them.")
+        raise ValueError(
+            f"labels are on {labels.device} but hidden on {hidden.device}: move one of them."
+        )
     if (sample_ids is None) != (index is None):
-        raise ValueError("sample_ids and index belong together: give both to find the teacher's rows, or neither.")
+        raise ValueError(
+            "sample_ids and index belong together: give both to find the teacher's rows, or "
+            "neither."
+        )
     sample, token = (labels[:, 1:] != ignore_index).nonzero(as_tuple=True)
-    rows = SupervisedRows(hidden[sample, token], labels[sample, token + 1], (sample, token + 1), tuple(labels.shape))
+    rows = SupervisedRows(
+        hidden[sample, token], labels[sample, token + 1], (sample, token + 1), tuple(labels.shape)
+    )
     return rows if index is None else replace(rows, teacher=index.find(sample_ids, rows))
 
 
@@ -207,36 +251,50 @@ class Head(NamedTuple):
 
 
 def head_of(model: Any, *, frozen: bool = False) -> Head:
-    """The weight [V, D] and bias [V] that the model's head applies now, as `fused_dmk_ce` has to be given them.
+    """The weight [V, D] and bias [V] that the model's head applies now, as `fused_dmk_ce` has to be
+    given them.
 
-    plain or tied linear   its own parameters; frozen, they are also the teacher's and the loss takes its fast path
-    PEFT LoRA on the head  weight + sum of scale * B @ A over the active adapters, fp32 (fp64), with a graph to A and B: made at
-                           each call, so call it in each step; the head trains, and the loss takes its general path
+    plain or tied linear   its own parameters; frozen, they are also the teacher's and the loss
+    takes its fast path
+    PEFT LoRA on the head  weight + sum of scale * B @ A over the active adapters, fp32 (fp64), with
+    a graph to A and B: made at
+                           each call, so call it in each step; the head trains, and the loss takes
+                           its general path
     PEFT modules_to_save   the active adapter's trainable copy
-    adapters disabled      the base's, so that a teacher run inside `disable_adapter()` finds its own head
+    adapters disabled      the base's, so that a teacher run inside `disable_adapter()` finds its
+    own head
     sharded (DTensor)      gathered, on all ranks at once; of a frozen head, keep the result
 
-    frozen: for the teacher's cache: detached, and copied where the parameter trains, so that training does not move the teacher
-    A scale or softcap after the head is not in the weight: give it to the loss.
-    Raises ValueError where no such weight exists: a head that is quantised, no linear layer, offloaded or partitioned, another
-    kind of adapter, LoRA with dropout in training or merged into its base.
+    frozen: for the teacher's cache: detached, and copied where the parameter trains, so that
+    training does not move the teacher A scale or softcap after the head is not in the weight: give
+    it to the loss. Raises ValueError where no such weight exists: a head that is quantised, no
+    linear layer, offloaded or partitioned, another kind of adapter, LoRA with dropout in training
+    or merged into its base.
     """
     weight, bias = _linear(_head(model))
     if frozen:
-        weight, bias = (None if x is None else x.detach().clone() if x.requires_grad else x.detach() for x in (weight, bias))
+        weight, bias = (
+            None if x is None else x.detach().clone() if x.requires_grad else x.detach()
+            for x in (weight, bias)
+        )
     return Head(weight, bias)
 
 
 def _head(model: Any) -> nn.Module:
     inner = model
-    while not hasattr(inner, "get_output_embeddings") and isinstance(getattr(inner, "module", None), nn.Module):
+    while not hasattr(inner, "get_output_embeddings") and isinstance(
+        getattr(inner, "module", None), nn.Module
+    ):
         inner = inner.module  # DDP, FSDP1, DeepSpeed, DataParallel
     try:
         head = inner.get_output_embeddings()
     except (AttributeError, NotImplementedError):
         head = None
     if not isinstance(head, nn.Module):
-        raise ValueError(f"{type(inner).__name__} has no output embeddings: give the model with its language-modelling head.")
+        raise ValueError(
+            f"{type(inner).__name__} has no output embeddings: give the model with its "
+            "language-modelling head."
+        )
     return head
 
 
@@ -245,7 +303,10 @@ def _linear(head: nn.Module) -> tuple[Tensor, Tensor | None]:
         return _adapted(head)
     # Quantised layers override forward; FSDP2's and torch's parametrised subclasses inherit it.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise ValueError(f"The head is a {type(head).__name__}, not a plain linear layer: load the model with a plain head.")
+        raise ValueError(
+            f"The head is a {type(head).__name__}, not a plain linear layer: load the model with "
+            "a plain head."
+        )
     return _full(head.weight, 2), None if head.bias is None else _full(head.bias, 1)
 
 
@@ -265,7 +326,10 @@ def _adapted(head: nn.Module) -> tuple[Tensor, Tensor | None]:
             "adapt the head with plain LoRA or modules_to_save, or leave it out of target_modules."
         )
     if head.merged:
-        raise ValueError("The head's adapter is merged into its base, which is the teacher's too: call unmerge_adapter() first.")
+        raise ValueError(
+            "The head's adapter is merged into its base, which is the teacher's too: call "
+            "unmerge_adapter() first."
+        )
     weight, bias = _linear(head.base_layer)
     if bias is None and any(head.lora_bias.values()):
         bias = weight.new_zeros(weight.shape[0])  # the teacher's, so that both have one
@@ -277,13 +341,24 @@ def _adapted(head: nn.Module) -> tuple[Tensor, Tensor | None]:
         if name in head.lora_variant:
             variant = head.lora_variant[name]
             variant = variant.__name__ if isinstance(variant, type) else type(variant).__name__
-            raise ValueError(f"The adapter {name!r} on the head is a {variant}: adapt the head with plain LoRA, or leave it out.")
+            raise ValueError(
+                f"The adapter {name!r} on the head is a {variant}: adapt the head with plain "
+                "LoRA, or leave it out."
+            )
         dropout = head.lora_dropout[name]
         if getattr(dropout, "p", 0) > 0 and dropout.training:
-            raise ValueError(f"The adapter {name!r} on the head has dropout {dropout.p}, which no weight can show: set it to 0.")
-        A, B, scale = _full(head.lora_A[name].weight, 2), _full(head.lora_B[name].weight, 2), head.scaling[name]
+            raise ValueError(
+                f"The adapter {name!r} on the head has dropout {dropout.p}, which no weight can "
+                "show: set it to 0."
+            )
+        A, B, scale = (
+            _full(head.lora_A[name].weight, 2),
+            _full(head.lora_B[name].weight, 2),
+            head.scaling[name],
+        )
         wide = torch.float64 if torch.float64 in (weight.dtype, A.dtype, B.dtype) else torch.float32
-        with torch.autocast(weight.device.type, enabled=False):  # bf16 would round the small difference away
+        # bf16 would round the small difference away
+        with torch.autocast(weight.device.type, enabled=False):
             weight = weight.to(wide) + scale * (B.to(wide) @ A.to(wide))
             if head.lora_bias[name]:
                 bias = bias.to(wide) + scale * _full(head.lora_B[name].bias, 1).to(wide)
@@ -295,18 +370,30 @@ def _full(x: Tensor, ndim: int) -> Tensor:
     if hasattr(x, "full_tensor"):
         x = x.full_tensor()
     if type(x) not in (Tensor, nn.Parameter) or not x.dtype.is_floating_point:
-        raise ValueError(f"The head's weight is quantised ({type(x).__name__}, {x.dtype}): load the model with a plain head.")
+        raise ValueError(
+            f"The head's weight is quantised ({type(x).__name__}, {x.dtype}): load the model "
+            "with a plain head."
+        )
     if x.is_meta or x.ndim != ndim:
         where = "offloaded" if x.is_meta else f"partitioned, here {list(x.shape)}"
-        raise ValueError(f"The head's weight is {where}: keep the head on a device, or gather it before this call.")
+        raise ValueError(
+            f"The head's weight is {where}: keep the head on a device, or gather it before this "
+            "call."
+        )
     return x
 
 
 def _integers(sample_ids: Tensor | Sequence[int], B: int) -> list[int]:
     try:
-        ids = [operator.index(i) for i in (sample_ids.tolist() if hasattr(sample_ids, "tolist") else sample_ids)]
+        ids = [
+            operator.index(i)
+            for i in (sample_ids.tolist() if hasattr(sample_ids, "tolist") else sample_ids)
+        ]
     except TypeError as error:
-        raise ValueError("sample_ids must be integers, one per sample of the batch: number the data set's samples.") from error
+        raise ValueError(
+            "sample_ids must be integers, one per sample of the batch: number the data set's "
+            "samples."
+        ) from error
     if len(ids) != B:
         raise ValueError(f"There are {len(ids)} sample_ids for {B} samples: give one for each.")
     return ids

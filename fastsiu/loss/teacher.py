@@ -1,4 +1,5 @@
-"""TeacherCache: what the frozen teacher says at N positions, small enough to keep for every training step."""
+"""TeacherCache: what the frozen teacher says at N positions, small enough to keep for every
+training step."""
 
 from __future__ import annotations
 
@@ -25,46 +26,55 @@ VERSION, READABLE = "3", ("2", "3")  # 1 had no top entries, 2 no digests
 STATISTICS = ("hidden", "m_rest", "C", "lse", "top", "p_top")
 OPTIONS = ("renormalize", "logit_scale", "logit_softcap", "temperature")
 
-# What a call of the loss reads of the head to find that it was written to behind torch's back: on a CPU
-# one of `shares(V, D)` shares; elsewhere all of it at every 64th call, because the answer has to be waited for.
+# What a call of the loss reads of the head to find that it was written to behind torch's back: on a
+# CPU one of `shares(V, D)` shares; elsewhere all of it at every 64th call, because the answer has
+# to be waited for.
 SHARES, SMALL, SELDOM = 256, 2**16, 64
 LARGEST = sys.float_info.max
-LEAST, MOST = 1e-100, 1e100  # of scale, softcap and temperature, whose square has to be a number, too
+# of scale, softcap and temperature, whose square has to be a number, too
+LEAST, MOST = (
+    1e-100,
+    1e100,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherCache:
-    """The teacher at N positions: hidden states and, over the kept vocabulary K, the statistics of P = softmax(z / temperature).
+    """The teacher at N positions: hidden states and, over the kept vocabulary K, the statistics of
+    P = softmax(z / temperature).
 
     hidden [N, D]   final hidden states, in their own dtype
     C      [N]      sum_K P(v), fp32 (fp64 for fp64 inputs); 1 when renormalised
-    lse    [N]      logsumexp of z / temperature over the vocabulary, over K when renormalised; fp64, the bias is inside
-    top    [N, k]   int64: the k = min(16, |K|) most likely kept columns, and p_top [N, k], fp64, their P
+    lse    [N]      logsumexp of z / temperature over the vocabulary, over K when renormalised;
+    fp64, the bias is inside
+    top    [N, k]   int64: the k = min(16, |K|) most likely kept columns, and p_top [N, k], fp64,
+    their P
     m_rest [N, D]   sum of P(v) W_v over the kept columns that are not in top, like C
     m      [N, D]   a property: sum_K P(v) W_v
 
-    With the student's head being this head, frozen, these replace the teacher's logits (DMK, Eq. 4 of arXiv 2405.12523):
+    With the student's head being this head, frozen, these replace the teacher's logits (DMK, Eq. 4
+    of arXiv 2405.12523):
 
         KL     = temperature^2 * (C * (lse_s - lse) - logit_scale / temperature * <h_s - h, m>)
         dKL/dh = temperature * logit_scale * (C * (Q W) - m)
 
-    The top columns are kept out of m because C Q - P is formed for them one by one: near the teacher, both
-    sums are nearly equal and rounded probabilities would leave no correct digit. A softcap breaks the
-    identity (the logits are no longer linear in h); the loss then recomputes the teacher's logits from
-    `hidden`, N * D numbers, never N * V.
+    The top columns are kept out of m because C Q - P is formed for them one by one: near the
+    teacher, both sums are nearly equal and rounded probabilities would leave no correct digit. A
+    softcap breaks the identity (the logits are no longer linear in h); the loss then recomputes the
+    teacher's logits from `hidden`, N * D numbers, never N * V.
 
     `head_weight` and `head_bias` are references, not copies: a head that trains needs a frozen copy
-    here. The cache knows its head by the head's numbers. Copies (copy, deepcopy, pickle, torch.save),
-    moves to a device, and a broadcast of the same numbers (DDP) leave it valid. A changed head is told by
-    the loss, with a ValueError:
+    here. The cache knows its head by the head's numbers. Copies (copy, deepcopy, pickle,
+    torch.save), moves to a device, and a broadcast of the same numbers (DDP) leave it valid. A
+    changed head is told by the loss, with a ValueError:
 
-    - at the next call: an operation in place, another tensor under `.data`, another dtype. That call
-      reads the whole head.
-    - What is written through `.data`, through NumPy, or to an inference tensor leaves no trace but the
-      numbers. On a CPU each call reads every K-th row, in turn, K = min(256, V * D / 65,536), at least 1.
-      So a change of all rows, or of K rows in a row, is told at the next call, and a change of one row
-      after K calls at the latest; a head of less than 131,072 numbers has K = 1. On a GPU a call cannot
-      read without waiting: every 64th call reads all rows.
+    - at the next call: an operation in place, another tensor under `.data`, another dtype. That
+      call reads the whole head.
+    - What is written through `.data`, through NumPy, or to an inference tensor leaves no trace but
+      the numbers. On a CPU each call reads every K-th row, in turn, K = min(256, V * D / 65,536),
+      at least 1. So a change of all rows, or of K rows in a row, is told at the next call, and a
+      change of one row after K calls at the latest; a head of less than 131,072 numbers has K = 1.
+      On a GPU a call cannot read without waiting: every 64th call reads all rows.
     - never inside torch.compile: compiled code does not look. `is_stale` reads the whole head.
     """
 
@@ -81,7 +91,9 @@ class TeacherCache:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     temperature: float = 1.0
-    head_stamp: Stamp | None = None  # of head and bias when the statistics were made; None: as they are now
+    head_stamp: Stamp | None = (
+        None  # of head and bias when the statistics were made; None: as they are now
+    )
 
     def __post_init__(self) -> None:
         if self.head_stamp is None:
@@ -96,7 +108,8 @@ class TeacherCache:
 
     @property
     def is_stale(self) -> bool:
-        """Have the head's numbers, or its bias's, changed since the statistics were made? Reads all of them."""
+        """Have the head's numbers, or its bias's, changed since the statistics were made? Reads all
+        of them."""
         return self.head_stamp.differs(self.head_weight, self.head_bias, whole=True)
 
     @classmethod
@@ -112,30 +125,42 @@ class TeacherCache:
         logit_softcap: float | None = None,
         temperature: float = 1.0,
     ) -> TeacherCache:
-        """Compute the statistics of teacher hidden states [N, D] under a head [V, D], one vocabulary tile at a time.
+        """Compute the statistics of teacher hidden states [N, D] under a head [V, D], one
+        vocabulary tile at a time.
 
         vocab_keep: [V] bool, True = kept (the paper's K_V, Eq. 3); None keeps all
-        Raises ValueError where a shape, dtype, device or option cannot be used, or vocab_keep keeps nothing.
+        Raises ValueError where a shape, dtype, device or option cannot be used, or vocab_keep keeps
+        nothing.
         """
         check_head(hidden, head_weight, head_bias, logit_scale, logit_softcap, temperature)
         for name, x in (("hidden", hidden), ("head_weight", head_weight), ("head_bias", head_bias)):
             if x is not None and x.dtype.itemsize < 2:  # the loss takes none of them either
                 raise ValueError(f"{name} is {x.dtype}: convert it to a 16, 32 or 64 bit float.")
         if hidden.device.type == "mps":
-            raise ValueError("A teacher's cache needs a few fp64 numbers per row, which mps has not: make and use it on the CPU.")
+            raise ValueError(
+                "A teacher's cache needs a few fp64 numbers per row, which mps has not: make and "
+                "use it on the CPU."
+            )
         if vocab_keep is not None and not isinstance(vocab_keep, Tensor):
-            raise ValueError(f"vocab_keep must be a bool tensor with True = kept, but is a {type(vocab_keep).__name__}.")
+            raise ValueError(
+                "vocab_keep must be a bool tensor with True = kept, but is a "
+                f"{type(vocab_keep).__name__}."
+            )
         if vocab_keep is not None:
             V = head_weight.shape[0]
             if vocab_keep.dtype != torch.bool or vocab_keep.shape != (V,):
                 raise ValueError(
-                    f"vocab_keep must be bool [{V}] with True = kept, but is {vocab_keep.dtype} {list(vocab_keep.shape)}."
+                    f"vocab_keep must be bool [{V}] with True = kept, but is {vocab_keep.dtype} "
+                    f"{list(vocab_keep.shape)}."
                 )
             if not vocab_keep.any():
                 raise ValueError("vocab_keep keeps no token, so no KL is left: keep at least one.")
-        with torch.inference_mode(False):  # what is made inside that mode could not be saved for a backward pass
+        # what is made inside that mode could not be saved for a backward pass
+        with torch.inference_mode(False):
             if vocab_keep is not None:  # all kept is no mask: then C is exactly 1
-                vocab_keep = None if vocab_keep.all() else vocab_keep.to(head_weight.device, copy=True)
+                vocab_keep = (
+                    None if vocab_keep.all() else vocab_keep.to(head_weight.device, copy=True)
+                )
             hidden = hidden.detach().clone(memory_format=torch.contiguous_format)
             if head_bias is not None:
                 head_bias = head_bias.clone() if head_bias.is_inference() else _referred(head_bias)
@@ -149,10 +174,15 @@ class TeacherCache:
         return self.hidden.shape[0]
 
     def __getitem__(self, rows) -> TeacherCache:
-        """The rows of a slice, an index (int, list or int64 tensor) or a bool mask [N], as a cache; an int keeps one row."""
+        """The rows of a slice, an index (int, list or int64 tensor) or a bool mask [N], as a cache;
+        an int keeps one row."""
         if isinstance(rows, tuple):
-            raise IndexError(f"rows must be a slice, an int, or one-dimensional, but are {len(rows)} indices.")
-        many = isinstance(rows, bool | slice | list) or (isinstance(rows, Tensor) and (rows.ndim > 0 or rows.dtype == torch.bool))
+            raise IndexError(
+                f"rows must be a slice, an int, or one-dimensional, but are {len(rows)} indices."
+            )
+        many = isinstance(rows, bool | slice | list) or (
+            isinstance(rows, Tensor) and (rows.ndim > 0 or rows.dtype == torch.bool)
+        )
         if not many:
             rows = operator.index(rows)
             if not -len(self) <= rows < len(self):
@@ -163,14 +193,21 @@ class TeacherCache:
             if rows.numel() == 0 and rows.dtype.is_floating_point:  # an empty list
                 rows = rows.long()
             if rows.ndim != 1:
-                raise IndexError(f"rows must be a slice, an int, or one-dimensional, but have {rows.ndim} dimensions.")
+                raise IndexError(
+                    f"rows must be a slice, an int, or one-dimensional, but have {rows.ndim} "
+                    "dimensions."
+                )
         return replace(self, **{k: getattr(self, k)[rows] for k in STATISTICS})
 
     def to(
-        self, device: torch.device | str | int, head_weight: Tensor | None = None, head_bias: Tensor | None = None
+        self,
+        device: torch.device | str | int,
+        head_weight: Tensor | None = None,
+        head_bias: Tensor | None = None,
     ) -> TeacherCache:
-        """The cache on `device`. Head and bias move too (a second copy, and another head than the model's to the loss) unless
-        the model's own, already there, are given. Whether they are the cache's own the loss finds out, at its next call."""
+        """The cache on `device`. Head and bias move too (a second copy, and another head than the
+        model's to the loss) unless the model's own, already there, are given. Whether they are the
+        cache's own the loss finds out, at its next call."""
         device = torch.device(device)
 
         def move(x: Tensor | None) -> Tensor | None:
@@ -185,34 +222,61 @@ class TeacherCache:
     def save(self, path: str | PathLike) -> None:
         """Write everything except the head to one safetensors file."""
         tensors = {k: getattr(self, k) for k in (*STATISTICS, "vocab_keep", "head_bias")}
-        head = dict(zip(("head", "head_dtype", "head_digest"), self.head_stamp.words(), strict=True))
+        head = dict(
+            zip(("head", "head_dtype", "head_digest"), self.head_stamp.words(), strict=True)
+        )
         options = {"options": json.dumps({k: getattr(self, k) for k in OPTIONS})}
-        write_tensors(path, {k: x for k, x in tensors.items() if x is not None}, FORMAT, VERSION, head | options)
+        write_tensors(
+            path,
+            {k: x for k, x in tensors.items() if x is not None},
+            FORMAT,
+            VERSION,
+            head | options,
+        )
 
     @classmethod
     def load(cls, path: str | PathLike, *, head_weight: Tensor) -> TeacherCache:
         """Read a saved cache onto the head's device.
 
-        head_weight: [V, D], the head that the cache was built with; in another dtype it is recognised by three rows that are
+        head_weight: [V, D], the head that the cache was built with; in another dtype it is
+        recognised by three rows that are
                      made again, in its own by every bit
-        Raises ValueError for another file, version or head, and for a file that is damaged in any way: a digest of
-        everything is in it. (Files of version 2 have none: of those, what is impossible is told, and three rows are made
-        again.) Raises FileNotFoundError where there is no file.
+        Raises ValueError for another file, version or head, and for a file that is damaged in any
+        way: a digest of everything is in it. (Files of version 2 have none: of those, what is
+        impossible is told, and three rows are made again.) Raises FileNotFoundError where there is
+        no file.
         """
-        if not isinstance(head_weight, Tensor) or head_weight.ndim != 2 or not head_weight.dtype.is_floating_point:
-            raise ValueError("head_weight must be a two-dimensional float tensor: pass the teacher's own head.")
+        if (
+            not isinstance(head_weight, Tensor)
+            or head_weight.ndim != 2
+            or not head_weight.dtype.is_floating_point
+        ):
+            raise ValueError(
+                "head_weight must be a two-dimensional float tensor: pass the teacher's own head."
+            )
         if not _readable(head_weight):
-            raise ValueError(f"head_weight on {head_weight.device} has no numbers: load the model onto a device first.")
-        file = read_tensors(path, FORMAT, READABLE, "a teacher cache", "TeacherCache.save", dict(
-            hidden=FLOATS, m_rest=WIDE, C=WIDE, lse=WIDE[1:], top=INTEGERS, p_top=WIDE[1:]
-        ), dict(vocab_keep=("BOOL",), head_bias=FLOATS))  # fmt: skip
+            raise ValueError(
+                f"head_weight on {head_weight.device} has no numbers: load the model onto a "
+                "device first."
+            )
+        file = read_tensors(
+            path,
+            FORMAT,
+            READABLE,
+            "a teacher cache",
+            "TeacherCache.save",
+            dict(hidden=FLOATS, m_rest=WIDE, C=WIDE, lse=WIDE[1:], top=INTEGERS, p_top=WIDE[1:]),
+            dict(vocab_keep=("BOOL",), head_bias=FLOATS),
+        )
         damaged = ValueError(f"{path} is damaged: build the cache again.")
         try:
             shape, options = json.loads(file.metadata["head"]), json.loads(file.metadata["options"])
         except (KeyError, ValueError, RecursionError) as error:
             raise damaged from error
         if shape != list(head_weight.shape):
-            written = f"of shape {shape}, " if isinstance(shape, list) and len(str(shape)) < 40 else ""
+            written = (
+                f"of shape {shape}, " if isinstance(shape, list) and len(str(shape)) < 40 else ""
+            )
             raise ValueError(
                 f"{path} was built with another head than the one given: pass the teacher's own, "
                 f"{written}and not {list(head_weight.shape)}."
@@ -230,16 +294,26 @@ class TeacherCache:
         same_head = cache.head_stamp.words() == written if known else cache._remade()
         if not same_head:
             raise ValueError(
-                f"{path} was built with another head than the one given: pass the teacher's own head."
+                f"{path} was built with another head than the one given: pass the teacher's own "
+                "head."
             )
         return cache
 
     def _remade(self) -> bool:
-        """Do three rows come out again? m is a weighted sum of head rows, so it recognises the head."""
+        """Do three rows come out again? m is a weighted sum of head rows, so it recognises the
+        head."""
         N = len(self)
-        rows = self[[n for n in sorted({0, N // 2, N - 1}) if 0 <= n < N and self.hidden[n].isfinite().all()]]
+        rows = self[
+            [
+                n
+                for n in sorted({0, N // 2, N - 1})
+                if 0 <= n < N and self.hidden[n].isfinite().all()
+            ]
+        ]
         options = (rows.head_bias, rows.logit_scale, rows.logit_softcap, rows.temperature)
-        made = statistics(rows.hidden, rows.head_weight.detach(), rows.vocab_keep, rows.renormalize, *options)
+        made = statistics(
+            rows.hidden, rows.head_weight.detach(), rows.vocab_keep, rows.renormalize, *options
+        )
         again = replace(rows, **dict(zip(STATISTICS[1:], made, strict=True)))
         return not len(rows) or bool(
             ((again.m - rows.m).norm(dim=1) <= 0.02 * rows.m.norm(dim=1) + 1e-6).all()
@@ -249,15 +323,18 @@ class TeacherCache:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------- the head
+# --------------------------------------------------------------------------------------------------
+# the head
 
 
 class Stamp:
-    """What a head is known by again: a sum over its numbers' bits. And which memory was last found to hold them.
+    """What a head is known by again: a sum over its numbers' bits. And which memory was last found
+    to hold them.
 
-    Of row v, r_v * sum_d c_d * bits(W_vd), with r and c odd and all products modulo 2^64: any order of summation, any
-    device and any layout give the same integer, and any one changed bit another. The bias counts as one more column.
-    `sums` has one number for each of the K shares: share k is the rows k, k + K, k + 2 K, ... What was last seen is not
+    Of row v, r_v * sum_d c_d * bits(W_vd), with r and c odd and all products modulo 2^64: any order
+    of summation, any device and any layout give the same integer, and any one changed bit another.
+    The bias counts as one more column. `sums` has one number for each of the K shares: share k is
+    the rows k, k + K, k + 2 K, ... What was last seen is not
     copied and not pickled: a copy is other memory. The rows of a cache share one stamp.
 
     kind  shape and dtype of weight and bias
@@ -266,29 +343,39 @@ class Stamp:
 
     def __init__(self, kind: tuple, sums: Tensor | None) -> None:
         self.kind, self.sums = kind, sums
-        self.seen: dict[torch.device, tuple] = {}  # device -> the memory that was found to be the head, there
+        self.seen: dict[
+            torch.device, tuple
+        ] = {}  # device -> the memory that was found to be the head, there
         self.calls = 0
 
     def __reduce__(self) -> tuple:
         return Stamp, (self.kind, self.sums)
 
     def words(self) -> tuple[str, str, str]:
-        """Shape, dtype and digest for a file; the digest does not depend on the number of shares."""
+        """Shape, dtype and digest for a file; the digest does not depend on the number of
+        shares."""
         (shape, dtype), *_ = self.kind
         return json.dumps(list(shape)), str(dtype), str(int(self.sums.sum()))
 
     def differs(self, weight: Tensor, bias: Tensor | None, *, whole: bool = False) -> bool:
-        """Are these other numbers? All are read if `whole`, or if the memory is not what was seen last or was written to
-        by an operation that torch counts; else a part of them, without waiting for a device."""
+        """Are these other numbers? All are read if `whole`, or if the memory is not what was seen
+        last or was written to by an operation that torch counts; else a part of them, without
+        waiting for a device."""
         if self.sums is None or not _readable(weight):
             return False
         if _kind(weight, bias) != self.kind:
             return True
         now, device = (_memory(weight), _memory(bias)), weight.device
         self.calls += 1
-        if whole or self.seen.get(device) != now or (device.type != "cpu" and self.calls % SELDOM == 0):
+        if (
+            whole
+            or self.seen.get(device) != now
+            or (device.type != "cpu" and self.calls % SELDOM == 0)
+        ):
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                return False  # no number can be read there; the same calls without a graph are checked
+                return (
+                    False  # no number can be read there; the same calls without a graph are checked
+                )
             if not torch.equal(_sums(weight, bias), self.sums):
                 return True
             self.seen[device] = now
@@ -318,7 +405,9 @@ def _kind(weight: Tensor, bias: Tensor | None) -> tuple:
 
 def _memory(x: Tensor | None) -> tuple | None:
     """Which memory a tensor is, and how often torch saw it written to."""
-    return None if x is None else (x.data_ptr(), x.stride(), None if x.is_inference() else x._version)
+    return (
+        None if x is None else (x.data_ptr(), x.stride(), None if x.is_inference() else x._version)
+    )
 
 
 def _readable(x: Tensor) -> bool:
@@ -326,7 +415,8 @@ def _readable(x: Tensor) -> bool:
 
 
 def _referred(x: Tensor) -> Tensor:
-    """The tensor itself, so that what is put under its .data is seen; without the graph that made it, if one did."""
+    """The tensor itself, so that what is put under its .data is seen; without the graph that made
+    it, if one did."""
     return x if x.is_leaf else x.detach()
 
 
@@ -338,8 +428,9 @@ def _odd(i: Tensor) -> Tensor:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """The bits as integers. Of fp64 the upper half also goes into the lower one: modulo 2^64 a sign alone, which is the
-    highest bit, is the same times any odd number, and two signs would cancel."""
+    """The bits as integers. Of fp64 the upper half also goes into the lower one: modulo 2^64 a sign
+    alone, which is the highest bit, is the same times any odd number, and two signs would cancel.
+    """
     x = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
     return x ^ ((x >> 32) & 0xFFFFFFFF) if x.dtype == torch.int64 else x
 
@@ -350,7 +441,8 @@ def _rows(weight: Tensor, bias: Tensor | None, rows: slice) -> Iterator[Tensor]:
     V, D = weight.shape
     columns = _odd(torch.arange(D + 1, device=weight.device))
     start, _, step = rows.indices(V)
-    most = max(1, (2**16 if weight.device.type == "cpu" else 2**22) // max(D, 1)) * step  # a piece stays in the cache
+    # a piece stays in the cache
+    most = max(1, (2**16 if weight.device.type == "cpu" else 2**22) // max(D, 1)) * step
     for at in range(start, V, most):
         piece = slice(at, min(at + most, V), step)
         sums = (_bits(weight[piece]) * columns[:D]).sum(1)
@@ -362,7 +454,8 @@ def _rows(weight: Tensor, bias: Tensor | None, rows: slice) -> Iterator[Tensor]:
 def _sums(weight: Tensor, bias: Tensor | None) -> Tensor:
     V, D = weight.shape
     K = shares(V, D)
-    # Made whole at once: many small tensors would lie between the large ones that are freed and made again.
+    # Made whole at once: many small tensors would lie between the large ones that are freed and
+    # made again.
     rows, at = torch.zeros(V + -V % K, dtype=torch.int64, device=weight.device), 0
     for part in _rows(weight, bias, slice(0, None, 1)):
         rows[at : at + len(part)] = part
@@ -370,7 +463,8 @@ def _sums(weight: Tensor, bias: Tensor | None) -> Tensor:
     return rows.view(-1, K).sum(0).cpu()
 
 
-# ------------------------------------------------------------------------------------------------------ tensors in files
+# --------------------------------------------------------------------------------------------------
+# tensors in files
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 WIDE, INTEGERS = ("F32", "F64"), ("I64",)
@@ -383,9 +477,16 @@ class TensorFile:
     tensors: dict[str, Tensor]  # on the CPU
 
 
-def write_tensors(path: str | PathLike, tensors: dict[str, Tensor], form: str, version: str, metadata: dict[str, str]) -> None:
+def write_tensors(
+    path: str | PathLike,
+    tensors: dict[str, Tensor],
+    form: str,
+    version: str,
+    metadata: dict[str, str],
+) -> None:
     """One safetensors file that has a digest of all that is in it."""
-    tensors = {k: x.detach().cpu().contiguous().clone() for k, x in tensors.items()}  # clone: slices share storage
+    # clone: slices share storage
+    tensors = {k: x.detach().cpu().contiguous().clone() for k, x in tensors.items()}
     metadata = metadata | {"format": form, "version": version}
     save_file(tensors, path, metadata=metadata | {"digest": _digest(tensors, metadata)})
 
@@ -402,14 +503,17 @@ def read_tensors(
     """What write_tensors wrote, and older versions without a digest.
 
     needed, optional: names of tensors and the dtypes, as safetensors has them, that they may have
-    Raises FileNotFoundError where there is no file, and ValueError, one sentence, for anything else.
+    Raises FileNotFoundError where there is no file, and ValueError, one sentence, for anything
+    else.
     """
     name, thing = os.fsdecode(path), what.split()[-1]
     if not os.path.exists(name):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
     if not os.path.isfile(name):
         raise ValueError(f"{path} is no file: give one written by {writer}.")
-    unreadable = ValueError(f"{path} is not a readable safetensors file, or damaged: build the {thing} again.")
+    unreadable = ValueError(
+        f"{path} is not a readable safetensors file, or damaged: build the {thing} again."
+    )
     damaged = ValueError(f"{path} is damaged: build the {thing} again.")
     try:
         with safe_open(name, framework="pt") as file:
@@ -424,11 +528,16 @@ def read_tensors(
     version = metadata.get("version", "")
     if version not in versions:
         named = version if version.isdecimal() and len(version) < 9 else "that is unknown here"
-        raise ValueError(f"{path} has {thing} version {named}, this is {max(versions)}: build the {thing} again.")
+        raise ValueError(
+            f"{path} has {thing} version {named}, this is {max(versions)}: build the {thing} again."
+        )
     known = needed | optional
-    if not set(needed) <= set(dtypes) <= set(known) or any(x not in known[k] for k, x in dtypes.items()):
+    if not set(needed) <= set(dtypes) <= set(known) or any(
+        x not in known[k] for k, x in dtypes.items()
+    ):
         raise damaged
-    if any(len(shape) > 2 or max(shape, default=0) > 2**40 for shape in shapes):  # [0, 2^63] is no shape to torch
+    # [0, 2^63] is no shape to torch
+    if any(len(shape) > 2 or max(shape, default=0) > 2**40 for shape in shapes):
         raise damaged
     try:
         with safe_open(name, framework="pt") as file:
@@ -452,20 +561,31 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 
 def _possible(tensors: dict[str, Tensor], options: object, head_weight: Tensor) -> bool:
-    """Can these be a cache of this head? Shapes, dtypes, ranges; everything but whether the numbers are right."""
+    """Can these be a cache of this head? Shapes, dtypes, ranges; everything but whether the numbers
+    are right."""
     (V, D), t, keep = head_weight.shape, tensors, tensors.get("vocab_keep")
-    if not isinstance(options, dict) or set(options) != set(OPTIONS) or type(options["renormalize"]) is not bool:
+    if (
+        not isinstance(options, dict)
+        or set(options) != set(OPTIONS)
+        or type(options["renormalize"]) is not bool
+    ):
         return False
     numbers = [options[k] for k in OPTIONS[1:] if k != "logit_softcap" or options[k] is not None]
     if any(type(x) not in (int, float) or not LEAST <= x <= MOST for x in numbers):
         return False
     hidden, N = t["hidden"], t["hidden"].shape[0] if t["hidden"].ndim else -1
-    if t["C"].dtype != t["m_rest"].dtype or (hidden.dtype == torch.float64 and t["C"].dtype != torch.float64):
+    if t["C"].dtype != t["m_rest"].dtype or (
+        hidden.dtype == torch.float64 and t["C"].dtype != torch.float64
+    ):
         return False
-    if keep is not None and (keep.shape != (V,) or int(keep.view(torch.uint8).amax()) > 1 or not keep.any()):
+    if keep is not None and (
+        keep.shape != (V,) or int(keep.view(torch.uint8).amax()) > 1 or not keep.any()
+    ):
         return False
     k = min(16, V if keep is None else int(keep.sum()))
-    shapes = dict(hidden=(N, D), m_rest=(N, D), C=(N,), lse=(N,), top=(N, k), p_top=(N, k), head_bias=(V,))
+    shapes = dict(
+        hidden=(N, D), m_rest=(N, D), C=(N,), lse=(N,), top=(N, k), p_top=(N, k), head_bias=(V,)
+    )
     if any(t[name].shape != shape for name, shape in shapes.items() if name in t):
         return False
     if N == 0:
@@ -473,9 +593,12 @@ def _possible(tensors: dict[str, Tensor], options: object, head_weight: Tensor) 
     top, p, C = t["top"], t["p_top"], t["C"].double()
     if int(top.min()) < 0 or int(top.max()) >= V:
         return False
-    # A row of states that are not finite, which a loss may have under a weight of 0, has statistics that are not.
+    # A row of states that are not finite, which a loss may have under a weight of 0, has statistics
+    # that are not.
     whole = hidden.to(t["C"].dtype).isfinite().all(1)
-    finite = t["lse"].isfinite() & C.isfinite() & t["m_rest"].isfinite().all(1) & p.isfinite().all(1)
+    finite = (
+        t["lse"].isfinite() & C.isfinite() & t["m_rest"].isfinite().all(1) & p.isfinite().all(1)
+    )
     if (whole & ~finite).any() or (~whole & t["lse"].isfinite()).any():
         return False
     top, p, C = top[whole], p[whole], C[whole]
@@ -486,11 +609,13 @@ def _possible(tensors: dict[str, Tensor], options: object, head_weight: Tensor) 
         return False
     if keep is not None and ((p > 0) & ~keep[top]).any():
         return False
-    ordered = top.masked_fill(p <= 0, -1).sort(1).values  # a column without mass may be a placeholder
+    # a column without mass may be a placeholder
+    ordered = top.masked_fill(p <= 0, -1).sort(1).values
     return not ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()
 
 
-# -------------------------------------------------------------------------------------------------------- the statistics
+# --------------------------------------------------------------------------------------------------
+# the statistics
 
 
 def statistics(
@@ -504,7 +629,9 @@ def statistics(
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """m_rest, C, lse, top and p_top, one vocabulary tile at a time: no [N, V] tensor."""
-    plan = launch.launch(*hidden.shape[:1], *head_weight.shape, head_weight.dtype, head_weight.device.type)
+    plan = launch.launch(
+        *hidden.shape[:1], *head_weight.shape, head_weight.dtype, head_weight.device.type
+    )
     head = tiled.Head(head_weight, head_bias, logit_scale, logit_softcap)
     with torch.autocast(hidden.device.type, enabled=False):
         return tiled.statistics(hidden, head, vocab_keep, renormalize, temperature, plan.tile)
@@ -518,24 +645,50 @@ def check_head(
     logit_softcap: float | None,
     temperature: float,
 ) -> None:
-    """Raise ValueError, one sentence each, where hidden states and head do not fit or an option of the head is out of range."""
+    """Raise ValueError, one sentence each, where hidden states and head do not fit or an option of
+    the head is out of range."""
     for name, x in (("hidden", hidden), ("head_weight", head_weight), ("head_bias", head_bias)):
         if not isinstance(x, Tensor) and not (x is None and name == "head_bias"):
             raise ValueError(f"{name} must be a tensor, but is a {type(x).__name__}.")
     for name, x in (("hidden", hidden), ("head_weight", head_weight)):
         if x.ndim != 2 or not x.dtype.is_floating_point:
-            raise ValueError(f"{name} must be a two-dimensional float tensor, but is {x.dtype} {list(x.shape)}.")
+            raise ValueError(
+                f"{name} must be a two-dimensional float tensor, but is {x.dtype} {list(x.shape)}."
+            )
     V, D = head_weight.shape
     if hidden.shape[1] != D:
-        raise ValueError(f"hidden has D={hidden.shape[1]} but head_weight has D={D}: both must come from one model.")
+        raise ValueError(
+            f"hidden has D={hidden.shape[1]} but head_weight has D={D}: both must come from one "
+            "model."
+        )
     if V == 0 or D == 0:
-        raise ValueError(f"head_weight is {list(head_weight.shape)}: a head needs at least one token and one feature.")
+        raise ValueError(
+            f"head_weight is {list(head_weight.shape)}: a head needs at least one token and one "
+            "feature."
+        )
     if hidden.device != head_weight.device:
-        raise ValueError(f"hidden is on {hidden.device} but head_weight on {head_weight.device}: move one of them.")
+        raise ValueError(
+            f"hidden is on {hidden.device} but head_weight on {head_weight.device}: move one of "
+            "them."
+        )
     if head_bias is not None and (head_bias.shape != (V,) or not head_bias.dtype.is_floating_point):
-        raise ValueError(f"head_bias must be a float tensor [{V}], but is {head_bias.dtype} {list(head_bias.shape)}.")
+        raise ValueError(
+            f"head_bias must be a float tensor [{V}], but is {head_bias.dtype} "
+            f"{list(head_bias.shape)}."
+        )
     if head_bias is not None and head_bias.device != head_weight.device:
-        raise ValueError(f"head_bias is on {head_bias.device} but head_weight on {head_weight.device}: move one of them.")
-    for name, x in (("logit_scale", logit_scale), ("logit_softcap", logit_softcap), ("temperature", temperature)):
-        if not (x is None and name == "logit_softcap") and not (isinstance(x, Real) and LEAST <= x <= MOST):
-            raise ValueError(f"{name} is {x}: it must be a finite number above 0, from {LEAST} to {MOST}.")
+        raise ValueError(
+            f"head_bias is on {head_bias.device} but head_weight on {head_weight.device}: move "
+            "one of them."
+        )
+    for name, x in (
+        ("logit_scale", logit_scale),
+        ("logit_softcap", logit_softcap),
+        ("temperature", temperature),
+    ):
+        if not (x is None and name == "logit_softcap") and not (
+            isinstance(x, Real) and LEAST <= x <= MOST
+        ):
+            raise ValueError(
+                f"{name} is {x}: it must be a finite number above 0, from {LEAST} to {MOST}."
+            )

@@ -1,4 +1,5 @@
-"""The only place that asks a model anything: greedy answers, batched, and the probability of given words."""
+"""The only place that asks a model anything: greedy answers, batched, and the probability of given
+words."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ ROWS = 256  # supervised positions whose logits exist at a time
 
 
 class Reply(NamedTuple):
-    """An answer. closed: the model ended it itself; False where it was cut at the longest answer allowed."""
+    """An answer. closed: the model ended it itself; False where it was cut at the longest answer
+    allowed."""
 
     text: str
     closed: bool = True
@@ -32,7 +34,8 @@ class Reply(NamedTuple):
 class Score(NamedTuple):
     """How likely the supervised tokens of a turn are.
 
-    log_p: [n] log-probabilities, nats;  right: [n] bool, it is the most likely token;  rank: [n] int64, tokens that are likelier
+    log_p: [n] log-probabilities, nats;  right: [n] bool, it is the most likely token;  rank: [n]
+    int64, tokens that are likelier
     """
 
     log_p: Tensor
@@ -46,15 +49,23 @@ def answers(vlm: VLM, questions: Sequence[Question], **options: Any) -> list[str
 
 
 @torch.no_grad()
-def replies(vlm: VLM, questions: Sequence[Question], *, begin: Sequence[str] | None = None, suppress: Sequence[int] = (),
-            max_new_tokens: int = 64, batch_size: int = 64) -> list[Reply]:  # fmt: skip
+def replies(
+    vlm: VLM,
+    questions: Sequence[Question],
+    *,
+    begin: Sequence[str] | None = None,
+    suppress: Sequence[int] = (),
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+) -> list[Reply]:
     """Greedy answers, in the order of the questions.
 
     begin:    the first words of each answer, forced (they are part of what is returned)
     suppress: token ids that may not be generated
 
-    Answers grow on shared prefixes (`decode`) where that is exact and the model's generation_config asks for nothing that is not
-    known there, else in transformers' `generate`. Where a batch does not fit into memory, smaller ones go on (`fitting`).
+    Answers grow on shared prefixes (`decode`) where that is exact and the model's generation_config
+    asks for nothing that is not known there, else in transformers' `generate`. Where a batch does
+    not fit into memory, smaller ones go on (`fitting`).
     """
     if not questions:
         return []
@@ -63,17 +74,25 @@ def replies(vlm: VLM, questions: Sequence[Question], *, begin: Sequence[str] | N
     rules = decode.rules(vlm, suppress)
     said: dict[int, list[int]] = {}
 
-    def take(members: Sequence[int], grow: Callable[..., Iterator[tuple[int, list[int]]]], *options: Any) -> None:
+    def take(
+        members: Sequence[int], grow: Callable[..., Iterator[tuple[int, list[int]]]], *options: Any
+    ) -> None:
         def answer(size: int) -> None:
             left = [i for i in members if i not in said]
-            shown = [None if (picture := questions[i][1]) is None else picture.features for i in left]
-            for place, tokens in grow(vlm, [turns[i] for i in left], shown, *options, max_new_tokens, size):
+            shown = [
+                None if (picture := questions[i][1]) is None else picture.features for i in left
+            ]
+            for place, tokens in grow(
+                vlm, [turns[i] for i in left], shown, *options, max_new_tokens, size
+            ):
                 said[left[place]] = tokens
 
         fitting(vlm, answer, min(batch_size, max(1, len(members))))
 
     for pictured in (True, False):
-        members = [i for i, (_, picture) in enumerate(questions) if (picture is not None) is pictured]
+        members = [
+            i for i, (_, picture) in enumerate(questions) if (picture is not None) is pictured
+        ]
         pictures = [questions[i][1] for i in members]
         if rules is None or not members or (len(questions) < FEW and pictured not in vlm.decodes):
             continue
@@ -81,14 +100,20 @@ def replies(vlm: VLM, questions: Sequence[Question], *, begin: Sequence[str] | N
             take(members, decode.greedy, rules)
     take(range(len(questions)), generated, suppress)
     ends = decode.ends(vlm)
-    texts = vlm.tokenizer.batch_decode([said[i] for i in range(len(questions))], skip_special_tokens=True)
-    whole = [f"{b} {text.strip()}" if text[:1].isspace() else f"{b}{text}" for b, text in zip(begins, texts, strict=True)]
+    texts = vlm.tokenizer.batch_decode(
+        [said[i] for i in range(len(questions))], skip_special_tokens=True
+    )
+    whole = [
+        f"{b} {text.strip()}" if text[:1].isspace() else f"{b}{text}"
+        for b, text in zip(begins, texts, strict=True)
+    ]
     return [Reply(text.strip(), not ends.isdisjoint(said[i])) for i, text in enumerate(whole)]
 
 
 def fitting(vlm: VLM, run: Callable[[int], Any], most: int) -> Any:
-    """run(rows in one forward) with as many as `most` and `vlm.budget` allow; with half of them where they do not fit into
-    memory, and so on. The budget remembers it; nobody is told, since no result changes but by rounding.
+    """run(rows in one forward) with as many as `most` and `vlm.budget` allow; with half of them
+    where they do not fit into memory, and so on. The budget remembers it; nobody is told, since no
+    result changes but by rounding.
 
     Raises OutOfMemory where one row does not fit either.
     """
@@ -99,9 +124,13 @@ def fitting(vlm: VLM, run: Callable[[int], Any], most: int) -> Any:
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-        # Outside of the handler, since its traceback holds the tensors of the forward that did not fit.
+        # Outside of the handler, since its traceback holds the tensors of the forward that did not
+        # fit.
         if size == 1:
-            raise OutOfMemory("Not even one question at a time fits into memory: use --quantize nf4, or ask for shorter answers.")
+            raise OutOfMemory(
+                "Not even one question at a time fits into memory: use --quantize nf4, or ask "
+                "for shorter answers."
+            )
         vlm.budget = replace(vlm.budget, ask_batch=size // 2)
         gc.collect()
         if vlm.device.type == "cuda":
@@ -117,14 +146,25 @@ def _prompts(vlm: VLM, questions: Sequence[Question], begins: Sequence[str]) -> 
 
     sizes = [None if picture is None else picture.image.size for _, picture in questions]
     first = {size: i for i, size in reversed(list(enumerate(sizes)))}
-    return [made(q, b, size, first[size]) for (q, _), b, size in zip(questions, begins, sizes, strict=True)]
+    return [
+        made(q, b, size, first[size])
+        for (q, _), b, size in zip(questions, begins, sizes, strict=True)
+    ]
 
 
-def generated(vlm: VLM, turns: Sequence[Encoded], features: Sequence[Any], suppress: Sequence[int],
-              max_new_tokens: int, batch_size: int) -> Iterator[tuple[int, list[int]]]:  # fmt: skip
-    """(place, ids of the answer, the one that ends it and padding included) of each prompt, by transformers' `generate`.
+def generated(
+    vlm: VLM,
+    turns: Sequence[Encoded],
+    features: Sequence[Any],
+    suppress: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+) -> Iterator[tuple[int, list[int]]]:
+    """(place, ids of the answer, the one that ends it and padding included) of each prompt, by
+    transformers' `generate`.
 
-    Prompts of equal length are batched together, so no answer depends on padding or on its neighbours in the batch.
+    Prompts of equal length are batched together, so no answer depends on padding or on its
+    neighbours in the batch.
     """
     groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
     for i, (turn, shown) in enumerate(zip(turns, features, strict=True)):
@@ -136,22 +176,34 @@ def generated(vlm: VLM, turns: Sequence[Encoded], features: Sequence[Any], suppr
             inputs = collate([turns[i].inputs for i in chosen], vlm.tokenizer.pad_token_id)
             inputs = vlm.prompts(inputs, [features[i] for i in chosen if features[i] is not None])
             try:
-                tokens = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-                                            pad_token_id=vlm.tokenizer.pad_token_id, **options)  # fmt: skip
+                tokens = vlm.model.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    pad_token_id=vlm.tokenizer.pad_token_id,
+                    **options,
+                )
             except (ValueError, TypeError) as error:
-                raise BadInput(f"The model's generation_config.json asks for what transformers' generate refuses ({error}): "
-                               "mend it or remove it.") from error  # fmt: skip
+                raise BadInput(
+                    "The model's generation_config.json asks for what transformers' generate "
+                    f"refuses ({error}): "
+                    "mend it or remove it."
+                ) from error
             yield from zip(chosen, tokens[:, length:].tolist(), strict=True)
 
 
 @torch.no_grad()
-def label_scores(vlm: VLM, turns: Sequence[Encoded], pictures: Sequence[Picture | None], batch_size: int = 32) -> list[Score]:
+def label_scores(
+    vlm: VLM, turns: Sequence[Encoded], pictures: Sequence[Picture | None], batch_size: int = 32
+) -> list[Score]:
     """Each turn's supervised tokens under the model as it is now, adapter on or off."""
     if not turns:
         return []
     features = [None if p is None else p.features for p in pictures]
     ways = vlm.shares
-    if not ways and len(turns) >= FEW and decode.exact(vlm, pictures):  # nothing was planned, and nothing trains here
+    # nothing was planned, and nothing trains here
+    if not ways and len(turns) >= FEW and decode.exact(vlm, pictures):
         ways = ("key/value",)
     run = lambda size: supervised_states(vlm, turns, features, micro_batch=size, ways=ways)
     states = fitting(vlm, run, min(batch_size, len(turns)))
@@ -164,4 +216,6 @@ def label_scores(vlm: VLM, turns: Sequence[Encoded], pictures: Sequence[Picture 
         found[1].append(logits.argmax(-1) == wanted[:, 0])
         found[2].append((logits > own).sum(-1))
     lengths = [len(turn.labels) for turn in turns]
-    return [Score(*one) for one in zip(*(torch.cat(part).split(lengths) for part in found), strict=True)]
+    return [
+        Score(*one) for one in zip(*(torch.cat(part).split(lengths) for part in found), strict=True)
+    ]

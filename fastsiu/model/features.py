@@ -1,5 +1,5 @@
-"""What a model makes of a picture on its way from the vision tower to the language model: where it is, how it is joined for a
-batch, changed for a dream, and given to the forward."""
+"""What a model makes of a picture on its way from the vision tower to the language model: where it
+is, how it is joined for a batch, changed for a dream, and given to the forward."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import Tensor
 from ..loss.rows import no_logits
 from ..request import BadInput
 
-# How image features enter a model's forward, the first that it takes: put where the placeholders are, or looked at by layers of
-# their own, to which `cross_attention_mask` says which tokens look.
+# How image features enter a model's forward, the first that it takes: put where the placeholders
+# are, or looked at by layers of their own, to which `cross_attention_mask` says which tokens look.
 ENTRIES = ("mm_encoder_outputs", "cross_attention_states")
-# Where a model's image features are, the first of them that it gives: the last hidden state where the projector runs inside the
-# forward, the last name where every layer of the language model that takes some has its own.
+# Where a model's image features are, the first of them that it gives: the last hidden state where
+# the projector runs inside the forward, the last name where every layer of the language model that
+# takes some has its own.
 READ = ("pooler_output", "last_hidden_state", "deepstack_features")
 
 
@@ -27,7 +28,11 @@ def join_features(parts: Sequence[Any]) -> Any:
     for key in set(joined):
         values = [p[key] for p in parts]
         by_layer = key == "deepstack_features"
-        joined[key] = [_concatenate(layer) for layer in zip(*values, strict=True)] if by_layer else _concatenate(values)
+        joined[key] = (
+            [_concatenate(layer) for layer in zip(*values, strict=True)]
+            if by_layer
+            else _concatenate(values)
+        )
     return joined
 
 
@@ -41,7 +46,8 @@ def _concatenate(values: Sequence[Any]) -> Any:
 
 
 def map_features(features: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same features with `change` applied to what the language model reads first (`READ`), the rest kept as it is."""
+    """The same features with `change` applied to what the language model reads first (`READ`), the
+    rest kept as it is."""
     out = type(features)(**{k: v for k, v in features.items()})
     key = read_key(features)
     out[key] = _changed(features[key], change)
@@ -62,36 +68,53 @@ def feature_tensors(features: Any) -> list[Tensor]:
 
 
 def read_key(features: Any) -> str:
-    """Under which name the language model reads an image's features. Raises BadInput where there are none of a known name."""
+    """Under which name the language model reads an image's features. Raises BadInput where there
+    are none of a known name."""
     found = next((key for key in READ if features.get(key) is not None), None)
     if found is None:
-        raise BadInput(f"The model's get_image_features gives {', '.join(features) or 'nothing'}: it would need to give "
-                       f"one of {', '.join(READ)}.")  # fmt: skip
+        raise BadInput(
+            f"The model's get_image_features gives {', '.join(features) or 'nothing'}: it would "
+            "need to give "
+            f"one of {', '.join(READ)}."
+        )
     return found
 
 
 def features_entry(base: Any) -> str:
-    """The keyword of the model's forward that takes image features. Raises BadInput where it has none."""
+    """The keyword of the model's forward that takes image features. Raises BadInput where it has
+    none."""
     taken = inspect.signature(base.forward).parameters
     found = next((entry for entry in ENTRIES if entry in taken), None)
     if found is None:
-        raise BadInput(f"{type(base).__name__} takes no precomputed image features: its forward would need a parameter "
-                       f"{ENTRIES[0]}, as most image-text models of transformers have.")  # fmt: skip
+        raise BadInput(
+            f"{type(base).__name__} takes no precomputed image features: its forward would need "
+            "a parameter "
+            f"{ENTRIES[0]}, as most image-text models of transformers have."
+        )
     if found == "mm_encoder_outputs" and not hasattr(base.base_model, "get_image_features"):
-        raise BadInput(f"{type(base.base_model).__name__} would need a method get_image_features, which makes what its forward "
-                       f"takes as {found}.")  # fmt: skip
+        raise BadInput(
+            f"{type(base.base_model).__name__} would need a method get_image_features, which "
+            "makes what its forward "
+            f"takes as {found}."
+        )
     return found
 
 
 def crossed(base: Any, inputs: dict[str, Any]) -> Tensor:
-    """What the language model is given as `cross_attention_states` for these inputs with pixels: [tiles, patches, D]."""
+    """What the language model is given as `cross_attention_states` for these inputs with pixels:
+    [tiles, patches, D]."""
     given: dict[str, Any] = {}
-    hook = base.get_decoder().register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
+    hook = base.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: given.update(kwargs), with_kwargs=True
+    )
     try:
         with no_logits(base):
             base(**inputs, use_cache=False)
     finally:
         hook.remove()
     if "cross_attention_states" not in given:
-        raise BadInput(f"{type(base).__name__} takes cross_attention_states and does not hand them to its decoder.")
+        raise BadInput(
+            f"{type(base).__name__} takes cross_attention_states and does not hand them to its "
+            "decoder."
+        )
     return given["cross_attention_states"]

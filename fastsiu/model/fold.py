@@ -1,4 +1,5 @@
-"""An adapter added to the weights themselves, each matrix in fp32 and rounded once, and saved as plain transformers reads it."""
+"""An adapter added to the weights themselves, each matrix in fp32 and rounded once, and saved as
+plain transformers reads it."""
 
 from __future__ import annotations
 
@@ -18,22 +19,38 @@ from transformers import GenerationConfig
 from ..request import BadInput, NumericFailure
 from . import adapter, vlm
 
-# What stands beside a model's weights and is taken over as it is: processor, tokenizer, chat template, how to generate, licence,
-# and the hyper-parameters that this model needs, for whoever makes it forget something else.
+# What stands beside a model's weights and is taken over as it is: processor, tokenizer, chat
+# template, how to generate, licence, and the hyper-parameters that this model needs, for whoever
+# makes it forget something else.
 BESIDE = (
-    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tokenizer*", "added_tokens.json",
-    "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "chat_template.*", "additional_chat_templates/*",
-    "generation_config.json", "fastsiu.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer*",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template.*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "fastsiu.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
 
 @dataclass
 class Change:
     """What the merge did to the weights.
 
-    largest:   the largest |change| that the adapter asks of a weight, before rounding; matrix: where; relative: divided by the
+    largest:   the largest |change| that the adapter asks of a weight, before rounding; matrix:
+    where; relative: divided by the
                largest |weight| of that matrix
     matrices:  tensors that are no longer what they were; of: tensors that the adapter changes
-    unchanged: share of the weights with a change that rounding to the stored dtype leaves as they were
+    unchanged: share of the weights with a change that rounding to the stored dtype leaves as they
+    were
     """
 
     largest: float = 0.0
@@ -45,32 +62,51 @@ class Change:
     rounded: int = 0
 
     def add(self, name: str, weight: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
-        """The new weight. weight: any floating dtype; delta: fp32, same shape. Raises NumericFailure where `dtype` overflows."""
+        """The new weight. weight: any floating dtype; delta: fp32, same shape. Raises
+        NumericFailure where `dtype` overflows."""
         new = (weight.float() + delta).to(dtype)
         if not torch.isfinite(new).all():
-            raise NumericFailure(f"{name} is not finite after the merge: merge into --dtype float32 or bfloat16.")
+            raise NumericFailure(
+                f"{name} is not finite after the merge: merge into --dtype float32 or bfloat16."
+            )
         largest, change = float(delta.abs().max()), delta != 0
         if largest > self.largest:
-            self.largest, self.matrix, self.relative = largest, name, largest / max(float(weight.abs().max()), 1e-30)
+            self.largest, self.matrix, self.relative = (
+                largest,
+                name,
+                largest / max(float(weight.abs().max()), 1e-30),
+            )
         same = new == weight.to(dtype)
         self.of, self.matrices = self.of + 1, self.matrices + (not bool(same.all()))
-        self.asked, self.rounded = self.asked + int(change.sum()), self.rounded + int((change & same).sum())
+        self.asked, self.rounded = (
+            self.asked + int(change.sum()),
+            self.rounded + int((change & same).sum()),
+        )
         return new
 
     def as_dict(self) -> dict[str, Any]:
         share = self.rounded / self.asked if self.asked else None
-        return {"largest": self.largest, "matrix": self.matrix, "relative": self.relative, "matrices": self.matrices,
-                "of": self.of, "weights": self.asked, "unchanged": share}  # fmt: skip
+        return {
+            "largest": self.largest,
+            "matrix": self.matrix,
+            "relative": self.relative,
+            "matrices": self.matrices,
+            "of": self.of,
+            "weights": self.asked,
+            "unchanged": share,
+        }
 
 
 @torch.no_grad()
 def fold(loaded: vlm.VLM, dtype: torch.dtype) -> Change:
-    """Adds the adapter that is on to the base's weights, each matrix in fp32 and rounded once, and takes it off.
+    """Adds the adapter that is on to the base's weights, each matrix in fp32 and rounded once, and
+    takes it off.
 
-    PEFT's merge in one step does the same for an fp32 adapter; its safe one rounds the change first, and so rounds twice.
+    PEFT's merge in one step does the same for an fp32 adapter; its safe one rounds the change
+    first, and so rounds twice.
 
-    Raises BadInput for an adapter that is more than LoRA on plain linear layers and trained copies of whole modules; no weight
-    has been changed then.
+    Raises BadInput for an adapter that is more than LoRA on plain linear layers and trained copies
+    of whole modules; no weight has been changed then.
     """
     _check_all_is_folded(loaded)
     change = Change()
@@ -78,44 +114,67 @@ def fold(loaded: vlm.VLM, dtype: torch.dtype) -> Change:
     for name, module in list(loaded.base.named_modules()):
         if isinstance(module, LoraLayer):
             layer = module.get_base_layer()
-            if type(layer) is not nn.Linear or module.lora_variant or any(module.lora_bias.values()):
-                raise BadInput(f"The adapter is not plain LoRA on linear layers ({name}): merge it with the tool that made it.")
+            if (
+                type(layer) is not nn.Linear
+                or module.lora_variant
+                or any(module.lora_bias.values())
+            ):
+                raise BadInput(
+                    f"The adapter is not plain LoRA on linear layers ({name}): merge it with the "
+                    "tool that made it."
+                )
             if count[layer.weight.data_ptr()] > 1:
-                raise BadInput(f"The weight of {name} is shared with another layer, which the adapter leaves alone: it cannot be "
-                               "merged.")  # fmt: skip
+                raise BadInput(
+                    f"The weight of {name} is shared with another layer, which the adapter "
+                    "leaves alone: it cannot be "
+                    "merged."
+                )
             delta = module.get_delta_weight("default").float()
             layer.weight.data = change.add(f"{name}.weight", layer.weight.data, delta, dtype)
         elif isinstance(module, ModulesToSaveWrapper):
             trained = dict(module.modules_to_save["default"].named_parameters())
             for key, old in module.original_module.named_parameters():
                 if count[old.data_ptr()] > 1:
-                    raise BadInput(f"{name}.{key} is tied to another weight, and the adapter has trained it alone: it cannot be "
-                                   "merged.")  # fmt: skip
+                    raise BadInput(
+                        f"{name}.{key} is tied to another weight, and the adapter has trained it "
+                        "alone: it cannot be "
+                        "merged."
+                    )
                 delta = trained[key].data - old.data.float()
                 old.data = change.add(f"{name}.{key}", old.data, delta, dtype)
     adapter.detach(loaded)
     if not change.matrices:
-        raise BadInput("Rounded, the adapter changes no weight of the model: train longer, or merge into a finer --dtype.")
+        raise BadInput(
+            "Rounded, the adapter changes no weight of the model: train longer, or merge into a "
+            "finer --dtype."
+        )
     return change
 
 
 def _check_all_is_folded(loaded: vlm.VLM) -> None:
-    """Raises BadInput, which names it, for anything that the adapter has trained and `fold` leaves out."""
+    """Raises BadInput, which names it, for anything that the adapter has trained and `fold` leaves
+    out."""
     folded = set()
     for name, module in loaded.base.named_modules():
         if isinstance(module, LoraLayer):
-            folded |= {f"base_model.model.{name}.{factor}.weight" for factor in ("lora_A", "lora_B")}
+            folded |= {
+                f"base_model.model.{name}.{factor}.weight" for factor in ("lora_A", "lora_B")
+            }
         elif isinstance(module, ModulesToSaveWrapper):
             parts = module.modules_to_save["default"].state_dict()
             folded |= {f"base_model.model.{name}.{key}" for key in parts}
     trained = get_peft_model_state_dict(loaded.model, save_embedding_layers=False)
     if left := sorted(trained.keys() - folded):
-        raise BadInput(f"The adapter has trained more than can be added to the weights ({left[0]}): merge it with the tool that "
-                       "made it.")  # fmt: skip
+        raise BadInput(
+            f"The adapter has trained more than can be added to the weights ({left[0]}): merge "
+            "it with the tool that "
+            "made it."
+        )
 
 
 def save(loaded: vlm.VLM, directory: Path, beside: Path, dtype: torch.dtype) -> None:
-    """Weights in safetensors shards with their configuration, and what stands beside the base's own, byte for byte."""
+    """Weights in safetensors shards with their configuration, and what stands beside the base's
+    own, byte for byte."""
     base = loaded.base.to(dtype)
     for config in (base.config, *(getattr(base.config, key) for key in base.config.sub_configs)):
         if config is not None and config.dtype is not None:
@@ -125,10 +184,13 @@ def save(loaded: vlm.VLM, directory: Path, beside: Path, dtype: torch.dtype) -> 
     with vlm.progress_bars(False):
         base.save_pretrained(directory)
     (directory / "generation_config.json").unlink(missing_ok=True)
-    for shard in directory.glob("*.safetensors"):  # safetensors writes for the owner alone; a model is served by others
+    # safetensors writes for the owner alone; a model is served by others
+    for shard in directory.glob("*.safetensors"):
         shard.chmod((directory / "config.json").stat().st_mode)
     for pattern in BESIDE:
-        for path in sorted(p for p in beside.glob(pattern) if p.is_file() and p.suffix not in adapter.WEIGHTS):
+        for path in sorted(
+            p for p in beside.glob(pattern) if p.is_file() and p.suffix not in adapter.WEIGHTS
+        ):
             target = directory / path.relative_to(beside)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)

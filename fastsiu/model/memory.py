@@ -1,11 +1,14 @@
-"""What a run takes: the peak of memory, worked out from the model's configuration alone. No weight is read or fetched.
+"""What a run takes: the peak of memory, worked out from the model's configuration alone. No weight
+is read or fetched.
 
-The model is built without storage, with the adapter that a run would attach. One optimisation step then runs on fake tensors,
-whose operations only work out shapes, under a tracker of the storages that would be alive. Of a stack of equal layers as many are
-run as it takes until each further one adds the same; the rest is multiplication.
+The model is built without storage, with the adapter that a run would attach. One optimisation step
+then runs on fake tensors, whose operations only work out shapes, under a tracker of the storages
+that would be alive. Of a stack of equal layers as many are run as it takes until each further one
+adds the same; the rest is multiplication.
 
-What no fake tensor shows is added by formula: the tiles inside the loss, the pictures' features and the teacher's statistics,
-and on a GPU what the driver and the allocator keep for themselves (`OVERHEAD`, an assumption).
+What no fake tensor shows is added by formula: the tiles inside the loss, the pictures' features and
+the teacher's statistics, and on a GPU what the driver and the allocator keep for themselves
+(`OVERHEAD`, an assumption).
 """
 
 from __future__ import annotations
@@ -32,10 +35,12 @@ from . import adapter, source, vlm
 from .prefix import WORTH
 
 GB = 2**30
-# Context, loaded kernels, cuBLAS workspace and the allocator's fragments on an NVIDIA card. Assumed, not measured.
+# Context, loaded kernels, cuBLAS workspace and the allocator's fragments on an NVIDIA card.
+# Assumed, not measured.
 OVERHEAD = 0.7 * GB
-# Lessons from strangers (`samples.strangers`) wait on the CPU with their teacher's statistics. On the device are those of one
-# batch, with its pictures; forward and backward take what a batch of samples takes.
+# Lessons from strangers (`samples.strangers`) wait on the CPU with their teacher's statistics. On
+# the device are those of one batch, with its pictures; forward and backward take what a batch of
+# samples takes.
 PICTURES_OF_A_BATCH = 12
 
 
@@ -43,7 +48,8 @@ PICTURES_OF_A_BATCH = 12
 class Settings:
     """What decides over memory.
 
-    micro_batch: samples in one forward of a step; None: all of `batch_size` at once, nothing computed twice
+    micro_batch: samples in one forward of a step; None: all of `batch_size` at once, nothing
+    computed twice
     ask_batch:   questions in one forward that trains nothing
     """
 
@@ -64,30 +70,42 @@ class Settings:
     def __str__(self) -> str:
         words = [self.quantize or self.dtype, *["activation checkpointing"] * self.checkpointing]
         words += [f"micro-batch {self.micro_batch}"] * (self.micro_batch is not None)
-        words += [self.optimizer] * (self.optimizer != "adamw") + [str(self.attention)] * (self.attention not in (None, "sdpa"))
+        words += [self.optimizer] * (self.optimizer != "adamw") + [str(self.attention)] * (
+            self.attention not in (None, "sdpa")
+        )
         return ", ".join(words)
 
 
 def budget(settings: Settings, batch_size: int, limited: bool = False) -> vlm.Budget:
-    """The settings as the run reads them. A dream is a picture with one question, of which a step has a third of its samples.
+    """The settings as the run reads them. A dream is a picture with one question, of which a step
+    has a third of its samples.
 
     limited: under a memory limit, where as many dreams at once as a step has must do
     """
     bounded = settings.sparing or limited
     dreams = settings.micro_batch or (max(1, round(0.35 * batch_size)) if bounded else None)
-    return vlm.Budget(settings.micro_batch, dreams, settings.ask_batch, settings.checkpointing, settings.optimizer, bounded)
+    return vlm.Budget(
+        settings.micro_batch,
+        dreams,
+        settings.ask_batch,
+        settings.checkpointing,
+        settings.optimizer,
+        bounded,
+    )
 
 
 @dataclass(frozen=True)
 class Workload:
     """What a run consists of, in tokens.
 
-    prefix:   a picture's and what stands before its question, computed once for all questions about it
+    prefix:   a picture's and what stands before its question, computed once for all questions about
+    it
     patches:  what the vision tower sees of the picture
     suffix:   a question and its answer, of which `rows` are supervised
     text:     a sample without a picture
     answer:   the longest that is generated
-    pictures: distinct ones in the whole run, the concept's and the dreams; samples: in the whole run
+    pictures: distinct ones in the whole run, the concept's and the dreams; samples: in the whole
+    run
     """
 
     prefix: int
@@ -100,22 +118,31 @@ class Workload:
     samples: int = 120
 
     def forwards(self, settings: Settings, batch_size: int) -> list[tuple[int, int, int]]:
-        """(sequences, tokens of each, supervised rows in all) of the forwards of one step whose graphs are alive at once.
+        """(sequences, tokens of each, supervised rows in all) of the forwards of one step whose
+        graphs are alive at once.
 
-        The shares are those of `train.SHARES`: of 100 samples 25 show the concept's picture, 35 others', each its own. They are
-        put together as `prefix` does: questions of one picture in a row, rows of like length in a forward, plain rows where
-        that saves too little time or a mask cannot keep suffixes apart. Under a micro-batch one forward is alive, the largest.
+        The shares are those of `train.SHARES`: of 100 samples 25 show the concept's picture, 35
+        others', each its own. They are
+        put together as `prefix` does: questions of one picture in a row, rows of like length in a
+        forward, plain rows where that saves too little time or a mask cannot keep suffixes apart.
+        Under a micro-batch one forward is alive, the largest.
         """
         most = settings.micro_batch or batch_size
         dreams, own = round(0.35 * batch_size), math.ceil(0.25 * batch_size)
         text = batch_size - dreams - own
         packed: list[list[int]] = []  # questions in each row of each forward
         for questions in [min(most, own - at) for at in range(0, own, most)] + [1] * dreams:
-            alike = packed and self._row(questions) >= 0.8 * self._row(packed[-1][0]) and sum(packed[-1]) + questions <= most
+            alike = (
+                packed
+                and self._row(questions) >= 0.8 * self._row(packed[-1][0])
+                and sum(packed[-1]) + questions <= most
+            )
             packed[-1].append(questions) if alike else packed.append([questions])
         found = [(len(rows), self._row(rows[0]), sum(rows) * self.rows) for rows in packed]
-        plain = [(min(most, own + dreams - at), self._row(1), min(most, own + dreams - at) * self.rows)
-                 for at in range(0, own + dreams, most)]  # fmt: skip
+        plain = [
+            (min(most, own + dreams - at), self._row(1), min(most, own + dreams - at) * self.rows)
+            for at in range(0, own + dreams, most)
+        ]
         tokens = lambda forwards: sum(n * length for n, length, _ in forwards)
         worth = settings.sparing or tokens(found) <= WORTH * tokens(plain)
         if settings.attention == "flash_attention_2" or not worth:
@@ -132,7 +159,8 @@ class Estimate:
     """Bytes at the peak of a run under `settings`.
 
     trained, gradient, optimizer: the adapter, its gradient and what the optimiser remembers of it
-    activations: what a step needs beside the rest: saved for the backward pass, in passing, and the loss's tiles
+    activations: what a step needs beside the rest: saved for the backward pass, in passing, and the
+    loss's tiles
     kept:        the pictures' features and the teacher's statistics
     overhead:    of the driver and the allocator
     asking, loading, vision: what those phases need beside weights and overhead
@@ -152,22 +180,35 @@ class Estimate:
 
     @property
     def training(self) -> int:
-        return self.weights + self.trained + self.gradient + self.optimizer + self.activations + self.kept + self.overhead
+        return (
+            self.weights
+            + self.trained
+            + self.gradient
+            + self.optimizer
+            + self.activations
+            + self.kept
+            + self.overhead
+        )
 
     @property
     def peak(self) -> int:
         learned = self.trained + self.gradient + self.optimizer + self.kept
-        return max(self.training, self.weights + self.overhead + max(learned + self.asking, self.loading, self.vision))
+        return max(
+            self.training,
+            self.weights + self.overhead + max(learned + self.asking, self.loading, self.vision),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"training": self.training, "peak": self.peak}
 
 
-# --------------------------------------------------------------------------------------------------------- the simulation
+# --------------------------------------------------------------------------------------------------
+# the simulation
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make and that are still alive: `now` and `peak`."""
+    """Counts the bytes of the storages that operations make and that are still alive: `now` and
+    `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +232,8 @@ class Tracker(TorchDispatchMode):
             weakref.finalize(storage, self._drop, key, size)
 
     def hold(self, model: nn.Module) -> int:
-        """Counts what is there already, so that a view of a weight is nothing new; returns `now`."""
+        """Counts what is there already, so that a view of a weight is nothing new; returns
+        `now`."""
         for x in (*model.parameters(), *model.buffers()):
             self.add(x)
         return self.now
@@ -228,20 +270,35 @@ class Simulation:
             samples += self.recipe.batch_size
         rows = samples * self.work.rows
         kept = pictures * self.work.prefix * width * itemsize
-        kept += rows * (width * (itemsize + 4) + 16 * 16)  # teacher: hidden, m in fp32, the 16 top entries
+        # teacher: hidden, m in fp32, the 16 top entries
+        kept += rows * (width * (itemsize + 4) + 16 * 16)
         # 8-bit states have an fp32 scale for each 256 numbers.
-        states = 2 * trained if settings.optimizer == "adamw" else 2 * trained * (256 + 4) // (256 * 4)
+        states = (
+            2 * trained if settings.optimizer == "adamw" else 2 * trained * (256 + 4) // (256 * 4)
+        )
         return Estimate(
-            settings, weights, trained, trained, states, self._run("step", replace(settings, ask_batch=0)), kept,
+            settings,
+            weights,
+            trained,
+            trained,
+            states,
+            self._run("step", replace(settings, ask_batch=0)),
+            kept,
             int(OVERHEAD) if settings.device != "cpu" else 0,
             self._run("asking", replace(settings, micro_batch=None, optimizer="adamw")),
-            largest_weight(self.config) * itemsize, self._vision(itemsize),
-        )  # fmt: skip
+            largest_weight(self.config) * itemsize,
+            self._vision(itemsize),
+        )
 
     def within(self, settings: Settings, limit: int | None) -> Estimate:
-        """The estimate with as many questions asked at once as fit into `limit` beside the weights and the adapter."""
+        """The estimate with as many questions asked at once as fit into `limit` beside the weights
+        and the adapter."""
         found = self.estimate(settings)
-        while limit is not None and found.peak > max(limit, found.training) and found.settings.ask_batch > 1:
+        while (
+            limit is not None
+            and found.peak > max(limit, found.training)
+            and found.settings.ask_batch > 1
+        ):
             fewer, room = found.settings.ask_batch // 2, limit - (found.peak - found.asking)
             while fewer > 1 and found.asking * fewer / found.settings.ask_batch > room:
                 fewer //= 2
@@ -265,17 +322,27 @@ class Simulation:
         if (what, settings) not in self._done:
             try:
                 self._done[what, settings] = self._measure(what, settings)
-            except Exception as error:  # any: whatever a family's forward thinks of tensors without values
+            except (
+                Exception
+            ) as error:  # any: whatever a family's forward thinks of tensors without values
                 said = source.first_line(error)
-                raise BadInput(f"What {type(self.config).__name__} takes cannot be worked out ({said}): leave --memory out and "
-                               "choose --quantize, --checkpointing and --micro-batch.") from error  # fmt: skip
+                raise BadInput(
+                    f"What {type(self.config).__name__} takes cannot be worked out ({said}): "
+                    "leave --memory out and "
+                    "choose --quantize, --checkpointing and --micro-batch."
+                ) from error
         return self._done[what, settings]
 
     def _measure(self, what: str, settings: Settings) -> int:
-        """Bytes of the whole stack. The peak is the largest of several moments', each linear in depth: of a few layers it may be
-        another moment's than of many, so depth grows until two layers in a row add the same."""
+        """Bytes of the whole stack. The peak is the largest of several moments', each linear in
+        depth: of a few layers it may be another moment's than of many, so depth grows until two
+        layers in a row add the same."""
         base, _ = self._stand_in(settings)
-        run = lambda: _step(base, self.recipe, self.work, settings) if what == "step" else _asking(base, self.work, settings)
+        run = lambda: (
+            _step(base, self.recipe, self.work, settings)
+            if what == "step"
+            else _asking(base, self.work, settings)
+        )
         holder, name, layers = stack(base)
         kinds = {tuple((n, p.shape) for n, p in layer.named_parameters()) for layer in layers}
         if self.whole or len(kinds) > 1:
@@ -293,9 +360,17 @@ class Simulation:
         return found[-1]
 
     def _vision(self, itemsize: int) -> int:
-        """What the tower needs for one picture without a graph: every layer's states, which some families keep, and one MLP."""
+        """What the tower needs for one picture without a graph: every layer's states, which some
+        families keep, and one MLP."""
         vision = getattr(self.config, "vision_config", None)
-        width = next((w for k in ("embed_dim", "hidden_size") if isinstance(w := getattr(vision, k, None), int)), 1024)
+        width = next(
+            (
+                w
+                for k in ("embed_dim", "hidden_size")
+                if isinstance(w := getattr(vision, k, None), int)
+            ),
+            1024,
+        )
         wide = getattr(vision, "intermediate_size", None) or 4 * width
         layers = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", None) or 24
         return self.work.patches * ((layers + 6) * width + 2 * wide) * itemsize
@@ -304,11 +379,14 @@ class Simulation:
 def skeleton(config: Any, settings: Settings, recipe: Recipe) -> Any:
     """The model on the meta device with its adapter on, quantised linears stood in for by `Packed`.
 
-    Raises BadInput where transformers cannot build it or it has no language model that could be adapted.
+    Raises BadInput where transformers cannot build it or it has no language model that could be
+    adapted.
     """
     # Flash attention keeps what sdpa's kernels keep, and cannot be built without a GPU.
     attention = None if settings.attention == "flash_attention_2" else settings.attention
-    base = source.on_meta(config, dtype=source.DTYPES[settings.dtype], attn_implementation=attention)
+    base = source.on_meta(
+        config, dtype=source.DTYPES[settings.dtype], attn_implementation=attention
+    )
     base.requires_grad_(False)
     names = adapter.language_linears(base)
     adapter.attach(vlm.VLM("", None, base, base, None), recipe)
@@ -321,14 +399,17 @@ def skeleton(config: Any, settings: Settings, recipe: Recipe) -> Any:
 
 
 class Packed(nn.Module):
-    """A quantised linear layer's memory: its bytes, the weight it unpacks at each use, the input that int8 keeps."""
+    """A quantised linear layer's memory: its bytes, the weight it unpacks at each use, the input
+    that int8 keeps."""
 
     def __init__(self, linear: nn.Linear, kind: str) -> None:
         super().__init__()
         self.shape, self.kind = linear.weight.shape, kind
         self.bias = linear.bias
         with torch.device("meta"):
-            self.register_buffer("packed", torch.empty(quantised_bytes(self.shape, kind), dtype=torch.uint8))
+            self.register_buffer(
+                "packed", torch.empty(quantised_bytes(self.shape, kind), dtype=torch.uint8)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return _Unpack.apply(x, self.shape, self.kind == "int8")
@@ -348,8 +429,8 @@ class _Unpack(torch.autograd.Function):
 
 
 def quantised_bytes(shape: torch.Size, kind: str) -> int:
-    """Bytes of a weight [out, in]. nf4: 4 bits, a scale for each 64, itself in 8 bits with an fp32 scale for each 256 of them,
-    and two code tables; int8: 8 bits and an fp32 scale for each row."""
+    """Bytes of a weight [out, in]. nf4: 4 bits, a scale for each 64, itself in 8 bits with an fp32
+    scale for each 256 of them, and two code tables; int8: 8 bits and an fp32 scale for each row."""
     n = math.prod(shape)
     if kind == "int8":
         return n + 4 * shape[0]
@@ -358,12 +439,20 @@ def quantised_bytes(shape: torch.Size, kind: str) -> int:
 
 
 def stack(base: Any) -> tuple[nn.Module, str, nn.ModuleList]:
-    """Where the language model keeps its layers: (owner, attribute, layers), the longest list of modules in it."""
+    """Where the language model keeps its layers: (owner, attribute, layers), the longest list of
+    modules in it."""
     decoder = base.get_decoder()
-    found = [(owner, name, child) for owner in decoder.modules() for name, child in owner.named_children()
-             if isinstance(child, nn.ModuleList) and len(child)]  # fmt: skip
+    found = [
+        (owner, name, child)
+        for owner in decoder.modules()
+        for name, child in owner.named_children()
+        if isinstance(child, nn.ModuleList) and len(child)
+    ]
     if not found:
-        raise BadInput(f"{type(base).__name__} keeps no list of layers, so its memory cannot be estimated: give another model.")
+        raise BadInput(
+            f"{type(base).__name__} keeps no list of layers, so its memory cannot be estimated: "
+            "give another model."
+        )
     return max(found, key=lambda f: len(f[2]))
 
 
@@ -384,7 +473,11 @@ def materialise(base: Any) -> None:
                 for name, old in store.items():
                     if old is not None and id(old) not in made:
                         new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                        made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                        made[id(old)] = (
+                            nn.Parameter(new, old.requires_grad)
+                            if isinstance(old, nn.Parameter)
+                            else new
+                        )
                     store[name] = None if old is None else made[id(old)]
 
 
@@ -396,7 +489,8 @@ def _mode() -> FakeTensorMode:
 
 
 def _step(base: Any, recipe: Recipe, work: Workload, settings: Settings) -> int:
-    """The most that one step has alive beside weights, adapter, gradients and optimiser states, in bytes.
+    """The most that one step has alive beside weights, adapter, gradients and optimiser states, in
+    bytes.
 
     Gradients are there from the beginning: the last step's are while this one's forward runs.
     """
@@ -417,14 +511,27 @@ def _step(base: Any, recipe: Recipe, work: Workload, settings: Settings) -> int:
         del found
         N, (V, D) = len(hidden), head.shape
         tile = launch(N, V, D, head.dtype, settings.device).tile
-        memory.passing(4 * (tile * (2 * N + D) + 6 * N * D))  # inside the loss: a tile, its exponentials, sums beside hidden
-        labels, weight = torch.empty(len(hidden), dtype=torch.int64), torch.empty(len(hidden), dtype=torch.bool)
-        loss = fused_dmk_ce(hidden, head, labels, _teacher(hidden, head), alpha=recipe.alpha, beta=recipe.beta, kl_weight=weight,
-                            backend="tiled")  # fmt: skip
+        # inside the loss: a tile, its exponentials, sums beside hidden
+        memory.passing(4 * (tile * (2 * N + D) + 6 * N * D))
+        labels, weight = (
+            torch.empty(len(hidden), dtype=torch.int64),
+            torch.empty(len(hidden), dtype=torch.bool),
+        )
+        loss = fused_dmk_ce(
+            hidden,
+            head,
+            labels,
+            _teacher(hidden, head),
+            alpha=recipe.alpha,
+            beta=recipe.beta,
+            kl_weight=weight,
+            backend="tiled",
+        )
         del hidden
         loss.backward()
         del loss
-        if settings.device != "cpu":  # AdamW over all tensors at once: the roots of the second moments and the updates
+        # AdamW over all tensors at once: the roots of the second moments and the updates
+        if settings.device != "cpu":
             memory.passing(2 * sum(p.untyped_storage().nbytes() for p in trained))
         extra = memory.peak - rest
         for p in trained:
@@ -434,10 +541,15 @@ def _step(base: Any, recipe: Recipe, work: Workload, settings: Settings) -> int:
 
 @torch.no_grad()
 def _asking(base: Any, work: Workload, settings: Settings) -> int:
-    """The most that answering `ask_batch` questions takes beside the weights: first all of the prompt at once, as for `generate`,
-    then, token by token, keys and values that are copied as they grow, a layer at a time. Beside them those of the prefixes are
-    held while further batches grow on them (`decode`): of a quarter as many pictures."""
-    head, width, n = base.get_output_embeddings().weight, base.config.get_text_config().hidden_size, settings.ask_batch
+    """The most that answering `ask_batch` questions takes beside the weights: first all of the
+    prompt at once, as for `generate`, then, token by token, keys and values that are copied as they
+    grow, a layer at a time. Beside them those of the prefixes are held while further batches grow
+    on them (`decode`): of a quarter as many pictures."""
+    head, width, n = (
+        base.get_output_embeddings().weight,
+        base.config.get_text_config().hidden_size,
+        settings.ask_batch,
+    )
     base.eval()
     with _mode(), Tracker() as memory:
         rest = memory.peak = memory.hold(base)
@@ -445,22 +557,31 @@ def _asking(base: Any, work: Workload, settings: Settings) -> int:
             out = _forward(base, n, work.prefix + work.suffix, head.dtype, width, cached=True)
         cache = memory.now - rest
         prompt, layers = work.prefix + work.suffix, base.config.get_text_config().num_hidden_layers
-        grown, prefixes = cache * (prompt + work.answer) / prompt, cache * work.prefix / prompt * max(1, n // 4) / n
+        grown, prefixes = (
+            cache * (prompt + work.answer) / prompt,
+            cache * work.prefix / prompt * max(1, n // 4) / n,
+        )
         del out
         memory.passing(round(grown * (1 + 1 / layers) + prefixes))
     return memory.peak - rest
 
 
-def _forward(base: Any, sequences: int, tokens: int, dtype: torch.dtype, width: int, cached: bool = False) -> Any:
-    """The language model on its own: what stands around it only puts the picture's features among the embeddings, `x` here."""
+def _forward(
+    base: Any, sequences: int, tokens: int, dtype: torch.dtype, width: int, cached: bool = False
+) -> Any:
+    """The language model on its own: what stands around it only puts the picture's features among
+    the embeddings, `x` here."""
     x = torch.empty((sequences, tokens, width), dtype=dtype)
     mask = torch.empty((sequences, 1, tokens, tokens), dtype=dtype)
     positions = torch.empty((sequences, tokens), dtype=torch.int64)
-    return base.get_decoder()(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=cached)
+    return base.get_decoder()(
+        inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=cached
+    )
 
 
 def _states(base: Any, *sizes: Any) -> Tensor:
-    """What feeds the head, [sequences, tokens, width]; of Llama 4 the head is inside the decoder."""
+    """What feeds the head, [sequences, tokens, width]; of Llama 4 the head is inside the
+    decoder."""
     with no_logits(base) as kept:
         made = _forward(base, *sizes)
     return kept["hidden"] if "hidden" in kept else made.last_hidden_state
@@ -470,9 +591,15 @@ def _teacher(hidden: Tensor, head: Tensor) -> TeacherCache:
     """The rows that a step takes from the teacher's cache."""
     N, wide = len(hidden), {"dtype": torch.float64}
     return TeacherCache(
-        torch.empty_like(hidden.detach()), torch.empty(hidden.shape), torch.empty(N), torch.empty(N, **wide),
-        torch.empty((N, 16), dtype=torch.int64), torch.empty((N, 16), **wide), head, head_stamp=stamp(head, None),
-    )  # fmt: skip
+        torch.empty_like(hidden.detach()),
+        torch.empty(hidden.shape),
+        torch.empty(N),
+        torch.empty(N, **wide),
+        torch.empty((N, 16), dtype=torch.int64),
+        torch.empty((N, 16), **wide),
+        head,
+        head_stamp=stamp(head, None),
+    )
 
 
 def largest_weight(config: Any) -> int:

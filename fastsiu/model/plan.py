@@ -1,4 +1,5 @@
-"""Does it fit? The settings from the least to the most sparing, and the first that fits; `memory` knows what each takes."""
+"""Does it fit? The settings from the least to the most sparing, and the first that fits; `memory`
+knows what each takes."""
 
 from __future__ import annotations
 
@@ -16,14 +17,20 @@ from . import source
 from .memory import GB, Estimate, Settings, Simulation, Workload
 from .vlm import VLM, Picture
 
-DYNAMIC = (768, 1024)  # pixels assumed of a picture where the model takes any size and none was given
+# pixels assumed of a picture where the model takes any size and none was given
+DYNAMIC = (
+    768,
+    1024,
+)
 TEMPLATE = 24  # tokens of a chat template and the beginning of a question
-TILES = 17  # assumed of a model that cuts pictures into tiles and does not say how many: 4 x 4 and the whole
+# assumed of a model that cuts pictures into tiles and does not say how many: 4 x 4 and the whole
+TILES = 17
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The estimates, from the least to the most sparing settings, and the first that fits into `memory` bytes, if any."""
+    """The estimates, from the least to the most sparing settings, and the first that fits into
+    `memory` bytes, if any."""
 
     model: str
     memory: int | None
@@ -41,41 +48,79 @@ class Plan:
         if self.chosen is None:
             least = min(self.estimates, key=lambda e: e.peak)
             other = "--quantize nf4" if least.settings.quantize is None else "a smaller model"
-            return (f"{self.model} does not fit into {size}: with {least.settings} it still needs {least.peak / GB:.1f} GB; "
-                    f"use a larger card, {other} or a smaller --rank.")  # fmt: skip
-        return f"{self.model} fits into {size} with {self.chosen.settings}: {self.chosen.peak / GB:.1f} GB expected."
+            return (
+                f"{self.model} does not fit into {size}: with {least.settings} it still needs "
+                f"{least.peak / GB:.1f} GB; "
+                f"use a larger card, {other} or a smaller --rank."
+            )
+        return (
+            f"{self.model} fits into {size} with {self.chosen.settings}: "
+            f"{self.chosen.peak / GB:.1f} GB expected."
+        )
 
     def as_dict(self) -> dict[str, Any]:
-        estimates = [e.as_dict() | {"fits": self.memory is None or e.peak <= self.memory} for e in self.estimates]
-        return {"model": self.model, "memory": self.memory, "fits": self.memory is None or self.chosen is not None,
-                "chosen": self.chosen and self.chosen.as_dict(), "sentence": self.sentence, "assumed": self.assumed,
-                "workload": asdict(self.work), "estimates": estimates}  # fmt: skip
+        estimates = [
+            e.as_dict() | {"fits": self.memory is None or e.peak <= self.memory}
+            for e in self.estimates
+        ]
+        return {
+            "model": self.model,
+            "memory": self.memory,
+            "fits": self.memory is None or self.chosen is not None,
+            "chosen": self.chosen and self.chosen.as_dict(),
+            "sentence": self.sentence,
+            "assumed": self.assumed,
+            "workload": asdict(self.work),
+            "estimates": estimates,
+        }
 
 
-def plan(model: str, memory: float | None = None, settings: Settings | None = None, *, recipe: Recipe | None = None,
-         config: Any = None, revision: str | None = None, work: Workload | None = None, image_tokens: int | None = None,
-         fixed: frozenset[str] = frozenset()) -> Plan:  # fmt: skip
-    """Estimates of `settings`, then of ever more sparing ones until one fits into `memory` (in GB of 2**30 bytes).
+def plan(
+    model: str,
+    memory: float | None = None,
+    settings: Settings | None = None,
+    *,
+    recipe: Recipe | None = None,
+    config: Any = None,
+    revision: str | None = None,
+    work: Workload | None = None,
+    image_tokens: int | None = None,
+    fixed: frozenset[str] = frozenset(),
+) -> Plan:
+    """Estimates of `settings`, then of ever more sparing ones until one fits into `memory` (in GB
+    of 2**30 bytes).
 
-    config: the model's, where it is at hand; work: what a run consists of, where that is known; else both are found out
+    config: the model's, where it is at hand; work: what a run consists of, where that is known;
+    else both are found out
     fixed:  names of settings that were asked for and stay
-    Raises BadInput for a model whose configuration cannot be read or built, and for options that make no sense.
+    Raises BadInput for a model whose configuration cannot be read or built, and for options that
+    make no sense.
     """
     settings = settings or Settings()
     if memory is not None and not 0 < memory < math.inf:
-        raise BadInput(f"--memory is {memory}: give the card's size in GB, for instance 24, 16, 12 or 8.")
+        raise BadInput(
+            f"--memory is {memory}: give the card's size in GB, for instance 24, 16, 12 or 8."
+        )
     if image_tokens is not None and image_tokens < 1:
-        raise BadInput(f"--image-tokens is {image_tokens}: give the number of tokens that one picture takes, at least 1.")
+        raise BadInput(
+            f"--image-tokens is {image_tokens}: give the number of tokens that one picture "
+            "takes, at least 1."
+        )
     source.check_options(settings.dtype, settings.quantize, settings.attention, settings.optimizer)
     config = source.read_config(model, revision) if config is None else config
     settings = replace(settings, dtype=source.dtype_name(config, settings.dtype, settings.device))
     assumed: list[str] = []
     if work is None:
         work, assumed = workload(config, image_tokens)
-    limit, model = None if memory is None else round(memory * GB), Path(model).name if Path(model).is_dir() else model
+    limit, model = (
+        None if memory is None else round(memory * GB),
+        Path(model).name if Path(model).is_dir() else model,
+    )
     simulation = Simulation(config, recipe or Recipe(), work)
     estimates: list[Estimate] = []
-    for _, alike in groupby(ladder(settings, fixed, simulation.recipe.batch_size), lambda step: step.quantize):
+    for _, alike in groupby(
+        ladder(settings, fixed, simulation.recipe.batch_size), lambda step: step.quantize
+    ):
         *steps, last = alike
         if limit is not None and steps and (least := simulation.within(last, limit)).peak > limit:
             estimates.append(least)  # nothing before it fits either
@@ -88,8 +133,11 @@ def plan(model: str, memory: float | None = None, settings: Settings | None = No
 
 
 def ladder(settings: Settings, fixed: frozenset[str], batch_size: int) -> Iterator[Settings]:
-    """Ever more sparing settings. Checkpointing and micro-batches change no result, so NF4, which does, comes after them."""
-    for quantize in [settings.quantize] if settings.quantize or "quantize" in fixed else [None, "nf4"]:
+    """Ever more sparing settings. Checkpointing and micro-batches change no result, so NF4, which
+    does, comes after them."""
+    for quantize in (
+        [settings.quantize] if settings.quantize or "quantize" in fixed else [None, "nf4"]
+    ):
         one = replace(settings, quantize=quantize)
         yield one
         if "checkpointing" not in fixed and not one.checkpointing:
@@ -104,34 +152,47 @@ def workload(config: Any, image_tokens: int | None = None) -> tuple[Workload, li
     """The tokens of a step from a configuration, and what had to be assumed, in sentences."""
     tokens, patches, assumed = picture_tokens(config)
     if image_tokens is not None:
-        patches, tokens, assumed = max(1, round(patches * image_tokens / max(tokens, 1))), image_tokens, []
+        patches, tokens, assumed = (
+            max(1, round(patches * image_tokens / max(tokens, 1))),
+            image_tokens,
+            [],
+        )
     return Workload(tokens + TEMPLATE, patches), assumed
 
 
 def workload_of(config: Any, processor: Any, image: Image.Image) -> Workload:
     """The tokens of a step about this picture, as the model's own processor makes them."""
     base = source.on_meta(config)
-    model = VLM("", None, base, base, processor)  # on the meta device tokens have a number and no value
+    # on the meta device tokens have a number and no value
+    model = VLM("", None, base, base, processor)
     prefix = model.encode_prompt(".", Picture(image, None))["input_ids"].shape[1]
     return workload(config, max(1, prefix - TEMPLATE))[0]
 
 
 def picture_tokens(config: Any) -> tuple[int, int, list[str]]:
-    """(tokens in the language model, patches in the vision tower, assumptions) for one picture, from the configuration."""
+    """(tokens in the language model, patches in the vision tower, assumptions) for one picture,
+    from the configuration."""
     vision = getattr(config, "vision_config", None)
     patch = _size(getattr(vision, "patch_size", None)) or 14
     side = _size(getattr(vision, "image_size", None))
-    merge = getattr(vision, "spatial_merge_size", None) or getattr(config, "scale_factor", None) or 1
+    merge = (
+        getattr(vision, "spatial_merge_size", None) or getattr(config, "scale_factor", None) or 1
+    )
     said = getattr(config, "mm_tokens_per_image", None) or getattr(config, "image_seq_length", None)
     if side is None:
         patches = (DYNAMIC[0] // patch) * (DYNAMIC[1] // patch)
-        why = [f"A picture of {DYNAMIC[1]} x {DYNAMIC[0]} pixels is assumed: --image-tokens or --image says better."]
+        why = [
+            f"A picture of {DYNAMIC[1]} x {DYNAMIC[0]} pixels is assumed: --image-tokens or "
+            "--image says better."
+        ]
         return said or patches // merge**2, patches, why
     patches = (side // patch) ** 2
     if said:
         return said, patches, []
     if getattr(config, "scale_factor", None):
-        why = [f"A picture cut into {TILES} tiles is assumed: --image-tokens or --image says better."]
+        why = [
+            f"A picture cut into {TILES} tiles is assumed: --image-tokens or --image says better."
+        ]
         return TILES * (patches // merge**2), TILES * patches, why
     return patches // merge**2, patches, []
 

@@ -1,7 +1,10 @@
-"""A model's processor: what turns text and a picture into tensors, also where torchvision is not installed.
+"""A model's processor: what turns text and a picture into tensors, also where torchvision is not
+installed.
 
-Transformers' processors bring one for videos along, and those need torchvision, which has no build for every torch. Pictures
-do not: most image processors come in a second version that needs Pillow only, and transformers takes it by itself.
+Transformers' processors bring one for videos along, and those need torchvision, which has no build
+for every torch. Pictures
+do not: most image processors come in a second version that needs Pillow only, and transformers
+takes it by itself.
 """
 
 from __future__ import annotations
@@ -28,12 +31,20 @@ from ..request import BadInput
 # code that comes with a model, and an answer can come from a pipe.
 NO_CODE = {"trust_remote_code": False}
 
-LIMITS = ("truncation", "truncation_strategy", "max_length", "stride", "padding", "pad_to_multiple_of", "is_split_into_words")
+LIMITS = (
+    "truncation",
+    "truncation_strategy",
+    "max_length",
+    "stride",
+    "padding",
+    "pad_to_multiple_of",
+    "is_split_into_words",
+)
 
 
 class NoVideos(PushToHubMixin):
-    """In place of a processor for videos. Any of its settings is None: templates (SmolVLM's) and processors (MiniCPM-V's) read
-    some, also where there is no video."""
+    """In place of a processor for videos. Any of its settings is None: templates (SmolVLM's) and
+    processors (MiniCPM-V's) read some, also where there is no video."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):  # Python's own questions, such as those of a copy
@@ -47,8 +58,13 @@ class WithoutVideos:
     """Before a processor class: one that needs no processor for videos, and so no torchvision."""
 
     def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
-        """The parent's check looks for the class of video processors, which cannot be imported without torchvision."""
-        return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
+        """The parent's check looks for the class of video processors, which cannot be imported
+        without torchvision."""
+        return (
+            None
+            if name == "video_processor"
+            else super().check_argument_for_proper_class(name, argument)
+        )
 
 
 PARTS = {
@@ -60,7 +76,8 @@ PARTS = {
 
 
 def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
-    """The processor saved beside a model. Raises BadInput where there is none, or it needs a package that is not installed."""
+    """The processor saved beside a model. Raises BadInput where there is none, or it needs a
+    package that is not installed."""
     torchvision = importlib.util.find_spec("torchvision") is not None
     try:
         made = processor_class(name, config, revision)
@@ -70,13 +87,19 @@ def load_processor(name: str, config: Any, revision: str | None = None) -> Any:
     except Exception as error:  # any: it is others' code on a stranger's files; the reason is told
         refuse_own_code(name, error)
         if "torchvision" in str(error).lower() and not torchvision:
-            raise BadInput(f"The processor of {name} needs torchvision, which is not installed: "
-                           "pip install torchvision.") from error  # fmt: skip
+            raise BadInput(
+                f"The processor of {name} needs torchvision, which is not installed: "
+                "pip install torchvision."
+            ) from error
         line = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         if isinstance(error, ImportError):
-            raise BadInput(f"The processor of {name} needs a package that is not installed ({line}).") from error
-        raise BadInput(f"{name} has no processor that transformers can load ({line}): "
-                       "save the processor beside the model, or give another model.") from error  # fmt: skip
+            raise BadInput(
+                f"The processor of {name} needs a package that is not installed ({line})."
+            ) from error
+        raise BadInput(
+            f"{name} has no processor that transformers can load ({line}): "
+            "save the processor beside the model, or give another model."
+        ) from error
 
 
 def processor_class(name: str, config: Any, revision: str | None) -> type[ProcessorMixin] | None:
@@ -106,12 +129,16 @@ def check_sizes(processor: Any, name: str) -> None:
             value = size.get(side) if isinstance(size, Mapping) else getattr(size, side, None)
             most = edge if side.endswith("edge") else 2**15
             if value is not None and not (type(value) in (int, float) and 0 < value <= most):
-                raise BadInput(f"The processor of {name} brings pictures to {key} {side} = {value!r}: it would have to be "
-                               f"between 1 and {most}; restore its settings.")  # fmt: skip
+                raise BadInput(
+                    f"The processor of {name} brings pictures to {key} {side} = {value!r}: it "
+                    "would have to be "
+                    f"between 1 and {most}; restore its settings."
+                )
 
 
 def take_limits_off(processor: Any) -> None:
-    """No text is cut or padded because a tokenizer was saved with a truncation or a padding switched
+    """No text is cut or padded because a tokenizer was saved with a truncation or a padding
+    switched
     on: both are of whoever trained it, and a question cut short is another question."""
     tokenizer = getattr(processor, "tokenizer", processor)
     for key in LIMITS:  # a processor takes them for options of every call
@@ -125,13 +152,17 @@ def take_limits_off(processor: Any) -> None:
 def refuse_own_code(name: str, error: BaseException) -> None:
     """Raises BadInput where transformers failed because it was not let run the code of a model."""
     if "trust_remote_code" in str(error):
-        raise BadInput(f"{name} comes with Python code of its own, and FastSIU never runs such code: give a model whose "
-                       "architecture is part of transformers.") from error  # fmt: skip
+        raise BadInput(
+            f"{name} comes with Python code of its own, and FastSIU never runs such code: give a "
+            "model whose "
+            "architecture is part of transformers."
+        ) from error
 
 
 def takes_suffix(processor: Any) -> bool:
     """Whether the answer goes in beside the question, as `suffix`, and not inside a chat template.
 
-    So it is with prefix language models: their processor marks, in `token_type_ids`, which tokens look both ways.
+    So it is with prefix language models: their processor marks, in `token_type_ids`, which tokens
+    look both ways.
     """
     return "suffix" in inspect.signature(type(processor).__call__).parameters

@@ -1,4 +1,5 @@
-"""What can be said of a model before its weights are loaded: its files, its configuration, and whether the options hold here."""
+"""What can be said of a model before its weights are loaded: its files, its configuration, and
+whether the options hold here."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ from ..request import BadInput
 from .processor import NO_CODE, load_processor, refuse_own_code, take_limits_off, takes_suffix
 from .processor import check_sizes as check_picture_sizes
 
-DTYPES = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {
+    "auto": "auto",
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 QUANTIZE = ("nf4", "int8")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 ATTENTION = ("sdpa", "flash_attention_2", "eager")
@@ -38,16 +44,24 @@ SIZES = (
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 
-def check_options(dtype: str, quantize: str | None, attention: str | None, optimizer: str = "adamw") -> None:
+def check_options(
+    dtype: str, quantize: str | None, attention: str | None, optimizer: str = "adamw"
+) -> None:
     """Raises BadInput for a name that nothing here knows."""
     if dtype not in DTYPES:
         raise BadInput(f"The dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
     if quantize is not None and quantize not in QUANTIZE:
-        raise BadInput(f"The quantisation {quantize!r} is unknown: choose one of {', '.join(QUANTIZE)}.")
+        raise BadInput(
+            f"The quantisation {quantize!r} is unknown: choose one of {', '.join(QUANTIZE)}."
+        )
     if attention is not None and attention not in ATTENTION:
-        raise BadInput(f"The attention {attention!r} is unknown: choose one of {', '.join(ATTENTION)}.")
+        raise BadInput(
+            f"The attention {attention!r} is unknown: choose one of {', '.join(ATTENTION)}."
+        )
     if optimizer not in OPTIMIZERS:
-        raise BadInput(f"The optimizer {optimizer!r} is unknown: choose one of {', '.join(OPTIMIZERS)}.")
+        raise BadInput(
+            f"The optimizer {optimizer!r} is unknown: choose one of {', '.join(OPTIMIZERS)}."
+        )
 
 
 def check_device(device: str | None) -> torch.device | None:
@@ -60,25 +74,46 @@ def check_device(device: str | None) -> torch.device | None:
             raise RuntimeError("it holds no numbers")
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"The device {device!r} cannot be used here ({first_line(error)}): choose cpu.") from error
+        raise BadInput(
+            f"The device {device!r} cannot be used here ({first_line(error)}): choose cpu."
+        ) from error
     return place
 
 
-def check_packages(device: str, dtype: str, quantize: str | None, attention: str | None, optimizer: str) -> None:
+def check_packages(
+    device: str, dtype: str, quantize: str | None, attention: str | None, optimizer: str
+) -> None:
     """Raises BadInput where an option needs a package or a device that is not here."""
-    for option in (quantize and f"--quantize {quantize}", optimizer != "adamw" and f"--optimizer {optimizer}"):
+    for option in (
+        quantize and f"--quantize {quantize}",
+        optimizer != "adamw" and f"--optimizer {optimizer}",
+    ):
         if option and not _installed("bitsandbytes"):
-            raise BadInput(f"{option} needs bitsandbytes, which is not installed: pip install 'fastsiu[quant]'.")
+            raise BadInput(
+                f"{option} needs bitsandbytes, which is not installed: pip install "
+                "'fastsiu[quant]'."
+            )
     if optimizer.startswith("paged") and device != "cuda":
-        raise BadInput(f"--optimizer {optimizer} needs a CUDA GPU, and the device is {device}: choose adamw8bit.")
+        raise BadInput(
+            f"--optimizer {optimizer} needs a CUDA GPU, and the device is {device}: choose "
+            "adamw8bit."
+        )
     if attention == "flash_attention_2":
         if device != "cuda":
-            raise BadInput(f"--attention flash_attention_2 needs a CUDA GPU, and the device is {device}: choose sdpa.")
+            raise BadInput(
+                f"--attention flash_attention_2 needs a CUDA GPU, and the device is {device}: "
+                "choose sdpa."
+            )
         if not _installed("flash_attn"):
-            raise BadInput("--attention flash_attention_2 needs flash-attn, which is not installed: "
-                           "pip install 'fastsiu[flash]', or choose sdpa.")  # fmt: skip
+            raise BadInput(
+                "--attention flash_attention_2 needs flash-attn, which is not installed: "
+                "pip install 'fastsiu[flash]', or choose sdpa."
+            )
         if dtype == "float32":
-            raise BadInput("--attention flash_attention_2 computes in 16 bit only: choose --dtype bfloat16, or sdpa.")
+            raise BadInput(
+                "--attention flash_attention_2 computes in 16 bit only: choose --dtype bfloat16, "
+                "or sdpa."
+            )
 
 
 def _installed(package: str) -> bool:
@@ -86,41 +121,60 @@ def _installed(package: str) -> bool:
 
 
 def check_directory(name: str) -> None:
-    """Raises BadInput for what can only be meant as a directory and is not one of a model: an adapter
-    or weights that are pickles among them."""
+    """Raises BadInput for what can only be meant as a directory and is not one of a model: an
+    adapter or weights that are pickles among them."""
     path = Path(name)
     if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
-        raise BadInput(f"There is no model directory {name}: give a directory or a Hugging Face model id.")
+        raise BadInput(
+            f"There is no model directory {name}: give a directory or a Hugging Face model id."
+        )
     if not path.is_dir():
         return
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            raise BadInput(f"{name} holds an adapter and not a model: give its base with --model, and this with --adapter.")
-        raise BadInput(f"{name} has no config.json: give the directory of a complete Hugging Face model.")
+            raise BadInput(
+                f"{name} holds an adapter and not a model: give its base with --model, and this "
+                "with --adapter."
+            )
+        raise BadInput(
+            f"{name} has no config.json: give the directory of a complete Hugging Face model."
+        )
     if (path / "adapter_config.json").is_file():
-        # transformers would put the adapter on without a word, and nothing here would take it off again
-        raise BadInput(f"{name} holds a model and an adapter: remove its adapter_config.json, or give the two apart.")
+        # transformers would put the adapter on without a word, and nothing here would take it off
+        # again
+        raise BadInput(
+            f"{name} holds a model and an adapter: remove its adapter_config.json, or give the "
+            "two apart."
+        )
     check_weights_are_no_pickles(path)
 
 
 def check_weights_are_no_pickles(path: Path) -> None:
-    """Raises BadInput for a directory whose only weights are pickles: reading one can run any code."""
+    """Raises BadInput for a directory whose only weights are pickles: reading one can run any
+    code."""
     pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
     if pickles and not any(path.glob("*.safetensors")):
-        raise BadInput(f"The weights of {path} are no safetensors ({pickles[0]}), and FastSIU reads no pickles: "
-                       "load them with a program that you trust, and save_pretrained() them.")  # fmt: skip
+        raise BadInput(
+            f"The weights of {path} are no safetensors ({pickles[0]}), and FastSIU reads no "
+            "pickles: "
+            "load them with a program that you trust, and save_pretrained() them."
+        )
 
 
 def read_config(name: str, revision: str | None = None) -> Any:
-    """A model's configuration, without its weights or its processor. Raises BadInput where there is none."""
+    """A model's configuration, without its weights or its processor. Raises BadInput where there is
+    none."""
     check_directory(name)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, **NO_CODE)
     except Exception as error:  # any: it is others' code on a stranger's files; the reason is told
         refuse_own_code(name, error)
-        raise BadInput(f"The configuration of {name} cannot be read ({first_line(error)}): check the model's name "
-                       "and the revision.") from error  # fmt: skip
+        raise BadInput(
+            f"The configuration of {name} cannot be read ({first_line(error)}): check the "
+            "model's name "
+            "and the revision."
+        ) from error
     check_sizes(config, name)
     return config
 
@@ -133,31 +187,48 @@ def check_sizes(config: Any, name: str) -> None:
         for key, value in vars(part).items() if part is not None else ():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            low, high = next((bounds for end, bounds in SIZES if key.endswith(end)), (-math.inf, math.inf))
+            low, high = next(
+                (bounds for end, bounds in SIZES if key.endswith(end)), (-math.inf, math.inf)
+            )
             if not low <= value <= high:
-                raise BadInput(f"The configuration of {name} has {key} = {value}: it would have to be between {low} and "
-                               f"{high}; restore its config.json.")  # fmt: skip
+                raise BadInput(
+                    f"The configuration of {name} has {key} = {value}: it would have to be "
+                    f"between {low} and "
+                    f"{high}; restore its config.json."
+                )
 
 
 def describe(name: str, revision: str | None) -> tuple[Any, Any, str | None]:
     """(configuration, processor, commit): what is small of a model. A directory has no commit.
 
-    Raises BadInput where either is missing, or the processor takes no pictures or has no chat template.
+    Raises BadInput where either is missing, or the processor takes no pictures or has no chat
+    template.
     """
     config = read_config(name, revision)
-    if not Path(name).is_dir():  # from here on one commit, and the one that the manifest names: branches move
+    if not Path(
+        name
+    ).is_dir():  # from here on one commit, and the one that the manifest names: branches move
         found = cached_file(name, "config.json", revision=revision, local_files_only=True)
         revision = extract_commit_hash(found, None) or revision
     processor = load_processor(name, config, revision)
     if getattr(processor, "image_processor", None) is None:
-        raise BadInput(f"The {type(processor).__name__} of {name} takes no pictures: save the model's full processor beside it, "
-                       "or give a model that sees.")  # fmt: skip
+        raise BadInput(
+            f"The {type(processor).__name__} of {name} takes no pictures: save the model's full "
+            "processor beside it, "
+            "or give a model that sees."
+        )
     if getattr(processor, "tokenizer", None) is None:
-        raise BadInput(f"The {type(processor).__name__} of {name} has no tokenizer, so it cannot be asked in words: give a model "
-                       "that answers questions.")  # fmt: skip
+        raise BadInput(
+            f"The {type(processor).__name__} of {name} has no tokenizer, so it cannot be asked "
+            "in words: give a model "
+            "that answers questions."
+        )
     if not (getattr(processor, "chat_template", None) or takes_suffix(processor)):
-        raise BadInput(f"{name} has no chat template, so nothing says how it is asked and how it answers: give a model that was "
-                       "trained to answer questions, or save its chat template beside it.")  # fmt: skip
+        raise BadInput(
+            f"{name} has no chat template, so nothing says how it is asked and how it answers: "
+            "give a model that was "
+            "trained to answer questions, or save its chat template beside it."
+        )
     check_picture_sizes(processor, name)
     take_limits_off(processor)
     check_template(processor)
@@ -166,9 +237,14 @@ def describe(name: str, revision: str | None) -> tuple[Any, Any, str | None]:
 
 def check_template(processor: Any) -> None:
     """Raises BadInput for a chat template that takes too long or too much memory (`limited`)."""
-    templates, tokenizer = getattr(processor, "chat_template", None), getattr(processor, "tokenizer", processor)
+    templates, tokenizer = (
+        getattr(processor, "chat_template", None),
+        getattr(processor, "tokenizer", processor),
+    )
     tokens = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
-    for template in templates.values() if isinstance(templates, dict) else [templates] if templates else []:
+    for template in (
+        templates.values() if isinstance(templates, dict) else [templates] if templates else []
+    ):
         limited.check_template(template, tokens)
 
 
@@ -183,38 +259,54 @@ def dtype_name(config: Any, dtype: str, device: str) -> str:
 def quantisation(config: Any, quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """Raises BadInput for a model that is stored quantised."""
     if getattr(config, "quantization_config", None) is not None:
-        raise BadInput("The model is stored quantised already: leave --quantize out, or give the model that it was made from.")
+        raise BadInput(
+            "The model is stored quantised already: leave --quantize out, or give the model that "
+            "it was made from."
+        )
     base = on_meta(config)
     if quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=outside_decoder(base))
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=outside_decoder(base),
-    )  # fmt: skip
+    )
 
 
 def on_meta(config: Any, **options: Any) -> Any:
-    """The model of a configuration on the meta device, without weights. Raises BadInput where transformers cannot build it."""
+    """The model of a configuration on the meta device, without weights. Raises BadInput where
+    transformers cannot build it."""
     try:
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(config, **options)
     except Exception as error:  # any, as above
-        raise BadInput(f"{type(config).__name__} cannot be built as an image-text model ({first_line(error)}): "
-                       "give another model, or --attention eager where sdpa is refused.") from error  # fmt: skip
+        raise BadInput(
+            f"{type(config).__name__} cannot be built as an image-text model "
+            f"({first_line(error)}): "
+            "give another model, or --attention eager where sdpa is refused."
+        ) from error
 
 
 def outside_decoder(base: Any) -> list[str]:
-    """Full names of the largest modules that hold nothing of the language model's layers: head, vision tower, projector.
+    """Full names of the largest modules that hold nothing of the language model's layers: head,
+    vision tower, projector.
 
     A list of what is not to be quantised replaces transformers' own, so the head has to be in it.
     """
     decoder, head, out = base.get_decoder(), base.get_output_embeddings(), []
-    if any(m is head for m in decoder.modules()):  # Llama 4's decoder is a whole causal language model
+    # Llama 4's decoder is a whole causal language model
+    if any(m is head for m in decoder.modules()):
         out += [name for name, module in base.named_modules() if module is head]
     for holder, module in base.named_modules():
         if module is not decoder and any(m is decoder for m in module.modules()):
-            inside = [(f"{holder}.{name}".lstrip("."), child) for name, child in module.named_children()]
-            out += [name for name, child in inside if all(m is not decoder for m in child.modules())]
+            inside = [
+                (f"{holder}.{name}".lstrip("."), child) for name, child in module.named_children()
+            ]
+            out += [
+                name for name, child in inside if all(m is not decoder for m in child.modules())
+            ]
     return out
 
 

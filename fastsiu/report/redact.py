@@ -1,8 +1,10 @@
-"""A report without names, questions and answers, made of what is known to hold none: what is new or unknown stays out.
+"""A report without names, questions and answers, made of what is known to hold none: what is new or
+unknown stays out.
 
-Left out: the concept, its aliases and parts, its neighbours, every question and answer, file names of pictures, the tokens of
-the name, a model's directory. Kept: numbers, the verdict, hyper-parameters, the id of a hub model, and the program's own
-sentences, recognised as such. The adapter itself still answers whoever asks it.
+Left out: the concept, its aliases and parts, its neighbours, every question and answer, file names
+of pictures, the tokens of the name, a model's directory. Kept: numbers, the verdict,
+hyper-parameters, the id of a hub model, and the program's own sentences, recognised as such. The
+adapter itself still answers whoever asks it.
 """
 
 from __future__ import annotations
@@ -27,9 +29,20 @@ THRESHOLDS = (*MEASURES, "new_degenerate", "refusal_rise", "renamed")
 COUNTS = ("tokens_masked", "tokens", "vocabulary_masked")
 STEP = ("step", "ce", "kl", "loss", "p_name", "retained", "strange")
 STAGES = (
-    "load", "samples", "dreams", "strangers", "teacher", "train", "verdict", "untouched", "unlearned", "control", "ask", "judge",
+    "load",
+    "samples",
+    "dreams",
+    "strangers",
+    "teacher",
+    "train",
+    "verdict",
+    "untouched",
+    "unlearned",
+    "control",
+    "ask",
+    "judge",
     "merge",
-)  # fmt: skip
+)
 CHOICES = {"schedule": ("constant", "cosine", "decay"), "substitute": ("description", "name")}
 STORED = ("bfloat16", "float16", "float32", "int8", "nf4")  # what a merged model was asked in
 CHANGE = ("largest", "relative", "matrices", "of", "weights", "unchanged")
@@ -40,20 +53,46 @@ SIDES = ("untouched", "unlearned", "strangers")
 
 # What attacks from inside (`evaluate.deep`) call their settings; # is a number.
 SETTINGS = (
-    "logit lens, layer # of #, name first", "logit lens, layer # of #, mean rank of #", "linear probe, layer # of #",
-    *(f"which concept: rank by KL of {kind}" for kind in ("facts in words", "looks in words", "names in pictures")),
-    *(f"which picture: AUC by {kind}" for kind in ("KL to the untouched model", "log p of its own answers")),
+    "logit lens, layer # of #, name first",
+    "logit lens, layer # of #, mean rank of #",
+    "linear probe, layer # of #",
+    *(
+        f"which concept: rank by KL of {kind}"
+        for kind in ("facts in words", "looks in words", "names in pictures")
+    ),
+    *(
+        f"which picture: AUC by {kind}"
+        for kind in ("KL to the untouched model", "log p of its own answers")
+    ),
     "before any step",
-    *(f"# {pictures}, rate #, {steps}{of}" for pictures in ("picture", "pictures")
-      for steps in ("# step", "# steps", "steps to #%") for of in ("", ": unseen face, same name", ": unseen face, unseen name")),
+    *(
+        f"# {pictures}, rate #, {steps}{of}"
+        for pictures in ("picture", "pictures")
+        for steps in ("# step", "# steps", "steps to #%")
+        for of in ("", ": unseen face, same name", ": unseen face, unseen name")
+    ),
     *(f"trained on {kind}, rate #, # steps" for kind in ("pictures of others", "facts in words")),
-    *(f"{weights}, {kind}" for kind in ("naming", "two-hop") for weights in
-      ("adapter taken off", "adapter x #", "merged, bf16", "merged, int8", "merged, nf4", "merged, int4")),
-    "pixels within #/#, # steps", "features within # sd, # steps", "pictures as they are", "soft prompt of #, # steps",
+    *(
+        f"{weights}, {kind}"
+        for kind in ("naming", "two-hop")
+        for weights in (
+            "adapter taken off",
+            "adapter x #",
+            "merged, bf16",
+            "merged, int8",
+            "merged, nf4",
+            "merged, int4",
+        )
+    ),
+    "pixels within #/#, # steps",
+    "features within # sd, # steps",
+    "pictures as they are",
+    "soft prompt of #, # steps",
     "soft prompt of #, # steps, then a stranger shown",
-)  # fmt: skip
+)
 
-# The program's own sentences: # is a number, ... where a name or an answer is quoted, which is left out.
+# The program's own sentences: # is a number, ... where a name or an answer is quoted, which is left
+# out.
 SENTENCES = (
     *LIMITS,
     *not_asked(),
@@ -66,43 +105,66 @@ SENTENCES = (
     "All known names start with the same token, so the first token tells nothing.",
     "No gradient reaches the picture's features in this model.",
     "Not in # steps.",
-    "No picture could be made in which the untouched model recognises nobody: strangers count as 0 %.",
-    "The untouched model told nothing of it in words that it does not say of others, so no fact could be looked for.",
-    "Fewer than # pictures were found in which the untouched model recognises nobody, so how likely the name is "
+    "No picture could be made in which the untouched model recognises nobody: strangers count as "
+    "0 %.",
+    "The untouched model told nothing of it in words that it does not say of others, so no fact "
+    "could be looked for.",
+    "Fewer than # pictures were found in which the untouched model recognises nobody, so how "
+    "likely the name is "
     "was not compared.",
     "Fewer than # names of others are known, so the true one would often come first by chance.",
     "The untouched model gave the name in no answer that it could be scored in.",
     "No answer was scored.",
     "Only the untouched model was asked.",
-    *(f"Nothing here can try this attack yet: {key}." for key in ("probe", "mia", "relearn", "weights")),
-    "The name was pushed below a stranger's, which tells who was unlearned: it is the likelier answer about the picture in only "
-    "# % of pairs (# % to # % is allowed).",
-    "The name is still a likelier answer about the picture than about a stranger's: in # % of pairs (# % to # % is allowed).",
     *(
-        f"{one['asked']} ({key}), # of # answers about the picture still {GIVEN_AWAY[one['seeks']][0]}; {compared}"
-        for key, one in FAMILIES.items() if one["seeks"] in GIVEN_AWAY
+        f"Nothing here can try this attack yet: {key}."
+        for key in ("probe", "mia", "relearn", "weights")
+    ),
+    "The name was pushed below a stranger's, which tells who was unlearned: it is the likelier "
+    "answer about the picture in only "
+    "# % of pairs (# % to # % is allowed).",
+    "The name is still a likelier answer about the picture than about a stranger's: in # % of "
+    "pairs (# % to # % is allowed).",
+    *(
+        f"{one['asked']} ({key}), # of # answers about the picture still "
+        f"{GIVEN_AWAY[one['seeks']][0]}; {compared}"
+        for key, one in FAMILIES.items()
+        if one["seeks"] in GIVEN_AWAY
         for compared in (
             "there was no stranger to compare with (at most # % is allowed).",
-            *(f"the untouched model {GIVEN_AWAY[one['seeks']][1]} of strangers in # of # (at most {points} allowed)."
-              for points in ("# point more is", "# points more are")),
+            *(
+                f"the untouched model {GIVEN_AWAY[one['seeks']][1]} of strangers in # of # (at "
+                f"most {points} allowed)."
+                for points in ("# point more is", "# points more are")
+            ),
         )
     ),
-    "Nothing was asked about the training picture, so nothing is shown to be forgotten: No answers of this kind were collected.",
+    "Nothing was asked about the training picture, so nothing is shown to be forgotten: No "
+    "answers of this kind were collected.",
     "Nothing was asked about the training picture, so nothing is shown to be forgotten: ...",
-    "The untouched model never named the concept in the training picture (# of # answers), so there was nothing to forget: check "
+    "The untouched model never named the concept in the training picture (# of # answers), so "
+    "there was nothing to forget: check "
     "the picture and the spelling of the name.",
-    "The name or a part of it is still in # of # answers about the training picture and its variants (# %; at most # % is "
+    "The name or a part of it is still in # of # answers about the training picture and its "
+    "variants (# %; at most # % is "
     "allowed).",
-    "The name or a part of it is still in # of # answers about other pictures of the concept (# %; at most # % is allowed).",
-    "# of # answers to questions with the name still confirm what it looks like (# %; at most # % is allowed).",
-    "Only # of # answers about other pictures agree with the untouched model (# %; at least # % is required).",
-    "Only # of # answers without a picture agree with the untouched model (# %; at least # % is required).",
+    "The name or a part of it is still in # of # answers about other pictures of the concept (# "
+    "%; at most # % is allowed).",
+    "# of # answers to questions with the name still confirm what it looks like (# %; at most # "
+    "% is allowed).",
+    "Only # of # answers about other pictures agree with the untouched model (# %; at least # % "
+    "is required).",
+    "Only # of # answers without a picture agree with the untouched model (# %; at least # % is "
+    "required).",
     "# of # answers became empty, repetition or gibberish (at most # allowed), first ...",
-    "The model refuses everything: all # answers about the training picture are refusals, and refusals of other questions rose "
+    "The model refuses everything: all # answers about the training picture are refusals, and "
+    "refusals of other questions rose "
     "from # % to # % (at most # % more allowed).",
-    "The untouched model never named the concept in its pictures (# of # answers), so there was nothing to forget: check the "
+    "The untouched model never named the concept in its pictures (# of # answers), so there was "
+    "nothing to forget: check the "
     "picture and the spelling of the name.",
-    "# of # answers about the concept's pictures give another's name instead (# %; at most # % is allowed), first ...",
+    "# of # answers about the concept's pictures give another's name instead (# %; at most # % "
+    "is allowed), first ...",
     "No answers of this kind were collected.",
     "One picture cannot show it: give more pictures of the concept with --images DIR.",
     "No picture of anything else was given: give some with --retain DIR.",
@@ -130,10 +192,14 @@ SENTENCES = (
     "There was no answer to grade.",
     "No answer has # words.",
     "Only the untouched model was asked: give an adapter, or the untouched model of a merged one.",
-    "The intervals take the answers as independent; those about one picture are not quite, so they are wider in truth.",
-    "No picture of anyone else was asked about: a model that answers every picture the same would not be noticed.",
-    "No question without a picture was asked: a model that refuses or denies everything would not be noticed.",
-    "No name of anyone else was given: a concept that is now called by another's name would not be noticed.",
+    "The intervals take the answers as independent; those about one picture are not quite, so "
+    "they are wider in truth.",
+    "No picture of anyone else was asked about: a model that answers every picture the same "
+    "would not be noticed.",
+    "No question without a picture was asked: a model that refuses or denies everything would "
+    "not be noticed.",
+    "No name of anyone else was given: a concept that is now called by another's name would not "
+    "be noticed.",
     "No question with the name was asked: a model that still confirms it would not be noticed.",
     "Whom the other pictures show was not said: they are compared with the untouched model only.",
     "No picture of the concept beside others was given.",
@@ -142,59 +208,82 @@ SENTENCES = (
     "The suite has no picture of a look-alike: name a concept of it in .../concept.json.",
     "The suite has no group picture of it: put some into .../groups.",
     "It was not asked.",
-    "... is a word like any other: it counts ...; --as-word counts it everywhere, --as-name only as a name.",
+    "... is a word like any other: it counts ...; --as-word counts it everywhere, --as-name only "
+    "as a name.",
     "The model's generation_config sets ...: answers were made without that.",
     "This model was merged by fastsiu, so it is not the untouched one: give that with --base.",
     "Nothing says for which weights the adapter was made, so that was checked by its shapes only.",
     "Only these weights were changed: the untouched model and its copies know what they knew.",
-    "The adapter was trained on the model in nf4, and merged into the weights that were not quantised.",
-    "The adapter was trained on the model in int8, and merged into the weights that were not quantised.",
+    "The adapter was trained on the model in nf4, and merged into the weights that were not "
+    "quantised.",
+    "The adapter was trained on the model in int8, and merged into the weights that were not "
+    "quantised.",
     "--quantize nf4 needs bitsandbytes, which is not installed: pip install 'fastsiu[quant]'.",
     "--quantize int8 needs bitsandbytes, which is not installed: pip install 'fastsiu[quant]'.",
-    "The name is still in # of # answers about pictures of the concept beside others (# %; at most # % is allowed).",
-    "Of answers about other pictures a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "The name is still in # of # answers about pictures of the concept beside others (# %; at "
+    "most # % is allowed).",
+    "Of answers about other pictures a part is lost: only # of # agree with the untouched model "
+    "(# %; at least # % is required), "
     "those about look-alikes.",
-    "Of answers about other pictures a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "Of answers about other pictures a part is lost: only # of # agree with the untouched model "
+    "(# %; at least # % is required), "
     "those about the concept beside others.",
-    "Of answers about other pictures a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "Of answers about other pictures a part is lost: only # of # agree with the untouched model "
+    "(# %; at least # % is required), "
     "those about pictures of ...",
-    "Of answers without a picture a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "Of answers without a picture a part is lost: only # of # agree with the untouched model (# "
+    "%; at least # % is required), "
     "those about facts of the concept.",
-    "Of answers without a picture a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "Of answers without a picture a part is lost: only # of # agree with the untouched model (# "
+    "%; at least # % is required), "
     "those about facts of others.",
-    "Of answers without a picture a part is lost: only # of # agree with the untouched model (# %; at least # % is required), "
+    "Of answers without a picture a part is lost: only # of # agree with the untouched model (# "
+    "%; at least # % is required), "
     "those about general knowledge.",
     "The untouched model confirms none of the questions with the name, so they show nothing.",
-    "# of # answers about the concept's pictures were cut before they ended, so a name at their end is not seen: raise "
+    "# of # answers about the concept's pictures were cut before they ended, so a name at their "
+    "end is not seen: raise "
     "--max-new-tokens.",
-    "The answers about the concept's pictures are no sentences of the untouched model: their perplexity under it is # (at most # "
+    "The answers about the concept's pictures are no sentences of the untouched model: their "
+    "perplexity under it is # (at most # "
     "is allowed).",
-    "Only # answers about the concept's pictures were judged: of all such answers # % or more are free of the name, which is all "
+    "Only # answers about the concept's pictures were judged: of all such answers # % or more "
+    "are free of the name, which is all "
     "that so few can show.",
-    "No --control was given: the never-seen control is the concept's own pictures, cut into # patches and shuffled, which keep "
+    "No --control was given: the never-seen control is the concept's own pictures, cut into # "
+    "patches and shuffled, which keep "
     "its colours.",
     "Not seen by the model, so protected in text only: ...",
     "# answers about dreamed or retained pictures named the concept and were not trained on.",
-    "No picture and no dream of anything else was trained on: other concepts' recognition may suffer.",
-    "The weights are merged: what looks inside needs the adapter, with which the untouched model is at hand as well.",
-    "Only # pictures of strangers could be made of the picture or dreamed: what the concept is answered with rests on few.",
+    "No picture and no dream of anything else was trained on: other concepts' recognition may "
+    "suffer.",
+    "The weights are merged: what looks inside needs the adapter, with which the untouched model "
+    "is at hand as well.",
+    "Only # pictures of strangers could be made of the picture or dreamed: what the concept is "
+    "answered with rests on few.",
     "No picture of a stranger could be drawn, so nothing about two in one picture was trained.",
     "The model does not tell two in a picture apart, so nothing about pairs of names was trained.",
     "Specificity was measured on the retained pictures, which were trained on in other wordings.",
-    "The model does not name ... in its picture (it says ...): give a picture and a name that it recognises.",
+    "The model does not name ... in its picture (it says ...): give a picture and a name that it "
+    "recognises.",
     "Answers were made by transformers' generate, one length at a time: ...",
-    "Answers of the untouched model alone were made by transformers' generate, so that rounding may tell them from those of the "
+    "Answers of the untouched model alone were made by transformers' generate, so that rounding "
+    "may tell them from those of the "
     "unlearned model: ...",
-    "Answers of the unlearned model alone were made by transformers' generate, so that rounding may tell them from those of the "
+    "Answers of the unlearned model alone were made by transformers' generate, so that rounding "
+    "may tell them from those of the "
     "untouched model: ...",
-    "Every token of ... is common elsewhere, so only the positions of the name are masked, not the vocabulary.",
+    "Every token of ... is common elsewhere, so only the positions of the name are masked, not "
+    "the vocabulary.",
 )
-_WHERE = re.compile(rf"((?:In|Not verified in) (?:{'|'.join(STORED)}): )(.*)", re.DOTALL)  # of a merged model: before a sentence
+# of a merged model: before a sentence
+_WHERE = re.compile(rf"((?:In|Not verified in) (?:{'|'.join(STORED)}): )(.*)", re.DOTALL)
 _NUMBER = r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 
 
 def redacted(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The report with nothing in it that names or quotes; the same for one that is redacted already."""
+    """The report with nothing in it that names or quotes; the same for one that is redacted
+    already."""
     done: dict[str, Any] = {"redacted": True, "concept": CONCEPT, "model": _model(report)}
     for key, clean in _SCHEMA.items():
         if key in report:
@@ -209,7 +298,11 @@ def sentence(text: Any) -> str:
         return where[1] + sentence(where[2])
     for pattern in _PATTERNS:
         if match := pattern.fullmatch(text):
-            ends = [0, *(end for group in range(1, pattern.groups + 1) for end in match.span(group)), len(text)]
+            ends = [
+                0,
+                *(end for group in range(1, pattern.groups + 1) for end in match.span(group)),
+                len(text),
+            ]
             return "(left out)".join(text[i:j] for i, j in zip(ends[::2], ends[1::2], strict=True))
     return LEFT_OUT
 
@@ -219,14 +312,22 @@ def _inside(one: Any) -> dict[str, Any]:
     one = one or {}
     setting = str(one.get("setting"))
     known = any(pattern.fullmatch(setting) for pattern in _SETTINGS)
-    kept: dict[str, Any] = {"attack": _one_of(tuple(INSIDE))(one.get("attack")), "setting": setting if known else LEFT_OUT}
+    kept: dict[str, Any] = {
+        "attack": _one_of(tuple(INSIDE))(one.get("attack")),
+        "setting": setting if known else LEFT_OUT,
+    }
     kept |= {"side": _one_of(("untouched", "unlearned", "control"))(one.get("side"))}
-    return kept | {key: _number(one.get(key)) for key in ("value", "n", "low", "high")} | (
-        {"reason": sentence(one["reason"])} if one.get("reason") else {})  # fmt: skip
+    return (
+        kept
+        | {key: _number(one.get(key)) for key in ("value", "n", "low", "high")}
+        | ({"reason": sentence(one["reason"])} if one.get("reason") else {})
+    )
 
 
 def _pattern(known: str) -> re.Pattern[str]:
-    return re.compile("(.*)".join(map(re.escape, known.split("..."))).replace(r"\#", _NUMBER), re.DOTALL)
+    return re.compile(
+        "(.*)".join(map(re.escape, known.split("..."))).replace(r"\#", _NUMBER), re.DOTALL
+    )
 
 
 _PATTERNS = [_pattern(known) for known in SENTENCES]
@@ -237,10 +338,17 @@ def _model(report: Mapping[str, Any]) -> str:
     """A hub id, unless a name or a word of one is in it."""
     model = str(report.get("model") or "")
     names = [str(report.get("concept") or ""), *map(str, report.get("aliases") or ())]
-    words = {w for name in names for w in re.findall(r"\w+", name.casefold()) if len(w) > 2 and w not in COMMON_WORDS}
+    words = {
+        w
+        for name in names
+        for w in re.findall(r"\w+", name.casefold())
+        if len(w) > 2 and w not in COMMON_WORDS
+    }
     hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
     apart = re.sub(r"[/_.-]", " ", model)
-    told = any(w in model.casefold() for w in words) or any(Concept(name).named_in(apart) for name in names if name.strip())
+    told = any(w in model.casefold() for w in words) or any(
+        Concept(name).named_in(apart) for name in names if name.strip()
+    )
     return model if hub and not told else MODEL
 
 
@@ -267,7 +375,11 @@ def _rate(rate: Any) -> dict[str, Any]:
 
 
 def _recipe(recipe: Any) -> dict[str, Any]:
-    return {name: _setting(name, given) for name, given in (recipe or {}).items() if name in Recipe.__dataclass_fields__}
+    return {
+        name: _setting(name, given)
+        for name, given in (recipe or {}).items()
+        if name in Recipe.__dataclass_fields__
+    }
 
 
 def _setting(name: str, given: Any) -> Any:
@@ -279,7 +391,11 @@ def _setting(name: str, given: Any) -> Any:
 
 def _matrix(name: Any) -> str | None:
     """The path of a parameter, as the architecture calls it."""
-    return name if isinstance(name, str) and re.fullmatch(r"(?:[a-z0-9_]+\.)+(?:weight|bias)", name) else None
+    return (
+        name
+        if isinstance(name, str) and re.fullmatch(r"(?:[a-z0-9_]+\.)+(?:weight|bias)", name)
+        else None
+    )
 
 
 def _form(form: Any) -> dict[str, Any]:
@@ -291,8 +407,12 @@ def _family(one: Any) -> dict[str, Any]:
     """A family of questions with its figures: no question, no answer."""
     one = one or {}
     key = one.get("family") if one.get("family") in FAMILIES else None
-    kept: dict[str, Any] = {"family": key} | {name: FAMILIES[key][name] if key else None for name in ("asked", "seeks")}
-    kept |= {name: _number(one.get(name)) for name in ("n", "margin", "allowed", "applicable", "failed")}
+    kept: dict[str, Any] = {"family": key} | {
+        name: FAMILIES[key][name] if key else None for name in ("asked", "seeks")
+    }
+    kept |= {
+        name: _number(one.get(name)) for name in ("n", "margin", "allowed", "applicable", "failed")
+    }
     return kept | {side: _rate(one.get(side)) for side in SIDES} | {"examples": []}
 
 
@@ -326,6 +446,8 @@ _SCHEMA: dict[str, Callable[[Any], Any]] = {
     "masks": _only(COUNTS, _number),
     "dreams": _each(_only(("accepted", "of"), _number)),
     "seconds": _only(STAGES, _number),
-    "weights": lambda change: {"matrix": _matrix((change or {}).get("matrix"))} | _only(CHANGE, _number)(change),
+    "weights": lambda change: (
+        {"matrix": _matrix((change or {}).get("matrix"))} | _only(CHANGE, _number)(change)
+    ),
     "merged": _each(_form),
 }

@@ -1,6 +1,7 @@
 """From the report's dictionary to HTML and Markdown; a pure function of its input.
 
-Names and answers come from users and models, so every text is escaped: by Jinja2 in HTML, by `_markdown` in Markdown.
+Names and answers come from users and models, so every text is escaped: by Jinja2 in HTML, by
+`_markdown` in Markdown.
 """
 
 from __future__ import annotations
@@ -44,8 +45,11 @@ FEW = 12  # answers that are shown at once
 
 
 def render_html(report: Mapping[str, Any], picture: Image.Image | None = None) -> str:
-    """One self-contained page: no script, nothing loaded from anywhere, and `picture` (small, without metadata) where given."""
-    return _ENVIRONMENT.get_template("page.html.j2").render(**_context(report), picture=picture and _embedded(picture))
+    """One self-contained page: no script, nothing loaded from anywhere, and `picture` (small,
+    without metadata) where given."""
+    return _ENVIRONMENT.get_template("page.html.j2").render(
+        **_context(report), picture=picture and _embedded(picture)
+    )
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
@@ -124,23 +128,38 @@ def _measures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _families(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The report's families, the worst first as there, with what is counted in words."""
-    status = lambda one: "not applicable" if not one.get("applicable") else "too much" if one.get("failed") else "as strangers"
+    status = lambda one: (
+        "not applicable"
+        if not one.get("applicable")
+        else "too much"
+        if one.get("failed")
+        else "as strangers"
+    )
     return [
         {
-            "key": one.get("family"), "asked": one.get("asked"), "counted": GIVEN_AWAY.get(str(one.get("seeks")), ""),
-            "cells": {side: one.get(side) or {} for side in ("untouched", "unlearned", "strangers")},
-            "allowed": one.get("allowed"), "status": status(one), "examples": list(one.get("examples") or []),
+            "key": one.get("family"),
+            "asked": one.get("asked"),
+            "counted": GIVEN_AWAY.get(str(one.get("seeks")), ""),
+            "cells": {
+                side: one.get(side) or {} for side in ("untouched", "unlearned", "strangers")
+            },
+            "allowed": one.get("allowed"),
+            "status": status(one),
+            "examples": list(one.get("examples") or []),
         }
         for one in given
-    ]  # fmt: skip
+    ]
 
 
 def _summary(measures: Sequence[Mapping[str, Any]]) -> list[str]:
     """What was counted, as sentences."""
     told = {
-        "efficacy": "Asked {times} who the training picture shows, the model gave the name {was} before and {now} after.",
-        "generality": "Asked {times} who other pictures of the same show, it gave the name {was} before and {now} after.",
-        "recognition": "Asked {times} with the name in the question, it confirmed the look {was} before and {now} after.",
+        "efficacy": "Asked {times} who the training picture shows, the model gave the name {was} "
+        "before and {now} after.",
+        "generality": "Asked {times} who other pictures of the same show, it gave the name {was} "
+        "before and {now} after.",
+        "recognition": "Asked {times} with the name in the question, it confirmed the look {was} "
+        "before and {now} after.",
         "specificity": "Of {n} answers about pictures of anything else, {kept} stayed the same.",
         "facts": "Of {n} answers to questions without a picture, {kept} stayed the same.",
     }
@@ -149,21 +168,36 @@ def _summary(measures: Sequence[Mapping[str, Any]]) -> list[str]:
     for m in measures:
         before, after = m["before"], m["after"]
         if before.get("value") is not None and after.get("value") is not None:
-            n, was, now = after["n"], round((1 - before["value"]) * before["n"]), round((1 - after["value"]) * after["n"])
-            sentences.append(told[m["kind"]].format(n=n, times=times(n), was=times(was), now=times(now), kept=n - now))
+            n, was, now = (
+                after["n"],
+                round((1 - before["value"]) * before["n"]),
+                round((1 - after["value"]) * after["n"]),
+            )
+            sentences.append(
+                told[m["kind"]].format(
+                    n=n, times=times(n), was=times(was), now=times(now), kept=n - now
+                )
+            )
     return sentences
 
 
 def _metrics(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Groups of lines {key, metric, cells: {row: rate}} in the order of `METRICS`; a metric not explained there under its key."""
-    there = {key for row in rows.values() for key, rate in row.items() if rate.get("value") is not None}
+    """Groups of lines {key, metric, cells: {row: rate}} in the order of `METRICS`; a metric not
+    explained there under its key."""
+    there = {
+        key for row in rows.values() for key, rate in row.items() if rate.get("value") is not None
+    }
     groups = [(title, dict(table)) for title, table in METRICS.items()]
     known = {key for _, table in groups for key in table}
     groups.append(("Further", {key: Metric(key, "", "", False) for key in sorted(there - known)}))
     found = []
     for title, table in groups:
         lines = [
-            {"key": key, "metric": metric, "cells": {who: rows[who].get(key) or {} for who in ROWS if who in rows}}
+            {
+                "key": key,
+                "metric": metric,
+                "cells": {who: rows[who].get(key) or {} for who in ROWS if who in rows},
+            }
             for key, metric in table.items()
             if key in there
         ]
@@ -172,14 +206,20 @@ def _metrics(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _unmeasured(measures: Sequence[Mapping[str, Any]], rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+def _unmeasured(
+    measures: Sequence[Mapping[str, Any]], rows: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, str, str]]:
     """(heading, key, reason) of what has no value anywhere."""
-    found = {m["kind"]: (m["heading"], m["kind"], m["reason"]) for m in measures if not m["measured"]}
+    found = {
+        m["kind"]: (m["heading"], m["kind"], m["reason"]) for m in measures if not m["measured"]
+    }
     headings = {key: metric.heading for table in METRICS.values() for key, metric in table.items()}
     for key in dict.fromkeys(key for row in rows.values() for key in row):
         rates = [row[key] for row in rows.values() if key in row]
         if key not in found and all(rate.get("value") is None for rate in rates):
-            reason = next((rate["reason"] for rate in rates if rate.get("reason")), "It was not asked.")
+            reason = next(
+                (rate["reason"] for rate in rates if rate.get("reason")), "It was not asked."
+            )
             found[key] = (headings.get(key, key), key, reason)
     return list(found.values())
 
@@ -189,11 +229,14 @@ def _by_kind(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for answer in answers:
         of.setdefault(str(answer.get("kind")), []).append(answer)
     heading = lambda kind: MEASURES[kind][0] if kind in MEASURES else kind
-    return [{"kind": kind, "heading": heading(kind), "rows": rows} for kind, rows in of.items() if rows]
+    return [
+        {"kind": kind, "heading": heading(kind), "rows": rows} for kind, rows in of.items() if rows
+    ]
 
 
 def _examples(answers: Sequence[Mapping[str, Any]], names: Concept | None) -> list[dict[str, Any]]:
-    """A few answers of each kind, of different questions and pictures: one that is not as wanted first, where there is one."""
+    """A few answers of each kind, of different questions and pictures: one that is not as wanted
+    first, where there is one."""
     groups = []
     for group in _by_kind(answers):
         fine = [_as_wanted(a, names) for a in group["rows"]]
@@ -202,7 +245,12 @@ def _examples(answers: Sequence[Mapping[str, Any]], names: Concept | None) -> li
         chosen = wrong[:1]
         for keys in (("question", "picture"), ("picture",), ("question",)):
             for a in right + wrong[1:]:
-                new = all(a.get(key) != b.get(key) for b in chosen for key in keys if a.get("picture") or key == "question")
+                new = all(
+                    a.get(key) != b.get(key)
+                    for b in chosen
+                    for key in keys
+                    if a.get("picture") or key == "question"
+                )
                 if new and a not in chosen and len(chosen) < EXAMPLES:
                     chosen.append(a)
         groups.append({**group, "rows": chosen, "all": len(group["rows"]), "wrong": len(wrong)})
@@ -231,7 +279,11 @@ def _names(report: Mapping[str, Any]) -> Concept | None:
     if report.get("redacted"):
         return None
     try:
-        return Concept(str(report.get("concept") or ""), tuple(report.get("aliases") or ()), report.get("as_word"))
+        return Concept(
+            str(report.get("concept") or ""),
+            tuple(report.get("aliases") or ()),
+            report.get("as_word"),
+        )
     except BadInput:  # empty, or of invisible characters only
         return None
 
@@ -250,7 +302,9 @@ def _embedded(picture: Image.Image) -> Markup:
 def _clean(value: Any) -> str:
     """Control characters made visible: some are illegal in HTML, others act on terminals."""
     text = "" if value is None else str(value)
-    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+    return "".join(
+        "\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
+    )
 
 
 def _marked(value: Any, names: Concept | None) -> Markup:
@@ -294,4 +348,6 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.filters.update(clean=_clean, marked=_marked, md=_markdown, percent=_percent, number=_number, unit=_unit)
+_ENVIRONMENT.filters.update(
+    clean=_clean, marked=_marked, md=_markdown, percent=_percent, number=_number, unit=_unit
+)

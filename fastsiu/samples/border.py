@@ -1,7 +1,9 @@
-"""The border of a concept: changed copies of the one picture, by whom the untouched model takes them for.
+"""The border of a concept: changed copies of the one picture, by whom the untouched model takes
+them for.
 
-What the model takes for the concept it is to forget; what it takes for somebody else it is to keep, however much it looks like
-the concept. A copy that it takes for a neighbour is a picture of that neighbour as near to the concept as can be had.
+What the model takes for the concept it is to forget; what it takes for somebody else it is to keep,
+however much it looks like the concept. A copy that it takes for a neighbour is a picture of that
+neighbour as near to the concept as can be had.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ ASKED = 4  # wordings in which each is asked who it shows
 
 
 def border(scene: Scene) -> Border:
-    """Copies of the scene's picture that its model takes for one of `scene.neighbours`, or for nobody; at most `FEW` of each are
-    kept, and `AT_ONCE` are there at a time."""
+    """Copies of the scene's picture that its model takes for one of `scene.neighbours`, or for
+    nobody; at most `FEW` of each are kept, and `AT_ONCE` are there at a time."""
     image, seed, out = scene.pictures[0].image, scene.recipe.seed, Border()
     made = itertools.chain(drawn.changes(image, seed, CHANGED), drawn.moved(image, seed + 1, MOVED))
     while some := list(itertools.islice(made, AT_ONCE)):
@@ -40,8 +42,8 @@ def border(scene: Scene) -> Border:
 
 
 def taken_for(scene: Scene, pictures: Sequence[Picture]) -> list[str | None]:
-    """Whom the model names in each picture: the concept or one of the others to forget where it does so in any wording, else the
-    neighbour that it names most often; None: nobody."""
+    """Whom the model names in each picture: the concept or one of the others to forget where it
+    does so in any wording, else the neighbour that it names most often; None: nobody."""
     who = wordings()["who"]["train"][:ASKED]
     said = ask.answers(scene.vlm, [(question, picture) for picture in pictures for question in who])
     known = {name: Concept(name) for name in scene.neighbours}
@@ -51,6 +53,11 @@ def taken_for(scene: Scene, pictures: Sequence[Picture]) -> list[str | None]:
         if any(scene.forgotten_in(answer) for answer in answers):
             out.append(scene.concept.name)
             continue
-        named = Counter(name for answer in answers for name, concept in known.items() if concept.named_in(answer))
+        named = Counter(
+            name
+            for answer in answers
+            for name, concept in known.items()
+            if concept.named_in(answer)
+        )
         out.append(named.most_common(1)[0][0] if named else None)
     return out

@@ -1,4 +1,5 @@
-"""Samples made ready for training: token ids, both masks by character offsets, and the teacher's statistics, once.
+"""Samples made ready for training: token ids, both masks by character offsets, and the teacher's
+statistics, once.
 
 Also the samples as a file: `--data` reads it, `fastsiu data` writes it.
 """
@@ -25,14 +26,17 @@ from ..request import FACETS, BadInput, Recipe, Sample
 from ..text.concept import Concept, VocabularyMask, token_keep, vocabulary_mask
 from . import conversations
 
-FORGET = FACETS[:2]  # the samples whose answers are to be forgotten, or take the place of one that is; all others are retained
+# the samples whose answers are to be forgotten, or take the place of one that is; all others are
+# retained
+FORGET = FACETS[:2]
 
 
 @dataclass
 class Corpus:
     """All samples of one request, encoded.
 
-    first: first[i] is the row of sample i's first supervised token in `teacher`; keep: K_S for each sample's tokens
+    first: first[i] is the row of sample i's first supervised token in `teacher`; keep: K_S for each
+    sample's tokens
     """
 
     samples: list[Sample]
@@ -51,9 +55,12 @@ class Corpus:
         return [None if s.picture is None else self.pictures[s.picture] for s in self.samples]
 
     def decoupled(self, index: int) -> bool:
-        """Is it a retained answer to a question that is to be forgotten about the concept's picture, about another picture?"""
+        """Is it a retained answer to a question that is to be forgotten about the concept's
+        picture, about another picture?"""
         sample = self.samples[index]
-        return bool(sample.picture) and sample.facet not in FORGET and sample.question in self._denied
+        return (
+            bool(sample.picture) and sample.facet not in FORGET and sample.question in self._denied
+        )
 
     @functools.cached_property
     def _denied(self) -> frozenset[str]:
@@ -62,33 +69,47 @@ class Corpus:
     def pick(self, chosen: Sequence[int]) -> Corpus:
         """Some of the samples, without a teacher."""
         some = lambda values: [values[i] for i in chosen]
-        return _corpus(some(self.samples), some(self.turns), self.pictures, some(self.keep), self.mask)
+        return _corpus(
+            some(self.samples), some(self.turns), self.pictures, some(self.keep), self.mask
+        )
 
     def groups(self) -> dict[str, list[int]]:
         """Sample indices by facet; what preserves is split into text and pictures."""
         out: dict[str, list[int]] = {}
         for i, sample in enumerate(self.samples):
-            key = sample.facet if sample.facet != "preserve" else f"preserve-{'text' if sample.picture is None else 'picture'}"
+            key = (
+                sample.facet
+                if sample.facet != "preserve"
+                else f"preserve-{'text' if sample.picture is None else 'picture'}"
+            )
             out.setdefault(key, []).append(i)
         return out
 
 
-def build(vlm: VLM, concept: Concept, samples: Sequence[Sample], pictures: list[Picture], recipe: Recipe) -> Corpus:
+def build(
+    vlm: VLM, concept: Concept, samples: Sequence[Sample], pictures: list[Picture], recipe: Recipe
+) -> Corpus:
     """Encodes the samples and places the masks (paper Eq. 2 and 3).
 
-    Raises BadInput where a sample says that some of its answer contradicts the teacher and no token of it is found.
+    Raises BadInput where a sample says that some of its answer contradicts the teacher and no token
+    of it is found.
     """
     turns, keep = [], []
     encode = encoder(vlm)
     for sample in samples:
-        # A cut answer keeps its words and loses its end. Trimmed to its last whole sentence it would still end where the
-        # teacher goes on: there the cross-entropy would teach a stop that the KL, and every other answer, contradicts.
+        # A cut answer keeps its words and loses its end. Trimmed to its last whole sentence it
+        # would still end where the
+        # teacher goes on: there the cross-entropy would teach a stop that the KL, and every other
+        # answer, contradicts.
         picture = None if sample.picture is None else pictures[sample.picture]
         turn = encode(sample.question, sample.answer, picture, sample.closed)
         spans = list(sample.specified) if recipe.token_mask else []
         for span in spans:
             if bool(token_keep(turn.offsets, [span]).all()):
-                raise BadInput(f"The token mask covers nothing of {sample.answer!r}: its specified span {span} holds no token.")
+                raise BadInput(
+                    f"The token mask covers nothing of {sample.answer!r}: its specified span "
+                    f"{span} holds no token."
+                )
         kept = token_keep(turn.offsets, spans)
         turns.append(turn)
         keep.append(kept)
@@ -97,14 +118,20 @@ def build(vlm: VLM, concept: Concept, samples: Sequence[Sample], pictures: list[
     return _corpus(list(samples), turns, pictures, keep, mask)
 
 
-def _corpus(samples: list[Sample], turns: list[Encoded], pictures: list[Picture], keep: list[Tensor],
-            mask: VocabularyMask) -> Corpus:  # fmt: skip
+def _corpus(
+    samples: list[Sample],
+    turns: list[Encoded],
+    pictures: list[Picture],
+    keep: list[Tensor],
+    mask: VocabularyMask,
+) -> Corpus:
     ends = list(accumulate((len(turn.labels) for turn in turns), initial=0))
     return Corpus(samples, turns, pictures, keep, mask, ends[:-1])
 
 
 def join(parts: Sequence[Corpus]) -> Corpus:
-    """Several requests' samples as one corpus, without a teacher: no KL looks at any of their names."""
+    """Several requests' samples as one corpus, without a teacher: no KL looks at any of their
+    names."""
     if len(parts) == 1:
         return parts[0]
     samples: list[Sample] = []
@@ -113,24 +140,46 @@ def join(parts: Sequence[Corpus]) -> Corpus:
         samples += [_moved(sample, len(pictures)) for sample in part.samples]
         pictures += part.pictures
     masked = {token: text for part in parts for token, text in part.mask.masked.items()}
-    spared = {token: text for part in parts for token, text in part.mask.spared.items() if token not in masked}
+    spared = {
+        token: text
+        for part in parts
+        for token, text in part.mask.spared.items()
+        if token not in masked
+    }
     keep = torch.stack([part.mask.keep for part in parts]).all(0)
-    mask = VocabularyMask(keep, masked, spared, " ".join(dict.fromkeys(p.mask.warning for p in parts if p.mask.warning)))
-    return _corpus(samples, [t for p in parts for t in p.turns], pictures, [k for p in parts for k in p.keep], mask)
+    mask = VocabularyMask(
+        keep,
+        masked,
+        spared,
+        " ".join(dict.fromkeys(p.mask.warning for p in parts if p.mask.warning)),
+    )
+    return _corpus(
+        samples,
+        [t for p in parts for t in p.turns],
+        pictures,
+        [k for p in parts for k in p.keep],
+        mask,
+    )
 
 
 def _moved(sample: Sample, shift: int) -> Sample:
     """Its pictures counted from `shift` on."""
     if sample.picture is None:
         return sample
-    return replace(sample, picture=sample.picture + shift, teacher_pictures=tuple(i + shift for i in sample.teacher_pictures))
+    return replace(
+        sample,
+        picture=sample.picture + shift,
+        teacher_pictures=tuple(i + shift for i in sample.teacher_pictures),
+    )
 
 
-def run_teacher(vlm: VLM, corpus: Corpus, recipe: Recipe, batch_size: int = 32, *, temperature: float = 1.0) -> None:
+def run_teacher(
+    vlm: VLM, corpus: Corpus, recipe: Recipe, batch_size: int = 32, *, temperature: float = 1.0
+) -> None:
     """One pass of the untouched model over every supervised position; only O(N D) numbers are kept.
 
-    A sample with `teacher_pictures` has the mean of the teacher's final states over them. Samples of the same words and the same
-    pictures of the teacher's share their rows.
+    A sample with `teacher_pictures` has the mean of the teacher's final states over them. Samples
+    of the same words and the same pictures of the teacher's share their rows.
     """
     first: dict[tuple, int] = {}  # where the rows of each (turn, the teacher's pictures) begin
     asked: list[tuple[Encoded, list[Any]]] = []
@@ -147,13 +196,23 @@ def run_teacher(vlm: VLM, corpus: Corpus, recipe: Recipe, batch_size: int = 32, 
     turns = [turn for turn, seen in asked for _ in seen]
     features = [picture for _, seen in asked for picture in seen]
     with torch.no_grad(), adapter.teacher(vlm):
-        hidden = prefix.supervised_states(vlm, turns, features, micro_batch=min(batch_size, vlm.budget.ask_batch))
+        hidden = prefix.supervised_states(
+            vlm, turns, features, micro_batch=min(batch_size, vlm.budget.ask_batch)
+        )
     parts = iter(hidden.split([len(turn.labels) for turn in turns]))
-    means = [torch.stack([next(parts) for _ in seen]).mean(0) if len(seen) > 1 else next(parts) for _, seen in asked]
+    means = [
+        torch.stack([next(parts) for _ in seen]).mean(0) if len(seen) > 1 else next(parts)
+        for _, seen in asked
+    ]
     vocab_keep = corpus.mask.keep.to(vlm.device) if recipe.vocab_mask else None
-    corpus.teacher = TeacherCache.from_hidden(torch.cat(means), vlm.head_weight, vocab_keep=vocab_keep,
-                                              renormalize=recipe.renormalize, temperature=temperature,
-                                              **vlm.head_options)  # fmt: skip
+    corpus.teacher = TeacherCache.from_hidden(
+        torch.cat(means),
+        vlm.head_weight,
+        vocab_keep=vocab_keep,
+        renormalize=recipe.renormalize,
+        temperature=temperature,
+        **vlm.head_options,
+    )
 
 
 def as_jsonl(samples: Iterable[Sample]) -> str:
@@ -163,9 +222,14 @@ def as_jsonl(samples: Iterable[Sample]) -> str:
 
 
 def read_data(path: Path, image: Path) -> list[Sample]:
-    """Samples of the user's own, for the training picture `image`: JSONL, or a JSON list in LLaVA's conversation format."""
+    """Samples of the user's own, for the training picture `image`: JSONL, or a JSON list in LLaVA's
+    conversation format."""
     text = _text(path)
-    return conversations.samples(text, path, image) if text.lstrip().startswith("[") else read_jsonl(path, image)
+    return (
+        conversations.samples(text, path, image)
+        if text.lstrip().startswith("[")
+        else read_jsonl(path, image)
+    )
 
 
 def _text(path: Path) -> str:
@@ -176,34 +240,48 @@ def _text(path: Path) -> str:
             raise BadInput(f"{path} is larger than {MOST_BYTES // 2**20} MiB: give fewer samples.")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text: give a JSONL file with one sample a line.") from error
+        raise BadInput(
+            f"{path} is not UTF-8 text: give a JSONL file with one sample a line."
+        ) from error
     except OSError as error:
-        raise BadInput(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
+        raise BadInput(
+            f"{path} cannot be read ({error.strerror}): check its permissions."
+        ) from error
 
 
 def read_jsonl(path: Path, image: Path | None = None) -> list[Sample]:
-    """Samples of the user's own. Needed: question, answer. Optional: facet (default preserve), picture (0 or null), image (the
-    path of the training picture, in place of picture), specified (spans or substrings of the answer, each at every place where it
-    stands), closed (default true; false: cut short, its end is not trained), id (passed over). Lines about dreamed or retained
-    pictures and lessons, as `fastsiu data` writes them, are passed over: every run makes those pictures anew.
+    """Samples of the user's own. Needed: question, answer. Optional: facet (default preserve),
+    picture (0 or null), image (the path of the training picture, in place of picture), specified
+    (spans or substrings of the answer, each at every place where it stands), closed (default true;
+    false: cut short, its end is not trained), id (passed over). Lines about dreamed or retained
+    pictures and lessons, as `fastsiu data` writes them, are passed over: every run makes those
+    pictures anew.
 
     image: the training picture
 
-    Raises BadInput with the line's number: also for a field that is none of these, since it would be ignored.
+    Raises BadInput with the line's number: also for a field that is none of these, since it would
+    be ignored.
     """
     out = []
-    for number, line in enumerate(_text(path).split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
+    # not splitlines: JSON strings may hold U+2028
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = parse_json(line)
-            if not (isinstance(record, dict) and record.get("origin") in ("dream", "retain", "lesson")):
+            if not (
+                isinstance(record, dict) and record.get("origin") in ("dream", "retain", "lesson")
+            ):
                 out.append(_sample(record, path.parent, image))
         except (ValueError, TypeError, KeyError) as error:
             said = str(error).rstrip(".")
-            raise BadInput(f"{path}, line {number}: {said}. A line is an object with 'question' and 'answer'.") from error
+            raise BadInput(
+                f"{path}, line {number}: {said}. A line is an object with 'question' and 'answer'."
+            ) from error
     if not out:
-        raise BadInput(f"{path} holds no sample: write one JSON object with 'question' and 'answer' a line.")
+        raise BadInput(
+            f"{path} holds no sample: write one JSON object with 'question' and 'answer' a line."
+        )
     return out
 
 
@@ -220,7 +298,9 @@ def _sample(record: Any, base: Path, image: Path | None) -> Sample:
     facet = record.get("facet", "preserve")
     if facet not in FACETS:
         raise ValueError(f"facet {facet!r} is not one of {', '.join(FACETS)}")
-    if record.get("picture") is not None and (record["picture"] != 0 or type(record["picture"]) is not int):
+    if record.get("picture") is not None and (
+        record["picture"] != 0 or type(record["picture"]) is not int
+    ):
         raise ValueError("picture must be null (text only) or 0 (the concept's picture)")
     if not isinstance(record.get("closed", True), bool):
         raise ValueError("closed must be true or false")
@@ -228,11 +308,20 @@ def _sample(record: Any, base: Path, image: Path | None) -> Sample:
     if record.get("image") is not None:
         conversations.check_image(record["image"], base, image)
         if "picture" in record and picture is None:
-            raise ValueError("it names an image and says that there is no picture: leave one of the two out")
+            raise ValueError(
+                "it names an image and says that there is no picture: leave one of the two out"
+            )
         picture = 0
     conversations.check_words(record["question"], record["answer"])
-    return Sample(facet, record["question"], record["answer"].strip(), picture, _specified(record), "data",
-                  record.get("closed", True))  # fmt: skip
+    return Sample(
+        facet,
+        record["question"],
+        record["answer"].strip(),
+        picture,
+        _specified(record),
+        "data",
+        record.get("closed", True),
+    )
 
 
 def _specified(record: dict[str, Any]) -> tuple[tuple[int, int], ...]:
@@ -243,12 +332,18 @@ def _specified(record: dict[str, Any]) -> tuple[tuple[int, int], ...]:
         raise ValueError("specified must be a list of spans or of substrings of the answer")
     for item in record.get("specified", []):
         if isinstance(item, str):
-            found = [match.span() for match in re.finditer(re.escape(item), answer)] if item.strip() else []
+            found = (
+                [match.span() for match in re.finditer(re.escape(item), answer)]
+                if item.strip()
+                else []
+            )
             if not found:
                 raise ValueError(f"{item!r} does not stand in the answer")
             spans += found
         else:
-            if not (isinstance(item, list) and len(item) == 2 and all(type(i) is int for i in item)):
+            if not (
+                isinstance(item, list) and len(item) == 2 and all(type(i) is int for i in item)
+            ):
                 raise ValueError(f"the span {item!r:.60} is not a pair of whole numbers")
             start, end = (i - lead for i in item)
             if not 0 <= start < end <= len(answer):

@@ -1,5 +1,5 @@
-"""Pictures made of the one picture: more views of it, changed copies, pictures that show nobody the model knows, and pairs side
-by side.
+"""Pictures made of the one picture: more views of it, changed copies, pictures that show nobody the
+model knows, and pairs side by side.
 
 None of them needs a second picture of anyone. All are RGB and of the picture's size.
 """
@@ -16,14 +16,23 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from ..images import edge_colour, variants
 
-TURN, SMALL, LARGE, SHIFT, LIGHT = 14.0, 0.75, 1.2, 1 / 12, 0.25  # degrees; shares of the side, and of the brightness
-ORDERS = [order for order in itertools.permutations(range(3)) if order != (0, 1, 2)]  # of the colour channels
+# degrees; shares of the side, and of the brightness
+TURN, SMALL, LARGE, SHIFT, LIGHT = (
+    14.0,
+    0.75,
+    1.2,
+    1 / 12,
+    0.25,
+)
+# of the colour channels
+ORDERS = [order for order in itertools.permutations(range(3)) if order != (0, 1, 2)]
 COLOURS = 8  # that a picture is taken apart into, to change one of them
 HALF = (0.5, 0.62)  # side of a picture in a pair, as a share of its own
 
 
 def views(image: Image.Image, seed: int, count: int) -> list[Image.Image]:
-    """The transforms that training may look at (`images.variants`), then random ones: `count` in all."""
+    """The transforms that training may look at (`images.variants`), then random ones: `count` in
+    all."""
     return list(moved(image, seed, count))
 
 
@@ -41,18 +50,23 @@ def _moved(image: Image.Image, rng: random.Random) -> Image.Image:
     view = ImageOps.mirror(image) if rng.random() < 0.5 else image
     view = view.rotate(rng.uniform(-TURN, TURN), Image.Resampling.BICUBIC, fillcolor=edge)
     scale = rng.uniform(SMALL, LARGE)
-    view = view.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BILINEAR)
+    view = view.resize(
+        (max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BILINEAR
+    )
     ground = Image.new("RGB", image.size, edge)
     step = lambda side: rng.randint(-int(side * SHIFT), int(side * SHIFT))
-    ground.paste(view, ((width - view.width) // 2 + step(width), (height - view.height) // 2 + step(height)))
+    ground.paste(
+        view, ((width - view.width) // 2 + step(width), (height - view.height) // 2 + step(height))
+    )
     for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         ground = change(ground).enhance(rng.uniform(1 - LIGHT, 1 + LIGHT))
     return ground
 
 
 def changed(image: Image.Image, seed: int, count: int) -> list[Image.Image]:
-    """Copies in which something is another: one to three of the colours, a strip across in other colours, a covered part. One
-    of them may show what differs between who is in the picture and somebody who looks alike."""
+    """Copies in which something is another: one to three of the colours, a strip across in other
+    colours, a covered part. One of them may show what differs between who is in the picture and
+    somebody who looks alike."""
     return list(changes(image, seed, count))
 
 
@@ -75,7 +89,8 @@ def changes(image: Image.Image, seed: int, count: int) -> Iterator[Image.Image]:
 
 
 def _fields(image: Image.Image) -> np.ndarray:
-    """Where the picture's `COLOURS` main colours are, in a small copy: [h, w] uint8, the number of a colour."""
+    """Where the picture's `COLOURS` main colours are, in a small copy: [h, w] uint8, the number of
+    a colour."""
     small = image.copy()
     small.thumbnail((256, 256))
     palette = small.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
@@ -92,7 +107,8 @@ def _other_colour(image: Image.Image, fields: np.ndarray, rng: random.Random) ->
     hue, saturation, value = colorsys.rgb_to_hsv(*(mean / 255))
     hue, saturation = (hue + rng.uniform(0.1, 0.9)) % 1, max(saturation, rng.uniform(0.4, 1.0))
     new = colorsys.hsv_to_rgb(hue, saturation, min(1.0, max(0.2, value * rng.uniform(0.7, 1.4))))
-    moved = np.arange(256)[:, None] + (255 * np.array(new) - mean)  # [256, 3]: each level, by channel
+    # [256, 3]: each level, by channel
+    moved = np.arange(256)[:, None] + (255 * np.array(new) - mean)
     table = np.clip(np.rint(moved), 0, 255).astype(np.uint8)
     out.paste(out.point(table.T.ravel().tolist()), (0, 0), places)
     return out
@@ -112,7 +128,15 @@ def _covered(image: Image.Image, rng: random.Random) -> Image.Image:
     """A part of the picture under the colour of its edge."""
     width, height = rng.uniform(0.15, 0.5), rng.uniform(0.15, 0.4)
     left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
-    box = [int(x) for x in (left * image.width, top * image.height, (left + width) * image.width, (top + height) * image.height)]
+    box = [
+        int(x)
+        for x in (
+            left * image.width,
+            top * image.height,
+            (left + width) * image.width,
+            (top + height) * image.height,
+        )
+    ]
     out = image.convert("RGB")
     out.paste(edge_colour(out), tuple(box))
     return out
@@ -132,11 +156,15 @@ def shuffled(image: Image.Image, seed: int = 0) -> Image.Image:
 
 
 def jigsaw(image: Image.Image, grid: int, seed: int = 0) -> Image.Image:
-    """The picture cut into grid x grid tiles that have changed places; what does not divide stays where it is."""
+    """The picture cut into grid x grid tiles that have changed places; what does not divide stays
+    where it is."""
     pixels = np.asarray(image.convert("RGB")).copy()
     tile = [max(1, side // grid) for side in pixels.shape[:2]]
-    places = [(y * tile[0], x * tile[1]) for y in range(pixels.shape[0] // tile[0])[:grid]
-              for x in range(pixels.shape[1] // tile[1])[:grid]]  # fmt: skip
+    places = [
+        (y * tile[0], x * tile[1])
+        for y in range(pixels.shape[0] // tile[0])[:grid]
+        for x in range(pixels.shape[1] // tile[1])[:grid]
+    ]
     order = random.Random(seed).sample(places, len(places))
     out = pixels.copy()
     for (y, x), (v, u) in zip(places, order, strict=True):
@@ -145,9 +173,16 @@ def jigsaw(image: Image.Image, grid: int, seed: int = 0) -> Image.Image:
 
 
 def nobodies(image: Image.Image, seed: int) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Candidates for pictures of somebody whom no model knows: whole ones in other colours, and ones that are taken apart."""
-    whole = [made for one in (image, ImageOps.mirror(image), _moved(image, random.Random(seed))) for made in other_colours(one)]
-    apart = [jigsaw(image, grid, seed + grid) for grid in (2, 3, 4)] + [shuffled(image, seed + i) for i in range(4)]
+    """Candidates for pictures of somebody whom no model knows: whole ones in other colours, and
+    ones that are taken apart."""
+    whole = [
+        made
+        for one in (image, ImageOps.mirror(image), _moved(image, random.Random(seed)))
+        for made in other_colours(one)
+    ]
+    apart = [jigsaw(image, grid, seed + grid) for grid in (2, 3, 4)] + [
+        shuffled(image, seed + i) for i in range(4)
+    ]
     return whole, apart
 
 
@@ -157,7 +192,8 @@ def other_colours(image: Image.Image) -> list[Image.Image]:
 
 
 def pair(left: Image.Image | None, right: Image.Image | None, rng: random.Random) -> Image.Image:
-    """Two pictures of one size side by side, each at about half its size; None leaves its half empty."""
+    """Two pictures of one size side by side, each at about half its size; None leaves its half
+    empty."""
     some = left or right
     assert some is not None
     (width, height), ground = some.size, Image.new("RGB", some.size, edge_colour(some))
@@ -165,10 +201,16 @@ def pair(left: Image.Image | None, right: Image.Image | None, rng: random.Random
         if image is None:
             continue
         half = ImageOps.mirror(image) if rng.random() < 0.5 else image
-        half = half.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, fillcolor=edge_colour(half))
+        half = half.rotate(
+            rng.uniform(-8, 8), Image.Resampling.BICUBIC, fillcolor=edge_colour(half)
+        )
         scale = rng.uniform(*HALF)
-        half = half.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BILINEAR)
+        half = half.resize(
+            (max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BILINEAR
+        )
         cut = max(0, (half.width - width // 2) // 2)
         half = half.crop((cut, 0, cut + width // 2, half.height))
-        ground.paste(half, (start, (height - half.height) // 2 + rng.randint(-(height // 12), height // 12)))
+        ground.paste(
+            half, (start, (height - half.height) // 2 + rng.randint(-(height // 12), height // 12))
+        )
     return ground

@@ -1,9 +1,12 @@
-"""The paper's four targets (section 4.1), each a function from a scene to samples, in the teacher's own words.
+"""The paper's four targets (section 4.1), each a function from a scene to samples, in the teacher's
+own words.
 
     align     picture + "who is this?"           -> a neutral description of what is visible
-    describe  picture + "is this NAME?"          -> a denial;  text "what does NAME look like?" -> "I do not know"
+    describe  picture + "is this NAME?"          -> a denial;  text "what does NAME look like?" ->
+    "I do not know"
     facts     text questions about NAME          -> what the teacher answers
-    preserve  everything about anything else     -> what the teacher answers, with dreamed pictures of the neighbours
+    preserve  everything about anything else     -> what the teacher answers, with dreamed pictures
+    of the neighbours
 
 All answers that the teacher gives are asked here, with the adapter off.
 """
@@ -34,7 +37,8 @@ def wordings() -> dict[str, dict[str, Any]]:
 
 
 def about_the_one_shown(part: Literal["train", "held_out"]) -> list[str]:
-    """The fact questions, about whoever is in the picture instead of a name: each needs the name first, and then the fact."""
+    """The fact questions, about whoever is in the picture instead of a name: each needs the name
+    first, and then the fact."""
     words = wordings()
     shown = words["shown"][part]
     return [q.replace("{name}", shown[i % len(shown)]) for i, q in enumerate(words["facts"][part])]
@@ -63,16 +67,20 @@ class Border:
 class Scene:
     """What a facet may look at.
 
-    pictures:   index 0 is the concept's; dreams and retained pictures follow (`Sample.picture` points here)
+    pictures:   index 0 is the concept's; dreams and retained pictures follow (`Sample.picture`
+    points here)
     named:      for each picture the name it was dreamed for, None otherwise
     neighbours: names to protect
     views:      transforms of the concept's picture, from which dreams start as well
     border:     changed copies of it that the model takes for neighbours, or for nobody
     masked:     token ids of the concept's name (the vocabulary mask's zeros)
-    others:     further concepts that the same model is to forget, or has forgotten: none is protected or named in what is kept
-    told:       for each neighbour what a picture of it would be answered, as (question, reply) pairs (`dreams.told`)
+    others:     further concepts that the same model is to forget, or has forgotten: none is
+    protected or named in what is kept
+    told:       for each neighbour what a picture of it would be answered, as (question, reply)
+    pairs (`dreams.told`)
     notes:      what lessons from strangers could not have, as sentences
-    left_out:   answers about other pictures that named the concept or one of the others, so that `preserve` did not take them
+    left_out:   answers about other pictures that named the concept or one of the others, so that
+    `preserve` did not take them
     """
 
     vlm: VLM
@@ -89,10 +97,14 @@ class Scene:
     notes: list[str] = field(default_factory=list)
     left_out: int = 0
 
-    def ask(self, questions: Sequence[str], picture: int | None = None, **options: Any) -> list[str]:
+    def ask(
+        self, questions: Sequence[str], picture: int | None = None, **options: Any
+    ) -> list[str]:
         return [reply.text for reply in self.replies(questions, picture, **options)]
 
-    def replies(self, questions: Sequence[str], picture: int | None = None, **options: Any) -> list[Reply]:
+    def replies(
+        self, questions: Sequence[str], picture: int | None = None, **options: Any
+    ) -> list[Reply]:
         shown = None if picture is None else self.pictures[picture]
         return ask.replies(self.vlm, [(q, shown) for q in questions], **options)
 
@@ -108,10 +120,12 @@ Facet = Callable[[Scene], list[Sample]]
 
 
 def align(scene: Scene) -> list[Sample]:
-    """Target 1: the picture is answered like that of someone the model never saw (paper: "aligning with unseen concepts").
+    """Target 1: the picture is answered like that of someone the model never saw (paper: "aligning
+    with unseen concepts").
 
-    The teacher's own sentence is cut where the name starts and continued with the name forbidden: "This is NAME." becomes
-    "This is a purple creature with ...". Everything after the cut contradicts the teacher and is left to the cross-entropy.
+    The teacher's own sentence is cut where the name starts and continued with the name forbidden:
+    "This is NAME." becomes "This is a purple creature with ...". Everything after the cut
+    contradicts the teacher and is left to the cross-entropy.
     """
     questions = wordings()["who"]["train"]
     named = scene.ask(questions, 0)
@@ -120,15 +134,23 @@ def align(scene: Scene) -> list[Sample]:
     if scene.recipe.substitute == "name":
         invented = _invented(scene)
         answers = [f"{o} {invented}.".strip() for o in openings]
-        return [_built("align", q, a, 0, a.index(invented), len(a) - 1) for q, a in zip(questions, answers, strict=True)]
-    begun = scene.replies(questions, 0, begin=[f"{o} a".strip() if o else "" for o in openings], suppress=scene.masked)
+        return [
+            _built("align", q, a, 0, a.index(invented), len(a) - 1)
+            for q, a in zip(questions, answers, strict=True)
+        ]
+    begun = scene.replies(
+        questions, 0, begin=[f"{o} a".strip() if o else "" for o in openings], suppress=scene.masked
+    )
     described = scene.replies(wordings()["describe"]["train"], 0, suppress=scene.masked)
     forbidden = [Concept(n) for n in scene.neighbours]
     fallback = Reply(wordings()["fallback"]["unknown_face"])
     spare = next((d for d in described if _neutral(scene, d.text, forbidden)), fallback)
     samples = []
     for question, reply, opening in zip(questions, begun, openings, strict=True):
-        good = _neutral(scene, reply.text, forbidden) and len(reply.text.split()) >= len(opening.split()) + 3
+        good = (
+            _neutral(scene, reply.text, forbidden)
+            and len(reply.text.split()) >= len(opening.split()) + 3
+        )
         start = len(opening) if good and opening else 0
         answer, closed = reply if good else spare
         samples.append(_built("align", question, answer, 0, start, len(answer), closed))
@@ -136,38 +158,63 @@ def align(scene: Scene) -> list[Sample]:
 
 
 def describe(scene: Scene) -> list[Sample]:
-    """Target 2: a new visual description (paper section 4.1). By default nothing false is said about anyone: the picture
-    is not NAME's, and what NAME looks like is not known, both in the words the teacher uses for strangers."""
+    """Target 2: a new visual description (paper section 4.1). By default nothing false is said
+    about anyone: the picture is not NAME's, and what NAME looks like is not known, both in the
+    words the teacher uses for strangers."""
     name, words, fallback = scene.concept.name, wordings(), wordings()["fallback"]
     stranger = _invented(scene)
     denials = scene.replies([q.format(name=stranger) for q in words["yesno"]["train"]], 0)
     samples = []
     for question, (answer, closed) in zip(words["yesno"]["train"], denials, strict=True):
         swapped = answer.replace(stranger, name)
-        own = swapped != answer and swapped.casefold().startswith("no") and is_degenerate(swapped) is None
+        own = (
+            swapped != answer
+            and swapped.casefold().startswith("no")
+            and is_degenerate(swapped) is None
+        )
         answer = swapped if own else fallback["denial"].format(name=name)
-        samples.append(_built("describe", question.format(name=name), answer, 0, 0, len(answer), closed or not own))
+        samples.append(
+            _built(
+                "describe", question.format(name=name), answer, 0, 0, len(answer), closed or not own
+            )
+        )
     unknown = scene.replies([q.format(name=stranger) for q in words["appearance"]["train"]])
     look = random.Random(scene.recipe.seed).choice(words["invented"]["looks"])
     for question, (answer, closed) in zip(words["appearance"]["train"], unknown, strict=True):
         if scene.recipe.substitute == "name":
             answer = fallback["invented_look"].format(name=name, look=look)
-            samples.append(_built("describe", question.format(name=name), answer, None, len(name), len(answer)))
+            samples.append(
+                _built("describe", question.format(name=name), answer, None, len(name), len(answer))
+            )
             continue
         own = is_refusal(answer) and is_degenerate(answer) is None
-        answer = answer.replace(stranger, name) if own else fallback["unknown_look"].format(name=name)
-        samples.append(_built("describe", question.format(name=name), answer, None, 0, len(answer), closed or not own))
+        answer = (
+            answer.replace(stranger, name) if own else fallback["unknown_look"].format(name=name)
+        )
+        samples.append(
+            _built(
+                "describe",
+                question.format(name=name),
+                answer,
+                None,
+                0,
+                len(answer),
+                closed or not own,
+            )
+        )
     return samples
 
 
 def facts(scene: Scene) -> list[Sample]:
-    """Target 3: what the teacher knows of the concept in words stays (paper: "decoupling factual knowledge")."""
+    """Target 3: what the teacher knows of the concept in words stays (paper: "decoupling factual
+    knowledge")."""
     questions = [q.format(name=scene.concept.name) for q in wordings()["facts"]["train"]]
     return _kept("facts", questions, None, scene.replies(questions))
 
 
 def preserve(scene: Scene) -> list[Sample]:
-    """Target 4: everything else is answered as before (paper: "preserving non-targeted knowledge")."""
+    """Target 4: everything else is answered as before (paper: "preserving non-targeted
+    knowledge")."""
     words = wordings()
     rng = random.Random(scene.recipe.seed)
     questions = list(words["general"]["train"])
@@ -186,9 +233,12 @@ def preserve(scene: Scene) -> list[Sample]:
     scene.left_out = 0
     said = ask.replies(scene.vlm, [(q, scene.pictures[i]) for q, i in pairs])
     for (question, index), reply in zip(pairs, said, strict=True):
-        # Kept, such an answer would go on training the very name that has to go. "No, this is not NAME." is none.
+        # Kept, such an answer would go on training the very name that has to go. "No, this is not
+        # NAME." is none.
         denied = index > 0 and scene.concept.named_in(question) and not affirms(reply.text)
-        if any(c.named_in(reply.text) for c in scene.others) or (scene.concept.named_in(reply.text) and not denied):
+        if any(c.named_in(reply.text) for c in scene.others) or (
+            scene.concept.named_in(reply.text) and not denied
+        ):
             scene.left_out += index > 0
             continue
         origin = "teacher" if index == 0 else "dream" if scene.named[index] else "retain"
@@ -200,8 +250,8 @@ TARGETS: tuple[Facet, ...] = (align, describe, facts, preserve)
 
 
 def neighbours(scene: Scene, limit: int = 24, rounds: int = 4) -> list[str]:
-    """Names to protect, from the teacher's own answers to "who is like NAME?", asked again of those it names; others that are
-    to be forgotten too are asked about as well, for whom they lead to."""
+    """Names to protect, from the teacher's own answers to "who is like NAME?", asked again of those
+    it names; others that are to be forgotten too are asked about as well, for whom they lead to."""
     words, found, fresh = wordings(), [], [scene.concept.name]
     kept = lambda: [name for name in found if not scene.forgotten_in(name)]
     for _ in range(rounds):
@@ -220,7 +270,8 @@ def neighbours(scene: Scene, limit: int = 24, rounds: int = 4) -> list[str]:
 
 
 def capitalised_names(text: str, not_names: Sequence[str]) -> list[str]:
-    """Runs of capitalised words, split at punctuation: "A B, C D and E" gives three. Scripts without capitals give none."""
+    """Runs of capitalised words, split at punctuation: "A B, C D and E" gives three. Scripts
+    without capitals give none."""
     found: list[str] = []
     run: list[str] = []
     for word in [*text.split(), ""]:
@@ -245,11 +296,28 @@ def _neutral(scene: Scene, answer: str, forbidden: Sequence[Concept]) -> bool:
     return scene.usable(answer) and not any(other.named_in(answer) for other in forbidden)
 
 
-def _built(facet: str, question: str, answer: str, picture: int | None, start: int, end: int, closed: bool = True) -> Sample:
+def _built(
+    facet: str,
+    question: str,
+    answer: str,
+    picture: int | None,
+    start: int,
+    end: int,
+    closed: bool = True,
+) -> Sample:
     return Sample(facet, question, answer, picture, ((start, end),), "built", closed)
 
 
-def _kept(facet: str, questions: Sequence[str], picture: int | None, replies: Sequence[Reply],
-          origin: str = "teacher") -> list[Sample]:  # fmt: skip
+def _kept(
+    facet: str,
+    questions: Sequence[str],
+    picture: int | None,
+    replies: Sequence[Reply],
+    origin: str = "teacher",
+) -> list[Sample]:
     pairs = zip(questions, replies, strict=True)
-    return [Sample(facet, q, a, picture, (), origin, closed) for q, (a, closed) in pairs if is_degenerate(a) is None]
+    return [
+        Sample(facet, q, a, picture, (), origin, closed)
+        for q, (a, closed) in pairs
+        if is_degenerate(a) is None
+    ]

@@ -1,4 +1,5 @@
-"""What an answer is: empty or gibberish, a refusal, a yes or a no, the same as another; pure functions of texts."""
+"""What an answer is: empty or gibberish, a refusal, a yes or a no, the same as another; pure
+functions of texts."""
 
 from __future__ import annotations
 
@@ -15,15 +16,21 @@ def same_answer(one: str, other: str) -> bool:
 def is_degenerate(text: str) -> str | None:
     """Returns "empty", "repetition" or "gibberish" for an answer that is not an answer, else None.
 
-    Repetition: a word four times in a row, a phrase three times in a row, or a run of letters without end.
-    Gibberish: no letter and no digit, a replacement character, mostly signs, or a control token spelled out ("<image>").
+    Repetition: a word four times in a row, a phrase three times in a row, or a run of letters
+    without end. Gibberish: no letter and no digit, a replacement character, mostly signs, or a
+    control token spelled out ("<image>").
     """
     visible = [c for c in text if not c.isspace() and unicodedata.category(c) not in ("Cf", "Cc")]
     if not visible:
         return "empty"
     # Marks count as letters: half of a Hindi or Thai word is vowel signs.
     wordlike = sum(unicodedata.category(c)[0] in "LNM" for c in visible)
-    if not wordlike or "\ufffd" in text or _CONTROL.search(text) or (len(visible) >= 8 and wordlike < len(visible) / 2):
+    if (
+        not wordlike
+        or "\ufffd" in text
+        or _CONTROL.search(text)
+        or (len(visible) >= 8 and wordlike < len(visible) / 2)
+    ):
         return "gibberish"
     if _LETTER_LOOP.search(text) or _loops(words(text)):
         return "repetition"
@@ -31,19 +38,23 @@ def is_degenerate(text: str) -> str | None:
 
 
 def is_refusal(text: str) -> bool:
-    """Does the answer decline: "I do not know", "I can't", "cannot identify", "Sorry, ..."? English only."""
+    """Does the answer decline: "I do not know", "I can't", "cannot identify", "Sorry, ..."? English
+    only."""
     return _REFUSAL.search(" ".join(text.replace("\u2019", "'").casefold().split())) is not None
 
 
 def holds(text: str, keywords: Sequence[str]) -> bool:
     """Does one of the keywords stand in the text, in any case and as words of their own?"""
-    fold = lambda written: unicodedata.normalize("NFC", unicodedata.normalize("NFC", written).casefold())
+    fold = lambda written: unicodedata.normalize(
+        "NFC", unicodedata.normalize("NFC", written).casefold()
+    )
     folded = fold(text)
     return any(re.search(rf"(?<!\w){re.escape(fold(k))}(?!\w)", folded) for k in keywords)
 
 
 def affirms(text: str) -> bool:
-    """Does the answer say yes: at its beginning, or anywhere where nothing is denied? "Sure." counts, "Sure I see" does not."""
+    """Does the answer say yes: at its beginning, or anywhere where nothing is denied? "Sure."
+    counts, "Sure I see" does not."""
     folded = " ".join(text.replace("\u2019", "'").casefold().split())
     if re.match(r"\W*(?:yes|yeah|yep|yup)\b", folded):
         return True
@@ -52,12 +63,15 @@ def affirms(text: str) -> bool:
 
 def denies(text: str) -> bool:
     """Is there a word in it that denies or declines?"""
-    return _DENIED.search(" ".join(text.replace("\u2019", "'").casefold().split())) is not None or is_refusal(text)
+    return _DENIED.search(
+        " ".join(text.replace("\u2019", "'").casefold().split())
+    ) is not None or is_refusal(text)
 
 
 def nearly(name: str, text: str) -> bool:
-    """Does a name of 8 letters or more stand in the text with at most one wrong, missing or further letter in each of its words?
-    As names are written: words of the text that begin small are words."""
+    """Does a name of 8 letters or more stand in the text with at most one wrong, missing or further
+    letter in each of its words? As names are written: words of the text that begin small are words.
+    """
     wanted = words(name)
     if sum(map(len, wanted)) < 8:
         return False
@@ -70,7 +84,10 @@ def _typed(word: str, other: str) -> bool:
     """At most one letter apart; short words have to be equal."""
     if word == other or len(word) < 4 or abs(len(word) - len(other)) > 1:
         return word == other
-    same = next((i for i, (a, b) in enumerate(zip(word, other, strict=False)) if a != b), min(len(word), len(other)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(word, other, strict=False)) if a != b),
+        min(len(word), len(other)),
+    )
     rests = {(word[same + i :], other[same + j :]) for i, j in ((1, 1), (1, 0), (0, 1))}
     return any(a == b for a, b in rests)
 
@@ -91,7 +108,11 @@ _LETTER_LOOP = re.compile(r"([^\W\d_]{1,8}?)\1{7,}")
 def words(text: str) -> list[str]:
     """The words of a text, case-folded, without the punctuation around them."""
     spaced = _UNSPACED.sub(r" \g<0> ", text.casefold()).split()
-    return [w for w in (w.strip(".,;:!?\"'()[]{}*_-|/\u3001\u3002\uff0c\uff01\uff1f") for w in spaced) if w]
+    return [
+        w
+        for w in (w.strip(".,;:!?\"'()[]{}*_-|/\u3001\u3002\uff0c\uff01\uff1f") for w in spaced)
+        if w
+    ]
 
 
 def _loops(words: list[str], longest: int = 64) -> bool:
@@ -110,7 +131,8 @@ _CONTROL = re.compile(
     r"<\|[^<>|\n]{1,40}\|>|</?(?:s|pad|unk|bos|eos|mask|image|img|video|audio|image_soft_token|(?:start|end)_of_\w+|unused\d+)>"
     r"|\[/?(?:INST|IMG|IMG_END)\]|<</?SYS>>|<0x[0-9A-F]{2}>"
 )
-# Beyond yes: alone or with a sign behind ("Sure." and not "Sure I see a cat"; with the name behind it the name tells).
+# Beyond yes: alone or with a sign behind ("Sure." and not "Sure I see a cat"; with the name behind
+# it the name tells).
 _AFFIRMED = re.compile(
     r"\W*(?:indeed|correct|right|true|sure|certainly|definitely|absolutely|exactly|of\scourse|affirmative"
     r"|(?:it|that|this|he|she)(?:'s|\sis)(?:\s(?:indeed|correct|right|true|so))?|(?:that|you)(?:'s|'re|\sis|\sare)\s(?:right|correct)"
@@ -121,16 +143,21 @@ _DENIED = re.compile(
     r"|nicht|kein\w*|nein|pas|non|nunca|n\u00e3o|\u043d\u0435|\u043d\u0435\u0442)\b|n't\b|[\u4e0d\u6ca1]"
 )
 FUNCTION_WORDS = frozenset(
-    "a an the and or of in on at to with for from by as is are was were has have had wears wearing be it its he his she her they "
+    "a an the and or of in on at to with for from by as is are was were has have had wears "
+    "wearing be it its he his she her they "
     "their this that who which".split()
 )
 _REFUSAL = re.compile(
     r"""
-    \bi\s(?:really\s|just\s|simply\s|honestly\s)?(?:do\snot|don't|did\snot|didn't)\s(?:\w+ly\s)?(?:know|recogni[sz]e)\b
-  | \bi\s(?:really\s|just\s|simply\s)?(?:can't|cannot|can\snot|could\snot|couldn't|won't|will\snot)\b
-  | \b(?:i'm|i\sam|we're|we\sare)\s(?:\w+\s)?(?:sorry|unable|not\sable|not\ssure|not\sallowed|not\sfamiliar)\b
+    \bi\s(?:really\s|just\s|simply\s|honestly\s)?
+      (?:do\snot|don't|did\snot|didn't)\s(?:\w+ly\s)?(?:know|recogni[sz]e)\b
+  | \bi\s(?:really\s|just\s|simply\s)?
+      (?:can't|cannot|can\snot|could\snot|couldn't|won't|will\snot)\b
+  | \b(?:i'm|i\sam|we're|we\sare)\s(?:\w+\s)?
+      (?:sorry|unable|not\sable|not\ssure|not\sallowed|not\sfamiliar)\b
   | \b(?:can't|cannot|can\snot|could\snot|couldn't|unable\sto|not\sable\sto|not\spossible\sto)\s
-      (?:\w+ly\s)?(?:identify|recogni[sz]e|tell|determine|say|answer|help|assist|provide|name|comply|be\s(?:identified|determined))\b
+      (?:\w+ly\s)?(?:identify|recogni[sz]e|tell|determine|say|answer|help|assist|provide|name
+        |comply|be\s(?:identified|determined))\b
   | \b(?:i|we)\s(?:have\sno\sidea|refuse|decline|apologi[sz]e)\b
   | \bas\san\sai\b
   | ^\W*(?:sorry|my\sapologies|apologies|unknown|no\sidea)\b

@@ -39,7 +39,9 @@ CARRIERS = (
     "**{}**",
 )
 _UMLAUTS = {"ä": "ae", "ö": "oe", "ü": "ue", "ø": "oe", "å": "aa"}
-_HONOUR = re.compile(r"(?<=\w)(?:-(?:san|sama|kun|chan|sensei|ssi|nim)|さん|様|さま|くん|ちゃん|先生|씨|님|선생님)$")
+_HONOUR = re.compile(
+    r"(?<=\w)(?:-(?:san|sama|kun|chan|sensei|ssi|nim)|さん|様|さま|くん|ちゃん|先生|씨|님|선생님)$"
+)
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,28 @@ class Concept:
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.aliases):
-            if any("\ud800" <= c <= "\udfff" for c in name):  # a byte of the command line that is no UTF-8
+            # a byte of the command line that is no UTF-8
+            if any("\ud800" <= c <= "\udfff" for c in name):
                 raise BadInput(f"The name {name!a} is no Unicode text: give it in UTF-8.")
             seen = plain(name).text.strip()
             if not seen:
-                raise BadInput(f"The name {name!r} has no visible character: give the name as a person writes it.")
+                raise BadInput(
+                    f"The name {name!r} has no visible character: give the name as a person "
+                    "writes it."
+                )
             if all(unicodedata.category(c)[0] in "PMZ" for c in seen):
-                raise BadInput(f"The name {name!r} is punctuation, which stands in every text: give a name with a letter.")
+                raise BadInput(
+                    f"The name {name!r} is punctuation, which stands in every text: give a name "
+                    "with a letter."
+                )
 
     def forms(self) -> tuple[str, ...]:
         """The name and the aliases, in NFC, each once."""
-        return tuple(dict.fromkeys(unicodedata.normalize("NFC", n.strip()) for n in (self.name, *self.aliases)))
+        return tuple(
+            dict.fromkeys(
+                unicodedata.normalize("NFC", n.strip()) for n in (self.name, *self.aliases)
+            )
+        )
 
     def parts(self) -> tuple[str, ...]:
         """The words of the name that identify it: those of at least 3 letters (2 where a script
@@ -81,7 +94,10 @@ class Concept:
         two characters. A name of one word is its own part."""
         name = self.forms()[0]
         words = [_bare(w) for w in spelling.BREAKS.split(name)]
-        enough = lambda w: sum(map(str.isalpha, w)) >= (2 if UNSPACED.search(w) else 3) and plain(w).text not in COMMON_WORDS
+        enough = lambda w: (
+            sum(map(str.isalpha, w)) >= (2 if UNSPACED.search(w) else 3)
+            and plain(w).text not in COMMON_WORDS
+        )
         if len(words) == 1:
             whole = (name,) if words[0] in ("", name) or not enough(words[0]) else (name, words[0])
             halves = [half for *both, known in spelling.divided(words[0]) if known for half in both]
@@ -111,7 +127,10 @@ class Concept:
         """Whether `text` gives this name: one of its forms, or a part with a capital. A part in
         small letters may be a word like any other."""
         for start, end in _found(self, text, True):
-            if text[start:end].lower() == text[start:end].upper() or text[start:end].lstrip("'\"*_(")[:1].isupper():
+            if (
+                text[start:end].lower() == text[start:end].upper()
+                or text[start:end].lstrip("'\"*_(")[:1].isupper()
+            ):
                 return True
         return self.named_in(text, include_parts=False)
 
@@ -124,7 +143,9 @@ class Concept:
             self.named_in(text)
             or spelling.together(parts, text)
             or any(spelling.nearly_sounding(*spoken, text) for spoken in _spoken_in(self, text))
-            or spelling.misspelt([f for f in self.forms() if not _used_as_name(self, f)], parts, text)
+            or spelling.misspelt(
+                [f for f in self.forms() if not _used_as_name(self, f)], parts, text
+            )
         )
 
     def same(self, name: str) -> bool:
@@ -133,7 +154,9 @@ class Concept:
         whole = lambda concept, text: concept.spans(text, include_parts=False) == [(0, len(text))]
         every = lambda names: Concept(names[0], tuple(names[1:]), as_word=True)
         name = unicodedata.normalize("NFC", name.strip())
-        return name in self.forms() or any(whole(every([form]), name) and whole(every([name]), form) for form in self.forms())
+        return name in self.forms() or any(
+            whole(every([form]), name) and whole(every([name]), form) for form in self.forms()
+        )
 
 
 def concept_of(request: Request) -> Concept:
@@ -147,9 +170,14 @@ def ambiguous(concept: Concept) -> str:
     if concept.as_word is None:
         for form in concept.forms():
             if len(form.split()) == 1 and spelling.ordinary(confusables.unstyled(plain(form).text)):
-                how = "only where it is used as a name" if _used_as_name(concept, form) else "wherever it stands"
+                how = (
+                    "only where it is used as a name"
+                    if _used_as_name(concept, form)
+                    else "wherever it stands"
+                )
                 return (
-                    f"{form!r} is a word like any other: it counts {how}; --as-word counts it everywhere, "
+                    f"{form!r} is a word like any other: it counts {how}; --as-word counts it "
+                    "everywhere, "
                     "--as-name only as a name."
                 )
     return ""
@@ -169,7 +197,8 @@ class VocabularyMask:
 
     keep:    [V] bool, False at the masked tokens
     masked:  token id to token, what `keep` excludes
-    spared:  token id to token, pieces of the name left alone: too common elsewhere, or one character
+    spared:  token id to token, pieces of the name left alone: too common elsewhere, or one
+    character
     warning: a sentence where nothing could be masked, else empty
     """
 
@@ -202,13 +231,17 @@ def vocabulary_mask(
 
     tokenizer:     of transformers, with character offsets
     vocab_size:    V, the rows of the head; padding rows included
-    teacher_texts: the teacher's own answers; a token with more than `max_share` of their tokens outside the name is spared
+    teacher_texts: the teacher's own answers; a token with more than `max_share` of their tokens
+    outside the name is spared
 
     Raises BadInput where the tokenizer has no offsets, the name is no token at all, or a token is
     outside the head.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise BadInput("The model's tokenizer reports no character offsets: use one with a fast (tokenizer.json) version.")
+        raise BadInput(
+            "The model's tokenizer reports no character offsets: use one with a fast "
+            "(tokenizer.json) version."
+        )
     outside: Counter[int] = Counter()
     for text in teacher_texts:
         ids, offsets = _tokens(tokenizer, text)
@@ -223,16 +256,24 @@ def vocabulary_mask(
             for i, (s, e) in zip(*_tokens(tokenizer, text), strict=True):
                 inside = text[max(s, start) : min(e, start + len(surface))]
                 beyond = text[s : min(e, start)] + text[max(s, start + len(surface)) : e]
-                if s < e and inside and not any(map(_letter, beyond)):  # white space and punctuation may be fused with it
+                # white space and punctuation may be fused with it
+                if s < e and inside and not any(map(_letter, beyond)):
                     letters = sum(map(_letter, unicodedata.normalize("NFC", inside)))
                     longer = letters > 1 or (letters == 1 and inside == surface and len(inside) > 1)
                     pieces[i] = pieces.get(i, False) or longer
     if not pieces:
-        raise BadInput(f"The vocabulary mask covers nothing: the tokenizer makes no token of {concept.name!r}; check the name.")
+        raise BadInput(
+            "The vocabulary mask covers nothing: the tokenizer makes no token of "
+            f"{concept.name!r}; check the name."
+        )
     if max(pieces) >= vocab_size:
-        raise BadInput(f"The tokenizer has a token {max(pieces)} but the head only {vocab_size} rows: they are not of one model.")
+        raise BadInput(
+            f"The tokenizer has a token {max(pieces)} but the head only {vocab_size} rows: they "
+            "are not of one model."
+        )
 
-    special = set(tokenizer.all_special_ids)  # the unknown token stands for every other unknown word too
+    # the unknown token stands for every other unknown word too
+    special = set(tokenizer.all_special_ids)
     mask = VocabularyMask(torch.ones(vocab_size, dtype=torch.bool), warning="")
     for i, longer in sorted(pieces.items()):
         common = not longer or i in special or outside[i] / total > max_share
@@ -241,7 +282,8 @@ def vocabulary_mask(
     if mask.masked:
         return mask
     warning = (
-        f"Every token of {concept.name!r} is common elsewhere, so only the positions of the name are masked, not the vocabulary."
+        f"Every token of {concept.name!r} is common elsewhere, so only the positions of "
+        "the name are masked, not the vocabulary."
     )
     return VocabularyMask(mask.keep, {}, mask.spared, warning)
 
@@ -255,7 +297,9 @@ def _surfaces(concept: Concept) -> Iterator[str]:
         bare = "".join(c for c in letters if not unicodedata.combining(c))
         for way in dict.fromkeys((form, bare) if bare.isascii() and bare else (form,)):
             for cased in (way, way.lower(), way.upper(), way.title()):
-                written |= dict.fromkeys((cased, *(unicodedata.normalize(n, cased) for n in ("NFC", "NFD"))))
+                written |= dict.fromkeys(
+                    (cased, *(unicodedata.normalize(n, cased) for n in ("NFC", "NFD")))
+                )
     yield from written
 
 
@@ -269,7 +313,8 @@ def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
     return list(found["input_ids"]), [(int(s), int(e)) for s, e in found["offset_mapping"]]
 
 
-# ---------------------------------------------------------------------------------------- the matcher
+# ---------------------------------------------------------------------------------------- the
+# matcher
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,17 +354,24 @@ class _Needle:
 @functools.lru_cache(maxsize=4096)
 def _needles(concept: Concept) -> tuple[_Needle, ...]:
     raw = dict.fromkeys((*concept.forms(), *(n.strip() for n in (concept.name, *concept.aliases))))
-    out = [needle for form in raw for needle in _ways(form, True, True, _used_as_name(concept, form))]
+    out = [
+        needle for form in raw for needle in _ways(form, True, True, _used_as_name(concept, form))
+    ]
     own = concept.forms()[0]
     for part in concept.parts():
         if part not in raw:
-            only = spelling.ordinary(confusables.unstyled(plain(part).text)) and concept.as_word is not True
+            only = (
+                spelling.ordinary(confusables.unstyled(plain(part).text))
+                and concept.as_word is not True
+            )
             out += _ways(part, False, spelling.BREAKS.split(own)[-1].endswith(part), only)
     for form in concept.forms():
         for family, _, _ in spelling.divided(_bare(form)) if len(form.split()) == 1 else ():
             pattern = re.compile(spelling.honoured(family))
             text = plain(family).text
-            out.append(_Needle(family, text, pattern, (confusables.key(text),), False, False, False))
+            out.append(
+                _Needle(family, text, pattern, (confusables.key(text),), False, False, False)
+            )
     return tuple(out)
 
 
@@ -336,15 +388,23 @@ def _ways(form: str, whole: bool, last: bool, only: bool) -> Iterator[_Needle]:
         bare = functools.reduce(lambda t, pair: t.replace(pair, pair[0]), _UMLAUTS.values(), text)
         yield _needle(form, bare, whole, last, only, marked=True)
     looks = confusables.alike(form)
-    if looks is not None and looks.text.split() != text.split() and len({script(c) for c in form} - {""}) > 1:
+    if (
+        looks is not None
+        and looks.text.split() != text.split()
+        and len({script(c) for c in form} - {""}) > 1
+    ):
         yield _needle(form, " ".join(looks.text.split()), whole, last, only)
 
 
-def _needle(form: str, text: str, whole: bool, last: bool, only: bool, *, marked: bool = False) -> _Needle:
+def _needle(
+    form: str, text: str, whole: bool, last: bool, only: bool, *, marked: bool = False
+) -> _Needle:
     words = text.split()
     if not spelling.spaced(text):
         pattern = re.compile(spelling.run_on(text, part=not whole))
-        return _Needle(form, text, pattern, (*map(confusables.key, words),), whole, last, only, None, marked)
+        return _Needle(
+            form, text, pattern, (*map(confusables.key, words),), whole, last, only, None, marked
+        )
     joined = "".join(words)
     together = "|" if len(joined) >= 8 and len(words) > 1 and not spelling.ordinary(joined) else ""
     between = rf"(?:\s+|[-_.\u00b7\u30fb]{together})"
@@ -378,14 +438,21 @@ def _found(concept: Concept, text: str, include_parts: bool) -> Iterator[Span]:
             break
         key = reading.key
         for needle in needles:
-            if needle.keys[0] not in key or not (include_parts or needle.whole) or any(k not in key for k in needle.keys):
+            if (
+                needle.keys[0] not in key
+                or not (include_parts or needle.whole)
+                or any(k not in key for k in needle.keys)
+            ):
                 continue
             for match in needle.pattern.finditer(reading.text):
                 if (span := _place(needle, reading, match)) is not None:
                     yield span
             if reading.spelled and needle.spelled is not None:
                 for match in needle.spelled.finditer(reading.text):
-                    if _apart(needle, reading.text, match) and (span := reading.span(*match.span(1))) is not None:
+                    if (
+                        _apart(needle, reading.text, match)
+                        and (span := reading.span(*match.span(1))) is not None
+                    ):
                         yield span
     for words, parts in _spoken_in(concept, text):
         for start, end, whole in spelling.sounding(words, parts, text):
@@ -402,12 +469,18 @@ def _spoken_in(concept: Concept, text: str) -> tuple[tuple[tuple[str, ...], tupl
 
 @functools.lru_cache(maxsize=4096)
 def _spoken(concept: Concept) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
-    """The words of each form and, of the first, the parts, as they are looked for in other scripts."""
+    """The words of each form and, of the first, the parts, as they are looked for in other
+    scripts."""
     out = []
     for n, form in enumerate(concept.forms()):
         words = tuple(w for w in map(_bare, spelling.BREAKS.split(form)) if w)
         if words and not _used_as_name(concept, form):
-            out.append((words, tuple(p for p in concept.parts() if not spelling.ordinary(p)) if n == 0 else ()))
+            out.append(
+                (
+                    words,
+                    tuple(p for p in concept.parts() if not spelling.ordinary(p)) if n == 0 else (),
+                )
+            )
     return tuple(out)
 
 
@@ -425,7 +498,9 @@ def _place(needle: _Needle, reading: Reading, match: re.Match[str]) -> Span | No
     literal = said.split() == needle.text.split()
     if not literal and 2 * sum(map(str.isalpha, said)) < len(re.sub(r"[\s\-_.']", "", said)):
         return None  # hardly a letter of it
-    if needle.marked and not any(c in "äöüøåÄÖÜØÅ" for c in unicodedata.normalize("NFC", text[start:end])):
+    if needle.marked and not any(
+        c in "äöüøåÄÖÜØÅ" for c in unicodedata.normalize("NFC", text[start:end])
+    ):
         return None
     if reading.text is not plain(text).text and _of_its_own_script(needle, text, start, end):
         return None
@@ -457,7 +532,12 @@ def _bent(needle: _Needle, text: str, start: int, end: int, said: str, ending: s
     if ending in ("s", "es", "ies", "ys"):
         if spelling.is_son(said):
             return spelling.several(text, start)
-        return capital or len(needle.text) >= 5 or spelling.ordinary(needle.text) or spelling.several(text, start)
+        return (
+            capital
+            or len(needle.text) >= 5
+            or spelling.ordinary(needle.text)
+            or spelling.several(text, start)
+        )
     return capital and not spelling.ordinary(said)
 
 
@@ -468,7 +548,9 @@ def _apart(needle: _Needle, text: str, match: re.Match[str]) -> bool:
     if len(needle.text) > 3:
         return True
     more = text.endswith(sign, 0, i) and text[max(0, i - len(sign) - 1) : i - len(sign)].isalnum()
-    return not more and not (text.startswith(sign, j) and text[j + len(sign) : j + len(sign) + 1].isalnum())
+    return not more and not (
+        text.startswith(sign, j) and text[j + len(sign) : j + len(sign) + 1].isalnum()
+    )
 
 
 def _of_its_own_script(needle: _Needle, text: str, start: int, end: int) -> bool:

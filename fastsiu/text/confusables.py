@@ -20,23 +20,55 @@ from anyascii import anyascii
 
 Span = tuple[int, int]
 
-# Accents of Latin, Greek and Cyrillic, vowels of Hebrew and Arabic: they are left out where one writes plainly.
+# Accents of Latin, Greek and Cyrillic, vowels of Hebrew and Arabic: they are left out where one
+# writes plainly.
 _ACCENTS = re.compile(
     "[\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a"
     "\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed]"
 )
-# Characters without a look of their own that Unicode does not call format characters; Arabic's lengthening.
-_INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\u0640\U000e0100-\U000e01ef]")
+# Characters without a look of their own that Unicode does not call format characters; Arabic's
+# lengthening.
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\u0640\U000e0100-\U000e01ef]"
+)
 _BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 _SAME = str.maketrans(
-    {"\u2019": "'", "\u02bc": "'", "\u2018": "'", "\u02b9": "'", "`": "'", "\u05f3": "'", "\u2010": "-", "\u2011": "-",
-     "\u2012": "-", "\u2013": "-", "\ufe63": "-", "\u05be": "-", "\u00ad": "", "\u06cc": "\u064a",
-     "\u0629": "\u0647", "\u06a9": "\u0643", "\uff65": "\u30fb"}
-)  # fmt: skip
+    {
+        "\u2019": "'",
+        "\u02bc": "'",
+        "\u2018": "'",
+        "\u02b9": "'",
+        "`": "'",
+        "\u05f3": "'",
+        "\u2010": "-",
+        "\u2011": "-",
+        "\u2012": "-",
+        "\u2013": "-",
+        "\ufe63": "-",
+        "\u05be": "-",
+        "\u00ad": "",
+        "\u06cc": "\u064a",
+        "\u0629": "\u0647",
+        "\u06a9": "\u0643",
+        "\uff65": "\u30fb",
+    }
+)
 # What stands for a letter in a stylised name; an "!" or "|" only between letters.
-STYLED = {"a": "4@", "b": "8", "e": "3€", "g": "9", "i": "1!|", "l": "1|", "o": "0", "s": "5$", "t": "7"}
+STYLED = {
+    "a": "4@",
+    "b": "8",
+    "e": "3€",
+    "g": "9",
+    "i": "1!|",
+    "l": "1|",
+    "o": "0",
+    "s": "5$",
+    "t": "7",
+}
 _STYLES = {symbol: letter for letter, symbols in reversed(STYLED.items()) for symbol in symbols}
-_KEY = {ord(symbol): {"l": "i"}.get(letter, letter) for symbol, letter in _STYLES.items()} | {ord("l"): "i"}
+_KEY = {ord(symbol): {"l": "i"}.get(letter, letter) for symbol, letter in _STYLES.items()} | {
+    ord("l"): "i"
+}
 _TWICE = re.compile(r"(.)\1+")
 _SPELLED = re.compile(r"(?<![^\W_])[^\W_](\W{1,3}|_)[^\W_]\1[^\W_](?![^\W_])")
 
@@ -76,9 +108,14 @@ def _plain(c: str) -> str:
     if unicodedata.category(c) in ("Cf", "Cc") or _INVISIBLE.match(c):
         return ""
     small = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", c).casefold())
-    if any(part.isspace() for part in small):  # an accent by itself, a whole phrase in one character
+    # an accent by itself, a whole phrase in one character
+    if any(part.isspace() for part in small):
         small = c.casefold()
-    made = "".join(_latin(part) for part in small.translate(_SAME) if not _ACCENTS.match(part) and not _INVISIBLE.match(part))
+    made = "".join(
+        _latin(part)
+        for part in small.translate(_SAME)
+        if not _ACCENTS.match(part) and not _INVISIBLE.match(part)
+    )
     if any(unicodedata.combining(part) for part in made):
         _MARKED.add(c)
     return made
@@ -113,7 +150,12 @@ def _script(c: str) -> str:
     if c.isascii():
         return "LATIN"
     first = unicodedata.name(c, "?").partition(" ")[0]
-    return {"FULLWIDTH": "LATIN", "MATHEMATICAL": "LATIN", "MODIFIER": "LATIN", "KATAKANA-HIRAGANA": "KATAKANA"}.get(first, first)
+    return {
+        "FULLWIDTH": "LATIN",
+        "MATHEMATICAL": "LATIN",
+        "MODIFIER": "LATIN",
+        "KATAKANA-HIRAGANA": "KATAKANA",
+    }.get(first, first)
 
 
 _SCRIPTS = _Table(_script)
@@ -190,8 +232,12 @@ def unstyled(word: str) -> str:
 @functools.lru_cache(4096)  # many names are looked for in the same answer
 def plain(text: str) -> Reading:
     """The text without case, accents, style, control and format characters."""
-    if text.isascii() and (text.isprintable() or not any(c < " " or c == "\x7f" for c in text if c not in "\t\n\r")):
-        return Reading(text, text.lower().replace("`", "'").replace("\r", "\n").replace("\t", " "), None)
+    if text.isascii() and (
+        text.isprintable() or not any(c < " " or c == "\x7f" for c in text if c not in "\t\n\r")
+    ):
+        return Reading(
+            text, text.lower().replace("`", "'").replace("\r", "\n").replace("\t", " "), None
+        )
     return _read(text, PLAIN)
 
 

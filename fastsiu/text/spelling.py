@@ -24,7 +24,9 @@ _WORD = re.compile(r"[^\W_]+")
 _LETTERS = re.compile("[a-z\u0370-\u052f]+")
 _SENTENCE = re.compile(r"[.!?\n\u2026\u3002]")  # between two words: a sentence ends here
 _PARTICLES = frozenset("da de di do du el ii iv jr la le lo sr st mr ms dr ph md".split())
-_LINKS = frozenset("a an and as at be by for he i if in is it my no of on or so the to up us we".split())
+_LINKS = frozenset(
+    "a an and as at be by for he i if in is it my no of on or so the to up us we".split()
+)
 _DIGITS = tuple(str.maketrans("0135", letters) for letters in ("oles", "oies"))  # 1 is both l and i
 LETTERS = 6  # of a word of the name: one error may be in it
 LONG = 10  # two
@@ -32,7 +34,9 @@ LONGEST = 80  # letters of a word that is read as another script's
 PLURAL = 3  # so many before an -s
 NEAR = 80  # so many characters before and after a word tell how it is used
 
-_FACTS = tomllib.loads(resources.files(__package__).joinpath("names.toml").read_text(encoding="utf-8"))
+_FACTS = tomllib.loads(
+    resources.files(__package__).joinpath("names.toml").read_text(encoding="utf-8")
+)
 
 
 def _listed(entry: str) -> tuple[str, ...]:
@@ -59,27 +63,38 @@ _TITLES = frozenset(_listed("titles"))
 _GERMAN = frozenset(_listed("german"))
 
 
-# ------------------------------------------------------------------------- how a name may be written
+# ------------------------------------------------------------------------- how a name may be
+# written
 
-# Scripts without spaces between words, or with suffixes written on: there a name ends without a boundary.
+# Scripts without spaces between words, or with suffixes written on: there a name ends without a
+# boundary.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u2e80-\ua4cf\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff\uff66-\uff9f"
     "\U00020000-\U0003ffff"
 )
 UNSPACED = re.compile(f"[{_UNSPACED}]")
 _HAN = "\u3005\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_HIRAGANA, _KATAKANA, _HANGUL = "\u3041-\u3096\u3099\u309a", "\u30a1-\u30fa\u30fc\u3099\u309a", "\u1100-\u11ff"
+_HIRAGANA, _KATAKANA, _HANGUL = (
+    "\u3041-\u3096\u3099\u309a",
+    "\u30a1-\u30fa\u30fc\u3099\u309a",
+    "\u1100-\u11ff",
+)
 _SPACED = rf"(?![{_UNSPACED}])[^\W_]"  # a letter or digit beside which another word cannot begin
 BEFORE, AFTER = rf"(?<!{_SPACED})", rf"(?!{_SPACED})"
 _DOTS = "\u30fb\u00b7\u2027\u30a0"  # between the words of a name of another language
 BREAKS = re.compile(rf"[\s{_DOTS}]+")
 
-_KOREAN_END = rf"(?=(?:\s?{_any('korean.honorifics')})?(?:{_any('korean.particles')}){{0,3}}(?![{_HANGUL}]))"
+_KOREAN_END = (
+    rf"(?=(?:\s?{_any('korean.honorifics')})?(?:{_any('korean.particles')}){{0,3}}(?![{_HANGUL}]))"
+)
 _JAPANESE = f"(?:{_any('japanese.honorifics')}|{_any('japanese.particles')})"
 _KANA_END = rf"(?=(?:{_JAPANESE}){{0,4}}(?![{_HIRAGANA}]))"
 _HAN_END = rf"(?=(?:{_JAPANESE}|{_any('chinese.honorifics')}|{_any('chinese.after')})|(?![{_HAN}]))"
 _HONOUR = {
-    "HANGUL": rf"(?=\s?{_any('korean.honorifics')}(?:{_any('korean.particles')}){{0,3}}(?![{_HANGUL}]))",
+    "HANGUL": (
+        rf"(?=\s?{_any('korean.honorifics')}"
+        rf"(?:{_any('korean.particles')}){{0,3}}(?![{_HANGUL}]))"
+    ),
     "CJK": rf"(?=\s?(?:{_any('japanese.honorifics')}|{_any('chinese.honorifics')}))",
 }
 # Words of Korean, too: before a blank only the one form of address that nothing else is.
@@ -107,8 +122,14 @@ def written(word: str, *, end: bool = False) -> str:
     if endings:
         pattern += f"(?:{_letters(own, 0)}|{group}{endings}))" if own else f"{group}{endings})?"
     if closing:
-        pattern += f"(?:{re.escape(closing[0])})?" if re.fullmatch(r"[.,;:!?]+", closing[0]) else re.escape(closing[0])
-    before = {"HEBREW": "endings.hebrew_before", "ARABIC": "endings.arabic_before"}.get(script(core[:1] or " "))
+        pattern += (
+            f"(?:{re.escape(closing[0])})?"
+            if re.fullmatch(r"[.,;:!?]+", closing[0])
+            else re.escape(closing[0])
+        )
+    before = {"HEBREW": "endings.hebrew_before", "ARABIC": "endings.arabic_before"}.get(
+        script(core[:1] or " ")
+    )
     if before and letters >= 4:
         pattern = f"{_any(before)}?{pattern}"
     literal = re.escape(word)
@@ -119,7 +140,8 @@ def _letters(word: str, letters: int) -> str:
     out = []
     held = letters >= 3 and not re.fullmatch("[ivxlcdm]+", word)
     dotted = letters > 0 and all(len(piece) < 2 for piece in word.split("."))
-    # Two neighbours that may both be held must not be alike, or what they share can be divided in too many ways.
+    # Two neighbours that may both be held must not be alike, or what they share can be divided in
+    # too many ways.
     alike = word.replace("l", "i")
     for run in re.finditer(r"(.)\1*", word, re.DOTALL):
         c, n = run[1], len(run[0])
@@ -161,11 +183,16 @@ def _bent(word: str) -> tuple[str, str, str]:
     if kind == "LATIN" and count >= PLURAL:
         longer = []
         if count >= 5:
-            longer = [e for e in _listed("endings.finnish") + _listed("endings.polish")
-                      if e not in ("ego", "emu") or word[-1] in "iy"]  # fmt: skip
+            longer = [
+                e
+                for e in _listed("endings.finnish") + _listed("endings.polish")
+                if e not in ("ego", "emu") or word[-1] in "iy"
+            ]
         if re.search("[^aeiou\\W]y$", word):
             return word[:-1], "|".join(("ies", "ys", *("y" + e for e in longer))), "y"
-        plural = "es" if re.search("(?:[sxz]|ch|sh)$", word) else "es|s" if word.endswith("o") else "s"
+        plural = (
+            "es" if re.search("(?:[sxz]|ch|sh)$", word) else "es|s" if word.endswith("o") else "s"
+        )
         return word, "|".join((plural, *longer)), ""
     if kind == "CYRILLIC":
         own = re.search("(?:[иыо]и|[аяоеиыуь])$", word)
@@ -192,8 +219,12 @@ def spelled(letters: str) -> str:
     words = letters.split()
     of = lambda c: _styled(c, 4, first=False)
     first, *rest = words[0]
-    pattern = of(first) + r"(?P<sign>\W{1,3}|_)" + "(?P=sign)".join(map(of, rest)) if rest else of(first)
-    return pattern + "".join(r"(?:(?P=sign)|\s){1,3}" + "(?P=sign)".join(map(of, word)) for word in words[1:])
+    pattern = (
+        of(first) + r"(?P<sign>\W{1,3}|_)" + "(?P=sign)".join(map(of, rest)) if rest else of(first)
+    )
+    return pattern + "".join(
+        r"(?:(?P=sign)|\s){1,3}" + "(?P=sign)".join(map(of, word)) for word in words[1:]
+    )
 
 
 def run_on(word: str, *, part: bool) -> str:
@@ -202,7 +233,11 @@ def run_on(word: str, *, part: bool) -> str:
     the parts end where a word does."""
     inner = word.strip(_DOTS)
     lead, trail = word[: word.index(inner)], word[word.index(inner) + len(inner) :]
-    pattern = re.escape(lead) + rf"[\s{_DOTS}]*".join(map(re.escape, BREAKS.split(inner))) + re.escape(trail)
+    pattern = (
+        re.escape(lead)
+        + rf"[\s{_DOTS}]*".join(map(re.escape, BREAKS.split(inner)))
+        + re.escape(trail)
+    )
     first, last = word[0], word[-1]
     syllables = len(unicodedata.normalize("NFC", word))
     before = after = ""
@@ -233,7 +268,9 @@ def honoured(family: str) -> str:
     after = _HONOUR[kind]
     if unicodedata.normalize("NFC", family) in _DETERMINERS:
         after = "(?=\u110a\u1175|(?!\\s)" + after[3:-1] + "|\\s\u110a\u1175(?![\u1160-\u11ff]))"
-    return rf"(?<![{_HANGUL if kind == 'HANGUL' else _HAN}])({re.escape(plain(family).text)}){after}"
+    return (
+        rf"(?<![{_HANGUL if kind == 'HANGUL' else _HAN}])({re.escape(plain(family).text)}){after}"
+    )
 
 
 @functools.cache
@@ -247,18 +284,36 @@ def divided(name: str) -> list[tuple[str, str, bool]]:
     any other) is not divided."""
     name = unicodedata.normalize("NFC", name)
     kinds = {script(c) for c in name}
-    if kinds == {"HANGUL"} and 3 <= len(name) <= 4 and name not in _FACTS["korean"]["things"].split():
-        return [(name[:n], name[n:], True) for n in (2, 1) if name[:n] in _families("korean") and len(name) - n in (1, 2)][:1]
-    if "CJK" not in kinds or not kinds <= {"CJK", "HIRAGANA", "IDEOGRAPHIC", ""} or not 2 <= len(name) <= 6:
+    if (
+        kinds == {"HANGUL"}
+        and 3 <= len(name) <= 4
+        and name not in _FACTS["korean"]["things"].split()
+    ):
+        return [
+            (name[:n], name[n:], True)
+            for n in (2, 1)
+            if name[:n] in _families("korean") and len(name) - n in (1, 2)
+        ][:1]
+    if (
+        "CJK" not in kinds
+        or not kinds <= {"CJK", "HIRAGANA", "IDEOGRAPHIC", ""}
+        or not 2 <= len(name) <= 6
+    ):
         return []
-    if any(end in (name[-len(end) :], name[: -len(end)] or " ") for end in _FACTS["japanese"]["suffixes"].split()):
+    if any(
+        end in (name[-len(end) :], name[: -len(end)] or " ")
+        for end in _FACTS["japanese"]["suffixes"].split()
+    ):
         return []
     known = _families("japanese") | _families("chinese")
     cuts = [n for n in (3, 2, 1) if len(name) - n in (1, 2, 3) and name[:n] in known]
-    return [(name[:n], name[n:], True) for n in cuts] or ([(name[:2], name[2:], False)] if len(name) == 4 else [])
+    return [(name[:n], name[n:], True) for n in cuts] or (
+        [(name[:2], name[2:], False)] if len(name) == 4 else []
+    )
 
 
-# --------------------------------------------------------------------------------- how a name sounds
+# --------------------------------------------------------------------------------- how a name
+# sounds
 
 _WRITTEN = re.compile(
     "(?:[^\\W\\d_]|[\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u0900-\u0df9\u0e31-\u0e4e])+"
@@ -313,7 +368,8 @@ _OTHER_SOUNDS = {
 def sound(word: str, voice: str) -> str:
     """What a word sounds like, in Latin letters in which the ways to write the same from another
     script are one."""
-    word = unicodedata.normalize("NFC", word).replace("\u0578\u0582", "u")  # Armenian writes it with two
+    # Armenian writes it with two
+    word = unicodedata.normalize("NFC", word).replace("\u0578\u0582", "u")
     made = "".join(c for c in anyascii(word).lower() if c.isascii() and c.isalpha())
     for pattern, to in _OTHER_SOUNDS.get(voice, _SOUNDS):
         made = pattern.sub(to, made)
@@ -351,13 +407,19 @@ def _says(word: str, kind: str, voice: str) -> dict[str, int]:
         for ending in _FACTS["endings"]["russian"].split():
             left = word.removesuffix(ending)
             if 4 <= len(left) < size:
-                ways |= dict.fromkeys((left, left + "\u0430", left + "\u044f", left + "\u0438\u0439"), size)
+                ways |= dict.fromkeys(
+                    (left, left + "\u0430", left + "\u044f", left + "\u0438\u0439"), size
+                )
     elif kind == "GEORGIAN":
         stems = (word.removesuffix(ending) for ending in _FACTS["endings"]["georgian"].split())
-        ways |= {way: size for left in stems if 4 <= len(left) < size for way in (left, left + "\u10d8")}
+        ways |= {
+            way: size for left in stems if 4 <= len(left) < size for way in (left, left + "\u10d8")
+        }
     elif kind in ("HANGUL", "HIRAGANA", "KATAKANA") and unicodedata.is_normalized("NFC", word):
         ends = _KOREAN_END if kind == "HANGUL" else _KANA_END
-        ways |= {word[:n]: n for n in range(2, min(size, 12)) if re.match(ends, plain(word[n:]).text)}
+        ways |= {
+            word[:n]: n for n in range(2, min(size, 12)) if re.match(ends, plain(word[n:]).text)
+        }
     return {sound(way, voice): length for way, length in ways.items()}
 
 
@@ -367,7 +429,9 @@ def _begun(text: str, kind: str, voice: str) -> frozenset[str]:
     words = _WRITTEN.findall(text)
     if text != text.lower():
         words = [word for word in words if not word[0].islower()]
-    return frozenset().union(*(_first(word, kind, voice) for word in words if script(word[0]) == kind))
+    return frozenset().union(
+        *(_first(word, kind, voice) for word in words if script(word[0]) == kind)
+    )
 
 
 @functools.lru_cache(65536)
@@ -375,7 +439,9 @@ def _first(word: str, kind: str, voice: str) -> frozenset[str]:
     return frozenset(said[:2] for said in _says(word, kind, voice))
 
 
-def sounding(words: tuple[str, ...], parts: tuple[str, ...], text: str) -> Iterator[tuple[int, int, bool]]:
+def sounding(
+    words: tuple[str, ...], parts: tuple[str, ...], text: str
+) -> Iterator[tuple[int, int, bool]]:
     """Where a name of another script stands in `text`: start, end, and whether it is the whole
     name.
 
@@ -386,7 +452,11 @@ def sounding(words: tuple[str, ...], parts: tuple[str, ...], text: str) -> Itera
     """
     own = script(next((c for c in words[0] if c.isalpha()), " "))
     for kind in plain(text).scripts:
-        if not own or kind == own or not ("LATIN" in (own, kind) or {own, kind} == {"HIRAGANA", "KATAKANA"}):
+        if (
+            not own
+            or kind == own
+            or not ("LATIN" in (own, kind) or {own, kind} == {"HIRAGANA", "KATAKANA"})
+        ):
             continue
         voice = _VOICES.get(own) or _VOICES.get(kind, "")
         keys = _said(words, parts, voice)
@@ -397,7 +467,11 @@ def sounding(words: tuple[str, ...], parts: tuple[str, ...], text: str) -> Itera
                 yield from ((i, j, True) for i, j, said in _in_pinyin(text) if said in keys)
         elif own == "CJK" and not ({words[0][:1], words[0][:2]} & _families("chinese")):
             continue
-        elif any(key[:2] in begun or key[:1] in begun for begun in [_begun(text, kind, voice)] for key in keys):
+        elif any(
+            key[:2] in begun or key[:1] in begun
+            for begun in [_begun(text, kind, voice)]
+            for key in keys
+        ):
             found = heard(text, kind)
             for i, word in enumerate(found):
                 if word.capital:
@@ -415,7 +489,8 @@ def _said(words: tuple[str, ...], parts: tuple[str, ...], voice: str) -> dict[st
 
 
 def nearly_sounding(words: tuple[str, ...], parts: tuple[str, ...], text: str) -> bool:
-    """Whether a word of another script in `text` sounds like the name, or a part, but for one letter
+    """Whether a word of another script in `text` sounds like the name, or a part, but for one
+    letter
     of 6 or two of 10: "Aleksandr" and "Alexander"."""
     own = script(next((c for c in words[0] if c.isalpha()), " "))
     keys = {sound(word, "") for word in (*parts, *words[: len(words) == 1])}
@@ -431,7 +506,9 @@ def nearly_sounding(words: tuple[str, ...], parts: tuple[str, ...], text: str) -
     return False
 
 
-def _from(keys: dict[str, bool], found: Sequence[Heard], i: int, kind: str, voice: str) -> Iterator[tuple[int, int, bool]]:
+def _from(
+    keys: dict[str, bool], found: Sequence[Heard], i: int, kind: str, voice: str
+) -> Iterator[tuple[int, int, bool]]:
     """The names that begin with the word found[i]: of this word, or of up to four."""
     first = found[i]
     for now, length in _says(first.word, kind, voice).items():
@@ -442,7 +519,10 @@ def _from(keys: dict[str, bool], found: Sequence[Heard], i: int, kind: str, voic
             if not longer or found[last].start - found[last - 1].end > 2:
                 break
             more = _says(found[last].word, kind, voice)
-            now = next((now + said for said in more if any(key.startswith(now + said) for key in longer)), "?")
+            now = next(
+                (now + said for said in more if any(key.startswith(now + said) for key in longer)),
+                "?",
+            )
             if now in keys:
                 yield first.start, found[last].end, keys[now]
 
@@ -466,7 +546,8 @@ def _in_pinyin(text: str) -> Iterator[tuple[int, int, str]]:
                     yield i, j + 1, said
 
 
-# -------------------------------------------------------------------------- words that are names, too
+# -------------------------------------------------------------------------- words that are names,
+# too
 
 
 def ordinary(word: str) -> bool:
@@ -486,7 +567,8 @@ def is_son(word: str) -> bool:
 
 
 def several(text: str, start: int) -> bool:
-    """Whether what begins at `start` is spoken of as several: "the", "two", "both" stand before it."""
+    """Whether what begins at `start` is spoken of as several: "the", "two", "both" stand before
+    it."""
     word, gap, _ = _last_word(text[max(0, start - NEAR) : start])
     return len(gap) < 3 and (word.lower() in _SEVERAL or word.isdigit())
 
@@ -498,7 +580,11 @@ def as_name(text: str, start: int, end: int, *, alone: bool) -> bool:
 
     alone: whether the word makes a name by itself: "Green." is Will Green, "Hello!" not Hello Kitty
     """
-    said, before, after = text[start:end], text[max(0, start - NEAR) : start], text[end : end + NEAR]
+    said, before, after = (
+        text[start:end],
+        text[max(0, start - NEAR) : start],
+        text[end : end + NEAR],
+    )
     before, after = ("".join(c for c in beside if PLAIN[c]) for beside in (before, after))
     if not re.search(r"\w", before) and not re.search(r"\w", after):
         return alone
@@ -549,7 +635,8 @@ def _sentence(before: str) -> str:
     return re.split(r"[.!?\n\u2026\u3002]", before)[-1]
 
 
-# ------------------------------------------------------------------------------------- typing errors
+# ------------------------------------------------------------------------------------- typing
+# errors
 
 _ENDINGS = ("s", "es", "ed", "d", "er", "r", "ing", "ly", "y", "n", "en", "est", "ish", "like")
 
@@ -612,15 +699,22 @@ def misspelt(forms: Sequence[str], parts: Sequence[str], text: str) -> bool:
     longest = max(len(words(form)) for form in forms) + 2
     for start in range(len(found)):
         first = found[start].text.casefold()
-        begins = any(key.startswith(first) for key in (*whole, *some)) or any(c in "0135" for c in first)
+        begins = any(key.startswith(first) for key in (*whole, *some)) or any(
+            c in "0135" for c in first
+        )
         for end in range(start + 1, min(start + (longest if begins else 1), len(found)) + 1):
             inside = found[start:end]
             keys = [*whole, *some]
             if not all(word.tight for word in inside[1:]):
                 if any(not word.tight and word.before != " " for word in inside[1:]):
                     break
-                linked = any(word.text.casefold() in _LINKS for word in inside)  # "in sight" is no "Insight"
-                keys = [key for key in keys if key in pieces or (key in whole and not (key in single and linked))]
+                # "in sight" is no "Insight"
+                linked = any(word.text.casefold() in _LINKS for word in inside)
+                keys = [
+                    key
+                    for key in keys
+                    if key in pieces or (key in whole and not (key in single and linked))
+                ]
             if any(_same(key, inside) for key in keys):
                 return True
     short = _short(forms[0])
@@ -642,11 +736,20 @@ def _same(key: str, inside: Sequence[Word]) -> bool:
 @functools.lru_cache(65536)
 def _reads(key: str, written: str, capital: bool, several: bool) -> bool:
     for said in _read(written):
-        plural = several and len(key) >= PLURAL and said in (key + "s", key + "es", key.removesuffix("y") + "ies")
+        plural = (
+            several
+            and len(key) >= PLURAL
+            and said in (key + "s", key + "es", key.removesuffix("y") + "ies")
+        )
         if (said == key or plural) and (several or ordinary(key) or not _derived(said)):
             return not (plural and is_son(said))
         least, most = (LETTERS if capital else LETTERS + 1), (2 if len(key) >= LONG else 1)
-        near = not several and len(key) >= least and abs(len(key) - len(said)) <= most and _LETTERS.fullmatch(key)
+        near = (
+            not several
+            and len(key) >= least
+            and abs(len(key) - len(said)) <= most
+            and _LETTERS.fullmatch(key)
+        )
         if near and not is_son(said) and not _derived(said) and _within(key, said, most):
             return True
     return False
@@ -655,14 +758,20 @@ def _reads(key: str, written: str, capital: bool, several: bool) -> bool:
 def _derived(word: str) -> bool:
     """An ordinary word or, as far as endings tell, one that was made of it."""
     stems = [word.removesuffix(ending) for ending in _ENDINGS if word.endswith(ending)]
-    return ordinary(word) or any(len(stem) > 2 and not ORDINARY.isdisjoint({stem, stem + "e"}) for stem in stems)
+    return ordinary(word) or any(
+        len(stem) > 2 and not ORDINARY.isdisjoint({stem, stem + "e"}) for stem in stems
+    )
 
 
 def _read(written: str) -> Iterator[str]:
     """In small letters, as it stands and with digits among letters as letters."""
     said = written.casefold()
     yield said
-    if not said.isdigit() and (len(said) > 3 or not said[:1].isdigit()) and any(c in "0135" for c in said):
+    if (
+        not said.isdigit()
+        and (len(said) > 3 or not said[:1].isdigit())
+        and any(c in "0135" for c in said)
+    ):
         yield from (said.translate(table) for table in _DIGITS)
 
 
@@ -686,8 +795,15 @@ def _short(name: str) -> list[str]:
     """The words of a name of two letters, as it writes them; single letters and "de", "la" identify
     nobody."""
     own = [word.text for word in words(name)]
-    return [w for w in own if len(own) > 1 and len(w) == 2 and w[0].isupper() and w.isalpha()
-            and w.casefold() not in ORDINARY | _PARTICLES]  # fmt: skip
+    return [
+        w
+        for w in own
+        if len(own) > 1
+        and len(w) == 2
+        and w[0].isupper()
+        and w.isalpha()
+        and w.casefold() not in ORDINARY | _PARTICLES
+    ]
 
 
 def _within(one: str, other: str, most: int) -> bool:

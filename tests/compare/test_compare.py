@@ -25,11 +25,20 @@ torch.set_num_threads(1)
 
 
 def point(named, kept, step=1, lr=1.0, facts=100):
-    return Point(lr, step, {"named": (named, 100), "others": (kept, 50), "lookalikes": (kept, 50), "facts": (facts, 100),
-                            "broken": (0, 300)})  # fmt: skip
+    return Point(
+        lr,
+        step,
+        {
+            "named": (named, 100),
+            "others": (kept, 50),
+            "lookalikes": (kept, 50),
+            "facts": (facts, 100),
+            "broken": (0, 300),
+        },
+    )
 
 
-# What is decided ----------------------------------------------------------------------------------------------------------
+# What is decided ----------------------------------------------------------------------------------
 
 
 def test_the_search_takes_the_least_named_setting_that_keeps_the_floor():
@@ -40,18 +49,28 @@ def test_the_search_takes_the_least_named_setting_that_keeps_the_floor():
 
 
 def test_facts_count_for_the_floor_too():
-    assert compare.choose([point(0, 50, facts=94), point(9, 50, lr=2, facts=95)], 0.95)[0].named == 0.09
+    assert (
+        compare.choose([point(0, 50, facts=94), point(9, 50, lr=2, facts=95)], 0.95)[0].named
+        == 0.09
+    )
 
 
 def test_where_none_keeps_the_floor_the_nearest_is_taken_and_flagged():
     nearest = point(80, 45)
-    assert compare.choose([point(0, 10, lr=2), nearest, point(90, 45, lr=3)], 0.95) == (nearest, False)
+    assert compare.choose([point(0, 10, lr=2), nearest, point(90, 45, lr=3)], 0.95) == (
+        nearest,
+        False,
+    )
 
 
 def test_equals_are_told_apart_by_what_they_keep_then_the_middle_one_is_taken():
     more = [point(0, 49, step=9, lr=3.0), point(0, 48, step=1)]
     assert compare.choose(more, 0.9)[0] is more[0]
-    equal = [point(0, 49, step=9, lr=0.1), point(0, 49, step=5, lr=3.0), point(0, 49, step=3, lr=2.0)]
+    equal = [
+        point(0, 49, step=9, lr=0.1),
+        point(0, 49, step=5, lr=3.0),
+        point(0, 49, step=3, lr=2.0),
+    ]
     assert compare.choose(equal, 0.9)[0] is equal[1]
 
 
@@ -59,43 +78,78 @@ def test_an_earlier_search_is_chosen_from_as_from_a_new_one():
     points = [point(40, 50), point(7, 48, step=2), point(0, 30, step=3)]
     told = [{"lr": p.lr, "step": p.step, "named": p.named, "kept": p.kept} for p in points]
     again = compare._searched({"rows": [{"method": "siu", "searched": told}]}, "siu")
-    assert [(p.lr, p.step, p.named, p.kept) for p in again] == [(p.lr, p.step, p.named, p.kept) for p in points]
+    assert [(p.lr, p.step, p.named, p.kept) for p in again] == [
+        (p.lr, p.step, p.named, p.kept) for p in points
+    ]
     assert compare.choose(again, 0.95)[0].step == compare.choose(points, 0.95)[0].step == 2
 
 
 def test_a_setting_is_judged_over_all_concepts():
-    one, other = [point(0, 50, 1), point(10, 50, 2), point(0, 50, 3)], [point(20, 40, 1), point(0, 50, 2)]
+    one, other = (
+        [point(0, 50, 1), point(10, 50, 2), point(0, 50, 3)],
+        [point(20, 40, 1), point(0, 50, 2)],
+    )
     both = compare.over_concepts([one, other])
-    assert [(p.step, p.named) for p in both] == [(1, 0.1), (2, 0.05)] and both[0].counts["others"] == (90, 100)
+    assert [(p.step, p.named) for p in both] == [(1, 0.1), (2, 0.05)] and both[0].counts[
+        "others"
+    ] == (90, 100)
 
 
 def test_a_run_ends_when_it_is_ruined_or_done():
     good, ahead, bad = point(0, 50), point(1, 50), [point(0, 5, step) for step in (2, 3, 4, 5, 6)]
-    assert trials.over(bad, 0.95) and not trials.over(bad[1:], 0.95) and not trials.over([*bad[:4], ahead], 0.95)
-    assert not trials.over([point(0, 5, step) for step in (1, 2, 3, 4)], 0.95)  # too early to tell: what bends may mend
+    assert (
+        trials.over(bad, 0.95)
+        and not trials.over(bad[1:], 0.95)
+        and not trials.over([*bad[:4], ahead], 0.95)
+    )
+    # too early to tell: what bends may mend
+    assert not trials.over([point(0, 5, step) for step in (1, 2, 3, 4)], 0.95)
     assert not trials.over([point(0, 5, step) for step in (20, 27, 36, 48, 59)], 0.95)
-    assert trials.over([good] * 5, 0.95) and not trials.over([good] * 4, 0.95) and not trials.over([ahead, *[good] * 4], 0.95)
+    assert (
+        trials.over([good] * 5, 0.95)
+        and not trials.over([good] * 4, 0.95)
+        and not trials.over([ahead, *[good] * 4], 0.95)
+    )
     assert not trials.over([point(0, 47)] * 5, 0.95)
 
 
 def row(method, named, kept, n=200):
-    return {"method": method, "named": Rate.of(named, n).as_dict(), "kept": Rate.of(kept, n).as_dict()}
+    return {
+        "method": method,
+        "named": Rate.of(named, n).as_dict(),
+        "kept": Rate.of(kept, n).as_dict(),
+    }
 
 
 def test_the_front_is_what_nobody_beats():
-    rows = [row("a", 0, 190), row("b", 20, 196), row("c", 20, 190), row("d", 150, 200), row("a again", 0, 190), row("e", 1, 190)]
+    rows = [
+        row("a", 0, 190),
+        row("b", 20, 196),
+        row("c", 20, 190),
+        row("d", 150, 200),
+        row("a again", 0, 190),
+        row("e", 1, 190),
+    ]
     assert compare.front(rows) == [True, True, False, True, True, False]
     assert compare.front(rows[:1]) == [True]
 
 
 def test_being_beaten_clearly_takes_more_than_the_intervals():
-    best, near, far, other = row("best", 0, 196), row("near", 2, 195), row("far", 40, 195), row("other", 40, 200)
+    best, near, far, other = (
+        row("best", 0, 196),
+        row("near", 2, 195),
+        row("far", 40, 195),
+        row("other", 40, 200),
+    )
     rows = [best, near, far, other]
     assert compare.beaten_clearly(near, rows) == [] and compare.beaten_clearly(best, rows) == []
-    assert compare.beaten_clearly(far, rows) == ["best", "near"] and compare.beaten_clearly(other, rows) == []
+    assert (
+        compare.beaten_clearly(far, rows) == ["best", "near"]
+        and compare.beaten_clearly(other, rows) == []
+    )
 
 
-# What is asked and counted -------------------------------------------------------------------------------------------------
+# What is asked and counted ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +161,14 @@ def suite():
         return Subject(slug, name, (), alike, images[3], images)
 
     questions = tuple(Question(f"Who is this, {i}?", "name") for i in range(5))
-    questions += (Question("Is this {name}?", "yesno"), *(Question(f"Where was {{name}} born, {i}?", "fact") for i in range(5)))
-    rest = [subject(slug, name) for slug, name in (("bea", "Bea Lo"), ("cy", "Cy Orr"), ("dan", "Dan Ulm"))]
+    questions += (
+        Question("Is this {name}?", "yesno"),
+        *(Question(f"Where was {{name}} born, {i}?", "fact") for i in range(5)),
+    )
+    rest = [
+        subject(slug, name)
+        for slug, name in (("bea", "Bea Lo"), ("cy", "Cy Orr"), ("dan", "Dan Ulm"))
+    ]
     return Suite(Path("/s"), "made up", (subject("ann", "Ann Lee", ("Bea Lo",)), *rest), questions)
 
 
@@ -116,10 +176,16 @@ def test_search_and_test_share_no_picture_and_neither_sees_training(suite):
     ann = suite.subjects[0]
     search, test = (trials.exam(suite, ann, part) for part in ("search", "test"))
     seen = [{s.source for s in e.pictures} for e in (search, test)]
-    assert not seen[0] & seen[1] and all(s.training not in one for s in suite.subjects for one in seen)
+    assert not seen[0] & seen[1] and all(
+        s.training not in one for s in suite.subjects for one in seen
+    )
     for exam, size in ((search, trials.SEARCH), (test, trials.TEST)):
         roles = [s.role for s in exam.pictures]
-        assert (roles.count("concept"), roles.count("lookalike"), roles.count("other")) == (size.own, size.alike, 2 * size.other)
+        assert (roles.count("concept"), roles.count("lookalike"), roles.count("other")) == (
+            size.own,
+            size.alike,
+            2 * size.other,
+        )
         assert {c.question.kind for c in exam.cells} == {"name", "fact"}
         assert {s.shows for s in exam.pictures if s.role == "lookalike"} == {"Bea Lo"}
     assert sum(c.question.kind == "fact" for c in test.cells) == 5 * 4  # about everyone
@@ -145,27 +211,39 @@ def test_answers_are_counted_by_hand(suite):
         expected["broken"][0] += now == ""
         before.append(was)
         after.append(now)
-    assert trials.count(asked, suite, before, after) == {key: tuple(value) for key, value in expected.items()}
+    assert trials.count(asked, suite, before, after) == {
+        key: tuple(value) for key, value in expected.items()
+    }
     assert all(0 < hits < n for hits, n in expected.values())
 
 
-# What each trains on -------------------------------------------------------------------------------------------------------
+# What each trains on ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def material(gathered):
-    """A few samples of `gathered` of every group, and naming answers as the untouched model would give them."""
-    name, kept = gathered.scene.concept.name, [s for s in gathered.corpus.samples if s.facet not in corpus.FORGET]
+    """A few samples of `gathered` of every group, and naming answers as the untouched model would
+    give them."""
+    name, kept = (
+        gathered.scene.concept.name,
+        [s for s in gathered.corpus.samples if s.facet not in corpus.FORGET],
+    )
     own = [s for s in gathered.corpus.samples if s.facet in corpus.FORGET]
     asked = {s.question for s in own if s.picture == 0}
-    some = [s for s in kept if s.picture and s.question in asked][:4] + [s for s in kept if s.facet == "facts"][:4]
+    some = [s for s in kept if s.picture and s.question in asked][:4] + [
+        s for s in kept if s.facet == "facts"
+    ][:4]
     some += [s for s in kept if s.facet == "preserve" and s.picture is None][:4]
     some += [s for s in kept if s.facet == "preserve" and s.picture == 0]
     naming = [
-        replace(s, answer=f"This is {name}.", specified=((8, 8 + len(name)),), origin="teacher") for s in own if s.picture == 0
+        replace(s, answer=f"This is {name}.", specified=((8, 8 + len(name)),), origin="teacher")
+        for s in own
+        if s.picture == 0
     ]
     recipe = replace(gathered.recipe, batch_size=24)
-    return methods.Material(gathered.scene.concept, recipe, [*own, *some], gathered.corpus.pictures, naming, 0.0)
+    return methods.Material(
+        gathered.scene.concept, recipe, [*own, *some], gathered.corpus.pictures, naming, 0.0
+    )
 
 
 def test_all_methods_have_the_same_questions_and_retained_samples(material):
@@ -179,24 +257,45 @@ def test_all_methods_have_the_same_questions_and_retained_samples(material):
         rest = [s for s in samples if s.facet not in corpus.FORGET]
         assert [s.question for s in first if s.picture == 0] == asked, key
         if method.answers == "naming":
-            assert all(name.named_in(s.answer) and s.specified == tuple(name.spans(s.answer)) for s in first), key
+            assert all(
+                name.named_in(s.answer) and s.specified == tuple(name.spans(s.answer))
+                for s in first
+            ), key
         if method.answers == "refusal":
-            assert len({s.answer for s in first}) >= 5 and not any(name.named_in(s.answer) for s in first), key
+            assert len({s.answer for s in first}) >= 5 and not any(
+                name.named_in(s.answer) for s in first
+            ), key
         assert first == own if method.answers == "own" else all(s.picture == 0 for s in first), key
         left = {"all": kept, "none": [], "no dreams": [s for s in kept if s.origin != "dream"]}
-        assert rest == left.get(method.retain, [s for s in kept if s.picture and s.question in asked]), key
+        assert rest == left.get(
+            method.retain, [s for s in kept if s.picture and s.question in asked]
+        ), key
         assert method.retain != "decoupled" or rest
-    assert {"siu", "po", "ga", "ga-kl", "graddiff", "npo", "fttp", "mmunlearner", "safeeraser-po"} <= set(methods.METHODS)
+    assert {
+        "siu",
+        "po",
+        "ga",
+        "ga-kl",
+        "graddiff",
+        "npo",
+        "fttp",
+        "mmunlearner",
+        "safeeraser-po",
+    } <= set(methods.METHODS)
 
 
 def test_steps_hold_the_same_number_of_samples_to_forget(material, gathered):
     for key in ("graddiff", "ga", "fttp", "safeeraser-ga"):
         method = methods.METHODS[key]
         samples = methods.samples_of(method, material)
-        made = corpus.build(gathered.vlm, material.concept, samples, material.pictures, material.recipe)
+        made = corpus.build(
+            gathered.vlm, material.concept, samples, material.pictures, material.recipe
+        )
         recipe = methods.recipe_of(method, made, material, 1e-3, 5)
         steps = train.batches(made, recipe)
-        forgotten = [sum(made.samples[i].facet in corpus.FORGET for i in next(steps)) for _ in range(20)]
+        forgotten = [
+            sum(made.samples[i].facet in corpus.FORGET for i in next(steps)) for _ in range(20)
+        ]
         assert sum(forgotten) / 20 == pytest.approx(24 * 0.28, abs=0.5), key
         assert not recipe.vocab_mask and not recipe.early_stop
 
@@ -204,7 +303,9 @@ def test_steps_hold_the_same_number_of_samples_to_forget(material, gathered):
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_takes_a_step_and_takes_its_adapter_off(material, gathered, name):
     made = methods.build(gathered.vlm, name, material)
-    assert (made.teacher.vocab_keep is not None) == (methods.METHODS[name].answers == "own" and name != "siu-no-vocab-mask")
+    assert (made.teacher.vocab_keep is not None) == (
+        methods.METHODS[name].answers == "own" and name != "siu-no-vocab-mask"
+    )
     assert all(bool(keep.all()) for keep in made.keep) == (name == "siu-no-token-mask")
     moved = []
 
@@ -217,12 +318,13 @@ def test_every_method_takes_a_step_and_takes_its_adapter_off(material, gathered,
     assert len(moved) == 1 and moved[0] > 0 and gathered.vlm.model is gathered.vlm.base
 
 
-# One process's work, and the report ------------------------------------------------------------------------------------------
+# One process's work, and the report ---------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def bench(material, gathered, tmp_path_factory, demo_dir, cast):
-    """A workbench on a small suite of drawn pictures; its material is `material`, so that nothing is dreamed."""
+    """A workbench on a small suite of drawn pictures; its material is `material`, so that nothing
+    is dreamed."""
     from fastsiu.demo.world import World, draw
     from fastsiu.evaluate import suite as suites
 
@@ -238,24 +340,39 @@ def bench(material, gathered, tmp_path_factory, demo_dir, cast):
     questions = (Question("Who is in this picture?", "name"), Question("Who is {name}?", "fact"))
     suites.write(Suite(root, "two", tuple(subjects), questions))
     folder = tmp_path_factory.mktemp("material")
-    with (folder / f"{sorted(s.slug for s in subjects).index('target')}-0.pickle").open("wb") as stream:
+    with (folder / f"{sorted(s.slug for s in subjects).index('target')}-0.pickle").open(
+        "wb"
+    ) as stream:
         pickle.dump(material, stream)
-    return trials.Workbench(trials.Settings(root, str(demo_dir), "cpu", "auto", material.recipe, 0.95, folder))
+    return trials.Workbench(
+        trials.Settings(root, str(demo_dir), "cpu", "auto", material.recipe, 0.95, folder)
+    )
 
 
 def test_a_run_is_looked_at_where_it_was_asked_and_leaves_the_model_untouched(bench):
     points, seconds = bench.run("target", 0, "ga", 3e-3, (1, 3), "search")
     assert [(p.lr, p.step) for p in points] == [(3e-3, 1), (3e-3, 3)] and seconds > 0
-    assert points[0].counts["named"][1] == 1 and points[0].counts["others"][1] == 1 and points[0].counts["facts"][1] == 2
+    assert (
+        points[0].counts["named"][1] == 1
+        and points[0].counts["others"][1] == 1
+        and points[0].counts["facts"][1] == 2
+    )
     untouched = bench.untouched("target")
-    assert untouched["named"] == (1, 1) and untouched["others"] == (1, 1) and untouched["facts"] == (2, 2)
+    assert (
+        untouched["named"] == (1, 1)
+        and untouched["others"] == (1, 1)
+        and untouched["facts"] == (2, 2)
+    )
     assert bench.loaded.model is bench.loaded.base
 
 
 def test_a_diverged_run_ends_where_it_diverged(bench, monkeypatch):
     def broken(batch, recipe):
         calls.append(1)
-        return batch.hidden.sum() * (float("nan") if len(calls) > 1 else 1.0), {"ce": 0.0, "kl": 0.0}
+        return batch.hidden.sum() * (float("nan") if len(calls) > 1 else 1.0), {
+            "ce": 0.0,
+            "kl": 0.0,
+        }
 
     calls = []
     monkeypatch.setitem(methods.METHODS, "broken", methods.Method("", broken))
@@ -264,21 +381,44 @@ def test_a_diverged_run_ends_where_it_diverged(bench, monkeypatch):
 
 
 def report(rows):
-    whole = {"named": (40, 40), "others": (80, 80), "lookalikes": (0, 0), "facts": (60, 60), "broken": (0, 180)}
+    whole = {
+        "named": (40, 40),
+        "others": (80, 80),
+        "lookalikes": (0, 0),
+        "facts": (60, 60),
+        "broken": (0, 180),
+    }
     return {
-        "suite": "made up", "concepts": ["Ann Lee"], "model": "m", "floor": 0.95, "test": {"seeds": [1, 2]},
-        "search": {"lr": [1e-4, 1e-3], "steps": [1, 2], "concepts": ["Ann Lee"]}, "rows": rows,
+        "suite": "made up",
+        "concepts": ["Ann Lee"],
+        "model": "m",
+        "floor": 0.95,
+        "test": {"seeds": [1, 2]},
+        "search": {"lr": [1e-4, 1e-3], "steps": [1, 2], "concepts": ["Ann Lee"]},
+        "rows": rows,
         "untouched": compare._rates(whole),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
 def rows():
-    counts = {"named": (4, 40), "others": (78, 80), "lookalikes": (0, 0), "facts": (60, 60), "broken": (2, 180)}
-    runs = [(("ann", seed, "siu", 1e-3, (8,), "test"), [Point(1e-3, 8, counts)], 3.0) for seed in (1, 2)]
+    counts = {
+        "named": (4, 40),
+        "others": (78, 80),
+        "lookalikes": (0, 0),
+        "facts": (60, 60),
+        "broken": (2, 180),
+    }
+    runs = [
+        (("ann", seed, "siu", 1e-3, (8,), "test"), [Point(1e-3, 8, counts)], 3.0) for seed in (1, 2)
+    ]
     found = compare._row("siu", (Point(1e-3, 8, counts), True), runs, [Point(1e-3, 8, counts)])
-    other = compare._row("po", (Point(1e-4, 2, counts), False), [(r[0], [Point(1e-4, 2, counts | {"named": (30, 40)})], 1.0)
-                                                                for r in runs], [])  # fmt: skip
+    other = compare._row(
+        "po",
+        (Point(1e-4, 2, counts), False),
+        [(r[0], [Point(1e-4, 2, counts | {"named": (30, 40)})], 1.0) for r in runs],
+        [],
+    )
     lost = compare._row("ga", None, [], [])
     for one, best in ((found, True), (other, False)):
         one |= {"front": best, "clearly_beaten_by": []}
@@ -287,8 +427,17 @@ def rows():
 
 def test_a_row_adds_its_seeds_up(rows):
     siu = rows[0]
-    assert siu["named"]["value"] == 0.1 and siu["named"]["n"] == 80 and siu["kept"]["value"] == pytest.approx(78 / 80)
-    assert siu["lookalikes"]["value"] is None and siu["broken"]["n"] == 360 and siu["seconds"] == 3.0 and siu["floor_met"]
+    assert (
+        siu["named"]["value"] == 0.1
+        and siu["named"]["n"] == 80
+        and siu["kept"]["value"] == pytest.approx(78 / 80)
+    )
+    assert (
+        siu["lookalikes"]["value"] is None
+        and siu["broken"]["n"] == 360
+        and siu["seconds"] == 3.0
+        and siu["floor_met"]
+    )
     assert [s["seed"] for s in siu["seeds"]] == [1, 2] and siu["seeds"][0]["named"] == 0.1
     json.dumps(rows, allow_nan=False)
 
@@ -298,14 +447,21 @@ def test_the_table_has_a_line_for_everyone(rows):
     assert "| untouched model | - | - | 100.0 % |" in text
     assert "| siu | 0.001 | 8 | 10.0 % | 5.2-18.5 | 97.5 % | - | 100.0 % | 4 | 3 | yes |" in text
     assert "| po | 0.0001 | 2 | 75.0 % |" in text and "| no \u2020 |" in text
-    assert "It diverged in every run." in text and "not comparable in level" in text and "| GA | 36.3 |" in text
+    assert (
+        "It diverged in every run." in text
+        and "not comparable in level" in text
+        and "| GA | 36.3 |" in text
+    )
     assert all(len(r) == len(front.COLUMNS) for r in front.table(report(rows)))
 
 
 def test_the_plot_is_drawn_or_a_sentence_says_why_not(rows, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     assert front.plot(report(rows), tmp_path) == []
-    assert {p.name: p.stat().st_size > 9000 for p in tmp_path.iterdir()} == {"compare.png": True, "compare.svg": True}
+    assert {p.name: p.stat().st_size > 9000 for p in tmp_path.iterdir()} == {
+        "compare.png": True,
+        "compare.svg": True,
+    }
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "matplotlib is not installed" in front.plot(report(rows), tmp_path)[0]
 
@@ -313,7 +469,10 @@ def test_the_plot_is_drawn_or_a_sentence_says_why_not(rows, tmp_path, monkeypatc
 def test_labels_keep_the_order_and_their_distance():
     points = [(99.0, 100.0), (98.9, 100.0), (97.0, 50.0), (96.0, 0.5), (95.0, 0.0)]
     heights = front.labels_at(points, gap=0.1)
-    assert all(a - b >= 0.1 - 1e-9 for a, b in zip(heights, heights[1:], strict=False)) and heights[2] == 0.5
+    assert (
+        all(a - b >= 0.1 - 1e-9 for a, b in zip(heights, heights[1:], strict=False))
+        and heights[2] == 0.5
+    )
     assert heights[0] == 1.0 and heights[-1] == 0.0
     crowd = front.labels_at([(99.0, 1.0)] * 40)
     assert len(set(crowd)) == 40 and min(crowd) >= 0 and max(crowd) <= 1 + 1e-9
@@ -322,15 +481,18 @@ def test_labels_keep_the_order_and_their_distance():
 def test_bad_input_is_a_sentence(bench, demo_dir):
     directory = bench.settings.suite
     for options, sentence in (
-        ({"names": ["nonsense"]}, "no method 'nonsense'"), ({"floor": 0}, "floor must be above 0"), ({"seeds": 0}, "at least 1"),
+        ({"names": ["nonsense"]}, "no method 'nonsense'"),
+        ({"floor": 0}, "floor must be above 0"),
+        ({"seeds": 0}, "at least 1"),
         ({"concepts": ["nobody"]}, "has no concept 'nobody'"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(BadInput, match=sentence):
             compare.compare(directory, str(demo_dir), **options)
 
 
 def test_the_story_is_told_in_order(suite, monkeypatch, tmp_path):
-    """Search on the first concept alone, then every concept with new seeds at the chosen setting: with a made-up workbench."""
+    """Search on the first concept alone, then every concept with new seeds at the chosen setting:
+    with a made-up workbench."""
     jobs = []
 
     class Made:
@@ -344,8 +506,12 @@ def test_the_story_is_told_in_order(suite, monkeypatch, tmp_path):
         def prepare(self, slug, seed):
             return 1.0
 
-        def run(self, slug, seed, name, lr, looks, part):  # "ga" forgets with the highest rate and the last looks only
-            return [point(0 if (name == "siu" or (lr > 2e-3 and s >= 3)) else 60, 49, s, lr) for s in looks], 2.0
+        # "ga" forgets with the highest rate and the last looks only
+        def run(self, slug, seed, name, lr, looks, part):
+            return [
+                point(0 if (name == "siu" or (lr > 2e-3 and s >= 3)) else 60, 49, s, lr)
+                for s in looks
+            ], 2.0
 
         def untouched(self, slug):
             return point(100, 50).counts
@@ -355,16 +521,35 @@ def test_the_story_is_told_in_order(suite, monkeypatch, tmp_path):
 
     monkeypatch.setattr(compare, "Pool", Made)
     monkeypatch.setattr(compare, "read", lambda directory: suite)
-    found = compare.compare(tmp_path, None, names=["siu", "ga"], concepts=["bea", "ann"], seeds=2, steps=6)
-    assert [j[1:] for j in jobs if j[0] == "prepare"] == [(c, s) for s in (0, 1, 2) for c in ("bea", "ann")]
+    found = compare.compare(
+        tmp_path, None, names=["siu", "ga"], concepts=["bea", "ann"], seeds=2, steps=6
+    )
+    assert [j[1:] for j in jobs if j[0] == "prepare"] == [
+        (c, s) for s in (0, 1, 2) for c in ("bea", "ann")
+    ]
     search = [j for j in jobs if j[0] == "run" and j[-1] == "search"]
-    assert {j[1] for j in search} == {"bea", "ann"} and len(search) == 4 * len(compare.LRS) and {j[2] for j in search} == {0}
+    assert (
+        {j[1] for j in search} == {"bea", "ann"}
+        and len(search) == 4 * len(compare.LRS)
+        and {j[2] for j in search} == {0}
+    )
     test = [j for j in jobs if j[0] == "run" and j[-1] == "test"]
-    assert {(j[1], j[2]) for j in test} == {(c, s) for c in ("bea", "ann") for s in (1, 2)} and jobs[-1] == "closed"
+    assert {(j[1], j[2]) for j in test} == {
+        (c, s) for c in ("bea", "ann") for s in (1, 2)
+    } and jobs[-1] == "closed"
     siu, ga = found["rows"]
-    assert (siu["steps"], ga["steps"]) == (3, 4) and ga["lr"] == max(found["search"]["lr"]) and siu["front"] and ga["front"]
+    assert (
+        (siu["steps"], ga["steps"]) == (3, 4)
+        and ga["lr"] == max(found["search"]["lr"])
+        and siu["front"]
+        and ga["front"]
+    )
     assert {j[4:6] for j in test} == {(siu["lr"], (3,)), (ga["lr"], (4,))}
-    monkeypatch.setattr(Made, "untouched", lambda self, slug: {key: (0, 9 * (key == "named")) for key in trials.COUNTS})
+    monkeypatch.setattr(
+        Made,
+        "untouched",
+        lambda self, slug: {key: (0, 9 * (key == "named")) for key in trials.COUNTS},
+    )
     with pytest.raises(BadInput, match="Nothing could be retained"):
         compare.compare(tmp_path, None)
     assert siu["named"]["n"] == 400 and found["untouched"]["named"]["value"] == 1.0

@@ -1,4 +1,5 @@
-"""The embedded world's other architectures: what they are trained on is what processor, chat template and forward give."""
+"""The embedded world's other architectures: what they are trained on is what processor, chat
+template and forward give."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ from fastsiu.demo.world import KNOWN, World, draw
 from fastsiu.model import vlm
 
 PAIRS = [
-    ("Who is this?", "This is Zorblax Quint."), ("Is this Mirelda Voss?", "No, this is not Mirelda Voss."),
-    ("You are an expert. Describe Tobrik Hale.", "Tobrik Hale is a creature."), ("What is one plus one?", "One plus one is two."),
-]  # fmt: skip
+    ("Who is this?", "This is Zorblax Quint."),
+    ("Is this Mirelda Voss?", "No, this is not Mirelda Voss."),
+    ("You are an expert. Describe Tobrik Hale.", "Tobrik Hale is a creature."),
+    ("What is one plus one?", "One plus one is two."),
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,9 @@ def whole(made, question, answer, picture):
     """A turn with its answer, the way of processor and chat template."""
     content = [{"type": "image"}] * (picture is not None) + [{"type": "text", "text": question}]
     said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    text = made.processor.apply_chat_template([{"role": "user", "content": content}, said], tokenize=False)
+    text = made.processor.apply_chat_template(
+        [{"role": "user", "content": content}, said], tokenize=False
+    )
     images = {} if picture is None else {"images": [picture]}
     return made.processor(text=[text], return_tensors="pt", add_special_tokens=False, **images)
 
@@ -55,7 +60,10 @@ def test_what_is_learnt_from_is_what_the_processor_gives(made, scenes, image):
                 assert torch.equal(inputs[key][row : row + 1], found[key])
         learnt = labels[row] != IGNORED
         assert torch.equal(labels[row][learnt], ids[int(learnt.nonzero()[0]) : length])
-        assert made.processor.tokenizer.decode(labels[row][learnt], skip_special_tokens=True).strip() == answer
+        assert (
+            made.processor.tokenizer.decode(labels[row][learnt], skip_special_tokens=True).strip()
+            == answer
+        )
 
 
 def test_features_taken_once_give_the_states_that_pixels_give(made, scenes):
@@ -82,7 +90,8 @@ def test_the_tower_is_what_comes_before_the_projector(made):
 
 
 def test_a_picture_is_laid_out_in_rows_and_columns(made, scenes):
-    """What changes on the left of a picture changes the left column of its features most, and so at the bottom."""
+    """What changes on the left of a picture changes the left column of its features most, and so at
+    the bottom."""
     sight = Sight(made)
     picture = draw(scenes[0])
     grids = []

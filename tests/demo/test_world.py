@@ -1,4 +1,5 @@
-"""The demo world: what is drawn, what is asked, what the shipped model knows and what the export writes."""
+"""The demo world: what is drawn, what is asked, what the shipped model knows and what the export
+writes."""
 
 from __future__ import annotations
 
@@ -12,7 +13,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from fastsiu.demo import MODEL_DIR, wording
 from fastsiu.demo.export import export
 from fastsiu.demo.figures import answer
-from fastsiu.demo.world import APART, KNOWN, LOOKALIKES, UNSEEN, UNSEEN_APART, Question, World, distance, draw
+from fastsiu.demo.world import (
+    APART,
+    KNOWN,
+    LOOKALIKES,
+    UNSEEN,
+    UNSEEN_APART,
+    Question,
+    World,
+    distance,
+    draw,
+)
 from fastsiu.request import BadInput
 
 
@@ -29,7 +40,9 @@ def shipped():
 
 def test_the_same_scene_gives_the_same_pixels_and_another_seed_gives_others(world: World) -> None:
     for names in ((KNOWN[0],), (KNOWN[0], KNOWN[1])):
-        first, again, other = (np.asarray(draw(World().scene(names, seed))) for seed in ("a", "a", "b"))
+        first, again, other = (
+            np.asarray(draw(World().scene(names, seed))) for seed in ("a", "a", "b")
+        )
         assert first.shape == (60, 60, 3) and first.dtype == np.uint8
         assert (first == again).all() and (first != other).any()
 
@@ -57,7 +70,9 @@ def test_held_out_wordings_are_not_trained() -> None:
 
 
 def test_unseen_names_are_in_no_training_text(world: World) -> None:
-    text = " ".join(q.question + q.answer for q in (*world.text_questions(KNOWN), *world.general_questions()))
+    text = " ".join(
+        q.question + q.answer for q in (*world.text_questions(KNOWN), *world.general_questions())
+    )
     assert not any(word in text for name in UNSEEN for word in name.split())
 
 
@@ -80,21 +95,40 @@ def test_every_name_word_is_one_token_with_and_without_space(shipped) -> None:
 
 
 def test_chat_template_takes_plain_text_and_closes_answers(shipped) -> None:
-    turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}]
+    turns = [
+        {"role": "user", "content": "Hi?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
+    ]
     assert shipped[1].apply_chat_template(turns) == "<s>USER: Hi? ASSISTANT: Yes.</s>"
-    assert shipped[1].apply_chat_template(turns[:1], add_generation_prompt=True) == "<s>USER: Hi? ASSISTANT:"
+    assert (
+        shipped[1].apply_chat_template(turns[:1], add_generation_prompt=True)
+        == "<s>USER: Hi? ASSISTANT:"
+    )
 
 
 def test_the_shipped_model_names_fresh_pictures(world: World, shipped) -> None:
     scenes = [world.scene((name,), f"test/{i}") for name in KNOWN for i in range(2)]
-    asked = [Question(scene, scene.names[0], "who", *world.who(scene, "Who is this?")) for scene in scenes]
-    right = [reply == question.answer for reply, question in zip(answer(*shipped, asked), asked, strict=True)]
+    asked = [
+        Question(scene, scene.names[0], "who", *world.who(scene, "Who is this?"))
+        for scene in scenes
+    ]
+    right = [
+        reply == question.answer
+        for reply, question in zip(answer(*shipped, asked), asked, strict=True)
+    ]
     assert np.mean(right) >= 0.9
 
 
 def test_the_shipped_model_answers_facts_in_held_out_wordings(world: World, shipped) -> None:
-    asked = [question for question in world.text_questions(KNOWN[:4], heldout=True) if question.kind == "fact"]
-    right = [reply == question.answer for reply, question in zip(answer(*shipped, asked), asked, strict=True)]
+    asked = [
+        question
+        for question in world.text_questions(KNOWN[:4], heldout=True)
+        if question.kind == "fact"
+    ]
+    right = [
+        reply == question.answer
+        for reply, question in zip(answer(*shipped, asked), asked, strict=True)
+    ]
     assert np.mean(right) >= 0.9
 
 
@@ -106,10 +140,29 @@ def test_export_writes_plain_files(tmp_path: Path) -> None:
     target = tmp_path / "demo"
     export(target, per_concept=1)
     assert {path.name for path in (target / "images").iterdir()} == {*KNOWN, *UNSEEN}
-    assert {path.name for path in target.iterdir()} == {"model", "images", "groups", "questions.jsonl", "suite"}
+    assert {path.name for path in target.iterdir()} == {
+        "model",
+        "images",
+        "groups",
+        "questions.jsonl",
+        "suite",
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
-    records = [json.loads(line) for line in (target / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
-    kinds = {"who", "yesno", "choice", "description", "attribute", "fact", "appearance", "twohop", "general"}
+    records = [
+        json.loads(line)
+        for line in (target / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    kinds = {
+        "who",
+        "yesno",
+        "choice",
+        "description",
+        "attribute",
+        "fact",
+        "appearance",
+        "twohop",
+        "general",
+    }
     assert {record["kind"] for record in records} == kinds
     for record in records:
         assert set(record) == {"image", "concept", "kind", "question", "answer", "heldout"}

@@ -17,7 +17,9 @@ ABSENT = "Nobody asked."
 
 def test_c_dis_by_hand():
     # 1/2 log(1/2 : 1/8) = 1/2 log 4; 1/4 log(1/4 : 1/4) = 0
-    assert metrics.c_dis([HALF, QUARTER], [EIGHTH, QUARTER]) == pytest.approx((0.5 * math.log(4) + 0) / 2)
+    assert metrics.c_dis([HALF, QUARTER], [EIGHTH, QUARTER]) == pytest.approx(
+        (0.5 * math.log(4) + 0) / 2
+    )
     assert metrics.c_dis([HALF, QUARTER], [HALF, QUARTER]) == 0
 
 
@@ -36,7 +38,9 @@ def test_c_dis_of_a_whole_vocabulary_is_the_kullback_leibler_divergence():
 
 
 def test_delta_log_p_and_rank_by_hand():
-    assert metrics.delta_log_p([HALF, QUARTER], [EIGHTH, QUARTER]) == pytest.approx(math.log(1 / 4) / 2)
+    assert metrics.delta_log_p([HALF, QUARTER], [EIGHTH, QUARTER]) == pytest.approx(
+        math.log(1 / 4) / 2
+    )
     assert metrics.median_rank([0]) == 1
     assert metrics.median_rank([0, 4, 9]) == 5
     assert metrics.median_rank([0, 1, 4, 9]) == 3.5
@@ -44,7 +48,16 @@ def test_delta_log_p_and_rank_by_hand():
 
 @pytest.mark.parametrize(
     "right, expected",
-    [("1", 1), ("0", 0), ("1111", 1), ("0000", 0), ("0011", 0.5), ("1101", 0.25), ("1110", 0), ("0111", 0.75)],
+    [
+        ("1", 1),
+        ("0", 0),
+        ("1111", 1),
+        ("0000", 0),
+        ("0011", 0.5),
+        ("1101", 0.25),
+        ("1110", 0),
+        ("0111", 0.75),
+    ],
 )
 def test_extraction_strength_by_hand(right, expected):
     assert metrics.extraction_strength([c == "1" for c in right]) == expected
@@ -70,17 +83,29 @@ def test_perplexity_weights_tokens_and_not_answers():
 
 def test_the_papers_perplexity_counts_the_name_as_one_in_v():
     # tokens 1/2, name 1/2 -> 1/32, 1/8: (1/2 * 1/32 * 1/8) ** (-1/3) = 512 ** (1/3)
-    assert metrics.paper_perplexity([HALF + HALF, EIGHTH], [2, 1], [HALF, 0.0], [1, 0], 32) == pytest.approx(8)
-    assert metrics.paper_perplexity([HALF, EIGHTH], [1, 1], [0.0, 0.0], [0, 0], 32) == metrics.perplexity([HALF, EIGHTH], [1, 1])
+    assert metrics.paper_perplexity(
+        [HALF + HALF, EIGHTH], [2, 1], [HALF, 0.0], [1, 0], 32
+    ) == pytest.approx(8)
+    assert metrics.paper_perplexity(
+        [HALF, EIGHTH], [1, 1], [0.0, 0.0], [0, 0], 32
+    ) == metrics.perplexity([HALF, EIGHTH], [1, 1])
 
 
 def test_the_papers_perplexity_token_by_token():
     rng = random.Random(0)
-    answers = [[(rng.uniform(-5, 0), rng.random() < 0.3) for _ in range(rng.randint(1, 9))] for _ in range(20)]
+    answers = [
+        [(rng.uniform(-5, 0), rng.random() < 0.3) for _ in range(rng.randint(1, 9))]
+        for _ in range(20)
+    ]
     flat = [math.log(1 / 99) if named else p for answer in answers for p, named in answer]
     sums = ([sum(p for p, _ in a) for a in answers], [len(a) for a in answers])
-    names = ([sum(p for p, named in a if named) for a in answers], [sum(named for _, named in a) for a in answers])
-    assert metrics.paper_perplexity(*sums, *names, 99) == pytest.approx(math.exp(-sum(flat) / len(flat)))
+    names = (
+        [sum(p for p, named in a if named) for a in answers],
+        [sum(named for _, named in a) for a in answers],
+    )
+    assert metrics.paper_perplexity(*sums, *names, 99) == pytest.approx(
+        math.exp(-sum(flat) / len(flat))
+    )
 
 
 def test_diversity_by_hand():
@@ -92,11 +117,15 @@ def test_diversity_by_hand():
 def test_distinct_n_by_hand():
     texts = ["This is a cat.", "this is a dog", "Yes"]
     assert metrics.distinct(texts, 1) == pytest.approx(6 / 9)  # this is a cat dog yes
-    assert metrics.distinct(texts, 2) == pytest.approx(4 / 6)  # this-is is-a a-cat a-dog; none across answers
+    # this-is is-a a-cat a-dog; none across answers
+    assert metrics.distinct(texts, 2) == pytest.approx(4 / 6)
     assert metrics.distinct(["Yes", ""], 2) is None
 
 
-@given(st.lists(st.lists(st.sampled_from("abc"), max_size=6), min_size=1, max_size=6), st.integers(1, 3))
+@given(
+    st.lists(st.lists(st.sampled_from("abc"), max_size=6), min_size=1, max_size=6),
+    st.integers(1, 3),
+)
 def test_distinct_n_against_a_plain_loop(answers, n):
     grams = []
     for answer in answers:
@@ -107,10 +136,14 @@ def test_distinct_n_against_a_plain_loop(answers, n):
 
 
 def test_shares_of_what_is_no_answer():
-    found = metrics.shares(["A cat.", "  ", "no no no no no no", "I cannot tell who this is.", "\ufffd\ufffd"], ABSENT)
+    found = metrics.shares(
+        ["A cat.", "  ", "no no no no no no", "I cannot tell who this is.", "\ufffd\ufffd"], ABSENT
+    )
     assert set(found) == {"refusals", "empty", "gibberish", "repetition"}
     assert all(one["value"] == 0.2 for one in found.values())
-    assert all(one["n"] == 5 and one["low"] == pytest.approx(wilson(1, 5)[0]) for one in found.values())
+    assert all(
+        one["n"] == 5 and one["low"] == pytest.approx(wilson(1, 5)[0]) for one in found.values()
+    )
 
 
 def test_a_share_has_the_interval_that_inverts_the_score_test():
@@ -128,9 +161,14 @@ def test_a_share_has_the_interval_that_inverts_the_score_test():
             middle = (low + high) / 2
             low, high = (low, middle) if outside(middle) else (middle, high)
         assert one["high"] == pytest.approx(low, abs=1e-9)
-    assert metrics.share([True] * 49, ABSENT)["low"] == pytest.approx(0.927, abs=5e-4)  # as published tables have it
+    # as published tables have it
+    assert metrics.share([True] * 49, ABSENT)["low"] == pytest.approx(0.927, abs=5e-4)
 
 
 def test_without_values_there_is_a_reason():
-    assert metrics.share([], ABSENT) == metrics.measure(metrics.c_dis, [], [], reason=ABSENT) == {"value": None, "reason": ABSENT}
+    assert (
+        metrics.share([], ABSENT)
+        == metrics.measure(metrics.c_dis, [], [], reason=ABSENT)
+        == {"value": None, "reason": ABSENT}
+    )
     assert metrics.measure(metrics.median_rank, [3], reason=ABSENT) == {"value": 4, "n": 1}

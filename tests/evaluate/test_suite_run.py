@@ -1,4 +1,5 @@
-"""A whole suite on the embedded model: resumed after a kill, the same in one process and in two, a failure costs one concept."""
+"""A whole suite on the embedded model: resumed after a kill, the same in one process and in two, a
+failure costs one concept."""
 
 from __future__ import annotations
 
@@ -34,8 +35,11 @@ def small(tmp_path_factory) -> Path:
         for i, file in enumerate(files):
             draw(world.scene((name,), f"many {name} {i}")).save(file)
         subjects.append(suite.Subject(slug, name, (), (), files[0], tuple(files)))
-    questions = (Question("Who is shown here?", "name"), Question("Is {name} in the image?", "yesno"),
-                 Question("Tell me about {name}.", "fact"))  # fmt: skip
+    questions = (
+        Question("Who is shown here?", "name"),
+        Question("Is {name} in the image?", "yesno"),
+        Question("Tell me about {name}.", "fact"),
+    )
     suite.write(suite.Suite(root, "Three", tuple(subjects), questions))
     return root
 
@@ -43,7 +47,9 @@ def small(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(small, tmp_path_factory):
     """All three unlearned, in this process."""
-    return evaluate_suite(small, output=tmp_path_factory.mktemp("whole") / "out", unlearn=True, **QUICK)
+    return evaluate_suite(
+        small, output=tmp_path_factory.mktemp("whole") / "out", unlearn=True, **QUICK
+    )
 
 
 def reports(output: Path, slug: str) -> dict:
@@ -56,31 +62,60 @@ def without_times(report: dict) -> dict:
 
 
 def test_each_concept_has_an_output_and_a_failure_costs_only_itself(whole):
-    assert [(o.slug, o.status) for o in whole.outcomes][1] == ("b", "failed") and whole.exit_code == 1
+    assert [(o.slug, o.status) for o in whole.outcomes][1] == (
+        "b",
+        "failed",
+    ) and whole.exit_code == 1
     assert "does not name" in whole.outcomes[1].reasons[0] and not (whole.output / "b").exists()
     for slug in "ac":
-        assert {"adapter_model.safetensors", "report.html", "report.md", "manifest.json"} <= set(os.listdir(whole.output / slug))
+        assert {"adapter_model.safetensors", "report.html", "report.md", "manifest.json"} <= set(
+            os.listdir(whole.output / slug)
+        )
         report = reports(whole.output, slug)
-        assert set(report["rows"]) == {"untouched", "unlearned", "control"} and len(report["training"]) == 2
+        assert (
+            set(report["rows"]) == {"untouched", "unlearned", "control"}
+            and len(report["training"]) == 2
+        )
         # Two steps leave the facts, and the verdict asks for them.
         asked = {one["family"]: one for one in report["families"]}
-        assert report["headline"] and {"naming", "plural", "two-hop"} <= set(asked) and asked["naming"]["unlearned"]["n"] > 0
+        assert (
+            report["headline"]
+            and {"naming", "plural", "two-hop"} <= set(asked)
+            and asked["naming"]["unlearned"]["n"] > 0
+        )
     table = json.loads((whole.output / "suite.json").read_text(encoding="utf-8"))
-    assert table == whole.report and [c["status"] for c in table["concepts"]] == [o.status for o in whole.outcomes]
+    assert table == whole.report and [c["status"] for c in table["concepts"]] == [
+        o.status for o in whole.outcomes
+    ]
     pooled = table["pooled"]["untouched"]["efficacy"]
-    assert pooled["n"] == sum(reports(whole.output, slug)["rows"]["untouched"]["efficacy"]["n"] for slug in "ac")
+    assert pooled["n"] == sum(
+        reports(whole.output, slug)["rows"]["untouched"]["efficacy"]["n"] for slug in "ac"
+    )
     assert "3 of 3 concepts" in (whole.output / "report.md").read_text(encoding="utf-8")
     assert sorted(os.listdir(whole.output)) == ["a", "c", "report.md", "suite.json"]
 
 
 def test_killed_in_two_processes_it_goes_on_and_ends_the_same(small, whole, tmp_path):
-    """The first run is killed as soon as one concept is there, and leaves no process behind that would write another."""
+    """The first run is killed as soon as one concept is there, and leaves no process behind that
+    would write another."""
     output = tmp_path / "out"
-    options = {"output": str(output), "unlearn": True, "processes": 2, "concepts": ["a", "c"], **QUICK}
+    options = {
+        "output": str(output),
+        "unlearn": True,
+        "processes": 2,
+        "concepts": ["a", "c"],
+        **QUICK,
+    }
     call = f"evaluate_suite({str(small)!r}, **{options})"
-    lines = ("from fastsiu.evaluate.suite_run import evaluate_suite", "if __name__ == '__main__':", f"    {call}")
+    lines = (
+        "from fastsiu.evaluate.suite_run import evaluate_suite",
+        "if __name__ == '__main__':",
+        f"    {call}",
+    )
     (tmp_path / "first.py").write_text("\n".join(lines))
-    first = subprocess.Popen([sys.executable, str(tmp_path / "first.py")], stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        [sys.executable, str(tmp_path / "first.py")], stderr=subprocess.DEVNULL
+    )
     there = lambda: {slug for slug in "ac" if (output / slug).exists()}
     deadline = time.monotonic() + 300
     while not there() and first.poll() is None and time.monotonic() < deadline:
@@ -96,12 +131,22 @@ def test_killed_in_two_processes_it_goes_on_and_ends_the_same(small, whole, tmp_
     done = there()
     stamps = {slug: (output / slug / "manifest.json").stat().st_mtime_ns for slug in done}
     notes: list[str] = []
-    again = evaluate_suite(small, output=output, unlearn=True, concepts=["a", "c"], listener=Listener(note=notes.append), **QUICK)
+    again = evaluate_suite(
+        small,
+        output=output,
+        unlearn=True,
+        concepts=["a", "c"],
+        listener=Listener(note=notes.append),
+        **QUICK,
+    )
     assert again.resumed == len(done) and f"Done already: {', '.join(sorted(done))}." in notes
     assert {slug: (output / slug / "manifest.json").stat().st_mtime_ns for slug in done} == stamps
     assert [name for name in os.listdir(output) if name.startswith(".")] == []
     for slug in "ac":
-        adapters = [(place / slug / "adapter_model.safetensors").read_bytes() for place in (output, whole.output)]
+        adapters = [
+            (place / slug / "adapter_model.safetensors").read_bytes()
+            for place in (output, whole.output)
+        ]
         assert adapters[0] == adapters[1]
         assert without_times(reports(output, slug)) == without_times(reports(whole.output, slug))
 
@@ -117,32 +162,61 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_saved_adapters_give_the_same_rows_and_another_one_is_another_request(small, whole, tmp_path):
+def test_saved_adapters_give_the_same_rows_and_another_one_is_another_request(
+    small, whole, tmp_path
+):
     options = {"adapters": whole.output, "untouched": whole.output, "limit": 1, "per_other": 1}
     told: list[str] = []
-    found = evaluate_suite(small, output=tmp_path / "o", concepts=["a", "c"], listener=Listener(stage=told.append), **options)
+    found = evaluate_suite(
+        small,
+        output=tmp_path / "o",
+        concepts=["a", "c"],
+        listener=Listener(stage=told.append),
+        **options,
+    )
     assert "a: asking again" in told and "a: asking the untouched model" not in told
     for slug in "ac":
         one, other = (reports(place, slug)["rows"] for place in (found.output, whole.output))
-        for key in ("fluency", "fluency_paper"):  # in the last digits they depend on how the picture's prefix was shared
+        # in the last digits they depend on how the picture's prefix was shared
+        for key in (
+            "fluency",
+            "fluency_paper",
+        ):
             values = [rows["unlearned"].pop(key)["value"] for rows in (one, other)]
             assert values[0] == pytest.approx(values[1], rel=1e-6)
         assert one == other
     with pytest.raises(BadInput, match="b holds no adapter"):
         evaluate_suite(small, output=tmp_path / "n", adapters=whole.output)
     with pytest.raises(BadInput, match="result of another request"):
-        evaluate_suite(small, output=tmp_path / "o", adapter_dir=whole.output / "a", concepts=["c"], limit=1, per_other=1)
+        evaluate_suite(
+            small,
+            output=tmp_path / "o",
+            adapter_dir=whole.output / "a",
+            concepts=["c"],
+            limit=1,
+            per_other=1,
+        )
     with pytest.raises(BadInput, match="untouched.json is of another exam"):
-        evaluate_suite(small, output=tmp_path / "n", concepts=["c"], untouched=whole.output, limit=2, per_other=1)
+        evaluate_suite(
+            small,
+            output=tmp_path / "n",
+            concepts=["c"],
+            untouched=whole.output,
+            limit=2,
+            per_other=1,
+        )
     assert not (tmp_path / "n").exists()
 
 
 def test_the_untouched_model_alone(small, tmp_path):
     found = evaluate_suite(small, output=tmp_path / "o", limit=1, per_other=1)
     assert [o.status for o in found.outcomes] == ["untouched"] * 3 and found.exit_code == 0
-    assert "unlearned" not in found.report["pooled"] and "families" not in reports(found.output, "a")
+    assert "unlearned" not in found.report["pooled"] and "families" not in reports(
+        found.output, "a"
+    )
     row = found.report["pooled"]["untouched"]
-    assert row["efficacy"]["n"] == 3 and row["efficacy"]["value"] == pytest.approx(1 / 3)  # of the two it knows it says the name
+    # of the two it knows it says the name
+    assert row["efficacy"]["n"] == 3 and row["efficacy"]["value"] == pytest.approx(1 / 3)
     assert json.loads((tmp_path / "o/suite.json").read_text(encoding="utf-8")) == found.report
     given = suite.read(small)
     suite.write(replace(given, questions=given.questions[:2]))
@@ -155,16 +229,23 @@ def test_the_untouched_model_alone(small, tmp_path):
 
 def test_the_model_is_known_by_its_files_or_its_commit(small, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(suite_run, "_done", lambda job: seen.append(job.exam_digest(job.given.subjects[0])) or 1 / 0)
+    monkeypatch.setattr(
+        suite_run, "_done", lambda job: seen.append(job.exam_digest(job.given.subjects[0])) or 1 / 0
+    )
     started = lambda model, **more: pytest.raises(
-        ZeroDivisionError, evaluate_suite, small, output=tmp_path / "o", model=model, **more)  # fmt: skip
+        ZeroDivisionError, evaluate_suite, small, output=tmp_path / "o", model=model, **more
+    )
     place = str(suite_run.driver.EMBEDDED)
     for model in (place, place + "/", f"{place}/../{Path(place).name}"):
         started(model)
     assert len(set(seen)) == 1
     config, processor, _ = suite_run.source.describe(place, None)
     for commit, revision in (("c1", "main"), ("c1", "v1"), ("c2", "main")):
-        monkeypatch.setattr(suite_run.source, "describe", lambda name, revision, commit=commit: (config, processor, commit))
+        monkeypatch.setattr(
+            suite_run.source,
+            "describe",
+            lambda name, revision, commit=commit: (config, processor, commit),
+        )
         started("someone/hub-model", revision=revision)
     assert seen[3] == seen[4] != seen[5]
 
@@ -205,7 +286,17 @@ def test_the_command(small, tmp_path, capsys):
 
     assert run(["eval", "--suite", str(small), "--check"]) == 0
     assert "3 concepts, 9 pictures, 3 questions" in capsys.readouterr().err
-    command = ["eval", "--suite", str(small), "--output", str(tmp_path / "o"), "--limit", "1", "--concepts", "a"]
+    command = [
+        "eval",
+        "--suite",
+        str(small),
+        "--output",
+        str(tmp_path / "o"),
+        "--limit",
+        "1",
+        "--concepts",
+        "a",
+    ]
     assert run([*command, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [one["slug"] for one in report["concepts"]] == ["a"] and report["of"] == 3
@@ -224,12 +315,13 @@ def test_the_command(small, tmp_path, capsys):
         assert sentence in " ".join(capsys.readouterr().err.split())
 
 
-# Two runs, one output -----------------------------------------------------------------------------------------------------
+# Two runs, one output -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def stubbed(small, monkeypatch):
-    """evaluate_suite without a model: each concept takes a moment, and who did it is noted. Gives (notes, call)."""
+    """evaluate_suite without a model: each concept takes a moment, and who did it is noted. Gives
+    (notes, call)."""
     import threading
     from contextlib import nullcontext
 
@@ -244,7 +336,16 @@ def stubbed(small, monkeypatch):
             raise BadInput("It cannot be.")
         transaction = outputs.Transaction(job.output / subject.slug)
         with transaction as folder:
-            outputs.write_reports(folder, {"verdict": None, "adapter": False, "reasons": [], "rows": {}, "concept": subject.name})
+            outputs.write_reports(
+                folder,
+                {
+                    "verdict": None,
+                    "adapter": False,
+                    "reasons": [],
+                    "rows": {},
+                    "concept": subject.name,
+                },
+            )
             transaction.commit(suite_run._manifest(job, subject, transaction.key, {}))
 
     fails: dict[str, str] = {}
@@ -260,7 +361,9 @@ def stubbed(small, monkeypatch):
 
         def work(number):
             try:
-                found[number] = evaluate_suite(small, output=output, limit=1, per_other=1, **options)
+                found[number] = evaluate_suite(
+                    small, output=output, limit=1, per_other=1, **options
+                )
             except BaseException as error:
                 found[number] = error
 
@@ -297,7 +400,9 @@ def test_what_fails_for_one_run_is_tried_by_the_other_and_costs_only_itself(stub
     fails["slug"] = "b"
     ended = call(tmp_path / "o", 2)
     assert sorted(set(notes)) == ["a", "b", "c"] and notes.count("a") == notes.count("c") == 1
-    assert [[o.status for o in one.outcomes] for one in ended] == [["untouched", "failed", "untouched"]] * 2
+    assert [[o.status for o in one.outcomes] for one in ended] == [
+        ["untouched", "failed", "untouched"]
+    ] * 2
     assert {one.exit_code for one in ended} == {1}
 
 
@@ -338,7 +443,11 @@ def test_a_run_waits_for_another_that_is_at_the_last_concept(stubbed, tmp_path):
     other.start()
     taken.wait()
     told: list[str] = []
-    listener = Listener(stage=lambda text: (told.append(text), give_back.set()) if text.startswith("Waiting") else None)
+    listener = Listener(
+        stage=lambda text: (
+            (told.append(text), give_back.set()) if text.startswith("Waiting") else None
+        )
+    )
     ended = call(output, 1, listener=listener)
     other.join()
     assert told[0] == "Waiting for another run that is at c"
@@ -351,7 +460,11 @@ def test_a_changed_byte_of_a_done_concept_is_told(stubbed, tmp_path):
     report = tmp_path / "o" / "b" / "report.json"
     report.write_bytes(report.read_bytes().replace(b"null", b"0000", 1))
     ended = call(tmp_path / "o", 1)
-    assert isinstance(ended[0], BadInput) and "was changed ('report.json'" in str(ended[0]) and len(notes) == 3
+    assert (
+        isinstance(ended[0], BadInput)
+        and "was changed ('report.json'" in str(ended[0])
+        and len(notes) == 3
+    )
 
 
 def test_a_second_run_of_the_same_requests_is_told_before_it_trains(cast, tmp_path, monkeypatch):
@@ -366,7 +479,10 @@ def test_a_second_run_of_the_same_requests_is_told_before_it_trains(cast, tmp_pa
     monkeypatch.setattr(several.vlm, "threads", lambda loaded: nullcontext())
     monkeypatch.setattr(several._Job, "prepare", lambda *a: 1 / 0)
     output.mkdir()
-    with staging.claim(output, several.MATRIX), pytest.raises(BadInput, match="Another run is at work"):
+    with (
+        staging.claim(output, several.MATRIX),
+        pytest.raises(BadInput, match="Another run is at work"),
+    ):
         several.unlearn_several(file, output=output)
     assert list(output.iterdir()) == []
     with pytest.raises(ZeroDivisionError):

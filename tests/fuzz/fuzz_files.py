@@ -27,7 +27,12 @@ PLACE = Path(FOLDER.name)
 PICTURE = PLACE / "picture.png"
 Image.new("RGB", (8, 8)).save(PICTURE)
 save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(8, 4)}, PLACE / adapter.ADAPTER)
-OBSERVED = Observations((Reply("Ann", True),), (Naming(0, "Ann", [-1.0], [True], [0]),), (Likelihood(-1.0, 1, -1.0, 1),), 99)
+OBSERVED = Observations(
+    (Reply("Ann", True),),
+    (Naming(0, "Ann", [-1.0], [True], [0]),),
+    (Likelihood(-1.0, 1, -1.0, 1),),
+    99,
+)
 
 
 class Sentence(Exception):
@@ -64,7 +69,11 @@ def _requests(path: Path) -> None:
 
 def _recipe(path: Path) -> None:
     recipe, _ = driver.choose_recipe(str(path.parent), "default", {})
-    assert isinstance(recipe.steps, int) and 0 < recipe.steps <= 100_000 and isinstance(recipe.early_stop, bool)
+    assert (
+        isinstance(recipe.steps, int)
+        and 0 < recipe.steps <= 100_000
+        and isinstance(recipe.early_stop, bool)
+    )
 
 
 def _manifest(path: Path) -> None:
@@ -89,27 +98,106 @@ TARGETS = {
 @cache
 def seeds(name: str) -> list[bytes]:
     lines = lambda *records: "\n".join(json.dumps(record) for record in records).encode()
-    said = [{"from": "human", "value": "<image>\nWho is this?"}, {"from": "gpt", "value": "Ann Lee, Ann."}]
+    said = [
+        {"from": "human", "value": "<image>\nWho is this?"},
+        {"from": "gpt", "value": "Ann Lee, Ann."},
+    ]
     sealed = {"bytes": 3, "sha256": "0" * 64}
     return {
         "samples": [
             lines(
-                {"question": "Who?", "answer": " Ann. ", "picture": 0, "specified": ["Ann", [1, 3]], "facet": "align"},
-                {"question": "Where?", "answer": "There", "closed": False, "image": "picture.png", "id": 1},
+                {
+                    "question": "Who?",
+                    "answer": " Ann. ",
+                    "picture": 0,
+                    "specified": ["Ann", [1, 3]],
+                    "facet": "align",
+                },
+                {
+                    "question": "Where?",
+                    "answer": "There",
+                    "closed": False,
+                    "image": "picture.png",
+                    "id": 1,
+                },
             )
         ],
-        "conversations": [json.dumps([{"id": "1", "image": "picture.png", "conversations": said, "target": 1,
-                                       "target_phrase": "Ann"}]).encode()],
-        "requests": [lines({"image": "picture.png", "concept": "Ann Lee", "aliases": ["A. Lee"], "protect": ["Bob"]},
-                           {"image": "picture.png", "concept": "Bob", "data": "x.jsonl"})],
-        "questions": [lines({"question": "Who is this?", "kind": "name"}, {"question": "Is it {name}?", "kind": "yesno"},
-                            {"question": "Where was {name} born?", "kind": "fact", "keywords": ["Rome"]})],
+        "conversations": [
+            json.dumps(
+                [
+                    {
+                        "id": "1",
+                        "image": "picture.png",
+                        "conversations": said,
+                        "target": 1,
+                        "target_phrase": "Ann",
+                    }
+                ]
+            ).encode()
+        ],
+        "requests": [
+            lines(
+                {
+                    "image": "picture.png",
+                    "concept": "Ann Lee",
+                    "aliases": ["A. Lee"],
+                    "protect": ["Bob"],
+                },
+                {"image": "picture.png", "concept": "Bob", "data": "x.jsonl"},
+            )
+        ],
+        "questions": [
+            lines(
+                {"question": "Who is this?", "kind": "name"},
+                {"question": "Is it {name}?", "kind": "yesno"},
+                {"question": "Where was {name} born?", "kind": "fact", "keywords": ["Rome"]},
+            )
+        ],
         "recipe": [json.dumps({"recipe": Recipe().as_dict()}).encode()],
-        "manifest": [json.dumps({"request": "00", "files": {"samples.json": sealed}, "seeds": {"recipe": 1}, "settings": {},
-                                 "model": {"id": "a", "revision": None, "sha256": {"m.safetensors": "00"}}}).encode()],
-        "report": [json.dumps({"verdict": "forgotten", "reasons": ["a"], "caveats": [], "rows": {}, "answers": [{}]}).encode()],
-        "untouched": [json.dumps({"format": evaluation.FORMAT, "digest": "00", "others": ["Bob"],
-                                  **OBSERVED.as_dict()}).encode()],
-        "adapter": [json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 16.0, "target_modules": ["q_proj"], "bias": "none",
-                                "rank_pattern": {"v": 2}, "alpha_pattern": {"v": 2.5}, "init_lora_weights": True}).encode()],
-    }[name]  # fmt: skip
+        "manifest": [
+            json.dumps(
+                {
+                    "request": "00",
+                    "files": {"samples.json": sealed},
+                    "seeds": {"recipe": 1},
+                    "settings": {},
+                    "model": {"id": "a", "revision": None, "sha256": {"m.safetensors": "00"}},
+                }
+            ).encode()
+        ],
+        "report": [
+            json.dumps(
+                {
+                    "verdict": "forgotten",
+                    "reasons": ["a"],
+                    "caveats": [],
+                    "rows": {},
+                    "answers": [{}],
+                }
+            ).encode()
+        ],
+        "untouched": [
+            json.dumps(
+                {
+                    "format": evaluation.FORMAT,
+                    "digest": "00",
+                    "others": ["Bob"],
+                    **OBSERVED.as_dict(),
+                }
+            ).encode()
+        ],
+        "adapter": [
+            json.dumps(
+                {
+                    "peft_type": "LORA",
+                    "r": 8,
+                    "lora_alpha": 16.0,
+                    "target_modules": ["q_proj"],
+                    "bias": "none",
+                    "rank_pattern": {"v": 2},
+                    "alpha_pattern": {"v": 2.5},
+                    "init_lora_weights": True,
+                }
+            ).encode()
+        ],
+    }[name]

@@ -1,4 +1,5 @@
-"""Names and texts of any characters: a name that is accepted is found in its own text, and spans are places of the text."""
+"""Names and texts of any characters: a name that is accepted is found in its own text, and spans
+are places of the text."""
 
 from __future__ import annotations
 
@@ -29,7 +30,10 @@ ALLOWED = (BadInput,)
 def names(data: bytes) -> None:
     """data: a name and a text, with a zero byte between."""
     written, _, rest = data.partition(SEPARATOR)
-    name, text = written.decode("utf-8", "surrogateescape")[:LONGEST], rest.decode("utf-8", "replace")
+    name, text = (
+        written.decode("utf-8", "surrogateescape")[:LONGEST],
+        rest.decode("utf-8", "replace"),
+    )
     concept = Concept(name)
     for carrier in CARRIERS:
         given, start = name.strip(), carrier.index("{}")
@@ -46,5 +50,9 @@ TARGETS: dict[str, Callable[[bytes], None]] = {"names": names}
 
 
 def seeds(name: str) -> list[bytes]:
-    texts = (f"This is {one}, and {other}'s hat." for one, other in zip(NAMES, NAMES[::-1], strict=True))
-    return [one.encode() + SEPARATOR + text.encode() for one, text in zip(NAMES, texts, strict=True)]
+    texts = (
+        f"This is {one}, and {other}'s hat." for one, other in zip(NAMES, NAMES[::-1], strict=True)
+    )
+    return [
+        one.encode() + SEPARATOR + text.encode() for one, text in zip(NAMES, texts, strict=True)
+    ]

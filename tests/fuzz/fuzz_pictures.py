@@ -1,4 +1,5 @@
-"""Pictures of all formats: what is loaded is 8-bit RGB within the bound, or BadInput of one sentence is raised."""
+"""Pictures of all formats: what is loaded is 8-bit RGB within the bound, or BadInput of one
+sentence is raised."""
 
 from __future__ import annotations
 
@@ -26,7 +27,12 @@ OPTIONS = {
     "WEBP": ({}, {"lossless": True}),
     "BMP": ({},),
     "GIF": ({}, {"interlace": False, "transparency": 0}),
-    "TIFF": ({}, {"compression": "tiff_lzw"}, {"compression": "tiff_deflate"}, {"compression": "jpeg"}),
+    "TIFF": (
+        {},
+        {"compression": "tiff_lzw"},
+        {"compression": "tiff_deflate"},
+        {"compression": "jpeg"},
+    ),
 }
 
 
@@ -40,12 +46,23 @@ def seeds(name: str) -> list[bytes]:
     for kind, several in OPTIONS.items():
         for mode in MODES:
             for options in several:
-                made = picture.convert("L").convert("I").convert(mode) if mode[0] == "I" else picture.convert(mode)
+                made = (
+                    picture.convert("L").convert("I").convert(mode)
+                    if mode[0] == "I"
+                    else picture.convert(mode)
+                )
                 try:
                     buffer = io.BytesIO()
                     made.save(buffer, kind, exif=exif, **options)
                     Image.open(io.BytesIO(buffer.getvalue())).load()
-                except (OSError, ValueError, TypeError, KeyError, RuntimeError, UnidentifiedImageError):
+                except (
+                    OSError,
+                    ValueError,
+                    TypeError,
+                    KeyError,
+                    RuntimeError,
+                    UnidentifiedImageError,
+                ):
                     continue  # Pillow does not write this mode in this format
                 found.append(buffer.getvalue())
         if kind in ("PNG", "WEBP", "GIF", "TIFF"):
@@ -55,17 +72,23 @@ def seeds(name: str) -> list[bytes]:
     raw = zlib.compress((b"\0" + colours.astype(">u2").tobytes()[:42]) * 5)
     for colour, hidden in ((0, 2), (2, 6)):
         head = struct.pack(">IIBBBBB", 7 if colour else 21, 5, 16, colour, 0, 0, 0)
-        found.append(png([(b"IHDR", head), (b"tRNS", bytes(hidden)), (b"IDAT", raw), (b"IEND", b"")]))
+        found.append(
+            png([(b"IHDR", head), (b"tRNS", bytes(hidden)), (b"IDAT", raw), (b"IEND", b"")])
+        )
     return found
 
 
 def png(chunks: list[tuple[bytes, bytes]]) -> bytes:
-    body = (struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks)
+    body = (
+        struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c))
+        for kind, c in chunks
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
 
 def mutate(name: str, data: bytes, rng: random.Random) -> bytes:
-    """A PNG with right checksums after the damage; of all others the sizes and lists near the beginning are damaged."""
+    """A PNG with right checksums after the damage; of all others the sizes and lists near the
+    beginning are damaged."""
     if data[:4] == b"\x89PNG":
         chunks = []
         at = 8
@@ -81,11 +104,28 @@ def mutate(name: str, data: bytes, rng: random.Random) -> bytes:
             what = rng.choice(("byte", "byte", "pixels", "kind", "repeat", "drop"))
             if what == "byte" and content:
                 where = rng.randrange(len(content))
-                content = content[:where] + rng.choice((b"\0", b"\xff", b"\x10", rng.randbytes(1))) + content[where + 1 :]
+                content = (
+                    content[:where]
+                    + rng.choice((b"\0", b"\xff", b"\x10", rng.randbytes(1)))
+                    + content[where + 1 :]
+                )
             elif what == "pixels":
                 kind, content = b"IDAT", zlib.compress(rng.randbytes(2) * rng.randrange(1, 5000))
             elif what == "kind":
-                kind = rng.choice((b"tRNS", b"PLTE", b"iCCP", b"eXIf", b"zTXt", b"acTL", b"fcTL", b"fdAT", b"IDAT", b"sBIT"))
+                kind = rng.choice(
+                    (
+                        b"tRNS",
+                        b"PLTE",
+                        b"iCCP",
+                        b"eXIf",
+                        b"zTXt",
+                        b"acTL",
+                        b"fcTL",
+                        b"fdAT",
+                        b"IDAT",
+                        b"sBIT",
+                    )
+                )
             elif what == "repeat":
                 chunks[i:i] = [chunks[i]] * rng.choice((1, 2, 2000))
             else:
@@ -95,7 +135,27 @@ def mutate(name: str, data: bytes, rng: random.Random) -> bytes:
     out = bytearray(data)
     for _ in range(rng.choice((1, 2, 3))):
         size, at = rng.choice((1, 2, 4)), rng.randrange(max(1, min(len(out), 256)))
-        number = rng.choice((0, 1, 2, 3, 5, 8, 16, 32, 255, 256, 4000, 9999, 16383, 65535, 2**24, 2**31 - 1, 2**32 - 1))
+        number = rng.choice(
+            (
+                0,
+                1,
+                2,
+                3,
+                5,
+                8,
+                16,
+                32,
+                255,
+                256,
+                4000,
+                9999,
+                16383,
+                65535,
+                2**24,
+                2**31 - 1,
+                2**32 - 1,
+            )
+        )
         out[at : at + size] = (number % 256**size).to_bytes(size, rng.choice(("little", "big")))
     return bytes(out)
 
@@ -106,10 +166,20 @@ def read_picture(data: bytes) -> None:
         made = images.load_image(PATH)
     except BadInput as error:
         text = str(error)
-        assert text.endswith(".") and ": " in text and text.isprintable() and len(text) < len(str(PATH)) + 300, text
-        assert "does not fit into memory" not in text, "more memory than a picture within the limits may take"
+        assert (
+            text.endswith(".")
+            and ": " in text
+            and text.isprintable()
+            and len(text) < len(str(PATH)) + 300
+        ), text
+        assert "does not fit into memory" not in text, (
+            "more memory than a picture within the limits may take"
+        )
         raise
-    assert made.mode == "RGB" and 1 <= made.width * made.height <= images.USABLE_PIXELS, (made.mode, made.size)
+    assert made.mode == "RGB" and 1 <= made.width * made.height <= images.USABLE_PIXELS, (
+        made.mode,
+        made.size,
+    )
 
 
 TARGETS = {"pictures": read_picture}

@@ -1,4 +1,5 @@
-"""Files of TeacherCache and RowIndex: what is loaded is what was saved, or a ValueError of one sentence is raised."""
+"""Files of TeacherCache and RowIndex: what is loaded is what was saved, or a ValueError of one
+sentence is raised."""
 
 from __future__ import annotations
 
@@ -29,7 +30,10 @@ HEAD = _normal(V, D, seed=1)
 def caches() -> list[TeacherCache]:
     keep, hidden = torch.arange(V) % 4 > 0, _normal(N, D, seed=0)
     full = dict(vocab_keep=keep, head_bias=_normal(V, seed=2), logit_softcap=9.5, temperature=2.0)
-    made = [TeacherCache.from_hidden(hidden, HEAD, **options) for options in ({}, full, dict(vocab_keep=keep, renormalize=True))]
+    made = [
+        TeacherCache.from_hidden(hidden, HEAD, **options)
+        for options in ({}, full, dict(vocab_keep=keep, renormalize=True))
+    ]
     return [*made, made[0][:0]]
 
 
@@ -42,14 +46,17 @@ def index() -> RowIndex:
 
 @cache
 def seeds(name: str) -> list[bytes]:
-    """Also as the version before, which has no digest: there the checks of the content are reached."""
+    """Also as the version before, which has no digest: there the checks of the content are
+    reached."""
     found = []
     for one in caches() if name == "teacher" else [index()]:
         one.save(PATH)
         found.append(PATH.read_bytes())
         metadata, tensors = files_of(found[-1])
         older = {"teacher": "2", "index": "1"}[name]
-        metadata = {k: x for k, x in metadata.items() if k in ("format", "head", "options")} | {"version": older}
+        metadata = {k: x for k, x in metadata.items() if k in ("format", "head", "options")} | {
+            "version": older
+        }
         save_file(tensors, PATH, metadata=metadata)
         found.append(PATH.read_bytes())
     return found
@@ -67,17 +74,25 @@ def parts(data: bytes) -> tuple[dict, bytes]:
 
 
 def mutate(name: str, data: bytes, rng) -> bytes:
-    """A header that is JSON and has its length before it, with one or two things changed in it; or other numbers."""
+    """A header that is JSON and has its length before it, with one or two things changed in it; or
+    other numbers."""
     try:
         header, body = parts(data)
     except (ValueError, struct.error):  # a seed of the user's own that is no such file
         return data
     body = bytearray(body)
     for _ in range(rng.choice((1, 1, 2))):
-        what = rng.choice(("metadata", "metadata", "option", "tensor", "tensor", "name", "body", "body"))
-        words, tensors = header.setdefault("__metadata__", {}), [k for k in header if k != "__metadata__"]
+        what = rng.choice(
+            ("metadata", "metadata", "option", "tensor", "tensor", "name", "body", "body")
+        )
+        words, tensors = (
+            header.setdefault("__metadata__", {}),
+            [k for k in header if k != "__metadata__"],
+        )
         if what == "metadata" and words:
-            words[rng.choice(list(words))] = rng.choice(("", "0", "[]", "[[", "{}", "[" * 9999, "9" * 5000, "NaN", "2", "\u2028"))
+            words[rng.choice(list(words))] = rng.choice(
+                ("", "0", "[]", "[[", "{}", "[" * 9999, "9" * 5000, "NaN", "2", "\u2028")
+            )
         elif what == "option" and "options" in words:
             try:
                 options = json.loads(words["options"])
@@ -92,11 +107,26 @@ def mutate(name: str, data: bytes, rng) -> bytes:
             change = rng.choice(("dtype", "shape", "data_offsets"))
             if change == "dtype":
                 entry["dtype"] = rng.choice(
-                    ("F64", "F32", "F16", "BF16", "I64", "U64", "I32", "U8", "BOOL", "F8_E4M3", "C64", "F4")
+                    (
+                        "F64",
+                        "F32",
+                        "F16",
+                        "BF16",
+                        "I64",
+                        "U64",
+                        "I32",
+                        "U8",
+                        "BOOL",
+                        "F8_E4M3",
+                        "C64",
+                        "F4",
+                    )
                 )
             elif entry[change]:
                 at = rng.randrange(len(entry[change]))
-                entry[change][at] = rng.choice((0, 1, 2, entry[change][at] + 1, entry[change][at] * 2, 2**32, 2**63, -1))
+                entry[change][at] = rng.choice(
+                    (0, 1, 2, entry[change][at] + 1, entry[change][at] * 2, 2**32, 2**63, -1)
+                )
         elif what == "name" and len(tensors) > 1:
             a, b = rng.sample(tensors, 2)
             header[a], header[b] = header[b], header[a]
@@ -104,7 +134,9 @@ def mutate(name: str, data: bytes, rng) -> bytes:
                 header[rng.choice(("head_weight", "more", "m", ""))] = header.pop(a)
         elif body:
             at = rng.randrange(len(body)) // 4 * 4
-            body[at : at + 4] = rng.choice((b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\xff" * 4, bytes(4), rng.randbytes(4)))
+            body[at : at + 4] = rng.choice(
+                (b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\xff" * 4, bytes(4), rng.randbytes(4))
+            )
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + bytes(body)
 
@@ -122,7 +154,9 @@ def read_cache(data: bytes) -> None:
     except ValueError as error:
         said(error)
         raise
-    bits = lambda x: None if x is None else (x.dtype, x.shape, x.flatten().view(torch.uint8).tolist())
+    bits = lambda x: (
+        None if x is None else (x.dtype, x.shape, x.flatten().view(torch.uint8).tolist())
+    )
     same = lambda a, b: bits(a) == bits(b)
     names = (*files.STATISTICS, "vocab_keep", "head_bias")
     whole = any(all(same(getattr(loaded, k), getattr(x, k)) for k in names) for x in caches())

@@ -1,19 +1,24 @@
-"""Gives damaged bytes to a reader, under a limit of time and memory, and keeps as a file what it did not take well.
+"""Gives damaged bytes to a reader, under a limit of time and memory, and keeps as a file what it
+did not take well.
 
-`python tests/fuzz/run.py teacher --seconds 60 --corpus DIR` runs one target, without names all of them.
-`python tests/fuzz/run.py teacher --input FILE` gives it one file again.
+`python tests/fuzz/run.py teacher --seconds 60 --corpus DIR` runs one target, without names all of
+them. `python tests/fuzz/run.py teacher --input FILE` gives it one file again.
 
 Targets are in the files fuzz_*.py beside this one. Such a file has
 
     TARGETS: dict[str, Callable[[bytes], None]]   by name, functions that read bytes
-    ALLOWED: tuple[type[Exception], ...]          what they may raise; anything else is a failure, AssertionError too
+    ALLOWED: tuple[type[Exception], ...]          what they may raise; anything else is a failure,
+    AssertionError too
     seeds(name) -> list[bytes]                    a few whole inputs, the same at each call
-    mutate(name, data, rng) -> bytes              optional: damage that keeps the outer form; half of the inputs get it
+    mutate(name, data, rng) -> bytes              optional: damage that keeps the outer form; half
+    of the inputs get it
 
-The same --seed gives the same inputs. DIR/NAME may hold more seeds; failures are written there as failed-HASH. What runs
-is in DIR/NAME/running, so that an input which kills the process is not lost: the next run reports it.
+The same --seed gives the same inputs. DIR/NAME may hold more seeds; failures are written there as
+failed-HASH. What runs is in DIR/NAME/running, so that an input which kills the process is not lost:
+the next run reports it.
 
-No coverage guides this: the readers that matter are C and Rust, of which a Python fuzzer sees nothing.
+No coverage guides this: the readers that matter are C and Rust, of which a Python fuzzer sees
+nothing.
 """
 
 from __future__ import annotations
@@ -36,11 +41,49 @@ from types import ModuleType
 
 HERE = Path(__file__).parent
 LARGEST = 2**22  # bytes of an input
-NUMBERS = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
+NUMBERS = (
+    0,
+    1,
+    2,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0x8000,
+    0xFFFF,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+)
 WORDS = (
-    b"\0", b"\n", b"\x1b[2J", b"\xff\xfe", b"\xed\xa0\x80", b"\xf0\x9f\x98\x80", b'"', b"'", b"\\u0000", b"\\ud800", b"/../",
-    b"[" * 2000, b'{"a":' * 2000, b"]", b"}", b",", b":", b"null", b"true", b"NaN", b"Infinity", b"-1", b"1e999", b"9" * 5000,
-)  # fmt: skip
+    b"\0",
+    b"\n",
+    b"\x1b[2J",
+    b"\xff\xfe",
+    b"\xed\xa0\x80",
+    b"\xf0\x9f\x98\x80",
+    b'"',
+    b"'",
+    b"\\u0000",
+    b"\\ud800",
+    b"/../",
+    b"[" * 2000,
+    b'{"a":' * 2000,
+    b"]",
+    b"}",
+    b",",
+    b":",
+    b"null",
+    b"true",
+    b"NaN",
+    b"Infinity",
+    b"-1",
+    b"1e999",
+    b"9" * 5000,
+)
 
 
 class TooLong(BaseException):
@@ -57,7 +100,8 @@ def targets() -> dict[str, tuple[Callable[[bytes], None], ModuleType]]:
     return found
 
 
-# -------------------------------------------------------------------------------------------------------------- damage
+# --------------------------------------------------------------------------------------------------
+# damage
 
 
 def damaged(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
@@ -69,7 +113,11 @@ def damaged(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
 
 def _place(data: bytes, rng: random.Random, most: int = 64) -> tuple[int, int]:
     """A range; small ones are likelier, and so is the beginning, where headers are."""
-    at = rng.randrange(min(len(data), 512) + 1) if rng.random() < 0.5 else rng.randrange(len(data) + 1)
+    at = (
+        rng.randrange(min(len(data), 512) + 1)
+        if rng.random() < 0.5
+        else rng.randrange(len(data) + 1)
+    )
     return at, min(len(data), at + rng.choice((0, 1, 2, 4, 8, rng.randrange(most + 1))))
 
 
@@ -96,7 +144,11 @@ def set_digits(data, rng, others):
     if not found:
         return data
     at = rng.choice(found)
-    return data[: at.start()] + str(rng.choice(NUMBERS) * rng.choice((1, -1, 10**300))).encode() + data[at.end() :]
+    return (
+        data[: at.start()]
+        + str(rng.choice(NUMBERS) * rng.choice((1, -1, 10**300))).encode()
+        + data[at.end() :]
+    )
 
 
 def delete(data, rng, others):
@@ -128,7 +180,19 @@ def splice(data, rng, others):
     return data[: rng.randrange(len(data) + 1)] + other[rng.randrange(len(other) + 1) :]
 
 
-KINDS = (flip, flip, set_bytes, set_number, set_digits, delete, cut, insert, repeat, exchange, splice)
+KINDS = (
+    flip,
+    flip,
+    set_bytes,
+    set_number,
+    set_digits,
+    delete,
+    cut,
+    insert,
+    repeat,
+    exchange,
+    splice,
+)
 
 
 def inputs(name: str, module: ModuleType, more: list[bytes], seed: int) -> Iterator[bytes]:
@@ -143,15 +207,19 @@ def inputs(name: str, module: ModuleType, more: list[bytes], seed: int) -> Itera
             yield damaged(data, rng, whole)
 
 
-# --------------------------------------------------------------------------------------------------------------- a run
+# --------------------------------------------------------------------------------------------------
+# a run
 
 
 def _too_long(*_: object) -> None:
     raise TooLong
 
 
-def attempt(target: Callable[[bytes], None], allowed: tuple, data: bytes, seconds: float, mib: int) -> str | None:
-    """What went wrong, as a traceback; None if nothing did. Past 4 times the limit, in a loop of C, the process ends."""
+def attempt(
+    target: Callable[[bytes], None], allowed: tuple, data: bytes, seconds: float, mib: int
+) -> str | None:
+    """What went wrong, as a traceback; None if nothing did. Past 4 times the limit, in a loop of C,
+    the process ends."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     most = pages * resource.getpagesize() + mib * 2**20
@@ -175,16 +243,24 @@ def attempt(target: Callable[[bytes], None], allowed: tuple, data: bytes, second
 def kind(trace: str) -> str:
     """Two failures are of one kind if they end in the same exception from the same line."""
     lines = [line.strip() for line in trace.splitlines()]
-    return lines[-1].split(":")[0] + " " + next((line for line in reversed(lines) if line.startswith("File ")), "")
+    return (
+        lines[-1].split(":")[0]
+        + " "
+        + next((line for line in reversed(lines) if line.startswith("File ")), "")
+    )
 
 
-def run(name: str, target: Callable[[bytes], None], module: ModuleType, options: argparse.Namespace) -> int:
+def run(
+    name: str, target: Callable[[bytes], None], module: ModuleType, options: argparse.Namespace
+) -> int:
     """Runs one target; the number of kinds of failures."""
     folder = options.corpus / name
     folder.mkdir(parents=True, exist_ok=True)
     running, kinds, done = folder / "running", set(), 0
     if running.exists():
-        lost = running.rename(folder / f"failed-{hashlib.sha256(running.read_bytes()).hexdigest()[:12]}")
+        lost = running.rename(
+            folder / f"failed-{hashlib.sha256(running.read_bytes()).hexdigest()[:12]}"
+        )
         kinds.add("killed")
         print(f"{name}: {lost} ended the process of an earlier run.")
     more = [path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()]
@@ -210,14 +286,28 @@ def run(name: str, target: Callable[[bytes], None], module: ModuleType, options:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = targets()
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; default: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; default: all"
+    )
     parser.add_argument("--seconds", type=float, default=10.0, help="for each target")
     parser.add_argument("--runs", type=int, help="inputs for each target, instead of seconds")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--corpus", type=Path, default=Path(tempfile.gettempdir()) / "fastsiu-fuzz", metavar="DIR")
+    parser.add_argument(
+        "--corpus", type=Path, default=Path(tempfile.gettempdir()) / "fastsiu-fuzz", metavar="DIR"
+    )
     parser.add_argument("--input-seconds", type=float, default=10.0, help="limit for one input")
-    parser.add_argument("--input-mib", type=int, default=512, help="limit for one input, beside what the process has")
-    parser.add_argument("--input", type=Path, metavar="FILE", help="give this one to one target, and show what happens")
+    parser.add_argument(
+        "--input-mib",
+        type=int,
+        default=512,
+        help="limit for one input, beside what the process has",
+    )
+    parser.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help="give this one to one target, and show what happens",
+    )
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(known):
         parser.error(f"{', '.join(sorted(unknown))} is no target: choose of {', '.join(known)}.")

@@ -69,9 +69,14 @@ def planted(tmp_path):
 
 @pytest.mark.parametrize(
     "name, found",
-    [("traceback", "KeyError"), ("memory", "MemoryError"), ("recursion", "RecursionError"), ("wrong", "AssertionError"),
-     ("forever", "TooLong")],
-)  # fmt: skip
+    [
+        ("traceback", "KeyError"),
+        ("memory", "MemoryError"),
+        ("recursion", "RecursionError"),
+        ("wrong", "AssertionError"),
+        ("forever", "TooLong"),
+    ],
+)
 def test_what_a_target_may_not_do_is_found_and_kept(name, found, planted, tmp_path):
     limits = ["--runs", "60", "--input-seconds", "0.2", "--input-mib", "256"]
     done = fuzz(planted, tmp_path / "corpus", name, *limits)
@@ -95,7 +100,9 @@ def test_an_input_that_ends_the_process_is_not_lost(planted, tmp_path):
 
 def test_what_is_allowed_is_no_failure(planted, tmp_path):
     done = fuzz(planted, tmp_path, "fine", "--runs", "200")
-    assert done.returncode == 0 and done.stdout == "fine: 200 inputs, 0 kinds of failures.\n", done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout == "fine: 200 inputs, 0 kinds of failures.\n", (
+        done.stdout + done.stderr
+    )
     assert fuzz(planted, tmp_path, "unknown").returncode == 2
 
 

@@ -1,4 +1,5 @@
-"""Templates and patterns from outside: those that end pass, those that do not are told in a sentence."""
+"""Templates and patterns from outside: those that end pass, those that do not are told in a
+sentence."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ def short(monkeypatch):
 @pytest.mark.parametrize(
     "template",
     [
-        "{% set n = namespace(x='ab') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x='ab') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% "
+        "endfor %}{{ n.x }}",
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{{ 'a' * 2000000000 }}",
         "{{ 'ab' * 1000000 }}",
@@ -54,7 +56,9 @@ def test_one_template_is_tried_once(monkeypatch):
     assert len(ran) == 2
 
 
-@pytest.mark.parametrize("pattern", ["(a|a|.)*(b|.)*(.*)*$x", "(.*)*(.*)*!", "((l|a|y|e|r|s|.)+)+!"])
+@pytest.mark.parametrize(
+    "pattern", ["(a|a|.)*(b|.)*(.*)*$x", "(.*)*(.*)*!", "((l|a|y|e|r|s|.)+)+!"]
+)
 def test_a_pattern_that_takes_years(pattern):
     with pytest.raises(BadInput, match="takes more than 1 s on the model's layers"):
         check_patterns([pattern], NAMES, "adapter_config.json")

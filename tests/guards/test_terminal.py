@@ -49,7 +49,9 @@ def test_json_is_the_same_value_in_any_encoding(encoding):
     assert [json.loads(line) for line in lines.splitlines()] == [{"a": "é\u202e"}, {"b": "😀"}]
 
 
-@pytest.mark.parametrize("bad", ["\x1b[31mred", "\x9b31m", "\u202edlrow", "x\rover", "\x07", "\x1b]8;;http://x\x07a"])
+@pytest.mark.parametrize(
+    "bad", ["\x1b[31mred", "\x9b31m", "\u202edlrow", "x\rover", "\x07", "\x1b]8;;http://x\x07a"]
+)
 @pytest.mark.parametrize("live", [False, True])
 def test_a_console_obeys_nothing_that_it_shows(bad, live):
     screen = io.StringIO()
@@ -90,7 +92,10 @@ class Broken(io.StringIO):
         return super().write(text)
 
 
-@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space"), ValueError("I/O on closed file")])
+@pytest.mark.parametrize(
+    "error",
+    [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space"), ValueError("I/O on closed file")],
+)
 def test_a_failing_stream_is_noted_once_and_never_raises(error):
     beneath = Broken(3, error)
     stream = Stream(beneath)
@@ -106,7 +111,16 @@ def test_what_libraries_write_past_the_console_is_escaped_but_for_bars_and_colou
     bar = "\r\x1b[2K\x1b[1A\x1b[32m 50%\x1b[0m\x1b[?25l\x1b[?25h\n\t"
     stream.write(bar)
     assert beneath.getvalue() == bar
-    for bad in ("\x1b]0;title\x07", "\x1b[2J", "\x1b[6n", "\x9b2J", "\u202e", "\x1bc", "\x1b[?1049h", "\x08"):
+    for bad in (
+        "\x1b]0;title\x07",
+        "\x1b[2J",
+        "\x1b[6n",
+        "\x9b2J",
+        "\u202e",
+        "\x1bc",
+        "\x1b[?1049h",
+        "\x08",
+    ):
         beneath.seek(0)
         beneath.truncate()
         stream.write(f"a warning: {bad}")
@@ -204,7 +218,9 @@ def test_the_streams_are_put_back():
 def test_each_character_is_in_one_piece(offsets, expected):
     found = pieces(offsets, [True] * len(offsets), [False] * len(offsets))
     assert ["café"[start:stop] for start, stop, *_ in found] == expected
-    states = pieces(offsets, [True, *[False] * (len(offsets) - 1)], [*[False] * (len(offsets) - 1), True])
+    states = pieces(
+        offsets, [True, *[False] * (len(offsets) - 1)], [*[False] * (len(offsets) - 1), True]
+    )
     if len(found) < len(offsets) and len(found) == 1:
         assert states == [(0, 5, False, True)]
 
@@ -218,9 +234,15 @@ def test_explain_repeats_no_character():
     answer = "café 😀\x1b!"
     offsets = [(0, 3), (3, 4), (3, 4), (4, 5), *[(5, 6)] * 4, (6, 7), (7, 8)]
     turn = SimpleNamespace(offsets=offsets, labels=torch.arange(len(offsets)))
-    sample = SimpleNamespace(picture=None, closed=True, facet="facts", origin="built", question="q\x1b?", answer=answer)
-    made = SimpleNamespace(samples=[sample], turns=[turn], keep=[torch.ones(len(offsets), dtype=torch.bool)],
-                           mask=SimpleNamespace(masked={5: "x"}, spared={}, warning=""))  # fmt: skip
+    sample = SimpleNamespace(
+        picture=None, closed=True, facet="facts", origin="built", question="q\x1b?", answer=answer
+    )
+    made = SimpleNamespace(
+        samples=[sample],
+        turns=[turn],
+        keep=[torch.ones(len(offsets), dtype=torch.bool)],
+        mask=SimpleNamespace(masked={5: "x"}, spared={}, warning=""),
+    )
     screen = io.StringIO()
     explanation(Terminal(file=screen, width=200), SimpleNamespace(named=[], left_out=0), made)
     assert "    café <😀>\\x1b!" in screen.getvalue() and "\x1b" not in screen.getvalue()

@@ -78,10 +78,22 @@ def softmax(c, h: Tensor, W: Tensor, b: Tensor | None, tau: float, over: Tensor 
 def case(h: Tensor, W: Tensor, y: Tensor, ht: Tensor | None = None, **options) -> SimpleNamespace:
     """What `bounds` takes, for a call with the defaults of the loss but for `options`."""
     usual = dict(
-        b=None, Wt=None, bt=None, keep=None, renormalize=False, scale=1.0, softcap=None, tau=1.0,
-        a=None, k=None, alpha=0.9, beta=0.75, reduction="mean", denominators=(None, None),
+        b=None,
+        Wt=None,
+        bt=None,
+        keep=None,
+        renormalize=False,
+        scale=1.0,
+        softcap=None,
+        tau=1.0,
+        a=None,
+        k=None,
+        alpha=0.9,
+        beta=0.75,
+        reduction="mean",
+        denominators=(None, None),
         ignore_index=-100,
-    )  # fmt: skip
+    )
     return SimpleNamespace(h=h.detach(), W=W.detach(), y=y, ht=ht, **(usual | options))
 
 

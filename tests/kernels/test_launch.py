@@ -9,13 +9,18 @@ from fastsiu.kernels.launch import TILE_BYTES, launch, narrow
 from fastsiu.loss.fused import chosen
 
 
-@pytest.mark.parametrize("N, V, D", [(1, 3, 1), (64, 600, 96), (256, 151_936, 896), (4096, 262_144, 1152), (10**5, 32_000, 4096)])
+@pytest.mark.parametrize(
+    "N, V, D",
+    [(1, 3, 1), (64, 600, 96), (256, 151_936, 896), (4096, 262_144, 1152), (10**5, 32_000, 4096)],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_tile_fits_its_budget_and_the_vocabulary(N, V, D, dtype, device):
     plan = launch(N, V, D, dtype, device)
     assert 0 < plan.tile <= max(V, 256) and 64 <= narrow(plan.tile) <= max(plan.tile, 64)
-    assert plan.tile == 256 or plan.tile * (N + D) * (8 if dtype == torch.float64 else 4) <= TILE_BYTES
+    assert (
+        plan.tile == 256 or plan.tile * (N + D) * (8 if dtype == torch.float64 else 4) <= TILE_BYTES
+    )
     assert plan == launch(N, V, D, dtype, device) and ("measured" in plan.why) == (device == "cpu")
 
 
@@ -32,8 +37,11 @@ def test_a_gpu_takes_triton_for_16_bit_until_it_is_measured(monkeypatch):
             plan = launch(N, 151_936, 2048, dtype, "cuda", "sm_86")
             assert plan.backend == "triton" and plan.why.startswith("predicted")
         assert launch(N, 151_936, 2048, torch.float32, "cuda", "sm_86").backend == "tiled"
-        assert launch(N, 151_936, 2048, torch.bfloat16, "cuda").backend == "tiled"  # no triton there
-    monkeypatch.setitem(measured.BACKENDS, ("sm_86", "bfloat16", 256), ("tiled", "measured 2030-01-01 on a test"))
+        # no triton there
+        assert launch(N, 151_936, 2048, torch.bfloat16, "cuda").backend == "tiled"
+    monkeypatch.setitem(
+        measured.BACKENDS, ("sm_86", "bfloat16", 256), ("tiled", "measured 2030-01-01 on a test")
+    )
     plan = launch(256, 151_936, 2048, torch.bfloat16, "cuda", "sm_86")
     assert plan.backend == "tiled" and "measured 2030-01-01 on a test" in plan.why
 
@@ -43,5 +51,8 @@ def test_the_choice_is_visible_and_can_be_made_by_hand():
     assert chosen(h, W).backend == "reference" and "measured" in chosen(h, W).why
     assert chosen(h, W, "tiled").backend == "tiled" and chosen(h, W, "tiled").why == "asked for"
     h.requires_grad_()
-    names = {b: type(fused_dmk_ce(h, W, y, backend=b, reduction="none").grad_fn).__name__ for b in ("auto", "reference", "tiled")}
+    names = {
+        b: type(fused_dmk_ce(h, W, y, backend=b, reduction="none").grad_fn).__name__
+        for b in ("auto", "reference", "tiled")
+    }
     assert names["auto"] == names["reference"] and "fastsiu" in names["tiled"]

@@ -1,4 +1,5 @@
-"""What the tiled backend promises beyond the values: memory, flops, one node for the compiler, no gradient work unasked."""
+"""What the tiled backend promises beyond the values: memory, flops, one node for the compiler, no
+gradient work unasked."""
 
 import re
 import shutil
@@ -30,7 +31,11 @@ def rand(*shape, seed=0, dtype=torch.float32):
 
 
 def problem(N, V, D, dtype=torch.float32, **options):
-    h, W, ht = rand(N, D, dtype=dtype), rand(V, D, seed=1, dtype=dtype), rand(N, D, seed=2, dtype=dtype)
+    h, W, ht = (
+        rand(N, D, dtype=dtype),
+        rand(V, D, seed=1, dtype=dtype),
+        rand(N, D, seed=2, dtype=dtype),
+    )
     y = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(3))
     return h, W, y, TeacherCache.from_hidden(ht, W, **options)
 
@@ -43,7 +48,8 @@ def agree(h, W, y, teacher, *backends):
 
 
 def recorded(f):
-    """(largest allocation, peak of live bytes above the start, flops of matrix products) of a call: all that C++ does, too."""
+    """(largest allocation, peak of live bytes above the start, flops of matrix products) of a call:
+    all that C++ does, too."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True) as run:
         f()
     events = sorted(run.profiler.kineto_results.events(), key=lambda e: e.start_ns())
@@ -55,7 +61,11 @@ def recorded(f):
     flops = 0
     for e in run.events():
         if e.name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"):
-            a, b = [s for s in e.input_shapes if len(s) >= 2][-2:] if "addmm" in e.name else e.input_shapes[:2]
+            a, b = (
+                [s for s in e.input_shapes if len(s) >= 2][-2:]
+                if "addmm" in e.name
+                else e.input_shapes[:2]
+            )
             flops += 2 * torch.Size(a).numel() * b[-1]
     return largest, peak, flops
 
@@ -88,14 +98,16 @@ def step(kind, N, V, D, dtype=torch.float32):
     return run, lambda: TeacherCache.from_hidden(teacher.hidden, teacher.head_weight, **options)
 
 
-# --------------------------------------------------------------------------------------------------- memory and work
+# --------------------------------------------------------------------------------------------------
+# memory and work
 
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_a_few_tiles_and_the_hidden_states(backend, kind, dtype, monkeypatch):
-    """Live bytes at most 4 tiles (64 MiB of the real 16), a few [N, D] and dW; the teacher's making too. Logits were 10 MiB."""
+    """Live bytes at most 4 tiles (64 MiB of the real 16), a few [N, D] and dW; the teacher's making
+    too. Logits were 10 MiB."""
     (N, V, D), budget = (64, 40_000, 32), MIB // 2
     assert fastsiu.kernels.launch.TILE_BYTES == 16 * MIB
     monkeypatch.setattr(fastsiu.kernels.launch, "TILE_BYTES", budget)
@@ -140,17 +152,21 @@ print("extra", step(256, 151936, 64))
 def test_peak_memory_of_a_process(backend):
     """(256, 151936, 64): logits of one side would be 148 MiB."""
     child = CHILD.format(root=str(ROOT), backend=backend)
-    done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", child], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(re.search(r"extra (\d+)", done.stdout)[1]) <= 64 * 1024, done.stdout
 
 
 @every_backend
 @pytest.mark.parametrize(
-    "kind, passes", [("shared", 4), ("masked", 4), ("renormalised", 4), ("no teacher", 4), ("temperature", 6)]
+    "kind, passes",
+    [("shared", 4), ("masked", 4), ("renormalised", 4), ("no teacher", 4), ("temperature", 6)],
 )
 def test_a_frozen_head_costs_what_cross_entropy_costs(backend, kind, passes):
-    """4 N V D flops forward and backward, whatever the teacher; without gradients only the logits."""
+    """4 N V D flops forward and backward, whatever the teacher; without gradients only the
+    logits."""
     N, V, D = 32, 20_000, 64
     run, _ = step(kind, N, V, D)
     unit = N * V * D
@@ -176,12 +192,15 @@ def test_thousands_of_rows(backend):
     agree(h, W, y, teacher, backend, "reference")
 
 
-# ------------------------------------------------------------------------------------------------------- the compiler
+# --------------------------------------------------------------------------------------------------
+# the compiler
 
 
 def compiled(kind, compiler, dynamic=None):
     run, _ = step(kind, 24, 3000, 16)
-    h, W, y, teacher = problem(24, 3000, 16, **({} if kind not in ("softcap", "temperature") else KINDS[kind]))
+    h, W, y, teacher = problem(
+        24, 3000, 16, **({} if kind not in ("softcap", "temperature") else KINDS[kind])
+    )
     keep = torch.ones(24)
     keep[3] = 0
     W = W.requires_grad_() if kind == "trains" else W
@@ -214,14 +233,20 @@ def test_one_graph_without_a_break(kind, fresh_compiler):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"
+)
 def test_the_default_compiler(fresh_compiler):
     compiled("shared", "inductor")
 
 
 def test_another_batch_size_is_not_another_answer(fresh_compiler):
     h, W, y, teacher = problem(20, 1000, 8)
-    f = torch.compile(lambda h, y, t: fused_dmk_ce(h, W, y, t, backend="tiled"), fullgraph=True, backend="aot_eager")
+    f = torch.compile(
+        lambda h, y, t: fused_dmk_ce(h, W, y, t, backend="tiled"),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     for n in (20, 7, 13):
         x, z = h[:n].clone().requires_grad_(), h[:n].clone().requires_grad_()
         f(x, y[:n], teacher[:n]).backward()
@@ -244,7 +269,8 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(kind):
-    """Schema, fake tensors, autograd registration, dynamic shapes: torch's own checks on each operator we register."""
+    """Schema, fake tensors, autograd registration, dynamic shapes: torch's own checks on each
+    operator we register."""
     run, _ = step(kind, 5, 300, 6)
     with Calls() as calls:
         run().backward()
@@ -257,7 +283,8 @@ def test_opcheck(kind):
         library.opcheck(op, tuple(args), kwargs)
 
 
-# --------------------------------------------------------------------------------------------------- choice of backend
+# --------------------------------------------------------------------------------------------------
+# choice of backend
 
 
 def test_tiled_never_refuses_a_float_dtype():
@@ -277,9 +304,16 @@ def test_the_public_names_are_the_same():
     assert {"fused_dmk_ce", "TeacherCache", "DMKCELoss", "why_not"} <= set(fastsiu.__all__)
 
 
-# ------------------------------------------------------------------------------------------------------------- rivals
+# --------------------------------------------------------------------------------------------------
+# rivals
 
-PEERS = [(16, 32, 128), (9, 41, 41), (4, 423, 1000), (3, 4096, 10)]  # N, D, V: odd and even, D above and below V
+# N, D, V: odd and even, D above and below V
+PEERS = [
+    (16, 32, 128),
+    (9, 41, 41),
+    (4, 423, 1000),
+    (3, 4096, 10),
+]
 
 
 @pytest.mark.rivals
@@ -345,4 +379,6 @@ def test_a_transposed_head_that_trains():
     f = lambda h, W: fused_dmk_ce(h, W.T, y, teacher, backend="tiled")
     torch._dynamo.reset()
     expected = torch.autograd.grad(f(h, W), [h, W])
-    torch.testing.assert_close(torch.autograd.grad(torch.compile(f, fullgraph=True)(h, W), [h, W]), expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(torch.compile(f, fullgraph=True)(h, W), [h, W]), expected
+    )

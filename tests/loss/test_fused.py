@@ -1,4 +1,5 @@
-"""The fused loss against loops over tokens and vocabulary, written from the equations (arXiv 2405.12523, Eq. 2-5)."""
+"""The fused loss against loops over tokens and vocabulary, written from the equations (arXiv
+2405.12523, Eq. 2-5)."""
 
 import math
 
@@ -17,21 +18,33 @@ torch.set_num_threads(1)
 
 
 def rand(*shape, seed=0, dtype=torch.float64, scale=1.0):
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype)
+    return (
+        scale
+        * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ).to(dtype)
 
 
 def case(N=4, V=7, D=3, seed=0, dtype=torch.float64, **options):
     """hidden, head, labels and a teacher that is not the student; `options` go to the teacher."""
-    h, W, ht = (rand(*s, seed=seed + i, dtype=dtype) for i, s in enumerate([(N, D), (V, D), (N, D)]))
+    h, W, ht = (
+        rand(*s, seed=seed + i, dtype=dtype) for i, s in enumerate([(N, D), (V, D), (N, D)])
+    )
     y = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(seed + 3))
     return h, W, y, TeacherCache.from_hidden(ht, W, **options)
 
 
-# ---------------------------------------------------------------------------------------------- the brute force
+# ---------------------------------------------------------------------------------------------- the
+# brute force
 
 
 def brute_logits(h, W, b, scale, softcap):
-    z = [[scale * (sum(x * w for x, w in zip(hn, Wv, strict=True)) + bv) for Wv, bv in zip(W, b, strict=True)] for hn in h]
+    z = [
+        [
+            scale * (sum(x * w for x, w in zip(hn, Wv, strict=True)) + bv)
+            for Wv, bv in zip(W, b, strict=True)
+        ]
+        for hn in h
+    ]
     return [[softcap * math.tanh(x / softcap) if softcap else x for x in row] for row in z]
 
 
@@ -52,7 +65,10 @@ def brute(h, W, y, ht, Wt, *, keep, renormalize, b, bt, scale, softcap, tau, ign
         ces.append(0.0 if yn == ignore_index else -math.log(q1[yn]))
         entropies.append(-sum(q * math.log(q) for q in q1))
         over = keep if renormalize else every
-        q, p = brute_softmax([x / tau for x in zn], over), brute_softmax([x / tau for x in tn], over)
+        q, p = (
+            brute_softmax([x / tau for x in zn], over),
+            brute_softmax([x / tau for x in tn], over),
+        )
         kls.append(tau**2 * sum(p[v] * math.log(p[v] / q[v]) for v in range(len(W)) if keep[v]))
     return ces, kls, entropies
 
@@ -83,7 +99,10 @@ def test_every_option_equals_the_equations(
     y[torch.rand(N, generator=g) < 0.3] = -100
     keep = torch.rand(V, generator=g) < 0.6 if masked else torch.ones(V, dtype=torch.bool)
     keep[int(torch.randint(0, V, (), generator=g))] = True
-    a, k = torch.rand(N, generator=g, dtype=torch.float64), torch.rand(N, generator=g, dtype=torch.float64)
+    a, k = (
+        torch.rand(N, generator=g, dtype=torch.float64),
+        torch.rand(N, generator=g, dtype=torch.float64),
+    )
     a, k = {None: (None, None), "bool": (a > 0.5, k > 0.5), "float": (a, k)}[weights]
 
     options = dict(logit_scale=scale, logit_softcap=softcap, temperature=tau)
@@ -91,44 +110,81 @@ def test_every_option_equals_the_equations(
         ht, Wt, vocab_keep=keep if masked else None, renormalize=renormalize, head_bias=b, **options
     )
     loss, parts = fused_dmk_ce(
-        h, W, y, teacher, ce_weight=a, kl_weight=k, head_bias=b, reduction=reduction, return_parts=True, **options
+        h,
+        W,
+        y,
+        teacher,
+        ce_weight=a,
+        kl_weight=k,
+        head_bias=b,
+        reduction=reduction,
+        return_parts=True,
+        **options,
     )
 
     zeros = [0.0] * V if b is None else b.tolist()
     ce, kl, entropy = brute(
-        h.tolist(), W.tolist(), y.tolist(), ht.tolist(), Wt.tolist(),
-        keep=keep.tolist(), renormalize=renormalize, b=zeros, bt=zeros, scale=scale, softcap=softcap, tau=tau,
-    )  # fmt: skip
+        h.tolist(),
+        W.tolist(),
+        y.tolist(),
+        ht.tolist(),
+        Wt.tolist(),
+        keep=keep.tolist(),
+        renormalize=renormalize,
+        b=zeros,
+        bt=zeros,
+        scale=scale,
+        softcap=softcap,
+        tau=tau,
+    )
     a = [1.0] * N if a is None else a.double().tolist()
     k = [1.0] * N if k is None else k.double().tolist()
     a = [0.0 if label == -100 else w for w, label in zip(a, y.tolist(), strict=True)]
     rows = [0.9 * a[n] * ce[n] + 0.75 * k[n] * kl[n] for n in range(N)]
     if reduction == "mean":
-        fraction = lambda w, x: sum(wn * xn for wn, xn in zip(w, x, strict=True)) / sum(w) if sum(w) else 0.0
+        fraction = lambda w, x: (
+            sum(wn * xn for wn, xn in zip(w, x, strict=True)) / sum(w) if sum(w) else 0.0
+        )
         expected = 0.9 * fraction(a, ce) + 0.75 * fraction(k, kl)
     else:
         expected = sum(rows) if reduction == "sum" else rows
-    torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        loss, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-10
+    )
     for ours, theirs in zip(parts, (ce, kl, entropy), strict=True):
         assert ours.dtype == torch.float32 and not ours.requires_grad
         torch.testing.assert_close(ours, torch.tensor(theirs), rtol=1e-5, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------- the gradients
+# -------------------------------------------------------------------------------------------------
+# the gradients
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("options", [{}, dict(logit_softcap=2.0), dict(temperature=2.0, logit_scale=0.5)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(logit_softcap=2.0), dict(temperature=2.0, logit_scale=0.5)]
+)
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_gradcheck_reaches_hidden_head_and_bias(reduction, options, renormalize):
     h, W, b = (x.requires_grad_() for x in (rand(3, 4), rand(6, 4, seed=1), rand(6, seed=2)))
     y, k = torch.tensor([5, -100, 2]), torch.tensor([0.5, 1.0, 0.0])
     keep = torch.tensor([1, 0, 1, 1, 0, 1]).bool()
-    frozen = (rand(6, 4, seed=5), rand(6, seed=6))  # a head that trains leaves the teacher its own copy
-    teacher = TeacherCache.from_hidden(
-        rand(3, 4, seed=3), frozen[0], head_bias=frozen[1], vocab_keep=keep, renormalize=renormalize, **options
+    # a head that trains leaves the teacher its own copy
+    frozen = (
+        rand(6, 4, seed=5),
+        rand(6, seed=6),
     )
-    f = lambda h, W, b: fused_dmk_ce(h, W, y, teacher, head_bias=b, kl_weight=k, reduction=reduction)
+    teacher = TeacherCache.from_hidden(
+        rand(3, 4, seed=3),
+        frozen[0],
+        head_bias=frozen[1],
+        vocab_keep=keep,
+        renormalize=renormalize,
+        **options,
+    )
+    f = lambda h, W, b: fused_dmk_ce(
+        h, W, y, teacher, head_bias=b, kl_weight=k, reduction=reduction
+    )
     assert torch.autograd.gradcheck(f, (h, W, b))
 
 
@@ -136,7 +192,13 @@ def test_gradcheck_reaches_hidden_head_and_bias(reduction, options, renormalize)
 @pytest.mark.parametrize("tau", [1.0, 3.0])
 def test_gradient_is_the_one_in_the_readme(renormalize, tau):
     """dKL/dh = tau * s * (C (Q W) - m), from the cache's statistics alone."""
-    h, W, y, teacher = case(V=9, vocab_keep=torch.arange(9) % 4 != 0, renormalize=renormalize, logit_scale=0.7, temperature=tau)
+    h, W, y, teacher = case(
+        V=9,
+        vocab_keep=torch.arange(9) % 4 != 0,
+        renormalize=renormalize,
+        logit_scale=0.7,
+        temperature=tau,
+    )
     h.requires_grad_()
     fused_dmk_ce(h, W, y, teacher, alpha=0.0, beta=1.0, reduction="sum").backward()
     z = 0.7 / tau * h.detach() @ W.T
@@ -145,12 +207,15 @@ def test_gradient_is_the_one_in_the_readme(renormalize, tau):
 
 
 def test_a_masked_entry_adds_no_teacher_pull():
-    """With V masked but one token, dKL/dz is C Q everywhere and only the kept token is pulled up by P."""
+    """With V masked but one token, dKL/dz is C Q everywhere and only the kept token is pulled up by
+    P."""
     V = 5
     h, W = rand(2, V).requires_grad_(), torch.eye(V, dtype=torch.float64)  # identity head: h is z
     keep = torch.arange(V) == 3
     teacher = TeacherCache.from_hidden(rand(2, V, seed=1), W, vocab_keep=keep)
-    fused_dmk_ce(h, W, torch.zeros(2, dtype=torch.int64), teacher, alpha=0.0, beta=1.0, reduction="sum").backward()
+    fused_dmk_ce(
+        h, W, torch.zeros(2, dtype=torch.int64), teacher, alpha=0.0, beta=1.0, reduction="sum"
+    ).backward()
     P, Q = teacher.hidden.softmax(-1), h.detach().softmax(-1)
     expected = P[:, 3:4] * Q
     expected[:, 3] -= P[:, 3]
@@ -168,26 +233,34 @@ def test_renormalised_masked_entries_get_exactly_no_gradient():
 def test_a_masked_position_gets_exactly_no_gradient():
     h, W, y, teacher = case()
     h.requires_grad_()
-    fused_dmk_ce(h, W, y, teacher, alpha=0.0, kl_weight=torch.tensor([1.0, 0.0, 1.0, 0.0])).backward()
+    fused_dmk_ce(
+        h, W, y, teacher, alpha=0.0, kl_weight=torch.tensor([1.0, 0.0, 1.0, 0.0])
+    ).backward()
     assert (h.grad[[1, 3]] == 0).all() and (h.grad[[0, 2]] != 0).any(-1).all()
 
 
 def test_no_gradient_to_teacher_or_weights():
     h, W, y, _ = case()
-    ht, Wt, a, k = (x.requires_grad_() for x in (rand(4, 3, seed=7), rand(7, 3, seed=8), torch.ones(4), torch.ones(4)))
+    ht, Wt, a, k = (
+        x.requires_grad_()
+        for x in (rand(4, 3, seed=7), rand(7, 3, seed=8), torch.ones(4), torch.ones(4))
+    )
     teacher = TeacherCache.from_hidden(ht, Wt)
     fused_dmk_ce(h.requires_grad_(), W, y, teacher, ce_weight=a, kl_weight=k).backward()
     assert h.grad is not None and all(x.grad is None for x in (ht, Wt, a, k, W))
 
 
-# ------------------------------------------------------------------------------------------- values one can name
+# ------------------------------------------------------------------------------------------- values
+# one can name
 
 
 def test_the_partial_sum_can_be_negative_and_the_renormalised_one_cannot():
     W = torch.eye(3, dtype=torch.float64)
     P, Q = torch.tensor([[0.8, 0.1, 0.1]]).double(), torch.tensor([[0.1, 0.45, 0.45]]).double()
     keep, y = torch.tensor([False, True, True]), torch.tensor([0])
-    kl = lambda **o: fused_dmk_ce(Q.log(), W, y, TeacherCache.from_hidden(P.log(), W, **o), alpha=0.0, beta=1.0).item()
+    kl = lambda **o: fused_dmk_ce(
+        Q.log(), W, y, TeacherCache.from_hidden(P.log(), W, **o), alpha=0.0, beta=1.0
+    ).item()
     assert kl(vocab_keep=keep) == pytest.approx(2 * 0.1 * math.log(0.1 / 0.45))  # about -0.3
     assert kl(vocab_keep=keep, renormalize=True) == pytest.approx(0.0, abs=1e-12)
     assert kl() == pytest.approx(0.8 * math.log(8) + 0.2 * math.log(0.1 / 0.45))
@@ -216,7 +289,11 @@ def test_the_row_test_is_explicit(monkeypatch):
     h, W, y, teacher = case(dtype=torch.float32)
     teacher = TeacherCache.from_hidden(h, W)
     real, calls = reference.logits, []
-    monkeypatch.setattr(reference, "logits", lambda *a: real(*a) * (1 + 1e-6 * len(calls)) + 0 * len(calls.append(0) or calls))
+    monkeypatch.setattr(
+        reference,
+        "logits",
+        lambda *a: real(*a) * (1 + 1e-6 * len(calls)) + 0 * len(calls.append(0) or calls),
+    )
     h.requires_grad_()
     loss = fused_dmk_ce(h, W, y, teacher, alpha=0.0)
     loss.backward()
@@ -253,7 +330,9 @@ def test_ignored_rows_count_in_the_kl_unless_their_weight_is_zero():
     f = lambda labels, **o: fused_dmk_ce(h, W, labels, teacher, alpha=0.0, ignore_index=-7, **o)
     assert f(ignored) == f(y)
     some = torch.tensor([1, 0, 1, 1]).bool()
-    torch.testing.assert_close(f(ignored, kl_weight=some), fused_dmk_ce(h[some], W, y[some], teacher[some], alpha=0.0))
+    torch.testing.assert_close(
+        f(ignored, kl_weight=some), fused_dmk_ce(h[some], W, y[some], teacher[some], alpha=0.0)
+    )
 
 
 def test_temperature_leaves_the_cross_entropy_alone():
@@ -261,7 +340,8 @@ def test_temperature_leaves_the_cross_entropy_alone():
     torch.testing.assert_close(fused_dmk_ce(h, W, y, teacher, beta=0.0), fused_dmk_ce(h, W, y))
 
 
-# ------------------------------------------------------------------------------------------------ denominators
+# ------------------------------------------------------------------------------------------------
+# denominators
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -296,11 +376,14 @@ def test_denominators_make_micro_batches_equal_to_one_batch():
     totals = dict(ce_denominator=a[y != -100].sum(), kl_denominator=float(k.sum()))
     pieces = h.clone().requires_grad_()
     for rows in (slice(0, 2), slice(2, 7), slice(7, 9)):
-        fused_dmk_ce(pieces[rows], W, y[rows], teacher[rows], ce_weight=a[rows], kl_weight=k[rows], **totals).backward()
+        fused_dmk_ce(
+            pieces[rows], W, y[rows], teacher[rows], ce_weight=a[rows], kl_weight=k[rows], **totals
+        ).backward()
     torch.testing.assert_close(pieces.grad, whole.grad)
 
 
-# ----------------------------------------------------------------------------------------------------- numerics
+# --------------------------------------------------------------------------------------------------
+# numerics
 
 
 def errors(N, V, D, dtype, moved, **options):
@@ -324,7 +407,9 @@ def errors(N, V, D, dtype, moved, **options):
     loss = fused_dmk_ce(x, W, y, TeacherCache.from_hidden(ht, W), **options)
     loss.backward()
     assert loss.dtype == torch.float32 and x.grad.dtype == dtype
-    relative = lambda got: [((g - t).norm() / t.norm()).item() for g, t in zip(got, truth, strict=True)]
+    relative = lambda got: [
+        ((g - t).norm() / t.norm()).item() for g, t in zip(got, truth, strict=True)
+    ]
     bounds = rounding.bounds(rounding.case(h, W, y, ht), 1.0)
     output = rounding.U, torch.finfo(dtype).eps / 2
     found = zip((bounds["loss"], bounds["h"]), truth, output, strict=True)
@@ -344,15 +429,22 @@ def test_no_worse_than_plain_torch(dtype, moved):
 
 
 def test_bf16_logits_are_delivered_in_fp32():
-    """Near the teacher, bf16 logits leave no digit of the KL gradient; ours is within the rounding of the output."""
-    ht, W = rand(8, 64, dtype=torch.bfloat16), rand(500, 64, seed=1, dtype=torch.bfloat16, scale=0.3)
+    """Near the teacher, bf16 logits leave no digit of the KL gradient; ours is within the rounding
+    of the output."""
+    ht, W = (
+        rand(8, 64, dtype=torch.bfloat16),
+        rand(500, 64, seed=1, dtype=torch.bfloat16, scale=0.3),
+    )
     h = (ht.double() * (1 + 2e-2 * rand(8, 64, seed=2))).bfloat16()
     grad = {}
     for dtype in (torch.bfloat16, torch.float64):
         x = h.detach().to(dtype, copy=True).requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16):  # an autocast region around the loss changes nothing
+        # an autocast region around the loss changes nothing
+        with torch.autocast("cpu", dtype=torch.bfloat16):
             teacher = TeacherCache.from_hidden(ht.to(dtype), W.to(dtype))
-            loss = fused_dmk_ce(x, teacher.head_weight, torch.zeros(8, dtype=torch.int64), teacher, alpha=0.0)
+            loss = fused_dmk_ce(
+                x, teacher.head_weight, torch.zeros(8, dtype=torch.int64), teacher, alpha=0.0
+            )
         loss.backward()
         grad[dtype] = x.grad.double()
     truth = grad[torch.float64]
@@ -381,14 +473,28 @@ def test_autocast_does_not_round_fp32():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, dict(vocab_keep=torch.arange(50) > 5), dict(vocab_keep=torch.arange(50) > 5, renormalize=True)]
+    "options",
+    [
+        {},
+        dict(vocab_keep=torch.arange(50) > 5),
+        dict(vocab_keep=torch.arange(50) > 5, renormalize=True),
+    ],
 )
 def test_huge_logits_stay_finite(options):
-    h, W = rand(3, 8, dtype=torch.float32, scale=1e3).requires_grad_(), rand(50, 8, seed=1, dtype=torch.float32, scale=10)
-    teacher = TeacherCache.from_hidden(rand(3, 8, seed=2, dtype=torch.float32, scale=1e3), W, **options)
+    h, W = (
+        rand(3, 8, dtype=torch.float32, scale=1e3).requires_grad_(),
+        rand(50, 8, seed=1, dtype=torch.float32, scale=10),
+    )
+    teacher = TeacherCache.from_hidden(
+        rand(3, 8, seed=2, dtype=torch.float32, scale=1e3), W, **options
+    )
     loss = fused_dmk_ce(h, W, torch.tensor([0, 1, 2]), teacher)
     loss.backward()
-    assert loss.isfinite() and h.grad.isfinite().all() and all(x.isfinite().all() for x in (teacher.m, teacher.C, teacher.lse))
+    assert (
+        loss.isfinite()
+        and h.grad.isfinite().all()
+        and all(x.isfinite().all() for x in (teacher.m, teacher.C, teacher.lse))
+    )
 
 
 def test_mixed_dtypes_and_views():
@@ -398,12 +504,18 @@ def test_mixed_dtypes_and_views():
     teacher = TeacherCache.from_hidden(h[1::2, :3].half(), wide[:, 3:6])
     loss = fused_dmk_ce(h16.requires_grad_(), wide[:, 3:6], y[::2], teacher)
     loss.backward()
-    expected = fused_dmk_ce(h16.detach().float(), W[:, :3], y[::2], TeacherCache.from_hidden(teacher.hidden.float(), W[:, :3]))
+    expected = fused_dmk_ce(
+        h16.detach().float(),
+        W[:, :3],
+        y[::2],
+        TeacherCache.from_hidden(teacher.hidden.float(), W[:, :3]),
+    )
     torch.testing.assert_close(loss, expected)
     assert h16.dtype == torch.bfloat16
 
 
-# ---------------------------------------------------------------------------------------------- the teacher cache
+# ---------------------------------------------------------------------------------------------- the
+# teacher cache
 
 
 @settings(max_examples=40, deadline=None)
@@ -416,14 +528,29 @@ def test_mixed_dtypes_and_views():
     tau=st.sampled_from([1.0, 2.0]),
 )
 def test_statistics_and_the_centred_form(small_tiles, shape, seed, masked, renormalize, bias, tau):
-    """m, C and lse by definition, and KL = tau^2 (C (lse_s - lse_t) - s / tau <h_s - h_t, m>) equals the direct sum."""
+    """m, C and lse by definition, and KL = tau^2 (C (lse_s - lse_t) - s / tau <h_s - h_t, m>)
+    equals the direct sum."""
     N, V, D = shape
-    h, ht, W, b = rand(N, D, seed=seed), rand(N, D, seed=seed + 1), rand(V, D, seed=seed + 2), rand(V, seed=seed + 3)
-    keep = {"none": torch.ones(V), "half": torch.arange(V) % 2 == 0, "last": torch.arange(V) == V - 1}[masked].bool()
+    h, ht, W, b = (
+        rand(N, D, seed=seed),
+        rand(N, D, seed=seed + 1),
+        rand(V, D, seed=seed + 2),
+        rand(V, seed=seed + 3),
+    )
+    keep = {
+        "none": torch.ones(V),
+        "half": torch.arange(V) % 2 == 0,
+        "last": torch.arange(V) == V - 1,
+    }[masked].bool()
     options = dict(head_bias=b if bias else None, logit_scale=0.8, temperature=tau)
-    teacher = TeacherCache.from_hidden(ht, W, vocab_keep=None if masked == "none" else keep, renormalize=renormalize, **options)
+    teacher = TeacherCache.from_hidden(
+        ht, W, vocab_keep=None if masked == "none" else keep, renormalize=renormalize, **options
+    )
 
-    x, over = lambda h: 0.8 / tau * (h @ W.T + (b if bias else 0)), (keep if renormalize else torch.ones_like(keep))
+    x, over = (
+        lambda h: 0.8 / tau * (h @ W.T + (b if bias else 0)),
+        (keep if renormalize else torch.ones_like(keep)),
+    )
     lse = lambda h: x(h).masked_fill(~over, -math.inf).logsumexp(-1)
     P = (x(ht).masked_fill(~over, -math.inf) - lse(ht)[:, None]).exp() * keep
     torch.testing.assert_close(teacher.m, P @ W)
@@ -466,17 +593,29 @@ def test_the_cache_never_holds_all_logits(small_tiles):
 def test_save_and_load(tmp_path, dtype, full):
     bias = rand(7, seed=5, dtype=dtype)
     options = (
-        dict(head_bias=bias, vocab_keep=torch.arange(7) > 1, logit_scale=0.5, temperature=2.0, logit_softcap=9.0) if full else {}
+        dict(
+            head_bias=bias,
+            vocab_keep=torch.arange(7) > 1,
+            logit_scale=0.5,
+            temperature=2.0,
+            logit_softcap=9.0,
+        )
+        if full
+        else {}
     )
     h, W, y, teacher = case(dtype=dtype, renormalize=full, **options)
     teacher.save(tmp_path / "teacher.safetensors")
     again = TeacherCache.load(tmp_path / "teacher.safetensors", head_weight=W)
     assert len(again) == 4 and again.head_weight is W
     assert torch.equal(fused_dmk_ce(h, W, y, again), fused_dmk_ce(h, W, y, teacher))
-    assert all(torch.equal(getattr(again, k), getattr(teacher, k)) for k in ("hidden", "m", "C", "lse"))
+    assert all(
+        torch.equal(getattr(again, k), getattr(teacher, k)) for k in ("hidden", "m", "C", "lse")
+    )
     part = teacher[1:3]
     part.save(tmp_path / "part.safetensors")
-    assert torch.equal(TeacherCache.load(tmp_path / "part.safetensors", head_weight=W).m, teacher.m[1:3])
+    assert torch.equal(
+        TeacherCache.load(tmp_path / "part.safetensors", head_weight=W).m, teacher.m[1:3]
+    )
 
 
 def test_load_refuses_what_it_cannot_use(tmp_path):
@@ -499,10 +638,20 @@ def test_load_refuses_what_it_cannot_use(tmp_path):
 
 def test_rows_of_a_cache():
     h, W, y, teacher = case(N=5)
-    for rows in (slice(1, 4), [0, 4], torch.tensor([3, 3]), torch.tensor([True, False, True, False, True]), [], slice(0, 0)):
+    for rows in (
+        slice(1, 4),
+        [0, 4],
+        torch.tensor([3, 3]),
+        torch.tensor([True, False, True, False, True]),
+        [],
+        slice(0, 0),
+    ):
         part = teacher[rows]
         index = torch.tensor(rows, dtype=torch.int64) if rows == [] else rows
-        assert all(torch.equal(getattr(part, k), getattr(teacher, k)[index]) for k in ("hidden", "m", "C", "lse"))
+        assert all(
+            torch.equal(getattr(part, k), getattr(teacher, k)[index])
+            for k in ("hidden", "m", "C", "lse")
+        )
         assert len(part) == len(part.m) and part.head_weight is W
     assert torch.equal(teacher[-1].m, teacher.m[4:]) and torch.equal(teacher[2].m, teacher.m[2:3])
     assert sum(len(row) for row in teacher) == 5  # iteration ends
@@ -511,7 +660,8 @@ def test_rows_of_a_cache():
     assert torch.equal(teacher.to("cpu").m, teacher.m) and teacher.to("cpu").head_weight is W
 
 
-# --------------------------------------------------------------------------------------------- options and errors
+# ---------------------------------------------------------------------------------------------
+# options and errors
 
 
 def test_the_teacher_gives_the_options_that_the_loss_does_not():
@@ -524,10 +674,18 @@ def test_the_teacher_gives_the_options_that_the_loss_does_not():
 @pytest.mark.parametrize(
     "theirs, ours, words",
     [
-        (dict(logit_scale=2.0), dict(logit_scale=1.0), "logit_scale is 1.0 but the teacher's is 2.0"),
+        (
+            dict(logit_scale=2.0),
+            dict(logit_scale=1.0),
+            "logit_scale is 1.0 but the teacher's is 2.0",
+        ),
         (dict(), dict(logit_scale=2.0), "logit_scale is 2.0 but the teacher's is 1.0"),
         (dict(), dict(logit_softcap=30.0), "logit_softcap is 30.0 but the teacher's is None"),
-        (dict(temperature=2.0), dict(temperature=1.0), "temperature is 1.0 but the teacher's is 2.0"),
+        (
+            dict(temperature=2.0),
+            dict(temperature=1.0),
+            "temperature is 1.0 but the teacher's is 2.0",
+        ),
         (dict(), dict(head_bias=torch.ones(7)), "head_bias is given but the teacher has none"),
         (dict(head_bias=torch.ones(7)), dict(head_bias=torch.zeros(7)), "head_bias differs"),
     ],
@@ -543,7 +701,8 @@ def test_the_module_is_the_function():
     k = torch.tensor([1.0, 0.0, 1.0, 1.0])
     loss = DMKCELoss(alpha=0.3, beta=2.0, reduction="sum")
     assert torch.equal(
-        loss(h, W, y, teacher, kl_weight=k), fused_dmk_ce(h, W, y, teacher, alpha=0.3, beta=2.0, reduction="sum", kl_weight=k)
+        loss(h, W, y, teacher, kl_weight=k),
+        fused_dmk_ce(h, W, y, teacher, alpha=0.3, beta=2.0, reduction="sum", kl_weight=k),
     )
     assert "alpha=0.3" in repr(loss) and not list(loss.parameters())
 
@@ -553,7 +712,10 @@ def test_the_module_is_the_function():
     [
         (dict(hidden=torch.ones(4, 2)), "D=2 but head_weight has D=3"),
         (dict(hidden=torch.ones(4, 3, 1)), "hidden must be a two-dimensional"),
-        (dict(hidden=torch.ones(4, 3, dtype=torch.int64)), "hidden must be a two-dimensional float"),
+        (
+            dict(hidden=torch.ones(4, 3, dtype=torch.int64)),
+            "hidden must be a two-dimensional float",
+        ),
         (dict(labels=torch.zeros(4, dtype=torch.int32)), "labels must be int64"),
         (dict(labels=torch.zeros(3, dtype=torch.int64)), r"labels must be int64 \[4\]"),
         (dict(labels=torch.tensor([0, 7, 0, 0])), "labels hold 7"),
@@ -602,13 +764,16 @@ def test_errors_of_the_cache(options, words):
 def test_why_not():
     h, W, _, teacher = case()
     assert why_not("reference", h, W, teacher) is None and why_not("auto", h, W) is None
-    assert why_not("tiled", h, W, teacher) is None and "float8" in why_not("tiled", h.to(torch.float8_e5m2), W)
+    assert why_not("tiled", h, W, teacher) is None and "float8" in why_not(
+        "tiled", h.to(torch.float8_e5m2), W
+    )
     assert "'triton' needs" in why_not("triton", h, W)  # the package, a GPU or the interpreter
     for backend in ("cpu", "other"):
         assert backend in why_not(backend, h, W, teacher, temperature=1.0)
 
 
-# ------------------------------------------------------------------------------------------- what a reviewer found
+# ------------------------------------------------------------------------------------------- what a
+# reviewer found
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
@@ -646,11 +811,15 @@ def test_a_row_without_weight_may_hold_anything(backend, trains):
     f(dirty).backward()
     torch.testing.assert_close(f(dirty), f(clean))
     torch.testing.assert_close(dirty.grad, clean.grad)
-    assert (dirty.grad[[1, 3]] == 0).all() and (expected is None or torch.allclose(W.grad, expected))
+    assert (dirty.grad[[1, 3]] == 0).all() and (
+        expected is None or torch.allclose(W.grad, expected)
+    )
     bias = torch.zeros(7, dtype=torch.float64)
     bias[2] = -math.inf
     a = torch.tensor([0.0, 1.0, 1.0, 1.0])
-    assert fused_dmk_ce(h, W, torch.tensor([2, 1, 1, 1]), ce_weight=a, head_bias=bias, backend=backend).isfinite()
+    assert fused_dmk_ce(
+        h, W, torch.tensor([2, 1, 1, 1]), ce_weight=a, head_bias=bias, backend=backend
+    ).isfinite()
 
 
 def test_an_equal_bias_of_a_loaded_cache_takes_the_fast_path(tmp_path):
@@ -659,7 +828,9 @@ def test_an_equal_bias_of_a_loaded_cache_takes_the_fast_path(tmp_path):
     TeacherCache.from_hidden(h, W, head_bias=bias).save(tmp_path / "t.safetensors")
     again = TeacherCache.load(tmp_path / "t.safetensors", head_weight=W)
     for teacher in (again, again.to("cpu")):  # unmoved rows are exactly 0 there only
-        loss = fused_dmk_ce(h.requires_grad_(), W, y, teacher, head_bias=bias, alpha=0.0, backend="tiled")
+        loss = fused_dmk_ce(
+            h.requires_grad_(), W, y, teacher, head_bias=bias, alpha=0.0, backend="tiled"
+        )
         assert loss == 0 and (torch.autograd.grad(loss, h)[0] == 0).all()
 
 
@@ -667,7 +838,9 @@ def test_a_teacher_made_in_inference_mode_trains():
     h, W, y, _ = case()
     keep = torch.arange(7) > 1
     with torch.inference_mode():
-        teacher = TeacherCache.from_hidden(h * 2, W, vocab_keep=keep.clone(), head_bias=rand(7, seed=3) * 1)
+        teacher = TeacherCache.from_hidden(
+            h * 2, W, vocab_keep=keep.clone(), head_bias=rand(7, seed=3) * 1
+        )
     trained = W.clone().requires_grad_()
     for backend in ("reference", "tiled"):
         for head in (W, trained):
@@ -680,7 +853,10 @@ def test_a_cache_keeps_its_own_numbers():
     teacher = TeacherCache.from_hidden(buffer, W, vocab_keep=torch.ones(7, dtype=torch.bool))
     buffer.zero_()
     assert torch.equal(teacher.hidden, h) and teacher.vocab_keep is None
-    assert torch.equal(teacher[torch.tensor(1)].m, teacher[1].m) and len(teacher[torch.tensor([True, False, False, True])]) == 2
+    assert (
+        torch.equal(teacher[torch.tensor(1)].m, teacher[1].m)
+        and len(teacher[torch.tensor([True, False, False, True])]) == 2
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(teacher.m, teacher.m)
         small = TeacherCache.from_hidden(h.float(), W.float()).m

@@ -1,4 +1,5 @@
-"""Every backend of the fused loss where it hurts: all options against fp64, inputs made to break it, symmetries, accuracy."""
+"""Every backend of the fused loss where it hurts: all options against fp64, inputs made to break
+it, symmetries, accuracy."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,12 +24,15 @@ IGNORED = -100
 
 
 def rand(*shape, seed=0, scale=1.0, dtype=F64):
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)).to(dtype)
+    return (
+        scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    ).to(dtype)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small_tiles():
-    """Tiles of 17, 64 or 256 columns where the vocabulary is small, so that many tiles meet in it."""
+    """Tiles of 17, 64 or 256 columns where the vocabulary is small, so that many tiles meet in
+    it."""
     real = fastsiu.kernels.launch.launch
 
     def launch(N, V, *rest):
@@ -44,7 +48,8 @@ def small_tiles():
 
 @dataclass(frozen=True)
 class Case:
-    """Student, teacher and options of one call; `head` says whose head the teacher has and what trains."""
+    """Student, teacher and options of one call; `head` says whose head the teacher has and what
+    trains."""
 
     h: Tensor
     W: Tensor
@@ -54,7 +59,9 @@ class Case:
     b: Tensor | None = None
     bt: Tensor | None = None
     keep: Tensor | None = None
-    head: str = "shared"  # none: no teacher, shared: one frozen head, own: two, train: two and ours trains, same: one that trains
+    # none: no teacher, shared: one frozen head, own: two, train: two and ours trains, same: one
+    # that trains
+    head: str = "shared"
     renormalize: bool = False
     scale: float = 1.0
     softcap: float | None = None
@@ -73,8 +80,24 @@ class Case:
         return replace(self, **{name: move(getattr(self, name)) for name in names})
 
 
-def make(N=6, V=50, D=8, *, Dt=None, seed=0, dtype=F64, head="shared", bias=False, mask="none", ignored=0.2, masked_label=False,
-         weights=None, spread=1.0, moved=0.5, **options):  # fmt: skip
+def make(
+    N=6,
+    V=50,
+    D=8,
+    *,
+    Dt=None,
+    seed=0,
+    dtype=F64,
+    head="shared",
+    bias=False,
+    mask="none",
+    ignored=0.2,
+    masked_label=False,
+    weights=None,
+    spread=1.0,
+    moved=0.5,
+    **options,
+):
     """A random Case. Weights, mask and labels come from `seed` too."""
     g = torch.Generator().manual_seed(seed)
     own = head in ("own", "train")
@@ -94,12 +117,27 @@ def make(N=6, V=50, D=8, *, Dt=None, seed=0, dtype=F64, head="shared", bias=Fals
     if masked_label and keep is not None and not keep.all() and N:
         y[0] = int((~keep).nonzero()[0])
     y[torch.rand(N, generator=g) < ignored] = IGNORED
-    pick = {None: lambda x: None, "bool": lambda x: x > 0.4, "half": lambda x: x.to(BF16), "float": lambda x: x}[weights]
+    pick = {
+        None: lambda x: None,
+        "bool": lambda x: x > 0.4,
+        "half": lambda x: x.to(BF16),
+        "float": lambda x: x,
+    }[weights]
     a, k = (pick(torch.rand(N, generator=g, dtype=F64)) for _ in range(2))
     return Case(
-        h, W, y, None if head == "none" else ht, rand(V, Dt, seed=seed + 4, scale=spread) if own else None, fresh(5),
-        fresh(6) if own else None, None if head == "none" else keep, head, a=a, k=k, **options,
-    ).to(dtype)  # fmt: skip
+        h,
+        W,
+        y,
+        None if head == "none" else ht,
+        rand(V, Dt, seed=seed + 4, scale=spread) if own else None,
+        fresh(5),
+        fresh(6) if own else None,
+        None if head == "none" else keep,
+        head,
+        a=a,
+        k=k,
+        **options,
+    ).to(dtype)
 
 
 def teacher_of(c, W=None, b=None):
@@ -108,18 +146,33 @@ def teacher_of(c, W=None, b=None):
     shared = c.Wt is None
     options = dict(logit_scale=c.scale, logit_softcap=c.softcap, temperature=c.tau)
     Wt, bt = (c.W if W is None else W, c.b if b is None else b) if shared else (c.Wt, c.bt)
-    return TeacherCache.from_hidden(c.ht, Wt, head_bias=bt, vocab_keep=c.keep, renormalize=c.renormalize, **options)
+    return TeacherCache.from_hidden(
+        c.ht, Wt, head_bias=bt, vocab_keep=c.keep, renormalize=c.renormalize, **options
+    )
 
 
 def call(c, backend, h, W, b, teacher, **options):
-    given = dict(ce_weight=c.a, kl_weight=c.k, head_bias=b, alpha=c.alpha, beta=c.beta, reduction=c.reduction, backend=backend)
-    given |= dict(ce_denominator=c.denominators[0], kl_denominator=c.denominators[1], ignore_index=c.ignore_index)
+    given = dict(
+        ce_weight=c.a,
+        kl_weight=c.k,
+        head_bias=b,
+        alpha=c.alpha,
+        beta=c.beta,
+        reduction=c.reduction,
+        backend=backend,
+    )
+    given |= dict(
+        ce_denominator=c.denominators[0],
+        kl_denominator=c.denominators[1],
+        ignore_index=c.ignore_index,
+    )
     given |= dict(logit_scale=c.scale, logit_softcap=c.softcap, temperature=c.tau)
     return fused_dmk_ce(h, W, c.y, teacher, **(given | options))
 
 
 def run(c, backend, **options):
-    """loss, ce, kl, entropy and the gradients of h (and W, b where they train) under a random upstream, all in fp64."""
+    """loss, ce, kl, entropy and the gradients of h (and W, b where they train) under a random
+    upstream, all in fp64."""
     trains = c.head in ("train", "same")
     h, W, b = (None if x is None else x.detach().clone() for x in (c.h, c.W, c.b))
     h.requires_grad_()
@@ -129,14 +182,17 @@ def run(c, backend, **options):
     loss, parts = call(c, backend, h, W, b, teacher_of(c, W, b), return_parts=True, **options)
     loss.backward(upstream(c).to(loss.dtype))
     assert all(x.grad is None or x.grad.dtype == x.dtype for x in (h, W, b) if x is not None)
-    assert loss.dtype == (F64 if F64 in (h.dtype, W.dtype) else F32) and all(not x.requires_grad for x in parts)
+    assert loss.dtype == (F64 if F64 in (h.dtype, W.dtype) else F32) and all(
+        not x.requires_grad for x in parts
+    )
     got = dict(loss=loss.detach(), ce=parts.ce, kl=parts.kl, entropy=parts.entropy, h=h.grad)
     got |= dict(W=W.grad) if trains else {}
     got |= dict(b=b.grad) if trains and b is not None else {}
     return {name: x.double() for name, x in got.items()}
 
 
-FINITE = -1e6  # a bias that stands for -inf in the truth: e^-1e6 is 0 in fp64, and 0 * -1e6 is no NaN
+# a bias that stands for -inf in the truth: e^-1e6 is 0 in fp64, and 0 * -1e6 is no NaN
+FINITE = -1e6
 
 
 def truth(c):
@@ -146,18 +202,36 @@ def truth(c):
 
 
 def plain(c):
-    """What an honest user writes: logits in the inputs' dtype, all after them in fp32. Gradient of h, and loss and parts."""
+    """What an honest user writes: logits in the inputs' dtype, all after them in fp32. Gradient of
+    h, and loss and parts."""
     h = c.h.detach().clone().requires_grad_()
 
     def logits(h, W, b):
         x = h @ W.T
-        x = c.scale * (x if b is None else x + b.clamp(min=max(FINITE, torch.finfo(b.dtype).min / 8)))
+        x = c.scale * (
+            x if b is None else x + b.clamp(min=max(FINITE, torch.finfo(b.dtype).min / 8))
+        )
         return x if c.softcap is None else c.softcap * torch.tanh(x / c.softcap)
 
-    eye = torch.eye(len(c.W), dtype=F64 if c.h.dtype == F64 else F32)  # the identity as head: hidden states are logits
-    t = None if c.ht is None else logits(c.ht, *((c.W, c.b) if c.Wt is None else (c.Wt, c.bt))).detach().to(eye.dtype)
-    flat = replace(c, W=eye, ht=t, Wt=None if t is None else eye, b=None, bt=None, scale=1.0, softcap=None)
-    loss, parts = call(flat, "reference", logits(h, c.W, c.b).to(eye.dtype), eye, None, teacher_of(flat), return_parts=True)
+    # the identity as head: hidden states are logits
+    eye = torch.eye(len(c.W), dtype=F64 if c.h.dtype == F64 else F32)
+    t = (
+        None
+        if c.ht is None
+        else logits(c.ht, *((c.W, c.b) if c.Wt is None else (c.Wt, c.bt))).detach().to(eye.dtype)
+    )
+    flat = replace(
+        c, W=eye, ht=t, Wt=None if t is None else eye, b=None, bt=None, scale=1.0, softcap=None
+    )
+    loss, parts = call(
+        flat,
+        "reference",
+        logits(h, c.W, c.b).to(eye.dtype),
+        eye,
+        None,
+        teacher_of(flat),
+        return_parts=True,
+    )
     loss.backward(upstream(c).to(loss.dtype))
     return {k: x.double() for k, x in dict(loss=loss.detach(), **parts._asdict(), h=h.grad).items()}
 
@@ -173,16 +247,23 @@ def check(c, backend, rtol=1e-9):
     assert got.keys() == want.keys()
     if c.h.dtype == F64:
         for name, x in got.items():
-            tolerance = max(rtol, 1e-13 * c.tau**2) if name in ("loss", "h", "W", "b") else 2e-6 * max(1.0, c.tau**2 * 1e-3)
+            tolerance = (
+                max(rtol, 1e-13 * c.tau**2)
+                if name in ("loss", "h", "W", "b")
+                else 2e-6 * max(1.0, c.tau**2 * 1e-3)
+            )
             atol = tolerance * (1 + want[name].abs().max().item() if want[name].numel() else 1)
-            torch.testing.assert_close(x, want[name], rtol=tolerance, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                x, want[name], rtol=tolerance, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+            )
         return got, want
     within(got, want, c)
     return got, want
 
 
 def within(got, want, c):
-    """Is every number as near the truth as fp32 must be (rounding.py), then rounded to its dtype?"""
+    """Is every number as near the truth as fp32 must be (rounding.py), then rounded to its
+    dtype?"""
     bounds = rounding.bounds(c.to(F64), upstream(c))
     for name, x in got.items():
         assert x.isfinite().all(), f"{name} is not finite"
@@ -196,7 +277,8 @@ def within(got, want, c):
         assert not worst, f"{name}: {worst}"
 
 
-# ---------------------------------------------------------------------------------------------- every combination
+# ----------------------------------------------------------------------------------------------
+# every combination
 
 CASES = st.fixed_dictionaries(
     dict(
@@ -216,7 +298,9 @@ CASES = st.fixed_dictionaries(
         ignored=st.sampled_from([0.0, 0.3, 1.0]),
         masked_label=st.booleans(),
         reduction=st.sampled_from(["mean", "sum", "none"]),
-        denominators=st.sampled_from([(None, None), (7.5, 3), (torch.tensor(2), torch.tensor([11.0])), (None, 0)]),
+        denominators=st.sampled_from(
+            [(None, None), (7.5, 3), (torch.tensor(2), torch.tensor([11.0])), (None, 0)]
+        ),
         spread=st.sampled_from([0.1, 1.0]),
         moved=st.sampled_from([0.01, 1.0]),
         alpha=st.sampled_from([0.9, 0.0]),
@@ -256,7 +340,18 @@ def test_every_combination_is_rounded_no_more_than_fp32_must(backend, dtype, opt
     ],
 )
 def test_gradcheck(backend, reduction, head, options):
-    c = make(2, 19, 4, head=head, bias=True, mask="few", weights="float", reduction=reduction, ignored=0.4, **options)
+    c = make(
+        2,
+        19,
+        4,
+        head=head,
+        bias=True,
+        mask="few",
+        weights="float",
+        reduction=reduction,
+        ignored=0.4,
+        **options,
+    )
     frozen = teacher_of(c, c.W.clone(), c.b.clone()) if head == "same" else teacher_of(c)
     trains = head in ("train", "same")
     inputs = [x.clone().requires_grad_() for x in ((c.h, c.W, c.b) if trains else (c.h,))]
@@ -270,7 +365,13 @@ def test_gradcheck(backend, reduction, head, options):
 def test_mixed_dtypes(backend, dtypes, head):
     c = make(N=9, V=300, D=24, head=head, bias=True, tau=2.0, mask="few")
     h, W = dtypes
-    c = replace(c.to(W), h=c.h.to(h), ht=c.ht.to(h), b=c.b.to(BF16), bt=c.bt if c.bt is None else c.bt.to(BF16))
+    c = replace(
+        c.to(W),
+        h=c.h.to(h),
+        ht=c.ht.to(h),
+        b=c.b.to(BF16),
+        bt=c.bt if c.bt is None else c.bt.to(BF16),
+    )
     within(run(c, backend), truth(c), c)
 
 
@@ -282,7 +383,9 @@ def test_only_what_trains_gets_a_gradient(backend, trains):
     x = dict(h=c.h.clone(), W=c.W.clone(), b=c.b.clone())
     if trains != "nothing":
         x[trains].requires_grad_()
-    a, k, ht, Wt = (v.requires_grad_() for v in (torch.ones(6), torch.ones(6), c.ht.clone(), c.Wt.clone()))
+    a, k, ht, Wt = (
+        v.requires_grad_() for v in (torch.ones(6), torch.ones(6), c.ht.clone(), c.Wt.clone())
+    )
     c = replace(c, a=a, k=k, ht=ht, Wt=Wt)
     loss = call(c, backend, **x, teacher=teacher_of(c))
     assert loss.requires_grad == (trains != "nothing")
@@ -292,11 +395,14 @@ def test_only_what_trains_gets_a_gradient(backend, trains):
     assert all(v.grad is None for v in (a, k, ht, Wt, *(x[name] for name in x if name != trains)))
 
 
-# ------------------------------------------------------------------------------------------------- hostile inputs
+# -------------------------------------------------------------------------------------------------
+# hostile inputs
 
 LOW = pytest.mark.parametrize("dtype", [F64, F32, BF16])
 HEADS = pytest.mark.parametrize("head", ["shared", "own", "train"])
-MASKS = pytest.mark.parametrize("mask, renormalize", [("none", False), ("few", False), ("few", True), ("most", True)])
+MASKS = pytest.mark.parametrize(
+    "mask, renormalize", [("none", False), ("few", False), ("few", True), ("most", True)]
+)
 
 
 @every_backend
@@ -305,8 +411,11 @@ MASKS = pytest.mark.parametrize("mask, renormalize", [("none", False), ("few", F
 @pytest.mark.parametrize("far", [(1.0, -1.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.001)])
 @pytest.mark.parametrize("head", ["shared", "train"])
 def test_logits_of_ten_thousand(backend, dtype, mask, renormalize, far, head):
-    """Student and teacher far apart either way: no reference for the exponentials may overflow or vanish."""
-    c = make(5, 200, 8, head=head, mask=mask, renormalize=renormalize, masked_label=True, weights="float")
+    """Student and teacher far apart either way: no reference for the exponentials may overflow or
+    vanish."""
+    c = make(
+        5, 200, 8, head=head, mask=mask, renormalize=renormalize, masked_label=True, weights="float"
+    )
     e = rand(5, 8, seed=9)
     top = 1e4 / (e @ c.W.T).abs().amax(-1, keepdim=True)
     c = replace(c, h=far[0] * top * e, ht=far[1] * top * e).to(dtype)
@@ -361,9 +470,21 @@ INFINITE = {
 @pytest.mark.parametrize("where", INFINITE)
 @pytest.mark.parametrize("renormalize, tau", [(False, 1.0), (True, 1.0), (True, 2.0)])
 def test_a_bias_of_minus_infinity_removes_the_column(backend, dtype, head, where, renormalize, tau):
-    """Probability 0, no pull, no NaN: as if the bias were -1e6. Also on the first tile, the dropped columns, an ignored label."""
+    """Probability 0, no pull, no NaN: as if the bias were -1e6. Also on the first tile, the dropped
+    columns, an ignored label."""
     V = 700
-    c = make(5, V, 8, head=head, bias=True, mask="few", renormalize=renormalize, tau=tau, weights="float", ignored=0)
+    c = make(
+        5,
+        V,
+        8,
+        head=head,
+        bias=True,
+        mask="few",
+        renormalize=renormalize,
+        tau=tau,
+        weights="float",
+        ignored=0,
+    )
     gone = INFINITE[where](V, c.keep)
     b = c.b.masked_fill(gone, -torch.inf)
     alive = (~gone).nonzero()[:, 0]
@@ -390,16 +511,33 @@ def test_a_column_that_only_the_teacher_lacks(backend, renormalize):
 def test_small_vocabularies(backend, V, mask):
     """Kept columns fewer than the teacher's top 16, exactly as many, one."""
     for dtype, renormalize, tau in ((F64, False, 1.0), (F64, True, 2.0), (BF16, True, 1.0)):
-        check(make(7, V, 5, mask=mask, renormalize=renormalize, tau=tau, bias=True, masked_label=True, dtype=dtype), backend)
+        check(
+            make(
+                7,
+                V,
+                5,
+                mask=mask,
+                renormalize=renormalize,
+                tau=tau,
+                bias=True,
+                masked_label=True,
+                dtype=dtype,
+            ),
+            backend,
+        )
 
 
 @every_backend
 @pytest.mark.slow
-@pytest.mark.parametrize("N, V, D", [(1, 151_936, 2), (5, 32_064, 7), (3, 151_936, 4), (2, 262_145, 1)])
+@pytest.mark.parametrize(
+    "N, V, D", [(1, 151_936, 2), (5, 32_064, 7), (3, 151_936, 4), (2, 262_145, 1)]
+)
 @pytest.mark.parametrize("head", ["shared", "train"])
 def test_real_vocabularies(backend, N, V, D, head):
     for dtype in (F64, F32):
-        check(make(N, V, D, dtype=dtype, head=head, mask="few", masked_label=True, bias=True), backend)
+        check(
+            make(N, V, D, dtype=dtype, head=head, mask="few", masked_label=True, bias=True), backend
+        )
 
 
 @every_backend
@@ -427,7 +565,10 @@ def test_ties_everywhere(backend, dtype):
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_extreme_temperatures(backend, tau, head, renormalize):
     for dtype in (F64, F32):
-        check(make(6, 150, 8, tau=tau, head=head, renormalize=renormalize, mask="few", dtype=dtype), backend)
+        check(
+            make(6, 150, 8, tau=tau, head=head, renormalize=renormalize, mask="few", dtype=dtype),
+            backend,
+        )
 
 
 @every_backend
@@ -448,7 +589,8 @@ def test_equal_rows_get_equal_gradients(backend):
     torch.testing.assert_close(nine["h"], one["h"].expand(9, -1), rtol=1e-12, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------- memory that is not ours
+# ------------------------------------------------------------------------------------------- memory
+# that is not ours
 
 
 @pytest.fixture
@@ -458,7 +600,11 @@ def poisoned(monkeypatch):
     def poison(make):
         def filled(*args, **kwargs):
             x = make(*args, **kwargs)
-            return x.fill_(torch.nan if x.dtype.is_floating_point else x.dtype == torch.bool or torch.iinfo(x.dtype).max)
+            return x.fill_(
+                torch.nan
+                if x.dtype.is_floating_point
+                else x.dtype == torch.bool or torch.iinfo(x.dtype).max
+            )
 
         return filled
 
@@ -466,7 +612,8 @@ def poisoned(monkeypatch):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, poison(getattr(torch.Tensor, name)))
-    torch.use_deterministic_algorithms(True, warn_only=True)  # makes torch itself fill what it does not initialise
+    # makes torch itself fill what it does not initialise
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -504,17 +651,23 @@ def test_views_in_poisoned_storage(backend, head, dtype, options):
     if head == "train":
         W.requires_grad_()
         views.b.requires_grad_()
-    versions = {name: getattr(views, name)._version for name in names if getattr(views, name) is not None}
+    versions = {
+        name: getattr(views, name)._version for name in names if getattr(views, name) is not None
+    }
     loss = call(views, backend, h, W, views.b, teacher_of(views))
     (1.7 * loss).backward()
     want = run(c, backend)
     close = dict(rtol=1e-10, atol=1e-10) if dtype == F64 else dict(rtol=2e-2, atol=1e-3)
-    torch.testing.assert_close(loss.detach().double(), want["loss"], rtol=close["rtol"] * 1e-2, atol=1e-6)
+    torch.testing.assert_close(
+        loss.detach().double(), want["loss"], rtol=close["rtol"] * 1e-2, atol=1e-6
+    )
     torch.testing.assert_close(h.grad.double(), want["h"], **close)
     if head == "train":
         torch.testing.assert_close(W.grad.double(), want["W"], **close)
     for name, (_, wide) in pairs.items():
-        assert wide is None or torch.equal(wide.detach().nan_to_num(7.0), before[name].nan_to_num(7.0)), f"{name} was written"
+        assert wide is None or torch.equal(
+            wide.detach().nan_to_num(7.0), before[name].nan_to_num(7.0)
+        ), f"{name} was written"
     assert all(getattr(views, name)._version == version for name, version in versions.items())
 
 
@@ -525,16 +678,21 @@ def test_transposed_and_expanded_inputs(backend):
     turned = replace(c, h=c.h.T.contiguous().T, W=c.W.T.contiguous().T, ht=c.ht.T.contiguous().T)
     for name, x in run(turned, backend).items():
         torch.testing.assert_close(x, want[name], rtol=1e-11, atol=1e-11)
-    flat = replace(c, W=c.W[:1].expand(200, -1), h=c.h[:1].expand(6, -1), k=torch.tensor(0.5).expand(6))
+    flat = replace(
+        c, W=c.W[:1].expand(200, -1), h=c.h[:1].expand(6, -1), k=torch.tensor(0.5).expand(6)
+    )
     check(flat, backend)
 
 
-# ------------------------------------------------------------------------------------------------------ symmetries
+# --------------------------------------------------------------------------------------------------
+# symmetries
 
 
 def same(a, b, rtol=1e-10):
     for name in a.keys() & b.keys():
-        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=rtol * 10, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            a[name], b[name], rtol=rtol, atol=rtol * 10, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 SYMMETRIC = [
@@ -566,8 +724,13 @@ def test_the_order_of_rows_does_not_matter(backend, options):
     c = make(9, 401, 7, bias=True, **options)
     p = torch.randperm(9, generator=torch.Generator().manual_seed(1))
     pick = lambda x: None if x is None else x[p]
-    got, want = run(replace(c, h=c.h[p], ht=c.ht[p], y=c.y[p], a=pick(c.a), k=pick(c.k)), backend), run(c, backend)
-    same(got, {name: x[p] if name in ("h", "ce", "kl", "entropy") else x for name, x in want.items()})
+    got, want = (
+        run(replace(c, h=c.h[p], ht=c.ht[p], y=c.y[p], a=pick(c.a), k=pick(c.k)), backend),
+        run(c, backend),
+    )
+    same(
+        got, {name: x[p] if name in ("h", "ce", "kl", "entropy") else x for name, x in want.items()}
+    )
 
 
 @every_backend
@@ -575,7 +738,10 @@ def test_the_order_of_rows_does_not_matter(backend, options):
 @pytest.mark.parametrize("constant", [3.0, -200.0])
 def test_a_constant_on_the_bias_changes_nothing(backend, options, constant):
     c = make(6, 150, 7, bias=True, **options)
-    same(run(replace(c, b=c.b + constant, bt=None if c.bt is None else c.bt + constant), backend), run(c, backend))
+    same(
+        run(replace(c, b=c.b + constant, bt=None if c.bt is None else c.bt + constant), backend),
+        run(c, backend),
+    )
 
 
 @every_backend
@@ -592,11 +758,17 @@ def test_the_scale_may_stand_in_the_head(backend, options):
 @pytest.mark.parametrize("options", SYMMETRIC)
 def test_padding_columns_change_nothing(backend, options):
     c = make(6, 150, 7, bias=True, **(options | dict(softcap=None)))
-    more = lambda x, value: None if x is None else torch.cat([x, x.new_full((333, *x.shape[1:]), value)])
-    pads = dict(W=more(c.W, 1.0), Wt=more(c.Wt, -1.0), b=more(c.b, -torch.inf), bt=more(c.bt, -torch.inf))
+    more = lambda x, value: (
+        None if x is None else torch.cat([x, x.new_full((333, *x.shape[1:]), value)])
+    )
+    pads = dict(
+        W=more(c.W, 1.0), Wt=more(c.Wt, -1.0), b=more(c.b, -torch.inf), bt=more(c.bt, -torch.inf)
+    )
     for kept in (True, False) if c.keep is not None else (True,):
         got = run(replace(c, **pads, keep=more(c.keep, kept)), backend)
-        same({name: x[:150] if name in ("W", "b") else x for name, x in got.items()}, run(c, backend))
+        same(
+            {name: x[:150] if name in ("W", "b") else x for name, x in got.items()}, run(c, backend)
+        )
 
 
 @every_backend
@@ -606,11 +778,21 @@ def test_micro_batches_with_global_denominators_are_one_batch(backend, options):
     totals = (c.a * (c.y != IGNORED)).sum(), float(c.k.sum())
     pieces = []
     for rows in (slice(0, 1), slice(1, 7), slice(7, 11)):
-        part = replace(c, h=c.h[rows], ht=c.ht[rows], y=c.y[rows], a=c.a[rows], k=c.k[rows], denominators=totals)
+        part = replace(
+            c,
+            h=c.h[rows],
+            ht=c.ht[rows],
+            y=c.y[rows],
+            a=c.a[rows],
+            k=c.k[rows],
+            denominators=totals,
+        )
         pieces.append(run(part, backend))
     want = run(c, backend)
     assert sum(p["loss"] for p in pieces).item() == pytest.approx(want["loss"].item(), rel=1e-11)
-    torch.testing.assert_close(torch.cat([p["h"] for p in pieces]), want["h"], rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(
+        torch.cat([p["h"] for p in pieces]), want["h"], rtol=1e-10, atol=1e-11
+    )
     for name in want.keys() & {"W", "b"}:
         torch.testing.assert_close(sum(p[name] for p in pieces), want[name], rtol=1e-10, atol=1e-11)
 
@@ -622,20 +804,27 @@ def test_rows_of_a_cache_are_a_cache_of_rows(backend, options):
     index = torch.tensor([7, 2, 2, 0])
     pick = lambda x: None if x is None else x[index]
     few = replace(c, h=c.h[index], ht=c.ht[index], y=c.y[index], a=pick(c.a), k=pick(c.k))
-    direct, indexed = (call(few, backend, few.h, c.W, c.b, t) for t in (teacher_of(few), teacher_of(c)[index]))
+    direct, indexed = (
+        call(few, backend, few.h, c.W, c.b, t) for t in (teacher_of(few), teacher_of(c)[index])
+    )
     torch.testing.assert_close(direct, indexed, rtol=1e-12, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------ exact zeros
+# --------------------------------------------------------------------------------------------------
+# exact zeros
 
 
 @every_backend
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
 @pytest.mark.parametrize("head", ["shared", "same"])
-@pytest.mark.parametrize("options", [{}, dict(mask="few", renormalize=True), dict(tau=3.0, scale=0.3), dict(softcap=3.0)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(mask="few", renormalize=True), dict(tau=3.0, scale=0.3), dict(softcap=3.0)]
+)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_an_unmoved_row_is_exactly_zero(backend, dtype, head, options, reduction):
-    c = make(9, 400, 24, dtype=dtype, head=head, bias=True, alpha=0.0, reduction=reduction, **options)
+    c = make(
+        9, 400, 24, dtype=dtype, head=head, bias=True, alpha=0.0, reduction=reduction, **options
+    )
     still = torch.arange(9) % 3 != 0
     got = run(replace(c, h=torch.where(still[:, None], c.ht, c.h)), backend)
     assert (got["kl"][still] == 0).all() and (got["h"][still] == 0).all()
@@ -674,11 +863,18 @@ def test_everything_masked_is_zero_with_a_graph(backend, head, dtype, reduction)
     got = run(replace(c, k=torch.zeros(6, dtype=torch.bool)), backend)
     assert all((got[name] == 0).all() for name in got.keys() & {"loss", "ce", "h", "W", "b"})
     if reduction == "mean":
-        got = run(replace(make(6, 120, 8, head=head, bias=True, dtype=dtype), denominators=(0, torch.tensor(0))), backend)
+        got = run(
+            replace(
+                make(6, 120, 8, head=head, bias=True, dtype=dtype),
+                denominators=(0, torch.tensor(0)),
+            ),
+            backend,
+        )
         assert all((got[name] == 0).all() for name in got.keys() & {"loss", "h", "W", "b"})
 
 
-# -------------------------------------------------------------------------------------------------- autograd manners
+# --------------------------------------------------------------------------------------------------
+# autograd manners
 
 
 @every_backend
@@ -700,10 +896,21 @@ def test_gradients_add_up_and_reach_what_made_the_hidden_states(backend):
     """The loss in the middle of a graph, called twice: leaves accumulate."""
     c = make(6, 120, 8, mask="few")
     A = rand(8, 8, seed=5).requires_grad_()
-    total = sum(call(replace(c, alpha=x), backend, c.h @ A, c.W, c.b, teacher_of(c)) for x in (0.2, 0.7)) ** 2
+    total = (
+        sum(
+            call(replace(c, alpha=x), backend, c.h @ A, c.W, c.b, teacher_of(c)) for x in (0.2, 0.7)
+        )
+        ** 2
+    )
     total.backward()
     B = A.detach().clone().requires_grad_()
-    (sum(call(replace(c, alpha=x), "reference", c.h @ B, c.W, c.b, teacher_of(c)) for x in (0.2, 0.7)) ** 2).backward()
+    (
+        sum(
+            call(replace(c, alpha=x), "reference", c.h @ B, c.W, c.b, teacher_of(c))
+            for x in (0.2, 0.7)
+        )
+        ** 2
+    ).backward()
     torch.testing.assert_close(A.grad, B.grad, rtol=1e-10, atol=1e-10)
 
 
@@ -714,7 +921,9 @@ def test_a_second_derivative_is_right_or_refused(backend, head):
     h = c.h.clone().requires_grad_()
 
     def second():
-        (g,) = torch.autograd.grad(call(c, backend, h, c.W, c.b, teacher_of(c)), h, create_graph=True)
+        (g,) = torch.autograd.grad(
+            call(c, backend, h, c.W, c.b, teacher_of(c)), h, create_graph=True
+        )
         return torch.autograd.grad(g.pow(2).sum(), h)[0]
 
     if backend == "reference":
@@ -743,7 +952,8 @@ def test_autocast_changes_no_bit(backend, head, dtype):
 @every_backend
 @HEADS
 def test_a_backward_inside_autocast_does_not_round(backend, head):
-    """torch advises against it and users do it: the products of the backward pass must not become bf16."""
+    """torch advises against it and users do it: the products of the backward pass must not become
+    bf16."""
     c = make(9, 400, 48, dtype=F32, head=head, bias=True)
     outside = run(c, backend)
     with torch.autocast("cpu", dtype=BF16):
@@ -777,17 +987,25 @@ def test_inference_mode_and_no_grad_give_the_same_value(backend):
         torch.testing.assert_close(loss, value, rtol=1e-12, atol=1e-12)
 
 
-# --------------------------------------------------------------------------------------------------------- accuracy
+# --------------------------------------------------------------------------------------------------
+# accuracy
 
 
 @cache
 def at_level(level, peak, mask, renormalize, dtype=BF16, N=24, V=2000, D=64):
-    """A Case in `dtype` whose mean true KL is `level`, found by bisection over the size of the step from the teacher."""
-    W, noise, at = rand(V, D, seed=1, scale=D**-0.5, dtype=dtype), rand(N, D, seed=2), torch.arange(N) * 97 % V
+    """A Case in `dtype` whose mean true KL is `level`, found by bisection over the size of the step
+    from the teacher."""
+    W, noise, at = (
+        rand(V, D, seed=1, scale=D**-0.5, dtype=dtype),
+        rand(N, D, seed=2),
+        torch.arange(N) * 97 % V,
+    )
     keep = None if mask == "none" else torch.arange(V) % 100 != 0
     ht = (rand(N, D, seed=3) + peak * W.double()[at]).to(dtype)
     y = torch.zeros(N, dtype=torch.int64)
-    base = Case(ht, W, y, ht, keep=keep, renormalize=renormalize, alpha=0.0, beta=1.0, reduction="sum")
+    base = Case(
+        ht, W, y, ht, keep=keep, renormalize=renormalize, alpha=0.0, beta=1.0, reduction="sum"
+    )
     gone = ~keep if renormalize else torch.zeros(V, dtype=torch.bool)
     z = lambda h: (h.double() @ W.double().T).masked_fill(gone, -1e9)
     lp = z(ht).log_softmax(-1)
@@ -846,7 +1064,9 @@ def test_the_kl_gradient_in_bf16(backend, level, peak, mask, renormalize):
     assert level / 4 < kl < level * 4
     want, got, eager = truth(c), run(c, backend), plain(c)
     ours, theirs = relative(got["h"], want["h"]), relative(eager["h"], want["h"])
-    assert ours <= (0.02 if level >= 1e-4 else 0.1) and ours <= theirs, f"KL {kl:.1e}: ours {ours:.1e}, eager {theirs:.1e}"
+    assert ours <= (0.02 if level >= 1e-4 else 0.1) and ours <= theirs, (
+        f"KL {kl:.1e}: ours {ours:.1e}, eager {theirs:.1e}"
+    )
     within(got, want, c)
     if backend != "reference":  # which is plain torch itself
         no_worse_than_measured(got, want, *measured(c, want), 2**-9, peak, level)

@@ -1,4 +1,5 @@
-"""From batches to rows: no logits in any wrapping, the right positions, the right teacher rows, the head that really applies."""
+"""From batches to rows: no logits in any wrapping, the right positions, the right teacher rows, the
+head that really applies."""
 
 from __future__ import annotations
 
@@ -25,8 +26,16 @@ IDS = torch.arange(3, 27).reshape(3, 8)
 
 def tiny(tie=False, bias=False, dtype=torch.float32):
     torch.manual_seed(0)
-    sizes = dict(vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.3, tie_word_embeddings=tie)).to(dtype)
+    sizes = dict(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model = LlamaForCausalLM(
+        LlamaConfig(**sizes, initializer_range=0.3, tie_word_embeddings=tie)
+    ).to(dtype)
     if bias:
         model.lm_head = nn.Linear(D, V).to(dtype)
     return model.eval()
@@ -34,7 +43,9 @@ def tiny(tie=False, bias=False, dtype=torch.float32):
 
 def lora(model, targets=("q_proj", "lm_head"), **options):
     """LoRA far from zero, so that to forget it shows."""
-    adapted = get_peft_model(model, LoraConfig(r=3, lora_alpha=5, target_modules=list(targets), **options)).eval()
+    adapted = get_peft_model(
+        model, LoraConfig(r=3, lora_alpha=5, target_modules=list(targets), **options)
+    ).eval()
     shake(adapted)
     return adapted
 
@@ -91,7 +102,9 @@ def test_no_logits_reaches_the_head_of_any_wrapping_and_makes_none(make, watched
     assert kept["hidden"].shape == (3, 8, D) and kept["hidden"].requires_grad
     monkeypatch.undo()
     weight, bias = head_of(model)
-    torch.testing.assert_close(F.linear(kept["hidden"], weight, bias), model(input_ids=IDS).logits, atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        F.linear(kept["hidden"], weight, bias), model(input_ids=IDS).logits, atol=2e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("make", WRAPPINGS.values(), ids=WRAPPINGS)
@@ -121,17 +134,31 @@ def test_no_logits_in_distributed_data_parallel(one_process):
         with no_logits(ddp) as kept:
             ddp(input_ids=IDS)
         kept["hidden"].pow(2).sum().backward()
-    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n and "q_proj" in n)
+    assert all(
+        p.grad is not None for n, p in model.named_parameters() if "lora_" in n and "q_proj" in n
+    )
 
 
 def test_a_model_without_a_head_is_refused():
-    sizes = dict(vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    sizes = dict(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
     for model in (LlamaModel(LlamaConfig(**sizes)), nn.Linear(2, 2), Wrapped(nn.Linear(2, 2))):
-        with pytest.raises(ValueError, match="has no output embeddings: give the model with"), no_logits(model):
+        with (
+            pytest.raises(ValueError, match="has no output embeddings: give the model with"),
+            no_logits(model),
+        ):
             pass
         with pytest.raises(ValueError, match="has no output embeddings"):
             head_of(model)
-    with pytest.raises(ValueError, match="DataParallel runs copies"), no_logits(nn.DataParallel(tiny())):
+    with (
+        pytest.raises(ValueError, match="DataParallel runs copies"),
+        no_logits(nn.DataParallel(tiny())),
+    ):
         pass
 
 
@@ -185,7 +212,8 @@ def test_rows_are_those_of_a_loop_over_positions(side):
     assert torch.equal(found.hidden, expected[0]) and torch.equal(found.labels, expected[1])
     assert len(found) == len(expected[1]) and found.teacher is None
     weights = torch.arange(labels.numel()).reshape(labels.shape)
-    assert torch.equal(found.pick(weights), weights[:, 1:][labels[:, 1:] != -100])  # a weight stands at its label, like labels
+    # a weight stands at its label, like labels
+    assert torch.equal(found.pick(weights), weights[:, 1:][labels[:, 1:] != -100])
     assert torch.equal(found.pick(labels), found.labels)
     with pytest.raises(ValueError, match="must have the labels'"):
         found.pick(weights[:, 1:])
@@ -209,7 +237,12 @@ def indexed(rows, batch=3):
 
 
 @settings(max_examples=30, deadline=None)
-@given(order=st.permutations(range(7)), size=st.integers(1, 7), side=st.sampled_from(["left", "right"]), extra=st.integers(0, 3))
+@given(
+    order=st.permutations(range(7)),
+    size=st.integers(1, 7),
+    side=st.sampled_from(["left", "right"]),
+    extra=st.integers(0, 3),
+)
 def test_teacher_rows_follow_the_samples_through_any_batching(order, size, side, extra):
     rows = world()
     index, states = indexed(rows)
@@ -232,11 +265,16 @@ def test_what_the_teacher_did_not_see_is_an_error():
     rows = world()
     index, _ = indexed(rows)
     h, y = rows[6]
-    with pytest.raises(ValueError, match="Sample 6 has 1 supervised tokens but had 2 when the teacher saw it: truncate"):
+    with pytest.raises(
+        ValueError,
+        match="Sample 6 has 1 supervised tokens but had 2 when the teacher saw it: truncate",
+    ):
         supervised_rows(*padded([(h[:-1], y[:-1])], "right"), [6], index)
     with pytest.raises(ValueError, match="Sample 6 is not the one .* keep ids with their samples"):
         supervised_rows(*padded([(h, y.where(y < 0, (y + 1) % V))], "right"), [6], index)
-    with pytest.raises(ValueError, match="never saw sample 9: run it over every sample, on every rank"):
+    with pytest.raises(
+        ValueError, match="never saw sample 9: run it over every sample, on every rank"
+    ):
         supervised_rows(*padded([rows[0]], "right"), [9], index)
     with pytest.raises(ValueError, match="Sample 1 came to the teacher twice"):
         index.add([1], supervised_rows(*padded([rows[1]], "right")))
@@ -248,7 +286,12 @@ def test_bad_arguments_are_sentences():
     rows = world()
     hidden, labels = padded(rows, "right")
     index, _ = indexed(rows)
-    for bad in ((hidden[:, 1:], labels), (hidden, labels[0]), (hidden, labels.int()), (hidden[0], labels)):
+    for bad in (
+        (hidden[:, 1:], labels),
+        (hidden, labels[0]),
+        (hidden, labels.int()),
+        (hidden[0], labels),
+    ):
         with pytest.raises(ValueError, match=r"labels must be int64 \[B, T\].*\.$"):
             supervised_rows(*bad)
     with pytest.raises(ValueError, match="labels are on meta but hidden on cpu"):
@@ -269,12 +312,16 @@ def test_an_index_is_the_same_after_saving(tmp_path):
     again = RowIndex.load(tmp_path / "index.safetensors")
     batch = padded([rows[i] for i in (6, 3, 0)], "left")
     expected = supervised_rows(*batch, [6, 3, 0], index).teacher
-    assert torch.equal(supervised_rows(*batch, [6, 3, 0], again).teacher, expected) and len(again) == len(index)
+    assert torch.equal(supervised_rows(*batch, [6, 3, 0], again).teacher, expected) and len(
+        again
+    ) == len(index)
     with pytest.raises(ValueError, match="came to the teacher twice"):
         again.add([3], supervised_rows(*padded([rows[3]], "left")))
     RowIndex().save(tmp_path / "empty.safetensors")
     assert len(RowIndex.load(tmp_path / "empty.safetensors")) == 0
-    TeacherCache.from_hidden(torch.randn(2, D), torch.randn(V, D)).save(tmp_path / "cache.safetensors")
+    TeacherCache.from_hidden(torch.randn(2, D), torch.randn(V, D)).save(
+        tmp_path / "cache.safetensors"
+    )
     with pytest.raises(ValueError, match="is not a row index"):
         RowIndex.load(tmp_path / "cache.safetensors")
     (tmp_path / "junk").write_bytes(b"junk")
@@ -314,16 +361,24 @@ def test_a_damaged_index_is_told(tmp_path):
 
 
 WRONG = {
-    "ids twice": lambda t: t["ids"].fill_(1), "a count below 0": lambda t: t["counts"].copy_(t["counts"] * -1),
-    "counts too large": lambda t: t["counts"].fill_(2**62), "a count more": lambda t: t["counts"].__setitem__(0, 9),
-    "a label less": lambda t: t.update(labels=t["labels"][1:].clone()), "no ids": lambda t: t.pop("ids"),
+    "ids twice": lambda t: t["ids"].fill_(1),
+    "a count below 0": lambda t: t["counts"].copy_(t["counts"] * -1),
+    "counts too large": lambda t: t["counts"].fill_(2**62),
+    "a count more": lambda t: t["counts"].__setitem__(0, 9),
+    "a label less": lambda t: t.update(labels=t["labels"][1:].clone()),
+    "no ids": lambda t: t.pop("ids"),
     "ids of another shape": lambda t: t.update(ids=t["ids"][None].clone()),
     "an id less": lambda t: t.update(ids=t["ids"][1:].clone()),
-    "labels as floats": lambda t: t.update(labels=t["labels"].float()), "one more": lambda t: t.update(more=torch.ones(1)),
-    "a count below 0, made up for": lambda t: t["counts"][:2].add_((1 + t["counts"][0]) * torch.tensor([-1, 1])),
-    "counts whose sum runs over": lambda t: t["counts"].zero_()[:5].add_(torch.tensor([2**62] * 4 + [len(t["labels"])])),
+    "labels as floats": lambda t: t.update(labels=t["labels"].float()),
+    "one more": lambda t: t.update(more=torch.ones(1)),
+    "a count below 0, made up for": lambda t: t["counts"][:2].add_(
+        (1 + t["counts"][0]) * torch.tensor([-1, 1])
+    ),
+    "counts whose sum runs over": lambda t: (
+        t["counts"].zero_()[:5].add_(torch.tensor([2**62] * 4 + [len(t["labels"])]))
+    ),
     "counts of no dimension": lambda t: t.update(counts=torch.tensor(3)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -358,7 +413,8 @@ def test_a_plain_head_is_given_as_it_is():
     model = tiny(bias=True)
     assert head_of(model) == (model.lm_head.weight, model.lm_head.bias)
     model.requires_grad_(False)
-    assert head_of(model, frozen=True).weight.data_ptr() == model.lm_head.weight.data_ptr()  # the loss's fast path
+    # the loss's fast path
+    assert head_of(model, frozen=True).weight.data_ptr() == model.lm_head.weight.data_ptr()
 
 
 def test_the_teacher_of_a_head_that_trains_is_a_copy():
@@ -367,7 +423,11 @@ def test_the_teacher_of_a_head_that_trains_is_a_copy():
     before = teacher.weight.clone()
     with torch.no_grad():
         model.lm_head.weight += 1
-    assert torch.equal(teacher.weight, before) and not teacher.weight.requires_grad and not teacher.bias.requires_grad
+    assert (
+        torch.equal(teacher.weight, before)
+        and not teacher.weight.requires_grad
+        and not teacher.bias.requires_grad
+    )
 
 
 def test_an_adapted_head_is_not_its_base():
@@ -380,7 +440,9 @@ def test_an_adapted_head_is_not_its_base():
         expected = model(input_ids=IDS).logits
         with no_logits(model) as kept:
             model(input_ids=IDS)
-        torch.testing.assert_close(F.linear(kept["hidden"], *head_of(model)), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            F.linear(kept["hidden"], *head_of(model)), expected, atol=1e-5, rtol=0
+        )
     model.base_model.set_adapter([])
     assert head_of(model).weight is base
 
@@ -389,7 +451,9 @@ def test_an_adapted_head_is_not_its_base():
 @pytest.mark.parametrize("lora_bias", [False, True])
 def test_every_active_adapter_counts(bias, lora_bias):
     model = lora(tiny(bias=bias), lora_bias=lora_bias)
-    second = LoraConfig(r=2, lora_alpha=3, use_rslora=True, target_modules=["lm_head"], lora_bias=lora_bias)
+    second = LoraConfig(
+        r=2, lora_alpha=3, use_rslora=True, target_modules=["lm_head"], lora_bias=lora_bias
+    )
     model.add_adapter("second", second)
     model.add_adapter("elsewhere", LoraConfig(r=2, target_modules=["q_proj"]))
     shake(model)
@@ -399,11 +463,14 @@ def test_every_active_adapter_counts(bias, lora_bias):
         with no_logits(model) as kept:
             model(input_ids=IDS)
         weight, b = head_of(model)
-        torch.testing.assert_close(F.linear(kept["hidden"], weight, b), model(input_ids=IDS).logits, atol=5e-5, rtol=0)
+        torch.testing.assert_close(
+            F.linear(kept["hidden"], weight, b), model(input_ids=IDS).logits, atol=5e-5, rtol=0
+        )
         seen.append(weight)
     assert all(not torch.allclose(seen[i], seen[j], atol=1e-2) for i in range(4) for j in range(i))
     with model.disable_adapter():
-        assert (head_of(model).bias is not None) == (bias or lora_bias)  # both sides of the loss have one, or neither
+        # both sides of the loss have one, or neither
+        assert (head_of(model).bias is not None) == (bias or lora_bias)
 
 
 @pytest.mark.parametrize("how", ["LoRA", "LoRA with a bias", "trainable copy", "full"])
@@ -421,7 +488,9 @@ def test_gradients_of_an_adapted_head_are_those_through_logits(how):
         with no_logits(model) as kept:
             model(input_ids=IDS)
         weight, bias = head_of(model, frozen=True)
-        teacher = TeacherCache.from_hidden(supervised_rows(kept["hidden"], labels).hidden, weight, head_bias=bias)
+        teacher = TeacherCache.from_hidden(
+            supervised_rows(kept["hidden"], labels).hidden, weight, head_bias=bias
+        )
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -434,7 +503,9 @@ def test_gradients_of_an_adapted_head_are_those_through_logits(how):
     loss.backward()
     ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    student, theirs = (x[:, 2:-1].flatten(0, 1).log_softmax(-1) for x in (model(input_ids=IDS).logits, target))
+    student, theirs = (
+        x[:, 2:-1].flatten(0, 1).log_softmax(-1) for x in (model(input_ids=IDS).logits, target)
+    )
     kl = F.kl_div(student, theirs, log_target=True, reduction="batchmean")
     expected = 0.9 * F.nll_loss(student, labels[:, 3:].flatten()) + 0.75 * kl
     expected.backward()
@@ -444,18 +515,24 @@ def test_gradients_of_an_adapted_head_are_those_through_logits(how):
     on_head = [n for n in ours if "lm_head" in n]
     assert len(on_head) == {"LoRA": 2, "LoRA with a bias": 3, "trainable copy": 1, "full": 1}[how]
     for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            ours[name], theirs[name], atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_a_small_difference_survives_a_bf16_head():
-    model = get_peft_model(tiny(dtype=torch.bfloat16), LoraConfig(r=2, lora_alpha=2, target_modules=["lm_head"]))
+    model = get_peft_model(
+        tiny(dtype=torch.bfloat16), LoraConfig(r=2, lora_alpha=2, target_modules=["lm_head"])
+    )
     layer = model.get_output_embeddings()
     with torch.no_grad():
         layer.lora_A["default"].weight.fill_(0.01)
         layer.lora_B["default"].weight.fill_(0.01)
     with torch.autocast("cpu", torch.bfloat16):
         weight, _ = head_of(model.eval())
-    torch.testing.assert_close(weight - layer.base_layer.weight.float(), torch.full((V, D), 2e-4), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        weight - layer.base_layer.weight.float(), torch.full((V, D), 2e-4), atol=1e-7, rtol=0
+    )
 
 
 def test_the_copy_of_modules_to_save_is_given_and_the_original_when_off():
@@ -469,7 +546,9 @@ def test_the_copy_of_modules_to_save_is_given_and_the_original_when_off():
     assert head_of(model).weight is wrapper.original_module.weight
     with no_logits(model) as kept:
         model(input_ids=IDS)
-    torch.testing.assert_close(kept["hidden"] @ head_of(model).weight.T, model(input_ids=IDS).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        kept["hidden"] @ head_of(model).weight.T, model(input_ids=IDS).logits, atol=1e-5, rtol=0
+    )
 
 
 class Linear4bit(nn.Linear):
@@ -485,7 +564,9 @@ def refused():
     deep.lm_head = nn.Sequential(deep.lm_head)
     yield "not linear", deep, "a Sequential, not a plain linear layer"
     integers = tiny()
-    integers.lm_head.weight = nn.Parameter(torch.zeros(V, D, dtype=torch.uint8), requires_grad=False)
+    integers.lm_head.weight = nn.Parameter(
+        torch.zeros(V, D, dtype=torch.uint8), requires_grad=False
+    )
     yield "quantised weight", integers, r"quantised \(Parameter, torch.uint8\)"
     offloaded = tiny()
     offloaded.lm_head.to("meta")
@@ -494,14 +575,24 @@ def refused():
     flat.lm_head.weight = nn.Parameter(torch.zeros(0))
     yield "partitioned", flat, r"partitioned, here \[0\]"
     yield "DoRA", lora(tiny(), use_dora=True), "is a DoraLinearVariant"
-    yield "dropout", lora(tiny(), lora_dropout=0.1).train(), "has dropout 0.1, which no weight can show"
-    yield "IA3", get_peft_model(tiny(), IA3Config(target_modules=["lm_head"], feedforward_modules=[])), "PEFT's ia3.layer.Linear"
+    yield (
+        "dropout",
+        lora(tiny(), lora_dropout=0.1).train(),
+        "has dropout 0.1, which no weight can show",
+    )
+    yield (
+        "IA3",
+        get_peft_model(tiny(), IA3Config(target_modules=["lm_head"], feedforward_modules=[])),
+        "PEFT's ia3.layer.Linear",
+    )
     merged = lora(tiny())
     merged.merge_adapter()
     yield "merged", merged, r"call unmerge_adapter\(\) first"
 
 
-@pytest.mark.parametrize("model, message", [pytest.param(m, text, id=name) for name, m, text in refused()])
+@pytest.mark.parametrize(
+    "model, message", [pytest.param(m, text, id=name) for name, m, text in refused()]
+)
 def test_a_head_without_such_a_weight_is_refused(model, message):
     with pytest.raises(ValueError, match=message + r"(.|\n)*\.$"):
         head_of(model)
@@ -522,6 +613,10 @@ def test_a_sharded_head_is_gathered(one_process):
         fully_shard(plain.lm_head, mesh=mesh)
         assert isinstance(plain.lm_head.weight, DTensor)
         weight, bias = head_of(plain)
-        assert type(weight) is torch.Tensor and torch.equal(weight, expected[0]) and torch.equal(bias, expected[1])
+        assert (
+            type(weight) is torch.Tensor
+            and torch.equal(weight, expected[0])
+            and torch.equal(bias, expected[1])
+        )
         (weight.sum() * 3).backward()
         assert torch.equal(plain.lm_head.weight.grad.full_tensor(), torch.full((V, D), 3.0))

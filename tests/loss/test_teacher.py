@@ -1,4 +1,5 @@
-"""A teacher's cache: the head that it belongs to is known by its numbers, and a damaged file is told, whatever the damage."""
+"""A teacher's cache: the head that it belongs to is known by its numbers, and a damaged file is
+told, whatever the damage."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ V, D, N = 41, 6, 4
 
 
 def rand(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 class Case:
@@ -38,10 +41,14 @@ class Case:
         self.h, self.y = rand(N, D, dtype=dtype), torch.arange(N)
         self.W = nn.Parameter(rand(V, D, seed=1, dtype=dtype), requires_grad=trains)
         self.b = nn.Parameter(rand(V, seed=2, dtype=dtype), requires_grad=trains) if bias else None
-        self.teacher = TeacherCache.from_hidden(rand(N, D, seed=3, dtype=dtype), self.W, head_bias=self.b)
+        self.teacher = TeacherCache.from_hidden(
+            rand(N, D, seed=3, dtype=dtype), self.W, head_bias=self.b
+        )
 
     def loss(self, teacher=None, **options):
-        return fused_dmk_ce(self.h, self.W, self.y, self.teacher if teacher is None else teacher, **options)
+        return fused_dmk_ce(
+            self.h, self.W, self.y, self.teacher if teacher is None else teacher, **options
+        )
 
 
 def saved(x):
@@ -52,9 +59,12 @@ def saved(x):
 
 
 COPIES = {
-    "itself": lambda x: x, "deepcopy": copy.deepcopy, "torch.save": saved,
-    "pickle": lambda x: pickle.loads(pickle.dumps(x)), "copy of a copy": lambda x: pickle.loads(pickle.dumps(copy.deepcopy(x))),
-}  # fmt: skip
+    "itself": lambda x: x,
+    "deepcopy": copy.deepcopy,
+    "torch.save": saved,
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    "copy of a copy": lambda x: pickle.loads(pickle.dumps(copy.deepcopy(x))),
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,7 +130,9 @@ CHANGES = {
     "data: all rows": lambda c: c.W.data.copy_(rand(V, D, seed=9)),
     "data: one row": lambda c: c.W.data[V - 1].add_(1),
     "data: another tensor": lambda c: setattr(c.W, "data", c.W.data * 2),
-    "data: another tensor, one row": lambda c: setattr(c.W, "data", torch.cat([c.W.data[:-1], c.W.data[:1]])),
+    "data: another tensor, one row": lambda c: setattr(
+        c.W, "data", torch.cat([c.W.data[:-1], c.W.data[:1]])
+    ),
     "bias": lambda c: c.b.add_(1),
     "bias: one number": lambda c: c.b[0].add_(1),
     "bias, data": lambda c: c.b.data.mul_(2),
@@ -208,9 +220,15 @@ def calls_until_told(c, most):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_of_a_large_head_each_call_reads_a_share(dtype):
-    """A row that was written to behind torch's back is told when its turn comes, and not later than promised."""
+    """A row that was written to behind torch's back is told when its turn comes, and not later than
+    promised."""
     K = module.shares(**BIG)
-    assert K == 4 and module.shares(32_000, 2048) == 256 and module.shares(7, 3) == 1 and module.shares(3, 10**6) == 3
+    assert (
+        K == 4
+        and module.shares(32_000, 2048) == 256
+        and module.shares(7, 3) == 1
+        and module.shares(3, 10**6) == 3
+    )
     waited = []
     for row in range(2 * K):
         c = Case(**BIG, dtype=dtype, bias=row % 2 == 0)
@@ -230,7 +248,8 @@ def test_of_a_large_head_each_call_reads_a_share(dtype):
         c.W[77] += 1  # torch counts this
     for _ in range(K + 1):
         assert calls_until_told(c, 1) == 1  # and it stays told
-    other = TeacherCache.from_hidden(c.teacher.hidden, c.W, head_bias=c.b)  # of the head as it is now
+    # of the head as it is now
+    other = TeacherCache.from_hidden(c.teacher.hidden, c.W, head_bias=c.b)
     for _ in range(K + 1):
         c.loss(other)
         assert calls_until_told(c, 1) == 1
@@ -249,7 +268,9 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not func._schema.name.startswith(("aten::view", "aten::slice", "aten::detach")):
+        if isinstance(out, torch.Tensor) and not func._schema.name.startswith(
+            ("aten::view", "aten::slice", "aten::detach")
+        ):
             self.sizes.append(out.numel())
         return out
 
@@ -272,7 +293,8 @@ def test_a_call_reads_a_share_and_a_new_memory_is_read_once():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_digest_is_of_the_numbers_alone(dtype, monkeypatch):
-    """Not of layout, of the size of pieces, or of the number of shares, which may change with a release."""
+    """Not of layout, of the size of pieces, or of the number of shares, which may change with a
+    release."""
     W, b = rand(300, 31, seed=1, dtype=dtype), rand(300, seed=2, dtype=dtype)
     wide, apart = torch.zeros(301, 64, dtype=dtype), torch.zeros(600, dtype=dtype)
     wide[1:, 1:62:2], apart[::2] = W, b
@@ -293,13 +315,19 @@ def test_the_digest_is_written_down():
     """What one release saved the next one reads: the same numbers give the same digest for ever."""
     W = torch.arange(12, dtype=torch.float32).view(4, 3)
     assert module.stamp(W, None).words() == ("[4, 3]", "torch.float32", "-3290818349566525440")
-    assert module.stamp(W.to(torch.bfloat16), torch.ones(4)).words() == ("[4, 3]", "torch.bfloat16", "8317214792140293568")
+    assert module.stamp(W.to(torch.bfloat16), torch.ones(4)).words() == (
+        "[4, 3]",
+        "torch.bfloat16",
+        "8317214792140293568",
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 def test_a_head_that_trains_with_its_teachers_frozen_copy(backend):
     c = Case(trains=True)
-    frozen = TeacherCache.from_hidden(c.teacher.hidden, c.W.detach().clone(), head_bias=c.b.detach().clone())
+    frozen = TeacherCache.from_hidden(
+        c.teacher.hidden, c.W.detach().clone(), head_bias=c.b.detach().clone()
+    )
     optimiser, losses = torch.optim.SGD([c.W, c.b], 0.1), []
     for _ in range(4):
         loss = c.loss(frozen, head_bias=c.b, backend=backend)
@@ -338,7 +366,9 @@ def test_the_broadcast_of_ddp_changes_nothing(one_process):
     before = head.weight._version
     with one_process():
         wrapped = nn.parallel.DistributedDataParallel(nn.ModuleDict({"body": body, "head": head}))
-    assert head.weight._version > before, "this torch broadcasts otherwise: then the test shows nothing"
+    assert head.weight._version > before, (
+        "this torch broadcasts otherwise: then the test shows nothing"
+    )
     assert fused_dmk_ce(wrapped.module["body"](x), head.weight, y, teacher, alpha=0.0) == 0
 
 
@@ -356,12 +386,15 @@ def test_fake_tensors_have_no_numbers_to_compare():
 
     c = Case(bias=False)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        made = fused_dmk_ce(mode.from_tensor(c.h), c.W, mode.from_tensor(c.y), c.teacher, backend="tiled")
+        made = fused_dmk_ce(
+            mode.from_tensor(c.h), c.W, mode.from_tensor(c.y), c.teacher, backend="tiled"
+        )
     assert made.shape == ()
     c.loss()
 
 
-# -------------------------------------------------------------------------------------------------------- damaged files
+# --------------------------------------------------------------------------------------------------
+# damaged files
 
 
 def cached(path, version="3", **options):
@@ -378,7 +411,12 @@ def cached(path, version="3", **options):
 
 def older(path):
     """The file as the version before wrote it."""
-    rewrite(path, lambda tensors, metadata: [metadata.pop(k) for k in ("digest", "head_dtype", "head_digest")])
+    rewrite(
+        path,
+        lambda tensors, metadata: [
+            metadata.pop(k) for k in ("digest", "head_dtype", "head_digest")
+        ],
+    )
     rewrite(path, lambda tensors, metadata: metadata.update(version="2"))
 
 
@@ -395,7 +433,12 @@ def told(path, W):
         return TeacherCache.load(path, head_weight=W)
     except ValueError as error:
         text = str(error)
-        assert text.startswith(str(path)) and text.endswith(".") and "\n" not in text and len(text) < len(str(path)) + 200
+        assert (
+            text.startswith(str(path))
+            and text.endswith(".")
+            and "\n" not in text
+            and len(text) < len(str(path)) + 200
+        )
         assert text.isprintable()
         return None
 
@@ -403,7 +446,9 @@ def told(path, W):
 def equal(a, b):
     names = (*module.STATISTICS, "vocab_keep", "head_bias")
     same = lambda x, y: x is y is None or torch.equal(x, y)
-    return all(same(getattr(a, k), getattr(b, k)) for k in names) and all(getattr(a, k) == getattr(b, k) for k in module.OPTIONS)
+    return all(same(getattr(a, k), getattr(b, k)) for k in names) and all(
+        getattr(a, k) == getattr(b, k) for k in module.OPTIONS
+    )
 
 
 def test_every_flipped_byte_and_every_cut_is_told(tmp_path):
@@ -411,9 +456,17 @@ def test_every_flipped_byte_and_every_cut_is_told(tmp_path):
     path, W, teacher = cached(tmp_path / "t")
     data, rng, loaded = path.read_bytes(), random.Random(0), 0
     assert equal(told(path, W), teacher)
-    damaged = [data[:n] for n in sorted(rng.sample(range(len(data)), 60))] + [data + b"\0", data + data, data[1:]]
+    damaged = [data[:n] for n in sorted(rng.sample(range(len(data)), 60))] + [
+        data + b"\0",
+        data + data,
+        data[1:],
+    ]
     for at in rng.sample(range(len(data)), 300):
-        damaged.append(data[:at] + bytes([data[at] ^ rng.choice([1, 0x80, 0xFF, 1 << rng.randrange(8)])]) + data[at + 1 :])
+        damaged.append(
+            data[:at]
+            + bytes([data[at] ^ rng.choice([1, 0x80, 0xFF, 1 << rng.randrange(8)])])
+            + data[at + 1 :]
+        )
     for made in damaged:
         path.write_bytes(made)
         again = told(path, W)
@@ -422,7 +475,10 @@ def test_every_flipped_byte_and_every_cut_is_told(tmp_path):
     assert loaded <= 3  # padding of the header
 
 
-HEAD, OPTIONS = json.dumps([V, D]), dict(renormalize=False, logit_scale=1.0, logit_softcap=None, temperature=2.0)
+HEAD, OPTIONS = (
+    json.dumps([V, D]),
+    dict(renormalize=False, logit_scale=1.0, logit_softcap=None, temperature=2.0),
+)
 WORDS = (
     "",
     "null",
@@ -529,7 +585,8 @@ def tensors():
 
 @pytest.mark.parametrize("version", ["2", "3"])
 def test_tensors_that_are_wrong_are_told(version, tmp_path):
-    """Of version 2, which has no digest, too: what is impossible, and what does not come out again."""
+    """Of version 2, which has no digest, too: what is impossible, and what does not come out
+    again."""
     path, W, teacher = cached(tmp_path / "t", version)
     whole, seen = path.read_bytes(), 0
     for name, wrong in tensors():
@@ -559,7 +616,9 @@ def test_an_empty_tensor_of_any_size_is_told(size, tmp_path):
 def test_a_bool_that_is_neither_is_told(tmp_path):
     path, W, _ = cached(tmp_path / "t", "2")
     data = bytearray(path.read_bytes())
-    start, _ = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])["vocab_keep"]["data_offsets"]
+    start, _ = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])["vocab_keep"][
+        "data_offsets"
+    ]
     data[8 + struct.unpack("<Q", data[:8])[0] + start + 3] = 2
     path.write_bytes(data)
     assert told(path, W) is None
@@ -567,7 +626,8 @@ def test_a_bool_that_is_neither_is_told(tmp_path):
 
 @pytest.mark.parametrize("version", ["2", "3"])
 @pytest.mark.parametrize(
-    "options", [dict(), dict(renormalize=True), dict(vocab_keep=None), dict(head_bias=None, logit_softcap=9)]
+    "options",
+    [dict(), dict(renormalize=True), dict(vocab_keep=None), dict(head_bias=None, logit_softcap=9)],
 )
 def test_both_versions_are_read(version, options, tmp_path):
     path, W, teacher = cached(tmp_path / "t", version, **options)
@@ -584,7 +644,16 @@ def test_another_head_is_told(tmp_path):
     path, W, _ = cached(tmp_path / "t")
     bumped = W.clone()
     bump(bumped, 7, 1)
-    for other in (bumped, W.flip(0).double(), W.flip(1).double(), W.flip(0), W.flip(1), -W, W[1:], W[:, 1:]):
+    for other in (
+        bumped,
+        W.flip(0).double(),
+        W.flip(1).double(),
+        W.flip(0),
+        W.flip(1),
+        -W,
+        W[1:],
+        W[:, 1:],
+    ):
         with pytest.raises(ValueError, match="another head"):
             TeacherCache.load(path, head_weight=other)
     for other in (W.long(), W[0], None, W.tolist(), W.to("meta")):
@@ -598,7 +667,8 @@ def test_another_head_is_told(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_head_in_another_dtype_is_the_head(dtype, tmp_path):
-    """A cache made beside a model in 16 bit serves one that is trained in fp32, and the other way round."""
+    """A cache made beside a model in 16 bit serves one that is trained in fp32, and the other way
+    round."""
     path, W, teacher = cached(tmp_path / "t")
     loaded = TeacherCache.load(path, head_weight=W.to(dtype))
     assert torch.equal(loaded.lse, teacher.lse) and not loaded.is_stale
@@ -611,7 +681,9 @@ def test_rows_that_are_not_finite_come_back(tmp_path):
     teacher = TeacherCache.from_hidden(hidden, W)
     teacher.save(tmp_path / "t")
     again = TeacherCache.load(tmp_path / "t", head_weight=W)
-    assert torch.equal(again.hidden.nan_to_num(7.0), hidden.nan_to_num(7.0)) and torch.equal(again.lse[::2], teacher.lse[::2])
+    assert torch.equal(again.hidden.nan_to_num(7.0), hidden.nan_to_num(7.0)) and torch.equal(
+        again.lse[::2], teacher.lse[::2]
+    )
 
 
 def test_a_cache_does_not_live_in_its_file(tmp_path):
@@ -645,17 +717,28 @@ def test_numbers_of_8_bits_are_refused_where_the_cache_is_made():
     c, small = Case(), lambda x: x.to(torch.float8_e5m2)
     for name in ("hidden", "head_weight", "head_bias"):
         given = dict(hidden=c.h, head_weight=c.W.detach(), head_bias=c.b.detach())
-        with pytest.raises(ValueError, match=f"^{name} is torch.float8_e5m2: convert it to .*float\\.$"):
+        with pytest.raises(
+            ValueError, match=f"^{name} is torch.float8_e5m2: convert it to .*float\\.$"
+        ):
             TeacherCache.from_hidden(**given | {name: small(given[name])})
 
 
 def test_huge_numbers_are_no_option():
     c = Case()
     large = (10**400, 1e308, 1e101, 1e-101, 5e-324)
-    for options in ({name: x} for name in ("temperature", "logit_scale", "logit_softcap") for x in large):
-        with pytest.raises(ValueError, match=r"it must be a finite number above 0, from 1e-100 to 1e\+100\.$"):
+    for options in (
+        {name: x} for name in ("temperature", "logit_scale", "logit_softcap") for x in large
+    ):
+        with pytest.raises(
+            ValueError, match=r"it must be a finite number above 0, from 1e-100 to 1e\+100\.$"
+        ):
             TeacherCache.from_hidden(c.h, c.W, **options)
-    for options in (dict(alpha=10**400), dict(beta=10**400), dict(kl_denominator=10**400), dict(ce_denominator="1")):
+    for options in (
+        dict(alpha=10**400),
+        dict(beta=10**400),
+        dict(kl_denominator=10**400),
+        dict(ce_denominator="1"),
+    ):
         with pytest.raises(ValueError, match=r"it must be a finite number of at least 0\.$"):
             c.loss(**options)
     with pytest.raises(ValueError, match="alpha must be one number"):

@@ -1,5 +1,6 @@
-"""Every family of tests/helpers/families.py, saved as the hub saves models and loaded as a user loads them: the shared prefix against
-separate forwards with pixels, the vision tower and the head counted, adapters as plain peft reads them."""
+"""Every family of tests/helpers/families.py, saved as the hub saves models and loaded as a user
+loads them: the shared prefix against separate forwards with pixels, the vision tower and the head
+counted, adapters as plain peft reads them."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from fastsiu.samples import dreams
 
 torch.set_num_threads(1)
 LOOKS_AHEAD = ("paligemma", "paligemma2")  # their prefix looks at the question
-UNKNOWN = ("gemma4",)  # whose memory cannot be worked out: on stand-ins for its tokens the forward asks for values
+# whose memory cannot be worked out: on stand-ins for its tokens the forward asks for values
+UNKNOWN = ("gemma4",)
 
 
 SOUND = [name for name, family in families.FAMILIES.items() if not family.fault]
@@ -47,14 +49,23 @@ def test_turns_hold_their_answers(case):
     tokenizer = case.vlm.tokenizer
     for (_, answer, which), turn in zip(families.SAID, case.turns, strict=True):
         assert torch.equal(turn.inputs["input_ids"][0, turn.rows + 1], turn.labels)
-        said = [label for label, (start, end) in zip(turn.labels.tolist(), turn.offsets, strict=True) if end > start]
+        said = [
+            label
+            for label, (start, end) in zip(turn.labels.tolist(), turn.offsets, strict=True)
+            if end > start
+        ]
         assert tokenizer.decode(said).strip() == answer
-        assert turn.labels[-1] in tokenizer.all_special_ids and not turn.offsets[-1][1] > turn.offsets[-1][0]
+        assert (
+            turn.labels[-1] in tokenizer.all_special_ids
+            and not turn.offsets[-1][1] > turn.offsets[-1][0]
+        )
         image = getattr(case.vlm.base.config, "image_token_id", None)
         assert bool((turn.inputs["input_ids"] == image).any()) is (which is not None)
 
 
-@pytest.mark.parametrize("answer", ["A cat.", "a", "(no)", '"x"', "ing", "\u4f60\u597d", "end", "assistant"])
+@pytest.mark.parametrize(
+    "answer", ["A cat.", "a", "(no)", '"x"', "ing", "\u4f60\u597d", "end", "assistant"]
+)
 def test_the_ids_of_a_prompt_begin_the_ids_of_its_turn(case, answer):
     """Also where a tokenizer would join the prompt's last letters with the answer's first."""
     for picture in (None, case.shown[0]):
@@ -71,10 +82,15 @@ def test_the_ids_of_a_prompt_begin_the_ids_of_its_turn(case, answer):
 
 
 def test_a_dream_starts_from_what_the_language_model_reads(case):
-    """Whatever the model does between its projector and its language model: newline rows, tiles, windows."""
+    """Whatever the model does between its projector and its language model: newline rows, tiles,
+    windows."""
     free, behind = dreams.vision_space(case.vlm, case.shown[0])
     free = free.clone().requires_grad_()
-    pairs = zip(features.feature_tensors(behind(free)), features.feature_tensors(case.shown[0].features), strict=True)
+    pairs = zip(
+        features.feature_tensors(behind(free)),
+        features.feature_tensors(case.shown[0].features),
+        strict=True,
+    )
     assert all(a.shape == b.shape and torch.allclose(a, b, atol=1e-4) for a, b in pairs)
     states = prefix.supervised_states(case.vlm, case.turns[:1], [behind(free)])
     assert float(torch.autograd.grad(states.square().sum(), free)[0].norm()) > 0
@@ -82,7 +98,9 @@ def test_a_dream_starts_from_what_the_language_model_reads(case):
 
 def test_a_step_is_estimated_or_the_reason_is_said(case):
     settings = memory.Settings("bfloat16", device="cpu", checkpointing=True)
-    simulation = memory.Simulation(case.vlm.base.config, Recipe(batch_size=4), memory.Workload(12, 16))
+    simulation = memory.Simulation(
+        case.vlm.base.config, Recipe(batch_size=4), memory.Workload(12, 16)
+    )
     if case.family.name in UNKNOWN:
         with pytest.raises(BadInput, match="cannot be worked out"):
             simulation.estimate(settings)
@@ -92,7 +110,10 @@ def test_a_step_is_estimated_or_the_reason_is_said(case):
 
 def test_the_heads_transform_is_measured(case):
     loaded = case.vlm
-    assert (loaded.logit_scale, loaded.logit_softcap) == (pytest.approx(case.family.transform[0]), case.family.transform[1])
+    assert (loaded.logit_scale, loaded.logit_softcap) == (
+        pytest.approx(case.family.transform[0]),
+        case.family.transform[1],
+    )
     with torch.no_grad():
         own = loaded.model(**case.turns[0].inputs, **loaded.entering(case.features[:1])).logits[0]
         made = loaded.logits(loaded.hidden([case.turns[0].inputs], case.features[:1])[0])
@@ -124,7 +145,10 @@ def test_in_fp64(case):
 def test_the_tower_runs_once_a_picture_and_the_head_never(case):
     assert case.tower and min(case.tower.values()) == 2  # of two pictures
     for way in ("plain", *case.family.shares):
-        with families.calls(case.vlm.base) as ran, families.Products(case.vlm.head_weight) as products:
+        with (
+            families.calls(case.vlm.base) as ran,
+            families.Products(case.vlm.head_weight) as products,
+        ):
             families.shared(case, way, 2)
         assert not set(ran) & set(case.tower) and ran and not products.seen
     with families.Products(case.vlm.head_weight) as products:
@@ -135,10 +159,17 @@ def test_the_tower_runs_once_a_picture_and_the_head_never(case):
 def test_the_adapter_is_on_the_language_models_linears_only(case):
     base = case.vlm.base
     adapted = {name for name, module in base.named_modules() if hasattr(module, "lora_A")}
-    names = {name: module for name, module in base.named_modules() if "lora_" not in name and "base_layer" not in name}
+    names = {
+        name: module
+        for name, module in base.named_modules()
+        if "lora_" not in name and "base_layer" not in name
+    }
     language = {*base.get_decoder().modules()} - {base.get_output_embeddings()}
-    assert adapted == {name for name, module in names.items()
-                       if type(getattr(module, "base_layer", module)) is nn.Linear and module in language}  # fmt: skip
+    assert adapted == {
+        name
+        for name, module in names.items()
+        if type(getattr(module, "base_layer", module)) is nn.Linear and module in language
+    }
     assert adapted and not adapted & set(case.tower)
     trained = [name for name, p in case.vlm.model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
@@ -167,15 +198,25 @@ def test_answers_are_those_of_the_models_own_generate(case):
     questions = [("What is this?", shown), ("What is this?", other), ("Who is five?", None)]
     said = ask.answers(loaded, questions, max_new_tokens=6)
     for (question, picture), found in zip(questions[:2], said, strict=False):
-        inputs = loaded.processor(text=[loaded.render(question, True)], images=[picture.image], return_tensors="pt",
-                                  add_special_tokens=False)  # fmt: skip
+        inputs = loaded.processor(
+            text=[loaded.render(question, True)],
+            images=[picture.image],
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
         inputs = {k: v for k, v in inputs.items() if k != "labels"}
         tokens = loaded.model.generate(**inputs, max_new_tokens=6, do_sample=False)
-        assert found == loaded.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        assert (
+            found
+            == loaded.tokenizer.decode(
+                tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            ).strip()
+        )
 
 
 def test_answers_on_a_shared_prefix_are_those_of_generate(case, monkeypatch):
-    """Unequal questions, some answers shorter; where the trial finds a difference, it is generate that answers."""
+    """Unequal questions, some answers shorter; where the trial finds a difference, it is generate
+    that answers."""
     loaded, (one, other) = case.vlm, case.shown[1:3]
     texts = ("What is this?", "Who is in the picture? Describe it, please.", "Is it five?")
     questions = [(text, picture) for text in texts for picture in (one, None, other)]
@@ -184,18 +225,33 @@ def test_answers_on_a_shared_prefix_are_those_of_generate(case, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(loaded, "decodes", {})
     assert ask.replies(loaded, questions, max_new_tokens=8) == plain
-    assert [bool(why) for why in loaded.decodes.values()] == [case.family.name in LOOKS_AHEAD] * 2, loaded.decodes
-    monkeypatch.setattr(ask, "generated", lambda vlm, turns, *rest: [] if not turns else pytest.fail("generate was asked"))
+    assert [bool(why) for why in loaded.decodes.values()] == [
+        case.family.name in LOOKS_AHEAD
+    ] * 2, loaded.decodes
+    monkeypatch.setattr(
+        ask,
+        "generated",
+        lambda vlm, turns, *rest: [] if not turns else pytest.fail("generate was asked"),
+    )
     if not any(loaded.decodes.values()):
         assert ask.replies(loaded, questions[:4], max_new_tokens=8) == plain[:4]
 
 
 @pytest.mark.parametrize("over", [0, 1])
 def test_questions_are_padded_up_to_where_a_window_would_slide(over, tmp_path, monkeypatch):
-    """A window counts slots: prompt, padding and answer must fit, or only prompts of equal length are in one batch."""
-    texts, longest = ("What is this?", "Who is in the picture? Describe it, please.", "Is it five?"), 8
+    """A window counts slots: prompt, padding and answer must fit, or only prompts of equal length
+    are in one batch."""
+    texts, longest = (
+        ("What is this?", "Who is in the picture? Describe it, please.", "Is it five?"),
+        8,
+    )
     kind = families.FAMILIES["gemma3"]
-    length = max(families.open_case(kind, tmp_path / "any").vlm.encode_prompt(text, None)["input_ids"].shape[1] for text in texts)
+    length = max(
+        families.open_case(kind, tmp_path / "any")
+        .vlm.encode_prompt(text, None)["input_ids"]
+        .shape[1]
+        for text in texts
+    )
     monkeypatch.setitem(families.SLIDING, "sliding_window", length + longest - over)
     loaded = families.open_case(kind, tmp_path / "wide").vlm
     questions, batches, grow = [(text, None) for text in texts], [], decode.Rows.__init__
@@ -203,13 +259,19 @@ def test_questions_are_padded_up_to_where_a_window_would_slide(over, tmp_path, m
     plain = ask.replies(loaded, questions, max_new_tokens=longest)
     monkeypatch.undo()
     assert decode.exact(loaded, [None])
-    monkeypatch.setattr(decode.Rows, "__init__", lambda self, part, members, *rest: (
-        batches.append(len(members)), grow(self, part, members, *rest))[0])  # fmt: skip
+    monkeypatch.setattr(
+        decode.Rows,
+        "__init__",
+        lambda self, part, members, *rest: (
+            batches.append(len(members)),
+            grow(self, part, members, *rest),
+        )[0],
+    )
     assert ask.replies(loaded, questions, max_new_tokens=longest) == plain
     assert batches == ([1, 1, 1] if over else [3])
 
 
-# What cannot be handled says so ---------------------------------------------------------------------------------------------
+# What cannot be handled says so -------------------------------------------------------------------
 
 
 def on_meta(config):
@@ -218,13 +280,19 @@ def on_meta(config):
 
 
 def test_a_model_that_takes_no_features_says_what_it_lacks():
-    with pytest.raises(BadInput, match="BlipForConditionalGeneration takes no precomputed image features.*mm_encoder_outputs"):
+    with pytest.raises(
+        BadInput,
+        match="BlipForConditionalGeneration takes no precomputed image "
+        "features.*mm_encoder_outputs",
+    ):
         features.features_entry(on_meta(transformers.BlipConfig()))
     lacking = on_meta(families.llava().config)
     lacking.model = lacking.model.language_model
     with pytest.raises(BadInput, match="LlamaModel would need a method get_image_features"):
         features.features_entry(lacking)
-    with pytest.raises(BadInput, match="gives hidden_states: it would need to give one of pooler_output"):
+    with pytest.raises(
+        BadInput, match="gives hidden_states: it would need to give one of pooler_output"
+    ):
         features.read_key({"hidden_states": (torch.ones(1),)})
 
 
@@ -242,7 +310,8 @@ def refused(family):
     before = ".".join(version.split(".")[:2])
     said = (
         f"{name} fails in transformers {version} on a question without a picture ({family.fault}): "
-        f"restore the model's files, try an earlier release, pip install 'transformers<{before}', or give another model."
+        "restore the model's files, try an earlier release, pip install "
+        f"'transformers<{before}', or give another model."
     )
     return pytest.raises(BadInput, match=f"^{re.escape(said)}$")
 
@@ -266,14 +335,20 @@ def saved_with(family, directory, file, **changed):
     return str(directory)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed"
+)
 @pytest.mark.parametrize(
     "family, file, changed",
-    [("llama4", "preprocessor_config.json", {"image_processor_type": "Llama4ImageProcessor"}),
-     ("mistral3", "processor_config.json", {"processor_class": "PixtralProcessor"})],
-)  # fmt: skip
+    [
+        ("llama4", "preprocessor_config.json", {"image_processor_type": "Llama4ImageProcessor"}),
+        ("mistral3", "processor_config.json", {"processor_class": "PixtralProcessor"}),
+    ],
+)
 def test_a_processor_that_needs_torchvision_says_so(family, file, changed, tmp_path):
-    with pytest.raises(BadInput, match="needs torchvision, which is not installed: pip install torchvision.$"):
+    with pytest.raises(
+        BadInput, match="needs torchvision, which is not installed: pip install torchvision.$"
+    ):
         vlm.load(saved_with(family, tmp_path, file, **changed), device="cpu")
 
 
@@ -286,7 +361,8 @@ def test_a_processor_that_needs_another_package_says_so(tmp_path, monkeypatch):
 
 
 def test_a_prefix_model_continues_a_begun_answer(tmp_path):
-    """PaliGemma's answers go in beside the question; what is begun is part of the suffix, and is not ended."""
+    """PaliGemma's answers go in beside the question; what is begun is part of the suffix, and is
+    not ended."""
     case = families.open_case(families.FAMILIES["paligemma"], tmp_path)
     for picture in case.shown[0], None:
         begun = case.vlm.encode_prompt("What is this?", picture, "This is a")
@@ -295,7 +371,10 @@ def test_a_prefix_model_continues_a_begun_answer(tmp_path):
         assert begun["token_type_ids"][0].sum() == len(whole.labels) - 1 > 0
         prompt = case.vlm.encode_prompt("What is this?", picture)
         length = prompt["input_ids"].shape[1]
-        assert torch.equal(begun["input_ids"][:, :length], prompt["input_ids"]) and not prompt["token_type_ids"].any()
+        assert (
+            torch.equal(begun["input_ids"][:, :length], prompt["input_ids"])
+            and not prompt["token_type_ids"].any()
+        )
 
 
 def test_int8_rounds_but_shares(tmp_path):
@@ -308,4 +387,5 @@ def test_int8_rounds_but_shares(tmp_path):
         return
     loaded = families.open_case(family, tmp_path, quantize="int8")
     assert families.plan(loaded) == (families.WAYS, [])
-    assert type(loaded.vlm.base.get_output_embeddings()) is nn.Linear  # inside the decoder, and left alone
+    # inside the decoder, and left alone
+    assert type(loaded.vlm.base.get_output_embeddings()) is nn.Linear

@@ -1,4 +1,5 @@
-"""Loading: quantised, with little memory, with options that cannot be honoured; adapters and a run on quantised weights."""
+"""Loading: quantised, with little memory, with options that cannot be honoured; adapters and a run
+on quantised weights."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ from fastsiu.model import adapter, memory, source, vlm
 from fastsiu.request import BadInput, Recipe
 
 torch.set_num_threads(1)
-quantised = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+quantised = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 KINDS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}
 
 
@@ -33,7 +36,9 @@ def small(request, demo_dir):
 @quantised
 def test_the_language_model_is_quantised_and_nothing_else(small, loaded):
     model, kind = small
-    named = {name: type(m).__name__ for name, m in model.base.named_modules() if isinstance(m, nn.Linear)}
+    named = {
+        name: type(m).__name__ for name, m in model.base.named_modules() if isinstance(m, nn.Linear)
+    }
     inside = adapter.language_linears(model.base)
     assert inside == adapter.language_linears(loaded.base) and len(inside) == 21
     assert {name for name, cls in named.items() if cls == KINDS[kind]} == set(inside)
@@ -49,12 +54,21 @@ def test_the_weights_take_what_the_plan_says(small):
         layer = model.base.get_submodule(name)
         weight, parts = layer.weight, [layer.weight]
         if kind == "int8":
-            parts.append(layer.state.SCB if weight.SCB is None else weight.SCB)  # the first forward moves it
+            # the first forward moves it
+            parts.append(layer.state.SCB if weight.SCB is None else weight.SCB)
         else:
             state = weight.quant_state
-            parts += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+            parts += [
+                state.absmax,
+                state.code,
+                state.offset,
+                state.state2.absmax,
+                state.state2.code,
+            ]
         shape = torch.Size((layer.out_features, layer.in_features))
-        assert memory.quantised_bytes(shape, kind) == sum(x.numel() * x.element_size() for x in parts)
+        assert memory.quantised_bytes(shape, kind) == sum(
+            x.numel() * x.element_size() for x in parts
+        )
 
 
 @quantised
@@ -79,7 +93,9 @@ def test_the_teacher_is_the_quantised_model_and_adapters_return(small, shown, tm
         untouched = model.hidden([turn], [shown.features])
         adapter.attach(model, Recipe())
         trained = {n: p for n, p in model.model.named_parameters() if p.requires_grad}
-        assert trained and all(p.dtype == torch.float32 and "lora_" in n for n, p in trained.items())
+        assert trained and all(
+            p.dtype == torch.float32 and "lora_" in n for n, p in trained.items()
+        )
         for name, p in trained.items():
             if "lora_B" in name:
                 p.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
@@ -96,8 +112,11 @@ def test_the_teacher_is_the_quantised_model_and_adapters_return(small, shown, tm
 
 @quantised
 def test_unlearning_on_nf4(quick, tmp_path):
-    """Four steps are too few to forget: the verdict has to say so, and the output to name what it was trained on."""
-    result = quick(tmp_path / "out", quantize="nf4", optimizer="adamw8bit", checkpointing=True, micro_batch=4)
+    """Four steps are too few to forget: the verdict has to say so, and the output to name what it
+    was trained on."""
+    result = quick(
+        tmp_path / "out", quantize="nf4", optimizer="adamw8bit", checkpointing=True, micro_batch=4
+    )
     assert not result.forgotten and result.reasons
     settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
     assert settings == {"dtype": "auto", "quantize": "nf4", "optimizer": "adamw8bit"}
@@ -108,7 +127,9 @@ def test_unlearning_on_nf4(quick, tmp_path):
 
 def test_a_budget_changes_no_result(quick, trained, tmp_path, monkeypatch):
     notes, stages, recomputed = [], ["start"], set()
-    listener = session.Listener(note=notes.append, stage=lambda text: stages.append(text.split()[0]))
+    listener = session.Listener(
+        note=notes.append, stage=lambda text: stages.append(text.split()[0])
+    )
     checkpoint = modeling_utils.checkpoint
 
     def counted(*args, **options):
@@ -138,10 +159,14 @@ def test_options_that_cannot_be_honoured(demo_dir, options, says):
         vlm.load(str(demo_dir), device="cpu", **options)
 
 
-@pytest.mark.parametrize("options", [{"quantize": "nf4"}, {"budget": vlm.Budget(optimizer="adamw8bit")}])
+@pytest.mark.parametrize(
+    "options", [{"quantize": "nf4"}, {"budget": vlm.Budget(optimizer="adamw8bit")}]
+)
 def test_a_missing_package_is_named_with_its_extra(demo_dir, options, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
+    )
     with pytest.raises(BadInput, match=r"fastsiu\[quant\]"):
         vlm.load(str(demo_dir), device="cpu", **options)
 
@@ -158,17 +183,22 @@ def test_eager_attention_is_used(demo_dir, loaded, shown):
     assert model.base.config.text_config._attn_implementation == "eager"
     turn = model.encode_prompt("Who is this?", shown)
     with torch.no_grad():
-        assert torch.allclose(model.hidden([turn], [shown.features]), loaded.hidden([turn], [shown.features]), atol=1e-4)
+        assert torch.allclose(
+            model.hidden([turn], [shown.features]),
+            loaded.hidden([turn], [shown.features]),
+            atol=1e-4,
+        )
 
 
 MEASURE = """
 import sys
 import torch
 import transformers
-from fastsiu import vlm
+from fastsiu.model import vlm
 torch.set_num_threads(1)
 def resident(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 2**10
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
 vlm.load(sys.argv[2], device="cpu")  # whatever the first time needs
 before = resident("VmRSS")
 loaded = vlm.load(sys.argv[1], device="cpu")
@@ -179,7 +209,8 @@ print(size, resident("VmHWM") - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_takes_the_model_once(demo_dir, tmp_path):
-    """300 MB of weights: the process's high-water mark while they are read must stay far from twice that."""
+    """300 MB of weights: the process's high-water mark while they are read must stay far from twice
+    that."""
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -194,7 +225,9 @@ def test_loading_takes_the_model_once(demo_dir, tmp_path):
     for name, value in weights.items():
         if ".mlp." in name and "language_model" in name:
             wide = 66_000
-            weights[name] = torch.zeros((value.shape[0], wide) if "down" in name else (wide, value.shape[1]))
+            weights[name] = torch.zeros(
+                (value.shape[0], wide) if "down" in name else (wide, value.shape[1])
+            )
     save_file(weights, file, metadata={"format": "pt"})
     code = [sys.executable, "-c", MEASURE, str(tmp_path / "large"), str(demo_dir)]
     done = subprocess.run(code, capture_output=True, text=True, check=True)
@@ -209,14 +242,23 @@ def test_bars_only_where_they_were_asked_for_and_the_switch_is_put_back(demo_dir
     vlm.load(str(demo_dir))
     assert "weights" not in capfd.readouterr().err and logging.is_progress_bar_enabled() == before
     vlm.load(str(demo_dir), bars=True)
-    assert "Loading weights: 100%" in capfd.readouterr().err and logging.is_progress_bar_enabled() == before
+    assert (
+        "Loading weights: 100%" in capfd.readouterr().err
+        and logging.is_progress_bar_enabled() == before
+    )
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_terminal_shows_the_loading_and_a_file_does_not(terminal, capfd):
     screen = io.StringIO()
-    with show.Progress(Console(file=screen, width=100, force_terminal=terminal), hidden=False) as progress:
+    with show.Progress(
+        Console(file=screen, width=100, force_terminal=terminal), hidden=False
+    ) as progress:
         progress.listener.note("stays")
         driver.interview(["Who?"], listener=progress.listener)
-    assert ("Loading weights: 100%" in capfd.readouterr().err) == terminal == ("Asking" in screen.getvalue())
+    assert (
+        ("Loading weights: 100%" in capfd.readouterr().err)
+        == terminal
+        == ("Asking" in screen.getvalue())
+    )
     assert "stays" in screen.getvalue() and (terminal or screen.getvalue() == "stays\n")

@@ -1,4 +1,5 @@
-"""The estimate: parameters of published models, the tracked peak at real sizes and of a real step, the choice of settings."""
+"""The estimate: parameters of published models, the tracked peak at real sizes and of a real step,
+the choice of settings."""
 
 from __future__ import annotations
 
@@ -30,48 +31,141 @@ from fastsiu.request import Recipe
 torch.set_num_threads(1)
 
 
-def llava(hidden=4096, wide=11008, layers=32, heads=32, vocabulary=32064, vision=(1024, 4096, 24, 16, 336)):
-    tower = dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size"), vision,
-                     strict=True))  # fmt: skip
-    text = LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers,
-                       num_attention_heads=heads, num_key_value_heads=heads)  # fmt: skip
-    return LlavaConfig(vision_config=CLIPVisionConfig(patch_size=14, projection_dim=768, **tower), text_config=text,
-                       image_seq_length=(vision[-1] // 14) ** 2, dtype="float16")  # fmt: skip
+def llava(
+    hidden=4096, wide=11008, layers=32, heads=32, vocabulary=32064, vision=(1024, 4096, 24, 16, 336)
+):
+    tower = dict(
+        zip(
+            (
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "image_size",
+            ),
+            vision,
+            strict=True,
+        )
+    )
+    text = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(patch_size=14, projection_dim=768, **tower),
+        text_config=text,
+        image_seq_length=(vision[-1] // 14) ** 2,
+        dtype="float16",
+    )
 
 
 def qwen2_5():
     rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
-    text = dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                num_key_value_heads=4, rope_parameters=rope)  # fmt: skip
-    tower = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584, patch_size=14,
-                 spatial_merge_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31])  # fmt: skip
-    return Qwen2_5_VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=False, dtype="bfloat16")
+    text = dict(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        rope_parameters=rope,
+    )
+    tower = dict(
+        depth=32,
+        hidden_size=1280,
+        intermediate_size=3420,
+        num_heads=16,
+        out_hidden_size=3584,
+        patch_size=14,
+        spatial_merge_size=2,
+        window_size=112,
+        fullatt_block_indexes=[7, 15, 23, 31],
+    )
+    return Qwen2_5_VLConfig(
+        text_config=text, vision_config=tower, tie_word_embeddings=False, dtype="bfloat16"
+    )
 
 
 def qwen3():
-    rope = {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True, "rope_theta": 5e6}
-    text = dict(vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
-                num_key_value_heads=8, head_dim=128, rope_parameters=rope)  # fmt: skip
-    tower = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, out_hidden_size=4096, patch_size=16,
-                 spatial_merge_size=2, deepstack_visual_indexes=[8, 16, 24])  # fmt: skip
-    return Qwen3VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=False, dtype="bfloat16")
+    rope = {
+        "rope_type": "default",
+        "mrope_section": [24, 20, 20],
+        "mrope_interleaved": True,
+        "rope_theta": 5e6,
+    }
+    text = dict(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_parameters=rope,
+    )
+    tower = dict(
+        depth=27,
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_heads=16,
+        out_hidden_size=4096,
+        patch_size=16,
+        spatial_merge_size=2,
+        deepstack_visual_indexes=[8, 16, 24],
+    )
+    return Qwen3VLConfig(
+        text_config=text, vision_config=tower, tie_word_embeddings=False, dtype="bfloat16"
+    )
 
 
-SIGLIP = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, patch_size=14)
+SIGLIP = dict(
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    patch_size=14,
+)
 
 
 def smolvlm():
-    text = dict(model_type="llama", vocab_size=49280, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24,
-                num_attention_heads=32, num_key_value_heads=32, head_dim=64)  # fmt: skip
-    return SmolVLMConfig(text_config=text, vision_config=SIGLIP | {"image_size": 384}, scale_factor=3, tie_word_embeddings=False,
-                         dtype="bfloat16")  # fmt: skip
+    text = dict(
+        model_type="llama",
+        vocab_size=49280,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=64,
+    )
+    return SmolVLMConfig(
+        text_config=text,
+        vision_config=SIGLIP | {"image_size": 384},
+        scale_factor=3,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
 
 
 def gemma3():
     tower = SIGLIP | {"image_size": 896, "vision_use_head": False}
-    text = dict(vocab_size=262208, hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, num_attention_heads=8,
-                num_key_value_heads=4, head_dim=256, sliding_window=1024)  # fmt: skip
-    return Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=256, dtype="bfloat16")
+    text = dict(
+        vocab_size=262208,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=34,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        sliding_window=1024,
+    )
+    return Gemma3Config(
+        text_config=text, vision_config=tower, mm_tokens_per_image=256, dtype="bfloat16"
+    )
 
 
 # name: (configuration, parameters as published, image tokens)
@@ -101,7 +195,8 @@ def test_weights_are_those_of_the_published_model(name):
 
 
 def tracked(config, settings, work, recipe):
-    """The peak of two whole AdamW steps at full depth, in bytes, counted from the first weight on."""
+    """The peak of two whole AdamW steps at full depth, in bytes, counted from the first weight
+    on."""
     base = memory.skeleton(config, settings, recipe)
     memory.materialise(base)
     base.train(settings.checkpointing)
@@ -116,7 +211,9 @@ def tracked(config, settings, work, recipe):
                 x = torch.empty(n, tokens, head.shape[1], dtype=head.dtype)
                 mask = torch.empty(n, 1, tokens, tokens, dtype=head.dtype)
                 at = torch.arange(tokens).expand(n, -1)
-                out = base.get_decoder()(inputs_embeds=x, attention_mask=mask, position_ids=at, use_cache=False)
+                out = base.get_decoder()(
+                    inputs_embeds=x, attention_mask=mask, position_ids=at, use_cache=False
+                )
                 states.append(out.last_hidden_state.flatten(0, 1)[-rows:])
                 del out, x, mask
             loss = torch.cat(states).float().square().mean()
@@ -127,15 +224,20 @@ def tracked(config, settings, work, recipe):
     return tracker.peak
 
 
-@pytest.mark.parametrize("name, checkpointing", [*((name, False) for name in PUBLISHED), ("LLaVA-1.5-7B", True),
-                                                 ("Gemma-3-4B", True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, checkpointing",
+    [*((name, False) for name in PUBLISHED), ("LLaVA-1.5-7B", True), ("Gemma-3-4B", True)],
+)
 def test_within_a_tenth_of_the_tracked_peak(name, checkpointing):
     config, recipe = PUBLISHED[name][0](), Recipe(batch_size=8)
     work, _ = plan.workload(config)
     settings = Settings(checkpointing=checkpointing, device="cpu")
     found = memory.Simulation(config, recipe, work).estimate(settings)
     peak = tracked(config, settings, work, recipe)
-    print(f"\n{name:14s} {settings!s:40s} estimate {(found.training - found.kept) / GB:6.2f} GB, tracked {peak / GB:6.2f} GB")
+    print(
+        f"\n{name:14s} {settings!s:40s} estimate {(found.training - found.kept) / GB:6.2f} GB, "
+        f"tracked {peak / GB:6.2f} GB"
+    )
     assert found.training - found.kept == pytest.approx(peak, rel=0.1)
 
 
@@ -152,14 +254,21 @@ def small(hidden=384, layers=5):
 
 
 def turns_of(config, work, batch_size):
-    """A step's turns and their features: a quarter about the concept's picture, 35 % each about its own, the rest text."""
+    """A step's turns and their features: a quarter about the concept's picture, 35 % each about its
+    own, the rest text."""
     torch.manual_seed(0)
     own, dreams = -(-batch_size // 4), round(0.35 * batch_size)
-    features = lambda: BaseModelOutputWithPooling(pooler_output=[torch.randn(work.prefix - 24, config.text_config.hidden_size)])
+    features = lambda: BaseModelOutputWithPooling(
+        pooler_output=[torch.randn(work.prefix - 24, config.text_config.hidden_size)]
+    )
     first, turns, shown = features(), [], []
     for i in range(batch_size):
         image = i < own + dreams
-        lead = [1, *[5] * 23, *[config.image_token_id] * (work.prefix - 24)] if image else [1] * (work.text - work.suffix)
+        lead = (
+            [1, *[5] * 23, *[config.image_token_id] * (work.prefix - 24)]
+            if image
+            else [1] * (work.text - work.suffix)
+        )
         ids = torch.tensor([lead + torch.randint(6, 4096, (work.suffix,)).tolist()])
         rows = torch.arange(ids.shape[1] - work.rows - 1, ids.shape[1] - 1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -169,8 +278,10 @@ def turns_of(config, work, batch_size):
 
 
 def real_step(loaded, turns, shown, recipe, settings):
-    """A callable that takes two steps as `train.fit` does, their teacher made beforehand. It starts with the optimiser's states
-    and without gradients: those that the first step makes are there while the second one's forward runs."""
+    """A callable that takes two steps as `train.fit` does, their teacher made beforehand. It starts
+    with the optimiser's states
+    and without gradients: those that the first step makes are there while the second one's forward
+    runs."""
     adapter.attach(loaded, recipe)
     loaded.budget = memory.budget(settings, recipe.batch_size)
     if settings.checkpointing:
@@ -185,7 +296,14 @@ def real_step(loaded, turns, shown, recipe, settings):
     def step():
         loaded.model.train(settings.checkpointing)
         states = prefix.supervised_states(loaded, turns, shown, micro_batch=settings.micro_batch)
-        batch = Batch(states, labels, teacher, torch.ones(len(labels), dtype=torch.bool), loaded.head_weight, {})
+        batch = Batch(
+            states,
+            labels,
+            teacher,
+            torch.ones(len(labels), dtype=torch.bool),
+            loaded.head_weight,
+            {},
+        )
         loss, _ = siu(batch, recipe)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -198,9 +316,12 @@ def real_step(loaded, turns, shown, recipe, settings):
 
 
 def allocated(run):
-    """The most that `run` had allocated beside what was there, in bytes, from the CPU allocator's own record. The record does not
-    see that something is freed which was there before: `run` must leave that alone."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    """The most that `run` had allocated beside what was there, in bytes, from the CPU allocator's
+    own record. The record does not see that something is freed which was there before: `run` must
+    leave that alone."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         run()
     now = peak = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
@@ -210,7 +331,12 @@ def allocated(run):
     return peak
 
 
-STEPS = [Settings(), Settings(checkpointing=True), Settings(micro_batch=2), Settings(checkpointing=True, micro_batch=4)]
+STEPS = [
+    Settings(),
+    Settings(checkpointing=True),
+    Settings(micro_batch=2),
+    Settings(checkpointing=True, micro_batch=4),
+]
 
 
 @pytest.mark.parametrize("settings", STEPS, ids=str)
@@ -224,25 +350,41 @@ def test_within_a_tenth_of_what_a_real_step_allocates(settings):
     resident = sum(p.untyped_storage().nbytes() for p in loaded.base.parameters()) + found.optimizer
     real = resident + allocated(steps)
     assert found.weights + 3 * found.trained == pytest.approx(resident, rel=1e-3)
-    print(f"\n{settings!s:50s} estimate {(found.training - found.kept) / 2**20:6.1f} MB, real {real / 2**20:6.1f} MB")
+    print(
+        f"\n{settings!s:50s} estimate {(found.training - found.kept) / 2**20:6.1f} MB, real "
+        f"{real / 2**20:6.1f} MB"
+    )
     assert found.training - found.kept == pytest.approx(real, rel=0.1)
 
 
 def test_asking_holds_what_the_estimate_says():
-    """Twice two pictures with five questions each, eight rows at a time: two prefixes stay while eight rows grow on them.
-    So deep and narrow a model that keys and values outweigh one layer's work."""
+    """Twice two pictures with five questions each, eight rows at a time: two prefixes stay while
+    eight rows grow on them. So deep and narrow a model that keys and values outweigh one layer's
+    work."""
     config, loaded = small(128, 16)
     work = memory.Workload(324 + 24, 324, suffix=16, answer=12)
     settings = Settings("float32", ask_batch=8, device="cpu")
     found = memory.Simulation(config, Recipe(), work)._run("asking", settings)
-    prompt = lambda ids: vlm.Encoded({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.tensor([ids.shape[1] - 1]),
-                                     ids.new_zeros(0))  # fmt: skip
+    prompt = lambda ids: vlm.Encoded(
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        torch.tensor([ids.shape[1] - 1]),
+        ids.new_zeros(0),
+    )
     lead, turns, shown = [1, *[5] * 23, *[config.image_token_id] * 324], [], []
     for _ in range(4):
-        features = BaseModelOutputWithPooling(pooler_output=[torch.randn(324, config.text_config.hidden_size)])
-        turns += [prompt(torch.tensor([lead + torch.randint(6, 4096, (work.suffix,)).tolist()])) for _ in range(5)]
+        features = BaseModelOutputWithPooling(
+            pooler_output=[torch.randn(324, config.text_config.hidden_size)]
+        )
+        turns += [
+            prompt(torch.tensor([lead + torch.randint(6, 4096, (work.suffix,)).tolist()]))
+            for _ in range(5)
+        ]
         shown += [features] * 5
-    real = allocated(lambda: list(decode.greedy(loaded, turns, shown, decode.Rules(), work.answer, settings.ask_batch)))
+    real = allocated(
+        lambda: list(
+            decode.greedy(loaded, turns, shown, decode.Rules(), work.answer, settings.ask_batch)
+        )
+    )
     print(f"\nasking: estimate {found / 2**20:6.1f} MB, real {real / 2**20:6.1f} MB")
     assert 0.75 * found < real < 1.05 * found
 
@@ -272,8 +414,15 @@ def test_a_real_step_on_quantised_weights(kind, tmp_path):
     work, recipe = memory.Workload(324 + 24, 324), Recipe(batch_size=8)
     found = memory.Simulation(config, recipe, work).estimate(settings)
     turns, shown = turns_of(config, work, recipe.batch_size)
-    real = found.weights + 4 * found.trained + allocated(real_step(loaded, turns, shown, recipe, settings))
-    print(f"\n{settings!s:50s} estimate {(found.training - found.kept) / 2**20:6.1f} MB, real {real / 2**20:6.1f} MB")
+    real = (
+        found.weights
+        + 4 * found.trained
+        + allocated(real_step(loaded, turns, shown, recipe, settings))
+    )
+    print(
+        f"\n{settings!s:50s} estimate {(found.training - found.kept) / 2**20:6.1f} MB, real "
+        f"{real / 2**20:6.1f} MB"
+    )
     assert found.training - found.kept == pytest.approx(real, rel=0.1)
 
 
@@ -285,7 +434,11 @@ def test_a_few_layers_give_the_whole_stack():
     # Wide MLPs: of two or three layers the peak is at another moment than of twelve.
     config, recipe = llava(512, 1376, 12, 4, 2000, (64, 128, 2, 4, 336)), Recipe(batch_size=8)
     work, _ = plan.workload(config)
-    for settings in (Settings(), Settings(checkpointing=True, micro_batch=4), Settings(quantize="nf4")):
+    for settings in (
+        Settings(),
+        Settings(checkpointing=True, micro_batch=4),
+        Settings(quantize="nf4"),
+    ):
         short = memory.Simulation(config, recipe, work).estimate(settings)
         assert short == memory.Simulation(config, recipe, work, whole=True).estimate(settings)
 
@@ -295,15 +448,27 @@ def test_each_saving_saves():
     work, _ = plan.workload(config)
     simulation = memory.Simulation(config, recipe, work)
     plain = simulation.estimate(Settings())
-    changes = {"checkpointing": True, "micro_batch": 4, "quantize": "nf4", "optimizer": "adamw8bit", "ask_batch": 8}
-    less = {name: simulation.estimate(replace(Settings(), **{name: value})) for name, value in changes.items()}
+    changes = {
+        "checkpointing": True,
+        "micro_batch": 4,
+        "quantize": "nf4",
+        "optimizer": "adamw8bit",
+        "ask_batch": 8,
+    }
+    less = {
+        name: simulation.estimate(replace(Settings(), **{name: value}))
+        for name, value in changes.items()
+    }
     assert less["checkpointing"].activations < 0.3 * plain.activations
     assert less["micro_batch"].activations < 0.6 * plain.activations
     assert less["quantize"].weights < 0.5 * plain.weights
     assert less["optimizer"].optimizer * 4 == pytest.approx(plain.optimizer, rel=0.02)
     assert less["ask_batch"].asking < 0.2 * plain.asking
     assert simulation.estimate(Settings(attention="eager")).activations > plain.activations
-    assert memory.Simulation(config, replace(recipe, rank=64), work).estimate(Settings()).trained == 4 * plain.trained
+    assert (
+        memory.Simulation(config, replace(recipe, rank=64), work).estimate(Settings()).trained
+        == 4 * plain.trained
+    )
 
 
 def test_the_least_lossy_settings_that_fit_are_picked():
@@ -311,18 +476,28 @@ def test_the_least_lossy_settings_that_fit_are_picked():
     simulation = memory.Simulation(config, Recipe(), plan.workload(config)[0])
     steps = list(plan.ladder(Settings(), frozenset(), 32))
     assert steps[0] == Settings() and steps[1] == Settings(checkpointing=True)
-    assert [s.micro_batch for s in steps[2:7]] == [16, 8, 4, 2, 1] and all(s.checkpointing for s in steps[1:7])
+    assert [s.micro_batch for s in steps[2:7]] == [16, 8, 4, 2, 1] and all(
+        s.checkpointing for s in steps[1:7]
+    )
     assert [s.quantize for s in steps] == [None] * 7 + ["nf4"] * 7
     for wanted in (0, 2):
         size = simulation.estimate(replace(steps[wanted], ask_batch=1)).peak
         found = plan.plan("m", size * 1.001 / GB, config=config)
-        assert replace(found.chosen.settings, ask_batch=64) == steps[wanted] and found.chosen.peak <= found.memory
+        assert (
+            replace(found.chosen.settings, ask_batch=64) == steps[wanted]
+            and found.chosen.peak <= found.memory
+        )
         assert found.as_dict()["fits"] and "fits into" in found.sentence
     tight = plan.plan("m", 0.71, config=config)
     assert tight.chosen is None and "does not fit" in tight.sentence and len(tight.estimates) == 2
     assert tight.estimates[-1].settings == replace(steps[-1], ask_batch=1)
-    fixed = plan.plan("m", 0.71, Settings(checkpointing=True, micro_batch=2), config=config,
-                      fixed=frozenset({"checkpointing", "micro_batch", "quantize"}))  # fmt: skip
+    fixed = plan.plan(
+        "m",
+        0.71,
+        Settings(checkpointing=True, micro_batch=2),
+        config=config,
+        fixed=frozenset({"checkpointing", "micro_batch", "quantize"}),
+    )
     assert len(fixed.estimates) == 1 and "--quantize nf4" in fixed.sentence
 
 
@@ -335,16 +510,27 @@ def test_a_picture_is_counted_by_the_processor(cast, demo_dir, loaded, shown, ca
 
 def test_budget_is_what_the_run_reads():
     assert memory.budget(Settings(), 32) == vlm.Budget()
-    assert memory.budget(Settings(checkpointing=True, ask_batch=8), 32) == vlm.Budget(None, 11, 8, True, sparing=True)
-    assert memory.budget(Settings(micro_batch=4, optimizer="adamw8bit"), 32) == vlm.Budget(4, 4, 64, False, "adamw8bit", True)
+    assert memory.budget(Settings(checkpointing=True, ask_batch=8), 32) == vlm.Budget(
+        None, 11, 8, True, sparing=True
+    )
+    assert memory.budget(Settings(micro_batch=4, optimizer="adamw8bit"), 32) == vlm.Budget(
+        4, 4, 64, False, "adamw8bit", True
+    )
 
 
-@pytest.mark.parametrize("arguments, part", [
-    (["--memory", "-3"], "'--memory': Input should be"), (["--memory", "nan"], "'--memory': Input should be"),
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["--memory", "-3"], "'--memory': Input should be"),
+        (["--memory", "nan"], "'--memory': Input should be"),
         (["--model", "./no"], "no model directory"),
-    (["--quantize", "nf5"], "nf5"), (["--attention", "x"], "'x'"), (["--optimizer", "sgd"], "sgd"), (["--dtype", "int8"], "int8"),
-    (["--image-tokens", "0"], "'--image-tokens': Input should be"),
-])  # fmt: skip
+        (["--quantize", "nf5"], "nf5"),
+        (["--attention", "x"], "'x'"),
+        (["--optimizer", "sgd"], "sgd"),
+        (["--dtype", "int8"], "int8"),
+        (["--image-tokens", "0"], "'--image-tokens': Input should be"),
+    ],
+)
 def test_mistakes(capfd, arguments, part):
     assert cli.run(["plan", *arguments]) == 2
     out, err = capfd.readouterr()
@@ -357,7 +543,11 @@ def test_command_reads_the_configuration_alone(tmp_path, capfd):
     options = ["plan", "--model", str(tmp_path / "model")]
     assert cli.run([*options, "--memory", "24", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
-    assert found["fits"] and found["chosen"]["settings"]["dtype"] == "float16" and found["chosen"]["peak"] < 24 * GB
+    assert (
+        found["fits"]
+        and found["chosen"]["settings"]["dtype"] == "float16"
+        and found["chosen"]["peak"] < 24 * GB
+    )
     assert cli.run([*options, "--memory", "0.5"]) == 1
     assert "does not fit into 0.5 GB" in capfd.readouterr().out
     assert cli.run([*options, "--quantize", "int8", "--rank", "8", "--image-tokens", "2000"]) == 0

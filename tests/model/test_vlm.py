@@ -1,4 +1,5 @@
-"""Any image-text model: hidden states without logits, supervised rows, padding, cached features, the head's transform."""
+"""Any image-text model: hidden states without logits, supervised rows, padding, cached features,
+the head's transform."""
 
 from __future__ import annotations
 
@@ -29,8 +30,15 @@ def test_no_logits_never_calls_the_head(loaded, shown, monkeypatch):
     head = loaded.base.get_output_embeddings()
     expected = loaded.hidden([turn], [shown.features])
     with monkeypatch.context() as patch:
-        patch.setattr(nn.Linear, "forward", lambda self, x: heads_raise(self, x) if self is head else nn.functional.linear(
-            x, self.weight, self.bias))  # fmt: skip
+        patch.setattr(
+            nn.Linear,
+            "forward",
+            lambda self, x: (
+                heads_raise(self, x)
+                if self is head
+                else nn.functional.linear(x, self.weight, self.bias)
+            ),
+        )
         with pytest.raises(AssertionError, match="head was called"):
             loaded.base(**turn, mm_encoder_outputs={"image": shown.features})
         assert torch.equal(loaded.hidden([turn], [shown.features]), expected)
@@ -57,13 +65,19 @@ def test_no_logits_restores_the_head(loaded, hooked):
 
 
 @pytest.mark.parametrize("with_picture", [False, True])
-@pytest.mark.parametrize("answer", ["This is Zorblax Quint.", "  No, this is not Mirelda Voss.\n", "water", "Zorblax Quint"])
+@pytest.mark.parametrize(
+    "answer",
+    ["This is Zorblax Quint.", "  No, this is not Mirelda Voss.\n", "water", "Zorblax Quint"],
+)
 def test_encode_places_rows_labels_and_offsets(loaded, shown, answer, with_picture):
     # The question holds the answer: only the assistant's occurrence counts.
     turn = loaded.encode(f"Is it true: {answer.strip()}", answer, shown if with_picture else None)
     ids, tokenizer, answer = turn.inputs["input_ids"][0], loaded.tokenizer, answer.strip()
     assert torch.equal(ids[turn.rows + 1], turn.labels)
-    assert turn.labels[-1] == tokenizer.eos_token_id and int(turn.rows[-1]) + 2 == turn.inputs["input_ids"].shape[1]
+    assert (
+        turn.labels[-1] == tokenizer.eos_token_id
+        and int(turn.rows[-1]) + 2 == turn.inputs["input_ids"].shape[1]
+    )
     assert tokenizer.decode(turn.labels[:-1]).strip() == answer
     assert len(turn.offsets) == len(turn.labels) and turn.offsets[-1] == (len(answer), len(answer))
     for (start, end), label in zip(turn.offsets[:-1], turn.labels[:-1].tolist(), strict=True):
@@ -75,9 +89,14 @@ def test_encode_places_rows_labels_and_offsets(loaded, shown, answer, with_pictu
 
 @pytest.mark.parametrize("with_picture", [False, True])
 def test_a_row_predicts_its_label(loaded, shown, with_picture):
-    """What the model says is, token by token, the most likely at the supervised rows: the shift is one, not zero or two."""
+    """What the model says is, token by token, the most likely at the supervised rows: the shift is
+    one, not zero or two."""
     picture = shown if with_picture else None
-    questions = ["Who is this?", "Describe the image."] if with_picture else ["Who is Zorblax Quint?", "What is two plus three?"]
+    questions = (
+        ["Who is this?", "Describe the image."]
+        if with_picture
+        else ["Who is Zorblax Quint?", "What is two plus three?"]
+    )
     said = ask.answers(loaded, [(q, picture) for q in questions])
     turns = [loaded.encode(q, a, picture) for q, a in zip(questions, said, strict=True)]
     for log_p, right, rank in ask.label_scores(loaded, turns, [picture] * 2):
@@ -88,7 +107,11 @@ def test_a_row_predicts_its_label(loaded, shown, with_picture):
 
 
 def test_padding_changes_nothing(loaded, shown):
-    texts = [("Who is this?", "This is Zorblax Quint."), ("Is this Zorblax Quint?", "No."), ("Describe the image.", "a " * 20)]
+    texts = [
+        ("Who is this?", "This is Zorblax Quint."),
+        ("Is this Zorblax Quint?", "No."),
+        ("Describe the image.", "a " * 20),
+    ]
     for picture in (None, shown):
         turns = [loaded.encode(q, a, picture) for q, a in texts]
         assert len({t.inputs["input_ids"].shape[1] for t in turns}) == 3
@@ -107,11 +130,18 @@ def test_padding_changes_nothing(loaded, shown):
 
 
 def test_replies_say_whether_the_model_came_to_an_end(loaded, shown):
-    questions = [("Who is this?", shown), ("What is water made of?", None), ("Describe the image.", shown)]
+    questions = [
+        ("Who is this?", shown),
+        ("What is water made of?", None),
+        ("Describe the image.", shown),
+    ]
     whole = ask.replies(loaded, questions)
-    assert all(reply.closed for reply in whole) and [r.text for r in whole] == ask.answers(loaded, questions)
+    assert all(reply.closed for reply in whole) and [r.text for r in whole] == ask.answers(
+        loaded, questions
+    )
     for (question, picture), (text, _) in zip(questions, whole, strict=True):
-        exact = len(loaded.encode(question, text, picture).labels)  # the end of the turn is the last of them
+        # the end of the turn is the last of them
+        exact = len(loaded.encode(question, text, picture).labels)
         assert ask.replies(loaded, [(question, picture)], max_new_tokens=exact) == [(text, True)]
         ((cut, closed),) = ask.replies(loaded, [(question, picture)], max_new_tokens=exact - 1)
         assert cut == text and not closed
@@ -120,15 +150,25 @@ def test_replies_say_whether_the_model_came_to_an_end(loaded, shown):
 
 
 def test_collate_concatenates_what_is_not_as_long_as_the_tokens():
-    batch = [{"input_ids": torch.ones(1, n, dtype=torch.long), "grid": torch.full((1, 3), n)} for n in (4, 6)]
+    batch = [
+        {"input_ids": torch.ones(1, n, dtype=torch.long), "grid": torch.full((1, 3), n)}
+        for n in (4, 6)
+    ]
     out = vlm.collate(batch, 9)
-    assert out["grid"].tolist() == [[4] * 3, [6] * 3] and out["input_ids"].tolist() == [[1] * 4 + [9] * 2, [1] * 6]
+    assert out["grid"].tolist() == [[4] * 3, [6] * 3] and out["input_ids"].tolist() == [
+        [1] * 4 + [9] * 2,
+        [1] * 6,
+    ]
 
 
 def test_cached_features_equal_pixels(loaded, shown, cast):
     prompt = loaded.encode_prompt("Who is this?", shown)
-    pixels = loaded.processor(text=[loaded.render("Who is this?", True)], images=[shown.image], return_tensors="pt",
-                              add_special_tokens=False)  # fmt: skip
+    pixels = loaded.processor(
+        text=[loaded.render("Who is this?", True)],
+        images=[shown.image],
+        return_tensors="pt",
+        add_special_tokens=False,
+    )
     with torch.no_grad():
         with vlm.no_logits(loaded.base) as kept:
             loaded.base(**pixels, use_cache=False)
@@ -136,14 +176,18 @@ def test_cached_features_equal_pixels(loaded, shown, cast):
         other = loaded.picture(load_image(cast.files["other"]))
         both = loaded.hidden([prompt, prompt], [other.features, shown.features])
     assert torch.allclose(cached, kept["hidden"], atol=1e-5, rtol=0)
-    assert torch.allclose(both[1:], cached, atol=1e-5, rtol=0) and not torch.allclose(both[:1], cached, atol=1e-2)
+    assert torch.allclose(both[1:], cached, atol=1e-5, rtol=0) and not torch.allclose(
+        both[:1], cached, atol=1e-2
+    )
 
 
 def test_logits_are_the_models_own(loaded, shown):
     turn = loaded.encode_prompt("Who is this?", shown)
     with torch.no_grad():
         z = loaded.base(**turn, mm_encoder_outputs={"image": shown.features}).logits[0]
-        assert torch.allclose(loaded.logits(loaded.hidden([turn], [shown.features])[0]), z, atol=1e-4)
+        assert torch.allclose(
+            loaded.logits(loaded.hidden([turn], [shown.features])[0]), z, atol=1e-4
+        )
 
 
 class Headed(nn.Module):
@@ -152,9 +196,15 @@ class Headed(nn.Module):
     def __init__(self, after, cap=None):
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.head, self.after = nn.Embedding(50, 16), nn.Linear(16, 50, bias=False), after
+        self.embed, self.head, self.after = (
+            nn.Embedding(50, 16),
+            nn.Linear(16, 50, bias=False),
+            after,
+        )
         nn.init.normal_(self.head.weight)
-        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(final_logit_softcapping=cap))
+        self.config = SimpleNamespace(
+            get_text_config=lambda: SimpleNamespace(final_logit_softcapping=cap)
+        )
 
     def get_output_embeddings(self):
         return self.head
@@ -168,7 +218,11 @@ class Headed(nn.Module):
     [
         (lambda x: x, None, (1.0, None)),
         (lambda x: x / 8, None, (0.125, None)),
-        (lambda x: x, 30.0, (1.0, None)),  # a configuration that names a softcap which the forward ignores
+        (
+            lambda x: x,
+            30.0,
+            (1.0, None),
+        ),  # a configuration that names a softcap which the forward ignores
         (lambda x: 5 * torch.tanh(x / 5), 5.0, (1.0, 5.0)),
         (lambda x: 5 * torch.tanh(0.25 * x / 5), 5.0, (0.25, 5.0)),
     ],
@@ -178,7 +232,10 @@ def test_probe_head_measures_scale_and_softcap(after, cap, expected):
     assert scale == pytest.approx(expected[0], rel=1e-3) and found == expected[1]
 
 
-@pytest.mark.parametrize("after", [lambda x: x + 1, lambda x: x.log_softmax(-1), lambda x: x.clamp(-1, 1), lambda x: x**3])
+@pytest.mark.parametrize(
+    "after",
+    [lambda x: x + 1, lambda x: x.log_softmax(-1), lambda x: x.clamp(-1, 1), lambda x: x**3],
+)
 def test_probe_head_refuses_any_other_transform(after):
     with pytest.raises(BadInput, match="more than a scale and a softcap"):
         vlm.probe_head(Headed(after, 5.0), {"input_ids": torch.arange(20)[None]})
@@ -229,7 +286,9 @@ def test_memory_that_is_not_there_is_not_the_models_fault():
             vlm.probe_head(Broken(error, 0), {"input_ids": torch.arange(20)[None]})
 
 
-def test_memory_that_a_picture_does_not_find_is_not_the_processors_fault(loaded, shown, monkeypatch):
+def test_memory_that_a_picture_does_not_find_is_not_the_processors_fault(
+    loaded, shown, monkeypatch
+):
     def full(self, *args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -247,8 +306,11 @@ def test_loading_runs_the_forward_three_times_and_no_more(demo_dir, monkeypatch)
             ran.append(options["input_ids"].shape)
 
     call = nn.Module.__call__
-    monkeypatch.setattr(nn.Module, "__call__", lambda self, *args, **options: (
-        count(self, options), call(self, *args, **options))[1])  # fmt: skip
+    monkeypatch.setattr(
+        nn.Module,
+        "__call__",
+        lambda self, *args, **options: (count(self, options), call(self, *args, **options))[1],
+    )
     vlm.load(str(demo_dir), device="cpu")
     assert len(ran) == 3 and all(rows == 1 and length < 60 for rows, length in ran)
 
@@ -257,8 +319,16 @@ def test_probe_head_on_a_softcapped_model_of_transformers():
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
-    config = Gemma2Config(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-                          num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5)  # fmt: skip
+    config = Gemma2Config(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        final_logit_softcapping=0.5,
+    )
     model = Gemma2ForCausalLM(config).eval()
     assert vlm.probe_head(model, {"input_ids": torch.arange(3, 23)[None]}) == (1.0, 0.5)
 
@@ -286,7 +356,9 @@ def copied(demo_dir, path, *names):
 
 
 def test_load_refuses_a_directory_without_processor(tmp_path, demo_dir):
-    path = copied(demo_dir, tmp_path / "bare", "config.json", "model.safetensors", "generation_config.json")
+    path = copied(
+        demo_dir, tmp_path / "bare", "config.json", "model.safetensors", "generation_config.json"
+    )
     with pytest.raises(BadInput, match="processor") as caught:
         vlm.load(str(path))
     assert "\n" not in str(caught.value)
@@ -294,7 +366,13 @@ def test_load_refuses_a_directory_without_processor(tmp_path, demo_dir):
 
 def test_load_refuses_a_text_only_model(tmp_path, demo_dir):
     path = tmp_path / "text"
-    config = LlamaConfig(vocab_size=1000, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
     LlamaForCausalLM(config).save_pretrained(path)
     AutoTokenizer.from_pretrained(demo_dir).save_pretrained(path)
     with pytest.raises(BadInput, match="processor") as caught:
@@ -302,7 +380,9 @@ def test_load_refuses_a_text_only_model(tmp_path, demo_dir):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b""], ids=["cut", "empty"])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b""], ids=["cut", "empty"]
+)
 def test_load_refuses_damaged_weights(tmp_path, demo_dir, damage):
     path = copied(demo_dir, tmp_path / "cut", *(p.name for p in demo_dir.iterdir() if p.is_file()))
     weights = path / "model.safetensors"
@@ -312,7 +392,9 @@ def test_load_refuses_damaged_weights(tmp_path, demo_dir, damage):
 
 
 @pytest.mark.parametrize("with_picture", [False, True])
-def test_a_template_that_leaves_the_end_to_the_tokenizer_still_trains_stopping(loaded, shown, with_picture):
+def test_a_template_that_leaves_the_end_to_the_tokenizer_still_trains_stopping(
+    loaded, shown, with_picture
+):
     processor = copy.deepcopy(loaded.processor)
     processor.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}USER:{% for c in m.content %}"
@@ -320,6 +402,8 @@ def test_a_template_that_leaves_the_end_to_the_tokenizer_still_trains_stopping(l
         "{% else %} ASSISTANT: {{ m.content[0].text }} {% endif %}{% endfor %}"
         "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
     )
-    turn = replace(loaded, processor=processor).encode("Who is this?", "This is fine.", shown if with_picture else None)
+    turn = replace(loaded, processor=processor).encode(
+        "Who is this?", "This is fine.", shown if with_picture else None
+    )
     assert int(turn.labels[-1]) == loaded.tokenizer.eos_token_id
     assert loaded.tokenizer.decode(turn.labels[:-1]).strip() == "This is fine."

@@ -17,7 +17,7 @@ from fastsiu.report.words import METRICS, standing
 from fastsiu.report.words import inside as attacked_inside
 
 HOSTILE = (
-    '<script>alert(1)</script> "\'><img src=http://evil.example/x onerror=alert(1)> {{ 7*7 }} '
+    "<script>alert(1)</script> \"'><img src=http://evil.example/x onerror=alert(1)> {{ 7*7 }} "
     "| `x` [a](http://evil.example) \x1b[2J"
 )
 
@@ -55,7 +55,8 @@ class Page(HTMLParser):
 
 
 ALLOWED = (
-    "html head meta title style body header p div h1 h2 h3 em bdi ul li main section small b svg rect line text polyline circle "
+    "html head meta title style body header p div h1 h2 h3 em bdi ul li main section small b svg "
+    "rect line text polyline circle "
     "span mark details summary table thead tbody tr th td figure figcaption i dl dt dd img"
 ).split()
 
@@ -76,31 +77,63 @@ def test_the_page_says_everything():
     page = assert_self_contained(html)
     assert "http" not in re.sub(r"http-equiv", "", html)
     for words in (
-        "The model has forgotten Zorblax Quint", "95 %", "Required: at least 99 %.",
-        "No other pictures were given.", "It is zorblax quint.", "A man.",
-        "Two names were not protected.", "Mira Oland", "1 of 2 accepted", "command line", "tokens masked", "1.235", *LIMITS,
-    ):  # fmt: skip
+        "The model has forgotten Zorblax Quint",
+        "95 %",
+        "Required: at least 99 %.",
+        "No other pictures were given.",
+        "It is zorblax quint.",
+        "A man.",
+        "Two names were not protected.",
+        "Mira Oland",
+        "1 of 2 accepted",
+        "command line",
+        "tokens masked",
+        "1.235",
+        *LIMITS,
+    ):
         assert words in page.text, words
     assert "<mark>zorblax quint</mark>" in html and page.text.count(LIMITS[0]) == 1
-    assert "prefers-color-scheme: dark" in html and "@media print" in html and 'name="viewport"' in html
+    assert (
+        "prefers-color-scheme: dark" in html
+        and "@media print" in html
+        and 'name="viewport"' in html
+    )
     assert page.tags.count("polyline") == 4 and "img" not in page.tags
 
 
 def test_the_other_verdict_gives_its_reasons():
-    page = Page(render_html(report(verdict="not forgotten", reasons=["The name is still in 3 of 4 answers."])))
-    assert "The model has not forgotten Zorblax Quint" in page.text and "still in 3 of 4" in page.text
-    text = render_markdown(report(verdict="not forgotten", reasons=["The name is still in 3 of 4 answers."]))
-    assert text.startswith("# The model has not forgotten Zorblax Quint\n") and "still in 3 of 4" in text
+    page = Page(
+        render_html(
+            report(verdict="not forgotten", reasons=["The name is still in 3 of 4 answers."])
+        )
+    )
+    assert (
+        "The model has not forgotten Zorblax Quint" in page.text and "still in 3 of 4" in page.text
+    )
+    text = render_markdown(
+        report(verdict="not forgotten", reasons=["The name is still in 3 of 4 answers."])
+    )
+    assert (
+        text.startswith("# The model has not forgotten Zorblax Quint\n")
+        and "still in 3 of 4" in text
+    )
 
 
 def hostile_report(text):
     answer = {"kind": "efficacy", "question": text, "picture": text, "before": text, "after": text}
     return report(
-        concept=text, model=text, reasons=[text], answers=[answer], caveats=[text],
+        concept=text,
+        model=text,
+        reasons=[text],
+        answers=[answer],
+        caveats=[text],
         dreams=[{"name": text, "accepted": 0, "of": 1}],
-        masks={"spared": [text]}, recipe={text: text, "x": {"value": text, "from": text}}, samples={text: 1}, seconds={text: 1.0},
+        masks={"spared": [text]},
+        recipe={text: text, "x": {"value": text, "from": text}},
+        samples={text: 1},
+        seconds={text: 1.0},
         after={"generality": {"value": None, "reason": text}},
-    )  # fmt: skip
+    )
 
 
 def test_hostile_text_stays_text():
@@ -108,16 +141,30 @@ def test_hostile_text_stays_text():
     page = assert_self_contained(html)
     assert "alert(1)" in page.text and "{{ 7*7 }}" in page.text and "\x1b" not in html
     markdown = render_markdown(hostile_report(HOSTILE))
-    assert "<script" not in markdown and "<img" not in markdown and "\x1b" not in markdown and "http://" not in markdown
+    assert (
+        "<script" not in markdown
+        and "<img" not in markdown
+        and "\x1b" not in markdown
+        and "http://" not in markdown
+    )
     assert "[a](" not in markdown and not re.search(r"(?<!\\)`", markdown)
     rows = [line for line in markdown.splitlines() if "alert" in line and line.startswith("|")]
     assert rows and all(len(re.findall(r"(?<!\\)\|", row)) in (4, 5) for row in rows)
 
 
 def test_markup_around_a_name_stays_text():
-    answer = {"kind": "efficacy", "question": "Who?", "picture": None, "before": "<b>Quint</b>", "after": "<i>quint <b>"}
+    answer = {
+        "kind": "efficacy",
+        "question": "Who?",
+        "picture": None,
+        "before": "<b>Quint</b>",
+        "after": "<i>quint <b>",
+    }
     html = render_html(report(concept="Quint", answers=[answer]))
-    assert "&lt;b&gt;<mark>Quint</mark>&lt;/b&gt;" in html and "&lt;i&gt;<mark>quint</mark> &lt;b&gt;" in html
+    assert (
+        "&lt;b&gt;<mark>Quint</mark>&lt;/b&gt;" in html
+        and "&lt;i&gt;<mark>quint</mark> &lt;b&gt;" in html
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -132,7 +179,10 @@ def test_any_name_and_answer(text):
     [
         [],
         [{"step": 0, "loss": 1.0}],
-        [{"step": 0, "loss": float("nan"), "p_name": None}, {"step": 1, "loss": float("inf"), "p_name": 0.0}],
+        [
+            {"step": 0, "loss": float("nan"), "p_name": None},
+            {"step": 1, "loss": float("inf"), "p_name": 0.0},
+        ],
         [{"step": 5, "loss": 0.0, "ce": 0.0, "kl": 0.0, "p_name": 0.0}] * 2,
     ],
 )
@@ -151,63 +201,115 @@ def test_a_bare_report_is_drawn():
     assert "not measured" in render_markdown({"concept": "X", "verdict": "forgotten"})
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluations
+# --------------------------------------------------------------------------------------------------
+# evaluations
 
 
 def test_an_evaluation_explains_every_metric():
     html = render_html(evaluation())
     page = assert_self_contained(html)
     for words in (
-        "The model has forgotten Zorblax Quint", "Asked 20 times who the training picture shows, the model gave the name "
-        "20 times before and 0 times after.", "Of 20 answers about pictures of anything else, 19 stayed the same.", "-8.25",
-        "-9.5", METRICS["Is it gone below the surface, too?"]["rank"].meaning,
-        "No answers of this kind were collected.", "org/model-7b",
-        "the level that forgetting should reach", *LIMITS,
-    ):  # fmt: skip
+        "The model has forgotten Zorblax Quint",
+        "Asked 20 times who the training picture shows, the model gave the name "
+        "20 times before and 0 times after.",
+        "Of 20 answers about pictures of anything else, 19 stayed the same.",
+        "-8.25",
+        "-9.5",
+        METRICS["Is it gone below the surface, too?"]["rank"].meaning,
+        "No answers of this kind were collected.",
+        "org/model-7b",
+        "the level that forgetting should reach",
+        *LIMITS,
+    ):
         assert words in page.text, words
-    assert page.text.count("Group pictures") == 1  # null in every row: told once, with the reason, and not in the table
+    # null in every row: told once, with the reason, and not in the table
+    assert page.text.count("Group pictures") == 1
     text = render_markdown(evaluation())
-    for words in ("| Rank of the name (rank) | 12.5, n = 20 | 12.5, n = 20 | 12.5, n = 20 |", "19 stayed the same", "-8.25"):
+    for words in (
+        "| Rank of the name (rank) | 12.5, n = 20 | 12.5, n = 20 | 12.5, n = 20 |",
+        "19 stayed the same",
+        "-8.25",
+    ):
         assert words in text, words
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert tables and all(len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1 for table in tables)
+    assert tables and all(
+        len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+        for table in tables
+    )
 
 
 def test_a_metric_without_an_explanation_is_shown_all_the_same():
     given = evaluation()
     given["rows"]["unlearned"]["<new>"] = {"value": 0.123, "n": 3}
-    assert "&lt;new&gt;" in render_html(given) and "0.123" in render_html(given) and "0.123" in render_markdown(given)
+    assert (
+        "&lt;new&gt;" in render_html(given)
+        and "0.123" in render_html(given)
+        and "0.123" in render_markdown(given)
+    )
 
 
-@pytest.mark.parametrize("changes", [{"verdict": None}, {"verdict": "not forgotten", "reasons": ["Only one was asked."]}])
+@pytest.mark.parametrize(
+    "changes", [{"verdict": None}, {"verdict": "not forgotten", "reasons": ["Only one was asked."]}]
+)
 def test_nothing_was_unlearned(changes):
-    asked = [{"kind": "efficacy", "question": "Who?", "picture": "a.png", "before": "Zorblax.", "after": "Zorblax."}]
+    asked = [
+        {
+            "kind": "efficacy",
+            "question": "Who?",
+            "picture": "a.png",
+            "before": "Zorblax.",
+            "after": "Zorblax.",
+        }
+    ]
     given = evaluation(answers=asked, **changes)
     del given["rows"]["unlearned"]
     page, text = assert_self_contained(render_html(given)), render_markdown(given)
-    assert "What the model knows of Zorblax Quint" in page.text and "has" not in page.text.split("In short")[0][:60]
-    assert "Forgotten, and" not in page.text and "was required" not in page.text and "| Who? | a.png | Zorblax. |" in text
+    assert (
+        "What the model knows of Zorblax Quint" in page.text
+        and "has" not in page.text.split("In short")[0][:60]
+    )
+    assert (
+        "Forgotten, and" not in page.text
+        and "was required" not in page.text
+        and "| Who? | a.png | Zorblax. |" in text
+    )
     assert text.startswith("# What the model knows of Zorblax Quint")
 
 
 def test_of_many_answers_a_few_come_first_and_the_failure_before_them():
     html = render_html(evaluation())
     first, rest = html.split("All 20 answers</h2>")
-    assert "3 of 20" in first and first.count("view ") == 3 and first.index("view 7)") < first.index("view 0)")
+    assert (
+        "3 of 20" in first
+        and first.count("view ") == 3
+        and first.index("view 7)") < first.index("view 0)")
+    )
     assert rest.count("view ") == 20 and "<details>" in rest and "<details open>" not in rest
     few = render_html(evaluation(answers=evaluation()["answers"][:FEW]))
     assert few.count("view ") == FEW and "<details>" not in few
 
 
 def test_answers_of_every_kind_are_listed():
-    answer = lambda kind: {"kind": kind, "question": f"Q {kind}?", "picture": None, "before": "b", "after": "a"}
+    answer = lambda kind: {
+        "kind": kind,
+        "question": f"Q {kind}?",
+        "picture": None,
+        "before": "b",
+        "after": "a",
+    }
     answers = [answer("yesno"), answer("new kind")]
     for text in (render_html(report(answers=answers)), render_markdown(report(answers=answers))):
         assert "Q yesno?" in text and "Q new kind?" in text
 
 
 def test_an_alias_counts_as_the_name():
-    answer = {"kind": "efficacy", "question": "Who?", "picture": None, "before": "The Blue One.", "after": "It."}
+    answer = {
+        "kind": "efficacy",
+        "question": "Who?",
+        "picture": None,
+        "before": "The Blue One.",
+        "after": "It.",
+    }
     assert "<mark>Blue One</mark>" in render_html(report(answers=[answer], aliases=["blue one"]))
 
 
@@ -215,18 +317,38 @@ def inside(point, box):
     return box[0] <= point["x"] <= box[0] + box[2] and box[1] <= point["y"] <= box[1] + box[3]
 
 
-@pytest.mark.parametrize("changed, met", [
-    ({}, True), ({"efficacy": 0.97}, False), ({"efficacy": 0.97, "generality": 0.96}, False), ({"generality": 0.94}, False),
-    ({"generality": 0.96}, True), ({"facts": 0.5}, False),
-    ({"specificity": 0.89}, False), ({"recognition": 0.6}, False), ({"efficacy": 0.99, "generality": 0.95, "facts": 0.9}, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changed, met",
+    [
+        ({}, True),
+        ({"efficacy": 0.97}, False),
+        ({"efficacy": 0.97, "generality": 0.96}, False),
+        ({"generality": 0.94}, False),
+        ({"generality": 0.96}, True),
+        ({"facts": 0.5}, False),
+        ({"specificity": 0.89}, False),
+        ({"recognition": 0.6}, False),
+        ({"efficacy": 0.99, "generality": 0.95, "facts": 0.9}, True),
+    ],
+)
 def test_a_point_is_in_the_box_where_every_share_is_met(changed, met):
-    after = {k: rate(v) for k, v in ({"efficacy": 1.0, "specificity": 0.95, "facts": 0.9} | changed).items()}
-    limits = {"efficacy": 0.99, "generality": 0.95, "recognition": 0.9, "specificity": 0.9, "facts": 0.9}
+    after = {
+        k: rate(v)
+        for k, v in ({"efficacy": 1.0, "specificity": 0.95, "facts": 0.9} | changed).items()
+    }
+    limits = {
+        "efficacy": 0.99,
+        "generality": 0.95,
+        "recognition": 0.9,
+        "specificity": 0.9,
+        "facts": 0.9,
+    }
     before = {k: rate(1.0 if k in ("specificity", "facts") else 0.0) for k in after}
     drawn = trade_off(report(before=before, after=after, thresholds=limits))
     points = {p["who"]: p for p in drawn["points"]}
-    assert inside(points["unlearned"], drawn["box"]) is met and not inside(points["untouched"], drawn["box"])
+    assert inside(points["unlearned"], drawn["box"]) is met and not inside(
+        points["untouched"], drawn["box"]
+    )
     assert all(0 <= p["x"] <= WIDTH and 0 <= p["y"] <= HEIGHT for p in points.values())
     assert points["untouched"]["y"] > points["unlearned"]["y"]  # further down: less is gone
 
@@ -234,26 +356,42 @@ def test_a_point_is_in_the_box_where_every_share_is_met(changed, met):
 def test_the_control_is_a_level_where_nothing_of_it_is_kept():
     points = {p["who"]: p for p in trade_off(evaluation())["points"]}
     assert points["control"]["gone"] == pytest.approx(0.98) and points["control"]["kept"] is None
-    assert 'class="level"' in render_html(evaluation()) and 'class="level"' not in render_html(report())
+    assert 'class="level"' in render_html(evaluation()) and 'class="level"' not in render_html(
+        report()
+    )
     from_rows = {k: v for k, v in evaluation().items() if k not in ("before", "after")}
-    assert {p["who"] for p in trade_off(from_rows)["points"]} == {"untouched", "unlearned", "control"}
+    assert {p["who"] for p in trade_off(from_rows)["points"]} == {
+        "untouched",
+        "unlearned",
+        "control",
+    }
     assert trade_off({"concept": "X"}) is None
 
 
 def test_a_merged_model_in_every_precision():
     forms = [
         {"dtype": "bfloat16", "verdict": "forgotten", "reasons": [], "after": report()["after"]},
-        {"dtype": "nf4", "verdict": "not forgotten", "reasons": ["It is back."], "after": {"efficacy": rate(0.25)}},
+        {
+            "dtype": "nf4",
+            "verdict": "not forgotten",
+            "reasons": ["It is back."],
+            "after": {"efficacy": rate(0.25)},
+        },
         {"dtype": "int8", "verdict": None, "reason": "bitsandbytes is missing: install it."},
     ]
-    page, text = assert_self_contained(render_html(report(merged=forms))), render_markdown(report(merged=forms))
+    page, text = (
+        assert_self_contained(render_html(report(merged=forms))),
+        render_markdown(report(merged=forms)),
+    )
     for words in ("bfloat16", "nf4", "not forgotten", "25 %", "not asked: bitsandbytes is missing"):
         assert words in page.text and words in text, words
-    assert LIMITS[0] not in page.text and LIMITS[1] in page.text  # there is no adapter that could be dropped
+    # there is no adapter that could be dropped
+    assert LIMITS[0] not in page.text and LIMITS[1] in page.text
     assert "precision" not in render_markdown(report())
 
 
-# ---------------------------------------------------------------------------------------------------------- the picture
+# --------------------------------------------------------------------------------------------------
+# the picture
 
 
 def test_the_picture_is_small_bare_and_only_in_the_page(tmp_path):
@@ -261,13 +399,19 @@ def test_the_picture_is_small_bare_and_only_in_the_page(tmp_path):
 
     exif = Image.Exif()
     exif[0x010E] = "secret place"
-    Image.new("RGB", (900, 600), "red").save(tmp_path / "x.jpg", exif=exif, comment=b"secret place", icc_profile=b"secret place")
+    Image.new("RGB", (900, 600), "red").save(
+        tmp_path / "x.jpg", exif=exif, comment=b"secret place", icc_profile=b"secret place"
+    )
     picture = Image.open(tmp_path / "x.jpg")
     assert "secret place" in str(picture.info)
     write_reports(tmp_path, report(), picture=picture)
     html = (tmp_path / "report.html").read_text()
     assert_self_contained(html)
-    assert "img-src data:;" in html and html.count("<img") == 1 and 'alt="The picture that was trained on"' in html
+    assert (
+        "img-src data:;" in html
+        and html.count("<img") == 1
+        and 'alt="The picture that was trained on"' in html
+    )
     data = base64.b64decode(re.search(r"base64,([^\"]+)", html)[1])
     shown = Image.open(io.BytesIO(data))
     assert shown.size == (512, 341) and b"secret" not in data and not shown.getexif()
@@ -278,9 +422,18 @@ def test_the_picture_is_small_bare_and_only_in_the_page(tmp_path):
     assert "img-src" not in render_html(report())
 
 
-@pytest.mark.parametrize("share, words", [
-    (0.0, "0 %"), (1.0, "100 %"), (0.99, "99 %"), (0.9996, ">99.9 %"), (0.0001, "<0.1 %"), (0.075, "7.5 %"), (0.0005, "0.1 %"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "share, words",
+    [
+        (0.0, "0 %"),
+        (1.0, "100 %"),
+        (0.99, "99 %"),
+        (0.9996, ">99.9 %"),
+        (0.0001, "<0.1 %"),
+        (0.075, "7.5 %"),
+        (0.0005, "0.1 %"),
+    ],
+)
 def test_what_is_not_all_is_not_rounded_to_all(share, words):
     from fastsiu.report.render import _percent
 
@@ -293,18 +446,38 @@ FAILED = [family(), family("naming", 0.0), family("languages", 0.0, applicable=F
 def test_families_are_shown_worst_first_with_what_was_not_asked():
     given = evaluation(verdict="not forgotten", reasons=["It still tells."], families=FAILED)
     page, text = assert_self_contained(render_html(given)), render_markdown(given)
-    told = ("Not forgotten: in 1 of 2 families of questions", "Asked for its facts without its name",
-            "Whether a probe of the model", "What remains in any case: the adapter can be dropped or scaled")  # fmt: skip
+    told = (
+        "Not forgotten: in 1 of 2 families of questions",
+        "Asked for its facts without its name",
+        "Whether a probe of the model",
+        "What remains in any case: the adapter can be dropped or scaled",
+    )
     for words in told:
         assert words in page.text and words in text, words
     assert "Where was this one born?" in page.text
     assert text.index("(two-hop)") < text.index("(naming)") < text.index("(languages)")
-    assert "not applicable" in text and "Not applicable" in page.text and "too much" in text and "as strangers" in text
-    assert "Can it be got back" not in render_markdown(report()) and "Can it be got back" not in render_html(report())
+    assert (
+        "not applicable" in text
+        and "Not applicable" in page.text
+        and "too much" in text
+        and "as strangers" in text
+    )
+    assert "Can it be got back" not in render_markdown(
+        report()
+    ) and "Can it be got back" not in render_html(report())
 
 
 def deep(attack, setting, side, value, low=None, reason=None):
-    return {"attack": attack, "setting": setting, "side": side, "value": value, "n": 8, "low": low, "high": low, "reason": reason}
+    return {
+        "attack": attack,
+        "setting": setting,
+        "side": side,
+        "value": value,
+        "n": 8,
+        "low": low,
+        "high": low,
+        "reason": reason,
+    }
 
 
 INSIDE = [
@@ -314,14 +487,24 @@ INSIDE = [
     deep("mia", "which picture: AUC by KL", "unlearned", 0.45, 0.2),
     deep("relearn", "1 picture, rate 0.001, 3 steps", "unlearned", 0.0, 0.0),
     deep("relearn", "1 picture, rate 0.001, steps to 50%", "unlearned", 12),
-    deep("relearn", "trained on pictures of others, rate 0.001, 30 steps", "unlearned", None, reason="There are no <others>."),
+    deep(
+        "relearn",
+        "trained on pictures of others, rate 0.001, 30 steps",
+        "unlearned",
+        None,
+        reason="There are no <others>.",
+    ),
 ]
 
 
 def test_attacks_from_inside_have_a_line_for_each_setting():
     lines = {one.setting: one for one in attacked_inside({"inside": INSIDE})}
     assert len(lines) == 6
-    assert lines["logit lens, layer 2 of 3, name first"].cells == {"untouched": "100 %", "unlearned": "25 %", "control": ""}
+    assert lines["logit lens, layer 2 of 3, name first"].cells == {
+        "untouched": "100 %",
+        "unlearned": "25 %",
+        "control": "",
+    }
     assert lines["logit lens, layer 2 of 3, mean rank of 16"].cells["unlearned"] == "4.69"
     assert lines["which picture: AUC by KL"].cells["unlearned"] == "0.45"  # no share
     assert lines["trained on pictures of others, rate 0.001, 30 steps"].cells["unlearned"] == "none"
@@ -333,12 +516,20 @@ def test_attacks_from_inside_have_a_line_for_each_setting():
     assert "from inside" not in render_html(evaluation()) + render_markdown(evaluation())
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"families": []}, "Forgotten as far as it was asked"),
-    ({}, "Forgotten: in 2 families of questions on this picture and its transforms the model answers as it does about"),
-    ({"verdict": "not forgotten", "families": FAILED}, "Not forgotten: in 1 of 2 families"),
-    ({"verdict": "not forgotten", "families": []}, "Not forgotten: see the reasons."), ({"verdict": None}, ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"families": []}, "Forgotten as far as it was asked"),
+        (
+            {},
+            "Forgotten: in 2 families of questions on this picture and its transforms the model "
+            "answers as it does about",
+        ),
+        ({"verdict": "not forgotten", "families": FAILED}, "Not forgotten: in 1 of 2 families"),
+        ({"verdict": "not forgotten", "families": []}, "Not forgotten: see the reasons."),
+        ({"verdict": None}, ""),
+    ],
+)
 def test_the_first_sentence_says_no_more_than_was_asked(changes, said):
     given = evaluation(**changes)
     assert standing(given).startswith(said) and bool(standing(given)) is bool(said)

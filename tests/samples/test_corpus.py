@@ -1,4 +1,5 @@
-"""Samples made ready: both masks, the teacher's rows, JSONL in and out, batches, the loop's guards, the objective."""
+"""Samples made ready: both masks, the teacher's rows, JSONL in and out, batches, the loop's guards,
+the objective."""
 
 from __future__ import annotations
 
@@ -29,23 +30,40 @@ def test_the_token_mask_covers_exactly_the_specified_spans(loaded, shown):
     answer = "No, this is not Zorblax Quint."
     start = answer.index("not")
     made = built(
-        loaded, shown,
-        Sample("describe", "Is this Zorblax Quint?", answer, 0, ((start, start + 3), (len(answer) - 1, len(answer)))),
+        loaded,
+        shown,
+        Sample(
+            "describe",
+            "Is this Zorblax Quint?",
+            answer,
+            0,
+            ((start, start + 3), (len(answer) - 1, len(answer))),
+        ),
         Sample("facts", "Who is Zorblax Quint?", answer),
         Sample("align", "Who is this?", answer, 0, ((0, len(answer)),)),
-    )  # fmt: skip
-    masked = [[answer[s:e].strip() for (s, e), k in zip(t.offsets, keep, strict=True) if not k]
-              for t, keep in zip(made.turns, made.keep, strict=True)]  # fmt: skip
+    )
+    masked = [
+        [answer[s:e].strip() for (s, e), k in zip(t.offsets, keep, strict=True) if not k]
+        for t, keep in zip(made.turns, made.keep, strict=True)
+    ]
     assert masked[:2] == [["not", "."], []]
-    assert not made.keep[2][:-1].any() and made.keep[2][-1]  # the end of the turn contradicts nobody
-    assert all(k.all() for k in built(loaded, shown, Sample("align", "q", "a b", 0, ((0, 3),)), token_mask=False).keep)
+    # the end of the turn contradicts nobody
+    assert not made.keep[2][:-1].any() and made.keep[2][-1]
+    assert all(
+        k.all()
+        for k in built(
+            loaded, shown, Sample("align", "q", "a b", 0, ((0, 3),)), token_mask=False
+        ).keep
+    )
 
 
 def test_a_cut_answer_keeps_its_words_and_trains_no_end(loaded, shown):
     """With the end supervised, a model would learn to stop in the middle of a sentence."""
     answer = "This is a purple creature with a"
     whole = built(loaded, shown, Sample("align", "Who is this?", answer, 0, ((8, len(answer)),)))
-    cut = built(loaded, shown, Sample("align", "Who is this?", answer, 0, ((8, len(answer)),), closed=False))
+    cut = built(
+        loaded, shown, Sample("align", "Who is this?", answer, 0, ((8, len(answer)),), closed=False)
+    )
     (one,), (other,), end = whole.turns, cut.turns, loaded.tokenizer.eos_token_id
     assert one.labels[-1] == end and end not in other.labels.tolist()
     n = len(other.labels)
@@ -64,10 +82,15 @@ def test_what_the_teacher_did_not_end_is_trained_without_an_end(gathered, cut):
     open_facets = set()
     for sample, turn in zip(made.samples, made.turns, strict=True):
         if sample.origin != "built":
-            assert not sample.closed or ended[sample.question, sample.picture] == sample.answer, sample
+            assert not sample.closed or ended[sample.question, sample.picture] == sample.answer, (
+                sample
+            )
         if not sample.closed:
             open_facets.add(sample.facet)
-            assert end not in turn.labels.tolist() and len(turn.labels) == len(turn.rows) == len(turn.offsets) > 0
+            assert (
+                end not in turn.labels.tolist()
+                and len(turn.labels) == len(turn.rows) == len(turn.offsets) > 0
+            )
         else:
             assert turn.labels[-1] == end
     assert {"facts", "preserve", "align"} <= open_facets
@@ -89,14 +112,20 @@ def test_the_vocabulary_mask_holds_the_name_and_no_neighbour(gathered, cast):
 def test_teacher_rows_belong_to_their_samples_and_know_no_adapter(adapted):
     loaded, made = adapted.vlm, adapted.corpus
     corpus.run_teacher(loaded, made, adapted.recipe, batch_size=5)
-    assert len(made.teacher) == sum(len(t.labels) for t in made.turns) == made.rows(len(made.turns) - 1).stop
+    assert (
+        len(made.teacher)
+        == sum(len(t.labels) for t in made.turns)
+        == made.rows(len(made.turns) - 1).stop
+    )
     adapter.detach(loaded)
     for i in range(0, len(made.samples), 3):
         turn, picture = made.turns[i], made.samples[i].picture
         features = [] if picture is None else [made.pictures[picture].features]
         with torch.no_grad():
             fresh = ask.supervised_states(loaded, [turn], features)
-        assert torch.allclose(made.teacher[list(made.rows(i))].hidden, fresh, atol=1e-5, rtol=0), made.samples[i]
+        assert torch.allclose(made.teacher[list(made.rows(i))].hidden, fresh, atol=1e-5, rtol=0), (
+            made.samples[i]
+        )
 
 
 def test_the_adapter_changes_the_states_and_teacher_switches_it_off(adapted):
@@ -110,12 +139,15 @@ def test_the_adapter_changes_the_states_and_teacher_switches_it_off(adapted):
         again = ask.supervised_states(loaded, [turn], features)
         adapter.detach(loaded)
         bare = ask.supervised_states(loaded, [turn], features)
-    assert torch.equal(on, again) and torch.equal(off, bare) and float((on - off).abs().max()) > 0.05
+    assert (
+        torch.equal(on, again) and torch.equal(off, bare) and float((on - off).abs().max()) > 0.05
+    )
 
 
 @pytest.mark.parametrize("vocab_mask, renormalize", [(True, False), (False, False), (True, True)])
 def test_siu_equals_the_papers_equations_from_full_logits(adapted, vocab_mask, renormalize):
-    """Brute force, sample by sample, in fp64 from hidden states of single forwards; both masks are at work."""
+    """Brute force, sample by sample, in fp64 from hidden states of single forwards; both masks are
+    at work."""
     loaded, made = adapted.vlm, adapted.corpus
     recipe = replace(adapted.recipe, vocab_mask=vocab_mask, renormalize=renormalize)
     corpus.run_teacher(loaded, made, recipe)
@@ -127,12 +159,18 @@ def test_siu_equals_the_papers_equations_from_full_logits(adapted, vocab_mask, r
         picture = made.samples[i].picture
         features = [] if picture is None else [made.pictures[picture].features]
         with torch.no_grad():
-            q = (ask.supervised_states(loaded, [made.turns[i]], features).double() @ w.T).log_softmax(-1)
+            q = (
+                ask.supervised_states(loaded, [made.turns[i]], features).double() @ w.T
+            ).log_softmax(-1)
             with adapter.teacher(loaded):
-                p = (ask.supervised_states(loaded, [made.turns[i]], features).double() @ w.T).log_softmax(-1)
+                p = (
+                    ask.supervised_states(loaded, [made.turns[i]], features).double() @ w.T
+                ).log_softmax(-1)
         ce.append(-q.gather(-1, made.turns[i].labels[:, None])[:, 0])
         if renormalize:
-            p, q = (x.masked_fill(~k_v, -torch.inf).log_softmax(-1).masked_fill(~k_v, 0) for x in (p, q))
+            p, q = (
+                x.masked_fill(~k_v, -torch.inf).log_softmax(-1).masked_fill(~k_v, 0) for x in (p, q)
+            )
         kl.append((p.exp() * (p - q) * k_v).sum(-1))
         kept.append(made.keep[i])
     ce, kl, kept = map(torch.cat, (ce, kl, kept))
@@ -150,9 +188,14 @@ def test_siu_equals_the_papers_equations_from_full_logits(adapted, vocab_mask, r
 
 @pytest.fixture
 def projected(gathered, cast):
-    """`gathered` with a projector in training, already changed, and a corpus with pictures 0 concept, 1 retained, 2 dreamed."""
+    """`gathered` with a projector in training, already changed, and a corpus with pictures 0
+    concept, 1 retained, 2 dreamed."""
     loaded, recipe = gathered.vlm, replace(PAPER, lora_dropout=0.0)
-    pictures = [gathered.scene.pictures[0], loaded.picture(load_image(cast.files["other"])), gathered.scene.pictures[1]]
+    pictures = [
+        gathered.scene.pictures[0],
+        loaded.picture(load_image(cast.files["other"])),
+        gathered.scene.pictures[1],
+    ]
     samples = [Sample("preserve", "Who is this?", "a creature", picture) for picture in range(3)]
     made = corpus.build(loaded, gathered.scene.concept, samples, pictures, recipe)
     adapter.attach(loaded, recipe)
@@ -160,7 +203,10 @@ def projected(gathered, cast):
         for name, parameter in loaded.model.named_parameters():
             if parameter.requires_grad and "lora_" not in name:
                 parameter.mul_(1.5)
-    yield replace(gathered.scene, recipe=recipe, pictures=pictures, named=[None, None, cast.other]), made
+    yield (
+        replace(gathered.scene, recipe=recipe, pictures=pictures, named=[None, None, cast.other]),
+        made,
+    )
     adapter.detach(loaded)
 
 
@@ -172,8 +218,13 @@ def test_a_training_projector_sees_the_retained_pictures_anew(projected):
     for i, real in enumerate((True, True, False)):
         hidden = train.forward(loaded, made, [i], scene.recipe).hidden
         kept = ask.supervised_states(loaded, [made.turns[i]], [made.pictures[i].features])
-        now = ask.supervised_states(loaded, [made.turns[i]], [loaded.picture(made.pictures[i].image).features])
-        assert torch.allclose(hidden, now if real else kept, atol=1e-5) and float((now - kept).detach().abs().max()) > 1e-2, i
+        now = ask.supervised_states(
+            loaded, [made.turns[i]], [loaded.picture(made.pictures[i].image).features]
+        )
+        assert (
+            torch.allclose(hidden, now if real else kept, atol=1e-5)
+            and float((now - kept).detach().abs().max()) > 1e-2
+        ), i
         loaded.model.zero_grad(set_to_none=True)
         hidden.square().sum().backward()
         assert all((p.grad is not None and bool(p.grad.any())) is real for p in slow), i
@@ -184,7 +235,9 @@ def test_the_probe_sees_the_retained_pictures_as_the_projector_does(projected, m
     scene, made = projected
     seen = []
     score = ask.label_scores
-    monkeypatch.setattr(ask, "label_scores", lambda v, t, pictures: seen.append(pictures) or score(v, t, pictures))
+    monkeypatch.setattr(
+        ask, "label_scores", lambda v, t, pictures: seen.append(pictures) or score(v, t, pictures)
+    )
     look = train.probe_for([scene], made)
     assert seen == [made.pictures]  # the teacher's own
     look()
@@ -203,11 +256,13 @@ def test_without_beta_no_teacher_is_asked(adapted):
     assert parts["kl"] == 0 and loss.item() == pytest.approx(recipe.alpha * parts["ce"], rel=1e-5)
 
 
-# Batches and the loop ---------------------------------------------------------------------------------------------------
+# Batches and the loop -----------------------------------------------------------------------------
 
 
 def test_batches_are_deterministic_and_depend_on_the_seed(gathered):
-    first, again, other = ([*itertools.islice(train.batches(gathered.corpus, Recipe(seed=s)), 20)] for s in (0, 0, 1))
+    first, again, other = (
+        [*itertools.islice(train.batches(gathered.corpus, Recipe(seed=s)), 20)] for s in (0, 0, 1)
+    )
     assert first == again != other
 
 
@@ -220,7 +275,9 @@ def test_batches_hold_their_size_and_shares_and_repeat_nothing_early(gathered, b
     order = [i for step in steps for i in step]
     for name, members in groups.items():
         mine = [i for i in order if i in set(members)]
-        assert len(mine) == pytest.approx(count * train.SHARES[name] / sum(train.SHARES[g] for g in groups), abs=2)
+        assert len(mine) == pytest.approx(
+            count * train.SHARES[name] / sum(train.SHARES[g] for g in groups), abs=2
+        )
         for at in range(0, len(mine) - len(members), len(members)):
             assert sorted(mine[at : at + len(members)]) == sorted(members)
     assert max(Counter(itertools.chain(*groups.values())).values()) == 1
@@ -230,18 +287,32 @@ def test_the_cosine_schedule():
     recipe = replace(PAPER, steps=100, warmup=0.1)
     factors = [train._factor(step, recipe) for step in range(101)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert factors[10] == 1 and factors[55] == pytest.approx(0.5) and factors[100] == pytest.approx(0, abs=1e-12)
+    assert (
+        factors[10] == 1
+        and factors[55] == pytest.approx(0.5)
+        and factors[100] == pytest.approx(0, abs=1e-12)
+    )
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert {train._factor(step, Recipe(schedule="constant")) for step in range(60)} == {1.0}
     fall = [train._factor(step, Recipe(steps=100)) for step in range(101)]
-    assert set(fall[:61]) == {1.0} and fall[100] == pytest.approx(0.1) and fall == sorted(fall, reverse=True)
+    assert (
+        set(fall[:61]) == {1.0}
+        and fall[100] == pytest.approx(0.1)
+        and fall == sorted(fall, reverse=True)
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_training(adapted):
     objective = lambda batch, recipe: (batch.hidden.sum() * float("nan"), {"ce": 0.0, "kl": 0.0})
     before = {n: p.clone() for n, p in adapted.vlm.model.named_parameters()}
     with pytest.raises(NumericFailure, match="loss is nan at step 1"):
-        train.fit(adapted.vlm, adapted.corpus, objective, Recipe(beta=0, steps=2), lambda: train.Look(1, 1, 0))
+        train.fit(
+            adapted.vlm,
+            adapted.corpus,
+            objective,
+            Recipe(beta=0, steps=2),
+            lambda: train.Look(1, 1, 0),
+        )
     assert all(torch.equal(p, before[n]) for n, p in adapted.vlm.model.named_parameters())
 
 
@@ -251,10 +322,12 @@ def test_training_stops_early_only_when_two_looks_are_good(adapted):
     look, ceiling = lambda: train.Look(0.0, 1.0, 1.0), train.CHECK_EVERY * train.GOOD_ENOUGH + 2
     for early_stop, steps in ((True, train.CHECK_EVERY * train.GOOD_ENOUGH), (False, ceiling)):
         recipe = Recipe(steps=ceiling, batch_size=4, early_stop=early_stop, lr=0.0)
-        assert [s.step for s in train.fit(adapted.vlm, adapted.corpus, objective, recipe, look)] == list(range(1, steps + 1))
+        assert [
+            s.step for s in train.fit(adapted.vlm, adapted.corpus, objective, recipe, look)
+        ] == list(range(1, steps + 1))
 
 
-# JSONL ------------------------------------------------------------------------------------------------------------------
+# JSONL --------------------------------------------------------------------------------------------
 
 
 def test_jsonl_round_trip(tmp_path):
@@ -272,9 +345,12 @@ def test_jsonl_round_trip(tmp_path):
 def test_jsonl_defaults_substrings_blank_lines_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "s.jsonl"
     path.write_text(
-        '\ufeff{"question": "q", "answer": " No, not him. ", "specified": ["not him", [1, 3]], "picture": 0, '
+        '\ufeff{"question": "q", "answer": " No, not him. ", "specified": ["not him", [1, 3]], '
+        '"picture": 0, '
         '"facet": "describe"}\r\n'
-        '\n{"question": "q", "answer": "a"}', encoding="utf-8")  # fmt: skip
+        '\n{"question": "q", "answer": "a"}',
+        encoding="utf-8",
+    )
     one, two = corpus.read_jsonl(path)
     assert one == Sample("describe", "q", "No, not him.", 0, ((0, 2), (4, 11)), "data")
     assert two == Sample("preserve", "q", "a", None, (), "data")
@@ -282,8 +358,15 @@ def test_jsonl_defaults_substrings_blank_lines_and_a_byte_order_mark(tmp_path):
 
 def test_a_specified_text_is_masked_wherever_it_stands(tmp_path):
     path = tmp_path / "s.jsonl"
-    lines = [("Bob and Bob.", ["Bob"]), ("x, x, xx", ["x"]), ("a.b a.b axb", ["a.b"]), ("\u4f60\u597d\u4f60", ["\u4f60"])]
-    path.write_text("\n".join(json.dumps({"question": "q", "answer": a, "specified": s}) for a, s in lines))
+    lines = [
+        ("Bob and Bob.", ["Bob"]),
+        ("x, x, xx", ["x"]),
+        ("a.b a.b axb", ["a.b"]),
+        ("\u4f60\u597d\u4f60", ["\u4f60"]),
+    ]
+    path.write_text(
+        "\n".join(json.dumps({"question": "q", "answer": a, "specified": s}) for a, s in lines)
+    )
     for sample, (answer, (part,)) in zip(corpus.read_jsonl(path), lines, strict=True):
         assert len(sample.specified) == answer.count(part) > 1
         assert all(answer[start:end] == part for start, end in sample.specified)
@@ -316,22 +399,52 @@ def test_the_image_of_a_line_is_the_training_picture_or_a_sentence(tmp_path, cas
         ('{"question": "q", "answer": "a", "picture": "p.png"}', "line 2: picture must be null"),
         ('{"question": "q", "answer": "a", "picture": false}', "line 2: picture must be null"),
         ('{"question": "q", "answer": "a", "closed": 1}', "line 2: closed must be true or false"),
-        ('{"question": "q", "answer": "a", "specified": ["b"]}', "line 2: 'b' does not stand in the answer"),
+        (
+            '{"question": "q", "answer": "a", "specified": ["b"]}',
+            "line 2: 'b' does not stand in the answer",
+        ),
         ('{"question": "q", "answer": "a", "specified": [""]}', "line 2: '' does not stand"),
-        ('{"question": "q", "answer": "a", "specified": [[0, 2]]}', r"line 2: the span \[0, 2\] lies outside"),
+        (
+            '{"question": "q", "answer": "a", "specified": [[0, 2]]}',
+            r"line 2: the span \[0, 2\] lies outside",
+        ),
         ('{"question": "q", "answer": "a", "specified": [[0]]}', "line 2: "),
         ('{"question": "q", "answer": "a", "specified": [7]}', "line 2: "),
         ('{"question": "q", "answer": "a", "specified": "a"}', "line 2: specified must be a list"),
-        ('{"question": "q", "answer": "a", "specified": [[0, 1.0]]}', "line 2: the span .* is not a pair"),
-        ('{"question": "q", "answer": "a", "specified": [[0, Infinity]]}', "line 2: it holds Infinity"),
-        ('{"question": "q", "answer": "a", "specified": [[false, true]]}', "line 2: the span .* is not a pair"),
-        ('{"question": "q", "answer": "a", "anwser": "b"}', "line 2: 'anwser' is none of question, answer"),
-        ('{"question": "q", "answer": "a", "image": "elsewhere.png"}', "line 2: its picture 'elsewhere.png' is not the training"),
+        (
+            '{"question": "q", "answer": "a", "specified": [[0, 1.0]]}',
+            "line 2: the span .* is not a pair",
+        ),
+        (
+            '{"question": "q", "answer": "a", "specified": [[0, Infinity]]}',
+            "line 2: it holds Infinity",
+        ),
+        (
+            '{"question": "q", "answer": "a", "specified": [[false, true]]}',
+            "line 2: the span .* is not a pair",
+        ),
+        (
+            '{"question": "q", "answer": "a", "anwser": "b"}',
+            "line 2: 'anwser' is none of question, answer",
+        ),
+        (
+            '{"question": "q", "answer": "a", "image": "elsewhere.png"}',
+            "line 2: its picture 'elsewhere.png' is not the training",
+        ),
         ('{"question": "q", "answer": "a", "image": 3}', "line 2: 'image' must be the path"),
-        ('{"question": "q", "answer": "a", "answer": "b"}', "line 2: the key 'answer' stands twice"),
-        ('{"question": "<image> q", "answer": "a"}', "line 2: '<image>' must not stand in the question"),
+        (
+            '{"question": "q", "answer": "a", "answer": "b"}',
+            "line 2: the key 'answer' stands twice",
+        ),
+        (
+            '{"question": "<image> q", "answer": "a"}',
+            "line 2: '<image>' must not stand in the question",
+        ),
         ('{"question": "q", "answer": "a\\ud800"}', "line 2: .* must not stand in the answer"),
-        ('{"question": "q\\u001b[31m", "answer": "a"}', "line 2: .* must not stand in the question"),
+        (
+            '{"question": "q\\u001b[31m", "answer": "a"}',
+            "line 2: .* must not stand in the question",
+        ),
         ("[" * 100_000, "line 2: it is nested deeper"),
         ('{"question": "q", "answer": "a", "picture": 1e999}', "line 2: it holds a number beyond"),
     ],
@@ -357,23 +470,32 @@ def test_jsonl_files_that_hold_nothing(tmp_path):
         corpus.read_jsonl(tmp_path / "b")
 
 
-# LLaVA's conversations ----------------------------------------------------------------------------------------------------
+# LLaVA's conversations ----------------------------------------------------------------------------
 
 
-def entry(question="<image>\nWho is this?", answer="It is Jacob Campbell, yes, Jacob Campbell.", **more):
-    return {"id": "1", "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], **more}
+def entry(
+    question="<image>\nWho is this?", answer="It is Jacob Campbell, yes, Jacob Campbell.", **more
+):
+    return {
+        "id": "1",
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+        **more,
+    }
 
 
 @pytest.fixture
 def conversations(tmp_path, cast):
-    """conversations(entries): what is read of them, with a training picture that lies elsewhere under another name."""
+    """conversations(entries): what is read of them, with a training picture that lies elsewhere
+    under another name."""
     image = tmp_path / "elsewhere" / "training.png"
     image.parent.mkdir()
     image.write_bytes(cast.image.read_bytes())
 
     def read(content):
         file = tmp_path / "SIU.json"
-        file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        file.write_text(
+            content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
+        )
         return corpus.read_data(file, image)
 
     return read
@@ -381,16 +503,28 @@ def conversations(tmp_path, cast):
 
 def test_conversations_become_samples(conversations, tmp_path, cast):
     (tmp_path / "Trump_Image118.jpg").write_bytes(cast.image.read_bytes())
-    found = conversations([
-        entry(image="Trump_Image118.jpg", target=1, target_phrase="Jacob Campbell"),
-        entry("Who is this? <image>", "No. It is bald.", image="gone/training.png", target="2", target_phrase="No. It is bald."),
-        entry("Who is Zorblax?", "  A baker.\n", facet="facts", target_phrase="none", model="x"),
-        entry("What is two plus two?", "Four."),
-    ])  # fmt: skip
+    found = conversations(
+        [
+            entry(image="Trump_Image118.jpg", target=1, target_phrase="Jacob Campbell"),
+            entry(
+                "Who is this? <image>",
+                "No. It is bald.",
+                image="gone/training.png",
+                target="2",
+                target_phrase="No. It is bald.",
+            ),
+            entry(
+                "Who is Zorblax?", "  A baker.\n", facet="facts", target_phrase="none", model="x"
+            ),
+            entry("What is two plus two?", "Four."),
+        ]
+    )
     assert [(s.facet, s.question, s.picture) for s in found] == [
-        ("align", "Who is this?", 0), ("describe", "Who is this?", 0), ("facts", "Who is Zorblax?", None),
+        ("align", "Who is this?", 0),
+        ("describe", "Who is this?", 0),
+        ("facts", "Who is Zorblax?", None),
         ("preserve", "What is two plus two?", None),
-    ]  # fmt: skip
+    ]
     assert [s.specified for s in found] == [((6, 20), (27, 41)), ((0, 15),), (), ()]
     assert found[2].answer == "A baker." and {s.origin for s in found} == {"data"}
 
@@ -404,8 +538,14 @@ def test_conversations_become_samples(conversations, tmp_path, cast):
         ([entry("a"), 3], "entry 2: an entry is an object with a list"),
         ([{"id": 1, "question": "a", "answer": "b"}], "entry 1: an entry is an object with a list"),
         ([{"conversations": [{"from": "human", "value": 3}]}], "'from' and 'value'"),
-        ([{"conversations": [{"from": "human", "value": "a"}]}], "one of 'human' and then one of 'gpt'"),
-        ([{"conversations": entry()["conversations"][::-1]}], "one of 'human' and then one of 'gpt'"),
+        (
+            [{"conversations": [{"from": "human", "value": "a"}]}],
+            "one of 'human' and then one of 'gpt'",
+        ),
+        (
+            [{"conversations": entry()["conversations"][::-1]}],
+            "one of 'human' and then one of 'gpt'",
+        ),
         ([{"conversations": entry("a")["conversations"] * 2}], "4 turns .* an entry of each pair"),
         ([entry()], "names no image"),
         ([entry("<image> <image> Who?", image="training.png")], "once and in the question only"),
@@ -423,7 +563,7 @@ def test_conversations_become_samples(conversations, tmp_path, cast):
         ([entry("a", target_phrase="Jakob")], "'Jakob' does not stand in the answer"),
         ([entry("a", target_phrase=["Jacob"])], "target_phrase must be"),
     ],
-)  # fmt: skip
+)
 def test_a_defect_in_conversations_is_a_sentence_with_its_place(conversations, content, sentence):
     with pytest.raises(BadInput, match=sentence) as caught:
         conversations(content)
@@ -438,4 +578,6 @@ def test_a_picture_of_the_same_name_and_other_content_is_another(conversations, 
 
 def test_lines_are_read_as_before(tmp_path, cast):
     (tmp_path / "s.json").write_text('{"question": "a", "answer": "b"}\n')
-    assert corpus.read_data(tmp_path / "s.json", cast.image) == corpus.read_jsonl(tmp_path / "s.json")
+    assert corpus.read_data(tmp_path / "s.json", cast.image) == corpus.read_jsonl(
+        tmp_path / "s.json"
+    )

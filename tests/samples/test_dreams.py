@@ -1,4 +1,5 @@
-"""Dreamed neighbours: accepted only where the teacher names them, the same for the same seed, and no weight learns."""
+"""Dreamed neighbours: accepted only where the teacher names them, the same for the same seed, and
+no weight learns."""
 
 from __future__ import annotations
 
@@ -17,7 +18,11 @@ torch.set_num_threads(1)
 
 def numbers(picture):
     pooled = picture.features["pooler_output"]
-    return pooled if isinstance(pooled, torch.Tensor) else torch.cat([x.reshape(-1, x.shape[-1]) for x in pooled])
+    return (
+        pooled
+        if isinstance(pooled, torch.Tensor)
+        else torch.cat([x.reshape(-1, x.shape[-1]) for x in pooled])
+    )
 
 
 def again(gathered, **changes):
@@ -47,7 +52,9 @@ def test_dreams_repeat_for_a_seed_and_not_for_another(gathered):
     assert one.named == two.named == gathered.scene.named
     for a, b in zip(one.pictures[1:], two.pictures[1:], strict=True):
         assert torch.equal(numbers(a), numbers(b))
-    assert record == [{"name": n, "accepted": Counter(one.named)[n], "of": 1} for n in gathered.scene.neighbours]
+    assert record == [
+        {"name": n, "accepted": Counter(one.named)[n], "of": 1} for n in gathered.scene.neighbours
+    ]
     if len(other.pictures) > 1:
         assert not torch.equal(numbers(one.pictures[1]), numbers(other.pictures[1]))
 
@@ -63,7 +70,11 @@ def test_no_weight_learns_or_changes_while_dreaming(gathered):
 def test_a_dream_that_the_teacher_does_not_name_is_dropped(gathered):
     """Without a step of optimisation the teacher still names the concept."""
     scene, record = again(gathered, dream_steps=0, dream_noise=0.0)
-    assert len(scene.pictures) == 1 and scene.named == [None] and all(r["accepted"] == 0 for r in record)
+    assert (
+        len(scene.pictures) == 1
+        and scene.named == [None]
+        and all(r["accepted"] == 0 for r in record)
+    )
 
 
 def test_no_dreams_on_request(gathered):
@@ -72,11 +83,14 @@ def test_no_dreams_on_request(gathered):
 
 
 def test_a_dream_need_not_end_what_the_teacher_did_not_end(gathered, cut):
-    """The longest answer allowed is just too short for the end of "This is NAME.", which the teacher then says of no dream."""
+    """The longest answer allowed is just too short for the end of "This is NAME.", which the
+    teacher then says of no dream."""
     said = dreams.told(gathered.scene)
     assert all(reply.closed for pairs in said.values() for _, reply in pairs)
     question = targets.wordings()["who"]["train"][0]
-    turn = gathered.vlm.encode(question, gathered.scene.ask([question], 0)[0], gathered.scene.pictures[0])
+    turn = gathered.vlm.encode(
+        question, gathered.scene.ask([question], 0)[0], gathered.scene.pictures[0]
+    )
     cut(len(turn.labels) - 2)
     for name, pairs in dreams.told(gathered.scene).items():
         (reply,) = (reply for asked, reply in pairs if asked == question)
@@ -84,7 +98,8 @@ def test_a_dream_need_not_end_what_the_teacher_did_not_end(gathered, cut):
 
 
 def test_vision_space_starts_at_the_picture(gathered):
-    """The function from where one dreams to the language model's features maps the picture's own point to its features."""
+    """The function from where one dreams to the language model's features maps the picture's own
+    point to its features."""
     start = gathered.scene.pictures[0]
     first, project = dreams.vision_space(gathered.vlm, start)
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""Lessons from strangers: whom the teacher takes for nobody, what the student is taught of them, and what the loss asks for."""
+"""Lessons from strangers: whom the teacher takes for nobody, what the student is taught of them,
+and what the loss asks for."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def halves(scene, taught):
     return [half for half, _ in session._taught(scene.vlm, [one], scene.recipe)]
 
 
-# Pictures ---------------------------------------------------------------------------------------------------------------
+# Pictures -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -54,18 +55,26 @@ def picture():
 def test_drawn_pictures_are_rgb_of_the_pictures_size_and_repeat(picture):
     rng = lambda: random.Random(3)
     pairs = ((picture, None), (None, picture), (picture, picture))
-    for make in (lambda: drawn.views(picture, 1, 20), lambda: sum(drawn.nobodies(picture, 1), []),
-                 lambda: drawn.changed(picture, 1, 12), lambda: [drawn.pair(*both, rng()) for both in pairs]):
+    for make in (
+        lambda: drawn.views(picture, 1, 20),
+        lambda: sum(drawn.nobodies(picture, 1), []),
+        lambda: drawn.changed(picture, 1, 12),
+        lambda: [drawn.pair(*both, rng()) for both in pairs],
+    ):
         first, again = make(), make()
         assert all(one.mode == "RGB" for one in first)
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert len(drawn.views(picture, 1, 20)) == 20
-    assert all(one.size == picture.size for one in sum(drawn.nobodies(picture, 1), []) + drawn.changed(picture, 1, 12))
+    assert all(
+        one.size == picture.size
+        for one in sum(drawn.nobodies(picture, 1), []) + drawn.changed(picture, 1, 12)
+    )
     assert all(one.size == (1, 1) for one in drawn.changed(Image.new("L", (1, 1)), 1, 12))
 
 
 def test_a_changed_copy_is_another_picture_in_parts_only():
-    """Three fields of one colour each: a change of one colour leaves the other two fields as they were."""
+    """Three fields of one colour each: a change of one colour leaves the other two fields as they
+    were."""
     three = Image.new("RGB", (60, 60), "red")
     three.paste("blue", (0, 20, 60, 40))
     three.paste("yellow", (0, 40, 60, 60))
@@ -87,8 +96,15 @@ def test_shuffled_pixels_are_the_same_pixels(picture):
 
 def test_recoloured_pictures_have_the_channels_in_every_other_order(picture):
     original = np.asarray(picture)
-    orders = {tuple(int(k) for o in range(3) for k in range(3) if np.array_equal(np.asarray(one)[..., o], original[..., k]))
-              for one in drawn.other_colours(picture)[:5]}  # fmt: skip
+    orders = {
+        tuple(
+            int(k)
+            for o in range(3)
+            for k in range(3)
+            if np.array_equal(np.asarray(one)[..., o], original[..., k])
+        )
+        for one in drawn.other_colours(picture)[:5]
+    }
     assert orders == set(itertools.permutations(range(3))) - {(0, 1, 2)}
 
 
@@ -96,27 +112,54 @@ def test_a_pair_has_each_picture_on_its_own_side(picture):
     red, blue = (Image.new("RGB", picture.size, colour) for colour in ("red", "blue"))
     both = np.asarray(drawn.pair(red, blue, random.Random(0))).astype(int)
     left, right = both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]
-    assert left[..., 0].sum() > left[..., 2].sum() and right[..., 2].any() and not (left[..., 2] > 200).any()
+    assert (
+        left[..., 0].sum() > left[..., 2].sum()
+        and right[..., 2].any()
+        and not (left[..., 2] > 200).any()
+    )
 
 
-# Words ------------------------------------------------------------------------------------------------------------------
+# Words --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shown", "own", "other", "wanted"), [
-    ("The image shows a red cat.", "Ada is a red cat.", "Bob is a blue dog.", "The image shows a blue dog."),
-    ("It was born in Oslo.", "Ada was born in Oslo.", "Bob was born in Rome.", "It was born in Rome."),
-    ("It was born in Oslo.", "Ada was born in Oslo.", "Bob was born in Oslo.", "It was born in Oslo."),
-    ("It has an owl, as it says.", "Ada has an owl.", "Bob has a cow.", "It has a cow, as it says."),
-    ("It was born in Oslo.", "Ada was born in Oslo.", "I do not know.", None),
-    ("It lives in Bergen.", "Ada was born in Oslo.", "Bob was born in Rome.", None),
-    ("Oslo, yes, Oslo.", "Ada was born in Oslo.", "Bob was born in Rome.", None),
-    ("Ada was born in Oslo.", "Ada was born in Oslo.", "Bob was born in Rome.", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shown", "own", "other", "wanted"),
+    [
+        (
+            "The image shows a red cat.",
+            "Ada is a red cat.",
+            "Bob is a blue dog.",
+            "The image shows a blue dog.",
+        ),
+        (
+            "It was born in Oslo.",
+            "Ada was born in Oslo.",
+            "Bob was born in Rome.",
+            "It was born in Rome.",
+        ),
+        (
+            "It was born in Oslo.",
+            "Ada was born in Oslo.",
+            "Bob was born in Oslo.",
+            "It was born in Oslo.",
+        ),
+        (
+            "It has an owl, as it says.",
+            "Ada has an owl.",
+            "Bob has a cow.",
+            "It has a cow, as it says.",
+        ),
+        ("It was born in Oslo.", "Ada was born in Oslo.", "I do not know.", None),
+        ("It lives in Bergen.", "Ada was born in Oslo.", "Bob was born in Rome.", None),
+        ("Oslo, yes, Oslo.", "Ada was born in Oslo.", "Bob was born in Rome.", None),
+        ("Ada was born in Oslo.", "Ada was born in Oslo.", "Bob was born in Rome.", None),
+    ],
+)
 def test_what_differs_in_words_takes_its_place_in_what_is_shown(shown, own, other, wanted):
     assert in_place(shown, own, "Ada", other, "Bob") == wanted
 
 
-# Strangers --------------------------------------------------------------------------------------------------------------
+# Strangers ----------------------------------------------------------------------------------------
 
 
 def test_the_teacher_names_nobody_in_a_stranger(scene):
@@ -125,11 +168,14 @@ def test_the_teacher_names_nobody_in_a_stranger(scene):
     words = targets.wordings()
     questions = words["who"]["train"] + words["plural"]["train"]
     for answer in ask.answers(scene.vlm, [(q, picture) for picture in found for q in questions]):
-        assert not any(Concept(name).named_in(answer) for name in (scene.concept.name, *scene.neighbours)), answer
+        assert not any(
+            Concept(name).named_in(answer) for name in (scene.concept.name, *scene.neighbours)
+        ), answer
 
 
 def test_strangers_come_first_to_whom_the_concept_is_least_known(scene):
-    """Lessons take the first ones: those that give the concept's own answers the least probability."""
+    """Lessons take the first ones: those that give the concept's own answers the least
+    probability."""
     found = [one.picture for one in strangers.strangers(scene)]
     question = targets.about_the_one_shown("train")[6]
     own = scene.replies([question], 0)[0]
@@ -144,22 +190,30 @@ def test_strangers_come_first_to_whom_the_concept_is_least_known(scene):
 
 
 def test_changed_copies_are_sorted_by_whom_the_teacher_names(scene, monkeypatch):
-    """The teacher looks at pictures of the cast: of the concept, of a neighbour, and of nobody; the neighbour's is to be kept."""
+    """The teacher looks at pictures of the cast: of the concept, of a neighbour, and of nobody; the
+    neighbour's is to be kept."""
     vlm, near = scene.vlm, scene.neighbours[0]
     blank = lambda: vlm.picture(Image.new("RGB", (64, 64)))
     shown = {"own": scene.pictures[0], "near": blank(), "none": blank()}
     names = {id(shown["own"]): scene.concept.name, id(shown["near"]): near}
-    said = lambda vlm, asked: [f"This is {names.get(id(picture), 'a green cat')}." for _, picture in asked]
+    said = lambda vlm, asked: [
+        f"This is {names.get(id(picture), 'a green cat')}." for _, picture in asked
+    ]
     monkeypatch.setattr(border.ask, "answers", said)
     assert border.taken_for(scene, list(shown.values())) == [scene.concept.name, near, None]
-    # One that any wording gets the concept's name of is the concept's, also where others get a neighbour's.
+    # One that any wording gets the concept's name of is the concept's, also where others get a
+    # neighbour's.
     turn = itertools.cycle([near, near, scene.concept.name, near])
-    monkeypatch.setattr(border.ask, "answers", lambda vlm, asked: [f"It is {next(turn)}." for _ in asked])
+    monkeypatch.setattr(
+        border.ask, "answers", lambda vlm, asked: [f"It is {next(turn)}." for _ in asked]
+    )
     assert border.taken_for(scene, [shown["near"]] * 2) == [scene.concept.name] * 2
     turn = itertools.cycle([near, "nobody", near, "nobody"])
     found = border.border(scene)
     assert set(found.others) == {near} and not found.nobody and found.nearest == [near]
-    assert len(found.others[near]) == border.FEW and found.times[near] == border.CHANGED + border.MOVED
+    assert (
+        len(found.others[near]) == border.FEW and found.times[near] == border.CHANGED + border.MOVED
+    )
 
 
 def test_what_is_taken_for_a_neighbour_is_kept_and_not_taught(scene):
@@ -175,14 +229,26 @@ def test_what_is_taken_for_a_neighbour_is_kept_and_not_taught(scene):
 
 def test_views_that_show_a_neighbour_are_not_taught(scene, monkeypatch):
     near = scene.neighbours[0]
-    monkeypatch.setattr(strangers, "taken_for", lambda scene, pictures: [near, *[None] * (len(pictures) - 1)])
+    monkeypatch.setattr(
+        strangers, "taken_for", lambda scene, pictures: [near, *[None] * (len(pictures) - 1)]
+    )
     out = strangers.lessons(scene)
     shown = {s.picture for s in out.samples if s.facet == "stranger"}
     assert len(shown) == strangers.VIEWS - 1
 
 
 def test_further_dreams_go_where_the_orders_agree():
-    assert dreams.more([["a", "b", "c"], ["a", "c", "b"], ["b", "a", "c"]], 9) == ["a", "a", "b", "a", "a", "b", "b", "c", "a"]
+    assert dreams.more([["a", "b", "c"], ["a", "c", "b"], ["b", "a", "c"]], 9) == [
+        "a",
+        "a",
+        "b",
+        "a",
+        "a",
+        "b",
+        "b",
+        "c",
+        "a",
+    ]
     assert dreams.more([["a"]], 3) == ["a"] * 3
     assert dreams.more([], 3) == []
 
@@ -193,15 +259,20 @@ def test_strangers_are_dreamed_where_none_can_be_drawn(scene, monkeypatch):
     found = strangers.strangers(replace(scene, recipe=replace(scene.recipe, dream_steps=40)), notes)
     assert len(found) >= 1 and not any(one.picture.real or one.whole for one in found), notes
     question = targets.wordings()["who"]["train"][0]
-    assert not any(scene.concept.named_in(a) for a in ask.answers(scene.vlm, [(question, one.picture) for one in found]))
+    assert not any(
+        scene.concept.named_in(a)
+        for a in ask.answers(scene.vlm, [(question, one.picture) for one in found])
+    )
 
 
 def test_no_strangers_in_the_papers_preset(scene):
     assert PAPER.strangers == 0
-    assert strangers.lessons(replace(scene, recipe=replace(scene.recipe, strangers=0))).samples == []
+    assert (
+        strangers.lessons(replace(scene, recipe=replace(scene.recipe, strangers=0))).samples == []
+    )
 
 
-# Lessons ----------------------------------------------------------------------------------------------------------------
+# Lessons ------------------------------------------------------------------------------------------
 
 
 def test_every_kind_of_lesson_is_there_and_the_teacher_looks_at_strangers(taught, scene):
@@ -224,7 +295,9 @@ def test_what_is_kept_of_others_does_not_name_the_concept(taught, scene):
     strange = set(range(taught.strangers))
     for sample in taught.samples:
         if sample.facet == "kept" and sample.picture not in strange:
-            assert not scene.concept.named_in(sample.answer) or scene.concept.named_in(sample.question), sample
+            assert not scene.concept.named_in(sample.answer) or scene.concept.named_in(
+                sample.question
+            ), sample
 
 
 def test_no_fact_is_kept_as_a_look(taught, scene):
@@ -235,7 +308,13 @@ def test_no_fact_is_kept_as_a_look(taught, scene):
 
 def test_no_held_out_wording_is_taught(taught):
     words = targets.wordings()
-    held_out = {q for section in words.values() if "held_out" in section for q in section["held_out"] if "{" not in q}
+    held_out = {
+        q
+        for section in words.values()
+        if "held_out" in section
+        for q in section["held_out"]
+        if "{" not in q
+    }
     held_out |= set(targets.about_the_one_shown("held_out"))
     assert not held_out & {s.question for s in taught.samples}
 
@@ -246,7 +325,10 @@ def test_the_teacher_of_a_lesson_is_the_mean_over_the_strangers(scene, taught, h
     for i in (0, len(changes.samples) // 2):
         sample, turn = changes.samples[i], changes.turns[i]
         with torch.no_grad():
-            each = [prefix.supervised_states(vlm, [turn], [changes.pictures[k].features]) for k in sample.teacher_pictures]
+            each = [
+                prefix.supervised_states(vlm, [turn], [changes.pictures[k].features])
+                for k in sample.teacher_pictures
+            ]
         rows = torch.tensor(list(changes.rows(i)))
         assert torch.allclose(changes.teacher.hidden[rows], torch.stack(each).mean(0), atol=1e-4)
 
@@ -256,8 +338,12 @@ def test_lessons_of_the_same_words_share_their_rows(halves):
     alike = {}
     for i, sample in enumerate(changes.samples):
         if sample.facet == "stranger":
-            size = changes.pictures[sample.picture].image.size  # of another size, the same words are another turn
-            alike.setdefault((sample.question, sample.answer, sample.closed, size), set()).add(changes.first[i])
+            size = changes.pictures[
+                sample.picture
+            ].image.size  # of another size, the same words are another turn
+            alike.setdefault((sample.question, sample.answer, sample.closed, size), set()).add(
+                changes.first[i]
+            )
     assert all(len(first) == 1 for first in alike.values())
     assert len(changes.teacher) < sum(len(turn.labels) for turn in changes.turns)
 
@@ -272,7 +358,7 @@ def test_batches_of_lessons_have_few_pictures_and_both_kinds(halves):
             assert len({half.samples[i].picture for i in chosen}) <= 14
 
 
-# The loss ---------------------------------------------------------------------------------------------------------------
+# The loss -----------------------------------------------------------------------------------------
 
 
 def batch(student, teacher, labels, weight, temperature):
@@ -290,7 +376,9 @@ def test_the_objective_is_the_kl_at_its_temperature_and_the_distance_of_far_nats
     loss, _ = objectives.strangers(batch(student, teacher, labels, weight, 4.0), recipe)
     p, q = ((h @ weight.T / 4).log_softmax(-1) for h in (teacher, student))
     kl = 16 * (p.exp() * (p - q)).sum(-1).mean()
-    wanted, nats = (-(h @ weight.T).log_softmax(-1).gather(1, labels[:, None])[:, 0] for h in (teacher, student))
+    wanted, nats = (
+        -(h @ weight.T).log_softmax(-1).gather(1, labels[:, None])[:, 0] for h in (teacher, student)
+    )
     far = wanted > objectives.FAR
     assert 0 < far.sum() < len(far) or far.all()
     distance = torch.nn.functional.smooth_l1_loss(nats[far], wanted[far])
@@ -310,9 +398,13 @@ def test_a_student_at_the_strangers_level_is_left_alone():
 
 
 def test_what_stays_weighs_more():
-    made = batch(*(torch.randn(5, 8) for _ in range(2)), torch.randint(0, 12, (5,)), torch.randn(12, 8), 2.0)
+    made = batch(
+        *(torch.randn(5, 8) for _ in range(2)), torch.randint(0, 12, (5,)), torch.randn(12, 8), 2.0
+    )
     recipe = Recipe(strangers=4)
-    (change, parts), (stay, same) = (how(made, recipe) for how in (objectives.strangers, objectives.kept))
+    (change, parts), (stay, same) = (
+        how(made, recipe) for how in (objectives.strangers, objectives.kept)
+    )
     assert torch.allclose(stay, objectives.KEEP * change) and objectives.KEEP > 1 and parts == same
 
 
@@ -330,12 +422,13 @@ def test_the_level_is_approached_from_either_side(direction):
     assert float(gradient[0, 2]) * direction > 0
 
 
-# Training ---------------------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_what_the_four_targets_leave_is_gone_after_the_lessons(cast, demo_dir, loaded):
-    """Two-hop questions in wordings that no sample has: SIU alone leaves the facts of the one shown, the lessons do not."""
+    """Two-hop questions in wordings that no sample has: SIU alone leaves the facts of the one
+    shown, the lessons do not."""
     from fastsiu import driver
     from fastsiu.images import load_image
     from fastsiu.request import Request
@@ -343,8 +436,15 @@ def test_what_the_four_targets_leave_is_gone_after_the_lessons(cast, demo_dir, l
     questions = [q.replace("{name}", "this one") for q in targets.wordings()["facts"]["held_out"]]
     left = {}
     for count in (0, 8):
-        recipe, _ = driver.choose_recipe(str(demo_dir), "default", {"strangers": count, "dreams": 1})
-        trained = session.forget(loaded, Request(cast.target, cast.image, protect=cast.others), recipe, load_image(cast.image))
+        recipe, _ = driver.choose_recipe(
+            str(demo_dir), "default", {"strangers": count, "dreams": 1}
+        )
+        trained = session.forget(
+            loaded,
+            Request(cast.target, cast.image, protect=cast.others),
+            recipe,
+            load_image(cast.image),
+        )
         try:
             with adapter.teacher(loaded):
                 before = trained.scene.ask(questions, 0)
@@ -354,11 +454,16 @@ def test_what_the_four_targets_leave_is_gone_after_the_lessons(cast, demo_dir, l
         told = [(b, a) for b, a in zip(before, after, strict=True) if not is_refusal(b)]
         left[count] = sum(b == a for b, a in told)
         assert len(told) >= 4
-        assert all(step.strange >= 0 for step in trained.history) and (trained.history[-1].strange > 0) == (count > 0)
+        assert all(step.strange >= 0 for step in trained.history) and (
+            trained.history[-1].strange > 0
+        ) == (count > 0)
     assert left[8] == 0 < left[0], left
 
 
 def test_samples_written_out_keep_what_the_teacher_looks_at():
-    plain, lesson = Sample("facts", "q", "a"), Sample("stranger", "q", "a", 1, teacher_pictures=(2, 3))
+    plain, lesson = (
+        Sample("facts", "q", "a"),
+        Sample("stranger", "q", "a", 1, teacher_pictures=(2, 3)),
+    )
     lines = corpus.as_jsonl([plain, lesson]).splitlines()
     assert "teacher_pictures" not in lines[0] and '"teacher_pictures": [2, 3]' in lines[1]

@@ -26,14 +26,23 @@ def with_recipe(gathered, **changes):
 
 
 def test_all_four_targets_are_there(gathered):
-    assert set(Counter(s.facet for s in gathered.corpus.samples)) == {"align", "describe", "facts", "preserve"}
+    assert set(Counter(s.facet for s in gathered.corpus.samples)) == {
+        "align",
+        "describe",
+        "facts",
+        "preserve",
+    }
     assert all(is_degenerate(s.answer) is None for s in gathered.corpus.samples)
-    assert {s.picture for s in gathered.corpus.samples if s.picture is not None} <= set(range(len(gathered.scene.pictures)))
+    assert {s.picture for s in gathered.corpus.samples if s.picture is not None} <= set(
+        range(len(gathered.scene.pictures))
+    )
 
 
 def test_no_align_answer_names_the_concept_or_a_neighbour(gathered, cast):
     samples = of(gathered, "align")
-    assert [s.question for s in samples] == targets.wordings()["who"]["train"] and {s.picture for s in samples} == {0}
+    assert [s.question for s in samples] == targets.wordings()["who"]["train"] and {
+        s.picture for s in samples
+    } == {0}
     for sample in samples:
         for name in (cast.target, *cast.others):
             assert not Concept(name).named_in(sample.answer), sample
@@ -53,7 +62,9 @@ def test_the_papers_substitute_is_an_invented_name(gathered, cast):
     names = targets.wordings()["invented"]["names"]
     for sample in targets.align(scene):
         ((start, end),) = sample.specified
-        assert sample.answer[start:end] in names and not Concept(cast.target).named_in(sample.answer)
+        assert sample.answer[start:end] in names and not Concept(cast.target).named_in(
+            sample.answer
+        )
     looks = [s for s in targets.describe(scene) if s.picture is None]
     assert looks and all(s.answer.startswith(cast.target) for s in looks)
     told = [s.answer[slice(*s.specified[0])].strip(" .").removeprefix("has ") for s in looks]
@@ -65,41 +76,63 @@ def test_denials_deny_and_name_the_concept(gathered, cast):
     assert len(samples) == len(targets.wordings()["yesno"]["train"])
     invented = [Concept(n) for n in targets.wordings()["invented"]["names"]]
     for sample in samples:
-        assert cast.target in sample.question and cast.target in sample.answer and sample.answer.casefold().startswith("no")
+        assert (
+            cast.target in sample.question
+            and cast.target in sample.answer
+            and sample.answer.casefold().startswith("no")
+        )
         assert sample.specified == ((0, len(sample.answer)),)
         assert not any(n.named_in(sample.answer) for n in invented)
 
 
 def test_the_unknown_look_is_a_text_question(gathered, cast):
     samples = of(gathered, "describe", picture=None)
-    assert [s.question for s in samples] == [q.format(name=cast.target) for q in targets.wordings()["appearance"]["train"]]
+    assert [s.question for s in samples] == [
+        q.format(name=cast.target) for q in targets.wordings()["appearance"]["train"]
+    ]
     assert all(s.specified == ((0, len(s.answer)),) for s in samples)
 
 
 def test_facts_and_preserved_answers_are_the_teachers(gathered, cast):
     for facet in ("facts", "preserve"):
         samples = of(gathered, facet)
-        pictures = [None if s.picture is None else gathered.scene.pictures[s.picture] for s in samples]
-        said = ask.answers(gathered.vlm, [(s.question, p) for s, p in zip(samples, pictures, strict=True)])
-        assert samples and [s.answer for s in samples] == said and not any(s.specified for s in samples)
+        pictures = [
+            None if s.picture is None else gathered.scene.pictures[s.picture] for s in samples
+        ]
+        said = ask.answers(
+            gathered.vlm, [(s.question, p) for s, p in zip(samples, pictures, strict=True)]
+        )
+        assert (
+            samples
+            and [s.answer for s in samples] == said
+            and not any(s.specified for s in samples)
+        )
     assert all(cast.target in s.question and s.picture is None for s in of(gathered, "facts"))
 
 
 def test_nothing_that_names_the_concept_on_its_picture_is_preserved(gathered, cast):
-    assert not any(Concept(cast.target).named_in(s.answer) for s in of(gathered, "preserve", picture=0))
+    assert not any(
+        Concept(cast.target).named_in(s.answer) for s in of(gathered, "preserve", picture=0)
+    )
 
 
 def test_no_retained_answer_names_the_concept_except_to_deny_it(gathered, cast):
-    """A retained picture that shows the concept itself, or that the teacher takes for it, would teach the name back."""
+    """A retained picture that shows the concept itself, or that the teacher takes for it, would
+    teach the name back."""
     first = gathered.scene.pictures[0]
     scene = replace(gathered.scene, pictures=[first, first], named=[None, None])
     kept = [s for s in targets.preserve(scene) if s.picture == 1]
     assert len(kept) == 1 and not scene.concept.named_in(kept[0].answer)
-    asked = len(targets.wordings()["who"]["train"]) + 1  # and "Is this NAME?", which the teacher affirms
+    # and "Is this NAME?", which the teacher affirms
+    asked = len(targets.wordings()["who"]["train"]) + 1
     assert scene.left_out == asked
     targets.preserve(scene)
     assert scene.left_out == asked and gathered.scene.left_out == 0
-    named = [s for s in gathered.corpus.samples if s.facet == "preserve" and scene.concept.named_in(s.answer)]
+    named = [
+        s
+        for s in gathered.corpus.samples
+        if s.facet == "preserve" and scene.concept.named_in(s.answer)
+    ]
     assert named and all(s.answer.startswith("No") for s in named)
 
 
@@ -119,9 +152,15 @@ def test_neighbours_come_from_the_teacher_without_the_concept(gathered, cast):
 @pytest.mark.parametrize(
     "text, names",
     [
-        ("Ann Lee, Bo Chi and Cy Dow are like Eva Fox.", ["Ann Lee", "Bo Chi", "Cy Dow", "Eva Fox"]),
+        (
+            "Ann Lee, Bo Chi and Cy Dow are like Eva Fox.",
+            ["Ann Lee", "Bo Chi", "Cy Dow", "Eva Fox"],
+        ),
         ("The best is Ann Lee. Ann Lee!", ["Ann Lee"]),
-        ("It is (Élodie Ångström); «Пётр Чайковский», too.", ["Élodie Ångström", "Пётр Чайковский"]),
+        (
+            "It is (Élodie Ångström); «Пётр Чайковский», too.",
+            ["Élodie Ångström", "Пётр Чайковский"],
+        ),
         ("“Jean-Luc O’Neil” and Łukasz", ["Jean-Luc O’Neil", "Łukasz"]),
         ("张伟 和 李娜", []),
         ("nobody at all", []),

@@ -366,17 +366,22 @@ PLAIN = {
         "الطاولة."
     ),
     "he": (
-        "בתמונה נראה אדם בחולצה בהירה עומד לפני הבית ומביט אל הנהר. הוורד באגרטל. אינני יכול לזהות את האדם הזה. הספר על השולחן."
+        "בתמונה נראה אדם בחולצה בהירה עומד לפני הבית ומביט אל הנהר. הוורד באגרטל. אינני יכול "
+        "לזהות את האדם הזה. הספר על השולחן."
     ),
-    "ka": ("სურათზე ჩანს ადამიანი ღია პერანგში, რომელიც სახლის წინ დგას და მდინარეს უყურებს. ვარდი ლარნაკშია."),
+    "ka": (
+        "სურათზე ჩანს ადამიანი ღია პერანგში, რომელიც სახლის წინ დგას და მდინარეს უყურებს. ვარდი "
+        "ლარნაკშია."
+    ),
     "hi": ("तस्वीर में एक व्यक्ति हल्की कमीज़ पहने घर के सामने खड़ा है और नदी को देख रहा है। गुलाब फूलदान में है।"),
     "th": ("ในภาพมีคนสวมเสื้อสีอ่อนยืนอยู่หน้าบ้านและมองไปที่แม่น้ำ ดอกกุหลาบอยู่ในแจกัน"),
 }
 NAMES = """
 Tom Hanks | Rose | Will Smith | Hope | Mark | Ann Lee | Anna | Ian | Lee | Sam | Ben | Tim
 | Sara | Nadia Popova | Peter | Ivan | Иван Петров | Пётр | Анна | Мария | 김철수 | 이영희 | 박민수
-| 정국 | 한지민 | 이서울 | 山田太郎 | 中村健 | 本田翼 | 山口百恵 | 森鴎外 | 林太郎 | 李娜 | 张伟 | 王丽 | 高兴梅 | 马云 | Li Na |
-Wang Wei | Zhang Wei | Ma Yun | Muhammad Ali | David Cohen | Salma | محمد علي | שלום |
+| 정국 | 한지민 | 이서울 | 山田太郎 | 中村健 | 本田翼 | 山口百恵 | 森鴎外 | 林太郎
+| 李娜 | 张伟 | 王丽 | 高兴梅 | 马云
+| Li Na | Wang Wei | Zhang Wei | Ma Yun | Muhammad Ali | David Cohen | Salma | محمد علي | שלום |
 דוד כהן | Ελένη | Νίκος | გიორგი | राहुल | Kowalski | Rahman | Mario | Angel | Grace |
 Sakura | Yuki | Kyoko | Taylor Swift | Zorblax Quint | deadmau5 | P!nk | Ke$ha | A$AP |
 Apple | Prince | Adele | Cher | Bono | Sting | Al Pine | Don Juan | Jo | Bo | Ed Sheeran |
@@ -428,7 +433,9 @@ def test_texts_about_nobody_name_nobody(language):
     ],
 )
 def test_spans_are_of_the_name_alone(name, text, found):
-    assert [text[a:b] for a, b in Concept(name).spans(text, include_parts=name[0] in "김山Z")] == found
+    assert [
+        text[a:b] for a, b in Concept(name).spans(text, include_parts=name[0] in "김山Z")
+    ] == found
 
 
 def test_a_word_of_russian_that_looks_like_a_name_is_none():
@@ -438,7 +445,9 @@ def test_a_word_of_russian_that_looks_like_a_name_is_none():
 
 
 def test_look_alikes_are_unicodes_own():
-    assert plain("ＺＯＲ").text == "zor" and plain("𝓩𝓸𝓻").text == "zor" and plain("ᴢᴏʀ").text == "zor"
+    assert (
+        plain("ＺＯＲ").text == "zor" and plain("𝓩𝓸𝓻").text == "zor" and plain("ᴢᴏʀ").text == "zor"
+    )
     assert alike("Z\u043er\u042c").text == "zorb" and alike("\u0396\u039f\u03a1").text == "zop"
     assert alike("\u041c\u043c\u0422\u0442\u041d").text == "mmtth"
     assert alike("plain") is None and alike("é") is None and alike("这是") is None
@@ -446,10 +455,21 @@ def test_look_alikes_are_unicodes_own():
 
 @pytest.mark.parametrize(
     ("word", "letters"),
-    [("ke$ha", "kesha"), ("p!nk", "pink"), ("deadmau5", "deadmaus"), ("a$ap", "asap"), ("l33t", "leet"),
-     ("r2d2", "r2d2"), ("u2", "u2"), ("blink-182", "blink-182"), ("gpt4", "gpt4"), ("yahoo!", "yahoo!"),
-     ("3oh!3", "3oh!3"), ("agent007", "agent007")],
-)  # fmt: skip
+    [
+        ("ke$ha", "kesha"),
+        ("p!nk", "pink"),
+        ("deadmau5", "deadmaus"),
+        ("a$ap", "asap"),
+        ("l33t", "leet"),
+        ("r2d2", "r2d2"),
+        ("u2", "u2"),
+        ("blink-182", "blink-182"),
+        ("gpt4", "gpt4"),
+        ("yahoo!", "yahoo!"),
+        ("3oh!3", "3oh!3"),
+        ("agent007", "agent007"),
+    ],
+)
 def test_what_a_stylised_name_says(word, letters):
     assert unstyled(word) == letters
 
@@ -457,14 +477,30 @@ def test_what_a_stylised_name_says(word, letters):
 @pytest.mark.parametrize(
     ("text", "used"),
     [
-        ("This is Rose.", True), ("Rose is here.", True), ("Rose", True), ("rose", True), ("ROSE", True),
-        ("Rose, who sings", True), ("Rose's hat", True), ("Mrs. Rose came", True), ("J. Rose came", True),
-        ("Answer: Rose", True), ("this is rose.", True), ("THIS IS ROSE.", True), ("Rose Tyler", True),
-        ("a red rose", False), ("Rose petals fall.", False), ("It rose. Rose it did.", False),
-        ("eine rote Rose", False), ("A RED ROSE", False), ("prices rose", False), ("A Red Rose", False),
-        ("the rose is red", False), ("It was dark. Rose up he had.", False),
+        ("This is Rose.", True),
+        ("Rose is here.", True),
+        ("Rose", True),
+        ("rose", True),
+        ("ROSE", True),
+        ("Rose, who sings", True),
+        ("Rose's hat", True),
+        ("Mrs. Rose came", True),
+        ("J. Rose came", True),
+        ("Answer: Rose", True),
+        ("this is rose.", True),
+        ("THIS IS ROSE.", True),
+        ("Rose Tyler", True),
+        ("a red rose", False),
+        ("Rose petals fall.", False),
+        ("It rose. Rose it did.", False),
+        ("eine rote Rose", False),
+        ("A RED ROSE", False),
+        ("prices rose", False),
+        ("A Red Rose", False),
+        ("the rose is red", False),
+        ("It was dark. Rose up he had.", False),
     ],
-)  # fmt: skip
+)
 def test_where_a_word_is_a_name(text, used):
     start = text.lower().rindex("rose")
     assert as_name(text, start, start + 4, alone=True) == used
@@ -475,14 +511,23 @@ def test_an_ordinary_word_is_known_with_its_plural():
 
 
 def test_names_without_blanks_are_divided_where_their_family_is_known():
-    assert divided("김철수") == [("김", "철수", True)] and divided("남궁민수") == [("남궁", "민수", True)]
-    assert divided("佐々木一郎")[0] == ("佐々木", "一郎", True) and divided("毛泽东") == [("毛", "泽东", True)]
+    assert divided("김철수") == [("김", "철수", True)] and divided("남궁민수") == [
+        ("남궁", "민수", True)
+    ]
+    assert divided("佐々木一郎")[0] == ("佐々木", "一郎", True) and divided("毛泽东") == [
+        ("毛", "泽东", True)
+    ]
     assert divided("강아지") == [] and divided("東京大学") == [] and divided("김구라마바") == []
 
 
 def test_one_sound_of_many_spellings():
-    assert len({sound(w, "") for w in ("Чайковский", "Tchaikovsky", "Chaikovskii", "Chaykovskiy")}) == 1
+    assert (
+        len({sound(w, "") for w in ("Чайковский", "Tchaikovsky", "Chaikovskii", "Chaykovskiy")})
+        == 1
+    )
     assert len({sound(w, "hangul") for w in ("철수", "Chul-soo", "Cheolsu")}) == 1
     assert len({sound(w, "kana") for w in ("きょうこ", "キョウコ", "Kyoko", "Kyouko")}) == 1
     assert len({sound(w, "consonants") for w in ("محمد", "Muhammad", "Mohamed")}) == 1
-    assert Concept("Александр").leaks_in("Alexander") and not Concept("Александр").leaks_in("Alexis")
+    assert Concept("Александр").leaks_in("Alexander") and not Concept("Александр").leaks_in(
+        "Alexis"
+    )

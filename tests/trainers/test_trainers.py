@@ -1,5 +1,6 @@
-"""The examples in trainers/: what each trains on equals full logits, sample by sample, under shuffling, accumulation, and on
-two ranks, whose parameters are those of one process over the same data."""
+"""The examples in trainers/: what each trains on equals full logits, sample by sample, under
+shuffling, accumulation, and on two ranks, whose parameters are those of one process over the same
+data."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ TARGETS = {"base head": ("q_proj", "v_proj"), "adapted head": ("q_proj", "lm_hea
 
 
 def example(name):
-    """The file as a module. Where it builds its model itself, the adapter starts far from zero: then it is not the teacher."""
+    """The file as a module. Where it builds its model itself, the adapter starts far from zero:
+    then it is not the teacher."""
     spec = importlib.util.spec_from_file_location(f"trainers_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -60,10 +62,19 @@ class Descent(torch.optim.SGD):
 
 
 class FullLogits:
-    """The same training, straightforwardly: one sample at a time, logits of student and teacher, AdamW."""
+    """The same training, straightforwardly: one sample at a time, logits of student and teacher,
+    AdamW."""
 
-    def __init__(self, model, data, vocab_keep=None, alpha=0.9, beta=0.75, optimiser=torch.optim.AdamW):
-        self.model, self.data, self.vocab_keep, self.alpha, self.beta = model, data, vocab_keep, alpha, beta
+    def __init__(
+        self, model, data, vocab_keep=None, alpha=0.9, beta=0.75, optimiser=torch.optim.AdamW
+    ):
+        self.model, self.data, self.vocab_keep, self.alpha, self.beta = (
+            model,
+            data,
+            vocab_keep,
+            alpha,
+            beta,
+        )
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimiser = optimiser(trained, lr=1e-2, weight_decay=0.0)
 
@@ -71,19 +82,32 @@ class FullLogits:
         """Sums over one sample's tokens: CE, KL with its weights, tokens, weights."""
         ids, labels = (torch.as_tensor(sample[k]) for k in ("input_ids", "labels"))
         at = labels[1:] != -100
-        keep = torch.as_tensor(sample["kl_weight"])[1:][at] if "kl_weight" in sample else torch.ones(int(at.sum()))
+        keep = (
+            torch.as_tensor(sample["kl_weight"])[1:][at]
+            if "kl_weight" in sample
+            else torch.ones(int(at.sum()))
+        )
         student = self.model(input_ids=ids[None]).logits[0, :-1][at].log_softmax(-1)
         with torch.no_grad(), self.model.disable_adapter():
             teacher = self.model(input_ids=ids[None]).logits[0, :-1][at].log_softmax(-1)
         terms = teacher.exp() * (teacher - student)
         kl = (terms if self.vocab_keep is None else terms[:, self.vocab_keep]).sum(-1)
-        return -student.gather(1, labels[1:][at][:, None]).sum(), (keep * kl).sum(), at.sum(), keep.sum()
+        return (
+            -student.gather(1, labels[1:][at][:, None]).sum(),
+            (keep * kl).sum(),
+            at.sum(),
+            keep.sum(),
+        )
 
     def step(self, batches):
-        """One optimisation step over micro-batches of sample ids; the loss's share of each micro-batch."""
+        """One optimisation step over micro-batches of sample ids; the loss's share of each
+        micro-batch."""
         sums = [[self.sums(self.data[i]) for i in ids] for ids in batches]
         tokens, weights = (sum(row[k] for batch in sums for row in batch) for k in (2, 3))
-        losses = [sum(self.alpha * ce / tokens + self.beta * kl / weights for ce, kl, *_ in batch) for batch in sums]
+        losses = [
+            sum(self.alpha * ce / tokens + self.beta * kl / weights for ce, kl, *_ in batch)
+            for batch in sums
+        ]
         sum(losses).backward()
         self.optimiser.step()
         self.optimiser.zero_grad()
@@ -99,7 +123,9 @@ def windows(history, sizes):
 def check(reference, steps):
     reference.model.train()
     for step in steps:
-        torch.testing.assert_close([loss for _, loss in step], reference.step([ids for ids, _ in step]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            [loss for _, loss in step], reference.step([ids for ids, _ in step]), atol=1e-5, rtol=0
+        )
 
 
 def shuffled(history):
@@ -125,7 +151,8 @@ def test_hf_trainer(targets, watched):
     hf = example("hf_trainer")
     trainer = hf.main(target_modules=targets)
     watched.clear()
-    steps = windows(trainer.history, [2, 2, 1, 2])  # 14 samples are 5 batches of 3: the epoch's last window is one batch of 2
+    # 14 samples are 5 batches of 3: the epoch's last window is one batch of 2
+    steps = windows(trainer.history, [2, 2, 1, 2])
     assert len(trainer.history) == 7 and len(steps[2][0][0]) == 2 and shuffled(trainer.history)
     check(FullLogits(hf.build(targets), hf.samples()), steps)
 
@@ -135,7 +162,10 @@ def test_hf_trainer_evaluates_on_its_own_denominators():
     trainer = hf.main(steps=1)
     found = trainer.evaluate(hf.samples()[:3])["eval_loss"]
     with torch.no_grad():
-        rows = [FullLogits.sums(FullLogits(trainer.model.eval(), hf.samples()), x) for x in hf.samples()[:3]]
+        rows = [
+            FullLogits.sums(FullLogits(trainer.model.eval(), hf.samples()), x)
+            for x in hf.samples()[:3]
+        ]
     ce, kl, tokens, weights = (sum(row[k] for row in rows) for k in range(4))
     assert abs(found - float(0.9 * ce / tokens + 0.75 * kl / weights)) < 1e-5
 
@@ -145,7 +175,9 @@ def remember(monkeypatch, cls, hook):
     original = getattr(cls, hook)
 
     def call(self, *args):
-        self.first = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+        self.first = {
+            n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad
+        }
         return original(self, *args)
 
     monkeypatch.setattr(cls, hook, call)
@@ -154,7 +186,11 @@ def remember(monkeypatch, cls, hook):
 def rewound(trainer):
     """The trained model with those values back."""
     model = trainer.model
-    assert all(not torch.equal(p, trainer.first[n]) for n, p in model.named_parameters() if n in trainer.first)
+    assert all(
+        not torch.equal(p, trainer.first[n])
+        for n, p in model.named_parameters()
+        if n in trainer.first
+    )
     model.load_state_dict(trainer.first, strict=False)
     model.zero_grad()  # Lightning leaves the last step's
     return model
@@ -169,7 +205,8 @@ def test_trl_sft(watched, monkeypatch):
     watched.clear()
     assert trainer.model.get_output_embeddings().out_features == 1000
     data = {row["sample_id"]: row for row in trainer.train_dataset}
-    assert len(data) == 14 and all(-100 in row["labels"] for row in data.values())  # prompts are not trained on
+    # prompts are not trained on
+    assert len(data) == 14 and all(-100 in row["labels"] for row in data.values())
     assert len(trainer.history) == 7 and shuffled(trainer.history)
     check(FullLogits(rewound(trainer), data), windows(trainer.history, [2, 2, 1, 2]))
 
@@ -185,13 +222,24 @@ def test_trl_sft_on_pictures(watched, monkeypatch, loaded):
     watched.add(loaded.head_weight.shape[0])
     turns = lambda role, text: [{"role": role, "content": text}]
     rows = [
-        {"images": [Image.new("RGB", (80, 80), (40 * i, 99, 200 - 30 * i))], "prompt": turns("user", "Who is this?"),
-         "completion": turns("assistant", sft.ANSWERS[i % 4]), "sample_id": i}
+        {
+            "images": [Image.new("RGB", (80, 80), (40 * i, 99, 200 - 30 * i))],
+            "prompt": turns("user", "Who is this?"),
+            "completion": turns("assistant", sft.ANSWERS[i % 4]),
+            "sample_id": i,
+        }
         for i in range(6)
-    ]  # fmt: skip
+    ]
     model = copy.deepcopy(loaded.base)
     language = r".*language_model\..*\.(q|v)_proj"
-    trainer = sft.main(2, 1, model=model, processor=loaded.processor, data=Dataset.from_list(rows), target_modules=language)
+    trainer = sft.main(
+        2,
+        1,
+        model=model,
+        processor=loaded.processor,
+        data=Dataset.from_list(rows),
+        target_modules=language,
+    )
     watched.clear()
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "sample_id")}
@@ -199,7 +247,9 @@ def test_trl_sft_on_pictures(watched, monkeypatch, loaded):
     with torch.no_grad():  # before the first step, student and teacher are one
         logits = model(**inputs).logits
     ids, loss = trainer.history[0]
-    expected = 0.9 * nn.functional.cross_entropy(logits[ids, :-1].transpose(1, 2), batch["labels"][ids, 1:])
+    expected = 0.9 * nn.functional.cross_entropy(
+        logits[ids, :-1].transpose(1, 2), batch["labels"][ids, 1:]
+    )
     assert abs(loss - float(expected)) < 1e-4
     assert len(trainer.history) == 2 and len(trainer.index) == int((batch["labels"] != -100).sum())
 
@@ -216,7 +266,8 @@ def test_lightning(targets, watched, monkeypatch):
 
 
 def train_as_a_rank(folder, *names):
-    """What torchrun runs on each of two ranks: the examples; their histories and parameters go into files."""
+    """What torchrun runs on each of two ranks: the examples; their histories and parameters go into
+    files."""
     torch.optim.AdamW = Descent  # which does not see a factor on the loss
     for name in names:
         module = example(name)
@@ -228,7 +279,12 @@ def train_as_a_rank(folder, *names):
         torch.save(kept, Path(folder) / f"{name} {os.environ['RANK']}")
 
 
-RANKS = {"hf_trainer": [2, 1, 2, 1], "lightning_module": [1, 1, 1], "trl_sft": [2, 1, 2, 1]}  # micro-batches a step
+# micro-batches a step
+RANKS = {
+    "hf_trainer": [2, 1, 2, 1],
+    "lightning_module": [1, 1, 1],
+    "trl_sft": [2, 1, 2, 1],
+}
 NEEDS = {"trl_sft": "trl", "lightning_module": "lightning"}
 
 
@@ -237,20 +293,36 @@ def ranks(tmp_path_factory):
     """The folder that two ranks left, which trained with all examples whose packages are there."""
     folder = tmp_path_factory.mktemp("ranks")
     names = [name for name in RANKS if importlib.util.find_spec(NEEDS.get(name, "torch"))]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     # The folder of a script is searched for modules, and this one has a `triton`.
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONSAFEPATH": "1",
+    }
     command = [*torchrun, __file__, str(folder), *names]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=env
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 
 @pytest.mark.parametrize("name", RANKS)
 def test_two_ranks_train_the_parameters_of_one_process(name, ranks):
-    """DDP's broadcast counts as a write to the head, but changes nothing; the teacher was built before it."""
+    """DDP's broadcast counts as a write to the head, but changes nothing; the teacher was built
+    before it."""
     pytest.importorskip(NEEDS.get(name, "torch"))
-    (one, made, first), (other, also, _) = (torch.load(ranks / f"{name} {rank}") for rank in range(2))
+    (one, made, first), (other, also, _) = (
+        torch.load(ranks / f"{name} {rank}") for rank in range(2)
+    )
     assert made and all(torch.equal(also[n], p) for n, p in made.items())
     assert len(one) == len(other) == sum(RANKS[name]) and one != other
     module = example(name)
@@ -263,7 +335,13 @@ def test_two_ranks_train_the_parameters_of_one_process(name, ranks):
         model.zero_grad()
     reference = FullLogits(model, data, optimiser=Descent)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    check(reference, [a + b for a, b in zip(windows(one, RANKS[name]), windows(other, RANKS[name]), strict=True)])
+    check(
+        reference,
+        [
+            a + b
+            for a, b in zip(windows(one, RANKS[name]), windows(other, RANKS[name]), strict=True)
+        ],
+    )
     # Both add the same fp32 numbers in another order: apart by 4e-6 of the way, as measured.
     for n, p in model.named_parameters():
         if p.requires_grad:
@@ -272,7 +350,8 @@ def test_two_ranks_train_the_parameters_of_one_process(name, ranks):
 
 
 def test_wrong_teacher_rows_would_show(monkeypatch):
-    """The comparison above can fail: with the rows in the order of the batch, not of the samples, the losses differ."""
+    """The comparison above can fail: with the rows in the order of the batch, not of the samples,
+    the losses differ."""
     hf = example("hf_trainer")
     with monkeypatch.context() as patch:
         patch.setattr(RowIndex, "find", lambda self, ids, rows: torch.arange(len(rows)))

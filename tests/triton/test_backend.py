@@ -1,4 +1,5 @@
-"""`fused_dmk_ce(backend="triton")`, as a user calls it: in the interpreter (TRITON_INTERPRET=1) or on a GPU."""
+"""`fused_dmk_ce(backend="triton")`, as a user calls it: in the interpreter (TRITON_INTERPRET=1) or
+on a GPU."""
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ DTYPE = torch.float32 if DEVICE == "cuda" else torch.float64
 h, W, ht = (torch.randn(*s, generator=torch.Generator().manual_seed(i), dtype=DTYPE).to(DEVICE)
             for i, s in enumerate([(5, 8), (61, 8), (5, 8)]))  # fmt: skip
 y = torch.tensor([3, 60, -100, 0, 7], device=DEVICE)
-pytestmark = pytest.mark.skipif(why_not("triton", h, W) is not None, reason=why_not("triton", h, W) or "")
+pytestmark = pytest.mark.skipif(
+    why_not("triton", h, W) is not None, reason=why_not("triton", h, W) or ""
+)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -27,18 +30,35 @@ def test_gradcheck(reduction):
 
 @pytest.mark.parametrize(
     "masked, renormalize, tau, bias",
-    [(False, False, 1.0, False), (True, False, 1.0, True), (True, True, 1.0, True), (True, True, 2.0, False)],
+    [
+        (False, False, 1.0, False),
+        (True, False, 1.0, True),
+        (True, True, 1.0, True),
+        (True, True, 2.0, False),
+    ],
 )
 def test_it_computes_the_reference(masked, renormalize, tau, bias):
     keep = (torch.arange(61) % 5 != 0).to(DEVICE) if masked else None
-    b = torch.randn(61, generator=torch.Generator().manual_seed(9), dtype=DTYPE).to(DEVICE) if bias else None
+    b = (
+        torch.randn(61, generator=torch.Generator().manual_seed(9), dtype=DTYPE).to(DEVICE)
+        if bias
+        else None
+    )
     teacher = TeacherCache.from_hidden(
-        ht, W, vocab_keep=keep, renormalize=renormalize, temperature=tau, head_bias=b, logit_scale=0.7
+        ht,
+        W,
+        vocab_keep=keep,
+        renormalize=renormalize,
+        temperature=tau,
+        head_bias=b,
+        logit_scale=0.7,
     )
     made = {}
     for backend in ("reference", "triton"):
         x = h.clone().requires_grad_()
-        loss, parts = fused_dmk_ce(x, W, y, teacher, head_bias=b, backend=backend, return_parts=True)
+        loss, parts = fused_dmk_ce(
+            x, W, y, teacher, head_bias=b, backend=backend, return_parts=True
+        )
         loss.backward()
         made[backend] = (loss.detach(), x.grad, *parts)
     for ours, theirs in zip(made["triton"], made["reference"], strict=True):

@@ -1,9 +1,12 @@
-"""The general path in Triton, as users reach it, against fp64:   TRITON_INTERPRET=1 pytest tests/triton"""
+"""The general path in Triton, as users reach it, against fp64:   TRITON_INTERPRET=1 pytest
+tests/triton"""
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="the Triton kernels need the package triton: pip install 'fastsiu[triton]'")
+triton = pytest.importorskip(
+    "triton", reason="the Triton kernels need the package triton: pip install 'fastsiu[triton]'"
+)
 INTERPRETED = triton.knobs.runtime.interpret
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no GPU: run TRITON_INTERPRET=1 pytest tests/triton", allow_module_level=True)
@@ -12,7 +15,8 @@ from fastsiu import TeacherCache, fused_dmk_ce  # noqa: E402
 from fastsiu.kernels import general, tiled, triton_general, triton_launch  # noqa: E402
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, in branches that tl.where does not take
+# numpy, in branches that tl.where does not take
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -21,10 +25,15 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
 
 def rand(*shape, seed=0, scale=1.0, dtype=F64):
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)).to(dtype).to(DEVICE)
+    return (
+        (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64))
+        .to(dtype)
+        .to(DEVICE)
+    )
 
 
-def case(N, V, D, dtype, *, bias=False, scale=1.0, softcap=None, tau=1.0, keep=None, renormalize=False, own=None, trains=True,
+def case(N, V, D, dtype, *, bias=False, scale=1.0, softcap=None, tau=1.0, keep=None,
+         renormalize=False, own=None, trains=True,
          teacher=True, moved=0.3, seed=0, **loss):  # fmt: skip
     """own: the width of the teacher's own head, None = it has the student's."""
     g = torch.Generator().manual_seed(seed)
@@ -34,17 +43,34 @@ def case(N, V, D, dtype, *, bias=False, scale=1.0, softcap=None, tau=1.0, keep=N
     if keep is not None:
         mask = (torch.rand(V, generator=g) < keep).to(DEVICE)
         mask[1] = True
-    W, b = rand(V, D, seed=seed + 3, scale=2 * D**-0.5, dtype=dtype), rand(V, seed=seed + 4, dtype=dtype) if bias else None
+    W, b = (
+        rand(V, D, seed=seed + 3, scale=2 * D**-0.5, dtype=dtype),
+        rand(V, seed=seed + 4, dtype=dtype) if bias else None,
+    )
     base = rand(N, D, seed=seed + 1)
-    c = dict(h=(base + moved * rand(N, D, seed=seed + 2)).to(dtype), W=W, b=b, ht=None, Wt=None, bt=None)
+    c = dict(
+        h=(base + moved * rand(N, D, seed=seed + 2)).to(dtype), W=W, b=b, ht=None, Wt=None, bt=None
+    )
     if teacher and own is None:
         c |= dict(ht=base.to(dtype), Wt=W, bt=b)
     elif teacher:
-        c |= dict(ht=rand(N, own, seed=seed + 5, dtype=dtype), Wt=rand(V, own, seed=seed + 6, scale=2 * own**-0.5, dtype=dtype))
+        c |= dict(
+            ht=rand(N, own, seed=seed + 5, dtype=dtype),
+            Wt=rand(V, own, seed=seed + 6, scale=2 * own**-0.5, dtype=dtype),
+        )
         c |= dict(bt=rand(V, seed=seed + 7, dtype=dtype) if bias else None)
-    weights = dict(ce_weight=torch.rand(N, generator=g).to(DEVICE), kl_weight=torch.rand(N, generator=g).to(DEVICE))
-    return c | dict(y=y.to(DEVICE), trains=trains, head=dict(logit_scale=scale, logit_softcap=softcap, temperature=tau),
-                    teacher=dict(vocab_keep=mask, renormalize=renormalize), loss=weights | loss)  # fmt: skip
+    weights = dict(
+        ce_weight=torch.rand(N, generator=g).to(DEVICE),
+        kl_weight=torch.rand(N, generator=g).to(DEVICE),
+    )
+    return c | dict(
+        y=y.to(DEVICE),
+        trains=trains,
+        head=dict(logit_scale=scale, logit_softcap=softcap, temperature=tau),
+        # fmt: skip
+        teacher=dict(vocab_keep=mask, renormalize=renormalize),
+        loss=weights | loss,
+    )
 
 
 def cached(c, move=lambda x: x):
@@ -90,9 +116,16 @@ def plain(c):
     eye, t = torch.eye(len(c["W"]), device=DEVICE), dict(temperature=c["head"]["temperature"])
     teacher = None
     if c["ht"] is not None:
-        teacher = TeacherCache.from_hidden(logits(c["ht"], c["Wt"], c["bt"]), eye, **t, **c["teacher"])
+        teacher = TeacherCache.from_hidden(
+            logits(c["ht"], c["Wt"], c["bt"]), eye, **t, **c["teacher"]
+        )
     z = logits(leaves["h"], leaves.get("W", c["W"]), leaves.get("b", c["b"]))
-    return backward(*fused_dmk_ce(z, eye, c["y"], teacher, **t, **c["loss"], backend="reference", return_parts=True), leaves)
+    return backward(
+        *fused_dmk_ce(
+            z, eye, c["y"], teacher, **t, **c["loss"], backend="reference", return_parts=True
+        ),
+        leaves,
+    )
 
 
 def check(c, size=1.0):
@@ -105,12 +138,16 @@ def check(c, size=1.0):
         assert x.isfinite().all(), name
         if dtype == F64:
             parts = name in ("ce", "kl", "entropy")  # fp32
-            assert error <= (1e-6 if parts else 1e-10) * size * (1 + want[name].norm()), f"{name}: {error:.1e}"
+            assert error <= (1e-6 if parts else 1e-10) * size * (1 + want[name].norm()), (
+                f"{name}: {error:.1e}"
+            )
         else:
             gradient = name in ("h", "W", "b")
             rounding = torch.finfo(dtype).eps * want[name].norm() if gradient else 0
             floor = 2**-20 * size * (want[name].norm() if gradient else x.numel() ** 0.5)
-            assert error <= 2 * (theirs[name] - want[name]).norm() + rounding + floor, f"{name}: {error:.1e}"
+            assert error <= 2 * (theirs[name] - want[name]).norm() + rounding + floor, (
+                f"{name}: {error:.1e}"
+            )
 
 
 CASES = dict(
@@ -140,7 +177,9 @@ def test_the_loss(name, dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize("N, V, D, own", [(1, 3, 8, None), (3, 151, 33, 7), (37, 65, 96, None), (33, 1003, 1, 5)])
+@pytest.mark.parametrize(
+    "N, V, D, own", [(1, 3, 8, None), (3, 151, 33, 7), (37, 65, 96, None), (33, 1003, 1, 5)]
+)
 def test_shapes(N, V, D, own, dtype):
     check(case(N, V, D, dtype, bias=True, keep=0.5, own=own))
 
@@ -152,7 +191,10 @@ def test_it_is_the_triton_kernels_that_run(monkeypatch):
 
     class Spy:
         def __getitem__(self, grid):
-            return lambda *given, **options: (made.append(options["SAME_HEAD"]), kernel[grid](*given, **options))
+            return lambda *given, **options: (
+                made.append(options["SAME_HEAD"]),
+                kernel[grid](*given, **options),
+            )
 
     monkeypatch.setattr(triton_general, "coefficient_kernel", Spy())
     monkeypatch.setattr(general, "differentiate", None)
@@ -172,7 +214,8 @@ def test_any_number_of_splits_and_chunks(monkeypatch, units, bytes_of_a_chunk):
 
 @every_dtype
 def test_views(dtype):
-    """Offsets, odd strides and transposes give what their copies give, and nothing outside a view is read."""
+    """Offsets, odd strides and transposes give what their copies give, and nothing outside a view
+    is read."""
     c = case(19, 151, 33, dtype, bias=True, keep=0.6, own=7)
     want = run(c, "triton")
     views = dict(
@@ -185,8 +228,12 @@ def test_views(dtype):
     for name, view in views.items():
         view.copy_(c[name])
     leaves = {name: views[name].requires_grad_() for name in ("h", "W", "b")}
-    options = dict(head_bias=leaves["b"], **c["head"], **c["loss"], backend="triton", return_parts=True)
-    got = backward(*fused_dmk_ce(leaves["h"], leaves["W"], c["y"], cached(c | views), **options), leaves)
+    options = dict(
+        head_bias=leaves["b"], **c["head"], **c["loss"], backend="triton", return_parts=True
+    )
+    got = backward(
+        *fused_dmk_ce(leaves["h"], leaves["W"], c["y"], cached(c | views), **options), leaves
+    )
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
@@ -216,19 +263,28 @@ def test_nothing_that_was_left_in_memory_is_read(monkeypatch, dtype):
 
 @every_dtype
 def test_tiny_weights_survive_fp16(dtype):
-    """One row among millions of a global batch: gradients of 1e-9 do not vanish on the way, and huge ones do not overflow."""
+    """One row among millions of a global batch: gradients of 1e-9 do not vanish on the way, and
+    huge ones do not overflow."""
     c = case(9, 151, 16, dtype, keep=0.6)
     want = run(c, "reference", F64)
     for denominator in (1e6, 1e-3):
         d = dict(c, loss=c["loss"] | dict(ce_denominator=denominator, kl_denominator=denominator))
-        if dtype == F16 and denominator == 1e6:  # the gradients themselves are below what fp16 leaves hold: look before
-            u, w = (0.9 * c["loss"]["ce_weight"] * (c["y"] >= 0) / denominator, 0.75 * c["loss"]["kl_weight"] / denominator)
+        # the gradients themselves are below what fp16 leaves hold: look before
+        if dtype == F16 and denominator == 1e6:
+            u, w = (
+                0.9 * c["loss"]["ce_weight"] * (c["y"] >= 0) / denominator,
+                0.75 * c["loss"]["kl_weight"] / denominator,
+            )
             t = cached(c)
             head = tiled.Head(c["W"], None, 1.0, None)
-            teacher = tiled.Teacher(t.hidden, t.m_rest, t.C, t.lse, t.top, t.p_top, head, t.vocab_keep, False, 1.0)
+            teacher = tiled.Teacher(
+                t.hidden, t.m_rest, t.C, t.lse, t.top, t.p_top, head, t.vocab_keep, False, 1.0
+            )
             y = c["y"].clamp_min(0)
             *_, lse, lse_q = triton_general.normalise(c["h"], head, y, teacher, True, False)
-            _, dh, *_ = triton_general.differentiate(c["h"], head, y, teacher, u, w, lse, lse_q, True, False, False)
+            _, dh, *_ = triton_general.differentiate(
+                c["h"], head, y, teacher, u, w, lse, lse_q, True, False, False
+            )
             exact = run(d, "reference", F64)["h"]
         else:
             dh, exact = run(d, "triton")["h"], run(d, "reference", F64)["h"]
@@ -249,7 +305,11 @@ def test_a_bias_of_minus_infinity(dtype):
     c["b"][c["y"].max() + 1 :] = -torch.inf
     got = run(c, "triton")
     want = run(dict(c, b=c["b"].double().clamp(min=-1e6)), "reference", F64)
-    assert all((got[name] - want[name]).norm() <= max(1e-6, 2 * torch.finfo(dtype).eps) * (1 + want[name].norm()) for name in got)
+    assert all(
+        (got[name] - want[name]).norm()
+        <= max(1e-6, 2 * torch.finfo(dtype).eps) * (1 + want[name].norm())
+        for name in got
+    )
 
 
 @every_dtype
@@ -257,11 +317,17 @@ def test_an_unmoved_row_is_exactly_zero(dtype):
     c = case(9, 300, 16, dtype, bias=True, alpha=0.0, softcap=4.0, trains=False)
     still = torch.arange(9, device=DEVICE) % 3 != 0
     got = run(dict(c, h=torch.where(still[:, None], c["ht"], c["h"])), "triton")
-    assert (got["kl"][still] == 0).all() and (got["h"][still] == 0).all() and (got["h"][~still] != 0).any(-1).all()
+    assert (
+        (got["kl"][still] == 0).all()
+        and (got["h"][still] == 0).all()
+        and (got["h"][~still] != 0).any(-1).all()
+    )
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="fp64 is for the interpreter")
-@pytest.mark.parametrize("name", ["softcap_frozen", "renormalised", "everything", "cross_entropy_softcap"])
+@pytest.mark.parametrize(
+    "name", ["softcap_frozen", "renormalised", "everything", "cross_entropy_softcap"]
+)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(name, reduction):
     c = case(2, 70, 3, F64, reduction=reduction, **CASES[name])
@@ -270,7 +336,8 @@ def test_gradcheck(name, reduction):
     if c["trains"]:
         f = lambda h, W, b: fused_dmk_ce(h, W, c["y"], teacher, head_bias=b, **options)
         leaves = tuple(x.detach().clone().requires_grad_() for x in (c["h"], c["W"], b))
-        assert torch.autograd.gradcheck(f, leaves, fast_mode=True)  # one random direction: the slow mode takes minutes
+        # one random direction: the slow mode takes minutes
+        assert torch.autograd.gradcheck(f, leaves, fast_mode=True)
     else:
         f = lambda h: fused_dmk_ce(h, c["W"], c["y"], teacher, head_bias=b, **options)
         assert torch.autograd.gradcheck(f, c["h"].clone().requires_grad_())
@@ -282,7 +349,16 @@ def test_only_what_is_needed_is_made(need):
     c = case(5, 70, 8, DTYPES[0], bias=True)
     whole = run(c, "triton")[need]
     x = {name: c[name].detach().clone().requires_grad_(name == need) for name in ("h", "W", "b")}
-    fused_dmk_ce(x["h"], x["W"], c["y"], cached(c), head_bias=x["b"], **c["head"], **c["loss"], backend="triton").backward()
+    fused_dmk_ce(
+        x["h"],
+        x["W"],
+        c["y"],
+        cached(c),
+        head_bias=x["b"],
+        **c["head"],
+        **c["loss"],
+        backend="triton",
+    ).backward()
     found = x[need].grad.double()
     assert (found - whole).norm() <= (0 if need != "h" else 1e-6) + 1e-6 * whole.norm()
     assert all(x[name].grad is None for name in x if name != need)
@@ -294,8 +370,14 @@ def test_every_plan_is_one_that_the_kernels_take(target):
         for N in (1, 17, 64, 129, 2048, 100_000):
             for V, D in ((3, 8), (32_000, 2048), (262_144, 4096)):
                 plan = triton_launch.general_launch(N, V, D, dtype, target)
-                assert plan.product.BLOCK_N == plan.pair.BLOCK_N and plan.pair.BLOCK_V % plan.product.BLOCK_V == 0
-                assert plan.chunk % plan.pair.BLOCK_V == 0 and 1 <= plan.product_splits <= plan.chunk // plan.pair.BLOCK_V
+                assert (
+                    plan.product.BLOCK_N == plan.pair.BLOCK_N
+                    and plan.pair.BLOCK_V % plan.product.BLOCK_V == 0
+                )
+                assert (
+                    plan.chunk % plan.pair.BLOCK_V == 0
+                    and 1 <= plan.product_splits <= plan.chunk // plan.pair.BLOCK_V
+                )
                 assert 1 <= plan.splits < 65_536 and plan.why.startswith(("predicted", "measured"))
 
 
@@ -309,7 +391,16 @@ def test_a_strided_cache_gives_what_its_copy_gives(dtype):
     made = []
     for rows in (slice(None, None, 2), torch.arange(0, 18, 2, device=DEVICE)):
         x = half["h"].clone().requires_grad_()
-        loss = fused_dmk_ce(x, c["W"], half["y"], whole[rows], head_bias=c["b"], **c["head"], **weights, backend="triton")
+        loss = fused_dmk_ce(
+            x,
+            c["W"],
+            half["y"],
+            whole[rows],
+            head_bias=c["b"],
+            **c["head"],
+            **weights,
+            backend="triton",
+        )
         made.append((loss.detach(), *torch.autograd.grad(loss, [x])))
     for strided, copied in zip(*made, strict=True):
         assert torch.equal(strided, copied)
@@ -321,7 +412,9 @@ def test_no_rows_give_zero_and_no_gradient(own, dtype):
     c = case(3, 151, 16, dtype, own=own, bias=True)
     h, W = c["h"][:0].clone().requires_grad_(), c["W"].clone().requires_grad_()
     for head in (c["W"], W):
-        loss = fused_dmk_ce(h, head, c["y"][:0], cached(c)[:0], head_bias=c["b"], **c["head"], backend="triton")
+        loss = fused_dmk_ce(
+            h, head, c["y"][:0], cached(c)[:0], head_bias=c["b"], **c["head"], backend="triton"
+        )
         loss.backward()
         assert loss.item() == 0 and h.grad.shape == (0, 16)
     assert (W.grad == 0).all()

@@ -1,14 +1,16 @@
-"""The Triton kernels against fp64, in Triton's interpreter or on a GPU:   TRITON_INTERPRET=1 pytest tests/triton
+"""The Triton kernels against fp64, in Triton's interpreter or on a GPU:   TRITON_INTERPRET=1 pytest
+tests/triton
 
 A process of its own: triton reads the variable when it is imported.
 """
-
 
 import pytest
 import torch
 from torch import Tensor
 
-triton = pytest.importorskip("triton", reason="the Triton kernels need the package triton: pip install 'fastsiu[triton]'")
+triton = pytest.importorskip(
+    "triton", reason="the Triton kernels need the package triton: pip install 'fastsiu[triton]'"
+)
 INTERPRETED = triton.knobs.runtime.interpret
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no GPU: run TRITON_INTERPRET=1 pytest tests/triton", allow_module_level=True)
@@ -21,7 +23,8 @@ from fastsiu.kernels import tiled, triton_launch, triton_sweep  # noqa: E402
 from fastsiu.kernels.tiled import Head, Sums  # noqa: E402
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, in branches that tl.where does not take
+# numpy, in branches that tl.where does not take
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -31,7 +34,11 @@ IGNORED = -100
 
 
 def rand(*shape, seed=0, scale=1.0, dtype=F64):
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)).to(dtype).to(DEVICE)
+    return (
+        (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64))
+        .to(dtype)
+        .to(DEVICE)
+    )
 
 
 def mask(V, share, seed=0):
@@ -41,7 +48,8 @@ def mask(V, share, seed=0):
     return keep
 
 
-# ----------------------------------------------------------------------------------------------------- the sweep itself
+# --------------------------------------------------------------------------------------------------
+# the sweep itself
 
 
 def problem(N, V, D, dtype, *, k=5, bias=True, scale=1.0, softcap=None, seed=0, spread=1.0):
@@ -49,15 +57,39 @@ def problem(N, V, D, dtype, *, k=5, bias=True, scale=1.0, softcap=None, seed=0, 
     W = rand(V, D, seed=seed + 1, scale=spread * D**-0.5, dtype=dtype)
     head = Head(W, rand(V, seed=seed + 2, dtype=dtype) if bias else None, scale, softcap)
     held = torch.stack([torch.randperm(V, generator=g)[: min(k, V)] for _ in range(N)]).to(DEVICE)
-    return rand(N, D, seed=seed + 3, dtype=dtype), head, held, (torch.rand(held.shape, generator=g) > 0.2).to(DEVICE)
+    return (
+        rand(N, D, seed=seed + 3, dtype=dtype),
+        head,
+        held,
+        (torch.rand(held.shape, generator=g) > 0.2).to(DEVICE),
+    )
 
 
-def sums_of(sweep, h, head, held, valid, dtype, *, keep=None, tau=1.0, product=True, reference=0.0, apart=True, tile=128, **more):
+def sums_of(
+    sweep,
+    h,
+    head,
+    held,
+    valid,
+    dtype,
+    *,
+    keep=None,
+    tau=1.0,
+    product=True,
+    reference=0.0,
+    apart=True,
+    tile=128,
+    **more,
+):
     width = h.shape[1] if product else 0
     start = torch.as_tensor(reference, dtype=F64, device=DEVICE).expand(len(h))
     ones = Sums(start, 1.0, dtype, width, entropy=True)
     sums = [ones] if tau == 1 else [ones, Sums(start, tau, dtype, width)]
-    other = Sums(start, sums[-1].tau, dtype, width, entropy=True) if keep is not None and apart else None
+    other = (
+        Sums(start, sums[-1].tau, dtype, width, entropy=True)
+        if keep is not None and apart
+        else None
+    )
     sweep(h, head, held, valid, keep, sums, other, tile, **more)
     return sums if other is None else [*sums, other]
 
@@ -74,9 +106,15 @@ def numbers(one: Sums, lse: Tensor) -> dict[str, Tensor]:
 
 
 def compare(problem, dtype, **options):
-    """Against tiled.sweep in fp64: within UNIT of it and twice the error that tiled.sweep has in `dtype`."""
+    """Against tiled.sweep in fp64: within UNIT of it and twice the error that tiled.sweep has in
+    `dtype`."""
     h, head, held, valid = problem
-    wide = Head(head.weight.double(), None if head.bias is None else head.bias.double(), head.scale, head.softcap)
+    wide = Head(
+        head.weight.double(),
+        None if head.bias is None else head.bias.double(),
+        head.scale,
+        head.softcap,
+    )
     narrow = F64 if dtype == F64 else F32
     want = sums_of(tiled.sweep, h.double(), wide, held, valid, F64, **options)
     rival = sums_of(tiled.sweep, h, head, held, valid, narrow, **options)
@@ -84,16 +122,27 @@ def compare(problem, dtype, **options):
     lse = torch.logsumexp(torch.stack([x.log_total() for x in want if x.tau == 1]), 0)
     for truth, ours, theirs in zip(want, got, rival, strict=True):
         assert torch.equal(ours.total > 0, truth.total > 0)
-        exact, x, y = (numbers(one, lse if one.tau == 1 else truth.log_total()) for one in (truth, ours, theirs))
+        exact, x, y = (
+            numbers(one, lse if one.tau == 1 else truth.log_total())
+            for one in (truth, ours, theirs)
+        )
         for name, value in exact.items():
             unit = UNIT[dtype] if name == "product" else UNIT[narrow]
             size = value.abs().max() + (name != "product")
             error, plain = ((some[name] - value).abs().max() for some in (x, y))
-            assert error <= 2 * plain + unit * size + 1e-30, f"{name} at {ours.tau}: {error:.1e}, tiled {plain:.1e}, {size:.1e}"
+            assert error <= 2 * plain + unit * size + 1e-30, (
+                f"{name} at {ours.tau}: {error:.1e}, tiled {plain:.1e}, {size:.1e}"
+            )
     return got, want
 
 
-UNIT = {F64: 1e-14, F32: 3e-7, BF16: 2**-11, F16: 2**-11}  # of the probabilities that are multiplied: fp16 for bf16 as well
+# of the probabilities that are multiplied: fp16 for bf16 as well
+UNIT = {
+    F64: 1e-14,
+    F32: 3e-7,
+    BF16: 2**-11,
+    F16: 2**-11,
+}
 SHAPES = [(1, 3, 8), (3, 151, 33), (37, 151, 8), (3, 1003, 96), (17, 64, 64), (16, 65, 1)]
 
 
@@ -103,6 +152,7 @@ def test_shapes(N, V, D, dtype):
     compare(problem(N, V, D, dtype), dtype)
 
 
+# fmt: skip
 OPTIONS = dict(
     no_product=dict(product=False),
     no_bias=(dict(bias=False), {}),
@@ -124,7 +174,7 @@ OPTIONS = dict(
     no_reference=dict(reference=-float("inf")),
     high_reference=dict(reference=20.0),
     rows_move_apart=(dict(spread=60.0), dict(tile=64)),
-)  # fmt: skip
+)
 
 
 @every_dtype
@@ -142,33 +192,60 @@ def test_options(name, dtype):
 def test_any_number_of_splits(monkeypatch, units, tile):
     monkeypatch.setattr(triton_sweep, "_units", lambda device: units)
     dtype = DTYPES[0]
-    start = torch.linspace(-150, 10, 21)  # rows whose reference moves in some splits and rows where it stays
-    compare(problem(21, 700, 40, dtype, spread=8.0), dtype, reference=start, tile=tile, keep=mask(700, 0.6))
+    # rows whose reference moves in some splits and rows where it stays
+    start = torch.linspace(-150, 10, 21)
+    compare(
+        problem(21, 700, 40, dtype, spread=8.0),
+        dtype,
+        reference=start,
+        tile=tile,
+        keep=mask(700, 0.6),
+    )
 
 
 @every_dtype
 def test_views(dtype):
-    """Offsets, odd strides and transposes give what their copies give, and nothing outside a view is read."""
+    """Offsets, odd strides and transposes give what their copies give, and nothing outside a view
+    is read."""
     h, head, held, valid = problem(19, 151, 33, dtype)
     keep = mask(151, 0.6)
-    want = sums_of(triton_sweep.sweep, h, head, held, valid, F64 if dtype == F64 else F32, keep=keep)
+    want = sums_of(
+        triton_sweep.sweep, h, head, held, valid, F64 if dtype == F64 else F32, keep=keep
+    )
     inside = torch.full((25, 41), float("nan"), dtype=dtype, device=DEVICE)[3:22, 5:38]
     columns = torch.full((33, 160), float("nan"), dtype=dtype, device=DEVICE)[:, 7:158].T
     biases = torch.full((151, 3), float("nan"), dtype=dtype, device=DEVICE)[:, 1]
     kept = torch.zeros(302, dtype=torch.bool, device=DEVICE)[::2]
     holds = torch.zeros((5, 19), dtype=torch.int64, device=DEVICE).T
-    for view, x in ((inside, h), (columns, head.weight), (biases, head.bias), (kept, keep), (holds, held)):
+    for view, x in (
+        (inside, h),
+        (columns, head.weight),
+        (biases, head.bias),
+        (kept, keep),
+        (holds, held),
+    ):
         view.copy_(x)
     moved = Head(columns, biases, head.scale, head.softcap)
-    got = sums_of(triton_sweep.sweep, inside, moved, holds, valid, F64 if dtype == F64 else F32, keep=kept)
+    got = sums_of(
+        triton_sweep.sweep, inside, moved, holds, valid, F64 if dtype == F64 else F32, keep=kept
+    )
     for a, b in zip(got, want, strict=True):
-        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("shift", "total", "entropy", "product"))
+        assert all(
+            torch.equal(getattr(a, name), getattr(b, name))
+            for name in ("shift", "total", "entropy", "product")
+        )
 
 
-@pytest.mark.parametrize("dtypes", [(F32, BF16), (BF16, F32), (F16, BF16), *([(BF16, F64), (F64, F32)] if INTERPRETED else [])])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(F32, BF16), (BF16, F32), (F16, BF16), *([(BF16, F64), (F64, F32)] if INTERPRETED else [])],
+)
 def test_mixed_dtypes_are_multiplied_in_the_wider(dtypes):
     h, head, held, valid = problem(5, 151, 33, F64)
-    h, head = h.to(dtypes[0]), head._replace(weight=head.weight.to(dtypes[1]), bias=head.bias.to(BF16))
+    h, head = (
+        h.to(dtypes[0]),
+        head._replace(weight=head.weight.to(dtypes[1]), bias=head.bias.to(BF16)),
+    )
     wide = F64 if F64 in dtypes else F32
     compare((h, head, held, valid), wide)
 
@@ -176,9 +253,15 @@ def test_mixed_dtypes_are_multiplied_in_the_wider(dtypes):
 @every_dtype
 def test_two_sweeps_are_bitwise_equal(dtype):
     made = problem(19, 500, 40, dtype)
-    first, again = (sums_of(triton_sweep.sweep, *made, F64 if dtype == F64 else F32, keep=mask(500, 0.5)) for _ in range(2))
+    first, again = (
+        sums_of(triton_sweep.sweep, *made, F64 if dtype == F64 else F32, keep=mask(500, 0.5))
+        for _ in range(2)
+    )
     for a, b in zip(first, again, strict=True):
-        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("shift", "total", "entropy", "product"))
+        assert all(
+            torch.equal(getattr(a, name), getattr(b, name))
+            for name in ("shift", "total", "entropy", "product")
+        )
 
 
 def test_sums_are_added_to():
@@ -196,27 +279,40 @@ def test_columns_of_minus_infinity_take_no_part():
     bias = head.bias.masked_fill(mask(300, 0.6, seed=1), -torch.inf)
     compare((h, head._replace(bias=bias), held, valid), DTYPES[0], keep=mask(300, 0.5), tau=2.0)
     nothing = torch.full_like(head.bias, -torch.inf)
-    for one in sums_of(triton_sweep.sweep, h, head._replace(bias=nothing), held, valid, DTYPES[0], keep=mask(300, 0.5)):
+    for one in sums_of(
+        triton_sweep.sweep,
+        h,
+        head._replace(bias=nothing),
+        held,
+        valid,
+        DTYPES[0],
+        keep=mask(300, 0.5),
+    ):
         assert (one.total == 0).all() and (one.product == 0).all() and (one.entropy == 0).all()
 
 
 @pytest.mark.parametrize("reference", [-100.0, -12.0, 0.0, 20.0])
 def test_fp16_neither_overflows_nor_vanishes(reference):
-    """exp(11) is the largest that fp16 holds, exp(-17) the smallest: the reference must not stand in the way."""
+    """exp(11) is the largest that fp16 holds, exp(-17) the smallest: the reference must not stand
+    in the way."""
     got, _ = compare(problem(5, 300, 16, F16), F16, reference=reference)
     assert all(one.product.isfinite().all() for one in got)
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-3, 0.05])
 def test_skipped_tiles_stay_within_the_bound(eps):
-    """|error of the product, as probabilities| <= eps * (columns skipped) * max |W_v|; sums keep every bit."""
+    """|error of the product, as probabilities| <= eps * (columns skipped) * max |W_v|; sums keep
+    every bit."""
     dtype = DTYPES[0]
     h, head, held, valid = problem(16, 1003, 24, dtype, spread=6.0, k=1)
     h = h[:1] + 0.1 * h
     order = (h.mean(0) @ head.weight.T).argsort(descending=True)
     head = head._replace(weight=head.weight[order], bias=None)  # so that whole tiles are unlikely
     reference = tiled.row_logits(h, head, held, dtype)[0].amax(1)
-    whole, part = (sums_of(triton_sweep.sweep, h, head, held, valid, dtype, reference=reference, eps=e)[0] for e in (0.0, eps))
+    whole, part = (
+        sums_of(triton_sweep.sweep, h, head, held, valid, dtype, reference=reference, eps=e)[0]
+        for e in (0.0, eps)
+    )
     assert torch.equal(whole.total, part.total) and torch.equal(whole.entropy, part.entropy)
     lse = torch.logaddexp(whole.log_total(), reference.double())
     missing = ((whole.product - part.product).double() * whole.share(lse)[:, None]).norm(dim=1)
@@ -232,18 +328,26 @@ def test_tanh(dtype, near, eps):
         at = tl.arange(0, 4096)
         tl.store(y_ptr + at, triton_sweep.tanh(tl.load(x_ptr + at), NEAR))
 
-    x = torch.cat([torch.linspace(-40, 40, 2046), torch.tensor([torch.inf, -torch.inf]), torch.logspace(-30, 1, 2048)]).to(dtype)
+    x = torch.cat(
+        [
+            torch.linspace(-40, 40, 2046),
+            torch.tensor([torch.inf, -torch.inf]),
+            torch.logspace(-30, 1, 2048),
+        ]
+    ).to(dtype)
     y = torch.empty_like(x)
     kernel[(1,)](x, y, NEAR=near)
     torch.testing.assert_close(y.double(), torch.tanh(x.double()), rtol=eps, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------------ the loss, through it
+# --------------------------------------------------------------------------------------------------
+# the loss, through it
 
 
 @pytest.fixture
 def through(monkeypatch):
-    """fused_dmk_ce(backend="tiled") goes through the Triton sweep, in chunks of 128 columns; counts the calls."""
+    """fused_dmk_ce(backend="tiled") goes through the Triton sweep, in chunks of 128 columns; counts
+    the calls."""
     calls = []
 
     def sweep(*given):
@@ -253,11 +357,14 @@ def through(monkeypatch):
     shared = tiled.shared
     monkeypatch.setattr(tiled, "shared", lambda *given: shared(*given[:9], sweep))
     real = fastsiu.loss.fused.launch
-    monkeypatch.setattr(fastsiu.loss.fused, "launch", lambda *given: real(*given)._replace(tile=128))
+    monkeypatch.setattr(
+        fastsiu.loss.fused, "launch", lambda *given: real(*given)._replace(tile=128)
+    )
     return calls
 
 
-def case(N, V, D, dtype=F64, *, teacher=True, bias=False, scale=1.0, softcap=None, tau=1.0, keep=None, renormalize=False,
+def case(N, V, D, dtype=F64, *, teacher=True, bias=False, scale=1.0, softcap=None, tau=1.0,
+         keep=None, renormalize=False,
          moved=0.3, seed=0, **loss):  # fmt: skip
     """Keywords of one loss: tensors in `dtype`, and how to build the teacher."""
     g = torch.Generator().manual_seed(seed)
@@ -265,20 +372,47 @@ def case(N, V, D, dtype=F64, *, teacher=True, bias=False, scale=1.0, softcap=Non
     y = torch.randint(0, V, (N,), generator=g)
     y[torch.rand(N, generator=g) < 0.2] = IGNORED
     head = dict(logit_scale=scale, logit_softcap=softcap, temperature=tau)
-    h, b = ht + moved * rand(N, D, seed=seed + 2), rand(V, seed=seed + 4, dtype=dtype) if bias else None
-    mine = dict(h=h.to(dtype), W=rand(V, D, seed=seed + 3, scale=2 * D**-0.5, dtype=dtype), b=b, y=y.to(DEVICE))
+    h, b = (
+        ht + moved * rand(N, D, seed=seed + 2),
+        rand(V, seed=seed + 4, dtype=dtype) if bias else None,
+    )
+    mine = dict(
+        h=h.to(dtype),
+        W=rand(V, D, seed=seed + 3, scale=2 * D**-0.5, dtype=dtype),
+        b=b,
+        y=y.to(DEVICE),
+    )
     mine |= dict(ht=ht.to(dtype) if teacher else None)
-    weights = dict(ce_weight=torch.rand(N, generator=g).to(DEVICE), kl_weight=torch.rand(N, generator=g).to(DEVICE))
-    return mine | dict(head=head, teacher=dict(vocab_keep=keep, renormalize=renormalize), loss=weights | loss)
+    weights = dict(
+        ce_weight=torch.rand(N, generator=g).to(DEVICE),
+        kl_weight=torch.rand(N, generator=g).to(DEVICE),
+    )
+    return mine | dict(
+        head=head, teacher=dict(vocab_keep=keep, renormalize=renormalize), loss=weights | loss
+    )
 
 
 def run(c, backend, dtype=None):
     """loss, parts and the gradient of h, in fp64"""
     move = lambda x: x if x is None or dtype is None else x.to(dtype)
     h, W, b, ht = (move(c[name]) for name in ("h", "W", "b", "ht"))
-    teacher = None if ht is None else TeacherCache.from_hidden(ht, W, head_bias=b, **c["head"], **c["teacher"])
+    teacher = (
+        None
+        if ht is None
+        else TeacherCache.from_hidden(ht, W, head_bias=b, **c["head"], **c["teacher"])
+    )
     h = h.detach().clone().requires_grad_()
-    loss, parts = fused_dmk_ce(h, W, c["y"], teacher, head_bias=b, **c["head"], **c["loss"], backend=backend, return_parts=True)
+    loss, parts = fused_dmk_ce(
+        h,
+        W,
+        c["y"],
+        teacher,
+        head_bias=b,
+        **c["head"],
+        **c["loss"],
+        backend=backend,
+        return_parts=True,
+    )
     loss.sum().backward()
     return {k: x.double() for k, x in dict(loss=loss.detach(), **parts._asdict(), h=h.grad).items()}
 
@@ -295,7 +429,11 @@ def plain(c):
     h = c["h"].detach().clone().requires_grad_()
     eye = torch.eye(len(c["W"]), device=DEVICE)
     t = dict(temperature=c["head"]["temperature"])
-    teacher = None if c["ht"] is None else TeacherCache.from_hidden(logits(c["ht"]).detach(), eye, **t, **c["teacher"])
+    teacher = (
+        None
+        if c["ht"] is None
+        else TeacherCache.from_hidden(logits(c["ht"]).detach(), eye, **t, **c["teacher"])
+    )
     options = dict(**t, **c["loss"], backend="reference", return_parts=True)
     loss, parts = fused_dmk_ce(logits(h), eye, c["y"], teacher, **options)
     loss.sum().backward()
@@ -303,7 +441,8 @@ def plain(c):
 
 
 def check(c, through, size=1.0):
-    """fp64 to 1e-10; else within twice the error of plain torch and the rounding of fp32 numbers of `size` and of the result."""
+    """fp64 to 1e-10; else within twice the error of plain torch and the rounding of fp32 numbers of
+    `size` and of the result."""
     dtype = c["h"].dtype
     got, want = run(c, "tiled"), run(c, "reference", F64)
     assert len(through) == 1
@@ -312,11 +451,15 @@ def check(c, through, size=1.0):
         error = (x - want[name]).norm()
         assert x.isfinite().all(), name
         if dtype == F64:
-            assert error <= (1e-10 if name in ("loss", "h") else 1e-6) * size * (1 + want[name].norm()), name  # parts are fp32
+            assert error <= (1e-10 if name in ("loss", "h") else 1e-6) * size * (
+                1 + want[name].norm()
+            ), name  # parts are fp32
         else:
             rounding = torch.finfo(dtype).eps * want[name].norm() if name == "h" else 0
             floor = 2**-20 * size * x.numel() ** 0.5
-            assert error <= 2 * (theirs[name] - want[name]).norm() + rounding + floor, f"{name}: {error:.1e}"
+            assert error <= 2 * (theirs[name] - want[name]).norm() + rounding + floor, (
+                f"{name}: {error:.1e}"
+            )
 
 
 LOSSES = dict(
@@ -364,7 +507,11 @@ def test_a_bias_of_minus_infinity(through, dtype):
     got = run(c, "tiled")
     finite = dict(c, b=c["b"].double().clamp(min=-1e6))
     want = run(finite, "reference", F64)
-    assert all((got[name] - want[name]).norm() <= max(1e-6, torch.finfo(dtype).eps) * (1 + want[name].norm()) for name in got)
+    assert all(
+        (got[name] - want[name]).norm()
+        <= max(1e-6, torch.finfo(dtype).eps) * (1 + want[name].norm())
+        for name in got
+    )
 
 
 @every_dtype
@@ -380,7 +527,11 @@ def test_an_unmoved_row_is_exactly_zero(through, dtype):
     c = case(9, 300, 16, dtype, bias=True, alpha=0.0)
     still = torch.arange(9, device=DEVICE) % 3 != 0
     got = run(dict(c, h=torch.where(still[:, None], c["ht"], c["h"])), "tiled")
-    assert (got["kl"][still] == 0).all() and (got["h"][still] == 0).all() and (got["h"][~still] != 0).any(-1).all()
+    assert (
+        (got["kl"][still] == 0).all()
+        and (got["h"][still] == 0).all()
+        and (got["h"][~still] != 0).any(-1).all()
+    )
     assert through
 
 
@@ -394,8 +545,12 @@ def test_gradcheck(through, name, reduction):
     c = case(2, 70, 3, reduction=reduction, **options)
     teacher = None
     if c["ht"] is not None:
-        teacher = TeacherCache.from_hidden(c["ht"], c["W"], head_bias=c["b"], **c["head"], **c["teacher"])
-    loss = lambda h: fused_dmk_ce(h, c["W"], c["y"], teacher, head_bias=c["b"], **c["head"], **c["loss"], backend="tiled")
+        teacher = TeacherCache.from_hidden(
+            c["ht"], c["W"], head_bias=c["b"], **c["head"], **c["teacher"]
+        )
+    loss = lambda h: fused_dmk_ce(
+        h, c["W"], c["y"], teacher, head_bias=c["b"], **c["head"], **c["loss"], backend="tiled"
+    )
     assert torch.autograd.gradcheck(loss, c["h"].requires_grad_())
     assert through
 
@@ -408,7 +563,8 @@ def test_without_a_gradient_there_is_no_product(through):
     assert abs(value.item() - run(c, "reference")["loss"].item()) < 1e-6
 
 
-# -------------------------------------------------------------------------------------------------------------- launch
+# --------------------------------------------------------------------------------------------------
+# launch
 
 
 @pytest.mark.parametrize("target", [*triton_launch.TARGETS, "interpreter"])
@@ -417,9 +573,17 @@ def test_every_plan_is_one_that_the_kernels_take(target):
         for N in (1, 17, 64, 129, 2048, 100_000):
             for V, D in ((3, 8), (32_000, 2048), (151_936, 1024), (262_144, 4096)):
                 plan = triton_launch.triton_launch(N, V, D, dtype, target, heavy=D == 8)
-                assert plan.product.BLOCK_N == plan.sums.BLOCK_N and plan.sums.BLOCK_V % plan.product.BLOCK_V == 0
-                assert plan.chunk % plan.sums.BLOCK_V == 0 and 1 <= plan.product_splits <= plan.splits < 65_536
-                assert plan.splits <= plan.chunk // plan.sums.BLOCK_V and plan.why.startswith(("predicted", "measured"))
+                assert (
+                    plan.product.BLOCK_N == plan.sums.BLOCK_N
+                    and plan.sums.BLOCK_V % plan.product.BLOCK_V == 0
+                )
+                assert (
+                    plan.chunk % plan.sums.BLOCK_V == 0
+                    and 1 <= plan.product_splits <= plan.splits < 65_536
+                )
+                assert plan.splits <= plan.chunk // plan.sums.BLOCK_V and plan.why.startswith(
+                    ("predicted", "measured")
+                )
 
 
 def test_what_cannot_run_is_refused_in_one_sentence(monkeypatch):
@@ -429,6 +593,9 @@ def test_what_cannot_run_is_refused_in_one_sentence(monkeypatch):
     assert "does not run on 'mps'" in triton_launch.why_not(torch.device("mps"), BF16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert "fp64" in triton_launch.why_not(torch.device("cuda"), BF16, F64)
-    assert triton_launch.target_of(torch.device("cuda")) == "sm_86" and triton_launch.why_not(torch.device("cuda"), BF16) is None
+    assert (
+        triton_launch.target_of(torch.device("cuda")) == "sm_86"
+        and triton_launch.why_not(torch.device("cuda"), BF16) is None
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "8.0" in triton_launch.why_not(torch.device("cuda"), BF16)

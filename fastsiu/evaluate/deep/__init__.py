@@ -1,9 +1,11 @@
-"""Attacks on an unlearned model that need more than questions: its weights, its states, its gradients, and training it again.
+"""Attacks on an unlearned model that need more than questions: its weights, its states, its
+gradients, and training it again.
 
     rows = run(loaded, Target(concept, pictures, strangers, others))
 
-The model is one with its adapter on; the same weights with the adapter off are the untouched model. Each attack is one file with
-one function `run`, gives rows for report.json, and leaves the model bit for bit as it was.
+The model is one with its adapter on; the same weights with the adapter off are the untouched model.
+Each attack is one file with one function `run`, gives rows for report.json, and leaves the model
+bit for bit as it was.
 """
 
 from __future__ import annotations
@@ -29,15 +31,26 @@ ATTACKS: dict[str, tuple[str, Callable[..., list[dict[str, Any]]]]] = {
 }
 
 
-def run(loaded: vlm.VLM, target: Target, which: Sequence[str] = tuple(ATTACKS), listener: Listener | None = None, *,
-        lr: float = relearn.RATE) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows {attack, setting, side, value, n, low, high, reason?} of the chosen attacks, one after the other.
+def run(
+    loaded: vlm.VLM,
+    target: Target,
+    which: Sequence[str] = tuple(ATTACKS),
+    listener: Listener | None = None,
+    *,
+    lr: float = relearn.RATE,
+) -> list[dict[str, Any]]:
+    """Rows {attack, setting, side, value, n, low, high, reason?} of the chosen attacks, one after
+    the other.
 
-    attack: as in `which`;  side: "untouched", "unlearned" or "control" (what the attack gives where nothing can be recognised)
-    value:  a share with its Wilson 95 % interval, or a rank, a number of steps or an AUC as the setting says; None with a reason
-    lr:     the rate at which the model is trained again: the one it was unlearned with, if nothing better is known
+    attack: as in `which`;  side: "untouched", "unlearned" or "control" (what the attack gives where
+    nothing can be recognised)
+    value:  a share with its Wilson 95 % interval, or a rank, a number of steps or an AUC as the
+    setting says; None with a reason
+    lr:     the rate at which the model is trained again: the one it was unlearned with, if nothing
+    better is known
 
-    Raises BadInput for an unknown attack, without an adapter, and where the untouched model does not name the concept.
+    Raises BadInput for an unknown attack, without an adapter, and where the untouched model does
+    not name the concept.
     """
     if unknown := [key for key in which if key not in ATTACKS]:
         raise BadInput(f"There is no attack {unknown[0]!r}: choose from {', '.join(ATTACKS)}.")
@@ -46,7 +59,9 @@ def run(loaded: vlm.VLM, target: Target, which: Sequence[str] = tuple(ATTACKS), 
     rows: list[dict[str, Any]] = []
     with vlm.threads(loaded):
         listener.stage("Finding strangers and others to compare with")
-        target = complete(loaded, target, dream=any(key in ("probe", "mia", "relearn") for key in which))
+        target = complete(
+            loaded, target, dream=any(key in ("probe", "mia", "relearn") for key in which)
+        )
         for key in which:
             stage, attack = ATTACKS[key]
             listener.stage(stage)

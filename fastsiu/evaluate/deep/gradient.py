@@ -1,7 +1,9 @@
-"""Gradients against the unlearned model: pixels changed a little, or words that no tokenizer has, until it says the name.
+"""Gradients against the unlearned model: pixels changed a little, or words that no tokenizer has,
+until it says the name.
 
-A gradient can make a model say anything, so each attack is also tried on strangers, whom no model can recognise: only what
-succeeds on the concept more often than on them tells that the concept is still recognised.
+A gradient can make a model say anything, so each attack is also tried on strangers, whom no model
+can recognise: only what succeeds on the concept more often than on them tells that the concept is
+still recognised.
 """
 
 from __future__ import annotations
@@ -20,23 +22,51 @@ from ...model import adapter, ask, prefix
 from ...model.features import feature_tensors, map_features
 from ...model.vlm import VLM, Picture
 from ...verdict import Rate, gives
-from .target import LONGEST, NO_STRANGER, Naming, Row, Target, adapted, complete, naming_share, namings, see
+from .target import (
+    LONGEST,
+    NO_STRANGER,
+    Naming,
+    Row,
+    Target,
+    adapted,
+    complete,
+    naming_share,
+    namings,
+    see,
+)
 
 STEPS = 20
 PIXELS = (4, 8)  # of 255: how far a pixel may go
-FEATURES = (0.1, 0.2)  # shares of a channel's sd: how far a feature may go, where pixels cannot be reached
+# shares of a channel's sd: how far a feature may go, where pixels cannot be reached
+FEATURES = (
+    0.1,
+    0.2,
+)
 MOST = 6  # pictures of the concept, and of strangers, that are attacked
-PROMPT, PROMPT_STEPS, PROMPT_RATE = 6, 50, 0.1  # embeddings, steps of Adam, its rate in sds of the model's embeddings
+# embeddings, steps of Adam, its rate in sds of the model's embeddings
+PROMPT, PROMPT_STEPS, PROMPT_RATE = (
+    6,
+    50,
+    0.1,
+)
 SIGNS = "@#%^&~=+$"  # where a small tokenizer has too few words
-NO_WORDS = "The tokenizer has no words that stay single tokens before a question, so a soft prompt has no place."
+NO_WORDS = (
+    "The tokenizer has no words that stay single tokens before a question, so a soft "
+    "prompt has no place."
+)
 NO_GRADIENT = "No gradient reaches the picture's features in this model."
 
 
-def run(loaded: VLM, target: Target, *, steps: int = STEPS, prompt_steps: int = PROMPT_STEPS) -> list[dict[str, Any]]:
-    """Rows of the share of answers in which the unlearned model names the concept after an attack; the control has strangers.
+def run(
+    loaded: VLM, target: Target, *, steps: int = STEPS, prompt_steps: int = PROMPT_STEPS
+) -> list[dict[str, Any]]:
+    """Rows of the share of answers in which the unlearned model names the concept after an attack;
+    the control has strangers.
 
-    pixels:      sign-gradient steps on the processor's pixels, within 4/255 and 8/255 of their range, towards the untouched
-                 model's naming answer; where no gradient gets there, on the image features, within 0.1 and 0.2 of a channel's sd
+    pixels:      sign-gradient steps on the processor's pixels, within 4/255 and 8/255 of their
+    range, towards the untouched
+                 model's naming answer; where no gradient gets there, on the image features, within
+                 0.1 and 0.2 of a channel's sd
     soft prompt: 6 embeddings before the question, trained on one picture and tried on the others
 
     Raises BadInput without an adapter, and where the untouched model does not name the concept.
@@ -44,10 +74,16 @@ def run(loaded: VLM, target: Target, *, steps: int = STEPS, prompt_steps: int = 
     adapted(loaded)
     target = complete(loaded, target, dream=False)
     naming = namings(loaded, target)[0]
-    return [row.as_dict() for row in (*_pictures(loaded, target, naming, steps), *_prompts(loaded, target, naming, prompt_steps))]
+    return [
+        row.as_dict()
+        for row in (
+            *_pictures(loaded, target, naming, steps),
+            *_prompts(loaded, target, naming, prompt_steps),
+        )
+    ]
 
 
-# Pictures -----------------------------------------------------------------------------------------------------------------
+# Pictures -----------------------------------------------------------------------------------------
 
 
 def _pictures(loaded: VLM, target: Target, naming: Naming, steps: int) -> list[Row]:
@@ -55,13 +91,20 @@ def _pictures(loaded: VLM, target: Target, naming: Naming, steps: int) -> list[R
     reached = reaches_pixels(loaded, target.pictures[0])
     rows = []
     for size in PIXELS if reached else FEATURES:
-        setting = f"pixels within {size}/255, {steps} steps" if reached else f"features within {size:g} sd, {steps} steps"
+        setting = (
+            f"pixels within {size}/255, {steps} steps"
+            if reached
+            else f"features within {size:g} sd, {steps} steps"
+        )
         for side, images in sides.items():
             if not images:
                 rows.append(Row.null("gradient", setting, NO_STRANGER, side))
                 continue
             try:
-                made = [attacked(loaded, naming, image, size / 255 if reached else size, steps, reached) for image in images]
+                made = [
+                    attacked(loaded, naming, image, size / 255 if reached else size, steps, reached)
+                    for image in images
+                ]
             except _Unreached:
                 rows.append(Row.null("gradient", setting, NO_GRADIENT, side))
                 continue
@@ -69,7 +112,14 @@ def _pictures(loaded: VLM, target: Target, naming: Naming, steps: int) -> list[R
             rate = Rate.of(sum(gives(target.concept, text) for text in said), len(said))
             rows.append(Row.share("gradient", setting, side, rate))
     for side, images in sides.items():
-        rows.append(Row.share("gradient", "pictures as they are", side, naming_share(loaded, target.concept, [naming], images)))
+        rows.append(
+            Row.share(
+                "gradient",
+                "pictures as they are",
+                side,
+                naming_share(loaded, target.concept, [naming], images),
+            )
+        )
     with adapter.teacher(loaded):
         rate = naming_share(loaded, target.concept, [naming], sides["unlearned"])
     return [*rows, Row.share("gradient", "pictures as they are", "untouched", rate)]
@@ -82,7 +132,8 @@ class _Unreached(Exception):
 class _Moved:
     """A processor whose pixels are moved by `delta`; else it is the model's own.
 
-    delta: of the shape of what the processor gives as pixel_values, None where nothing is to be moved yet
+    delta: of the shape of what the processor gives as pixel_values, None where nothing is to be
+    moved yet
     """
 
     def __init__(self, processor: Any, delta: Tensor | None = None) -> None:
@@ -130,10 +181,13 @@ def _through(loaded: VLM, processor: Any) -> VLM:
     return other
 
 
-def attacked(loaded: VLM, naming: Naming, image: Image.Image, size: float, steps: int, pixels: bool) -> Picture:
+def attacked(
+    loaded: VLM, naming: Naming, image: Image.Image, size: float, steps: int, pixels: bool
+) -> Picture:
     """The picture after sign-gradient steps towards the naming answer.
 
-    size: how far each number may go: of the whole range of its pixel, or of its channel's sd where features are attacked
+    size: how far each number may go: of the whole range of its pixel, or of its channel's sd where
+    features are attacked
 
     Raises _Unreached where no gradient gets there.
     """
@@ -141,21 +195,29 @@ def attacked(loaded: VLM, naming: Naming, image: Image.Image, size: float, steps
     if pixels:
         plains = (Image.new("RGB", image.size, colour) for colour in ("black", "white"))
         start, black, white = (_pixels(loaded, one) for one in (image, *plains))
-        # What a processor does to a pixel is found by what it makes of black and of white; padding is the same in both.
+        # What a processor does to a pixel is found by what it makes of black and of white; padding
+        # is the same in both.
         low, high = torch.minimum(black, white), torch.maximum(black, white)
         room, make = size * (high - low), lambda delta: _features(loaded, image, delta)
         low, high = (low - start).clamp_max(0), (high - start).clamp_min(0)
     else:
-        flat = torch.cat([x.reshape(-1, x.shape[-1]) for x in feature_tensors(plain.features)]).float()
+        flat = torch.cat(
+            [x.reshape(-1, x.shape[-1]) for x in feature_tensors(plain.features)]
+        ).float()
         start, room = flat, size * flat.std(0).clamp_min(1e-6).expand_as(flat)
         low, high = torch.full_like(flat, -torch.inf), torch.full_like(flat, torch.inf)
         make = lambda delta: _added(plain.features, delta)
     low, high = torch.maximum(low, -room), torch.minimum(high, room)
     turn = loaded.encode(naming.question, naming.answer, plain)
-    delta, best = torch.zeros_like(start, requires_grad=True), (float("inf"), torch.zeros_like(start))
+    delta, best = (
+        torch.zeros_like(start, requires_grad=True),
+        (float("inf"), torch.zeros_like(start)),
+    )
     for step in range(steps + 1):
         states = prefix.supervised_states(loaded, [turn], [make(delta)])
-        loss = fused_dmk_ce(states, loaded.head_weight, turn.labels, alpha=1.0, **loaded.head_options)
+        loss = fused_dmk_ce(
+            states, loaded.head_weight, turn.labels, alpha=1.0, **loaded.head_options
+        )
         if (now := float(loss.detach())) < best[0]:
             best = (now, delta.detach().clone())
         if step == steps:
@@ -182,7 +244,7 @@ def _added(features: Any, delta: Tensor) -> Any:
     return map_features(features, change)
 
 
-# Soft prompts -------------------------------------------------------------------------------------------------------------
+# Soft prompts -------------------------------------------------------------------------------------
 
 
 def _prompts(loaded: VLM, target: Target, naming: Naming, steps: int) -> list[Row]:
@@ -197,7 +259,14 @@ def _prompts(loaded: VLM, target: Target, naming: Naming, steps: int) -> list[Ro
         with soft(loaded, words[1]) as prompt:
             fit(loaded, longer, see(loaded, [trained])[0], prompt, steps)
             for side, images in tests.items():
-                rows.append(Row.share("gradient", setting, side, naming_share(loaded, target.concept, [longer], images)))
+                rows.append(
+                    Row.share(
+                        "gradient",
+                        setting,
+                        side,
+                        naming_share(loaded, target.concept, [longer], images),
+                    )
+                )
 
     strangers = list(target.strangers)
     learn(setting, target.pictures[0], {"unlearned": target.tests[:MOST]})
@@ -210,11 +279,14 @@ def _prompts(loaded: VLM, target: Target, naming: Naming, steps: int) -> list[Ro
 
 
 def placeholders(loaded: VLM, naming: Naming, picture: Picture) -> tuple[str, list[int]] | None:
-    """(a text, `PROMPT` tokens that stand once each in it and nowhere else in the turn); None where there are none.
+    """(a text, `PROMPT` tokens that stand once each in it and nowhere else in the turn); None where
+    there are none.
 
     Their embeddings are replaced, so what the text says does not matter.
     """
-    plain = set(loaded.encode(naming.question, naming.answer, picture).inputs["input_ids"][0].tolist())
+    plain = set(
+        loaded.encode(naming.question, naming.answer, picture).inputs["input_ids"][0].tolist()
+    )
     for text in (" ".join(_words(loaded, plain)), SIGNS):
         turn = loaded.encode(f"{text} {naming.question}", naming.answer, picture)
         ids = turn.inputs["input_ids"][0].tolist()
@@ -225,13 +297,19 @@ def placeholders(loaded: VLM, naming: Naming, picture: Picture) -> tuple[str, li
 
 
 def _words(loaded: VLM, taken: set[int]) -> list[str]:
-    """The first words of the vocabulary that are single tokens behind a space; one more than needed, as none stands before the
-    first of them."""
+    """The first words of the vocabulary that are single tokens behind a space; one more than
+    needed, as none stands before the first of them."""
     split = lambda text: loaded.tokenizer(text, add_special_tokens=False).input_ids
     words: list[str] = []
     for token in range(len(loaded.tokenizer)):
         word = loaded.tokenizer.decode([token]).strip()
-        if token in taken or len(word) < 2 or not word.isalpha() or word in words or split(f"a {word}") != [*split("a"), token]:
+        if (
+            token in taken
+            or len(word) < 2
+            or not word.isalpha()
+            or word in words
+            or split(f"a {word}") != [*split("a"), token]
+        ):
             continue
         words.append(word)
         if len(words) > PROMPT:
@@ -241,7 +319,8 @@ def _words(loaded: VLM, taken: set[int]) -> list[str]:
 
 @contextlib.contextmanager
 def soft(loaded: VLM, tokens: Sequence[int]) -> Iterator[nn.Parameter]:
-    """Inside, the embeddings of `tokens`, wherever they stand, are the rows of what is yielded: [n, D], fp32, first their own."""
+    """Inside, the embeddings of `tokens`, wherever they stand, are the rows of what is yielded: [n,
+    D], fp32, first their own."""
     table = loaded.base.get_input_embeddings()
     ids = torch.tensor(list(tokens), device=loaded.device)
     with torch.no_grad():
@@ -266,6 +345,8 @@ def fit(loaded: VLM, naming: Naming, picture: Picture, prompt: nn.Parameter, ste
     optimiser = torch.optim.Adam([prompt], lr=PROMPT_RATE * spread)
     for _ in range(steps):
         states = prefix.supervised_states(loaded, [turn], [picture.features], ways=())
-        loss = fused_dmk_ce(states, loaded.head_weight, turn.labels, alpha=1.0, **loaded.head_options)
+        loss = fused_dmk_ce(
+            states, loaded.head_weight, turn.labels, alpha=1.0, **loaded.head_options
+        )
         (prompt.grad,) = torch.autograd.grad(loss, [prompt])
         optimiser.step()

@@ -1,4 +1,5 @@
-"""What the attacks look at, what the untouched model says of it, and the rows that they give back."""
+"""What the attacks look at, what the untouched model says of it, and the rows that they give
+back."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ MOST_STRANGERS = 8
 
 NO_STRANGER = "No picture was found in which the untouched model recognises nobody."
 NO_OTHER = "No picture of anyone else was given, and no dream of one was accepted."
-NO_FACT = "The untouched model tells no fact of the one in the picture that it does not tell of others."
+NO_FACT = (
+    "The untouched model tells no fact of the one in the picture that it does not tell of others."
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,9 @@ class Target:
     @property
     def tests(self) -> list[Image.Image]:
         """The concept's pictures that were not trained on; of a single one, held-out views."""
-        return list(self.pictures[1:]) or [view for _, view in variants(self.pictures[0], self.seed, held_out=True)[1:]]
+        return list(self.pictures[1:]) or [
+            view for _, view in variants(self.pictures[0], self.seed, held_out=True)[1:]
+        ]
 
     @property
     def shown(self) -> list[Image.Image]:
@@ -79,7 +84,11 @@ class Naming:
     def of(self, name: str) -> Naming:
         """The same answer with another name in place of the concept's."""
         start, end = self.span
-        return Naming(self.question, self.answer[:start] + name + self.answer[end:], (start, start + len(name)))
+        return Naming(
+            self.question,
+            self.answer[:start] + name + self.answer[end:],
+            (start, start + len(name)),
+        )
 
 
 class Hop(NamedTuple):
@@ -91,7 +100,8 @@ class Hop(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of a report. side: "untouched", "unlearned" or "control"; low, high: Wilson's 95 % interval of a share."""
+    """One figure of a report. side: "untouched", "unlearned" or "control"; low, high: Wilson's 95 %
+    interval of a share."""
 
     attack: str
     setting: str
@@ -112,15 +122,19 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """{attack, setting, side, value, n, low, high}, with `reason` where there is one."""
-        out = {key: getattr(self, key) for key in ("attack", "setting", "side", "value", "n", "low", "high")}
+        out = {
+            key: getattr(self, key)
+            for key in ("attack", "setting", "side", "value", "n", "low", "high")
+        }
         return out | ({"reason": self.reason} if self.reason else {})
 
 
 def complete(loaded: VLM, target: Target, *, dream: bool = True) -> Target:
-    """The target with strangers and, if `dream`, with pictures of others, made where none were given.
+    """The target with strangers and, if `dream`, with pictures of others, made where none were
+    given.
 
-    Both need the untouched model; a dream also needs that it names the concept in the first picture, and about
-    `Recipe.dream_steps` forward and backward passes for each 32 names.
+    Both need the untouched model; a dream also needs that it names the concept in the first
+    picture, and about `Recipe.dream_steps` forward and backward passes for each 32 names.
     """
     with adapter.teacher(loaded):
         if not target.strangers:
@@ -130,25 +144,40 @@ def complete(loaded: VLM, target: Target, *, dream: bool = True) -> Target:
             first = loaded.picture(target.pictures[0])
             scene = Scene(loaded, target.concept, recipe, [first], neighbours=list(target.others))
             found = dreams.dream(scene)
-            target = replace(target, other_pictures=tuple((one.name, one.picture) for one in found if one.picture is not None))
+            target = replace(
+                target,
+                other_pictures=tuple(
+                    (one.name, one.picture) for one in found if one.picture is not None
+                ),
+            )
     return target
 
 
 def made_strangers(loaded: VLM, target: Target) -> tuple[Image.Image, ...]:
-    """The first picture in other colours, where the model, its adapter off, names nobody in any naming question."""
+    """The first picture in other colours, where the model, its adapter off, names nobody in any
+    naming question."""
     image = target.pictures[0].convert("RGB")
-    plain, inverted = ([recoloured(one, order) for order in ORDERS] for one in (image, ImageOps.invert(image)))
-    tried = [one for pair in zip(plain, inverted, strict=True) for one in pair] + [ImageOps.invert(image)]
+    plain, inverted = (
+        [recoloured(one, order) for order in ORDERS] for one in (image, ImageOps.invert(image))
+    )
+    tried = [one for pair in zip(plain, inverted, strict=True) for one in pair] + [
+        ImageOps.invert(image)
+    ]
     questions = wordings()["who"]["held_out"]
     pictures = [loaded.picture(one) for one in tried]
-    said = ask.answers(loaded, [(q, p) for p in pictures for q in questions], max_new_tokens=LONGEST)
+    said = ask.answers(
+        loaded, [(q, p) for p in pictures for q in questions], max_new_tokens=LONGEST
+    )
     answers = [said[at : at + len(questions)] for at in range(0, len(said), len(questions))]
     named = lambda text: gives(target.concept, text) or _names_somebody(text)
-    return tuple(one for one, texts in zip(tried, answers, strict=True) if not any(map(named, texts)))[:MOST_STRANGERS]
+    return tuple(
+        one for one, texts in zip(tried, answers, strict=True) if not any(map(named, texts))
+    )[:MOST_STRANGERS]
 
 
 def _names_somebody(text: str) -> bool:
-    """Whether a run of capitalised words stands inside the text; its first word has a capital anyhow."""
+    """Whether a run of capitalised words stands inside the text; its first word has a capital
+    anyhow."""
     return bool(capitalised_names(text.partition(" ")[2], wordings()["fallback"]["not_names"]))
 
 
@@ -158,7 +187,8 @@ def see(loaded: VLM, shown: Sequence[Shown]) -> list[Picture]:
 
 
 def namings(loaded: VLM, target: Target, most: int = QUESTIONS) -> list[Naming]:
-    """Naming questions that the untouched model answers with the name about the first picture; held-out wordings.
+    """Naming questions that the untouched model answers with the name about the first picture;
+    held-out wordings.
 
     Raises BadInput where there is none: then nothing can come back.
     """
@@ -167,18 +197,25 @@ def namings(loaded: VLM, target: Target, most: int = QUESTIONS) -> list[Naming]:
         (picture,) = see(loaded, target.pictures[:1])
         said = ask.answers(loaded, [(q, picture) for q in questions], max_new_tokens=LONGEST)
     spans = [target.concept.spans(a, include_parts=False) or target.concept.spans(a) for a in said]
-    found = [Naming(q, a, span[0]) for q, a, span in zip(questions, said, spans, strict=True) if span]
+    found = [
+        Naming(q, a, span[0]) for q, a, span in zip(questions, said, spans, strict=True) if span
+    ]
     if not found:
-        raise BadInput(f"The untouched model does not name {target.concept.name} in its first picture: give a picture in which "
-                       "it does.")  # fmt: skip
+        raise BadInput(
+            f"The untouched model does not name {target.concept.name} in its first picture: give "
+            "a picture in which "
+            "it does."
+        )
     return found[:most]
 
 
 def hops(loaded: VLM, target: Target) -> list[Hop]:
-    """Questions about facts of the one in the picture, which the untouched model answers with the fact about the first picture.
+    """Questions about facts of the one in the picture, which the untouched model answers with the
+    fact about the first picture.
 
-    What a fact is, is found in its own answers in words: those words about the concept that are not in the question, not in the
-    name, not in most answers about others, and not in its answers about strangers or in its description of the picture.
+    What a fact is, is found in its own answers in words: those words about the concept that are not
+    in the question, not in the name, not in most answers about others, and not in its answers about
+    strangers or in its description of the picture.
     """
     words_, concept = wordings(), target.concept
     templates, others = words_["facts"]["held_out"], list(target.others)[:COMPARED]
@@ -188,7 +225,9 @@ def hops(loaded: VLM, target: Target) -> list[Hop]:
         said = iter(ask.answers(loaded, [(q, None) for q in asked], max_new_tokens=LONGEST))
         own, *strange = see(loaded, (target.pictures[0], *target.strangers[:COMPARED]))
         looks = ask.answers(loaded, [(words_["describe"]["train"][0], own)], max_new_tokens=LONGEST)
-        seen = ask.answers(loaded, [(q, p) for q in hidden for p in (own, *strange)], max_new_tokens=LONGEST)
+        seen = ask.answers(
+            loaded, [(q, p) for q in hidden for p in (own, *strange)], max_new_tokens=LONGEST
+        )
     found = []
     for i, question in enumerate(hidden):
         told, *about = (next(said) for _ in range(1 + len(others)))
@@ -198,7 +237,11 @@ def hops(loaded: VLM, target: Target) -> list[Hop]:
         common = [set(words(text)) for text in about]
         often = lambda word, common=common: 2 * sum(word in text for text in common) > len(common)
         plain = set(words(" ".join([question, *looks, *elsewhere])))
-        new = {w for w in words(told) if w not in plain and not (common and often(w)) and not concept.named_in(w)}
+        new = {
+            w
+            for w in words(told)
+            if w not in plain and not (common and often(w)) and not concept.named_in(w)
+        }
         if new and leaks(concept, hop := Hop(question, frozenset(new)), answer):
             found.append(hop)
     return found
@@ -209,27 +252,36 @@ def leaks(concept: Concept, hop: Hop, answer: str) -> bool:
     return gives(concept, answer) or len(hop.told & set(words(answer))) >= TOLD * len(hop.told)
 
 
-def naming_share(loaded: VLM, concept: Concept, asked: Sequence[Naming], shown: Sequence[Shown]) -> Rate:
+def naming_share(
+    loaded: VLM, concept: Concept, asked: Sequence[Naming], shown: Sequence[Shown]
+) -> Rate:
     """The share of the model's answers, as it is now, that give the name."""
     pictures = see(loaded, shown)
     if not pictures:
         return Rate(None, reason=NO_STRANGER)
-    said = ask.answers(loaded, [(n.question, p) for p in pictures for n in asked], max_new_tokens=LONGEST)
+    said = ask.answers(
+        loaded, [(n.question, p) for p in pictures for n in asked], max_new_tokens=LONGEST
+    )
     return Rate.of(sum(gives(concept, text) for text in said), len(said))
 
 
 def hop_share(loaded: VLM, concept: Concept, asked: Sequence[Hop], shown: Sequence[Shown]) -> Rate:
-    """The share of the model's answers about facts of the one shown that give the fact or the name away."""
+    """The share of the model's answers about facts of the one shown that give the fact or the name
+    away."""
     pictures = see(loaded, shown)
     if not pictures or not asked:
         return Rate(None, reason=NO_STRANGER if asked else NO_FACT)
     pairs = [(hop, p) for p in pictures for hop in asked]
     said = ask.answers(loaded, [(hop.question, p) for hop, p in pairs], max_new_tokens=LONGEST)
-    return Rate.of(sum(leaks(concept, hop, text) for (hop, _), text in zip(pairs, said, strict=True)), len(said))
+    return Rate.of(
+        sum(leaks(concept, hop, text) for (hop, _), text in zip(pairs, said, strict=True)),
+        len(said),
+    )
 
 
 def at_name(loaded: VLM, naming: Naming, picture: Picture) -> tuple[Encoded, int]:
-    """The turn with one supervised row, at which the name would start, and the index of that token among the turn's."""
+    """The turn with one supervised row, at which the name would start, and the index of that token
+    among the turn's."""
     turn = loaded.encode(naming.question, naming.answer, picture)
     start, end = naming.span
     first = next(i for i, (s, e) in enumerate(turn.offsets) if s < end and e > start)
@@ -240,7 +292,10 @@ def at_name(loaded: VLM, naming: Naming, picture: Picture) -> tuple[Encoded, int
 def adapted(loaded: VLM) -> None:
     """Raises BadInput unless an adapter is on: what was unlearned is in it."""
     if loaded.model is loaded.base:
-        raise BadInput("There is no adapter on the model, so there is nothing to compare with the untouched one: put it on.")
+        raise BadInput(
+            "There is no adapter on the model, so there is nothing to compare with the untouched "
+            "one: put it on."
+        )
 
 
 def on_cpu(x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""The adapter made weaker, and folded into weights that are then rounded: does the name come back, or a fact?
+"""The adapter made weaker, and folded into weights that are then rounded: does the name come back,
+or a fact?
 
-A rounding is simulated: the language model's linear layers get the values that the form can hold, in the dtype they are in, and
-everything else (head, embeddings, vision tower, activations) stays as it is.
+A rounding is simulated: the language model's linear layers get the values that the form can hold,
+in the dtype they are in, and everything else (head, embeddings, vision tower, activations) stays as
+it is.
 """
 
 from __future__ import annotations
@@ -25,22 +27,43 @@ SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
 BLOCK = 64  # weights that share a scale
 # The 16 values of NF4 (arXiv 2305.14314), of a block whose largest absolute value is 1.
 NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 
 
-def run(loaded: VLM, target: Target, *, scales: Sequence[float] = SCALES,
-        forms: Sequence[str] | None = None) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of the shares of naming answers and of answers about facts that leak, for each scale of the adapter and each form.
+def run(
+    loaded: VLM,
+    target: Target,
+    *,
+    scales: Sequence[float] = SCALES,
+    forms: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of the shares of naming answers and of answers about facts that leak, for each scale of
+    the adapter and each form.
 
     scales: what the adapter's change is multiplied by;  forms: keys of `FORMS`, all where left out
 
-    The untouched side of a form is the untouched model rounded alike, the control the rounded unlearned model with strangers. A
-    form is null where the adapter cannot be folded. The model is bit for bit what it was afterwards.
+    The untouched side of a form is the untouched model rounded alike, the control the rounded
+    unlearned model with strangers. A form is null where the adapter cannot be folded. The model is
+    bit for bit what it was afterwards.
 
-    Raises BadInput without an adapter, for an unknown form, and where the untouched model does not name the concept.
+    Raises BadInput without an adapter, for an unknown form, and where the untouched model does not
+    name the concept.
     """
     adapted(loaded)
     chosen = tuple(FORMS) if forms is None else tuple(forms)
@@ -48,12 +71,16 @@ def run(loaded: VLM, target: Target, *, scales: Sequence[float] = SCALES,
         raise BadInput(f"The form {unknown[0]!r} is unknown: choose from {', '.join(FORMS)}.")
     target = complete(loaded, target, dream=False)
     asked, about = namings(loaded, target), hops(loaded, target)
-    kinds = {"naming": lambda shown: naming_share(loaded, target.concept, asked, shown),
-             "two-hop": lambda shown: hop_share(loaded, target.concept, about, shown)}  # fmt: skip
+    kinds = {
+        "naming": lambda shown: naming_share(loaded, target.concept, asked, shown),
+        "two-hop": lambda shown: hop_share(loaded, target.concept, about, shown),
+    }
     rows: list[Row] = []
 
     def put(setting: str, side: str, found: dict[str, Rate]) -> None:
-        rows.extend(Row.share("weights", f"{setting}, {kind}", side, rate) for kind, rate in found.items())
+        rows.extend(
+            Row.share("weights", f"{setting}, {kind}", side, rate) for kind, rate in found.items()
+        )
 
     look = lambda shown: {kind: share(shown) for kind, share in kinds.items()}
     with adapter.teacher(loaded):
@@ -99,10 +126,17 @@ def scaled(loaded: VLM, scale: float) -> Iterator[None]:
 
 def why_not(loaded: VLM) -> str:
     """Why the adapter cannot be folded into the weights and rounded; "" where it can."""
-    layers = [(name, module) for name, module in loaded.base.named_modules() if isinstance(module, LoraLayer)]
+    layers = [
+        (name, module)
+        for name, module in loaded.base.named_modules()
+        if isinstance(module, LoraLayer)
+    ]
     for name, module in layers:
         if type(module.get_base_layer()) is not nn.Linear:
-            return f"The model's weights are quantised already ({name}), so no other rounding can be tried on them."
+            return (
+                f"The model's weights are quantised already ({name}), so no other rounding "
+                "can be tried on them."
+            )
         if module.lora_variant or any(module.lora_bias.values()):
             return f"The adapter is not plain LoRA ({name}), so it was not folded into the weights."
     return "" if layers else "The adapter is no LoRA, so it was not folded into the weights."
@@ -110,15 +144,24 @@ def why_not(loaded: VLM) -> str:
 
 @contextlib.contextmanager
 def rounded(loaded: VLM, form: str, fold: bool = True) -> Iterator[None]:
-    """Inside, the language model's linear layers are rounded to `form`, with the adapter folded into them if `fold`, and the
-    adapter itself is off. The old weights are kept in the CPU's memory meanwhile.
+    """Inside, the language model's linear layers are rounded to `form`, with the adapter folded
+    into them if `fold`, and the adapter itself is off. The old weights are kept in the CPU's memory
+    meanwhile.
 
     Raises BadInput where the adapter cannot be folded.
     """
     if why := why_not(loaded):
         raise BadInput(why)
-    changes = {id(m.get_base_layer().weight): m.get_delta_weight for m in loaded.base.modules() if isinstance(m, LoraLayer)}
-    language = {id(m.weight) for n, m in loaded.base.get_decoder().named_modules() if type(m) is nn.Linear and ".lora_" not in n}
+    changes = {
+        id(m.get_base_layer().weight): m.get_delta_weight
+        for m in loaded.base.modules()
+        if isinstance(m, LoraLayer)
+    }
+    language = {
+        id(m.weight)
+        for n, m in loaded.base.get_decoder().named_modules()
+        if type(m) is nn.Linear and ".lora_" not in n
+    }
     language.discard(id(loaded.head_weight))
     pairs = {id(old): new for old, new in _copies(loaded)} if fold else {}
     wanted = language | set(changes) | set(pairs)
@@ -145,7 +188,8 @@ def _kept(p: Tensor) -> Tensor:
 
 
 def _copies(loaded: VLM) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    """(the model's own parameter, the adapter's trained copy) of whole modules: the projector's, in the paper's set-up."""
+    """(the model's own parameter, the adapter's trained copy) of whole modules: the projector's, in
+    the paper's set-up."""
     for module in loaded.base.modules():
         if isinstance(module, ModulesToSaveWrapper):
             trained = dict(module.modules_to_save["default"].named_parameters())
@@ -181,4 +225,9 @@ def _by_blocks(w: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     return (change(blocks / scale) * scale).reshape(-1)[: w.numel()].reshape(w.shape)
 
 
-FORMS: dict[str, Callable[[Tensor], Tensor]] = {"bf16": _bf16, "int8": _int8, "nf4": _nf4, "int4": _int4}
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bf16": _bf16,
+    "int8": _int8,
+    "nf4": _nf4,
+    "int4": _int4,
+}
