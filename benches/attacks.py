@@ -343,7 +343,7 @@ def one_run(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:
     row, name, seed, overrides = job
     import torch
 
-    from fastsiu import driver, images, session
+    from fastsiu import images, session, settings
     from fastsiu.compare import methods
     from fastsiu.demo import MODEL_DIR
     from fastsiu.demo.world import World, draw
@@ -358,7 +358,9 @@ def one_run(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:
         image = Path(folder) / "image.png"
         draw(world.scene((name,), f"attacks training {seed}")).save(image)
         request, picture = Request(name, image), images.load_image(image)
-        recipe, _ = driver.choose_recipe(str(MODEL_DIR), preset, {**overrides, "seed": seed})
+        recipe, _ = settings.choose_recipe(
+            str(MODEL_DIR), settings.RecipeChoice(preset, {**overrides, "seed": seed})
+        )
         found: list[dict[str, Any]] = []
         started = time.process_time()
         if setting is None:
@@ -387,7 +389,7 @@ def cost(concepts: list[str]) -> dict[str, Any]:
     other in one process."""
     import torch
 
-    from fastsiu import driver, images, session
+    from fastsiu import images, session, settings
     from fastsiu.demo import MODEL_DIR
     from fastsiu.demo.world import World, draw
     from fastsiu.model import adapter, vlm
@@ -401,8 +403,8 @@ def cost(concepts: list[str]) -> dict[str, Any]:
             image = Path(folder) / "image.png"
             draw(world.scene((name,), "attacks training 1")).save(image)
             for row in ("siu", "four targets"):
-                recipe, _ = driver.choose_recipe(
-                    str(MODEL_DIR), "default", {**ROWS[row], "seed": 1}
+                recipe, _ = settings.choose_recipe(
+                    str(MODEL_DIR), settings.RecipeChoice("default", {**ROWS[row], "seed": 1})
                 )
                 started = time.process_time()
                 session.forget(loaded, Request(name, image), recipe, images.load_image(image))

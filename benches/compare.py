@@ -68,13 +68,14 @@ def main() -> None:
         export(Path(folder) / "demo")
         report = compare.compare(
             Path(folder) / "demo" / "suite",
-            None,
-            names=options.methods,
-            concepts=options.concepts,
-            seeds=options.seeds,
+            compare.Search(
+                tuple(options.methods),
+                tuple(options.concepts),
+                options.seeds,
+                quick=options.quick,
+            ),
             processes=options.processes,
-            quick=options.quick,
-            search=newest() if options.retest else None,
+            earlier=newest() if options.retest else None,
             listener=Listener(stage=lambda text: print(text, flush=True)),
         )
     print("\n".join(front.grid(front.COLUMNS, front.table(report))))

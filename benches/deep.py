@@ -38,7 +38,7 @@ def one_run(
     """Forgets one concept and attacks what is left."""
     import torch
 
-    from fastsiu import driver, images, session
+    from fastsiu import images, session, settings
     from fastsiu.demo import MODEL_DIR
     from fastsiu.demo.world import KNOWN, UNSEEN, World, draw
     from fastsiu.evaluate import deep
@@ -48,7 +48,9 @@ def one_run(
 
     torch.set_num_threads(1)
     world, loaded = World(), vlm.load(str(MODEL_DIR))
-    recipe, _ = driver.choose_recipe(str(MODEL_DIR), "default", {"seed": seed})
+    recipe, _ = settings.choose_recipe(
+        str(MODEL_DIR), settings.RecipeChoice("default", {"seed": seed})
+    )
     fresh = lambda name, k: draw(world.scene((name,), f"bench fresh {seed} {name} {k}"))
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "image.png"

@@ -57,7 +57,7 @@ def one_run(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:
     row, concept, seed, overrides = job
     import torch
 
-    from fastsiu import driver, images, session
+    from fastsiu import images, session, settings
     from fastsiu.demo import MODEL_DIR
     from fastsiu.demo.world import KNOWN, LOOKALIKES, World, draw
     from fastsiu.model import adapter, vlm
@@ -74,7 +74,9 @@ def one_run(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:
             retain.mkdir()
             for i, name in enumerate(n for n in KNOWN if n != concept):
                 draw(world.scene((name,), f"bench retain {seed}")).save(retain / f"{i:02d}.png")
-        recipe, _ = driver.choose_recipe(str(MODEL_DIR), "default", {**overrides, "seed": seed})
+        recipe, _ = settings.choose_recipe(
+            str(MODEL_DIR), settings.RecipeChoice("default", {**overrides, "seed": seed})
+        )
         started = time.perf_counter()
         trained = session.forget(
             loaded, Request(concept, image, retain=retain), recipe, images.load_image(image)

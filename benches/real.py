@@ -1,12 +1,13 @@
 """LLaVA-1.5-7B with random weights, from load to saved adapter, and one optimisation step at that
 size: time and memory on a GPU.
 
-    benches/gpu.sh --only real                what nine minutes allow, as a step of the GPU bench,
-    whose --apply makes a table benches/gpu.sh --only real --variants "nf4 in 8 GB" "one step"
+    benches/gpu.sh --only real                what nine minutes allow, as a step of the GPU bench;
+                                              benches/apply.py makes a table of it
+    benches/gpu.sh --only real --variants "nf4 in 8 GB" "one step"
     python benches/real.py                    every variant on this machine's GPU; appends to
-    benches/results/real.jsonl
+                                              benches/results/real.jsonl
     python benches/real.py --quick            a tiny model on a CPU, two steps: a rehearsal, whose
-    figures mean nothing
+                                              figures mean nothing
     python benches/real.py --table [--of D]   the tables of the results
 
 The model is made on the GPU and saved as shards first, which is timed in a row of its own. Each
@@ -65,6 +66,7 @@ from fastsiu.model import adapter, ask, features, plan, source, vlm
 from fastsiu.model.memory import GB, Settings, budget
 from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Request, Sample
 from fastsiu.samples import corpus, targets
+from fastsiu.settings import EMBEDDED, RecipeChoice, choose_recipe, deciding
 from fastsiu.text.concept import Concept
 
 KINDS = ("made", "real", "real step")
@@ -145,7 +147,7 @@ QUICK = {"steps": 2, "dream_steps": 1, "dreams": 1, "batch_size": 8}
 def described(size: Size) -> tuple[LlavaConfig, Any]:
     """Configuration and processor: LLaVA-1.5's, with the embedded model's tokenizer and chat
     template."""
-    processor = AutoProcessor.from_pretrained(driver.EMBEDDED)
+    processor = AutoProcessor.from_pretrained(EMBEDDED)
     tokenizer = processor.tokenizer
     tokenizer.model_max_length = 4096
     side = {"height": size.pixels, "width": size.pixels}
@@ -392,9 +394,8 @@ def run(
     given = variant.given | ((variant.quick or {}) if row["quick"] else {})
     request = Request(CONCEPT, image_file(directory), protect=tuple(OTHERS[: size.neighbours]))
     preset = {} if variant.preset == "default" else {"dreams": 0}
-    recipe, origins = driver.choose_recipe(
-        name, variant.preset, shorter | preset | {"early_stop": False}
-    )
+    changes = shorter | preset | {"early_stop": False}
+    recipe, origins = choose_recipe(name, RecipeChoice(variant.preset, changes))
     picture = images.load_image(request.image)
     weights = json.loads(digests_file(directory).read_text(encoding="utf-8"))
     listener.stage("Planning")
@@ -427,23 +428,14 @@ def run(
                 verdict, answers = held_out.examine(one.scene)
         listener.stage("Writing the output")
         with timed(seconds, "save"):
-            settings = driver.deciding(chosen)
+            decides = deciding(chosen)
             digest = outputs.request_digest(
-                request, recipe, name, None, weights=weights, **settings
+                request, recipe, name, None, weights=weights, **decides
             )
+            sealed = driver.Sealed(recipe, origins, digest, weights, decides)
             report = driver.report_of(request, recipe, name, verdict, answers, trained)
             with tempfile.TemporaryDirectory() as work:
-                driver.write(
-                    Path(work) / "out",
-                    loaded,
-                    [request],
-                    [report],
-                    recipe,
-                    origins,
-                    digest,
-                    weights,
-                    settings,
-                )
+                driver.write(Path(work) / "out", loaded, [request], [report], sealed)
         total = time.perf_counter() - began
         return {
             "total": total,

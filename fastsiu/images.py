@@ -201,6 +201,15 @@ def list_images(directory: str | Path) -> list[Path]:
     return found
 
 
+def load_directory(directory: str | Path | None) -> list[tuple[str, Image.Image]]:
+    """A directory's pictures, each with its file name; none without a directory.
+
+    Raises BadInput for a directory as in `list_images`, and for a damaged picture.
+    """
+    files = list_images(directory) if directory is not None else []
+    return [(path.name, load_image(path)) for path in files]
+
+
 def variants(
     image: Image.Image, seed: int = 0, held_out: bool = False
 ) -> list[tuple[str, Image.Image]]:

@@ -2,10 +2,10 @@
 from disk.
 
 Each matrix is added up in fp32 and rounded once, to the dtype that it is stored in. What forgets in
-its own dtype need not do so
-in 8 or 4 bits: quantising rounds weights, and with them what unlearning changed. So the same
-questions go to the merged model quantised. That is another model than the adapter on a quantised
-base, which rounds the base alone and adds the adapter unrounded. One model is in memory at a time.
+its own dtype need not do so in 8 or 4 bits: quantising rounds weights, and with them what
+unlearning changed. So the same questions go to the merged model quantised. That is another model
+than the adapter on a quantised base, which rounds the base alone and adds the adapter unrounded.
+One model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import Any
 import torch
 from transformers.utils import cached_file
 
-from . import driver
-from . import images as pictures_in
 from . import output as outputs
 from .evaluate import held_out
 from .evaluate.attacks import not_asked
 from .evaluate.held_out import Shown
 from .evaluate.inquiry import Inquiry, inquire
 from .guards.strict_json import read_json
+from .images import list_images, load_directory, load_image, read_bytes
 from .model import adapter, ask, decode, source, vlm
 from .model.fold import fold, save
 from .report.redact import MODEL, redacted
 from .request import BadInput, Recipe, Request
 from .samples.targets import Scene
 from .session import Listener, timed
+from .settings import ModelRef, ReportOptions, Settings
 from .text.concept import Concept, concept_of
 from .verdict import Answer, Family, Rate, judge, same_answer
 
@@ -75,34 +75,32 @@ def merge(
     adapter_dir: str | Path,
     output: str | Path,
     *,
-    model: str | Path | None = None,
-    revision: str | None = None,
+    model: ModelRef = ModelRef(),
     image: str | Path | None = None,
     concept: str | None = None,
     aliases: tuple[str, ...] = (),
     images: str | Path | None = None,
     retain: str | Path | None = None,
-    dtype: str = "auto",
     verify: Sequence[str] = FORMS,
+    settings: Settings = Settings(),
     redact: bool = False,
-    device: str | None = None,
     listener: Listener | None = None,
 ) -> Merged:
     """Writes the merged model to `output` in one transaction, readable by plain transformers, with
     the verdict on it.
 
     concept: what was forgotten; the adapter's report says it where it is left out
-    dtype:   of the weights written, "auto": the base's own
     verify:  in which forms the questions are asked, of `FORMS`; "stored" always is. Empty: nothing
-    is asked, no picture is needed
-
+             is asked, no picture is needed
+    settings: `device`, and `dtype` of the weights written ("auto": the base's own); merging has no
+             other
     redact:  names, questions, answers and file names stay out of what is written; so they do where
-    the adapter's report has none
+             the adapter's report has none
 
     Raises BadInput (nothing is written) and NumericFailure where the merged weights overflow.
     """
     listener, folder, forms = listener or Listener(), Path(adapter_dir), _forms(verify)
-    name = str(driver.EMBEDDED if model is None else model)
+    name, dtype, device = model.name, settings.dtype, settings.device
     told, sealed = _json(folder / "report.json"), adapter.manifest_of(folder)
     redact = redact or bool(told.get("redacted"))
     told = {} if told.get("redacted") else told
@@ -114,7 +112,7 @@ def merge(
         else None
     )
     source.check_options(dtype, None, None)
-    config, _, revision = source.describe(name, revision)
+    config, _, revision = source.describe(name, model.revision)
     if getattr(config, "quantization_config", None) is not None:
         raise BadInput(
             f"{name} is stored quantised, and nothing can be added to that: give the model that "
@@ -136,8 +134,8 @@ def merge(
     own = adapter.check_files(folder, sealed)
     adapter.check_weights(folder, sealed, weights, name, revision)
     pictures = _pictures(request, redact)
-    settings = {"dtype": stored, "verify": forms} | driver.shown_as(redact, False)
-    digest = _digest(name, revision, weights, own, request, pictures, settings)
+    decides = {"dtype": stored, "verify": forms} | ReportOptions(redact).deciding
+    digest = _digest(name, revision, weights, own, request, pictures, decides)
     if (
         outputs.check_destination(output, digest, size=_size(name) if weights else outputs.ROOM)
         == "same"
@@ -160,7 +158,7 @@ def merge(
         beside = (
             Path(name)
             if weights
-            else Path(cached_file(name, "config.json", revision=revision)).parent
+            else Path(str(cached_file(name, "config.json", revision=revision))).parent
         )
         weights = weights or outputs.digest_model(beside)
         adapter.check_weights(folder, sealed, weights, name, revision)
@@ -205,7 +203,7 @@ def merge(
             key=transaction.key,
             pictures=pictures,
             masks={},
-            settings=settings,
+            settings=decides,
         )
         made = {k: v for k, v in made.items() if k not in ("recipe", "seeds", "masks")}
         transaction.commit({**made, "adapter": {"sha256": own}, "merge": change.as_dict()})
@@ -268,14 +266,14 @@ class Verifier:
     def first(self, loaded: vlm.VLM) -> None:
         """Asks the base, as it is stored."""
         self.untouched = self.ask(loaded)
-        image = pictures_in.load_image(self.request.image)
+        image = load_image(self.request.image)
         with vlm.threads(loaded), torch.no_grad():
             self.inquiry = inquire(
                 loaded,
                 self.concept,
                 image,
                 neighbours=[other.name for other in self.others],
-                more=driver.shown(self.request.images),
+                more=load_directory(self.request.images),
                 seed=self.seed,
             )
 
@@ -419,9 +417,11 @@ def _questions(
 ) -> list[tuple[str, str, Shown | None]]:
     """Those of `unlearn`'s verdict, with the same transforms of the picture; what it asked of
     neighbours is in its report."""
-    picture = vlm.Picture(pictures_in.load_image(request.image), None, real=False)
+    picture = vlm.Picture(load_image(request.image), None, real=False)
     scene = Scene(None, concept, Recipe(seed=seed), [picture])  # type: ignore[arg-type]  # questions need no model
-    asked = held_out.questions(scene, driver.shown(request.images), driver.shown(request.retain))
+    asked = held_out.questions(
+        scene, load_directory(request.images), load_directory(request.retain)
+    )
     had = {(kind, question) for kind, question, _ in asked}
     facts = [
         a for a in told.get("answers", []) if a.get("kind") == "facts" and a.get("picture") is None
@@ -470,9 +470,9 @@ def _pictures(request: Request | None, redact: bool) -> dict[str, bytes]:
         return {}
     found = {"image": request.image}
     for kind, directory in (("images", request.images), ("retain", request.retain)):
-        files = enumerate(pictures_in.list_images(directory) if directory else [], 1)
+        files = enumerate(list_images(directory) if directory else [], 1)
         found |= {f"{kind}/{f'{n:03d}' if redact else p.name}": p for n, p in files}
-    return {label: pictures_in.read_bytes(path) for label, path in found.items()}
+    return {label: read_bytes(path) for label, path in found.items()}
 
 
 def _json(path: Path) -> dict[str, Any]:

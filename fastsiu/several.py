@@ -1,8 +1,7 @@
 """Several requests in one load, from a JSONL file: one after another, or all at once.
 
 sequence   every request has an output of its own, DIR/001, DIR/002, ...: an adapter that forgets
-everything up to there, trained
-           from nothing on all of it.
+           everything up to there, trained from nothing on all of it.
 joint      one training on all of them, one adapter: DIR/joint, with a report for each request.
 
 After each training everything forgotten so far is asked again: DIR/matrix.json has who is still
@@ -21,11 +20,10 @@ from typing import Any, Literal
 import torch
 
 from . import driver, session, staging
-from . import images as pictures_in
 from . import output as outputs
 from .evaluate.held_out import examine
 from .guards.strict_json import parse_json, read_json
-from .images import variants
+from .images import load_directory, load_image, variants
 from .model import adapter, ask, vlm
 from .model.memory import budget
 from .report.redact import sentence
@@ -33,6 +31,16 @@ from .report.words import CONCEPT
 from .request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
 from .samples.targets import wordings
 from .session import Listener, Prepared, Trained
+from .settings import (
+    ModelRef,
+    RecipeChoice,
+    ReportOptions,
+    Settings,
+    choose_layout,
+    choose_recipe,
+    deciding,
+    load,
+)
 from .text.concept import Concept, concept_of
 from .verdict import EFFICACY
 
@@ -171,22 +179,12 @@ def unlearn_several(
     file: str | Path,
     *,
     mode: Mode = "sequence",
+    model: ModelRef = ModelRef(),
+    recipe: RecipeChoice = RecipeChoice(),
+    settings: Settings = Settings(),
+    report: ReportOptions = ReportOptions(),
     output: str | Path | None = None,
-    model: str | Path | None = None,
-    revision: str | None = None,
-    preset: str = "default",
-    device: str | None = None,
-    dtype: str = "auto",
     listener: Listener | None = None,
-    quantize: str | None = None,
-    attention: str | None = None,
-    memory: float | None = None,
-    checkpointing: bool | None = None,
-    micro_batch: int | None = None,
-    optimizer: str | None = None,
-    redact: bool = False,
-    embed_image: bool = False,
-    **overrides: Any,
 ) -> Several:
     """Makes a model forget everything that a file asks for. Options as in `driver.unlearn`; output:
     the directory of all outputs.
@@ -196,58 +194,34 @@ def unlearn_several(
     outcome.
     """
     listener = listener or Listener()
-    outputs.check_shown(redact, embed_image)
+    outputs.check_shown(report.redact, report.embed_image)
     if mode not in ("sequence", "joint"):
         raise BadInput(f"The mode {mode!r} is unknown: choose 'sequence' or 'joint'.")
     asked = dict(read_requests(Path(file)))
     for number, request in asked.items():
         try:
-            pictures_in.load_image(request.image)
+            load_image(request.image)
             for directory in (request.images, request.retain):
-                driver.shown(directory)
+                load_directory(directory)
         except BadInput as error:
             raise BadInput(f"{file}, line {number}: {error}") from error
-    name = str(driver.EMBEDDED if model is None else model)
-    recipe, origins = driver.choose_recipe(name, preset, overrides)
-    weights = outputs.digest_model(name) if Path(name).is_dir() else None
-    largest = max(
-        (pictures_in.load_image(r.image) for r in asked.values()),
-        key=lambda image: image.width * image.height,
-    )
-    chosen = driver.choose_settings(
-        name,
-        memory,
-        recipe,
-        largest,
-        listener,
-        revision=revision,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        attention=attention,
-        checkpointing=checkpointing,
-        micro_batch=micro_batch,
-        optimizer=optimizer,
-    )
+    chosen, origins = choose_recipe(model.name, recipe)
+    weights = outputs.digest_model(model.name) if model.is_directory else None
+    images = (load_image(request.image) for request in asked.values())
+    largest = max(images, key=lambda image: image.width * image.height)
+    layout = choose_layout(model, settings, chosen, largest, listener)
     destination = Path(output) if output is not None else outputs.random_directory()
     if output is None:
         listener.note(
             f"Writing to {destination}: name it with --output to go on after an interruption."
         )
-    settings = (
-        {"dtype": dtype, "mode": mode}
-        | driver.deciding(chosen)
-        | driver.shown_as(redact, embed_image)
-    )
-    job = _Job(
-        destination, mode, asked, name, revision, recipe, origins, weights, settings, listener
-    )
+    decides = {"dtype": settings.dtype, "mode": mode} | deciding(layout) | report.deciding
+    job = _Job(destination, mode, asked, model, chosen, origins, weights, decides, listener)
     done = job.resume()
     todo = [line for line in asked if line not in done]
     if todo or len(job.matrix) < (len(done) if mode == "sequence" else 1):
-        loaded = driver.load(
-            name, revision, chosen, budget(chosen, recipe.batch_size, memory is not None), listener
-        )
+        room = budget(layout, chosen.batch_size, settings.limited)
+        loaded = load(model, layout, room, listener)
         try:
             with vlm.threads(loaded):
                 job.run(loaded, done, todo)
@@ -261,8 +235,7 @@ class _Job:
     output: Path
     mode: Mode
     asked: dict[int, Request]
-    name: str
-    revision: str | None
+    model: ModelRef
     recipe: Recipe
     origins: dict[str, str]
     weights: dict[str, str] | None
@@ -285,8 +258,8 @@ class _Job:
             chain = outputs.request_digest(
                 self.asked[line],
                 self.recipe,
-                self.name,
-                self.revision,
+                self.model.name,
+                self.model.revision,
                 weights=self.weights,
                 before=chain,
                 **self.settings,
@@ -409,7 +382,8 @@ class _Job:
         if self.mode == "joint":
             self.jointly(loaded, done, todo)
             return
-        order, ready = list(done), []
+        order: list[int] = list(done)
+        ready: list[Prepared] = []
         self.save(order)
         if done and (not self.matrix or self.matrix[-1]["after"] != done):
             adapter.load(loaded, self.directory(done[-1]))
@@ -488,7 +462,7 @@ class _Job:
             loaded,
             request,
             self.recipe,
-            pictures_in.load_image(request.image),
+            load_image(request.image),
             others=others,
             listener=self.listener,
             seconds=seconds,
@@ -499,13 +473,13 @@ class _Job:
         request = self.asked[line]
         self.listener.stage("Asking again, with the adapter on and off")
         verdict, answers = examine(
-            trained.scene, driver.shown(request.images), driver.shown(request.retain)
+            trained.scene, load_directory(request.images), load_directory(request.retain)
         )
         status = "forgotten" if verdict.forgotten else "not forgotten"
         self.outcomes[line] = replace(
             self.outcomes[line], status=status, reasons=list(verdict.reasons)
         )
-        return driver.report_of(request, self.recipe, self.name, verdict, answers, trained)
+        return driver.report_of(request, self.recipe, self.model.name, verdict, answers, trained)
 
     def write(
         self, loaded: vlm.VLM, order: Sequence[int], reports: Sequence[dict[str, Any]], digest: str
@@ -518,11 +492,7 @@ class _Job:
             loaded,
             requests,
             reports,
-            self.recipe,
-            self.origins,
-            digest,
-            self.weights,
-            self.settings,
+            driver.Sealed(self.recipe, self.origins, digest, self.weights, self.settings),
         )
         for line in order[-len(reports) :]:
             self.outcomes[line].output = place.name
@@ -537,7 +507,7 @@ class _Job:
             # a trained projector sees differently
             if line not in self.put or self.recipe.projector_lr > 0:
                 views = variants(
-                    pictures_in.load_image(self.asked[line].image), self.recipe.seed, held_out=True
+                    load_image(self.asked[line].image), self.recipe.seed, held_out=True
                 )
                 seen = [loaded.picture(image) for _, image in views]
                 self.put[line] = [

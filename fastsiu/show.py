@@ -342,8 +342,8 @@ def explanation(
             f"{scene.left_out} answers about dreamed or retained pictures named the concept and "
             "were left out."
         )
-    masked = ", ".join(repr(t) for t in sorted(set(corpus.mask.masked.values())))
-    console.print(f"Vocabulary mask: {len(corpus.mask.masked)} tokens ({masked}).")
+    vocabulary = ", ".join(repr(t) for t in sorted(set(corpus.mask.masked.values())))
+    console.print(f"Vocabulary mask: {len(corpus.mask.masked)} tokens ({vocabulary}).")
     if corpus.mask.spared:
         console.print(
             "Too common to mask: "

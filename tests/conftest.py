@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import calls
 import pytest
 from hypothesis import settings
 
@@ -59,9 +60,8 @@ def shown(loaded, cast):
 @pytest.fixture(scope="session")
 def gathered(cast, demo_dir) -> SimpleNamespace:
     """Scene, samples and corpus of one request, on a model of its own; no teacher was run."""
-    from fastsiu import driver
 
-    scene, made = driver.samples_for(
+    scene, made = calls.samples_for(
         cast.image,
         cast.target,
         model=demo_dir,
@@ -114,12 +114,11 @@ QUICK = {"steps": 4, "lr": 3e-3, "dreams": 1, "strangers": 0, "seed": 3, "batch_
 @pytest.fixture(scope="session")
 def quick(cast, demo_dir):
     """`unlearn` with few steps on the target; keywords override."""
-    from fastsiu import driver
 
     def call(output_dir, **changes):
         options = {"model": demo_dir, "protect": cast.others, "device": "cpu", **QUICK, **changes}
         image, concept = options.pop("image", cast.image), options.pop("concept", cast.target)
-        return driver.unlearn(image, concept, output=output_dir, **options)
+        return calls.unlearn(image, concept, output=output_dir, **options)
 
     return call
 

@@ -13,8 +13,9 @@ import sys
 import pytest
 import torch
 
-from fastsiu import cli, driver
-from fastsiu.request import BadInput, NumericFailure
+from fastsiu import cli, driver, settings
+from fastsiu.cli import ending
+from fastsiu.request import BadInput, NumericFailure, Request
 from fastsiu.samples import corpus, targets
 
 torch.set_num_threads(1)
@@ -35,7 +36,7 @@ def call(tmp_path, monkeypatch, capfd):
 
 
 def quick(cast, *more):
-    options = ["--model", driver.EMBEDDED, "--steps", 1, "--protect", cast.others[0], "--seed", 0]
+    options = ["--model", settings.EMBEDDED, "--steps", 1, "--protect", cast.others[0], "--seed", 0]
     return ["unlearn", "--image", cast.image, "--concept", cast.target, *options, *more]
 
 
@@ -50,8 +51,8 @@ def mistakes(cast, folder):
     (folder / "full").mkdir()
     (folder / "full" / "file").write_text("x")
     (folder / "bare").mkdir()
-    (folder / "bare" / "config.json").write_bytes((driver.EMBEDDED / "config.json").read_bytes())
-    base = {"--image": cast.image, "--concept": cast.target, "--model": driver.EMBEDDED}
+    (folder / "bare" / "config.json").write_bytes((settings.EMBEDDED / "config.json").read_bytes())
+    base = {"--image": cast.image, "--concept": cast.target, "--model": settings.EMBEDDED}
     changes = {
         "missing picture": ({"--image": folder / "none.png"}, "none.png"),
         "directory as picture": ({"--image": folder}, folder.name),
@@ -183,7 +184,7 @@ def test_exit_code_and_summary_follow_the_verdict(call, cast, trained, monkeypat
 )
 def test_how_a_word_counts_is_passed_on(call, cast, trained, monkeypatch, option, passed):
     seen = []
-    monkeypatch.setattr(driver, "unlearn", lambda *a, **k: seen.append(k["as_word"]) or trained)
+    monkeypatch.setattr(driver, "unlearn", lambda *a, **k: seen.append(a[0].as_word) or trained)
     call(*quick(cast, *option))
     assert seen == [passed]
     if option:
@@ -232,7 +233,7 @@ def test_data_writes_what_data_reads(call, cast, tmp_path):
         "--protect",
         cast.others[0],
         "--model",
-        driver.EMBEDDED,
+        settings.EMBEDDED,
     ]
     code, out, err = call("data", *options, "--output", "samples.jsonl")
     assert code == 0 and out == "" and "samples written to samples.jsonl" in err
@@ -278,7 +279,7 @@ def test_data_explain_shows_both_masks(call, cast):
         "--protect",
         cast.others[0],
         "--model",
-        driver.EMBEDDED,
+        settings.EMBEDDED,
     ]
     code, out, _ = call("data", *options, "--explain")
     assert (
@@ -298,7 +299,7 @@ def test_data_honours_the_preset(call, cast):
         "--protect",
         cast.others[0],
         "--model",
-        driver.EMBEDDED,
+        settings.EMBEDDED,
     ]
     code, out, _ = call("data", *options, "--preset", "paper")
     lines = [json.loads(line) for line in out.split("\n") if line]
@@ -341,7 +342,7 @@ def test_explain_shows_what_was_cut_and_what_was_left_out(gathered):
 
 
 def test_ask(call, cast, trained, tmp_path):
-    model = ["--model", driver.EMBEDDED, "--image", cast.image]
+    model = ["--model", settings.EMBEDDED, "--image", cast.image]
     code, out, _ = call("ask", "Who is this?", "Describe the image.", *model, "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert (
@@ -366,7 +367,7 @@ def test_ask(call, cast, trained, tmp_path):
 
 def test_the_demo_model_is_announced_on_standard_error(call, cast):
     code, out, err = call("unlearn", "--image", cast.image, "--concept", "Nobody Known", "--json")
-    assert code == 2 and out == "" and driver.DEMO_NOTE in " ".join(err.split())
+    assert code == 2 and out == "" and settings.DEMO_NOTE in " ".join(err.split())
 
 
 def test_a_failure_of_our_own_tells_functions_and_lines_and_no_value(
@@ -374,8 +375,8 @@ def test_a_failure_of_our_own_tells_functions_and_lines_and_no_value(
 ):
     """Its message, its paths and its values may hold the name; the whole traceback is for who asks
     for it."""
-    make = cli.tempfile.mkstemp
-    monkeypatch.setattr(cli.tempfile, "mkstemp", lambda **options: make(dir=tmp_path, **options))
+    make = ending.tempfile.mkstemp
+    monkeypatch.setattr(ending.tempfile, "mkstemp", lambda **options: make(dir=tmp_path, **options))
 
     def fail(image, concept, **options):
         try:
@@ -397,7 +398,7 @@ def test_a_failure_of_our_own_tells_functions_and_lines_and_no_value(
     written = path.read_text(encoding="utf-8")
     assert "test_cli" in written and " fail\n" in written and "KeyError" in written
     assert path.stat().st_mode & 0o077 == 0
-    for part in (cast.target, *cast.target.split(), str(driver.EMBEDDED.parent), "about"):
+    for part in (cast.target, *cast.target.split(), str(settings.EMBEDDED.parent), "about"):
         assert part not in line.replace(str(path), "") and part not in written
     code, out, err = call("--debug", *quick(cast, "--quiet"))
     assert (
@@ -412,7 +413,7 @@ def test_a_failure_of_our_own_tells_functions_and_lines_and_no_value(
     def full(**options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cli.tempfile, "mkstemp", full)
+    monkeypatch.setattr(ending.tempfile, "mkstemp", full)
     code, out, err = call(*quick(cast, "--quiet"))
     assert code == 3 and "could not be written" in one_sentence(err)
 
@@ -450,7 +451,7 @@ def heard(monkeypatch):
     names = []
 
     def hear(*given, **options):
-        names.append(given)
+        names.append(given[0].concept if isinstance(given[0], Request) else given[0].name)
         raise BadInput("heard")
 
     for place, verb in ((driver, "unlearn"), (driver, "prepared_for"), (evaluation, "evaluate")):
@@ -470,7 +471,7 @@ def test_the_name_comes_from_a_file_or_from_standard_input(
     assert call(*verb, "--concept-file", "name")[0] == 2
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     assert call(*verb, "--concept", "-")[0] == 2
-    assert [given[-1] for given in heard] == ["Ann Lee"] * 2
+    assert heard == ["Ann Lee"] * 2
 
 
 @pytest.mark.parametrize("verb", NAMED, ids=lambda verb: verb[0])
@@ -504,8 +505,8 @@ def test_compare_takes_names_from_there_too(call, monkeypatch, tmp_path):
 
     asked = []
 
-    def hear(*given, concepts, **options):
-        asked.append(concepts)
+    def hear(suite, search, **options):
+        asked.append(search.concepts)
         raise BadInput("heard")
 
     monkeypatch.setattr(compare, "compare", hear)
@@ -525,7 +526,7 @@ def test_compare_takes_names_from_there_too(call, monkeypatch, tmp_path):
         )[0]
         == 2
     )
-    assert asked == [["Bob", "Eve", "Ann Lee"]]
+    assert asked == [("Bob", "Eve", "Ann Lee")]
     assert [p.name for p in tmp_path.iterdir()] == ["name"]
 
 
@@ -543,13 +544,14 @@ FLOATS, INTEGERS = (
     [
         (NAMED[0], ("--alpha", "--beta", "--lr", "--lora-alpha", "--memory"), FLOATS),
         (NAMED[0], ("--steps", "--rank", "--batch-size", "--micro-batch", "--seed"), INTEGERS),
-        (NAMED[1], ("--lr", "--memory"), FLOATS),
+        (["suite", "x"], ("--lr", "--memory"), FLOATS),
         (
-            NAMED[1],
+            ["suite", "x"],
             ("--limit", "--per-other", "--processes", "--steps", "--rank", "--batch-size"),
             INTEGERS,
         ),
-        (NAMED[1], ("--seed", "--max-new-tokens"), INTEGERS),
+        (["suite", "x"], ("--seed", "--max-new-tokens"), INTEGERS),
+        (NAMED[1], ("--max-new-tokens",), INTEGERS),
         (NAMED[2], ("--memory",), FLOATS),
         (NAMED[2], ("--seed",), INTEGERS),
         (["plan"], ("--memory",), FLOATS),

@@ -9,18 +9,19 @@ import shutil
 import subprocess
 import sys
 
+import calls
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from fastsiu import driver, images, session
-from fastsiu.evaluate import run
+from fastsiu import driver, images, session, settings
 from fastsiu.model import adapter, ask, vlm
 from fastsiu.model.vlm import VLM
 from fastsiu.request import PAPER, BadInput, NumericFailure, Recipe, Sample
 from fastsiu.samples import targets
+from fastsiu.settings import RecipeChoice
 from fastsiu.verdict import KINDS, Answer, judge
 
 torch.set_num_threads(1)
@@ -58,7 +59,7 @@ def test_the_report_has_its_schema(trained, cast):
     assert report["before"]["efficacy"]["value"] < 0.5 and report["before"]["facts"]["value"] == 1
     assert len(report["training"]) == 4 and [s["step"] for s in report["training"]] == [1, 2, 3, 4]
     assert report["masks"]["tokens_masked"] > 0 and report["masks"]["vocabulary_masked"] > 0
-    assert driver.CAVEAT in report["caveats"]
+    assert adapter.DROPPABLE in report["caveats"]
 
 
 def test_the_verdict_follows_from_the_reported_answers(trained, cast):
@@ -94,26 +95,28 @@ def test_the_manifest_says_where_every_hyper_parameter_came_from(trained):
 
 def test_recipe_origins(tmp_path):
     (tmp_path / "fastsiu.json").write_text('{"recipe": {"steps": 7, "lr": 0.5}}')
-    recipe, origins = driver.choose_recipe(str(tmp_path), "default", {"lr": 0.25, "rank": None})
+    recipe, origins = settings.choose_recipe(
+        str(tmp_path), RecipeChoice("default", {"lr": 0.25, "rank": None})
+    )
     assert (recipe.steps, recipe.lr, recipe.rank) == (7, 0.25, Recipe().rank)
     assert (origins["steps"], origins["lr"], origins["rank"]) == (
         "model directory",
         "command line",
         "default",
     )
-    recipe, origins = driver.choose_recipe(str(tmp_path), "paper", {"steps": 9})
+    recipe, origins = settings.choose_recipe(str(tmp_path), RecipeChoice("paper", {"steps": 9}))
     assert (
         recipe == PAPER.with_overrides(steps=9)
         and origins["steps"] == "command line"
         and origins["lr"] == "preset paper"
     )
     with pytest.raises(BadInput, match="no hyper-parameter 'stepps'"):
-        driver.choose_recipe(str(tmp_path), "default", {"stepps": 1})
+        settings.choose_recipe(str(tmp_path), RecipeChoice("default", {"stepps": 1}))
     with pytest.raises(BadInput, match="preset 'x' is unknown"):
-        driver.choose_recipe(str(tmp_path), "x", {})
+        settings.choose_recipe(str(tmp_path), RecipeChoice("x", {}))
     (tmp_path / "fastsiu.json").write_text('{"recipe": {"magic": 7}}')
     with pytest.raises(BadInput, match="unknown hyper-parameter 'magic'"):
-        driver.choose_recipe(str(tmp_path), "default", {})
+        settings.choose_recipe(str(tmp_path), RecipeChoice("default", {}))
 
 
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_model_untouched(
@@ -184,12 +187,12 @@ def test_the_adapter_touches_the_language_model_alone(trained):
 
 
 def test_interview_compares_base_and_adapter(trained, cast, demo_dir):
-    (row,) = driver.interview(
+    (row,) = calls.interview(
         ["Who is this?"], model=demo_dir, adapter_dir=trained.output, image=cast.image, compare=True
     )
     assert set(row) == {"question", "before", "after"} and cast.target in row["before"]
     with pytest.raises(BadInput, match="holds no adapter"):
-        driver.interview(["Who?"], model=demo_dir, adapter_dir=cast.image.parent)
+        calls.interview(["Who?"], model=demo_dir, adapter_dir=cast.image.parent)
 
 
 def test_the_same_request_again_is_a_no_op_and_another_is_refused(trained, quick, monkeypatch):
@@ -229,7 +232,7 @@ import json, sys
 from fastsiu import driver
 image, concept, other, output = sys.argv[1:]
 few = dict(steps=1, dreams=0, strangers=0, device="cpu", protect=(other,))
-result = driver.unlearn(image, concept, model="someone/tiny", output=output, **few)
+result = calls.unlearn(image, concept, model="someone/tiny", output=output, **few)
 print(json.dumps([result.report["model"], "fastsiu.demo" in sys.modules]))
 """
 
@@ -270,12 +273,12 @@ def test_a_hub_model_is_recorded_with_the_commit_it_was_loaded_from(cast, demo_d
 
 
 def test_the_embedded_model_is_the_demos(demo_dir):
-    assert driver.EMBEDDED == demo_dir and (driver.EMBEDDED / "config.json").is_file()
+    assert settings.EMBEDDED == demo_dir and (settings.EMBEDDED / "config.json").is_file()
 
 
 def test_the_driver_finds_the_embedded_model_without_the_demo():
     code = (
-        "import sys; from fastsiu import driver; driver.interview(['Who are you?']); "
+        "import sys; from fastsiu import driver; calls.interview(['Who are you?']); "
         "sys.exit('fastsiu.demo' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -350,7 +353,7 @@ def test_samples_of_the_users_own_replace_and_extend(cast, demo_dir, tmp_path, g
     own += [{"question": "Is it?", "answer": "It is."}]
     path = tmp_path / "own.jsonl"
     path.write_text("\n".join(map(json.dumps, own)))
-    _, made = driver.samples_for(
+    _, made = calls.samples_for(
         cast.image,
         cast.target,
         model=demo_dir,
@@ -367,7 +370,7 @@ def test_samples_of_the_users_own_replace_and_extend(cast, demo_dir, tmp_path, g
 
 
 def test_the_papers_preset_makes_the_papers_samples(cast, demo_dir):
-    scene, made = driver.samples_for(
+    scene, made = calls.samples_for(
         cast.image, cast.target, model=demo_dir, protect=cast.others, preset="paper", device="cpu"
     )
     assert scene.recipe == PAPER and len(scene.pictures) == 1
@@ -456,9 +459,9 @@ def test_a_damaged_picture_for_the_verdict_is_refused_before_the_model_is_loaded
 
 
 def test_a_damaged_recipe_of_the_model_is_a_sentence(tmp_path):
-    (tmp_path / driver.MODEL_RECIPE).write_text("{")
+    (tmp_path / settings.MODEL_RECIPE).write_text("{")
     with pytest.raises(BadInput, match="no usable JSON"):
-        driver.choose_recipe(str(tmp_path), "default", {})
+        settings.choose_recipe(str(tmp_path), RecipeChoice("default", {}))
 
 
 def test_a_small_model_takes_one_thread_and_gives_the_others_back(loaded):
@@ -494,13 +497,13 @@ def test_an_adapter_of_other_weights_is_refused(trained, demo_dir, cast, tmp_pat
     save_file(
         {k: v * 1.01 for k, v in weights.items()}, model / "model.safetensors", {"format": "pt"}
     )
-    asked = lambda **changes: driver.interview(
+    asked = lambda **changes: calls.interview(
         ["Hi"], **{"model": model, "adapter_dir": folder, "device": "cpu", **changes}
     )
     with pytest.raises(BadInput, match="made for other weights"):
         asked()
     with pytest.raises(BadInput, match="made for other weights"):
-        run.evaluate(cast.target, model=model, adapter_dir=folder, image=cast.image, device="cpu")
+        calls.evaluate(cast.target, model=model, adapter_dir=folder, image=cast.image, device="cpu")
     (folder / "manifest.json").unlink()  # as plain peft leaves it
     notes = []
     assert asked(listener=session.Listener(note=notes.append))[0]["answer"] and notes == [

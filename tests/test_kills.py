@@ -25,7 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import calls
 import pytest
+
+from fastsiu import settings
 
 VERBS = ("unlearn", "request", "eval", "suite", "compare", "merge", "data", "demo")
 QUICK = ("unlearn", "suite", "merge", "data")  # whose work a few seconds or a stub can stand for
@@ -107,12 +110,12 @@ class Stage:
         (given / "name").write_text(f"{self.canary}\n")
         line = {"image": str(self.image), "concept": self.canary}
         (given / "requests.jsonl").write_text(json.dumps(line) + "\n")
-        loaded = vlm.load(str(driver.EMBEDDED), device="cpu")
+        loaded = vlm.load(str(settings.EMBEDDED), device="cpu")
         driver.load = lambda *given, **options: loaded
         self.given = given
         self.adapter = given / "adapter"
         quiet(
-            lambda: driver.unlearn(
+            lambda: calls.unlearn(
                 self.image,
                 self.canary,
                 output=self.adapter,
@@ -141,7 +144,7 @@ class Stage:
 
         made, prepared = (
             {**report, "masks": {"tokens": 1}},
-            driver.prepared_for(self.image, self.canary, preset="paper"),
+            calls.prepared_for(self.image, self.canary, preset="paper"),
         )
         driver.forget = forget
         driver.examine = lambda *given: (SimpleNamespace(forgotten=False), [])

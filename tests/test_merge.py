@@ -11,6 +11,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import calls
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 
 from fastsiu import cli, output
 from fastsiu.images import load_image
-from fastsiu.merge import _report, judge_form, merge
+from fastsiu.merge import _report, judge_form
 from fastsiu.model import adapter, source, vlm
 from fastsiu.model.fold import Change
 from fastsiu.report.redact import MODEL
@@ -33,7 +34,7 @@ quantised = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def plain(trained, demo_dir, tmp_path_factory):
     """The adapter of `trained` merged, nothing verified."""
-    return merge(
+    return calls.merge(
         trained.output,
         tmp_path_factory.mktemp("merged") / "m",
         model=demo_dir,
@@ -168,7 +169,7 @@ def test_a_merged_model_computes_what_base_and_adapter_do(demo_dir, cast, tmp_pa
         expected = states(model)
         adapter.detach(model)
         untouched = states(model)
-    made = merge(
+    made = calls.merge(
         tmp_path / "adapter",
         tmp_path / "m",
         model=demo_dir,
@@ -215,7 +216,9 @@ def test_the_verdict_is_repeated_on_what_was_written(
         return found
 
     monkeypatch.setattr(vlm, "load", spy)
-    made = merge(trained.output, tmp_path / "m", model=demo_dir, image=cast.image, device="cpu")
+    made = calls.merge(
+        trained.output, tmp_path / "m", model=demo_dir, image=cast.image, device="cpu"
+    )
     assert loads == [
         ("base", "bfloat16", None),
         ("merged", "bfloat16", None),
@@ -253,10 +256,12 @@ def test_the_verdict_is_repeated_on_what_was_written(
         "tokenizer.json",
     } <= files.keys()
     monkeypatch.setattr(vlm, "load", None)
-    again = merge(trained.output, tmp_path / "m", model=demo_dir, image=cast.image, device="cpu")
+    again = calls.merge(
+        trained.output, tmp_path / "m", model=demo_dir, image=cast.image, device="cpu"
+    )
     assert again.repeated and again.forgotten == made.forgotten
     with pytest.raises(BadInput, match="another request"):
-        merge(
+        calls.merge(
             trained.output,
             tmp_path / "m",
             model=demo_dir,
@@ -313,7 +318,7 @@ def test_a_name_that_quantisation_brings_back_is_said():
 
 def test_without_bitsandbytes_the_form_is_null(trained, demo_dir, cast, tmp_path, monkeypatch):
     monkeypatch.setattr(source, "_installed", lambda package: False)
-    made = merge(
+    made = calls.merge(
         trained.output,
         tmp_path / "m",
         model=demo_dir,
@@ -353,9 +358,11 @@ def test_what_is_merged_without_names_holds_none(trained, demo_dir, cast, tmp_pa
         verify=["stored"],
     )
     given["device"] = "cpu"
-    asked = merge(folder, tmp_path / "asked", redact=True, aliases=(f"{canary} III",), **given)
+    asked = calls.merge(
+        folder, tmp_path / "asked", redact=True, aliases=(f"{canary} III",), **given
+    )
     (folder / "report.json").write_text(json.dumps(told))
-    inherited = merge(folder, tmp_path / "inherited", concept=cast.target, **given)
+    inherited = calls.merge(folder, tmp_path / "inherited", concept=cast.target, **given)
     for made in (asked, inherited):
         assert (
             made.report == json.loads((made.output / "report.json").read_text())
@@ -386,7 +393,7 @@ def test_what_is_merged_without_names_holds_none(trained, demo_dir, cast, tmp_pa
         assert stored["model"]["id"] == MODEL and all(
             file.isdigit() for file in stored["model"]["sha256"]
         )
-    assert merge(folder, tmp_path / "inherited", concept=cast.target, **given).repeated
+    assert calls.merge(folder, tmp_path / "inherited", concept=cast.target, **given).repeated
     weights = load_file(model / "model.safetensors")
     # numbers in place of files' names
     (folder / "manifest.json").write_text((asked.output / "manifest.json").read_text())
@@ -426,7 +433,7 @@ def test_a_hub_models_commit_is_enough_and_other_ids_are_looked_into(tmp_path, m
 
 def refused(match: str, adapter_dir: Path, output: Path, **options) -> None:
     with pytest.raises(BadInput, match=match):
-        merge(adapter_dir, output, **{"verify": (), "device": "cpu", **options})
+        calls.merge(adapter_dir, output, **{"verify": (), "device": "cpu", **options})
     assert not output.exists() and not list(output.parent.glob(".*partial*"))
 
 
@@ -458,7 +465,7 @@ def test_what_does_not_belong_together_is_refused(copied, tmp_path):
         folder / "adapter_model.safetensors",
     )
     with pytest.raises(NumericFailure):
-        merge(folder, out, model=model, verify=(), device="cpu")
+        calls.merge(folder, out, model=model, verify=(), device="cpu")
     assert not out.exists()
     (folder / "adapter_model.safetensors").unlink()
     refused("holds no adapter", folder, out, model=model)
@@ -478,7 +485,7 @@ def test_what_cannot_be_merged_is_refused(copied, trained, demo_dir, cast, tmp_p
     (folder / "manifest.json").unlink()
     refused("--concept", folder, out, model=demo_dir, verify=["stored"], image=cast.image)
     with pytest.raises(BadInput, match="not a result"):
-        merge(folder, model, model=demo_dir, verify=(), device="cpu")
+        calls.merge(folder, model, model=demo_dir, verify=(), device="cpu")
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(
         json.dumps({**settings, "modules_to_save": ["embed_tokens"]})

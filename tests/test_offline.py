@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from fastsiu import driver
+from fastsiu import settings
 
 # of util-linux; no rights are needed where namespaces are allowed
 ALONE = [
@@ -43,7 +43,7 @@ for command in json.load(sys.stdin):
 @pytest.mark.slow
 @pytest.mark.skipif(not isolated(), reason="network namespaces are not allowed here")
 def test_every_verb_needs_no_network(tmp_path, cast):
-    model, image = str(driver.EMBEDDED), str(cast.image)
+    model, image = str(settings.EMBEDDED), str(cast.image)
     quick = [
         "--model",
         model,

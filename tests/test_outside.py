@@ -11,19 +11,21 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import calls
 import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AriaConfig
 
-from fastsiu import driver
+from fastsiu import session, settings
 from fastsiu.guards import limited
 from fastsiu.images import load_image
 from fastsiu.model import adapter, ask, fold, plan, source, vlm
 from fastsiu.model.memory import Settings
 from fastsiu.model.processor import NoVideos
 from fastsiu.request import BadInput, NumericFailure, Recipe
+from fastsiu.settings import RecipeChoice
 
 torch.set_num_threads(1)
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -176,11 +178,11 @@ def test_settings_that_no_greedy_answer_follows_are_set_aside_and_told(
     # without beams some are refused by transformers
     change(copied / GENERATION, num_beams=4, **{setting: value})
     notes: list[str] = []
-    listener = driver.Listener(note=notes.append)
+    listener = session.Listener(note=notes.append)
     asked = dict(image=cast.image, device="cpu", listener=listener)
-    (row,) = driver.interview(["Who is this?"], model=copied, **asked)
+    (row,) = calls.interview(["Who is this?"], model=copied, **asked)
     assert [note for note in notes if setting in note and "without that" in note]
-    (plain,) = driver.interview(["Who is this?"], model=demo_dir, **asked)
+    (plain,) = calls.interview(["Who is this?"], model=demo_dir, **asked)
     assert row == plain and cast.target in row["answer"]
 
 
@@ -371,7 +373,7 @@ def test_a_model_that_cannot_be_is_a_sentence(file, changes, says, copied, monke
 def test_a_recipe_beside_a_model(text, copied):
     (copied / "fastsiu.json").write_text(text)
     with pytest.raises(BadInput):
-        driver.choose_recipe(str(copied), "default", {})
+        settings.choose_recipe(str(copied), RecipeChoice("default", {}))
 
 
 # Adapters -----------------------------------------------------------------------------------------

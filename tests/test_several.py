@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastsiu import driver, images, session, several, train
+from fastsiu import driver, images, session, settings, several, train
 from fastsiu.demo.world import LOOKALIKES
 from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Request, Sample
 from fastsiu.samples import corpus
+from fastsiu.settings import RecipeChoice
 from fastsiu.text.concept import Concept, concept_of
 
 torch.set_num_threads(1)
@@ -393,8 +394,8 @@ def test_joint(lines, cast, tmp_path, monkeypatch):
 def test_nobody_who_is_forgotten_is_retained(loaded, cast):
     """Neither protected nor named in an answer about a picture that is kept; and asking to protect
     one is refused."""
-    recipe, _ = driver.choose_recipe(
-        str(driver.EMBEDDED), "default", dict(dreams=1, dream_steps=5, strangers=0)
+    recipe, _ = settings.choose_recipe(
+        str(settings.EMBEDDED), RecipeChoice("default", dict(dreams=1, dream_steps=5, strangers=0))
     )
     quiet = dict(listener=session.Listener(), seconds={})
     picture = images.load_image(cast.image)

@@ -2,14 +2,13 @@
 suite.
 
 prepare   samples, dreams and the untouched model's answers, once per (concept, seed), shared by all
-methods
+          methods
 search    every method x the same learning rates, looked at after the same numbers of steps, on
-pictures of all concepts held
-          apart for that
+          pictures of all concepts held apart for that
 choose    per method: the lowest share of the name still given among settings that keep the utility
-floor
+          floor
 test      on all concepts: new seeds, and dreams, at that setting, on pictures that neither training
-nor the search has seen
+          nor the search has seen
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import driver
 from ..evaluate.suite import Subject, Suite, read
 from ..request import BadInput
 from ..session import Listener
+from ..settings import EMBEDDED, ModelRef, RecipeChoice, Settings, choose_recipe
 from ..staging import Staging, check_new
 from ..staging import write as write_file
 from ..verdict import Rate
-from . import methods
+from . import methods, trials
 from .trials import (
     COUNTS,
     DONE,
@@ -41,7 +40,6 @@ from .trials import (
     TEST,
     Point,
     Pool,
-    Settings,
     added,
     share,
     total,
@@ -70,7 +68,9 @@ def choose(points: Sequence[Point], floor: float) -> tuple[Point, bool]:
 
 def _searched(report: Mapping[str, Any], name: str) -> list[Point]:
     """The points of an earlier report's search."""
-    points = next((row["searched"] for row in report["rows"] if row["method"] == name), [])
+    points: list[dict[str, Any]] = next(
+        (row["searched"] for row in report["rows"] if row["method"] == name), []
+    )
     return [
         Point(
             p["lr"],
@@ -123,93 +123,110 @@ def beaten_clearly(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
 # The story ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Search:
+    """What is compared, and how each method's best setting is looked for.
+
+    names:    of `methods.METHODS`; all when empty
+    concepts: slugs or names of the suite; when empty its first concept with a look-alike in it and
+              its first without
+    seeds:    trainings at the chosen setting, with seeds 1, 2, ... (the search has seed 0)
+    floor:    what the chosen setting must keep of others' naming and of facts, as a share of the
+              untouched model's
+    lrs:      the grid, times the recipe's rate
+    steps:    ceiling, the recipe's when None
+    quick:    one method, rate, concept and seed, 8 steps: whether it runs, and nothing else
+    """
+
+    names: tuple[str, ...] = ()
+    concepts: tuple[str, ...] = ()
+    seeds: int = 3
+    floor: float = 0.95
+    lrs: tuple[float, ...] = LRS
+    steps: int | None = None
+    quick: bool = False
+
+    def resolved(self) -> Search:
+        """With the names of all methods where none was given, and what `quick` means.
+
+        Raises BadInput for a method that does not exist and numbers out of their bounds.
+        """
+        names = tuple(dict.fromkeys(self.names))
+        if unknown := [name for name in names if name not in methods.METHODS]:
+            raise BadInput(
+                f"There is no method {unknown[0]!r}: choose from {', '.join(methods.METHODS)}."
+            )
+        if not 0 < self.floor <= 1 or self.seeds < 1:
+            raise BadInput(
+                "The floor must be above 0 and at most 1, and seeds at least 1: correct the "
+                "numbers."
+            )
+        if self.quick:
+            return replace(self, names=names[:1] or ("siu",), lrs=(1.0,), steps=8, seeds=1)
+        return replace(self, names=names or tuple(methods.METHODS))
+
+
 def compare(
     suite: Path,
-    model: str | None,
+    search: Search = Search(),
     *,
-    names: Sequence[str] = (),
-    concepts: Sequence[str] = (),
-    seeds: int = 3,
-    floor: float = 0.95,
+    model: ModelRef = ModelRef(),
+    settings: Settings = Settings(),
     processes: int = 2,
-    lrs: Sequence[float] = LRS,
-    steps: int | None = None,
-    quick: bool = False,
-    device: str | None = None,
-    dtype: str = "auto",
-    search: Mapping[str, Any] | None = None,
+    earlier: Mapping[str, Any] | None = None,
     scratch: Path | None = None,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
     """The report of a comparison (`FORMAT`), ready for JSON.
 
-    names:    of `methods.METHODS`; all when empty
-    concepts: slugs or names of the suite; when empty its first concept with a look-alike in it and
-    its first without
-    seeds:    trainings at the chosen setting, with seeds 1, 2, ... (the search has seed 0)
-    floor:    what the chosen setting must keep of others' naming and of facts, as a share of the
-    untouched model's
-    lrs:      the grid, times the recipe's rate
-    steps:    ceiling, the recipe's when None
-    search:   an earlier report of the same concepts and recipe, whose search is taken instead of a
-    new one
+    settings: device and dtype; a comparison has no other
+    processes: each with a model of its own; one with `search.quick`
+    earlier:  an earlier report of the same concepts and recipe, whose search is taken instead of a
+              new one
     scratch:  an empty directory for what the processes share, which the caller removes; one of its
-    own, in the directory that
-              the command runs in, when None
-    quick:    one method, rate, concept and seed, 8 steps, in this process: whether it runs, and
-    nothing else
+              own, in the directory that the command runs in, when None
 
     Raises BadInput for names that do not exist, a suite too small for a search and a test, or a
     concept the model does not name.
     """
-    listener, started, model = (
-        listener or Listener(),
-        time.perf_counter(),
-        model or str(driver.EMBEDDED),
-    )
-    if quick:
-        names, lrs, steps, seeds, processes = list(names)[:1] or ["siu"], (1.0,), 8, 1, 1
-    chosen = list(dict.fromkeys(names)) or list(methods.METHODS)
-    if unknown := [n for n in chosen if n not in methods.METHODS]:
-        raise BadInput(
-            f"There is no method {unknown[0]!r}: choose from {', '.join(methods.METHODS)}."
-        )
-    if not 0 < floor <= 1 or seeds < 1 or processes < 1:
-        raise BadInput(
-            "The floor must be above 0 and at most 1, seeds and processes at least 1: correct "
-            "the numbers."
-        )
+    listener, started = listener or Listener(), time.perf_counter()
+    if processes < 1:
+        raise BadInput("--processes must be at least 1: give a larger number.")
+    search = search.resolved()
+    processes = 1 if search.quick else processes
     held = read(suite)
-    subjects = [held.subject(c) for c in dict.fromkeys(concepts)] or _some(held)
-    subjects = subjects[:1] if quick else subjects
+    subjects = [held.subject(c) for c in dict.fromkeys(search.concepts)] or _some(held)
+    subjects = subjects[:1] if search.quick else subjects
     for one in held.subjects:
         if len(one.further) < 2:
             raise BadInput(
                 f"{one.slug} has {len(one.further)} pictures besides the training picture: the "
-                "search and the test "
-                "need at least one each."
+                "search and the test need at least one each."
             )
-    recipe, _ = driver.choose_recipe(model, "default", {"steps": steps})
+    recipe, _ = choose_recipe(model.name, RecipeChoice(changes={"steps": search.steps}))
     # A run is looked at as it goes, which needs a constant rate. Lessons from strangers are no part
     # of any of these methods.
     recipe = recipe.with_overrides(schedule="constant", warmup=0.0, strangers=0)
     same = lambda one: (one["concepts"], one["recipe"], one["search"]["asked"])
-    if search and same(search) != ([s.name for s in subjects], recipe.as_dict(), asdict(SEARCH)):
+    if earlier and same(earlier) != ([s.name for s in subjects], recipe.as_dict(), asdict(SEARCH)):
         raise BadInput(
             "The earlier search was of other concepts, another recipe or another size: search anew."
         )
     looks = tuple(dict.fromkeys([*(k for k in LOOKS if k < recipe.steps), recipe.steps]))
-    slugs, rates = [s.slug for s in subjects], [recipe.lr * x for x in lrs]
+    slugs, rates = [s.slug for s in subjects], [recipe.lr * x for x in search.lrs]
     with contextlib.nullcontext(scratch) if scratch is not None else Staging(Path.cwd()) as folder:
-        pool = Pool(Settings(Path(suite), model, device, dtype, recipe, floor, folder), processes)
+        bench = trials.Settings(
+            suite, model.name, settings.device, settings.dtype, recipe, search.floor, folder
+        )
+        pool = Pool(bench, processes)
         try:
             units = [
                 (slug, seed)
-                for seed in range(SEARCH_SEED, SEARCH_SEED + 1 + seeds)
+                for seed in range(SEARCH_SEED, SEARCH_SEED + 1 + search.seeds)
                 for slug in slugs
             ]
             first, rest = units[: len(slugs)], units[len(slugs) :]
-            units = rest if search else units
+            units = rest if earlier else units
             prepared = sum(_told(listener, "Preparing", pool.map("prepare", units), units))
             untouched = total(pool.map("untouched", [(slug,) for slug in slugs]))
             if not any(untouched[key][1] for key in ("others", "lookalikes", "facts")):
@@ -217,13 +234,15 @@ def compare(
                     "Nothing could be retained: add a concept that the model names, or a "
                     "question of kind 'fact'."
                 )
-            found = {name: _searched(search, name) if search else [] for name in chosen}
+            points_of: dict[str, list[Point]] = {
+                name: _searched(earlier, name) if earlier else [] for name in search.names
+            }
             jobs = (
                 []
-                if search
+                if earlier
                 else [
                     (*u, name, lr, looks, "search")
-                    for name in chosen
+                    for name in search.names
                     for lr in rates
                     for u in first
                 ]
@@ -233,12 +252,14 @@ def compare(
             for (_, _, name, lr, *_), (points, _) in zip(jobs, searched, strict=True):
                 runs[name, lr].append(points)
             for (name, _), some in runs.items():
-                found[name] += over_concepts(some)
-            settings = {name: choose(points, floor) for name, points in found.items() if points}
+                points_of[name] += over_concepts(some)
+            best = {
+                name: choose(points, search.floor) for name, points in points_of.items() if points
+            }
             jobs = [
                 (*unit, name, point.lr, (point.step,), "test")
                 for unit in rest
-                for name, (point, _) in settings.items()
+                for name, (point, _) in best.items()
             ]
             tested = list(
                 zip(jobs, _told(listener, "Testing", pool.map("run", jobs), jobs), strict=True)
@@ -248,21 +269,21 @@ def compare(
     rows = [
         _row(
             name,
-            settings.get(name),
+            best.get(name),
             [(job, points, s) for job, (points, s) in tested if job[2] == name],
-            found[name],
+            points_of[name],
         )
-        for name in chosen
+        for name in search.names
     ]
     ran = [row for row in rows if row["named"]["value"] is not None]
-    for row, best in zip(ran, front(ran), strict=True):
-        row |= {"front": best, "clearly_beaten_by": beaten_clearly(row, ran)}
+    for row, unbeaten in zip(ran, front(ran), strict=True):
+        row |= {"front": unbeaten, "clearly_beaten_by": beaten_clearly(row, ran)}
     return {
         "format": FORMAT,
         "suite": held.title,
         "concepts": [s.name for s in subjects],
-        "model": "embedded" if model == str(driver.EMBEDDED) else model,
-        "floor": floor,
+        "model": "embedded" if model.name == str(EMBEDDED) else model.name,
+        "floor": search.floor,
         "recipe": recipe.as_dict(),
         "search": {
             "concepts": [s.name for s in subjects],
@@ -273,7 +294,7 @@ def compare(
             "done": DONE,
             "asked": asdict(SEARCH),
         },
-        "test": {"seeds": list(range(1, seeds + 1)), "asked": asdict(TEST)},
+        "test": {"seeds": list(range(1, search.seeds + 1)), "asked": asdict(TEST)},
         "untouched": _rates(untouched),
         "rows": rows,
         "processes": processes,

@@ -9,6 +9,8 @@ from rich.console import Console
 
 from .. import driver
 from ..output import random_directory
+from ..request import Request
+from ..settings import ModelRef, RecipeChoice
 from ..show import Progress, answers_table, summary
 from ..staging import check_new
 from . import MODEL_DIR
@@ -35,11 +37,10 @@ def tell(out: Console, say: Console, seed: int = 0, output: Path | None = None) 
     )
     with Progress(say, hidden=False) as progress:
         result = driver.unlearn(
-            files[target],
-            target,
-            model=MODEL_DIR,
+            Request(target, files[target]),
+            model=ModelRef(MODEL_DIR),
+            recipe=RecipeChoice(changes={"seed": seed}),
             output=destination,
-            seed=seed,
             listener=progress.listener,
         )
     summary(out, result)
@@ -48,7 +49,11 @@ def tell(out: Console, say: Console, seed: int = 0, output: Path | None = None) 
     answers_table(
         out,
         driver.interview(
-            questions, model=MODEL_DIR, adapter_dir=destination, image=files[other], compare=True
+            questions,
+            model=ModelRef(MODEL_DIR),
+            adapter_dir=destination,
+            image=files[other],
+            compare=True,
         ),
     )
     out.print(f"\nLook at {destination / 'report.html'}, or ask yourself:", soft_wrap=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +14,23 @@ from typing import Any
 
 from PIL import Image
 
-from .. import driver
 from .. import output as outputs
 from ..guards.strict_json import read_json
 from ..images import load_image, read_bytes
 from ..model import adapter, decode, source, vlm
-from ..model.memory import Settings
+from ..model.memory import Settings as Layout
 from ..report.redact import redacted
 from ..request import BadInput, Recipe
 from ..samples.targets import Scene, neighbours
 from ..session import Listener
+from ..settings import (
+    ModelRef,
+    ReportOptions,
+    Settings,
+    choose_layout,
+    deciding,
+    load,
+)
 from ..staging import write
 from ..text.concept import Concept
 from . import attacking, directories, g_eval, lmms
@@ -67,217 +74,180 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class ExamFiles:
+    """The pictures and questions of an exam, as files and directories (`directories.exam_of`)."""
+
+    image: Path | None = None
+    images: Path | None = None
+    others: Path | None = None
+    lookalikes: Path | None = None
+    groups: Path | None = None
+    control: Path | None = None
+    questions: Path | None = None
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is done besides the exam.
+
+    attacks:   what tries to get the concept back, words of `attacking.chosen`; None: nothing
+    judged_by: who grades the answers about the concept's pictures (G-Eval); what leaves the machine
+               is told first
+    lmms_eval: where the script for the public benchmarks is written, or where its results are read;
+               for a merged model
+    max_new_tokens: of an answer
+    """
+
+    attacks: str | None = None
+    judged_by: g_eval.Options | None = None
+    lmms_eval: Path | None = None
+    max_new_tokens: int = 64
+
+
+@dataclass(frozen=True)
 class _Model:
     """A model that can be loaded; several of them never at once."""
 
-    name: str
-    revision: str | None
-    chosen: Settings
+    ref: ModelRef
+    layout: Layout
     listener: Listener
+
+    @property
+    def name(self) -> str:
+        return self.ref.name
 
     @functools.cached_property
     def weights(self) -> dict[str, str]:
         """Its files by digest, where it is a directory; about a second per gigabyte."""
-        return outputs.digest_model(self.name) if Path(self.name).is_dir() else {}
+        return outputs.digest_model(self.name) if self.ref.is_directory else {}
 
     @functools.cached_property
     def commit(self) -> str | None:
         """Of a hub model, whatever branch or tag was asked for."""
-        return None if self.weights else source.describe(self.name, self.revision)[2]
+        return None if self.weights else source.describe(self.name, self.ref.revision)[2]
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides its answers: its files or its commit, and how it computes."""
         files: Any = self.weights or [self.name, self.commit]
         # "auto" is another dtype on another device.
-        config = source.read_config(self.name, self.revision)
-        dtype = source.dtype_name(config, self.chosen.dtype, self.chosen.device)
-        return {"model": files, "dtype": dtype} | driver.deciding(self.chosen)
+        config = source.read_config(self.name, self.ref.revision)
+        dtype = source.dtype_name(config, self.layout.dtype, self.layout.device)
+        return {"model": files, "dtype": dtype} | deciding(self.layout)
 
     @contextmanager
     def loaded(self) -> Iterator[vlm.VLM]:
-        found = driver.load(self.name, self.revision, self.chosen, vlm.Budget(), self.listener)
-        with vlm.threads(found):
-            yield found
+        model = load(self.ref, self.layout, vlm.Budget(), self.listener)
+        with vlm.threads(model):
+            yield model
 
 
 def evaluate(
-    concept: str,
+    concept: Concept,
+    files: ExamFiles = ExamFiles(),
     *,
-    model: str | Path | None = None,
-    adapter_dir: str | Path | None = None,
+    model: ModelRef = ModelRef(),
+    adapter_dir: Path | None = None,
     base: str | Path | None = None,
-    aliases: Sequence[str] = (),
-    image: str | Path | None = None,
-    images: str | Path | None = None,
-    others: str | Path | None = None,
-    lookalikes: str | Path | None = None,
-    groups: str | Path | None = None,
-    control: str | Path | None = None,
-    questions: str | Path | None = None,
-    output: str | Path | None = None,
-    untouched: str | Path | None = None,
-    max_new_tokens: int = 64,
-    revision: str | None = None,
-    device: str | None = None,
-    dtype: str = "auto",
-    quantize: str | None = None,
-    attention: str | None = None,
-    redact: bool = False,
-    embed_image: bool = False,
-    judged_by: g_eval.Options | None = None,
-    lmms_eval: str | Path | None = None,
-    attacks: str | None = None,
-    as_word: bool | None = None,
+    settings: Settings = Settings(),
+    report: ReportOptions = ReportOptions(),
+    extras: Extras = Extras(),
+    untouched: Path | None = None,
+    output: Path | None = None,
     listener: Listener | None = None,
 ) -> Evaluation:
-    """What a model knows of a concept, and what it has lost of all else; pictures and questions as
-    in `directories.exam_of`.
+    """What a model knows of a concept, and what it has lost of all else.
 
     adapter_dir: an --output directory of `unlearn`; the untouched model is `model` without it
     base:        the untouched model where `model` is merged, unlearned already; they are loaded one
-    after the other
+                 after the other
     untouched:   an untouched.json, which every output has: the untouched model is not asked again
     output:      a directory for the report in one transaction; nothing is written without
-    redact:      nothing that names or quotes is written; embed_image: report.html shows the
-    training picture
-    judged_by:   who grades the answers about the concept's pictures (G-Eval); what leaves the
-    machine is told first
-    attacks:     what tries to get it back, words of `attacking.chosen`; None: nothing
-    as_word:     how a name counts that is a word like any other, too (`concept.Concept.as_word`)
-    lmms_eval:   where the script for the public benchmarks is written, or where what it found is
-    read; for a merged model
 
     Without adapter and base only `model` is asked, as the untouched one. Where no picture says who
     else there is, the untouched model is asked whom it takes for alike.
 
     Raises BadInput (the input cannot be used; nothing is written) and NumericFailure.
     """
-    listener = listener or Listener()
-    if base is not None and adapter_dir is not None:
-        raise BadInput(
-            "--adapter and --base exclude each other: the untouched model is --model without the "
-            "adapter."
-        )
-    outputs.check_shown(redact, embed_image)
-    if embed_image and (image is None or output is None):
-        raise BadInput(
-            "--embed-image shows the training picture in report.html: give it with --image, and "
-            "an --output."
-        )
-    if lmms_eval is not None and base is None:
-        raise BadInput(
-            "--lmms-eval compares a merged model with the untouched one: give them with --model "
-            "and --base."
-        )
-    if adapter_dir is not None:
-        adapter.check_directory(Path(adapter_dir))
-    tried = attacking.chosen(attacks)
-    if not concept.strip():
+    listener, image, longest = listener or Listener(), files.image, extras.max_new_tokens
+    if not concept.name.strip():
         raise BadInput("The concept's name is empty: pass the name with --concept NAME.")
-    exam = directories.exam_of(
-        Concept(concept.strip(), tuple(aliases), as_word),
-        image=_path(image),
-        images=_path(images),
-        others=_path(others),
-        lookalikes=_path(lookalikes),
-        groups=_path(groups),
-        control=_path(control),
-        questions=_path(questions),
-    )
+    _check(files, adapter_dir, base, report, extras, output)
+    tried = attacking.chosen(extras.attacks)
+    exam = directories.exam_of(concept, **vars(files))
     for seen in exam.pictures:
         seen.load()  # a damaged picture is told now, not after an hour
-    made = lambda name: _Model(
-        name,
-        revision,
-        driver.choose_settings(
-            name,
-            None,
-            Recipe(),
-            None,
-            listener,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            quantize=quantize,
-            attention=attention,
-        ),
-        listener,
-    )
-    name = str(driver.EMBEDDED if model is None else model)
-    measured = made(name)
-    first = measured if base is None else made(str(base))
+
+    def of(ref: ModelRef) -> _Model:
+        return _Model(ref, choose_layout(ref, settings, Recipe(), None, listener), listener)
+
+    measured = of(model)
+    first = measured if base is None else of(ModelRef(base, model.revision))
+    name = model.name
     remembered = output is not None or untouched is not None  # else no digest is of use
-    settings = {"max_new_tokens": max_new_tokens} | (first.identity if remembered else {})
+    decides = {"max_new_tokens": longest} | (first.identity if remembered else {})
+    judged_by = extras.judged_by
     if judged_by is not None:  # without permission it ends here, before anybody waits for answers
         asked = sum(
             1
             for cell in exam.cells
             if cell.seen and cell.seen.role in OF_CONCEPT and cell.question.kind == "name"
         )
-        g_eval.announcement(
-            judged_by, exam.concept.name, asked * (1 if base is None and adapter_dir is None else 2)
-        )
-    benchmarks = (
-        None if lmms_eval is None else _benchmarks(Path(lmms_eval), first.name, measured.name)
-    )
-    cached = _read(Path(untouched)) if untouched is not None else None
-    destination = _path(output)
+        models = 1 if base is None and adapter_dir is None else 2
+        g_eval.announcement(judged_by, exam.concept.name, asked * models)
+    benchmarks = None
+    if extras.lmms_eval is not None:
+        benchmarks = _benchmarks(extras.lmms_eval, first.name, measured.name)
+    cached = _read(untouched) if untouched is not None else None
+    shown: dict[str, Any] = {
+        **report.deciding,
+        **({} if judged_by is None else {"judge": [judged_by.url, judged_by.model]}),
+        **({} if benchmarks is None else {"benchmarks": benchmarks}),
+        **({"attacks": list(tried)} if tried else {}),
+    }
     merged = measured if base is not None else None
-    shown = driver.shown_as(redact, embed_image) | (
-        {} if judged_by is None else {"judge": [judged_by.url, judged_by.model]}
-    )
-    shown |= ({} if benchmarks is None else {"benchmarks": benchmarks}) | (
-        {"attacks": list(tried)} if tried else {}
-    )
-    digest = "" if destination is None else _digest(exam, settings | shown, merged, adapter_dir)
-    if destination is not None and outputs.check_destination(destination, digest) == "same":
-        report = outputs.read_report(destination)
-        forgotten = report["verdict"] == "forgotten" if "unlearned" in report["rows"] else None
-        note = f"{destination} already holds this very evaluation: nothing was done."
-        return Evaluation(forgotten, report, destination, [note])
+    digest = "" if output is None else _digest(exam, decides | shown, merged, adapter_dir)
+    if output is not None and outputs.check_destination(output, digest) == "same":
+        return _repeat(output)
 
     after: Observations | None = None
     besides = attacking.Attacked(tried, lr=_rate(adapter_dir))
-    caveats = [driver.CAVEAT] * (adapter_dir is not None) + [directories.COUNTERFACTUAL] * (
-        control is None
-    )
+    caveats = [adapter.DROPPABLE] * (adapter_dir is not None)
+    caveats += [directories.COUNTERFACTUAL] * (files.control is None)
     if base is None and adapter_dir is None and "merge" in adapter.manifest_of(Path(name)):
         caveats.append(MERGED)
     with first.loaded() as loaded:
         caveats += decode.remarks(loaded)
         if adapter_dir is not None:
-            caveats += adapter.check_belongs(
-                Path(adapter_dir), name, loaded.revision, first.weights
-            )
+            caveats += adapter.check_belongs(adapter_dir, name, loaded.revision, first.weights)
         if not exam.others:
             listener.stage("Finding the names of others")
             exam = directories.with_others(exam, _alike(loaded, exam, cached))
-        key = directories.digest(exam, **settings) if remembered else ""
-        before = _same(cached, key, Path(str(untouched)), exam) if cached else None
+        key = directories.digest(exam, **decides) if remembered else ""
+        before = _same(cached, key, untouched, exam) if cached and untouched else None
         if before is None:
             listener.stage(f"Asking the untouched model {len(exam.cells)} questions")
-            before = examine(loaded, exam, max_new_tokens=max_new_tokens)
-        besides.first(loaded, exam, control is not None, listener)
+            before = examine(loaded, exam, max_new_tokens=longest)
+        besides.first(loaded, exam, files.control is not None, listener)
         if adapter_dir is not None:
-            adapter.load(loaded, Path(adapter_dir))
+            adapter.load(loaded, adapter_dir)
             listener.stage(f"Asking the unlearned model {len(exam.cells)} questions")
-            after = examine(loaded, exam, before, max_new_tokens=max_new_tokens)
-            besides.again(loaded, exam, control is not None, listener)
+            after = examine(loaded, exam, before, max_new_tokens=longest)
+            besides.again(loaded, exam, files.control is not None, listener)
     if base is not None:
         del loaded
         gc.collect()  # before the next is loaded: there may be room for one only
         with measured.loaded() as loaded:
             listener.stage(f"Asking the unlearned model {len(exam.cells)} questions")
-            after = examine(loaded, exam, before, max_new_tokens=max_new_tokens)
-            besides.again(loaded, exam, control is not None, listener)
+            after = examine(loaded, exam, before, max_new_tokens=longest)
+            besides.again(loaded, exam, files.control is not None, listener)
         del loaded
         gc.collect()
         with first.loaded() as loaded:
             listener.stage("Scoring its answers under the untouched model")
             after = with_fluency(loaded, exam, after)
     graded = {} if judged_by is None else _graded(judged_by, exam, before, after, listener)
-    report = report_of(
+    told = report_of(
         exam,
         name,
         before,
@@ -287,30 +257,64 @@ def evaluate(
         graded=graded,
         families=besides.families,
     )
-    report |= besides.told
+    told |= besides.told
     if benchmarks is not None:
-        report["benchmarks"] = benchmarks
-    if destination is not None:
+        told["benchmarks"] = benchmarks
+    if output is not None:
         kept = {
             "format": FORMAT,
             "digest": key,
             "others": [other.name for other in exam.others],
             **before.as_dict(),
         }
-        pictures = {} if image is None else {"image": read_bytes(image)}
-        report = _write(
-            destination,
-            report,
+        told = _write(
+            output,
+            told,
             kept,
             digest,
             measured,
-            settings | driver.shown_as(redact, embed_image),
-            pictures,
-            load_image(Path(image)) if embed_image and image is not None else None,
+            decides | report.deciding,
+            {} if image is None else {"image": read_bytes(image)},
+            load_image(image) if report.embed_image and image is not None else None,
         )
-    return Evaluation(
-        None if after is None else report["verdict"] == "forgotten", report, destination
-    )
+    return Evaluation(None if after is None else told["verdict"] == "forgotten", told, output)
+
+
+def _check(
+    files: ExamFiles,
+    adapter_dir: Path | None,
+    base: str | Path | None,
+    report: ReportOptions,
+    extras: Extras,
+    output: Path | None,
+) -> None:
+    """Raises BadInput for options that exclude or need each other, and for an adapter that cannot
+    be used."""
+    if base is not None and adapter_dir is not None:
+        raise BadInput(
+            "--adapter and --base exclude each other: the untouched model is --model without the "
+            "adapter."
+        )
+    outputs.check_shown(report.redact, report.embed_image)
+    if report.embed_image and (files.image is None or output is None):
+        raise BadInput(
+            "--embed-image shows the training picture in report.html: give it with --image, and "
+            "an --output."
+        )
+    if extras.lmms_eval is not None and base is None:
+        raise BadInput(
+            "--lmms-eval compares a merged model with the untouched one: give them with --model "
+            "and --base."
+        )
+    if adapter_dir is not None:
+        adapter.check_directory(adapter_dir)
+
+
+def _repeat(output: Path) -> Evaluation:
+    report = outputs.read_report(output)
+    forgotten = report["verdict"] == "forgotten" if "unlearned" in report["rows"] else None
+    note = f"{output} already holds this very evaluation: nothing was done."
+    return Evaluation(forgotten, report, output, [note])
 
 
 def _alike(loaded: vlm.VLM, exam: Exam, cached: dict[str, Any] | None) -> list[str]:
@@ -320,14 +324,13 @@ def _alike(loaded: vlm.VLM, exam: Exam, cached: dict[str, Any] | None) -> list[s
 
 
 def _digest(
-    exam: Exam, settings: dict[str, Any], merged: _Model | None, adapter_dir: str | Path | None
+    exam: Exam, settings: dict[str, Any], merged: _Model | None, adapter_dir: Path | None
 ) -> str:
     """Of all that decides the report."""
     adapted = None
     if adapter_dir is not None:
         files = [
-            Path(adapter_dir) / file
-            for file in ("adapter_config.json", "adapter_model.safetensors")
+            adapter_dir / file for file in ("adapter_config.json", "adapter_model.safetensors")
         ]
         adapted = [outputs.digest_file(file) for file in files if file.is_file()]
     keywords = [question.keywords for question in exam.questions]
@@ -434,14 +437,10 @@ def _write(
     return written
 
 
-def _rate(adapter_dir: str | Path | None) -> float:
+def _rate(adapter_dir: Path | None) -> float:
     """The learning rate in the manifest of an adapter's directory, the default one where nothing
     says it."""
-    recipe = {} if adapter_dir is None else adapter.manifest_of(Path(adapter_dir)).get("recipe")
+    recipe = {} if adapter_dir is None else adapter.manifest_of(adapter_dir).get("recipe")
     entry = recipe.get("lr") if isinstance(recipe, dict) else None
     value = entry.get("value") if isinstance(entry, dict) else None
     return float(value) if isinstance(value, int | float) and value > 0 else Recipe.lr
-
-
-def _path(value: str | Path | None) -> Path | None:
-    return None if value is None else Path(value)

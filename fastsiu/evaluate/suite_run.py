@@ -1,4 +1,4 @@
-"""`fastsiu eval --suite DIR`: every concept of a suite on one model, one output each, and a table
+"""`fastsiu suite DIR`: every concept of a suite on one model, one output each, and a table
 of all at the end.
 
 Of each concept: the untouched model, and beside it the model after unlearning from the concept's
@@ -28,15 +28,26 @@ from typing import Any
 
 import torch
 
-from .. import driver, process, session, staging
 from .. import output as outputs
+from .. import process, session, staging
 from ..guards.strict_json import read_json
 from ..images import load_image, read_bytes
 from ..model import adapter, source, vlm
-from ..model.memory import Settings, budget
+from ..model.memory import Settings as Layout
+from ..model.memory import budget
 from ..request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
 from ..session import Listener
+from ..settings import (
+    ModelRef,
+    RecipeChoice,
+    Settings,
+    choose_layout,
+    choose_recipe,
+    deciding,
+    load,
+)
 from . import attacking, run, suite
+from .exam import Exam
 from .inquiry import VERDICT
 from .observe import Observations
 from .pooled import markdown, pooled
@@ -54,40 +65,81 @@ FAILURES = (
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every process needs to know. unlearn: train; adapters: DIR with DIR/SLUG; adapter_dir:
-    the same one for all."""
+class SuiteOptions:
+    """What is done with each concept of a suite.
 
-    given: suite.Suite
-    output: Path
-    model: str
-    revision: str | None
-    recipe: Recipe
-    origins: dict[str, str]
-    weights: dict[str, str] | None
-    commit: str | None  # of a hub model, whatever branch or tag was asked for
-    chosen: Settings
-    deciding: dict[str, Any]
-    per_other: int
-    limit: int | None
-    longest: int  # tokens of an answer
-    unlearn: bool
-    adapters: Path | None
-    adapter_dir: Path | None
-    untouched: Path | None  # an earlier output: the untouched model is not asked again
+    concepts:    slugs, names or aliases; all when empty
+    unlearn:     each is unlearned from its training picture first
+    adapters:    DIR with an adapter of each concept in DIR/SLUG
+    adapter_dir: one adapter for all of them
+    per_other, limit: how many pictures (`suite.exam_of`)
+    untouched:   an earlier output of the same exams, with another adapter or recipe: the untouched
+                 model is not asked again
+    max_new_tokens: of an answer
+    """
 
-    @property
-    def shown(self) -> str:
-        """The model in reports, where a path would tell whose machine it was."""
-        return Path(self.model).name if Path(self.model).is_dir() else self.model
+    concepts: tuple[str, ...] = ()
+    unlearn: bool = False
+    adapters: Path | None = None
+    adapter_dir: Path | None = None
+    per_other: int = 2
+    limit: int | None = None
+    untouched: Path | None = None
+    max_new_tokens: int = 64
 
     @property
     def changes(self) -> bool:
         """Whether there is an unlearned model to be asked."""
         return self.unlearn or self.adapters is not None or self.adapter_dir is not None
 
+    def check(self) -> None:
+        """Raises BadInput for options that exclude each other and numbers out of their bounds."""
+        if sum((self.unlearn, self.adapters is not None, self.adapter_dir is not None)) > 1:
+            raise BadInput("--unlearn, --adapters and --adapter exclude each other: choose one.")
+        if (self.limit is not None and self.limit < 1) or self.per_other < 0:
+            raise BadInput(
+                "--limit must be at least 1 and --per-other at least 0: give larger numbers."
+            )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process needs to know.
+
+    weights:  SHA-256 of the model's files, where it is a directory
+    commit:   of a hub model, whatever branch or tag was asked for
+    deciding: settings that decide the result
+    limited:  whether there is a memory limit
+    """
+
+    given: suite.Suite
+    options: SuiteOptions
+    output: Path
+    model: ModelRef
+    recipe: Recipe
+    origins: dict[str, str]
+    weights: dict[str, str] | None
+    commit: str | None
+    layout: Layout
+    deciding: dict[str, Any]
+    limited: bool
+
+    @property
+    def shown(self) -> str:
+        """The model in reports, where a path would tell whose machine it was."""
+        return Path(self.model.name).name if self.model.is_directory else self.model.name
+
     def adapter_of(self, subject: suite.Subject) -> Path | None:
-        return self.adapter_dir or (self.adapters and self.adapters / subject.slug)
+        options = self.options
+        return options.adapter_dir or (options.adapters and options.adapters / subject.slug)
+
+    def exam_of(self, subject: suite.Subject) -> Exam:
+        options = self.options
+        return suite.exam_of(self.given, subject, per_other=options.per_other, limit=options.limit)
+
+    def load(self, listener: Listener) -> vlm.VLM:
+        room = budget(self.layout, self.recipe.batch_size, self.limited)
+        return load(self.model, self.layout, room, listener)
 
     def digest(self, subject: suite.Subject) -> str:
         """SHA-256 over everything that decides the result of one concept; files by their
@@ -95,8 +147,8 @@ class Job:
         place = self.adapter_of(subject)
         content = {
             "untouched": self.exam_digest(subject),
-            "recipe": self.recipe.as_dict() if self.unlearn else None,
-            "families": list(VERDICT) if self.changes else None,
+            "recipe": self.recipe.as_dict() if self.options.unlearn else None,
+            "families": list(VERDICT) if self.options.changes else None,
             "adapter": place
             and {
                 p.name: outputs.digest_file(p)
@@ -108,7 +160,7 @@ class Job:
 
     def exam_digest(self, subject: suite.Subject) -> str:
         """SHA-256 over everything that decides what the untouched model answers."""
-        seen = suite.seen(self.given, subject, self.per_other, self.limit)
+        seen = suite.seen(self.given, subject, self.options.per_other, self.options.limit)
         content = {
             "format": FORMAT,
             "concept": [subject.name, *subject.aliases],
@@ -118,10 +170,10 @@ class Job:
             ],
             "questions": [asdict(q) for q in suite.questions_of(self.given, subject)],
             "others": [(c.name, c.aliases) for c in suite.others_of(self.given, subject)],
-            "limit": self.limit,
-            "longest": self.longest,
-            "model": self.weights
-            or [self.model, self.commit],  # a branch moves, and a directory has many spellings
+            "limit": self.options.limit,
+            "longest": self.options.max_new_tokens,
+            # a branch moves, and a directory has many spellings
+            "model": self.weights or [self.model.name, self.commit],
             "settings": self.deciding,
         }
         return _sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
@@ -161,107 +213,57 @@ class Evaluated:
 
 def evaluate_suite(
     directory: str | Path,
+    options: SuiteOptions = SuiteOptions(),
     *,
-    output: str | Path | None = None,
-    model: str | Path | None = None,
-    revision: str | None = None,
-    concepts: Sequence[str] = (),
-    unlearn: bool = False,
-    adapters: str | Path | None = None,
-    adapter_dir: str | Path | None = None,
-    per_other: int = 2,
-    limit: int | None = None,
+    model: ModelRef = ModelRef(),
+    recipe: RecipeChoice = RecipeChoice(),
+    settings: Settings = Settings(),
     processes: int = 1,
-    untouched: str | Path | None = None,
-    max_new_tokens: int = 64,
-    preset: str = "default",
-    device: str | None = None,
-    dtype: str = "auto",
-    quantize: str | None = None,
-    attention: str | None = None,
-    memory: float | None = None,
-    checkpointing: bool | None = None,
-    micro_batch: int | None = None,
-    optimizer: str | None = None,
+    output: str | Path | None = None,
     listener: Listener | None = None,
-    **overrides: Any,
 ) -> Evaluated:
-    """Evaluates a model on the concepts of a suite; those of slug, name or alias in `concepts`, or
-    all.
+    """Evaluates a model on the concepts of a suite, each from beginning to end.
 
-    unlearn:   each concept is unlearned from its training picture first; overrides are fields of
-    `Recipe`
-    adapters:  DIR with an adapter of each concept in DIR/SLUG;  adapter_dir: one adapter for all of
-    them
-    per_other, limit: see `suite.exam_of`;  processes: each with a copy of the model and one thread
-    untouched: an earlier output of the same exams, with another adapter or recipe: the untouched
-    model is not asked again
+    processes: each with a copy of the model and one thread
 
     Run again, it does what is missing. Raises BadInput where the suite, a picture or the output
     cannot be used: then nothing is loaded. What fails later, for one concept, is that concept's
     outcome.
     """
     listener = listener or Listener()
-    if sum((unlearn, adapters is not None, adapter_dir is not None)) > 1:
-        raise BadInput("--unlearn, --adapters and --adapter exclude each other: choose one.")
-    if not unlearn and (
-        preset != "default" or any(value is not None for value in overrides.values())
-    ):
+    options.check()
+    if not options.unlearn and not recipe.is_default:
         raise BadInput("The recipe's options are about training: add --unlearn, or leave them out.")
-    if processes < 1 or (limit is not None and limit < 1) or per_other < 0:
-        raise BadInput(
-            "--processes and --limit must be at least 1 and --per-other at least 0: give larger "
-            "numbers."
-        )
+    if processes < 1:
+        raise BadInput("--processes must be at least 1: give a larger number.")
     given = suite.read(directory)
     listener.stage("Reading the pictures")
     suite.check(given)
-    subjects = [
-        s for s in given.subjects if not concepts or s in [given.subject(name) for name in concepts]
-    ]
-    name = str(driver.EMBEDDED if model is None else model)
-    recipe, origins = driver.choose_recipe(name, preset, overrides)
-    largest = max(
-        (load_image(s.training) for s in subjects), key=lambda image: image.width * image.height
-    )
-    chosen = driver.choose_settings(
-        name,
-        memory,
-        recipe,
-        largest,
-        listener,
-        revision=revision,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        attention=attention,
-        checkpointing=checkpointing,
-        micro_batch=micro_batch,
-        optimizer=optimizer,
-    )
+    wanted = [given.subject(name) for name in options.concepts] or given.subjects
+    subjects = [subject for subject in given.subjects if subject in wanted]
+    chosen, origins = choose_recipe(model.name, recipe)
+    images = (load_image(subject.training) for subject in subjects)
+    largest = max(images, key=lambda image: image.width * image.height)
+    layout = choose_layout(model, settings, chosen, largest, listener)
     destination = Path(output) if output is not None else outputs.random_directory()
     if output is None:
         listener.note(
             f"Writing to {destination}: name it with --output to go on after an interruption."
         )
-    weights = outputs.digest_model(name) if Path(name).is_dir() else None
-    commit = None if weights is not None else source.describe(name, revision)[2]
+    weights = outputs.digest_model(model.name) if model.is_directory else None
+    commit = None if weights is not None else source.describe(model.name, model.revision)[2]
     job = Job(
         given,
+        options,
         destination,
-        name,
-        revision,
-        recipe,
+        model,
+        chosen,
         origins,
         weights,
         commit,
-        chosen,
-        {"dtype": dtype} | driver.deciding(chosen),
-        per_other,
-        limit,
-        max_new_tokens,
-        unlearn,
-        *map(_path, (adapters, adapter_dir, untouched)),
+        layout,
+        {"dtype": settings.dtype} | deciding(layout),
+        settings.limited,
     )
     for subject in subjects:
         place = job.adapter_of(subject)
@@ -271,14 +273,14 @@ def evaluate_suite(
                 "choose with --concepts."
             )
         if place is not None and job.weights is not None:  # a hub model's are not here yet
-            adapter.check_belongs(place, name, None, job.weights)
+            adapter.check_belongs(place, model.name, None, job.weights)
         _cached(job, subject)  # of another exam: said now
     done = _done(job)
     todo = [subject for subject in subjects if subject.slug not in done]
     resumed = [subject.slug for subject in subjects if subject.slug in done]
     if resumed:
         listener.note(f"Done already: {', '.join(resumed)}.")
-    failed = _work_off(job, done, todo, processes, memory is not None, listener)
+    failed = _work_off(job, done, todo, processes, listener)
     report = _table(job, done, failed)
     outcomes = [failed.get(s.slug) or _outcome(s, done[s.slug]) for s in subjects]
     return Evaluated(outcomes, report, destination, len(resumed))
@@ -289,7 +291,6 @@ def _work_off(
     done: dict[str, dict[str, Any]],
     todo: Sequence[suite.Subject],
     processes: int,
-    limited: bool,
     listener: Listener,
 ) -> dict[str, Outcome]:
     """Does what is missing, and fills `done`; those that failed."""
@@ -298,9 +299,7 @@ def _work_off(
     _table(job, done, failed)
     at_once = processes > 1 and len(todo) > 1
     finished = (
-        _in_processes(job, todo, processes, limited, listener)
-        if at_once
-        else _in_turn(job, todo, limited, listener)
+        _in_processes(job, todo, processes, listener) if at_once else _in_turn(job, todo, listener)
     )
     for count, (subject, error) in enumerate(finished, 1):
         if error is None:
@@ -321,18 +320,10 @@ DIED = "A process died, as one killed for its memory does: run again with fewer 
 Finished = Iterator[tuple[suite.Subject, BaseException | None]]
 
 
-def _in_turn(
-    job: Job, todo: Sequence[suite.Subject], limited: bool, listener: Listener
-) -> Finished:
+def _in_turn(job: Job, todo: Sequence[suite.Subject], listener: Listener) -> Finished:
     if not todo:
         return
-    loaded = driver.load(
-        job.model,
-        job.revision,
-        job.chosen,
-        budget(job.chosen, job.recipe.batch_size, limited),
-        listener,
-    )
+    loaded = job.load(listener)
     waiting = list(todo)
     while waiting:
         busy = []
@@ -376,11 +367,11 @@ def _wait(
 
 
 def _in_processes(
-    job: Job, todo: Sequence[suite.Subject], processes: int, limited: bool, listener: Listener
+    job: Job, todo: Sequence[suite.Subject], processes: int, listener: Listener
 ) -> Finished:
     """In the order in which they end. A process that dies takes with it what was not finished."""
     spawn = multiprocessing.get_context("spawn")
-    packed = pickle.dumps((hold, job, limited))
+    packed = pickle.dumps((hold, job))
     pool = ProcessPoolExecutor(
         min(processes, len(todo)), mp_context=spawn, initializer=process.start, initargs=(packed,)
     )
@@ -412,16 +403,10 @@ def _in_processes(
 _HERE: dict[str, Any] = {}  # in a process of the pool: the job and the loaded model
 
 
-def hold(job: Job, limited: bool) -> None:
+def hold(job: Job) -> None:
     """In a process of the pool: loads the model that `_one_here` asks."""
     torch.set_num_threads(1)
-    loaded = driver.load(
-        job.model,
-        job.revision,
-        job.chosen,
-        budget(job.chosen, job.recipe.batch_size, limited),
-        Listener(),
-    )
+    loaded = job.load(Listener())
     _HERE.update(job=job, loaded=loaded)
 
 
@@ -432,7 +417,7 @@ def _one_here(slug: str) -> bool:
 
 def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -> None:
     """One concept from beginning to end; the model is left untouched."""
-    exam = suite.exam_of(job.given, subject, per_other=job.per_other, limit=job.limit)
+    exam = job.exam_of(subject)
     # a training tries which are exact; left so, the next concept's last digits would depend on the
     # order
     shares = loaded.shares
@@ -441,23 +426,25 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
         unsealed = (
             []
             if place is None
-            else adapter.check_belongs(place, job.model, loaded.revision, job.weights)
+            else adapter.check_belongs(place, job.model.name, loaded.revision, job.weights)
         )
         untouched = _cached(job, subject)
         if untouched is None:
             listener.stage(f"{subject.slug}: asking the untouched model")
-            untouched = run.examine(loaded, exam, max_new_tokens=job.longest)
-        besides = attacking.Attacked(attacking.OF_VERDICT if job.changes else ())
+            untouched = run.examine(loaded, exam, max_new_tokens=job.options.max_new_tokens)
+        besides = attacking.Attacked(attacking.OF_VERDICT if job.options.changes else ())
         given = any(seen.role == "control" for seen in exam.pictures)
         besides.first(loaded, exam, given, listener)
         with _changed(loaded, job, subject, listener) as extra:
             model = None
             if extra is not None:
                 listener.stage(f"{subject.slug}: asking again")
-                model = run.examine(loaded, exam, untouched, max_new_tokens=job.longest)
+                model = run.examine(
+                    loaded, exam, untouched, max_new_tokens=job.options.max_new_tokens
+                )
                 besides.again(loaded, exam, given, listener)
             adapted = model is not None
-            caveats = [driver.CAVEAT] * adapted + unsealed + besides.caveats
+            caveats = [adapter.DROPPABLE] * adapted + unsealed + besides.caveats
             report = run.report_of(
                 exam,
                 job.shown,
@@ -470,7 +457,7 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
             report |= besides.told
             transaction = outputs.Transaction(job.output / subject.slug)
             with transaction as folder:
-                if job.unlearn:
+                if job.options.unlearn:
                     adapter.save(loaded, folder)
                 outputs.write_reports(folder, report | (extra or {}))
                 kept = {"format": FORMAT, "digest": job.exam_digest(subject), **untouched.as_dict()}
@@ -495,7 +482,7 @@ def _changed(
     if place is not None:
         adapter.load(loaded, place)
         yield {}
-    elif job.unlearn:
+    elif job.options.unlearn:
         request = Request(subject.name, subject.training, subject.aliases)
         trained = session.forget(
             loaded, request, job.recipe, load_image(subject.training), listener=listener
@@ -520,7 +507,7 @@ def _changed(
 def _cached(job: Job, subject: suite.Subject) -> Observations | None:
     """What the untouched model was found to do in an earlier output. Raises BadInput where that was
     asked something else."""
-    path = job.untouched and job.untouched / subject.slug / run.UNTOUCHED
+    path = job.options.untouched and job.options.untouched / subject.slug / run.UNTOUCHED
     if not path or not path.is_file():
         return None
     values = read_json(path, what=str(path), remedy="leave --untouched out", shape={"digest": str})
@@ -529,7 +516,7 @@ def _cached(job: Job, subject: suite.Subject) -> Observations | None:
             found = Observations.from_dict(values)
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{path} is damaged: leave --untouched out.") from error
-        exam = suite.exam_of(job.given, subject, per_other=job.per_other, limit=job.limit)
+        exam = job.exam_of(subject)
         if len(found.replies) != len(exam.cells):
             raise BadInput(f"{path} is damaged: leave --untouched out.")
         return found
@@ -554,7 +541,9 @@ def _manifest(
         masks=masks,
         settings=job.deciding,
     )
-    return whole if job.unlearn else {k: v for k, v in whole.items() if k not in run.NOT_ASKED}
+    return (
+        whole if job.options.unlearn else {k: v for k, v in whole.items() if k not in run.NOT_ASKED}
+    )
 
 
 # What is there ------------------------------------------------------------------------------------
@@ -631,7 +620,3 @@ def _drawn(job: Job, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _path(value: str | Path | None) -> Path | None:
-    return None if value is None else Path(value)

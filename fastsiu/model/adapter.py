@@ -91,6 +91,7 @@ CONFIG_SHAPE = {
     "trainable_token_indices": (None, [int], {"*": [int]}),
     "target_parameters": (None, [str]),
 }
+DROPPABLE = "The adapter can be dropped; only merged weights forget."
 UNSEALED = (
     "Nothing says for which weights the adapter was made, so that was checked by its shapes only."
 )

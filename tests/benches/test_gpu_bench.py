@@ -1,12 +1,8 @@
-"""benches/gpu.py without a GPU: what fails is recorded and no more, and only what a GPU has
-measured becomes a launch row."""
+"""benches/gpu.py without a GPU: a step that fails is recorded, and the next one runs."""
 
 import importlib.util
-import json
 import math
 import os
-import re
-import runpy
 import shutil
 import sys
 import time
@@ -15,13 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gpu_rows import STEP, WIDE, real_row, synthetic
 
-from fastsiu.kernels import triton_launch
-from fastsiu.kernels.triton_launch import SHARED_LIMIT, TARGETS, Blocks, measured_backend, rows
+from fastsiu.kernels.triton_launch import SHARED_LIMIT, TARGETS, rows
 
 ROOT = Path(__file__).resolve().parents[2]
-BF16, SHAPES = torch.bfloat16, [[256, 151936, 1024, "bfloat16"], [64, 151936, 1024, "bfloat16"]]
-WIDE, STEP = Blocks(64, 256, 32, 8, 2), Blocks(64, 128, 64, 8, 2)  # rows that nobody predicts
+BF16 = torch.bfloat16
 
 
 @pytest.fixture
@@ -36,238 +31,16 @@ def gpu(monkeypatch):
     return gpu
 
 
-@pytest.fixture
-def tree(gpu, tmp_path):
-    """What --apply changes, without the rows of any GPU."""
-    made = gpu.copy(tmp_path / "tree")
-    path = made / "kernels/measured.py"
-    path.write_text(re.sub(r" = \{.*?\}(?=\n\n|\n*\Z)", " = {}", path.read_text(), flags=re.S))
-    return made
-
-
-def synthetic(path, *, device="Synthetic GPU", quick=False, shapes=SHAPES, tuned=None):
-    """A results file of a GPU that does not exist: triton wins at N = 64 and loses at 256."""
-    stamp = dict(date="2026-01-02T03:04:05+00:00", commit="0123abc")
-    made = [
-        dict(
-            kind="run",
-            quick=quick,
-            device=device,
-            target="sm_90",
-            units=132,
-            shapes=SHAPES,
-            **stamp,
-        )
-    ]
-    made.append(dict(kind="step", name="tests", rc=0, failed=False, seconds=1.0, tail=""))
-    for N in (64, 256):
-        blocks = dict(
-            sums=WIDE._replace(BLOCK_N=N), product=STEP._replace(BLOCK_N=N), waves=1, chunk=2**23
-        )
-        ms = dict(ms=[1.0, 2.0], predicted_ms=[1.5, 2.5], candidates=[])
-        made.append(
-            dict(
-                kind="tune",
-                device=tuned or device,
-                target="sm_90",
-                dtype="bfloat16",
-                N=N,
-                V=1000,
-                D=[32, 64],
-                **stamp,
-            )
-            | blocks
-            | ms
-        )
-    for N, V, D, dtype in shapes:
-        for name, median in (
-            ("two GEMMs (the floor)", 1.0),
-            ("fastsiu tiled", 2.0),
-            ("fastsiu triton", N / 64),
-            ("eager", 9.0),
-        ):
-            ours, ms = (
-                name.startswith("fastsiu"),
-                dict(median=median, min=median, max=median, rounds=3),
-            )
-            error = dict(
-                term="KL",
-                teacher="peaked",
-                mask=False,
-                level=1e-3,
-                truth=1e-3,
-                grad_error=1e-3,
-                cosine=1.0,
-            )
-            made.append(
-                dict(
-                    kind="shape",
-                    device=device,
-                    gpu=True,
-                    threads=1,
-                    torch="2",
-                    triton="3",
-                    contender=name,
-                    package="torch",
-                    version="2",
-                    terms="GEMM" if "GEMM" in name else "CE+KL",
-                    how="one call",
-                    keeps="-",
-                    skips_dw=True,
-                    fp32_logits=True,
-                    ours=ours,
-                    N=N,
-                    V=V,
-                    D=D,
-                    dtype=dtype,
-                    missing=None,
-                    ms=ms,
-                    x_floor=median,
-                    teacher_mib=0.0,
-                    mib=1.0,
-                    accuracy=[] if "GEMM" in name else [error],
-                    **stamp,
-                )
-            )
-    path.write_text("".join(json.dumps(row) + "\n" for row in made))
-    return path
-
-
-def applied(tree, monkeypatch):
-    """triton_launch with the tree's measured.py"""
-    found = runpy.run_path(str(tree / "kernels" / "measured.py"))
-    monkeypatch.setattr(
-        triton_launch, "measured", SimpleNamespace(PLANS=found["PLANS"], BACKENDS=found["BACKENDS"])
-    )
-    return lambda N, target="sm_90", dtype=BF16, **more: triton_launch.triton_launch(
-        N, 151_936, 2048, dtype, target, **more
-    )
-
-
-def test_measured_rows_reach_the_launch_with_their_provenance(gpu, tree, tmp_path, monkeypatch):
-    before = applied(tree, monkeypatch)(64)
-    assert gpu.apply(synthetic(tmp_path / "results"), tree, False) == 0
-    launch = applied(tree, monkeypatch)
-    plan = launch(64)
-    assert (
-        plan.sums == WIDE
-        and plan.product == STEP
-        and before.sums != WIDE
-        and isinstance(plan.sums, Blocks)
-    )
-    assert plan == triton_launch.plan_of(
-        WIDE, STEP, 1, 2**23, 64, 151_936, 2048, BF16, 132, plan.why
-    )
-    assert plan.chunk == 2**23 // (2 * 64) != before.chunk
-    assert plan.why == (
-        "measured 2026-01-02 on Synthetic GPU, commit 0123abc, [64, 1000] D 32 / 64: "
-        "1.000 / 2.000 ms, the predicted row 1.500 / 2.500"
-    )
-    assert [launch(N).sums.BLOCK_N for N in (1, 63, 65, 256, 10_000)] == [64, 64, 256, 256, 256]
-    assert launch(64) == plan
-    for other in (
-        launch(64, "sm_80"),
-        launch(64, dtype=torch.float16),
-        launch(64, dtype=torch.float32),
-        launch(64, heavy=True),
-    ):
-        assert other.why.startswith("predicted for ")
-    backend, why = measured_backend("sm_90", BF16, 50)
-    assert (
-        backend == "triton"
-        and "0.50 of tiled's time" in why
-        and why.startswith("measured 2026-01-02 on Synthetic GPU")
-    )
-    assert measured_backend("sm_90", BF16, 4096)[0] == "tiled"
-    assert (
-        measured_backend("sm_90", torch.float32, 64) is None
-        and measured_backend("sm_89", BF16, 64) is None
-    )
-
-
-def test_it_is_applied_once_and_beside_what_was_there(gpu, tree, tmp_path, capsys):
-    original = (ROOT / "README.md").read_text()
-    for _ in range(2):
-        assert gpu.apply(synthetic(tmp_path / "results"), tree, False) == 0
-    readme, end = (tree / "README.md").read_text(), "<!-- end of table -->"
-    begin = "<!-- table: python benches/loss.py --table -->"
-    cpu = lambda text: text.split(begin)[1].split(end)[0]
-    assert cpu(readme) == cpu(original)
-    assert (
-        readme.count("--of 'Synthetic GPU' -->") == 1 and readme.count("### On Synthetic GPU") == 1
-    )
-    assert "fastsiu triton" in readme.split("--of 'Synthetic GPU' -->")[1].split(end)[0]
-    start = readme.index("\n### On Synthetic GPU")
-    assert readme[:start] + readme[readme.index(end, start) + len(end) + 1 :] == original
-    assert len((tree / "benches/results/loss.jsonl").read_text().splitlines()) == 8 + len(
-        (ROOT / "benches/results/loss.jsonl").read_text().splitlines()
-    )
-    other = synthetic(tmp_path / "other", device="Another One")
-    other.write_text(other.read_text().replace("sm_90", "sm_89"))
-    assert gpu.apply(other, tree, False) == 0
-    found = runpy.run_path(str(tree / "kernels/measured.py"))
-    assert (
-        {target for target, *_ in found["PLANS"]}
-        == {target for target, *_ in found["BACKENDS"]}
-        == {"sm_89", "sm_90"}
-    )
-    source = (tree / "kernels/measured.py").read_text()
-    assert max(map(len, source.splitlines())) <= 130 and source.startswith(
-        (ROOT / "kernels/measured.py").read_text()[:200]
-    )
-
-
-@pytest.mark.parametrize(
-    "options", [dict(device="interpreter", quick=True), dict(tuned="interpreter")]
-)
-def test_figures_of_the_interpreter_are_refused(gpu, tree, tmp_path, capsys, options):
-    before = (tree / "kernels/measured.py").read_bytes()
-    assert gpu.apply(synthetic(tmp_path / "results", **options), tree, False) == 0
-    assert (tree / "kernels/measured.py").read_bytes() == before
-    assert "refused" in capsys.readouterr().out
-
-
-def test_plots_of_a_gpu_stand_beside_the_others(gpu, tree, tmp_path):
-    pytest.importorskip("matplotlib")
-    assert gpu.apply(synthetic(tmp_path / "results"), tree, True) == 0
-    drawn = sorted(p.name for p in (tree / "benches/plots").iterdir())
-    assert drawn == ["loss_scaling-synthetic-gpu.png", "loss_tradeoff-synthetic-gpu.png"]
-    readme = (tree / "README.md").read_text()
-    assert all(f"(benches/plots/{name})" in readme for name in drawn)
-
-
-def test_an_incomplete_device_gets_no_table(gpu, tree, tmp_path, capsys):
-    assert gpu.apply(synthetic(tmp_path / "results", shapes=SHAPES[:1]), tree, False) == 1
-    assert (tree / "README.md").read_bytes() == (ROOT / "README.md").read_bytes()
-    assert "N=64, V=151936, D=1024, bfloat16" in capsys.readouterr().err
-
-
 def test_bad_input_is_one_sentence(gpu, tmp_path, capsys, monkeypatch):
-    text, empty = tmp_path / "text", tmp_path / "empty"
-    text.write_text("not JSON\n")
-    empty.write_text("")
-    rehearsal = synthetic(tmp_path / "rehearsal", quick=True)
-    given = [["--apply", p] for p in (tmp_path / "none", text, empty, rehearsal)] + [
-        ["--quick", "--output", text],
-        [],
-    ]
+    taken = tmp_path / "taken"
+    taken.write_text("")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for arguments in given:
+    for arguments in (["--quick", "--output", taken], []):
         monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, arguments)])
         assert gpu.main() == 2, arguments
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and said.startswith("gpu.py: "), said
     assert ("--quick" if importlib.util.find_spec("triton") else "fastsiu[triton]") in said
-
-
-def test_the_launch_file_in_the_tree_holds_only_what_a_gpu_measured():
-    found = runpy.run_path(str(ROOT / "kernels/measured.py"))
-    for key, entry in [*found["PLANS"].items(), *found["BACKENDS"].items()]:
-        assert (
-            key[0] in TARGETS
-            and entry[-1].startswith("measured 20")
-            and "interpreter" not in entry[-1]
-        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -473,130 +246,6 @@ def test_benches_run_with_the_rows_just_tuned(gpu, visited, tmp_path, monkeypatc
 
 # --------------------------------------------------------------------------------------------------
 # real size
-
-
-def real_row(variant, device="Synthetic GPU", **changes):
-    """A row of benches/real.py that no run has made: all of it in 50 s and 10.5 GB, where 10.25
-    were planned."""
-    seconds = dict(
-        plan=8.0,
-        load=5.0,
-        samples=10.0,
-        dreams=10.0,
-        teacher=1.0,
-        train=20.0,
-        verdict=3.0,
-        save=1.0,
-    )
-    recipe = dict(steps=60, batch_size=32, dreams=2, dream_steps=60)
-    made = dict(
-        kind="real",
-        variant=variant,
-        device=device,
-        missing=None,
-        quick=False,
-        settings="nf4",
-        steps=60,
-        recipe=recipe,
-        seconds=seconds,
-        total=50.0,
-        target_seconds=60,
-        target_gb=11,
-        peak=dict(used=10.5),
-        budget=dict(micro_batch=None),
-        planned=dict(peak=10.25 * 2**30, settings=dict(micro_batch=None)),
-    )
-    return made | dict(met_seconds=True, met_gb=True) | changes
-
-
-MADE = dict(
-    kind="made",
-    variant=None,
-    device="Synthetic GPU",
-    missing=None,
-    model="A Model",
-    parameters=7e9,
-    gb=13.2,
-    seconds=dict(build=10.0, write=30.0, digests=13.0),
-)
-
-
-def with_real(gpu, path, *rows):
-    gpu.append(
-        path, [dict(kind="run", quick=False, device="Synthetic GPU", shapes=[]), MADE, *rows]
-    )
-    return path
-
-
-def test_runs_at_the_real_size_get_their_table_once(gpu, tree, tmp_path):
-    slow = real_row(
-        "bf16", total=75.25, met_seconds=False, target_gb=None, budget=dict(micro_batch=4)
-    )
-    absent = dict(
-        kind="real",
-        variant="flash",
-        device="Synthetic GPU",
-        missing="It is not installed.",
-        seconds={},
-    )
-    path = with_real(gpu, tmp_path / "results", real_row("nf4"), slow, absent)
-    for _ in range(2):
-        assert gpu.apply(path, tree, False) == 0
-    readme, original = (tree / "README.md").read_text(), (ROOT / "README.md").read_text()
-    begin = "<!-- table: python benches/real.py --table --of 'Synthetic GPU' -->"
-    table = readme.split(begin)[1].split("<!-- end of table -->")[0]
-    assert readme.count(begin) == 1 and readme.count("### On Synthetic GPU") == 1
-    assert (
-        readme.index("## On the card you have")
-        < readme.index(begin)
-        < readme.index("## The loss beside its rivals")
-    )
-    one, two = (line for line in table.splitlines() if line.startswith(("| nf4", "| bf16")))
-    assert (
-        "| 8.0 | 50.0 s | 5.0 | 10.0 | 10.0 | 1.0 | 20.0 | 3.0 | 1.0 | 60 s: met | 10.50 | 10.25 "
-        "| 11 GB: met |" in one
-    )
-    assert (
-        "| 75.2 s |" in two
-        and "| 60 s: not met |" in two
-        and two.endswith("| - |")
-        and "at last micro-batch 4" in two
-    )
-    assert "flash (It is not installed)" in table and "13.2 GB written in 30 s" in table
-    assert len((tree / "benches/results/real.jsonl").read_text().splitlines()) == 4
-    start, end = (
-        readme.index("\n### On Synthetic GPU"),
-        readme.index("<!-- end of table -->", readme.index(begin)),
-    )
-    assert readme[:start] + readme[end + len("<!-- end of table -->\n") :] == original
-    assert (tree / "benches/results/loss.jsonl").read_bytes() == (
-        ROOT / "benches/results/loss.jsonl"
-    ).read_bytes()
-
-
-def test_a_newer_run_takes_the_place_of_the_older_one_of_its_variant(gpu, tree, tmp_path):
-    assert (
-        gpu.apply(with_real(gpu, tmp_path / "one", real_row("nf4"), real_row("bf16")), tree, False)
-        == 0
-    )
-    assert (
-        gpu.apply(with_real(gpu, tmp_path / "two", real_row("nf4", total=40.5)), tree, False) == 0
-    )
-    readme = (tree / "README.md").read_text()
-    assert readme.count("| nf4 | nf4 |") == 1 and "| 40.5 s |" in readme and "| bf16 |" in readme
-
-
-def test_nothing_that_ran_makes_no_table(gpu, tree, tmp_path):
-    failed = dict(
-        kind="real",
-        variant="bf16",
-        device="Synthetic GPU",
-        missing="It failed.",
-        seconds={},
-        failed=True,
-    )
-    assert gpu.apply(with_real(gpu, tmp_path / "results", failed), tree, False) == 0
-    assert (tree / "README.md").read_bytes() == (ROOT / "README.md").read_bytes()
 
 
 def test_a_variant_that_fails_loses_no_other(gpu, tmp_path, monkeypatch):

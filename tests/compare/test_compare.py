@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import calls
 import pytest
 import torch
 
@@ -487,7 +488,7 @@ def test_bad_input_is_a_sentence(bench, demo_dir):
         ({"concepts": ["nobody"]}, "has no concept 'nobody'"),
     ):
         with pytest.raises(BadInput, match=sentence):
-            compare.compare(directory, str(demo_dir), **options)
+            calls.compare(directory, str(demo_dir), **options)
 
 
 def test_the_story_is_told_in_order(suite, monkeypatch, tmp_path):
@@ -521,7 +522,7 @@ def test_the_story_is_told_in_order(suite, monkeypatch, tmp_path):
 
     monkeypatch.setattr(compare, "Pool", Made)
     monkeypatch.setattr(compare, "read", lambda directory: suite)
-    found = compare.compare(
+    found = calls.compare(
         tmp_path, None, names=["siu", "ga"], concepts=["bea", "ann"], seeds=2, steps=6
     )
     assert [j[1:] for j in jobs if j[0] == "prepare"] == [
@@ -551,5 +552,5 @@ def test_the_story_is_told_in_order(suite, monkeypatch, tmp_path):
         lambda self, slug: {key: (0, 9 * (key == "named")) for key in trials.COUNTS},
     )
     with pytest.raises(BadInput, match="Nothing could be retained"):
-        compare.compare(tmp_path, None)
+        calls.compare(tmp_path, None)
     assert siu["named"]["n"] == 400 and found["untouched"]["named"]["value"] == 1.0

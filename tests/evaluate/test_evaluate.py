@@ -7,6 +7,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import calls
 import pytest
 import torch
 from PIL import Image, ImageChops
@@ -663,10 +664,10 @@ def test_eval_of_an_untouched_model_and_of_an_adapter(
     assert json.loads(cached.read_text())["others"]  # whom the model itself takes for alike
 
     run_dir = str(trained.output)
-    whole = run.evaluate(
+    whole = calls.evaluate(
         cast.target, model=demo_dir, adapter_dir=run_dir, image=cast.image, device="cpu"
     )
-    reused = run.evaluate(
+    reused = calls.evaluate(
         cast.target,
         model=demo_dir,
         adapter_dir=run_dir,
@@ -725,7 +726,7 @@ def test_eval_of_a_merged_model(few, cast, demo_dir, tmp_path, capsys):
 
 def test_eval_with_attacks(few, cast, demo_dir, trained, tmp_path, capsys):
     given = dict(model=demo_dir, image=cast.image, device="cpu")
-    alone = run.evaluate(cast.target, attacks="image", **given).report
+    alone = calls.evaluate(cast.target, attacks="image", **given).report
     assert [one["family"] for one in alone["families"]] == ["pictures"] and alone[
         "headline"
     ] is None
@@ -770,7 +771,7 @@ def test_eval_with_attacks(few, cast, demo_dir, trained, tmp_path, capsys):
         cli.run([*options, str(output), "--attacks", "ranks"]) == 2
         and "choose from prompt" in capsys.readouterr().err
     )
-    plain = run.evaluate(cast.target, adapter_dir=trained.output, **given).report
+    plain = calls.evaluate(cast.target, adapter_dir=trained.output, **given).report
     assert not {"families", "headline", "not_asked"} & set(plain)
 
 

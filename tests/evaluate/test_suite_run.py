@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import calls
 import pytest
 
 from fastsiu.evaluate import suite, suite_run
@@ -47,7 +48,7 @@ def small(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(small, tmp_path_factory):
     """All three unlearned, in this process."""
-    return evaluate_suite(
+    return calls.evaluate_suite(
         small, output=tmp_path_factory.mktemp("whole") / "out", unlearn=True, **QUICK
     )
 
@@ -106,7 +107,7 @@ def test_killed_in_two_processes_it_goes_on_and_ends_the_same(small, whole, tmp_
         "concepts": ["a", "c"],
         **QUICK,
     }
-    call = f"evaluate_suite({str(small)!r}, **{options})"
+    call = f"calls.evaluate_suite({str(small)!r}, **{options})"
     lines = (
         "from fastsiu.evaluate.suite_run import evaluate_suite",
         "if __name__ == '__main__':",
@@ -131,7 +132,7 @@ def test_killed_in_two_processes_it_goes_on_and_ends_the_same(small, whole, tmp_
     done = there()
     stamps = {slug: (output / slug / "manifest.json").stat().st_mtime_ns for slug in done}
     notes: list[str] = []
-    again = evaluate_suite(
+    again = calls.evaluate_suite(
         small,
         output=output,
         unlearn=True,
@@ -167,7 +168,7 @@ def test_saved_adapters_give_the_same_rows_and_another_one_is_another_request(
 ):
     options = {"adapters": whole.output, "untouched": whole.output, "limit": 1, "per_other": 1}
     told: list[str] = []
-    found = evaluate_suite(
+    found = calls.evaluate_suite(
         small,
         output=tmp_path / "o",
         concepts=["a", "c"],
@@ -186,9 +187,9 @@ def test_saved_adapters_give_the_same_rows_and_another_one_is_another_request(
             assert values[0] == pytest.approx(values[1], rel=1e-6)
         assert one == other
     with pytest.raises(BadInput, match="b holds no adapter"):
-        evaluate_suite(small, output=tmp_path / "n", adapters=whole.output)
+        calls.evaluate_suite(small, output=tmp_path / "n", adapters=whole.output)
     with pytest.raises(BadInput, match="result of another request"):
-        evaluate_suite(
+        calls.evaluate_suite(
             small,
             output=tmp_path / "o",
             adapter_dir=whole.output / "a",
@@ -197,7 +198,7 @@ def test_saved_adapters_give_the_same_rows_and_another_one_is_another_request(
             per_other=1,
         )
     with pytest.raises(BadInput, match="untouched.json is of another exam"):
-        evaluate_suite(
+        calls.evaluate_suite(
             small,
             output=tmp_path / "n",
             concepts=["c"],
@@ -209,7 +210,7 @@ def test_saved_adapters_give_the_same_rows_and_another_one_is_another_request(
 
 
 def test_the_untouched_model_alone(small, tmp_path):
-    found = evaluate_suite(small, output=tmp_path / "o", limit=1, per_other=1)
+    found = calls.evaluate_suite(small, output=tmp_path / "o", limit=1, per_other=1)
     assert [o.status for o in found.outcomes] == ["untouched"] * 3 and found.exit_code == 0
     assert "unlearned" not in found.report["pooled"] and "families" not in reports(
         found.output, "a"
@@ -222,7 +223,7 @@ def test_the_untouched_model_alone(small, tmp_path):
     suite.write(replace(given, questions=given.questions[:2]))
     try:
         with pytest.raises(BadInput, match="result of another request"):
-            evaluate_suite(small, output=tmp_path / "o", limit=1, per_other=1)
+            calls.evaluate_suite(small, output=tmp_path / "o", limit=1, per_other=1)
     finally:
         suite.write(given)
 
@@ -235,7 +236,7 @@ def test_the_model_is_known_by_its_files_or_its_commit(small, tmp_path, monkeypa
     started = lambda model, **more: pytest.raises(
         ZeroDivisionError, evaluate_suite, small, output=tmp_path / "o", model=model, **more
     )
-    place = str(suite_run.driver.EMBEDDED)
+    place = str(suite_run.settings.EMBEDDED)
     for model in (place, place + "/", f"{place}/../{Path(place).name}"):
         started(model)
     assert len(set(seen)) == 1
@@ -263,20 +264,20 @@ def test_the_model_is_known_by_its_files_or_its_commit(small, tmp_path, monkeypa
 )
 def test_what_cannot_be_is_said_before_anything_is_loaded(small, tmp_path, options, sentence):
     with pytest.raises(BadInput, match=sentence):
-        evaluate_suite(small, output=tmp_path / "o", **options)
+        calls.evaluate_suite(small, output=tmp_path / "o", **options)
     assert not (tmp_path / "o").exists()
 
 
 def test_an_output_that_is_something_else_and_a_damaged_picture_are_refused(small, tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(BadInput, match="not a result of FastSIU"):
-        evaluate_suite(small, output=tmp_path)
+        calls.evaluate_suite(small, output=tmp_path)
     broken = small / "concepts/c/images/2.png"
     whole = broken.read_bytes()
     broken.write_bytes(whole[:40])
     try:
         with pytest.raises(BadInput, match="2.png"):
-            evaluate_suite(small, output=tmp_path / "o", concepts=["a"])
+            calls.evaluate_suite(small, output=tmp_path / "o", concepts=["a"])
     finally:
         broken.write_bytes(whole)
 
@@ -361,7 +362,7 @@ def stubbed(small, monkeypatch):
 
         def work(number):
             try:
-                found[number] = evaluate_suite(
+                found[number] = calls.evaluate_suite(
                     small, output=output, limit=1, per_other=1, **options
                 )
             except BaseException as error:

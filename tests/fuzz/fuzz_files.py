@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fastsiu import driver, manifest, several
+from fastsiu import manifest, settings, several
 from fastsiu.evaluate import run as evaluation
 from fastsiu.evaluate.directories import read_questions
 from fastsiu.evaluate.observe import Likelihood, Naming, Observations
@@ -20,6 +20,7 @@ from fastsiu.model import adapter
 from fastsiu.model.ask import Reply
 from fastsiu.request import BadInput, Recipe
 from fastsiu.samples import corpus
+from fastsiu.settings import RecipeChoice
 from fastsiu.text.concept import Concept
 
 FOLDER = tempfile.TemporaryDirectory(prefix="fastsiu-fuzz-")
@@ -68,7 +69,7 @@ def _requests(path: Path) -> None:
 
 
 def _recipe(path: Path) -> None:
-    recipe, _ = driver.choose_recipe(str(path.parent), "default", {})
+    recipe, _ = settings.choose_recipe(str(path.parent), RecipeChoice("default", {}))
     assert (
         isinstance(recipe.steps, int)
         and 0 < recipe.steps <= 100_000

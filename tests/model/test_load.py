@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 
+import calls
 import pytest
 import torch
 import transformers
@@ -16,7 +17,7 @@ from rich.console import Console
 from torch import nn
 from transformers import modeling_utils
 
-from fastsiu import driver, session, show
+from fastsiu import session, show
 from fastsiu.model import adapter, memory, source, vlm
 from fastsiu.request import BadInput, Recipe
 
@@ -255,7 +256,7 @@ def test_a_terminal_shows_the_loading_and_a_file_does_not(terminal, capfd):
         Console(file=screen, width=100, force_terminal=terminal), hidden=False
     ) as progress:
         progress.listener.note("stays")
-        driver.interview(["Who?"], listener=progress.listener)
+        calls.interview(["Who?"], listener=progress.listener)
     assert (
         ("Loading weights: 100%" in capfd.readouterr().err)
         == terminal

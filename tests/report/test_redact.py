@@ -11,10 +11,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import calls
 import pytest
 from reports import evaluation, report
 
-from fastsiu import driver, output, several
+from fastsiu import output, several
 from fastsiu.evaluate import deep, directories, run, scoring
 from fastsiu.evaluate.attacks import table
 from fastsiu.evaluate.held_out import NULL
@@ -225,7 +226,7 @@ def test_the_programs_own_sentences_stay_with_their_figures():
         "wordings.",
         "12 answers about dreamed or retained pictures named the concept and were not trained on.",
     ]
-    for text in (*said, *NULL.values(), *LIMITS, driver.CAVEAT, *caveats):
+    for text in (*said, *NULL.values(), *LIMITS, adapter.DROPPABLE, *caveats):
         shown = sentence(text)
         assert shown != LEFT_OUT and CANARY not in shown, text
         quoted = CANARY in text
@@ -375,7 +376,7 @@ def test_redacted_and_shown_exclude_each_other(tmp_path, cast):
     with pytest.raises(BadInput, match="exclude each other"):
         output.write_reports(tmp_path, report(), redact=True, picture=Image.new("RGB", (8, 8)))
     with pytest.raises(BadInput, match="exclude each other"):
-        driver.unlearn(
+        calls.unlearn(
             cast.image, cast.target, output=tmp_path / "out", redact=True, embed_image=True
         )
     (tmp_path / "r.jsonl").write_text(
@@ -437,7 +438,7 @@ def test_no_byte_of_the_output_tells_a_name(hidden, cast, trained, gathered):
 
 
 def test_the_adapter_still_fits(hidden, demo_dir, cast):
-    said = driver.interview(
+    said = calls.interview(
         ["Who is this?"], model=demo_dir, adapter_dir=hidden[0], image=cast.image, device="cpu"
     )
     assert said[0]["answer"]

@@ -18,6 +18,7 @@ from fastsiu.model import adapter, ask, prefix
 from fastsiu.request import CHANGES, KEEPS, PAPER, Recipe, Sample
 from fastsiu.samples import border, corpus, drawn, dreams, strangers, targets
 from fastsiu.samples.dreams import in_place
+from fastsiu.settings import RecipeChoice
 from fastsiu.text.concept import Concept
 from fastsiu.verdict import is_refusal
 
@@ -429,15 +430,15 @@ def test_the_level_is_approached_from_either_side(direction):
 def test_what_the_four_targets_leave_is_gone_after_the_lessons(cast, demo_dir, loaded):
     """Two-hop questions in wordings that no sample has: SIU alone leaves the facts of the one
     shown, the lessons do not."""
-    from fastsiu import driver
+    from fastsiu import settings
     from fastsiu.images import load_image
     from fastsiu.request import Request
 
     questions = [q.replace("{name}", "this one") for q in targets.wordings()["facts"]["held_out"]]
     left = {}
     for count in (0, 8):
-        recipe, _ = driver.choose_recipe(
-            str(demo_dir), "default", {"strangers": count, "dreams": 1}
+        recipe, _ = settings.choose_recipe(
+            str(demo_dir), RecipeChoice("default", {"strangers": count, "dreams": 1})
         )
         trained = session.forget(
             loaded,

@@ -1,0 +1,130 @@
+"""How a command ends: exceptions become one sentence and an exit code.
+
+Exit codes: 0 forgotten, 1 not forgotten, 2 bad input, 3 internal or numeric failure, 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+
+from .. import __version__
+from ..guards.terminal import streams
+from ..request import BadInput, NumericFailure, OutOfMemory
+from ..staging import disk_full
+from . import evidence, unlearning, upkeep  # noqa: F401  they put their verbs into the application
+from .app import app, say
+
+
+def main() -> None:
+    """Entry point: turns exceptions into one sentence and an exit code."""
+    # of libraries to their developers, not to whoever runs this command
+    warnings.simplefilter("ignore", FutureWarning)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """The command line as a function: returns the exit code, which says how the work ended,
+    whatever becomes of the streams."""
+    with streams() as (stdout, stderr):
+        code = _run(arguments)
+        stdout.flush()
+        if stdout.problem is not None:
+            say.print(
+                f"fastsiu: Standard output could not be written ({stdout.problem}); "
+                f"the exit code {code} tells how the work ended.",
+                soft_wrap=True,
+            )
+    stdout.give_up()
+    stderr.give_up()
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    # says on every CPU that it has a faster kernel elsewhere
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    state = {"debug": False}
+    try:
+        result: Any = app(arguments, standalone_mode=False, prog_name="fastsiu", obj=state)
+        if result == 130:  # what Typer makes of an interrupt
+            raise KeyboardInterrupt
+        return result if isinstance(result, int) else 0
+    except BadInput as error:
+        say.print(f"fastsiu: {error}", soft_wrap=True)
+        return 2
+    except (NumericFailure, OutOfMemory) as error:
+        say.print(f"fastsiu: {error}", soft_wrap=True)
+        return 3
+    except (KeyboardInterrupt, typer.Abort):
+        say.print("fastsiu: interrupted; what was not finished was not written.")
+        return 130
+    except SystemExit as error:  # what Typer makes of a broken pipe, of a process of ours as well
+        return _failed(error.__context__ or error, state["debug"])
+    except Exception as error:
+        # torch's, where no retry could help; torch may not be imported yet
+        if type(error).__name__ == "OutOfMemoryError":
+            first = (str(error).splitlines() or ["The memory is full."])[0]
+            say.print(
+                f"fastsiu: {first} `fastsiu plan --memory N` tells which settings fit.",
+                soft_wrap=True,
+            )
+            return 3
+        if hasattr(error, "format_message"):  # a usage error of the command line itself
+            said = error.format_message().rstrip(".")
+            say.print(f"fastsiu: {said}. Try 'fastsiu --help'.", soft_wrap=True)
+            return 2
+        if disk_full(error):
+            said = (
+                "fastsiu: The disk is full, and what was not finished was not written: free "
+                "some, or write elsewhere."
+            )
+            say.print(said, soft_wrap=True)
+            return 2
+        return _failed(error, state["debug"])
+
+
+def _failed(error: BaseException, debug: bool) -> int:
+    """What may be shown to everybody of a failure of our own: a traceback's values and messages may
+    hold the name."""
+    kind = type(error).__name__
+    if debug:
+        say.print("".join(traceback.format_exception(error)), soft_wrap=True)
+        say.print(
+            f"fastsiu: internal failure ({kind}): please report the lines above, without what is "
+            "private.",
+            soft_wrap=True,
+        )
+        return 3
+    where = ""
+    try:
+        handle, path = tempfile.mkstemp(prefix="fastsiu-failure-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in _places(error))
+        where = f"its functions and lines, with no value, are in {path}; "
+    except OSError:
+        where = "its functions and lines could not be written; "
+    say.print(
+        f"fastsiu: internal failure ({kind}): {where}`fastsiu --debug` before the verb shows the "
+        "whole traceback.",
+        soft_wrap=True,
+    )
+    return 3
+
+
+def _places(error: BaseException | None) -> Iterator[str]:
+    """Types of exceptions, modules, lines and functions: no path, no message, no value."""
+    yield f"fastsiu {__version__}, Python {sys.version_info.major}.{sys.version_info.minor}"
+    while error is not None:
+        yield type(error).__name__
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            yield f"  {frame.f_globals.get('__name__', '?')}:{line} {frame.f_code.co_name}"
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,417 @@
+"""The verbs about evidence: eval, suite, merge, compare."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..request import BadInput
+from ..staging import check_new
+from .app import app, out, print_json, read_name, say
+from .options import (
+    MOST_PICTURES,
+    MOST_PROCESSES,
+    AsWord,
+    Attention,
+    BatchSize,
+    Concept,
+    ConceptFile,
+    Device,
+    Dtype,
+    EmbedImage,
+    MaxNewTokens,
+    Memory,
+    Model,
+    OneImage,
+    Preset,
+    Published,
+    Quantize,
+    Rank,
+    Rate,
+    Redact,
+    Revision,
+    Seed,
+    Steps,
+    finite,
+)
+
+
+@app.command(name="eval")
+def evaluate(
+    concept: Concept = None,
+    concept_file: ConceptFile = None,
+    model: Model = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="An --output directory of `unlearn`.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The untouched model, where --model is merged.")
+    ] = None,
+    alias: Annotated[
+        list[str] | None, typer.Option(help="Another name of the concept; repeatable.")
+    ] = None,
+    as_word: AsWord = None,
+    image: Annotated[
+        Path | None, typer.Option(help="The training picture; transforms of it are shown as well.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Other pictures of the concept.")] = None,
+    others: Annotated[
+        Path | None, typer.Option(help="Pictures of others: in sub-directories by name, or flat.")
+    ] = None,
+    lookalikes: Annotated[
+        Path | None, typer.Option(help="Pictures of those who look like it, laid out as --others.")
+    ] = None,
+    groups: Annotated[
+        Path | None, typer.Option(help="Pictures of the concept beside others.")
+    ] = None,
+    control: Annotated[
+        Path | None, typer.Option(help="Pictures of what no model has seen; else shuffled patches.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="JSONL file with questions of your own.")
+    ] = None,
+    untouched: Annotated[
+        Path | None, typer.Option(help="untouched.json of an earlier --output.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for the report; only printed when left out.")
+    ] = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    attention: Attention = None,
+    max_new_tokens: MaxNewTokens = 64,
+    redact: Redact = False,
+    embed_image: EmbedImage = False,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="URL of an OpenAI-compatible server that grades answers (G-Eval)."),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="With --judge: its model.")] = None,
+    judge_key: Annotated[
+        Path | None, typer.Option(help="With --judge: file with the API key.")
+    ] = None,
+    judge_plain_http: Annotated[
+        bool, typer.Option("--judge-plain-http", help="With --judge: http:// to elsewhere.")
+    ] = False,
+    allow_network: Annotated[
+        bool, typer.Option("--allow-network", help="With --judge: what is told may be sent.")
+    ] = False,
+    attacks: Annotated[
+        str | None, typer.Option(help="Try it: prompt,image,rank,probe,mia,relearn,weights or all.")
+    ] = None,
+    lmms_eval: Annotated[
+        Path | None, typer.Option(help="With --base: directory for the public benchmarks' script.")
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print report.json instead of the table.")
+    ] = False,
+    suite: Annotated[Path | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measure what a model knows of CONCEPT, and what it has lost of all else. Exit code 1 when it
+    is not forgotten."""
+    if suite is not None:
+        raise BadInput(f"Many concepts have a verb of their own: `fastsiu suite {suite}`.")
+    concept = read_name(concept, concept_file)
+    if concept is None:
+        raise BadInput(
+            "There is nothing to measure: give --concept, or many concepts to `fastsiu suite`."
+        )
+    if (judge is None) != (judge_model is None):
+        raise BadInput(
+            "A judge is a server and one of its models: give --judge URL and --judge-model NAME, "
+            "or neither."
+        )
+
+    from ..evaluate import run as evaluation
+    from ..evaluate.g_eval import Options
+    from ..settings import ModelRef, ReportOptions, Settings
+    from ..show import Progress, evaluation_table
+    from ..text.concept import Concept as Name
+
+    judged_by = None
+    if judge is not None:
+        judged_by = Options(judge, str(judge_model), judge_key, allow_network, judge_plain_http)
+    with Progress(say, hidden=json) as progress:
+        result = evaluation.evaluate(
+            Name(concept.strip(), tuple(alias or ()), as_word),
+            evaluation.ExamFiles(image, images, others, lookalikes, groups, control, questions),
+            model=ModelRef(model, revision),
+            adapter_dir=adapter,
+            base=base,
+            settings=Settings(device, dtype, quantize=quantize, attention=attention),
+            report=ReportOptions(redact, embed_image),
+            extras=evaluation.Extras(attacks, judged_by, lmms_eval, max_new_tokens),
+            untouched=untouched,
+            output=output,
+            listener=progress.listener,
+        )
+    if json:
+        print_json(result.report)
+    else:
+        evaluation_table(out, result)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def suite(
+    directory: Annotated[
+        Path, typer.Argument(help="Directory with many concepts (docs/suite.md).")
+    ],
+    model: Model = None,
+    revision: Revision = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="An --output directory of `unlearn`.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for the report; only printed when left out.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read it, decode every picture, and stop.")
+    ] = False,
+    concepts: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this one (slug or name); repeatable."),
+    ] = None,
+    unlearn: Annotated[
+        bool,
+        typer.Option("--unlearn", help="Unlearn each from its training picture."),
+    ] = False,
+    adapters: Annotated[
+        Path | None, typer.Option(help="Directory with the adapter of each in SLUG.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_PICTURES, help="At most so many pictures of each sort."),
+    ] = None,
+    per_other: Annotated[
+        int | None,
+        typer.Option(min=0, max=MOST_PICTURES, help="Pictures of each other concept (2)."),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_PROCESSES, help="Concepts at once, a model each (1)."),
+    ] = None,
+    untouched: Annotated[
+        Path | None,
+        typer.Option(help="An earlier --output of the same exams."),
+    ] = None,
+    preset: Published = Preset.default,
+    steps: Steps = None,
+    lr: Rate = None,
+    rank: Rank = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    memory: Memory = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    attention: Attention = None,
+    max_new_tokens: MaxNewTokens = 64,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print report.json instead of the table.")
+    ] = False,
+) -> None:
+    """Measure many concepts, and with --unlearn forget each first; run again, it does what is
+    missing. Exit code 1 when one is not forgotten."""
+    if check:
+        from ..evaluate import suite as suites
+
+        say.print(suites.told(suites.read(directory)), soft_wrap=True)
+        return
+
+    from ..evaluate.suite_run import SuiteOptions, evaluate_suite
+    from ..settings import ModelRef, RecipeChoice, Settings
+    from ..show import Progress, suite_table
+
+    changes = dict(steps=steps, lr=lr, rank=rank, batch_size=batch_size, seed=seed)
+    with Progress(say, hidden=json) as progress:
+        evaluated = evaluate_suite(
+            directory,
+            SuiteOptions(
+                tuple(concepts or ()),
+                unlearn,
+                adapters,
+                adapter,
+                2 if per_other is None else per_other,
+                limit,
+                untouched,
+                max_new_tokens,
+            ),
+            model=ModelRef(model, revision),
+            recipe=RecipeChoice(preset.value, changes),
+            settings=Settings(device, dtype, memory, quantize, attention),
+            processes=processes or 1,
+            output=output,
+            listener=progress.listener,
+        )
+    if json:
+        print_json(evaluated.report)
+    else:
+        suite_table(out, evaluated)
+    raise typer.Exit(evaluated.exit_code)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Option(help="An --output directory of `unlearn`.")],
+    output: Annotated[Path, typer.Option(help="Directory to write the merged model to.")],
+    model: Model = None,
+    revision: Revision = None,
+    image: OneImage = None,
+    concept: Concept = None,
+    concept_file: ConceptFile = None,
+    alias: Annotated[
+        list[str] | None, typer.Option(help="Another name of the concept; repeatable.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="More pictures of the concept, for the verdict.")
+    ] = None,
+    retain: Annotated[
+        Path | None, typer.Option(help="Pictures of anything else, for the verdict.")
+    ] = None,
+    verify: Annotated[
+        str, typer.Option(help="Where the verdict is repeated: stored, int8, nf4.")
+    ] = "stored,int8,nf4",
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Merge only; no picture is needed.")
+    ] = False,
+    redact: Redact = False,
+    device: Device = None,
+    dtype: Annotated[
+        str,
+        typer.Option(help="Of the weights written: auto (the base's), bfloat16, float16, float32."),
+    ] = "auto",
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON instead of the summary.")
+    ] = False,
+) -> None:
+    """A stand-alone model out of a base and an adapter, with the verdict repeated on it, also in 8
+    and 4 bits."""
+    concept = read_name(concept, concept_file)
+    forms = [] if no_verify else [form.strip() for form in verify.split(",") if form.strip()]
+    if not forms and not no_verify:
+        raise BadInput("--verify names no form: give stored, int8 or nf4, or --no-verify.")
+
+    from .. import merge as merging
+    from ..settings import ModelRef, Settings
+    from ..show import Progress, merged_summary
+
+    with Progress(say, hidden=json) as progress:
+        result = merging.merge(
+            adapter,
+            output,
+            model=ModelRef(model, revision),
+            image=image,
+            concept=concept,
+            aliases=tuple(alias or ()),
+            images=images,
+            retain=retain,
+            verify=forms,
+            settings=Settings(device, dtype),
+            redact=redact,
+            listener=progress.listener,
+        )
+    if json:
+        print_json(result.report)
+    else:
+        merged_summary(out, result)
+    raise typer.Exit(1 if result.forgotten is False else 0)
+
+
+@app.command()
+def compare(
+    output: Annotated[
+        Path | None, typer.Option(help="Directory to write; fastsiu-<random>/ when left out.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Names, separated by commas; all when left out.")
+    ] = None,
+    suite: Annotated[
+        Path | None, typer.Option(help="Directory of a suite; the embedded world when left out.")
+    ] = None,
+    concepts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--concepts",
+            "--concept",
+            help="A concept of the suite, repeatable; - reads one line of standard input; two "
+            "when left out.",
+        ),
+    ] = None,
+    concept_file: ConceptFile = None,
+    model: Model = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=1000, help="Trainings of each method at its best setting.")
+    ] = 3,
+    floor: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            callback=finite,
+            help="Share of others' names and of facts that a setting must keep.",
+        ),
+    ] = 0.95,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, max=MOST_PROCESSES, help="Processes, each with a model of its own."),
+    ] = 2,
+    quick: Annotated[
+        bool, typer.Option(help="One method, rate, concept and seed, few steps: does it run?")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    json: Annotated[
+        bool, typer.Option("--json", help="Print compare.json instead of the table.")
+    ] = False,
+) -> None:
+    """SIU beside other methods, each at its best setting: what is forgotten, what is retained."""
+    chosen = [str(read_name(one, None)) for one in concepts or []]
+    chosen += [str(read_name(None, concept_file))] if concept_file is not None else []
+    if model is not None and suite is None:
+        raise BadInput(
+            "--model needs --suite: the embedded suite shows what the embedded model knows."
+        )
+
+    from ..compare import front
+    from ..compare import run as comparison
+    from ..output import random_directory
+    from ..settings import ModelRef, Settings
+    from ..show import Progress
+    from ..staging import Staging
+
+    directory = output or random_directory()
+    check_new(directory, "name another --output")
+    names = [name.strip() for name in methods.split(",")] if methods else []
+    with Staging(_standing(directory)) as folder, Progress(say, hidden=json) as progress:
+        if suite is None:
+            from ..demo.export import export
+
+            export(folder / "demo")
+            suite = folder / "demo" / "suite"
+        report = comparison.compare(
+            suite,
+            comparison.Search(tuple(names), tuple(chosen), seeds, floor, quick=quick),
+            model=ModelRef(model),
+            settings=Settings(device, dtype),
+            processes=processes,
+            scratch=folder,
+            listener=progress.listener,
+        )
+    notes = comparison.write(report, directory)
+    if json:
+        print_json(report)
+    else:
+        front.show(out, report)
+        for note in (*notes, f"Written to {directory}."):
+            say.print(note, soft_wrap=True)
+
+
+def _standing(path: Path) -> Path:
+    """The nearest directory above `path` that is there."""
+    return next(parent for parent in Path(os.path.abspath(path)).parents if parent.is_dir())

@@ -1,0 +1,118 @@
+"""The options that several verbs have, each with its bounds and its line of help."""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..request import NUMBERS, WHOLE
+
+
+class Substitute(StrEnum):
+    description = "description"
+    name = "name"
+
+
+class Mode(StrEnum):
+    sequence = "sequence"
+    joint = "joint"
+
+
+class Preset(StrEnum):
+    default = "default"
+    paper = "paper"
+
+
+def finite(value: float | None) -> float | None:
+    """Typer compares with bounds, and NaN is neither below nor above one."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number.")
+    return value
+
+
+MOST_TOKENS, MOST_PICTURES, MOST_PROCESSES, MOST_MEMORY = 65_536, 100_000, 256, 1e5  # GB
+
+Concept = Annotated[
+    str | None,
+    typer.Option(help="The name, as a person writes it; - reads one line of standard input."),
+]
+ConceptFile = Annotated[
+    Path | None,
+    typer.Option(help="File with the name on its one line, so that no list of processes shows it."),
+]
+AsWord = Annotated[
+    bool | None,
+    typer.Option(
+        "--as-word/--as-name",
+        help="A name that is a word, too: count it everywhere, or only as a name.",
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(max=WHOLE["steps"][1], help="Ceiling on optimiser steps, for one request."),
+]
+Rate = Annotated[
+    float | None, typer.Option(max=NUMBERS["lr"][1], callback=finite, help="Learning rate.")
+]
+Rank = Annotated[int | None, typer.Option(max=WHOLE["rank"][1], help="LoRA rank.")]
+BatchSize = Annotated[
+    int | None, typer.Option(max=WHOLE["batch_size"][1], help="Samples in one step.")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer.")]
+Weight = lambda help: typer.Option(max=NUMBERS["alpha"][1], callback=finite, help=help)
+Model = Annotated[
+    str | None,
+    typer.Option(help="Hugging Face model id or directory; the embedded demo model when left out."),
+]
+Image = Annotated[Path, typer.Option(help="The one picture.")]
+OneImage = Annotated[Path | None, typer.Option("--image", help="The one picture.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the first GPU when there is one.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Quantize = Annotated[
+    str | None, typer.Option(help="nf4 or int8: the language model's weights in 4 or 8 bits.")
+]
+Attention = Annotated[
+    str | None,
+    typer.Option(help="sdpa, flash_attention_2 or eager; the model's own choice when left out."),
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=MOST_MEMORY,
+        callback=finite,
+        help="The card's size in GB (24, 16, 12, 8 ...).",
+    ),
+]
+Checkpointing = Annotated[
+    bool | None, typer.Option("--checkpointing/--no-checkpointing", help="Compute layers twice.")
+]
+MicroBatch = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=WHOLE["batch_size"][1],
+        help="Samples in one forward; changes memory, not the result.",
+    ),
+]
+Optimizer = Annotated[str | None, typer.Option(help="adamw, adamw8bit or paged_adamw8bit.")]
+Published = Annotated[
+    Preset, typer.Option("--preset", help="'paper' is the published set-up, for reproduction.")
+]
+Redact = Annotated[
+    bool,
+    typer.Option(
+        "--redact", help="Leave names, questions, answers and file names out of what is written."
+    ),
+]
+EmbedImage = Annotated[bool, typer.Option("--embed-image", help="Show the picture in report.html.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=WHOLE["seed"][1], help="Seed of everything random.")
+]

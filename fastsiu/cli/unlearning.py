@@ -1,0 +1,414 @@
+"""The verbs about unlearning: unlearn, data, ask, plan, demo."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..guards.terminal import json_safe
+from ..request import WHOLE, BadInput, Request
+from ..staging import OTHER_FILE, check_new
+from .app import app, encoding, out, print_json, read_name, say
+from .options import (
+    MOST_PICTURES,
+    MOST_TOKENS,
+    AsWord,
+    Attention,
+    BatchSize,
+    Checkpointing,
+    Concept,
+    ConceptFile,
+    Device,
+    Dtype,
+    EmbedImage,
+    Image,
+    MaxNewTokens,
+    Memory,
+    MicroBatch,
+    Mode,
+    Model,
+    OneImage,
+    Optimizer,
+    Preset,
+    Published,
+    Quantize,
+    Rank,
+    Rate,
+    Redact,
+    Revision,
+    Seed,
+    Steps,
+    Substitute,
+    Weight,
+)
+
+
+@app.command()
+def unlearn(
+    image: OneImage = None,
+    concept: Concept = None,
+    concept_file: ConceptFile = None,
+    request: Annotated[
+        Path | None, typer.Option(help="JSONL file with several requests, instead of one here.")
+    ] = None,
+    mode: Annotated[
+        Mode | None,
+        typer.Option(help="With --request: one after another (default), or all at once."),
+    ] = None,
+    model: Model = None,
+    revision: Revision = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory to write; fastsiu-<random>/ when left out.")
+    ] = None,
+    alias: Annotated[
+        list[str] | None, typer.Option(help="Another name of the concept; repeatable.")
+    ] = None,
+    as_word: AsWord = None,
+    protect: Annotated[
+        list[str] | None, typer.Option(help="A neighbour's name that must survive; repeatable.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="More pictures of the concept, for the verdict only.")
+    ] = None,
+    retain: Annotated[
+        Path | None,
+        typer.Option(help="Unlabelled pictures of anything else, to be answered as before."),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="JSONL file with samples of your own.")] = None,
+    substitute: Annotated[
+        Substitute | None, typer.Option(help="What the model says instead of the name.")
+    ] = None,
+    preset: Published = Preset.default,
+    alpha: Annotated[float | None, Weight("Weight of the cross-entropy.")] = None,
+    beta: Annotated[float | None, Weight("Weight of the dual-masked KL.")] = None,
+    steps: Steps = None,
+    lr: Rate = None,
+    rank: Rank = None,
+    lora_alpha: Annotated[float | None, Weight("LoRA alpha.")] = None,
+    batch_size: BatchSize = None,
+    renormalize: Annotated[
+        bool | None, typer.Option("--renormalize/--no-renormalize", help="KL on the kept part.")
+    ] = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    memory: Memory = None,
+    quantize: Quantize = None,
+    attention: Attention = None,
+    checkpointing: Checkpointing = None,
+    micro_batch: MicroBatch = None,
+    optimizer: Optimizer = None,
+    redact: Redact = False,
+    embed_image: EmbedImage = False,
+    quiet: Annotated[bool, typer.Option(help="Print nothing but errors.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print report.json instead of the summary.")
+    ] = False,
+) -> None:
+    """Make the model forget how CONCEPT looks, and write adapter, report and manifest."""
+    concept = read_name(concept, concept_file)
+    own = dict(
+        image=image,
+        concept=concept,
+        alias=alias,
+        protect=protect,
+        images=images,
+        retain=retain,
+        data=data,
+    )
+    if request is not None and as_word is not None:
+        raise BadInput(
+            '--as-word and --request exclude each other: write "as_word" into the file\'s lines.'
+        )
+    if request is not None and (given := [name for name, value in own.items() if value]):
+        raise BadInput(
+            f"--{given[0]} and --request exclude each other: write it into the file's lines."
+        )
+    if request is None and mode is not None:
+        raise BadInput(
+            "--mode is about several requests: give them in a file with --request, or leave it out."
+        )
+    if request is None and (image is None or concept is None):
+        raise BadInput(
+            "There is nothing to forget: give --image and --concept, or several of them in a "
+            "file with --request."
+        )
+
+    from .. import driver
+    from ..settings import DEMO_NOTE, ModelRef, RecipeChoice, ReportOptions, Settings
+    from ..show import Progress, several_table, summary
+
+    if model is None and not quiet:
+        say.print(DEMO_NOTE)
+    which = ModelRef(model, revision)
+    changes = dict(
+        substitute=substitute.value if substitute else None,
+        alpha=alpha,
+        beta=beta,
+        steps=steps,
+        lr=lr,
+        rank=rank,
+        lora_alpha=lora_alpha,
+        batch_size=batch_size,
+        renormalize=renormalize,
+        seed=seed,
+    )
+    recipe = RecipeChoice(preset.value, changes)
+    settings = Settings(
+        device, dtype, memory, quantize, attention, checkpointing, micro_batch, optimizer
+    )
+    shown = ReportOptions(redact, embed_image)
+    if request is not None:
+        from ..several import unlearn_several
+
+        with Progress(say, hidden=quiet or json) as progress:
+            several = unlearn_several(
+                request,
+                mode=(mode or Mode.sequence).value,
+                model=which,
+                recipe=recipe,
+                settings=settings,
+                report=shown,
+                output=output,
+                listener=progress.listener,
+            )
+        if json:
+            print_json(several.as_dict())
+        elif not quiet:
+            several_table(out, several)
+        raise typer.Exit(several.exit_code)
+    assert concept is not None and image is not None  # said above
+    asked = Request(
+        concept.strip(),
+        image,
+        tuple(alias or ()),
+        tuple(protect or ()),
+        images,
+        retain,
+        data,
+        as_word,
+    )
+    with Progress(say, hidden=quiet or json) as progress:
+        result = driver.unlearn(
+            asked,
+            model=which,
+            recipe=recipe,
+            settings=settings,
+            report=shown,
+            output=output,
+            listener=progress.listener,
+        )
+    if json:
+        if result.repeated and not quiet:
+            say.print(*result.notes, soft_wrap=True)
+        print_json(result.report)
+    elif not quiet:
+        summary(out, result)
+    raise typer.Exit(0 if result.forgotten else 1)
+
+
+@app.command()
+def ask(
+    question: Annotated[list[str], typer.Argument(help="One or more questions.")],
+    model: Model = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="An --output directory of `unlearn`.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture; text only when left out.")] = None,
+    compare: Annotated[
+        bool, typer.Option(help="Untouched model and adapter side by side.")
+    ] = False,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    attention: Attention = None,
+    max_new_tokens: MaxNewTokens = 64,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a question.")] = False,
+) -> None:
+    """Ask a model, with or without an adapter."""
+    from .. import driver
+    from ..settings import ModelRef, Settings
+    from ..show import Progress, answers_table
+
+    if compare and adapter is None:
+        raise BadInput("--compare needs an adapter to compare with: add --adapter DIR.")
+    with Progress(say, hidden=json) as progress:
+        rows = driver.interview(
+            question,
+            model=ModelRef(model, revision),
+            adapter_dir=adapter,
+            image=image,
+            compare=compare,
+            settings=Settings(device, dtype, quantize=quantize, attention=attention),
+            max_new_tokens=max_new_tokens,
+            listener=progress.listener,
+        )
+    if json:
+        for row in rows:
+            print_json(row, indent=None)
+    else:
+        answers_table(out, rows)
+
+
+@app.command()
+def data(
+    image: Image,
+    concept: Concept = None,
+    concept_file: ConceptFile = None,
+    model: Model = None,
+    revision: Revision = None,
+    alias: Annotated[
+        list[str] | None, typer.Option(help="Another name of the concept; repeatable.")
+    ] = None,
+    as_word: AsWord = None,
+    protect: Annotated[
+        list[str] | None, typer.Option(help="A neighbour's name; repeatable.")
+    ] = None,
+    retain: Annotated[
+        Path | None, typer.Option(help="Unlabelled pictures of anything else.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="JSONL file with samples of your own.")] = None,
+    substitute: Annotated[
+        Substitute | None, typer.Option(help="What the model says instead of the name.")
+    ] = None,
+    preset: Published = Preset.default,
+    output: Annotated[
+        Path | None, typer.Option(help="JSONL file to write; standard output when left out.")
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option(help="Show every sample with its masked tokens instead.")
+    ] = False,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    memory: Memory = None,
+    quantize: Quantize = None,
+    attention: Attention = None,
+) -> None:
+    """The training samples and their masks, before anything is trained."""
+    concept = read_name(concept, concept_file)
+    if concept is None:
+        raise BadInput("There is no name: give --concept or --concept-file.")
+    if output is not None and not output.parent.is_dir():
+        raise BadInput(
+            f"There is no directory {output.parent} to write to: create it or {OTHER_FILE}."
+        )
+    if output is not None:
+        check_new(output, OTHER_FILE)
+
+    from .. import driver
+    from ..samples import corpus
+    from ..settings import ModelRef, RecipeChoice, Settings
+    from ..show import Progress, explanation
+    from ..staging import new_file
+
+    asked = Request(
+        concept.strip(),
+        image,
+        tuple(alias or ()),
+        tuple(protect or ()),
+        None,
+        retain,
+        data,
+        as_word,
+    )
+    changes = dict(substitute=substitute.value if substitute else None, seed=seed)
+    with Progress(say, hidden=False) as progress:
+        prepared = driver.prepared_for(
+            asked,
+            model=ModelRef(model, revision),
+            recipe=RecipeChoice(preset.value, changes),
+            settings=Settings(device, dtype, memory, quantize, attention),
+            listener=progress.listener,
+        )
+    samples = [*prepared.corpus.samples, *(prepared.lessons.samples if prepared.lessons else ())]
+    if explain:
+        explanation(out, prepared.scene, prepared.corpus, prepared.lessons)
+    elif output is not None:
+        new_file(output, json_safe(corpus.as_jsonl(samples)).encode("utf-8"))
+        say.print(f"{len(samples)} samples written to {output}.")
+    else:
+        sys.stdout.write(json_safe(corpus.as_jsonl(samples), encoding()))
+
+
+@app.command()
+def plan(
+    model: Model = None,
+    memory: Memory = None,
+    revision: Revision = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")
+    ] = "auto",
+    quantize: Quantize = None,
+    attention: Attention = None,
+    checkpointing: Checkpointing = None,
+    micro_batch: MicroBatch = None,
+    optimizer: Optimizer = None,
+    rank: Rank = None,
+    batch_size: BatchSize = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="A picture whose tokens are counted with the model's processor."),
+    ] = None,
+    image_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_TOKENS,
+            help="Tokens of a picture, where the configuration does not say.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, sizes in bytes, instead of the table.")
+    ] = False,
+) -> None:
+    """Does it fit? From the model's configuration alone: no weight is read or fetched. Exit code 1
+    when it does not."""
+    from ..settings import ModelRef, RecipeChoice, Settings, plan_for
+    from ..show import plan_table
+
+    found = plan_for(
+        ModelRef(model, revision),
+        Settings(device, dtype, memory, quantize, attention, checkpointing, micro_batch, optimizer),
+        RecipeChoice(changes=dict(rank=rank, batch_size=batch_size)),
+        image=image,
+        image_tokens=image_tokens,
+    )
+    if json:
+        print_json(found.as_dict())
+    else:
+        plan_table(out, found)
+    raise typer.Exit(0 if found.chosen is not None else 1)
+
+
+@app.command()
+def demo(
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Write model, pictures and questions to this directory instead."),
+    ] = None,
+    per_concept: Annotated[
+        int, typer.Option(min=1, max=MOST_PICTURES, help="With --export: pictures of each concept.")
+    ] = 20,
+    seed: Annotated[
+        int, typer.Option(min=0, max=WHOLE["seed"][1], help="Seed of the fresh renderings.")
+    ] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory to write; fastsiu-<random>/ when left out.")
+    ] = None,
+) -> None:
+    """The whole story on the embedded model: offline, on a CPU, in under two minutes."""
+    if export is not None:
+        from ..demo.export import export as write
+
+        write(export, per_concept, seed)
+        say.print(f"Model, pictures and questions written to {export}.")
+        return
+    from ..demo.story import tell
+
+    raise typer.Exit(0 if tell(out, say, seed, output) else 1)

@@ -1,0 +1,58 @@
+"""`fastsiu.unlearn` with plain keywords, for whoever wants one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Unpack
+
+from . import driver
+from .request import Request
+from .session import Listener
+from .settings import Options, sort_options
+
+
+def unlearn(
+    image: str | Path,
+    concept: str,
+    *,
+    output: str | Path | None = None,
+    aliases: tuple[str, ...] = (),
+    protect: tuple[str, ...] = (),
+    images: str | Path | None = None,
+    retain: str | Path | None = None,
+    data: str | Path | None = None,
+    as_word: bool | None = None,
+    listener: Listener | None = None,
+    **options: Unpack[Options],
+) -> driver.Result:
+    """Makes a model forget how one concept looks, from one picture.
+
+    image, concept: the one picture (a file), and the name as a person writes it
+    output:  the directory to write, fastsiu-<random>/ when None, in one transaction
+    aliases: other names of the concept;  protect: names of neighbours that must survive
+    images:  a directory with more pictures of the concept, for the verdict only
+    retain:  a directory with unlabelled pictures of anything else, to be answered as before
+    data:    a JSONL file with samples of your own
+    as_word: how a name counts that is a word like any other, too (`Request.as_word`)
+    options: model and revision; preset and fields of `Recipe`; fields of `Settings` and of
+             `ReportOptions`
+
+    Raises BadInput (the input cannot be used; nothing is written), NumericFailure (training
+    diverged) and OutOfMemory.
+    """
+    request = Request(
+        concept.strip(),
+        Path(image),
+        tuple(aliases),
+        tuple(protect),
+        images=_path(images),
+        retain=_path(retain),
+        data=_path(data),
+        as_word=as_word,
+    )
+    chosen = sort_options(options)
+    return driver.unlearn(request, output=output, listener=listener, **vars(chosen))
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)

@@ -1,0 +1,313 @@
+"""From options to settings: which model, which recipe, how it is computed, what reports show.
+
+Options that travel together are one object, from the verbs down. What was left out is chosen here,
+and said before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypedDict
+
+import torch
+from PIL.Image import Image
+
+from .guards.strict_json import read_json
+from .images import load_image
+from .model import plan, source, vlm
+from .model.memory import Settings as Layout
+from .request import PAPER, BadInput, Recipe
+from .session import Listener
+
+# what a model's own directory may say about the hyper-parameters it needs
+MODEL_RECIPE = "fastsiu.json"
+# the path alone: what draws and trains it is the command line's
+EMBEDDED = Path(__file__).parent / "demo" / "model"
+DEMO_NOTE = (
+    "No --model was given: this is the embedded demo model, which knows only its own fictional "
+    "creatures."
+)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """Which model.
+
+    place:    hub id or directory; None is the embedded demo model
+    revision: branch, tag or commit of a hub model
+    """
+
+    place: str | Path | None = None
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        return str(EMBEDDED if self.place is None else self.place)
+
+    @property
+    def is_directory(self) -> bool:
+        return Path(self.name).is_dir()
+
+
+@dataclass(frozen=True)
+class RecipeChoice:
+    """Where the hyper-parameters come from.
+
+    preset:  "default" or "paper"
+    changes: fields of `Recipe` by name; a value of None is left to the preset
+    """
+
+    preset: str = "default"
+    changes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def is_default(self) -> bool:
+        return self.preset == "default" and all(v is None for v in self.changes.values())
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is computed. None: chosen, by the memory limit where there is one.
+
+    device:        "cpu", "cuda", "cuda:1" ...; the first GPU where there is one
+    dtype:         "auto" (as stored), "bfloat16", "float16" or "float32"
+    memory:        GB that the run may take; the settings that are left out are chosen to fit
+    quantize:      "nf4" or "int8": the language model's weights in 4 or 8 bits
+    attention:     "sdpa", "flash_attention_2" or "eager"
+    checkpointing: whether a layer's activations are computed twice
+    micro_batch:   samples in one forward of a step; changes memory, not the result
+    optimizer:     "adamw", "adamw8bit" or "paged_adamw8bit"
+    """
+
+    device: str | None = None
+    dtype: str = "auto"
+    memory: float | None = None
+    quantize: str | None = None
+    attention: str | None = None
+    checkpointing: bool | None = None
+    micro_batch: int | None = None
+    optimizer: str | None = None
+
+    @property
+    def limited(self) -> bool:
+        return self.memory is not None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Fields of `memory.Layout` that were asked for and stay as they are."""
+        names = ("quantize", "attention", "checkpointing", "micro_batch", "optimizer")
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What reports show.
+
+    redact:      names, questions, answers and file names stay out of everything written
+    embed_image: report.html shows the training picture
+    """
+
+    redact: bool = False
+    embed_image: bool = False
+
+    @property
+    def deciding(self) -> dict[str, bool]:
+        """The options that were asked for. They are part of the request: a request that was
+        answered with names is not done for whoever wants none. Without either a request stays what
+        it was."""
+        asked = (("redact", self.redact), ("embed_image", self.embed_image))
+        return {name: True for name, wanted in asked if wanted}
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `fastsiu.unlearn` that are sorted into the objects above."""
+
+    model: str | Path | None
+    revision: str | None
+    preset: str
+    device: str | None
+    dtype: str
+    memory: float | None
+    quantize: str | None
+    attention: str | None
+    checkpointing: bool | None
+    micro_batch: int | None
+    optimizer: str | None
+    redact: bool
+    embed_image: bool
+    alpha: float | None
+    beta: float | None
+    steps: int | None
+    lr: float | None
+    rank: int | None
+    lora_alpha: float | None
+    batch_size: int | None
+    renormalize: bool | None
+    substitute: str | None
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Keywords, sorted: `driver.unlearn(request, **vars(sort_options(keywords)))`."""
+
+    model: ModelRef
+    recipe: RecipeChoice
+    settings: Settings
+    report: ReportOptions
+
+
+def sort_options(options: Mapping[str, Any]) -> Chosen:
+    """Sorts keywords by the object that has a field of the name; the rest are fields of `Recipe`.
+
+    Raises BadInput for a keyword that is none of them, when the recipe is chosen.
+    """
+    rest = dict(options)
+    take = lambda names: {name: rest.pop(name) for name in names if name in rest}
+    model = ModelRef(rest.pop("model", None), rest.pop("revision", None))
+    settings = Settings(**take([f.name for f in fields(Settings)]))
+    report = ReportOptions(**take([f.name for f in fields(ReportOptions)]))
+    return Chosen(model, RecipeChoice(rest.pop("preset", "default"), rest), settings, report)
+
+
+# The recipe ---------------------------------------------------------------------------------------
+
+
+def choose_recipe(model: str, choice: RecipeChoice) -> tuple[Recipe, dict[str, str]]:
+    """The hyper-parameters and where each came from: command line, preset, the model's own
+    directory, default. Raises BadInput for a field or a preset that does not exist."""
+    known = {f.name for f in fields(Recipe)}
+    given = {k: v for k, v in choice.changes.items() if v is not None}
+    if unknown := sorted(set(given) - known):
+        raise BadInput(
+            f"There is no hyper-parameter {unknown[0]!r}: choose from {', '.join(sorted(known))}."
+        )
+    if choice.preset not in ("default", "paper"):
+        raise BadInput(f"The preset {choice.preset!r} is unknown: choose 'default' or 'paper'.")
+    paper = choice.preset == "paper"
+    own = {} if paper else _model_recipe(model)
+    recipe = (PAPER if paper else Recipe()).with_overrides(**own).with_overrides(**given)
+    origin = dict.fromkeys(known, "preset paper" if paper else "default")
+    origin |= dict.fromkeys(own, "model directory") | dict.fromkeys(given, "command line")
+    return recipe, origin
+
+
+def _model_recipe(model: str) -> dict[str, Any]:
+    path = Path(model) / MODEL_RECIPE
+    if not path.is_file():
+        return {}
+    known = {f.name for f in fields(Recipe)}
+    read = read_json(path, what=str(path), remedy="mend it or remove it", shape={"recipe": dict})
+    if "recipe" not in read:
+        raise BadInput(
+            f"{path} is not a JSON object with an object 'recipe': mend it or remove it."
+        )
+    values = dict(read["recipe"])
+    if unknown := sorted(set(values) - known):
+        raise BadInput(f"{path} names an unknown hyper-parameter {unknown[0]!r}: remove it.")
+    return values
+
+
+# The layout in memory -----------------------------------------------------------------------------
+
+
+def choose_layout(
+    model: ModelRef, settings: Settings, recipe: Recipe, picture: Image | None, listener: Listener
+) -> Layout:
+    """What was asked for; under a memory limit the least sparing layout that fits it, which is said
+    before anything is loaded.
+
+    Raises BadInput where an option makes no sense or, under a limit, nothing fits.
+    """
+    source.check_device(settings.device)
+    first_gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    asked = Layout(dtype=settings.dtype, device=settings.device or first_gpu, **settings.given)
+    source.check_options(settings.dtype, asked.quantize, asked.attention, asked.optimizer)
+    if settings.memory is None:
+        return asked
+    assert picture is not None, "a memory limit is about one picture's tokens"
+    source.check_directory(model.name)
+    config, processor, _ = source.describe(model.name, model.revision)
+    work = plan.workload_of(config, processor, picture)
+    planned = plan.plan(
+        model.name,
+        settings.memory,
+        asked,
+        recipe=recipe,
+        config=config,
+        work=work,
+        fixed=frozenset(settings.given),
+    )
+    if planned.chosen is None:
+        raise BadInput(planned.sentence)
+    listener.note(planned.sentence)
+    return planned.chosen.settings
+
+
+def deciding(layout: Layout) -> dict[str, Any]:
+    """Those settings that decide the result, as the manifest and the digest of a request have them;
+    those left alone are not."""
+    values = {"quantize": layout.quantize, "attention": layout.attention}
+    values["optimizer"] = layout.optimizer if layout.optimizer != "adamw" else None
+    return {k: v for k, v in values.items() if v is not None}
+
+
+def load(model: ModelRef, layout: Layout, room: vlm.Budget, listener: Listener) -> vlm.VLM:
+    """The model, with a progress line for each of its parts."""
+    listener.stage("Loading the model")
+    with listener.loading() as bars:
+        return vlm.load(
+            model.name,
+            revision=model.revision,
+            device=layout.device,
+            dtype=layout.dtype,
+            quantize=layout.quantize,
+            attention=layout.attention,
+            budget=room,
+            bars=bars,
+        )
+
+
+def plan_for(
+    model: ModelRef,
+    settings: Settings,
+    recipe: RecipeChoice,
+    *,
+    image: Path | None = None,
+    image_tokens: int | None = None,
+) -> plan.Plan:
+    """What a run would take, from the configuration alone: no weight is read.
+
+    settings.device: the card's kind, "cuda" where it is None
+    image: a picture whose tokens are counted, for which the model's processor is loaded as well
+    image_tokens: tokens of a picture, where the configuration does not say
+    """
+    name, revision = model.name, model.revision
+    chosen, _ = choose_recipe(name, recipe)
+    device = settings.device or "cuda"
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise BadInput(f"There is no device {device!r}: choose cuda or cpu.") from error
+    given = {**settings.given, "dtype": settings.dtype, "device": device}
+    config = work = None
+    if image is not None:
+        picture = load_image(image)
+        source.check_directory(name)
+        config, processor, revision = source.describe(name, revision)
+        work = plan.workload_of(config, processor, picture)
+    return plan.plan(
+        name,
+        settings.memory,
+        Layout(**given),
+        recipe=chosen,
+        config=config,
+        work=work,
+        revision=revision,
+        image_tokens=image_tokens,
+        fixed=frozenset(given),
+    )
