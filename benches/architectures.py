@@ -186,7 +186,7 @@ def table(records: list[dict[str, Any]]) -> str:
     """Markdown; losses are in points, before minus after on the same questions."""
     from fastsiu.demo.figures import PER_NAME
     from fastsiu.demo.world import KNOWN
-    from fastsiu.verdict import wilson
+    from fastsiu.text.rate import wilson
 
     asked = PER_NAME * len(KNOWN)
     head = [

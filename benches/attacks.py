@@ -247,7 +247,8 @@ def put(loaded: Any, items: list[Item]) -> list[str]:
 
 
 def leaked(concept: Any, item: Item, answer: str) -> bool:
-    from fastsiu.verdict import affirms, denies, gives, holds
+    from fastsiu.text.answers import affirms, denies, holds
+    from fastsiu.verdict import gives
 
     rest = answer.removeprefix(item.begin)
     if item.family == "yesno":
@@ -298,7 +299,7 @@ def measure(loaded: Any, world: Any, concept: Any, seed: int) -> dict[str, Any]:
     import torch
 
     from fastsiu.model import adapter
-    from fastsiu.verdict import holds, is_degenerate
+    from fastsiu.text.answers import holds, is_degenerate
 
     leaks, control, kept = asked_of(world, concept.name, seed)
     with adapter.teacher(loaded):

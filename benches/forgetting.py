@@ -148,7 +148,7 @@ def count(
 ) -> dict[str, dict[str, int]]:
     """For each kind: n, right before, right after, naming the concept before and after, degenerate
     answers after."""
-    from fastsiu.verdict import is_degenerate
+    from fastsiu.text.answers import is_degenerate
 
     keys = ("n", "before", "after", "named_before", "named", "degenerate")
     counts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(keys, 0))
@@ -175,7 +175,7 @@ def pooled(runs: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown; drops are in points, before minus after on the same questions."""
-    from fastsiu.verdict import wilson
+    from fastsiu.text.rate import wilson
 
     head = [
         "row",

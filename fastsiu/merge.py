@@ -26,6 +26,7 @@ from .evaluate import held_out
 from .evaluate.attacks import not_asked
 from .evaluate.held_out import Shown
 from .evaluate.inquiry import Inquiry, inquire
+from .family import Family
 from .guards.strict_json import read_json
 from .images import list_images, load_directory, load_image, read_bytes
 from .model import adapter, ask, decode, source, vlm
@@ -35,8 +36,10 @@ from .request import BadInput, Recipe, Request
 from .samples.targets import Scene
 from .session import Listener, timed
 from .settings import ModelRef, ReportOptions, Settings
+from .text.answers import same_answer
 from .text.concept import Concept, concept_of
-from .verdict import Answer, Family, Rate, judge, same_answer
+from .text.rate import Rate
+from .verdict import Answer, judge
 
 SHAPE = {  # of what is read of an adapter's report, and of a manifest
     "concept": str,

@@ -7,21 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsiu.verdict import (
-    KINDS,
-    Answer,
-    Family,
-    Rate,
-    Thresholds,
-    gives,
-    holds,
-    is_degenerate,
-    is_refusal,
-    judge,
-    renames,
-    same_answer,
-    wilson,
-)
+from fastsiu.family import Family
+from fastsiu.text.answers import holds, is_degenerate, is_refusal, same_answer
+from fastsiu.text.rate import Rate, wilson
+from fastsiu.verdict import KINDS, Answer, Thresholds, gives, judge, renames
 
 NAME = "Zorblax Quint"
 DESCRIPTION = "A man with green hair and a square hat."

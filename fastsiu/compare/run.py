@@ -29,7 +29,7 @@ from ..session import Listener
 from ..settings import EMBEDDED, ModelRef, RecipeChoice, Settings, choose_recipe
 from ..staging import Staging, check_new
 from ..staging import write as write_file
-from ..verdict import Rate
+from ..text.rate import Rate
 from . import methods, trials
 from .trials import (
     COUNTS,

@@ -19,7 +19,7 @@ from ..images import load_image
 from ..model import ask, vlm
 from ..request import NumericFailure, Recipe, Request
 from ..staging import write
-from ..verdict import is_degenerate, same_answer
+from ..text.answers import is_degenerate, same_answer
 from . import methods
 
 # Not trained further is a run that keeps less than a fifth at five looks in a row, through three

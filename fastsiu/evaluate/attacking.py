@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..family import Family
 from ..model.vlm import VLM
 from ..request import BadInput, Recipe
 from ..session import Listener
-from ..verdict import Family
 from . import deep, inquiry
 from .attacks import not_asked, table
 from .exam import Exam

@@ -17,10 +17,12 @@ from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 
+from ..family import Family
 from ..samples.targets import wordings
 from ..text.answers import FUNCTION_WORDS, affirms, denies, is_degenerate, is_refusal, words
 from ..text.concept import Concept
-from ..verdict import Family, Rate, gives
+from ..text.rate import Rate
+from ..verdict import gives
 
 MOST = 40  # answers of a family
 LONGER = {"two-hop": 64}  # families that get more

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from ..guards.strict_json import parse_json
 from ..request import BadInput
-from ..verdict import wilson
+from ..text.rate import wilson
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 LONGEST_REPLY = 1_000_000  # bytes
@@ -180,7 +180,7 @@ def summary(scores: Sequence[int | None]) -> dict[str, Any]:
             "reason": "The judge graded no answer." if scores else "There was no answer to grade.",
         }
     mean, n = sum(found) / len(found), len(found)
-    low, high = wilson((mean - 1) / 4 * n, n)  # type: ignore[arg-type]  # a share of n, not a count
+    low, high = wilson((mean - 1) / 4 * n, n)
     return {"value": mean, "n": n, "low": 1 + 4 * low, "high": 1 + 4 * high}
 
 

@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from ..family import Family
 from ..model import ask
 from ..model.vlm import VLM, Picture, encoder
 from ..samples.targets import wordings
 from ..text.answers import words
 from ..text.concept import Concept
-from ..verdict import Family, Rate
+from ..text.rate import Rate
 from . import attacks
 from .asked_pictures import Shown, conditions, conditions_of, groups, groups_of, strangers, views
 from .attacks import Attack

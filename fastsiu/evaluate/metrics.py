@@ -14,7 +14,8 @@ from itertools import chain
 from statistics import fmean, median
 from typing import Any
 
-from ..verdict import Rate, is_degenerate, is_refusal, words
+from ..text.answers import is_degenerate, is_refusal, words
+from ..text.rate import Rate
 
 
 def share(holds: Sequence[Any], reason: str) -> dict[str, Any]:

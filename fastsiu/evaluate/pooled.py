@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..verdict import Rate
+from ..text.rate import Rate
 
 Row = dict[str, dict[str, Any]]
 

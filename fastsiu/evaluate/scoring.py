@@ -7,21 +7,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from ..family import Family
 from ..model.decode import told
+from ..text.answers import affirms, denies, holds, same_answer
 from ..text.concept import Concept
-from ..verdict import (
-    Answer,
-    Family,
-    Verdict,
-    affirms,
-    denies,
-    gives,
-    holds,
-    judge,
-    renames,
-    same_answer,
-    wilson,
-)
+from ..text.rate import wilson
+from ..verdict import Answer, Verdict, gives, judge, renames
 from . import metrics
 from .exam import OF_CONCEPT, OF_OTHERS, Cell, Exam
 from .observe import Observations, role

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..evaluate.attacks import not_asked, table
+from ..family import GIVEN_AWAY
 from ..request import FACETS, Recipe
 from ..text.concept import COMMON_WORDS, Concept
-from ..verdict import GIVEN_AWAY
 from .words import CONCEPT, INSIDE, LIMITS, MEASURES, METRICS, ROWS
 
 MODEL = "a model from a directory"

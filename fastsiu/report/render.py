@@ -19,8 +19,8 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from ..request import BadInput
+from ..text.answers import affirms, same_answer
 from ..text.concept import Concept
-from ..verdict import affirms, same_answer
 from .plot import chart, sides, trade_off, untouched_alone
 from .words import (
     CONCEPT,

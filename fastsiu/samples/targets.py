@@ -26,8 +26,8 @@ from ..model import ask
 from ..model.ask import Reply
 from ..model.vlm import VLM, Picture
 from ..request import Recipe, Sample
+from ..text.answers import affirms, is_degenerate, is_refusal
 from ..text.concept import Concept
-from ..verdict import affirms, is_degenerate, is_refusal
 
 
 @cache

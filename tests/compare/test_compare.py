@@ -20,7 +20,7 @@ from fastsiu.evaluate.exam import Question
 from fastsiu.evaluate.suite import Subject, Suite
 from fastsiu.request import BadInput
 from fastsiu.samples import corpus
-from fastsiu.verdict import Rate
+from fastsiu.text.rate import Rate
 
 torch.set_num_threads(1)
 

@@ -30,7 +30,8 @@ from fastsiu.model import ask
 from fastsiu.request import BadInput
 from fastsiu.samples.targets import wordings
 from fastsiu.text.concept import Concept
-from fastsiu.verdict import Answer, Rate, judge
+from fastsiu.text.rate import Rate
+from fastsiu.verdict import Answer, judge
 
 ANN = Concept("Ann Bole")
 OTHERS = ["Bob Carr", "Cleo Dunn", "Dan Eke", "Eva Falk", "Fin Gale"]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastsiu.evaluate import metrics
-from fastsiu.verdict import wilson
+from fastsiu.text.rate import wilson
 
 HALF, QUARTER, EIGHTH = math.log(1 / 2), math.log(1 / 4), math.log(1 / 8)
 ABSENT = "Nobody asked."

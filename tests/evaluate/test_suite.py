@@ -15,7 +15,7 @@ from fastsiu.evaluate import questions, suite
 from fastsiu.evaluate.exam import Question
 from fastsiu.evaluate.pooled import markdown, pooled
 from fastsiu.request import BadInput
-from fastsiu.verdict import wilson
+from fastsiu.text.rate import wilson
 
 DOC = Path(__file__).parents[2] / "docs" / "suite.md"
 

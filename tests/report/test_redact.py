@@ -19,13 +19,15 @@ from fastsiu import output, several
 from fastsiu.evaluate import deep, directories, run, scoring
 from fastsiu.evaluate.attacks import table
 from fastsiu.evaluate.held_out import NULL
+from fastsiu.family import Family
 from fastsiu.model import adapter
 from fastsiu.report import redact
 from fastsiu.report.redact import LEFT_OUT, redacted, sentence
 from fastsiu.report.render import LIMITS, render_html, render_markdown
 from fastsiu.request import BadInput, Recipe
+from fastsiu.text.rate import Rate
 from fastsiu.train import Step
-from fastsiu.verdict import Answer, Family, Rate, judge
+from fastsiu.verdict import Answer, judge
 
 CANARY = "Xanthippa"
 

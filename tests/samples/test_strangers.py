@@ -19,8 +19,8 @@ from fastsiu.request import CHANGES, KEEPS, PAPER, Recipe, Sample
 from fastsiu.samples import border, corpus, drawn, dreams, strangers, targets
 from fastsiu.samples.dreams import in_place
 from fastsiu.settings import RecipeChoice
+from fastsiu.text.answers import is_refusal
 from fastsiu.text.concept import Concept
-from fastsiu.verdict import is_refusal
 
 torch.set_num_threads(1)
 

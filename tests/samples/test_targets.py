@@ -10,8 +10,8 @@ import torch
 
 from fastsiu.model import ask
 from fastsiu.samples import targets
+from fastsiu.text.answers import is_degenerate
 from fastsiu.text.concept import Concept
-from fastsiu.verdict import is_degenerate
 
 torch.set_num_threads(1)
 

@@ -21,7 +21,8 @@ from ...loss.fused import fused_dmk_ce
 from ...model import adapter, ask, prefix
 from ...model.features import feature_tensors, map_features
 from ...model.vlm import VLM, Picture
-from ...verdict import Rate, gives
+from ...text.rate import Rate
+from ...verdict import gives
 from .target import (
     LONGEST,
     NO_STRANGER,

@@ -17,7 +17,8 @@ import torch
 from ...model import adapter, ask, prefix
 from ...model.vlm import VLM, Encoded, Picture
 from ...samples.targets import wordings
-from ...verdict import is_degenerate, wilson
+from ...text.answers import is_degenerate
+from ...text.rate import wilson
 from .target import LONGEST, NO_OTHER, Row, Shown, Target, adapted, complete, namings, see
 
 ROWS = 256  # positions whose logits exist at a time
@@ -164,7 +165,7 @@ def _auc(
     if not wins:
         return Row.null("mia", setting, "No answer about these pictures could be scored.", side)
     share = fmean(wins)
-    low, high = wilson(share * len(others), len(others))  # type: ignore[arg-type]  # the formula holds between whole numbers
+    low, high = wilson(share * len(others), len(others))
     return Row("mia", setting, side, share, len(others), low, high)
 
 

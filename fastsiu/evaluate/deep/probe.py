@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...images import variants
 from ...model import adapter
 from ...model.vlm import VLM, Picture, collate
-from ...verdict import Rate
+from ...text.rate import Rate
 from .target import (
     NO_OTHER,
     NO_STRANGER,

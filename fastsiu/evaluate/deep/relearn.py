@@ -22,8 +22,8 @@ from ...model import adapter, ask, prefix
 from ...model.vlm import VLM, Encoded, Picture
 from ...request import BadInput
 from ...samples.targets import wordings
+from ...text.answers import is_degenerate
 from ...text.concept import Concept
-from ...verdict import is_degenerate
 from .target import (
     LONGEST,
     NO_OTHER,

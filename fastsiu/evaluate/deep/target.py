@@ -17,8 +17,10 @@ from ...request import BadInput, Recipe
 from ...samples import dreams
 from ...samples.drawn import ORDERS, recoloured
 from ...samples.targets import Scene, capitalised_names, wordings
+from ...text.answers import is_degenerate, is_refusal, words
 from ...text.concept import Concept
-from ...verdict import Rate, gives, is_degenerate, is_refusal, words
+from ...text.rate import Rate
+from ...verdict import gives
 
 Shown = Image.Image | Picture  # a dream has no image that shows it
 

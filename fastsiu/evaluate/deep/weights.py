@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...model import adapter
 from ...model.vlm import VLM
 from ...request import BadInput
-from ...verdict import Rate
+from ...text.rate import Rate
 from .target import Row, Target, adapted, complete, hop_share, hops, naming_share, namings
 
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
