@@ -1,21 +1,18 @@
-"""Tests, tunes and measures on this machine's GPU; then makes launch rows, plots and the README's
-table of what was found.
+"""Tests, tunes and measures on this machine's GPU, into one results file.
 
-    benches/gpu.sh [--output FILE]        every step within nine minutes, no network needed; one
-    results file
-    benches/gpu.sh --only real            some of the steps, here LLaVA-1.5-7B at its real size,
-    which wants most of the time
-    benches/gpu.sh --quick                rehearses the steps on a CPU, the kernels in Triton's
-    interpreter, and --apply on a copy
-    python benches/gpu.py --apply FILE    kernels/measured.py, rows in benches/results,
-    benches/plots and README.md
+    benches/gpu.sh [--output FILE]    every step within nine minutes, no network needed
+    benches/gpu.sh --only real        some of the steps, here LLaVA-1.5-7B at its real size, which
+                                      wants most of the time
+    benches/gpu.sh --quick            rehearses the steps on a CPU, the kernels in Triton's
+                                      interpreter, and benches/apply.py on a copy
+    python benches/apply.py FILE      makes launch rows, plots and tables of the results
 
 FILE has JSON lines of these kinds: `run`, first, is the machine; `step` has a step's exit code
 (null: it did not run, and `tail` says why), its seconds and the end of what it printed; `tune` has
 a launch row, its ms at each D and every candidate with its ms or its error; `shape` and `study` are
 rows of benches/loss.py, `made`, `real` and `real step` of benches/real.py. A step that fails or
-runs out of time has its row, and the next one runs. Exit codes: 0 all went well, 1 a step failed or
-a table could not be made, 2 bad input.
+runs out of time has its row, and the next one runs. Exit codes: 0 all went well, 1 a step failed,
+2 bad input.
 """
 
 from __future__ import annotations
@@ -24,11 +21,8 @@ import argparse
 import importlib.metadata
 import importlib.util
 import itertools
-import json
 import math
 import os
-import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -46,10 +40,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from apply import INTERPRETER, Row, append, copy, plans_of, read, slug
+
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 515.0  # seconds for all steps together
 LEAST = 10.0  # a step with less time than this is left out
-INTERPRETER = "interpreter"  # the device of a rehearsal: its figures are nobody's
 TUNED = dict(V=151936, D=(1024, 2048), N=(16, 64, 256, 1024))
 TUNED_QUICK = dict(V=600, D=(64,), N=(20,))
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -67,7 +62,6 @@ SOON = (
     "SOON"  # in a command: the seconds after which a part begins nothing more, SHARE of its limit
 )
 SHARE = 0.85
-Row = dict[str, Any]
 
 
 class Step(NamedTuple):
@@ -98,21 +92,6 @@ def main() -> int:
         metavar="NAME",
         help="of the step real; else all that time allows",
     )
-    parser.add_argument(
-        "--apply", type=Path, metavar="FILE", help="turn results into launch rows, plots and tables"
-    )
-    parser.add_argument(
-        "--into",
-        type=Path,
-        default=ROOT,
-        metavar="DIR",
-        help="with --apply: a tree other than this one",
-    )
-    parser.add_argument(
-        "--no-plots",
-        action="store_true",
-        help="with --apply: draw nothing (matplotlib is not needed then)",
-    )
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -120,8 +99,6 @@ def main() -> int:
         return real(given.output, time.monotonic() + given.seconds, given.quick, given.variants)
     if given.part:
         return PARTS[given.part](given.output, time.monotonic() + given.seconds, given.quick)
-    if given.apply:
-        return apply(given.apply, given.into, not given.no_plots)
     if importlib.util.find_spec("triton") is None and given.only != ["real"]:
         return stop(
             "There is no package triton here, whose kernels are to be measured: pip install "
@@ -133,11 +110,6 @@ def main() -> int:
 def stop(sentence: str) -> int:
     print(f"gpu.py: {sentence}", file=sys.stderr)
     return 2
-
-
-def append(output: Path, rows: Iterable[Row]) -> None:
-    with output.open("a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -247,14 +219,8 @@ def steps(output: Path, work: Path, quick: bool, variants: Iterable[str] = ()) -
     whole_run = part("real", 90 if quick else 500, env={"TMPDIR": str(work)}, optional=not quick)
     whole_run.command.extend(["--variants", *variants] if variants else [])
     if quick:
-        again = [
-            sys.executable,
-            __file__,
-            "--apply",
-            str(output),
-            "--into",
-            str(copy(work / "copy")),
-        ]
+        editor, into = Path(__file__).with_name("apply.py"), copy(work / "copy")
+        again = [sys.executable, str(editor), str(output), "--into", str(into)]
         plots = [] if importlib.util.find_spec("matplotlib") else ["--no-plots"]
         return [
             Step("tests", [*PYTEST, *SMALL], 60, interpreted),
@@ -275,14 +241,6 @@ def steps(output: Path, work: Path, quick: bool, variants: Iterable[str] = ()) -
         sanitizer("racecheck", 60, True),
         whole_run,
     ]
-
-
-def copy(tree: Path) -> Path:
-    """What --apply changes, as it is now."""
-    for name in ("README.md", "kernels/measured.py", "benches/results/loss.jsonl"):
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tree / name)
-    return tree
 
 
 def sanitizer(tool: str, seconds: float, optional: bool, absent: str | None = None) -> Step:
@@ -466,8 +424,8 @@ def visit(
     with_memory: bool = True,
 ) -> int:
     """Appends each shape's rows as soon as they are there. A shape that would not be done in time
-    is named and left out. The kernels run with the launch rows that --apply would make of what was
-    tuned before."""
+    is named and left out. The kernels run with the launch rows that apply.py would
+    make of what was tuned before."""
     import loss
     import torch
 
@@ -835,249 +793,6 @@ def around(blocks: Any, outputs: Callable, inputs: Callable, target: str) -> lis
         for b in dict.fromkeys(made)
         if fits(b) or target == INTERPRETER and b.num_stages == 1 and b.num_warps == 1
     ]
-
-
-# --------------------------------------------------------------------------------------------------
-# applying
-
-
-def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def apply(path: Path, into: Path, draw: bool) -> int:
-    """Results into a tree: launch rows, rows of the loss bench, plots and the device's table. Says
-    what it leaves as it is."""
-    import loss
-
-    if not path.is_file():
-        return stop(f"{path} is not a file: give the results of benches/gpu.sh.")
-    try:
-        rows = read(path)
-    except json.JSONDecodeError as error:
-        return stop(
-            f"{path} holds a line that is not JSON ({error}): give the results of benches/gpu.sh."
-        )
-    machine = next((r for r in rows if r.get("kind") == "run"), None)
-    if machine is None:
-        return stop(f"{path} has no row of kind 'run': give the results of benches/gpu.sh.")
-    if machine["quick"] and into.resolve() == ROOT:
-        return stop(
-            f"{path} is a rehearsal, whose figures are the interpreter's: measure on a GPU, or "
-            "name a copy with --into."
-        )
-    if draw and importlib.util.find_spec("matplotlib") is None:
-        return stop("The plots need matplotlib: pip install 'fastsiu[bench]', or give --no-plots.")
-    launch_rows(machine, rows, into / "kernels" / "measured.py")
-    real_rows(rows, into)
-
-    loss.RESULTS, loss.PLOTS = (
-        into / "benches" / "results" / "loss.jsonl",
-        into / "benches" / "plots",
-    )
-    measured = [r for r in rows if r["kind"] in ("shape", "study")]
-    there = loss.RESULTS.read_text(encoding="utf-8").splitlines() if loss.RESULTS.is_file() else []
-    new = [r for r in measured if json.dumps(r) not in there]
-    loss.append(new)
-    print(f"{loss.RESULTS}: {len(new)} rows added")
-    shapes = [tuple(shape) for shape in machine["shapes"]]
-    if not shapes and not measured:
-        return 0
-    if lacking := [
-        s
-        for s in shapes
-        if not complete([r for r in measured if (r["N"], r["V"], r["D"], r["dtype"]) == s])
-    ]:
-        where = "; ".join("N={}, V={}, D={}, {}".format(*s) for s in lacking)
-        print(
-            f"gpu.py: README and plots are left as they are: floor and ours lack times at {where}.",
-            file=sys.stderr,
-        )
-        return 1
-    device = next(r["device"] for r in measured)
-    drawn = loss.plots(device) if draw else []
-    print(*drawn, sep="\n") if drawn else print(
-        "No plots: " + ("the shapes are none that are drawn." if draw else "--no-plots.")
-    )
-    images = "".join(f"\n![{p.stem.replace('_', ' ')}](benches/plots/{p.name})" for p in drawn)
-    how = (
-        "As above, on a GPU with a cold L2: `benches/gpu.sh`, then `python benches/gpu.py "
-        "--apply FILE`."
-    )
-    text = f"{loss.tables(device, whole=machine['quick']).strip()}\n{images}"
-    table(
-        into / "README.md",
-        "python benches/loss.py --table --of",
-        device,
-        text,
-        "The loss beside its rivals",
-        how,
-    )
-    return 0
-
-
-def real_rows(rows: list[Row], into: Path) -> None:
-    """Rows of benches/real.py into its results, and the device's table. What did not run at all
-    makes no table."""
-    import real as bench_real
-
-    path, found = into / "benches" / "results" / "real.jsonl", bench_real.newest(rows, None)
-    if not any(r["kind"] != "made" and not r.get("missing") for r in found):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    there = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    new = [r for r in rows if r["kind"] in bench_real.KINDS and json.dumps(r) not in there]
-    append(path, new)
-    print(f"{path}: {len(new)} rows added")
-    how = (
-        "LLaVA-1.5-7B with random weights, from load to saved adapter, seconds by stage: "
-        "`benches/gpu.sh --only real`, then "
-        "`python benches/gpu.py --apply FILE`; `benches/real.py` says what differs from a run "
-        "with real weights."
-    )
-    text, device = (
-        bench_real.tables(bench_real.newest(read(path), found[-1]["device"])),
-        found[-1]["device"],
-    )
-    table(
-        into / "README.md",
-        "python benches/real.py --table --of",
-        device,
-        text,
-        "On the card you have",
-        how,
-    )
-
-
-def complete(rows: list[Row]) -> bool:
-    from rivals import FLOOR
-
-    ran = [r for r in rows if not r["missing"]]
-    return any(r["contender"] == FLOOR for r in ran) and any(
-        r["ours"] and r["terms"] == "CE+KL" for r in ran
-    )
-
-
-def launch_rows(machine: Row, rows: list[Row], path: Path) -> None:
-    """Writes kernels/measured.py, new entries in place of those with the same key. Refuses what the
-    interpreter has timed."""
-    known = runpy.run_path(str(path))
-    plans, backends = dict(known["PLANS"]), dict(known["BACKENDS"])
-    tuned = [r for r in rows if r["kind"] == "tune"]
-    if machine["device"] == INTERPRETER or any(r["device"] == INTERPRETER for r in tuned):
-        print(
-            f"{path}: refused, left as it is: these launch rows come from the interpreter, whose "
-            "times mean nothing."
-        )
-        return
-    plans |= plans_of(tuned)
-    for (dtype, N), ratios in sorted(against_tiled(rows).items()):
-        ratio = math.exp(statistics.mean(map(math.log, ratios)))
-        shapes = f"{len(ratios)} shape{'s' if len(ratios) > 1 else ''}"
-        why = (
-            f"{provenance(machine)}, N={N}: triton takes {ratio:.2f} of tiled's time, "
-            f"geometric mean of {shapes}"
-        )
-        backends[machine["target"], dtype, N] = ("triton" if ratio < 1 else "tiled", why)
-    source = path.read_text(encoding="utf-8")
-    for name, entries in (("PLANS", plans), ("BACKENDS", backends)):
-        pattern, text = rf"^({name}: [^=]+= )\{{.*?\}}(?=\n\n|\n*\Z)", literal(entries)
-        source, times = re.subn(
-            pattern, lambda found, text=text: found[1] + text, source, flags=re.M | re.S
-        )
-        if times != 1:
-            raise SystemExit(
-                f"{path} has no assignment to {name} alone in its paragraph: restore the file."
-            )
-    path.write_text(source, encoding="utf-8")
-    print(f"{path}: {len(tuned)} launch rows, {len(against_tiled(rows))} choices of backend")
-
-
-def provenance(row: Row) -> str:
-    return f"measured {row['date'][:10]} on {row['device']}, commit {row['commit']}"
-
-
-def plans_of(rows: list[Row]) -> dict[tuple, tuple]:
-    """Entries of measured.PLANS from rows of kind `tune`."""
-    plans, show = {}, lambda ms: " / ".join(f"{x:.3f}" for x in ms)
-    for r in rows:
-        if r["kind"] == "tune":
-            why = (
-                f"{provenance(r)}, [{r['N']}, {r['V']}] D {' / '.join(map(str, r['D']))}: "
-                f"{show(r['ms'])} ms, "
-            )
-            why += f"the predicted row {show(r['predicted_ms'])}"
-            plans[r["target"], r["dtype"], r["N"]] = (
-                tuple(r["sums"]),
-                tuple(r["product"]),
-                r["waves"],
-                r["chunk"],
-                why,
-            )
-    return plans
-
-
-def against_tiled(rows: list[Row]) -> dict[tuple[str, int], list[float]]:
-    """triton's time over tiled's, CE + KL with a cold L2, by dtype and N: one ratio a shape."""
-    ms: dict[tuple, dict[str, float]] = {}
-    for r in rows:
-        if r["kind"] == "shape" and not r["missing"]:
-            ms.setdefault((r["dtype"], r["N"], r["V"], r["D"]), {})[r["contender"]] = r["ms"][
-                "median"
-            ]
-    found: dict[tuple[str, int], list[float]] = {}
-    for (dtype, N, *_), times in sorted(ms.items()):
-        if {"fastsiu tiled", "fastsiu triton"} <= set(times):
-            found.setdefault((dtype, N), []).append(
-                times["fastsiu triton"] / times["fastsiu tiled"]
-            )
-    return found
-
-
-def literal(table: dict[tuple, tuple]) -> str:
-    """A dict as source, an entry a paragraph, its last field wrapped."""
-    lines = []
-    for key, (*numbers, why) in sorted(table.items()):
-        wrapped = textwrap.wrap(why, 110, drop_whitespace=False)
-        lines += [f"    {quoted(key)}: (", f"        {', '.join(map(quoted, numbers))},"]
-        lines += [f"        {quoted(text)}" for text in wrapped[:-1]] + [
-            f"        {quoted(wrapped[-1])},",
-            "    ),",
-        ]
-    return "\n".join(["{", *lines, "}"]) if lines else "{}"
-
-
-def quoted(value: Any) -> str:
-    """repr with double quotes"""
-    if isinstance(value, tuple):
-        return f"({', '.join(map(quoted, value))})"
-    return json.dumps(value) if isinstance(value, str) else repr(value)
-
-
-def table(readme: Path, command: str, device: str, text: str, section: str, how: str) -> None:
-    """The device's table between its own markers; where there are none, at the end of the section,
-    introduced by `how`."""
-    begin, end = f"<!-- table: {command} {shlex.quote(device)} -->", "<!-- end of table -->"
-    whole, block = readme.read_text(encoding="utf-8"), f"{begin}\n{text}\n{end}"
-    if begin in whole:
-        before, rest = whole.split(begin, 1)
-        whole = before + block + rest.split(end, 1)[1]
-    else:
-        found = re.search(rf"^## {section}$.*?(?=^## |\Z)", whole, re.M | re.S)
-        if found is None:
-            raise SystemExit(
-                f"{readme} has no section {section!r}: put {begin} and {end} where the table goes."
-            )
-        whole = (
-            f"{whole[: found.end()].rstrip()}\n\n### On "
-            f"{device}\n\n{how}\n\n{block}\n\n{whole[found.end() :]}"
-        )
-    readme.write_text(whole, encoding="utf-8")
-    print(f"{readme}: the table of {device}, {section}")
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 PARTS = dict(
