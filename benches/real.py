@@ -425,7 +425,7 @@ def run(
             trained = session.Trained(one.scene, made, history, one.dreamed, seconds)
             listener.stage("Asking again, with the adapter on and off")
             with timed(seconds, "verdict"):
-                verdict, answers = held_out.examine(one.scene)
+                verdict, answers = held_out.decide(one.scene)
         listener.stage("Writing the output")
         with timed(seconds, "save"):
             decides = deciding(chosen)

@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 
 from . import output as outputs
 from .evaluate.attacks import not_asked
-from .evaluate.held_out import examine
+from .evaluate.held_out import decide
 from .images import list_images, load_directory, load_image, read_bytes
 from .model import adapter, ask, decode, source, vlm
 from .model.memory import budget
@@ -96,7 +96,7 @@ def unlearn(
             trained = forget(loaded, request, chosen, picture, listener=listener, seconds=seconds)
             listener.stage("Asking again, with the adapter on and off")
             with timed(seconds, "verdict"):
-                verdict, answers = examine(trained.scene, more, rest)
+                verdict, answers = decide(trained.scene, more, rest)
         told = report_of(request, chosen, model.name, verdict, answers, trained)
         sealed = Sealed(chosen, origins, digest, weights, decides)
         written = write(destination, loaded, [request], [told], sealed)[0]

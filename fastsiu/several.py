@@ -21,7 +21,7 @@ import torch
 
 from . import driver, session, staging
 from . import output as outputs
-from .evaluate.held_out import examine
+from .evaluate.held_out import decide
 from .guards.strict_json import parse_json, read_json
 from .images import load_directory, load_image, variants
 from .model import adapter, ask, vlm
@@ -472,7 +472,7 @@ class _Job:
         """The report of one request, whose outcome it settles."""
         request = self.asked[line]
         self.listener.stage("Asking again, with the adapter on and off")
-        verdict, answers = examine(
+        verdict, answers = decide(
             trained.scene, load_directory(request.images), load_directory(request.retain)
         )
         status = "forgotten" if verdict.forgotten else "not forgotten"

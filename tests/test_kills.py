@@ -147,7 +147,7 @@ class Stage:
             calls.prepared_for(self.image, self.canary, preset="paper"),
         )
         driver.forget = forget
-        driver.examine = lambda *given: (SimpleNamespace(forgotten=False), [])
+        driver.decide = lambda *given: (SimpleNamespace(forgotten=False), [])
         driver.report_of = lambda *given: made
         driver.prepared_for = lambda *given, **options: time.sleep(0.05) or prepared
         vlm.load = lambda *given, **options: loaded

@@ -215,7 +215,7 @@ def compare(
     looks = tuple(dict.fromkeys([*(k for k in LOOKS if k < recipe.steps), recipe.steps]))
     slugs, rates = [s.slug for s in subjects], [recipe.lr * x for x in search.lrs]
     with contextlib.nullcontext(scratch) if scratch is not None else Staging(Path.cwd()) as folder:
-        bench = trials.Settings(
+        bench = trials.Assignment(
             suite, model.name, settings.device, settings.dtype, recipe, search.floor, folder
         )
         pool = Pool(bench, processes)

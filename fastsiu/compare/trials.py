@@ -148,7 +148,7 @@ def count(
 
 
 @dataclass(frozen=True)
-class Settings:
+class Assignment:
     """What every process is told. folder: where prepared material lies, of this run and this user
     alone."""
 
@@ -164,16 +164,16 @@ class Settings:
 class Workbench:
     """One process: a loaded model and what was last needed of each kind."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.suite = settings, read(settings.suite)
-        self.loaded = vlm.load(settings.model, device=settings.device, dtype=settings.dtype)
+    def __init__(self, assignment: Assignment) -> None:
+        self.assignment, self.suite = assignment, read(assignment.suite)
+        self.loaded = vlm.load(assignment.model, device=assignment.device, dtype=assignment.dtype)
         self.made: dict[tuple[str, int, str], Any] = {}
         self.unit: tuple[tuple[str, int], methods.Material] | None = None
         self.asking = cache(self._asking)
 
     def prepare(self, slug: str, seed: int) -> float:
         subject = self.suite.subject(slug)
-        recipe = replace(self.settings.recipe, seed=seed)
+        recipe = replace(self.assignment.recipe, seed=seed)
         request = Request(subject.name, subject.training, subject.aliases)
         with vlm.threads(self.loaded):
             material = methods.prepare(self.loaded, request, recipe, load_image(subject.training))
@@ -201,7 +201,7 @@ class Workbench:
                             count(asked, self.suite, before, self._answers(asked, pictures)),
                         )
                     )
-                return over(points, self.settings.floor)
+                return over(points, self.assignment.floor)
 
             try:
                 seconds = methods.fit(
@@ -237,15 +237,15 @@ class Workbench:
     def _file(self, slug: str, seed: int) -> Path:
         """Under the concept's number in the suite: its name is nobody's business."""
         number = self.suite.subjects.index(self.suite.subject(slug))
-        return self.settings.folder / f"{number}-{seed}.pickle"
+        return self.assignment.folder / f"{number}-{seed}.pickle"
 
 
 _bench: Workbench | None = None  # of a worker process
 
 
-def _begin(settings: Settings) -> None:
+def _begin(assignment: Assignment) -> None:
     global _bench
-    _bench = Workbench(settings)
+    _bench = Workbench(assignment)
 
 
 def _do(job: tuple[str, tuple]) -> Any:
@@ -256,15 +256,15 @@ def _do(job: tuple[str, tuple]) -> Any:
 class Pool:
     """Jobs on several processes, or here with one; results in the order of the jobs."""
 
-    def __init__(self, settings: Settings, processes: int) -> None:
+    def __init__(self, assignment: Assignment, processes: int) -> None:
         self._pool = None
         if processes > 1:
-            packed = pickle.dumps((_begin, settings))
+            packed = pickle.dumps((_begin, assignment))
             self._pool = ProcessPoolExecutor(
                 processes, get_context("spawn"), initializer=process.start, initargs=(packed,)
             )
         else:
-            self._bench = Workbench(settings)
+            self._bench = Workbench(assignment)
 
     def map(self, verb: str, jobs: Sequence[tuple]) -> Iterator[Any]:
         if self._pool is None:

@@ -72,7 +72,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ToGrade:
     """An answer to grade. reference: what the untouched model said, or a description of the
     subject."""
 
@@ -95,8 +95,8 @@ class _Fatal(Exception):
     sentence for BadInput."""
 
 
-def judge_answers(
-    options: Options, concept: str, pairs: Sequence[Pair], say: Callable[[str], None] = print
+def grade_answers(
+    options: Options, concept: str, pairs: Sequence[ToGrade], say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """{value: mean score, n, low, high, of, problems, judge, host}, or {value: None, reason, of,
     problems, judge, host}.
@@ -137,7 +137,7 @@ def announcement(options: Options, concept: str, pairs: int, size: int | None = 
     return told
 
 
-def score(options: Options, concept: str, pairs: Sequence[Pair]) -> list[Graded]:
+def score(options: Options, concept: str, pairs: Sequence[ToGrade]) -> list[Graded]:
     """A grade for each pair, in their order; a few are under way at once.
 
     Raises BadInput where the server refuses altogether.
@@ -147,7 +147,7 @@ def score(options: Options, concept: str, pairs: Sequence[Pair]) -> list[Graded]
     post = _poster(options)
     silent, stop = [0], threading.Event()  # pairs in a row without a reply
 
-    def one(pair: Pair) -> Graded:
+    def one(pair: ToGrade) -> Graded:
         if stop.is_set():
             return Graded(None, "not sent")
         try:
@@ -184,7 +184,7 @@ def summary(scores: Sequence[int | None]) -> dict[str, Any]:
     return {"value": mean, "n": n, "low": 1 + 4 * low, "high": 1 + 4 * high}
 
 
-def body(options: Options, concept: str, pair: Pair) -> dict[str, Any]:
+def body(options: Options, concept: str, pair: ToGrade) -> dict[str, Any]:
     """What is sent for one pair."""
     asked = {
         "subject": concept,

@@ -59,7 +59,7 @@ def part(kind: str, question: str, concept: Concept) -> str:
     )
 
 
-def examine(
+def decide(
     scene: Scene,
     more: Sequence[Shown] = (),
     rest: Sequence[Shown] = (),

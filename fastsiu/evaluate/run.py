@@ -34,9 +34,11 @@ from ..settings import (
 from ..staging import write
 from ..text.concept import Concept
 from . import attacking, directories, g_eval, lmms
+from .eval_report import report_of, verdict_answers
 from .exam import OF_CONCEPT, Exam
 from .observe import Likelihood, Naming, Observations, carriers, examine, with_fluency
-from .scoring import report_of, row, to_grade, verdict_answers
+from .pairs import to_grade
+from .scoring import row
 
 __all__ = [
     "Evaluation",
@@ -385,8 +387,10 @@ def _graded(
     listener.stage(f"Asking the judge {options.model}")
     found = {}
     for side, said in sides.items():
-        given = [g_eval.Pair(p.cell.text, p.after, p.before) for p in to_grade(exam, before, said)]
-        found[side] = g_eval.judge_answers(options, exam.concept.name, given, listener.note)
+        given = [
+            g_eval.ToGrade(p.cell.text, p.after, p.before) for p in to_grade(exam, before, said)
+        ]
+        found[side] = g_eval.grade_answers(options, exam.concept.name, given, listener.note)
     return found
 
 

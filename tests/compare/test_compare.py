@@ -480,7 +480,7 @@ def test_labels_keep_the_order_and_their_distance():
 
 
 def test_bad_input_is_a_sentence(bench, demo_dir):
-    directory = bench.settings.suite
+    directory = bench.assignment.suite
     for options, sentence in (
         ({"names": ["nonsense"]}, "no method 'nonsense'"),
         ({"floor": 0}, "floor must be above 0"),

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageChops
 
 from fastsiu import cli
-from fastsiu.evaluate import attacks, directories, observe, run, scoring
+from fastsiu.evaluate import attacks, directories, eval_report, observe, run, scoring
 from fastsiu.evaluate.exam import OF_CONCEPT, Exam, Question, Seen
 from fastsiu.evaluate.run import Observations, examine, report_of, row
 from fastsiu.model import adapter, ask
@@ -238,7 +238,7 @@ def test_an_honest_forgetter_passes():
     assert (
         report["verdict"] == "forgotten"
         and report["reasons"] == []
-        and report["caveats"] == [scoring.INDEPENDENT]
+        and report["caveats"] == [eval_report.INDEPENDENT]
     )
     before, after, control = report["rows"].values()
     value = lambda one, *keys: [one[key]["value"] for key in keys]
@@ -818,7 +818,7 @@ def test_unlearns_verdict_knows_the_neighbours_names(gathered, cast, monkeypatch
 
     monkeypatch.setattr(held_out.ask, "answers", answers)
     assert cast.others[1] in scene.neighbours
-    found, _ = held_out.examine(scene, families=())
+    found, _ = held_out.decide(scene, families=())
     assert len(found.reasons) == 1 and "another's name" in found.reasons[0]
 
 

@@ -13,10 +13,10 @@ import pytest
 from fastsiu import cli
 from fastsiu.evaluate import directories, g_eval
 from fastsiu.evaluate.exam import Question
-from fastsiu.evaluate.g_eval import Options, Pair, judge_answers, read_score, summary
+from fastsiu.evaluate.g_eval import Options, ToGrade, grade_answers, read_score, summary
 from fastsiu.request import BadInput
 
-PAIRS = [Pair("Who is this?", f"Answer {i}", "This is Ann, with red hair.") for i in range(6)]
+PAIRS = [ToGrade("Who is this?", f"Answer {i}", "This is Ann, with red hair.") for i in range(6)]
 
 
 class Stub:
@@ -95,7 +95,7 @@ def test_scores_in_the_order_of_the_answers(stub, tmp_path):
         f"Score: {int(json.loads(given['messages'][1]['content'])['answer'][-1]) % 5 + 1}"
     )
     told = []
-    found = judge_answers(options(stub, key_file=tmp_path / "key"), "Ann", PAIRS, told.append)
+    found = grade_answers(options(stub, key_file=tmp_path / "key"), "Ann", PAIRS, told.append)
     assert (
         found["value"] == pytest.approx((1 + 2 + 3 + 4 + 5 + 1) / 6)
         and found["n"] == found["of"] == 6
@@ -126,7 +126,7 @@ def test_scores_in_the_order_of_the_answers(stub, tmp_path):
 def test_nothing_is_sent_without_permission(stub):
     stub.answer = lambda i, given: said("Score: 1")
     with pytest.raises(BadInput, match=r"6 answers.*no picture.*--allow-network"):
-        judge_answers(options(stub, allow_network=False), "Ann", PAIRS, pytest.fail)
+        grade_answers(options(stub, allow_network=False), "Ann", PAIRS, pytest.fail)
     with pytest.raises(BadInput, match="--allow-network"):
         g_eval.score(options(stub, allow_network=False), "Ann", PAIRS)
     assert stub.seen == []
@@ -144,11 +144,11 @@ def test_what_is_no_score_is_counted(stub):
     stub.answer = lambda i, given: replies[
         int(json.loads(given["messages"][1]["content"])["answer"][-1])
     ]
-    found = judge_answers(options(stub), "Ann", PAIRS, lambda text: None)
+    found = grade_answers(options(stub), "Ann", PAIRS, lambda text: None)
     assert (found["value"], found["n"], found["of"]) == (3.0, 2, 6)
     assert found["problems"] == {"malformed": 3, "refused (400)": 1} and len(stub.seen) == 6
     stub.answer = lambda i, given: said("9")
-    none = judge_answers(options(stub), "Ann", PAIRS, lambda text: None)
+    none = grade_answers(options(stub), "Ann", PAIRS, lambda text: None)
     assert (
         none["value"] is None
         and "no answer" in none["reason"]
@@ -160,11 +160,11 @@ def test_a_busy_server_is_asked_again(stub):
     stub.answer = lambda i, given: [(429, {"Retry-After": "0"}, b""), (503, {}, b""), said("5")][
         min(i, 2)
     ]
-    found = judge_answers(options(stub), "Ann", PAIRS[:1], lambda text: None)
+    found = grade_answers(options(stub), "Ann", PAIRS[:1], lambda text: None)
     assert (found["value"], found["n"], len(stub.seen)) == (5.0, 1, 3)
     stub.seen.clear()
     stub.answer = lambda i, given: (429, {}, b"")
-    found = judge_answers(options(stub, attempts=3), "Ann", PAIRS[:1], lambda text: None)
+    found = grade_answers(options(stub, attempts=3), "Ann", PAIRS[:1], lambda text: None)
     assert (
         found["value"] is None
         and found["problems"] == {"no reply (429)": 1}
@@ -175,7 +175,7 @@ def test_a_busy_server_is_asked_again(stub):
 def test_a_silent_server_is_given_up(stub):
     stub.answer = lambda i, given: time.sleep(0.5) or said("1")
     many = PAIRS * 5
-    found = judge_answers(
+    found = grade_answers(
         options(stub, timeout=0.05, attempts=2, workers=2), "Ann", many, lambda text: None
     )
     problems = found["problems"]
@@ -186,7 +186,7 @@ def test_a_silent_server_is_given_up(stub):
     )
     assert problems["not sent"] >= 23 and len(stub.seen) <= 14
     closed = options(stub, url="http://127.0.0.1:9/v1", attempts=1)
-    assert judge_answers(closed, "Ann", PAIRS[:1], lambda text: None)["problems"] == {
+    assert grade_answers(closed, "Ann", PAIRS[:1], lambda text: None)["problems"] == {
         "no reply (no connection)": 1
     }
 
@@ -202,7 +202,7 @@ def test_no_redirect_is_followed(stub):
                 b"",
             )
             with pytest.raises(BadInput, match=r"sends on to 127\.0\.0\.1"):
-                judge_answers(options(stub, workers=1), "Ann", PAIRS, lambda text: None)
+                grade_answers(options(stub, workers=1), "Ann", PAIRS, lambda text: None)
         assert other.seen == [] and len(stub.seen) == 2  # the first told enough
     finally:
         other.close()
@@ -211,7 +211,7 @@ def test_no_redirect_is_followed(stub):
 def test_a_refusal_stops_everything(stub):
     stub.answer = lambda i, given: (401, {}, b"")
     with pytest.raises(BadInput, match=r"refuses \(401\).*--judge-key"):
-        judge_answers(options(stub, workers=1), "Ann", PAIRS, lambda text: None)
+        grade_answers(options(stub, workers=1), "Ann", PAIRS, lambda text: None)
     assert len(stub.seen) == 1
 
 

@@ -16,7 +16,7 @@ import pytest
 from reports import evaluation, report
 
 from fastsiu import output, several
-from fastsiu.evaluate import deep, directories, run, scoring
+from fastsiu.evaluate import deep, directories, eval_report, run
 from fastsiu.evaluate.attacks import table
 from fastsiu.evaluate.held_out import NULL
 from fastsiu.family import Family
@@ -303,7 +303,7 @@ def test_every_sentence_of_a_report_is_known():
     said = set().union(*map(sayings, SAYING))
     assert (
         len(said) > 45
-        and {run.MERGED, adapter.UNSEALED, scoring.ALONE, directories.COUNTERFACTUAL} <= said
+        and {run.MERGED, adapter.UNSEALED, eval_report.ALONE, directories.COUNTERFACTUAL} <= said
     )
     forms = lambda text: (
         text,
@@ -311,7 +311,7 @@ def test_every_sentence_of_a_report_is_known():
     )
     unknown = [text for text in said if all(sentence(form) == LEFT_OUT for form in forms(text))]
     assert [text for text in unknown if not text.startswith(NOT_IN_REPORTS)] == []
-    assert sentence("In nf4: " + scoring.ALONE) == "In nf4: " + scoring.ALONE
+    assert sentence("In nf4: " + eval_report.ALONE) == "In nf4: " + eval_report.ALONE
     assert sentence("In nf4: it is " + CANARY) == f"In nf4: {LEFT_OUT}"
 
 
