@@ -12,7 +12,7 @@ import calls
 import pytest
 import torch
 
-from fastsiu import train
+from fastsiu import batches
 from fastsiu.compare import front, methods, trials
 from fastsiu.compare import run as compare
 from fastsiu.compare.trials import Point
@@ -293,7 +293,7 @@ def test_steps_hold_the_same_number_of_samples_to_forget(material, gathered):
             gathered.vlm, material.concept, samples, material.pictures, material.recipe
         )
         recipe = methods.recipe_of(method, made, material, 1e-3, 5)
-        steps = train.batches(made, recipe)
+        steps = batches.batches(made, recipe)
         forgotten = [
             sum(made.samples[i].facet in corpus.FORGET for i in next(steps)) for _ in range(20)
         ]
@@ -346,7 +346,7 @@ def bench(material, gathered, tmp_path_factory, demo_dir, cast):
     ) as stream:
         pickle.dump(material, stream)
     return trials.Workbench(
-        trials.Settings(root, str(demo_dir), "cpu", "auto", material.recipe, 0.95, folder)
+        trials.Assignment(root, str(demo_dir), "cpu", "auto", material.recipe, 0.95, folder)
     )
 
 

@@ -15,7 +15,7 @@ import calls
 import pytest
 from reports import evaluation, report
 
-from fastsiu import output, several
+from fastsiu import output
 from fastsiu.evaluate import deep, directories, eval_report, run
 from fastsiu.evaluate.attacks import table
 from fastsiu.evaluate.held_out import NULL
@@ -249,7 +249,13 @@ def test_the_programs_own_sentences_stay_with_their_figures():
 
 
 ROOT = Path(output.__file__).parent
-OTHERS = ("model/adapter.py", "driver.py", "merge.py", "samples/strangers.py")
+OTHERS = (
+    "model/adapter.py",
+    "driver.py",
+    "merge.py",
+    "samples/strangers.py",
+    "samples/together.py",
+)
 SAYING = (*(ROOT / "evaluate").glob("[!gl]*.py"), *(ROOT / file for file in OTHERS))
 # what begins like that is a defect of a suite, a note, the table's legend or a part of an error
 NOT_IN_REPORTS = (
@@ -385,7 +391,7 @@ def test_redacted_and_shown_exclude_each_other(tmp_path, cast):
         json.dumps({"image": str(cast.image), "concept": cast.target})
     )
     with pytest.raises(BadInput, match="exclude each other"):
-        several.unlearn_several(
+        calls.unlearn_several(
             tmp_path / "r.jsonl", output=tmp_path / "out", redact=True, embed_image=True
         )
     assert [p.name for p in tmp_path.iterdir()] == ["r.jsonl"]
@@ -467,16 +473,16 @@ def test_of_several_requests_none_is_named(tmp_path, cast):
     options = dict(
         output=tmp_path / "out", device="cpu", steps=1, dreams=0, batch_size=8, early_stop=False
     )
-    made = several.unlearn_several(file, redact=True, **options)
+    made = calls.unlearn_several(file, redact=True, **options)
     assert [o.status == "failed" for o in made.outcomes] == [False, True]
     assert leaks(tmp_path / "out", cast.target, cast.stranger, "stranger.png") == []
     matrix = json.loads((tmp_path / "out" / "matrix.json").read_text())
     assert "does not name (left out)" in matrix["requests"][1]["reasons"][0]
-    again = several.unlearn_several(file, redact=True, **options)
+    again = calls.unlearn_several(file, redact=True, **options)
     assert [o.concept for o in again.outcomes] == [
         cast.target,
         cast.stranger,
     ] and again.resumed == 1
     assert leaks(tmp_path / "out", cast.target, cast.stranger) == []
     with pytest.raises(BadInput, match="another request"):
-        several.unlearn_several(file, **options)
+        calls.unlearn_several(file, **options)
