@@ -180,7 +180,7 @@ class Stage:
             "unlearn": ["unlearn", *one, *preset, "--quiet"],
             "request": ["unlearn", "--request", self.given / "requests.jsonl", *preset, "--quiet"],
             "eval": ["eval", *one, "--adapter", self.adapter],
-            "suite": ["eval", "--suite", self.suite, "--limit", "1", "--per-other", "1"],
+            "suite": ["suite", self.suite, "--limit", "1", "--per-other", "1"],
             "compare": ["compare", "--suite", self.suite, "--quick", "--concept", self.canary],
             "merge": ["merge", "--adapter", self.adapter, "--no-verify"],
             "data": ["data", *one, "--preset", "paper"],

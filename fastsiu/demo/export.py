@@ -1,5 +1,5 @@
 """Writes the demo to a directory of plain files: the model, pictures and questions, and all of it
-once more as a suite for `fastsiu eval --suite`, so that it can be used like anyone's data."""
+once more as a suite for `fastsiu suite`, so that it can be used like anyone's data."""
 
 from __future__ import annotations
 

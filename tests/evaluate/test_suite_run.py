@@ -285,11 +285,10 @@ def test_an_output_that_is_something_else_and_a_damaged_picture_are_refused(smal
 def test_the_command(small, tmp_path, capsys):
     from fastsiu.cli import run
 
-    assert run(["eval", "--suite", str(small), "--check"]) == 0
+    assert run(["suite", str(small), "--check"]) == 0
     assert "3 concepts, 9 pictures, 3 questions" in capsys.readouterr().err
     command = [
-        "eval",
-        "--suite",
+        "suite",
         str(small),
         "--output",
         str(tmp_path / "o"),
@@ -304,15 +303,14 @@ def test_the_command(small, tmp_path, capsys):
     assert run(command) == 0
     assert "1 of 1 were done already" in capsys.readouterr().out
     for more, sentence in (
-        (["--suite", str(small), "--concept", "X"], "--concept is about one concept"),
-        (["--concept", "X", "--per-other", "1"], "--per-other is about many concepts"),
-        (["--concept", "X", "--unlearn"], "--unlearn is about many concepts"),
-        (["--concept", "X", "--check"], "--check is about many concepts"),
-        ([], "nothing to measure"),
-        (["--suite", str(small), "--steps", "3"], "add --unlearn"),
-        (["--suite", str(small), "--preset", "paper"], "add --unlearn"),
+        (["eval", "--suite", str(small)], f"verb of their own: `fastsiu suite {small}`"),
+        (["eval"], "nothing to measure"),
+        (["suite", str(small), "--concept", "X"], "No such option"),
+        (["suite", str(small), "--steps", "3"], "add --unlearn"),
+        (["suite", str(small), "--preset", "paper"], "add --unlearn"),
+        (["suite", str(small), "--unlearn", "--adapter", "x"], "exclude each other"),
     ):
-        assert run(["eval", *more]) == 2
+        assert run(more) == 2
         assert sentence in " ".join(capsys.readouterr().err.split())
 
 
