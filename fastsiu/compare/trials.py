@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import process
-from ..evaluate.exam import Exam, Seen
-from ..evaluate.suite import Subject, Suite, evenly, read
+from ..evaluate.exam import Exam, Seen, evenly
+from ..evaluate.suite import Subject, Suite, read
 from ..images import load_image
 from ..model import ask, vlm
 from ..request import NumericFailure, Recipe, Request

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
@@ -28,6 +29,8 @@ WITH_PICTURE = ("name", "yesno", "describe")
 TEXT = ("appearance", "fact", "general")
 OF_CONCEPT = ("training", "concept")
 OF_OTHERS = ("other", "lookalike")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -128,3 +131,10 @@ class Exam:
 
 def _filled(text: str, name: str | None) -> str:
     return text if name is None else text.replace("{name}", name)
+
+
+def evenly(items: Sequence[T], most: int | None) -> list[T]:
+    """`most` of the items (all for None) at even distances, the first among them."""
+    if most is None or len(items) <= most:
+        return list(items)
+    return [items[i * len(items) // most] for i in range(most)]

@@ -1,9 +1,10 @@
-"""Many concepts with their pictures and questions as plain files: MMUBench's shape on disk, told in
-docs/suite.md.
+"""A suite on disk: many concepts with their pictures and questions as plain files, in MMUBench's
+shape, as docs/suite.md describes it.
 
-DIR/suite.json, DIR/questions.jsonl, DIR/control/*, and of each concept DIR/concepts/SLUG/ with
-concept.json, images/*, groups/* and questions.jsonl. A suite may come from a stranger: nothing
-outside DIR is read, and nothing in it is taken on trust.
+    DIR/suite.json  DIR/questions.jsonl  DIR/control/*
+    DIR/concepts/SLUG/ with concept.json, images/*, groups/* and questions.jsonl, for each concept
+
+A suite may come from a stranger: nothing outside DIR is read, and every file is checked.
 """
 
 from __future__ import annotations
@@ -13,28 +14,31 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ..guards.strict_json import parse_json
-from ..images import list_images, load_image, variants
+from ..images import list_images, load_image
 from ..request import BadInput
-from ..samples.targets import wordings
 from ..text.concept import Concept
-from .exam import Exam, Question, Seen
+from .exam import Question
 from .questions import MAX_NAME, clean, known, parse
 
 FORMAT = "fastsiu suite 1"
 MAX_BYTES = 64 * 2**20  # of a JSON file
-# the name of an output directory, too; no dot: OUT/suite.json is ours
+# A slug is also the name of an output directory, so it has no dot: OUT/suite.json is ours.
 _SLUG = re.compile(r"\w[\w-]{0,63}")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One concept of a suite. training is one of images; lookalikes may be names of which the suite
-    has no picture."""
+    """One concept of a suite.
+
+    slug:       the name of its directory
+    lookalikes: names of concepts that look like it; the suite may have no picture of them
+    training:   the picture to unlearn from, one of `images`
+    groups:     pictures of it beside something else
+    questions:  put to this concept only
+    """
 
     slug: str
     name: str
@@ -54,11 +58,18 @@ class Subject:
         """The pictures that nothing was trained on."""
         return tuple(path for path in self.images if path != self.training)
 
+    def bears(self, name: str) -> bool:
+        """Is `name` its name or an alias, in any case or Unicode form?"""
+        return name.strip() != "" and self.concept.same(name)
+
 
 @dataclass(frozen=True)
 class Suite:
-    """directory: where it lies; questions: put to every subject; control: pictures of what no model
-    has seen."""
+    """All concepts.
+
+    questions: put to every subject
+    control:   pictures of what no model has seen
+    """
 
     directory: Path
     title: str
@@ -67,9 +78,9 @@ class Suite:
     control: tuple[Path, ...] = ()
 
     def subject(self, wanted: str) -> Subject:
-        """By slug, name or alias. Raises BadInput where the suite has none."""
+        """The subject with this slug, name or alias. Raises BadInput where there is none."""
         for subject in self.subjects:
-            if wanted == subject.slug or _same(subject, wanted):
+            if wanted == subject.slug or subject.bears(wanted):
                 return subject
         slugs = ", ".join(subject.slug for subject in self.subjects)
         raise BadInput(
@@ -92,53 +103,21 @@ def read(directory: str | Path) -> Suite:
             f"There is no directory {root}: give the directory of a suite, as docs/suite.md "
             "describes it."
         )
-    head = _object(root, root / "suite.json", ("format", "title"))
-    if head.get("format") != FORMAT:
-        raise BadInput(
-            f'{root / "suite.json"}: the format is {head.get("format")!r}: write "format": '
-            f'"{FORMAT}".'
-        )
-    title = _text(root / "suite.json", "title", head.get("title", root.name), MAX_NAME)
-    concepts = _within(root, root / "concepts")
-    if not concepts.is_dir():
-        raise BadInput(
-            f"{root} has no directory concepts: make one with a directory of each concept in it."
-        )
-    places = [
-        place
-        for place in sorted(concepts.iterdir())
-        if not place.name.startswith(".") and place.is_dir()
-    ]
-    subjects: list[Subject] = []
-    for place in places:
-        subject = _subject(root, place)
-        for other in subjects:
-            for form in (subject.name, *subject.aliases):
-                if _same(other, form):
-                    raise BadInput(
-                        f"{place / 'concept.json'}: {form!r} is a name of {other.slug} already: "
-                        "remove one."
-                    )
-        subjects.append(subject)
-    if not subjects:
-        raise BadInput(
-            f"{concepts} holds no concept: make a directory with concept.json and images for each."
-        )
+    title = _title(root)
+    subjects = _subjects(root)
     control = _pictures(root, root / "control")
-    suite = Suite(
-        root, title, tuple(subjects), _questions(root, root / "questions.jsonl", None), control
-    )
+    questions = _questions(root, root / "questions.jsonl", None)
     for subject in subjects:
-        if not any(question.kind == "name" for question in (*suite.questions, *subject.questions)):
+        if not any(question.kind == "name" for question in (*questions, *subject.questions)):
             raise BadInput(
                 f"Nothing asks who {subject.slug} is: add a question of kind 'name' to "
                 f"{root / 'questions.jsonl'}."
             )
-    return suite
+    return Suite(root, title, tuple(subjects), questions, control)
 
 
 def check(suite: Suite) -> int:
-    """Decodes every picture; how many there are. Raises BadInput at the first that cannot be
+    """Decodes every picture and returns their number. Raises BadInput at the first that cannot be
     read."""
     paths = [
         *suite.control,
@@ -150,13 +129,49 @@ def check(suite: Suite) -> int:
 
 
 def told(suite: Suite) -> str:
-    """What there is, after `check`. Raises BadInput at the first picture that cannot be read."""
+    """A sentence about what the suite holds, after `check`. Raises BadInput at the first picture
+    that cannot be read."""
     pictures = check(suite)
     questions = len(suite.questions) + sum(len(subject.questions) for subject in suite.subjects)
     return (
         f"{suite.directory}: {len(suite.subjects)} concepts, {pictures} pictures, {questions} "
         "questions and no defect."
     )
+
+
+def _title(root: Path) -> str:
+    file = root / "suite.json"
+    head = _object(root, file, ("format", "title"))
+    if head.get("format") != FORMAT:
+        raise BadInput(f'{file}: the format is {head.get("format")!r}: write "format": "{FORMAT}".')
+    return _text(file, "title", head.get("title", root.name), MAX_NAME)
+
+
+def _subjects(root: Path) -> list[Subject]:
+    """Every concept, sorted by slug; no name belongs to two of them."""
+    concepts = _within(root, root / "concepts")
+    if not concepts.is_dir():
+        raise BadInput(
+            f"{root} has no directory concepts: make one with a directory of each concept in it."
+        )
+    subjects: list[Subject] = []
+    for place in sorted(concepts.iterdir()):
+        if place.name.startswith(".") or not place.is_dir():
+            continue
+        subject = _subject(root, place)
+        for other in subjects:
+            for form in (subject.name, *subject.aliases):
+                if other.bears(form):
+                    raise BadInput(
+                        f"{place / 'concept.json'}: {form!r} is a name of {other.slug} already: "
+                        "remove one."
+                    )
+        subjects.append(subject)
+    if not subjects:
+        raise BadInput(
+            f"{concepts} holds no concept: make a directory with concept.json and images for each."
+        )
+    return subjects
 
 
 def _subject(root: Path, place: Path) -> Subject:
@@ -191,26 +206,23 @@ def _subject(root: Path, place: Path) -> Subject:
         place.name, name, aliases, lookalikes, inside[record["training"]], images, groups
     )
     for other in lookalikes:
-        if _same(subject, other):
+        if subject.bears(other):
             raise BadInput(f"{file}: the look-alike {other!r} is the concept itself: remove it.")
     own = _questions(root, place / "questions.jsonl", subject.concept)
     return Subject(place.name, name, aliases, lookalikes, subject.training, images, groups, own)
 
 
-def _same(subject: Subject, name: str) -> bool:
-    """Whether `name` is the subject's name or an alias, written in any case or Unicode form."""
-    return name.strip() != "" and subject.concept.same(name)
-
-
 def _questions(root: Path, file: Path, concept: Concept | None) -> tuple[Question, ...]:
-    """None for a concept's: the suite's own. Absent is empty."""
+    """The questions in `file`, none where it is absent. concept: whom they are about; None for the
+    suite's own questions, which are about every concept."""
     if not _within(root, file).exists():
         return ()
     return parse(file, _read(root, file), concept)
 
 
 def _pictures(root: Path, directory: Path) -> tuple[Path, ...]:
-    """Sorted by name; none where the directory is absent or holds only hidden files."""
+    """The pictures of a directory, sorted by name; none where it is absent or holds only hidden
+    files."""
     if not _within(root, directory).exists():
         return ()
     if not directory.is_dir():
@@ -224,7 +236,8 @@ def _pictures(root: Path, directory: Path) -> tuple[Path, ...]:
 
 
 def _within(root: Path, path: Path) -> Path:
-    """`path`, of which no link leads out of `root`. Raises BadInput where one does."""
+    """`path`, once it is sure that no link in it leads out of `root`. Raises BadInput where one
+    does."""
     try:
         inside = path.resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError):  # a link to itself
@@ -296,8 +309,8 @@ def _text(file: Path, key: str, value: Any, most: int) -> str:
 
 
 def write(suite: Suite) -> None:
-    """The JSON files of a suite whose pictures lie in its directory already: what `read` reads is
-    equal to `suite`."""
+    """Writes the JSON files of a suite whose pictures lie in its directory already. `read` then
+    gives an equal suite."""
     _dump(suite.directory / "suite.json", [{"format": FORMAT, "title": suite.title}])
     _dump(suite.directory / "questions.jsonl", map(_record, suite.questions))
     for subject in suite.subjects:
@@ -325,113 +338,3 @@ def _dump(file: Path, records: Iterable[dict[str, Any]]) -> None:
         encoding="utf-8",
         newline="\n",
     )
-
-
-# The exam -----------------------------------------------------------------------------------------
-
-
-def exam_of(
-    suite: Suite, subject: Subject, *, per_other: int = 2, limit: int | None = None
-) -> Exam:
-    """What is asked about one subject.
-
-    per_other: pictures of each other subject, taken evenly; never its training picture, on which an
-    adapter of several
-               concepts was trained
-    limit:     at most so many pictures of each role, taken evenly; of the training picture's views
-    the untouched one is in
-
-    Raises BadInput for a training picture that cannot be read.
-    """
-    views = evenly(variants(load_image(subject.training), held_out=True), limit)
-    training = [
-        Seen(f"training, {label}", image, "training", subject.name) for label, image in views
-    ]
-    rest = seen(suite, subject, per_other, limit)
-    questions, others = questions_of(suite, subject), others_of(suite, subject)
-    return Exam(
-        subject.concept,
-        (*training, *rest),
-        questions,
-        others,
-        stranger_of(suite),
-        null=_missing(subject, rest),
-    )
-
-
-def seen(suite: Suite, subject: Subject, per_other: int, limit: int | None) -> list[Seen]:
-    """The pictures of its exam that are files: all but the training picture's views."""
-    alike, rest = _apart(suite, subject)
-    of = lambda others, role: [
-        (path, role, other.name) for other in others for path in evenly(other.further, per_other)
-    ]
-    parts = (
-        [(path, "concept", subject.name) for path in subject.further],
-        of(alike, "lookalike"),
-        of(rest, "other"),
-        [(path, "group", subject.name) for path in subject.groups],
-        [(path, "control", None) for path in suite.control],
-    )
-    label = lambda path: path.relative_to(suite.directory).as_posix()
-    return [
-        Seen(label(path), path, role, shows)
-        for part in parts
-        for path, role, shows in evenly(part, limit)
-    ]
-
-
-def questions_of(suite: Suite, subject: Subject) -> tuple[Question, ...]:
-    return tuple(dict.fromkeys((*suite.questions, *subject.questions)))
-
-
-def others_of(suite: Suite, subject: Subject) -> tuple[Concept, ...]:
-    """Look-alikes first, those without pictures in the suite among them."""
-    alike, rest = _apart(suite, subject)
-    absent = [
-        Concept(name)
-        for name in subject.lookalikes
-        if not any(_same(other, name) for other in alike)
-    ]
-    return (*(other.concept for other in alike), *absent, *(other.concept for other in rest))
-
-
-def stranger_of(suite: Suite) -> str | None:
-    """A name that no model knows and no concept of the suite bears or resembles."""
-    known = [subject.concept for subject in suite.subjects]
-    return next(
-        (
-            name
-            for name in wordings()["invented"]["names"]
-            if not any(c.named_in(name) for c in known)
-        ),
-        None,
-    )
-
-
-def _apart(suite: Suite, subject: Subject) -> tuple[list[Subject], list[Subject]]:
-    """Every other subject: those that look like it, and the rest."""
-    others = [other for other in suite.subjects if other.slug != subject.slug]
-    alike = [other for other in others if any(_same(other, name) for name in subject.lookalikes)]
-    return alike, [other for other in others if other not in alike]
-
-
-def _missing(subject: Subject, pictures: Sequence[Seen]) -> dict[str, str]:
-    """Metrics that this suite cannot give, and what it would take."""
-    place, roles = f"concepts/{subject.slug}", {seen.role for seen in pictures}
-    why = {
-        "others": ("other", "The suite has no other concept: add one to concepts."),
-        "lookalikes": (
-            "lookalike",
-            "The suite has no picture of a look-alike: name a concept of it in "
-            f"{place}/concept.json.",
-        ),
-        "groups": ("group", f"The suite has no group picture of it: put some into {place}/groups."),
-    }
-    return {metric: sentence for metric, (role, sentence) in why.items() if role not in roles}
-
-
-def evenly(items: Sequence[T], most: int | None) -> list[T]:
-    """`most` of the items (all for None) at even distances, the first among them."""
-    if most is None or len(items) <= most:
-        return list(items)
-    return [items[i * len(items) // most] for i in range(most)]

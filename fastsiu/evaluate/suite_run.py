@@ -46,7 +46,7 @@ from ..settings import (
     deciding,
     load,
 )
-from . import attacking, run, suite
+from . import attacking, run, suite, suite_exam
 from .exam import Exam
 from .inquiry import VERDICT
 from .observe import Observations
@@ -72,7 +72,7 @@ class SuiteOptions:
     unlearn:     each is unlearned from its training picture first
     adapters:    DIR with an adapter of each concept in DIR/SLUG
     adapter_dir: one adapter for all of them
-    per_other, limit: how many pictures (`suite.exam_of`)
+    per_other, limit: how many pictures (`suite_exam.exam_of`)
     untouched:   an earlier output of the same exams, with another adapter or recipe: the untouched
                  model is not asked again
     max_new_tokens: of an answer
@@ -135,7 +135,9 @@ class Job:
 
     def exam_of(self, subject: suite.Subject) -> Exam:
         options = self.options
-        return suite.exam_of(self.given, subject, per_other=options.per_other, limit=options.limit)
+        return suite_exam.exam_of(
+            self.given, subject, per_other=options.per_other, limit=options.limit
+        )
 
     def load(self, listener: Listener) -> vlm.VLM:
         room = budget(self.layout, self.recipe.batch_size, self.limited)
@@ -160,7 +162,7 @@ class Job:
 
     def exam_digest(self, subject: suite.Subject) -> str:
         """SHA-256 over everything that decides what the untouched model answers."""
-        seen = suite.seen(self.given, subject, self.options.per_other, self.options.limit)
+        seen = suite_exam.seen(self.given, subject, self.options.per_other, self.options.limit)
         content = {
             "format": FORMAT,
             "concept": [subject.name, *subject.aliases],
@@ -168,8 +170,8 @@ class Job:
             "pictures": [
                 (s.label, s.role, s.shows, _sha256(read_bytes(Path(str(s.source))))) for s in seen
             ],
-            "questions": [asdict(q) for q in suite.questions_of(self.given, subject)],
-            "others": [(c.name, c.aliases) for c in suite.others_of(self.given, subject)],
+            "questions": [asdict(q) for q in suite_exam.questions_of(self.given, subject)],
+            "others": [(c.name, c.aliases) for c in suite_exam.others_of(self.given, subject)],
             "limit": self.options.limit,
             "longest": self.options.max_new_tokens,
             # a branch moves, and a directory has many spellings

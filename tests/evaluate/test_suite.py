@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastsiu.evaluate import questions, suite
-from fastsiu.evaluate.exam import Question
+from fastsiu.evaluate import questions, suite, suite_exam
+from fastsiu.evaluate.exam import Question, evenly
 from fastsiu.evaluate.pooled import markdown, pooled
 from fastsiu.request import BadInput
 from fastsiu.text.rate import wilson
@@ -95,7 +95,7 @@ def test_the_conversations_of_the_page_are_read(documented):
 def test_the_exam_of_one_concept(documented):
     read = suite.read(documented)
     neu = read.subject("neuschwanstein")
-    exam = suite.exam_of(read, neu)
+    exam = suite_exam.exam_of(read, neu)
     shown = [(seen.role, seen.shows) for seen in exam.pictures]
     assert [role for role, _ in shown] == ["training"] * 13 + ["concept"] * 4 + [
         "lookalike"
@@ -112,18 +112,21 @@ def test_the_exam_of_one_concept(documented):
         s for s in sources if isinstance(s, Path)
     }
     assert "Is the castle in the picture Hohenschwangau?" in {cell.text for cell in exam.cells}
-    few = suite.exam_of(read, neu, per_other=1, limit=2)
+    few = suite_exam.exam_of(read, neu, per_other=1, limit=2)
     assert [s.role for s in few.pictures] == ["training"] * 2 + ["concept"] * 2 + [
         "lookalike",
         "group",
     ] + ["control"] * 2
     assert few.pictures[0].label == "training, original"
-    assert set(suite.exam_of(read, read.subject("hohenschwangau")).null) == {"lookalikes", "groups"}
+    assert set(suite_exam.exam_of(read, read.subject("hohenschwangau")).null) == {
+        "lookalikes",
+        "groups",
+    }
 
 
 def test_taken_evenly():
-    assert suite.evenly(range(10), 3) == [0, 3, 6]
-    assert suite.evenly(range(2), 3) == suite.evenly(range(2), None) == [0, 1]
+    assert evenly(range(10), 3) == [0, 3, 6]
+    assert evenly(range(2), 3) == evenly(range(2), None) == [0, 1]
 
 
 def test_what_is_written_is_read_again(documented):
@@ -154,7 +157,7 @@ def test_the_embedded_world_is_a_suite(exported):
     assert len(set(bytes_of)) == len(bytes_of)
     before = {path.read_bytes() for path in (exported / "images").rglob("*.png")}
     assert not before & {s.training.read_bytes() for s in read.subjects}
-    exam = suite.exam_of(read, read.subject("Zorblax Quint"))
+    exam = suite_exam.exam_of(read, read.subject("Zorblax Quint"))
     assert not exam.null and len(exam.others) == 15
 
 
