@@ -1,12 +1,14 @@
-"""What is minimised: each objective its formula and little more. An objective is a plain function
-of one batch.
+"""What is minimised. An objective is a plain function of one batch: its formula and little more.
 
-Below `siu` stand the methods it is compared with (`compare`), as their authors define them, on the
-supervised rows alone: never on the prompt, the picture or padding, and with means over tokens,
-where released trainers divide by the batch or by the vocabulary. NLL_f, NLL_r and NLL_d are means
-over the tokens of the answers to forget (D_f), of those to retain (D_r), and of those of D_r that
-put a question of D_f to another picture; KL_r is the mean of KL(untouched || model) over D_r's
-tokens.
+`siu`, `strangers` and `kept` are the method's own. Below them stand the methods that it is compared
+with (`compare`), as their authors define them. All are computed on the supervised rows alone, never
+on the prompt, the picture or padding, and with means over tokens, where released trainers divide by
+the batch or by the vocabulary. In their formulas
+
+    NLL_f  is the mean NLL of the tokens of the answers to forget (D_f)
+    NLL_r  that of the answers to retain (D_r)
+    NLL_d  that of the decoupled answers: those of D_r to a question of D_f about another picture
+    KL_r   the mean of KL(untouched || model) over the tokens of D_r
 """
 
 from __future__ import annotations
@@ -23,23 +25,29 @@ from .loss.fused import fused_dmk_ce
 from .loss.teacher import TeacherCache
 from .request import Recipe
 
-KEEP = 1.5
-FAR = 1.0  # nats; a token to which the teacher on strangers gives a probability below e^-1
+KEEP = 1.5  # weight of the lessons that keep something, against those that change something
+FAR = 1.0  # nats: a token is far where the teacher gives it a probability below e^-1
 NPO_BETA = 0.1  # the inverse temperature of all published runs
 
 
 @dataclass
 class Batch:
-    """The supervised rows of one optimisation step.
+    """The N supervised rows of one batch.
 
-    hidden [N, D] with graph; labels [N] int64; teacher: the N matching rows of the cache; kl_weight
-    [N] bool, the paper's K_S (False = the KL skips the row); head_options: keywords that describe
-    the head.
+    hidden       [N, D] with graph: the student's final states
+    labels       [N] int64
+    teacher      the statistics of the same rows; None only for an objective that needs none
+    kl_weight    [N] bool, the paper's K_S: False where the KL skips the row. In an answer to forget
+                 it is False at the tokens of the name
+    head_weight  [V, D]
+    head_options keywords that describe the head (`fused_dmk_ce`)
 
-    For other methods than SIU: sample [N] int64, the row's sample by its place in the step; forget
-    [N] bool, the answer is one to forget (or to replace); decoupled [N] bool, it is retained and
-    answers a question of D_f about another picture; pictured [N] bool, there is a picture. Of an
-    answer to forget, kl_weight is False at the tokens of the name.
+    What other methods than SIU need to know of each row:
+
+    sample       [N] int64: the place of its sample in the batch
+    forget       [N] bool: its answer is to be forgotten or replaced
+    decoupled    [N] bool: its answer is retained, to a question of D_f about another picture
+    pictured     [N] bool: its sample has a picture
     """
 
     hidden: Tensor
@@ -48,12 +56,20 @@ class Batch:
     kl_weight: Tensor
     head_weight: Tensor
     head_options: dict[str, Any]
-    sample: Tensor | None = None
-    forget: Tensor | None = None
-    decoupled: Tensor | None = None
-    pictured: Tensor | None = None
+    sample: Tensor
+    forget: Tensor
+    decoupled: Tensor
+    pictured: Tensor
+
+    @property
+    def untouched(self) -> TeacherCache:
+        """The teacher's statistics. Raises ValueError where there are none."""
+        if self.teacher is None:
+            raise ValueError("The objective needs the teacher: call corpus.run_teacher first.")
+        return self.teacher
 
 
+# The loss, a scalar with graph, and its parts "ce" and "kl" in nats per token.
 Objective = Callable[[Batch, Recipe], tuple[Tensor, dict[str, float]]]
 
 
@@ -78,32 +94,25 @@ def siu(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
 
 def strangers(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
     """KL(teacher || student) at the teacher's temperature T, times T^2, over the whole vocabulary
-    and all supervised tokens, plus `level` times the Huber distance of the tokens' nats where they
-    cost the teacher more than `FAR`.
+    and all supervised tokens, plus `level` times the Huber distance between what a token costs the
+    student and the teacher, in nats, over the tokens that cost the teacher more than `FAR`.
 
-    The KL of temperature 1 does not see a name that is unlikely to both: e^-10 and e^-17 are the
-    same to it, and the first is a name that still ranks above all others. T = 4 sees it, and so
-    does the distance of the nats, which pulls the name to a stranger's level from either side:
-    below it would be a tell, too.
+    At temperature 1 the KL does not see a name that is unlikely to both: probabilities of e^-10 and
+    e^-17 are the same to it, and with the first the name still ranks above all others. T = 4 sees
+    it, and so does the distance. It pulls the name to a stranger's level from either side: a name
+    below that level would be a tell, too.
     """
     nats = _nll(batch)
     kl = _mean(_kl(batch), torch.ones_like(batch.kl_weight))
     with torch.no_grad():
-        wanted = fused_dmk_ce(
-            batch.teacher.hidden,
-            batch.head_weight,
-            batch.labels,
-            alpha=1.0,
-            reduction="none",
-            **batch.head_options,
-        )
+        wanted = _nats(batch, batch.untouched.hidden)
     distance = _mean(F.smooth_l1_loss(nats, wanted, reduction="none"), wanted > FAR)
     return kl + recipe.level * distance, _parts(distance, kl)
 
 
 def kept(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
-    """`strangers` of what is to stay, with `KEEP` times its weight: at the same weight it gives way
-    near the concept."""
+    """`KEEP` times `strangers`, for the lessons that keep something: at the same weight as the
+    others they give way near the concept."""
     loss, parts = strangers(batch, recipe)
     return KEEP * loss, parts
 
@@ -112,11 +121,14 @@ def siu_as_released(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, flo
     """mean CE + KL / V: what the trainer that SIU's authors released computes instead of Eq. 4 and
     5.
 
-    No alpha and no beta; the KL is averaged over the vocabulary, too; no answer about a picture is
-    in it (its mask has no room for the picture's tokens, so that the first positions are taken for
-    the answer's); K_S drops the row that reads a specified token and not the one that predicts it.
-    Left out: the prompt and padding rows that its KL covers. At weight 1 / V they
-    cannot matter: 32000 times less than a token of the CE for LLaVA.
+    - There is no alpha and no beta.
+    - The KL is averaged over the vocabulary, too.
+    - No answer about a picture is in the KL: its mask has no room for the picture's tokens, so it
+      takes the first positions for the answer's.
+    - K_S drops the row that reads a specified token, not the row that predicts it.
+
+    Left out here: its KL covers the prompt and padding rows as well. At weight 1 / V they cannot
+    matter: for LLaVA they weigh 32000 times less than a token of the CE.
     """
     nll, kl = _nll(batch), _kl(batch)
     follows = batch.sample[1:] == batch.sample[:-1]
@@ -134,15 +146,15 @@ def po(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
 
 
 def ga(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
-    """-NLL_f: gradient ascent (TOFU, arXiv 2401.06121). Unbounded below: what ends it is the step
-    that is chosen."""
+    """-NLL_f: gradient ascent (TOFU, arXiv 2401.06121). It has no lower bound: the number of steps
+    ends it."""
     forget = _mean(_nll(batch), batch.forget)
     return -forget, _parts(forget)
 
 
 def ga_kl(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
-    """-NLL_f + KL_r: "KL minimisation" (TOFU), SIU's GA+KL, here with the pictures passed to the
-    model."""
+    """-NLL_f + KL_r: "KL minimisation" (TOFU), which SIU's authors call GA+KL. Here the model gets
+    the pictures."""
     forget, kept = _mean(_nll(batch), batch.forget), _mean(_kl(batch), ~batch.forget)
     return kept - forget, _parts(forget, kept)
 
@@ -160,15 +172,8 @@ def npo(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
     2404.05868, with its retain loss). Q(y) and P(y) are the probabilities of the whole answer, P
     the untouched model's."""
     nll = _nll(batch)
-    with torch.no_grad():  # from the hidden states that the cache keeps
-        untouched = fused_dmk_ce(
-            batch.teacher.hidden,
-            batch.head_weight,
-            batch.labels,
-            alpha=1.0,
-            reduction="none",
-            **batch.head_options,
-        )
+    with torch.no_grad():
+        untouched = _nats(batch, batch.untouched.hidden)
     log_ratio = _sums(untouched - nll, batch.sample)
     answers = _sums(batch.forget.to(nll.dtype), batch.sample) > 0
     loss = _mean(2 / NPO_BETA * F.softplus(NPO_BETA * log_ratio), answers)
@@ -187,11 +192,12 @@ def mmunlearner(saliency: Sequence[tuple[torch.nn.Parameter, Tensor]]) -> Object
     """-NLL_f with its gradient masked, + NLL_r: saliency-masked ascent (MMUnlearner, arXiv
     2502.11051).
 
-    saliency: each trained parameter and its mask, 1 where E g_f^2 / E g_r^2 >= 1 (`train.saliency`)
+    saliency: each trained parameter and its mask, 1 where E g_f^2 / E g_r^2 >= 1
+              (`compare.saliency`)
 
-    The masked gradient of the ascent is made here, the descent's is left to whoever takes this
-    objective's. Theirs are two optimiser steps, one after the other; in one, no momentum of the
-    ascent moves a masked weight.
+    The objective itself adds the masked gradient of the ascent to the parameters; the gradient of
+    its loss is the descent's. The authors take two optimiser steps, one after the other. In a
+    single step no momentum of the ascent moves a masked weight.
     """
 
     def objective(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
@@ -209,7 +215,7 @@ def mmunlearner(saliency: Sequence[tuple[torch.nn.Parameter, Tensor]]) -> Object
 def safeeraser_ga(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
     """-NLL_f + 0.5 NLL_d: ascent with the prompt-decouple loss (SafeEraser, arXiv 2502.12520; the
     weights of these four are its released trainer's). Its decoupled pictures are generated harmless
-    ones, ours are dreams: the question does not decide."""
+    ones, ours are dreams. Either way the same question has another answer about another picture."""
     nll = _nll(batch)
     forget = _mean(nll, batch.forget)
     return 0.5 * _mean(nll, batch.decoupled) - forget, _parts(forget)
@@ -219,14 +225,13 @@ def safeeraser_gd(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float
     """-NLL_f + 0.5 NLL_r + 0.5 NLL_d."""
     nll = _nll(batch)
     forget = _mean(nll, batch.forget)
-    return 0.5 * _mean(nll, ~batch.forget) + 0.5 * _mean(nll, batch.decoupled) - forget, _parts(
-        forget
-    )
+    kept = 0.5 * _mean(nll, ~batch.forget) + 0.5 * _mean(nll, batch.decoupled)
+    return kept - forget, _parts(forget)
 
 
 def safeeraser_kl(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
-    """-NLL_f + KL_r + NLL_d. The KL is a mean over D_r's tokens; theirs covers prompt, picture and
-    padding."""
+    """-NLL_f + KL_r + NLL_d. The KL is a mean over D_r's tokens; the authors' one covers prompt,
+    picture and padding."""
     nll = _nll(batch)
     forget, kept = _mean(nll, batch.forget), _mean(_kl(batch), ~batch.forget)
     return kept + _mean(nll, batch.decoupled) - forget, _parts(forget, kept)
@@ -240,9 +245,14 @@ def safeeraser_po(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float
 
 
 def _nll(batch: Batch) -> Tensor:
-    """[N] with graph."""
+    """What each row's label costs the student, in nats: [N] with graph."""
+    return _nats(batch, batch.hidden)
+
+
+def _nats(batch: Batch, hidden: Tensor) -> Tensor:
+    """What each row's label costs at the final states `hidden` [N, D], in nats: [N]."""
     return fused_dmk_ce(
-        batch.hidden,
+        hidden,
         batch.head_weight,
         batch.labels,
         alpha=1.0,
@@ -252,12 +262,12 @@ def _nll(batch: Batch) -> Tensor:
 
 
 def _kl(batch: Batch) -> Tensor:
-    """[N] with graph, over what the teacher's cache keeps of the vocabulary."""
+    """[N] with graph, over the part of the vocabulary that the teacher's statistics keep."""
     return fused_dmk_ce(
         batch.hidden,
         batch.head_weight,
         batch.labels,
-        batch.teacher,
+        batch.untouched,
         alpha=0.0,
         beta=1.0,
         reduction="none",
@@ -266,12 +276,12 @@ def _kl(batch: Batch) -> Tensor:
 
 
 def _mean(values: Tensor, chosen: Tensor) -> Tensor:
-    """Over the chosen ones; 0 of none."""
+    """The mean of the values at the chosen rows (bool); 0 where no row is chosen."""
     return values[chosen].sum() / chosen.sum().clamp_min(1)
 
 
 def _sums(values: Tensor, sample: Tensor) -> Tensor:
-    """[samples] of [N]."""
+    """The sum of the values over the rows of each sample: [samples] from [N]."""
     return values.new_zeros(int(sample.max()) + 1).index_add(0, sample, values)
 
 

@@ -11,11 +11,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 FACETS = ("align", "describe", "facts", "preserve")  # the paper's four targets, in its order
-# the lessons of target 5 (`samples.strangers`)
-CHANGES, KEEPS = (
-    ("stranger", "beside"),
-    ("kept", "kept-beside", "look"),
-)
+# The lessons of target 5 (`samples.lessons`): what changes, and what stays.
+CHANGES, KEEPS = ("stranger", "beside"), ("kept", "kept-beside", "look")
+# Share of one step's samples. Half of a step keeps what must stay: with less, few steps bend the
+# neighbours' names.
+SHARES = {
+    "align": 0.14,
+    "describe": 0.14,
+    "facts": 0.12,
+    "preserve-text": 0.25,
+    "preserve-picture": 0.35,
+}
+# Of the samples of "align" all show the concept's picture, of "describe" this share: its questions
+# that are answered with no.
+DENIALS = 0.5
 
 
 class BadInput(ValueError):

@@ -1,7 +1,8 @@
 """A loaded model and what it is to forget: samples, teacher, training.
 
-`forget` is the whole of it for one request and leaves the adapter on, so that the caller can look
-before it is taken off; `prepare` and `learn` are its two halves, for several requests on one model.
+`forget` does all of it for one request. It leaves the adapter on, so that the caller can look at
+what was learned and then take the adapter off. `prepare` and `learn` are its two halves, for
+several requests on one model.
 """
 
 from __future__ import annotations
@@ -13,29 +14,32 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import images as pictures_in
-from . import objectives, train
+from . import images, objectives, train
+from .look import probe_for
 from .model import adapter, sharing
 from .model.features import map_features
 from .model.vlm import VLM
 from .objectives import Objective, siu
 from .request import CHANGES, KEEPS, BadInput, Recipe, Request, Sample
-from .samples import border, corpus, dreams, strangers, targets
+from .samples import border, corpus, dreams, lessons, targets
+from .samples.corpus import Corpus
+from .samples.targets import Scene
 from .text.concept import Concept, ambiguous, concept_of
 
-# Temperature of what stays. At 1 the tails drift; at 4 the KL looks so much at the tails that fine
-# looks and look-alikes suffer.
+# Temperature of the lessons that keep something. At 1 the tails drift; at 4 the KL looks so much at
+# the tails that fine looks and look-alikes suffer.
 KEPT_AT = 2.0
 
 
 @dataclass
 class Listener:
-    """Where progress goes. Every field may be left as it is: then nothing is said.
+    """Where progress goes. A field that is left as it is does nothing.
 
-    stage: what is being done now;  step: one optimisation step and their ceiling;  note: a sentence
-    that should stay
-    loading: entered while a model is loaded, gives whether transformers may draw its own bars
-    (download, weights) on stderr
+    stage:   gets the name of what begins now
+    step:    gets one optimisation step, and how many there are at most
+    note:    gets a sentence that should stay on the screen
+    loading: entered while a model is loaded; gives whether transformers may draw its own bars
+             (download, weights) on stderr
     """
 
     stage: Callable[[str], None] = lambda text: None
@@ -46,23 +50,28 @@ class Listener:
 
 @dataclass
 class Prepared:
-    """One request before it is trained: its scene, its samples with their masks, what became of the
-    dreams, and its lessons (target 5) where the recipe has any."""
+    """One request before training.
+
+    corpus:        its samples of the four targets, with their masks
+    dreamed:       by neighbour how many dreams were accepted
+    lessons:       its lessons (target 5), where the recipe has strangers
+    lessons_named: for each picture of the lessons the neighbour that it was dreamed for
+    """
 
     request: Request
-    scene: targets.Scene
-    corpus: corpus.Corpus
+    scene: Scene
+    corpus: Corpus
     dreamed: list[dict[str, Any]]
-    lessons: corpus.Corpus | None = None
+    lessons: Corpus | None = None
     lessons_named: list[str | None] = field(default_factory=list)
 
 
 @dataclass
 class Trained:
-    """What `forget` made: the adapter is on the model, and this is how it came to be."""
+    """How the adapter that is on the model was trained; seconds: the wall seconds of each stage."""
 
-    scene: targets.Scene
-    corpus: corpus.Corpus
+    scene: Scene
+    corpus: Corpus
     history: list[train.Step]
     dreamed: list[dict[str, Any]]
     seconds: dict[str, float]
@@ -78,14 +87,20 @@ def forget(
     listener: Listener | None = None,
     seconds: dict[str, float] | None = None,
 ) -> Trained:
-    """Samples, teacher and training on a loaded model; `picture` is the RGB image. The adapter is
-    on afterwards."""
+    """Samples, teacher and training on a loaded model. The adapter is on afterwards.
+
+    picture: the training picture, RGB
+    seconds: gets the wall seconds of each stage
+
+    Raises BadInput where the model does not recognise the concept, NumericFailure and OutOfMemory
+    as `train.fit` does.
+    """
     listener, seconds = listener or Listener(), seconds if seconds is not None else {}
-    one = prepare(loaded, request, recipe, picture, listener=listener, seconds=seconds)
-    made, history = learn(
-        loaded, [one], recipe, objective=objective, listener=listener, seconds=seconds
+    prepared = prepare(loaded, request, recipe, picture, listener=listener, seconds=seconds)
+    samples, history = learn(
+        loaded, [prepared], recipe, objective=objective, listener=listener, seconds=seconds
     )
-    return Trained(one.scene, made, history, one.dreamed, seconds)
+    return Trained(prepared.scene, samples, history, prepared.dreamed, seconds)
 
 
 def prepare(
@@ -98,37 +113,42 @@ def prepare(
     seconds: dict[str, float],
     others: Sequence[Concept] = (),
 ) -> Prepared:
-    """The samples of one request in the untouched model's words: an adapter that is on is switched
+    """The samples of one request in the untouched model's words. An adapter that is on is switched
     off meanwhile.
 
-    others: what the same model is to forget, or has forgotten: it is neither protected nor named in
-    what is kept
+    others: further concepts that the same model is to forget, or has forgotten: none of them is
+            protected, and no sample that keeps something names them
 
     Raises BadInput where the model does not recognise the concept.
     """
     with adapter.teacher(loaded):
-        scene = targets.Scene(
+        scene = Scene(
             loaded, concept_of(request), recipe, [loaded.picture(picture)], others=list(others)
         )
         check_known(scene, request)
-        if told := ambiguous(scene.concept):
-            listener.note(told)
+        if warning := ambiguous(scene.concept):
+            listener.note(warning)
         samples, dreamed = gather(scene, request, listener, seconds)
-        made = corpus.build(loaded, scene.concept, samples, scene.pictures, recipe)
-        taught, named = None, []
+        encoded = corpus.build(loaded, scene.concept, samples, scene.pictures, recipe)
+        prepared = Prepared(request, scene, encoded, dreamed)
         if recipe.strangers:
             listener.stage("Learning from strangers")
             with timed(seconds, "strangers"):
-                found = strangers.lessons(scene)
-                scene.notes += found.notes
-                for note in found.notes:
-                    listener.note(note)
-                if found.samples:
-                    taught = corpus.build(
-                        loaded, scene.concept, found.samples, found.pictures, recipe
-                    )
-                    named = found.named
-    return Prepared(request, scene, made, dreamed, taught, named)
+                _add_lessons(prepared, listener)
+    return prepared
+
+
+def _add_lessons(prepared: Prepared, listener: Listener) -> None:
+    scene = prepared.scene
+    taught = lessons.build(scene)
+    scene.notes += taught.notes
+    for note in taught.notes:
+        listener.note(note)
+    if taught.samples:
+        prepared.lessons = corpus.build(
+            scene.vlm, scene.concept, taught.samples, taught.pictures, scene.recipe
+        )
+        prepared.lessons_named = taught.named
 
 
 def learn(
@@ -139,117 +159,132 @@ def learn(
     listener: Listener,
     seconds: dict[str, float],
     objective: Objective = siu,
-) -> tuple[corpus.Corpus, list[train.Step]]:
-    """Trains a fresh adapter on all of `prepared`, which is on afterwards; one that is on is taken
-    off.
+) -> tuple[Corpus, list[train.Step]]:
+    """Trains a fresh adapter on all of `prepared` and leaves it on; takes off one that is on
+    already. Returns the samples of the four targets, and the steps.
 
-    Never an adapter that forgets something already: each training bends what nothing holds a
-    little, and no later one bends it back. Trained on, though with all of this in every training,
-    the last of ten lost 13 points of others' naming (benches/several.py at commit 9a96c9b).
+    The adapter is fresh although one that is on may forget something already. Each training bends a
+    little of what no sample holds, and no later training bends it back: where each of ten requests
+    went on with the adapter of the one before, though all requests' samples were in every training,
+    the last adapter lost 13 points of others' naming (benches/several.py at commit 9a96c9b).
     """
-    # a ceiling: all names gone and all else held ends it
+    # The most steps: training ends earlier once all names are gone and everything else holds.
     recipe = recipe.with_overrides(steps=recipe.steps * len(prepared))
     listener.stage("Running the teacher")
     with timed(seconds, "teacher"):
-        made = corpus.join(
-            [
-                _still_true(one, [other for other in prepared if other is not one])
-                for one in prepared
-            ]
-        )
+        samples = corpus.join([_samples_beside(one, prepared) for one in prepared])
         adapter.detach(loaded)
         adapter.attach(loaded, recipe)
-        sharing.plan_sharing(loaded, made.turns, made.shown(), listener.note)
-        corpus.run_teacher(loaded, made, recipe)
-        lessons = _taught(loaded, prepared, recipe)
+        sharing.plan_sharing(loaded, samples.turns, samples.shown(), listener.note)
+        corpus.run_teacher(loaded, samples, recipe)
+        taught = _taught(loaded, prepared, recipe)
     listener.stage("Training")
     with timed(seconds, "train"):
-        probe = train.probe_for([one.scene for one in prepared], made)
+        probe = probe_for([one.scene for one in prepared], samples)
         on_step = lambda step: listener.step(step, recipe.steps)
         try:
             history = train.fit(
-                loaded, made, objective, recipe, probe, on_step, say=listener.note, lessons=lessons
+                loaded,
+                samples,
+                objective,
+                recipe,
+                probe,
+                on_step,
+                say=listener.note,
+                lessons=taught,
             )
         finally:
             loaded.model.eval()
-    return made, history
+    return samples, history
 
 
-def _still_true(one: Prepared, others: Sequence[Prepared]) -> corpus.Corpus:
-    """Its samples without those that would keep the looks of what the others are to forget: in
-    pictures, and in words."""
-    gone = [other.scene.concept for other in others]
-    named = lambda text: any(concept.named_in(text) for concept in gone)
-    denied = {
-        s.question
+def _samples_beside(own: Prepared, prepared: Sequence[Prepared]) -> Corpus:
+    """A request's samples without those that would teach a look which another request is to forget:
+    in pictures, and in words."""
+    others = [other for other in prepared if other is not own]
+    dreams_of_forgotten = _places_of_forgotten(own.scene.named, others)
+    denied_in_words = {
+        sample.question
         for other in others
-        for s in other.corpus.samples
-        if s.picture is None and s.facet == "describe"
+        for sample in other.corpus.samples
+        if sample.picture is None and sample.facet == "describe"
     }
-    dreamed = {i for i, name in enumerate(one.scene.named) if name and named(name)}
-    seen = lambda s: s.facet == "preserve" and s.picture is not None
-    about = lambda s: s.picture in dreamed or named(s.question) or named(s.answer)
-    said = lambda s: s.facet == "preserve" and s.picture is None and s.question in denied
-    return one.corpus.pick(
-        [i for i, s in enumerate(one.corpus.samples) if not (seen(s) and about(s)) and not said(s)]
+
+    def teaches_a_forgotten_look(sample: Sample) -> bool:
+        if sample.facet != "preserve":
+            return False
+        if sample.picture is None:
+            return sample.question in denied_in_words
+        if sample.picture in dreams_of_forgotten:
+            return True
+        return _names_any(others, sample.question) or _names_any(others, sample.answer)
+
+    samples = own.corpus.samples
+    return own.corpus.pick(
+        [i for i, sample in enumerate(samples) if not teaches_a_forgotten_look(sample)]
     )
+
+
+def _lessons_beside(own: Prepared, prepared: Sequence[Prepared]) -> Corpus | None:
+    """A request's lessons without those that would teach a look which another request is to
+    forget."""
+    if own.lessons is None:
+        return None
+    others = [other for other in prepared if other is not own]
+    dreams_of_forgotten = _places_of_forgotten(own.lessons_named, others)
+
+    def teaches_a_forgotten_look(sample: Sample) -> bool:
+        if sample.picture in dreams_of_forgotten:
+            return True
+        return sample.facet not in CHANGES and _names_any(others, sample.answer)
+
+    samples = own.lessons.samples
+    return own.lessons.pick(
+        [i for i, sample in enumerate(samples) if not teaches_a_forgotten_look(sample)]
+    )
+
+
+def _places_of_forgotten(named: Sequence[str | None], others: Sequence[Prepared]) -> set[int]:
+    """The pictures that were dreamed for a name which one of the `others` is to forget."""
+    return {i for i, name in enumerate(named) if name and _names_any(others, name)}
+
+
+def _names_any(others: Sequence[Prepared], text: str) -> bool:
+    return any(other.scene.concept.named_in(text) for other in others)
 
 
 def _taught(
     loaded: VLM, prepared: Sequence[Prepared], recipe: Recipe
-) -> list[tuple[corpus.Corpus, Objective]]:
-    """All lessons with their teacher and their objective: what changes, and what stays."""
-    some = [
-        one for one in (_lessons_still_true(one, prepared) for one in prepared) if one is not None
-    ]
-    if not some:
+) -> list[tuple[Corpus, Objective]]:
+    """All requests' lessons, each half with its teacher and its objective: those that change
+    something, and those that keep. What they hold waits on the CPU; on a GPU the rows and pictures
+    of one batch come back at a time (`batches.forward`)."""
+    own = [_lessons_beside(one, prepared) for one in prepared]
+    given = [part for part in own if part is not None]
+    if not given:
         return []
-    plain, joined = recipe.with_overrides(vocab_mask=False, renormalize=False), corpus.join(some)
-    out: list[tuple[corpus.Corpus, Objective]] = []
-    both = (
-        (CHANGES, recipe.temperature, objectives.strangers),
-        (KEEPS, min(KEPT_AT, recipe.temperature), objectives.kept),
-    )
-    for facets, temperature, objective in both:
-        chosen = [i for i, sample in enumerate(joined.samples) if sample.facet in facets]
-        if chosen:  # of a model that answers nothing but gibberish there may be none
-            out.append((joined.pick(chosen), objective))
-            corpus.run_teacher(loaded, out[-1][0], plain, temperature=temperature)
+    plain, joined = recipe.with_overrides(vocab_mask=False, renormalize=False), corpus.join(given)
     waiting = [
         replace(p, features=map_features(p.features, lambda x: x.to("cpu")))
         for p in joined.pictures
     ]
-    for (
-        part,
-        _,
-    ) in out:  # on a GPU the rows and pictures of one batch come back at a time (`train.forward`)
-        part.teacher, part.pictures = (
-            part.teacher.to("cpu", loaded.head_weight, loaded.head_bias),
-            waiting,
-        )
-    return out
+    halves: list[tuple[Corpus, Objective]] = []
+    for facets, temperature, objective in (
+        (CHANGES, recipe.temperature, objectives.strangers),
+        (KEEPS, min(KEPT_AT, recipe.temperature), objectives.kept),
+    ):
+        chosen = [i for i, sample in enumerate(joined.samples) if sample.facet in facets]
+        if not chosen:  # a model that answers with gibberish alone gives none
+            continue
+        half = joined.pick(chosen)
+        teacher = corpus.run_teacher(loaded, half, plain, temperature=temperature)
+        half.teacher = teacher.to("cpu", loaded.head_weight, loaded.head_bias)
+        half.pictures = waiting
+        halves.append((half, objective))
+    return halves
 
 
-def _lessons_still_true(one: Prepared, prepared: Sequence[Prepared]) -> corpus.Corpus | None:
-    """Its lessons without those that would keep the looks of what the other requests are to
-    forget."""
-    if one.lessons is None:
-        return None
-    gone = [other.scene.concept for other in prepared if other is not one]
-    named = lambda text: any(concept.named_in(text) for concept in gone)
-    dreamed = {i for i, name in enumerate(one.lessons_named) if name and named(name)}
-
-    def keeps_the_forgotten(sample: Sample) -> bool:
-        if sample.facet in CHANGES:
-            return sample.picture in dreamed
-        return sample.picture in dreamed or named(sample.answer)
-
-    return one.lessons.pick(
-        [i for i, s in enumerate(one.lessons.samples) if not keeps_the_forgotten(s)]
-    )
-
-
-def check_known(scene: targets.Scene, request: Request) -> None:
+def check_known(scene: Scene, request: Request) -> None:
     """Raises BadInput unless the untouched model names the concept in the picture: there would be
     nothing to forget."""
     words = targets.wordings()["who"]
@@ -262,9 +297,10 @@ def check_known(scene: targets.Scene, request: Request) -> None:
 
 
 def gather(
-    scene: targets.Scene, request: Request, listener: Listener, seconds: dict[str, float]
+    scene: Scene, request: Request, listener: Listener, seconds: dict[str, float]
 ) -> tuple[list[Sample], list[dict[str, Any]]]:
-    """The samples of the four targets, and what became of the dreams."""
+    """The samples of the four targets and the user's own; and by neighbour how many dreams were
+    accepted. Fills in the scene."""
     own = corpus.read_data(request.data, request.image) if request.data else []
     for name in request.protect:
         if scene.forgotten_in(name, include_parts=False):
@@ -280,42 +316,44 @@ def gather(
         scene.neighbours = list(request.protect) or targets.neighbours(scene)
     listener.stage(f"Dreaming {len(scene.neighbours)} neighbours")
     with timed(seconds, "dreams"):
-        transforms = pictures_in.variants(scene.pictures[0].image, scene.recipe.seed)[1:]
-        scene.views = [scene.vlm.picture(view) for _, view in transforms]
+        transforms = images.variants(scene.pictures[0].image, scene.recipe.seed)[1:]
+        scene.views = scene.see([view for _, view in transforms])
         if scene.recipe.strangers:
             scene.border = border.border(scene)
         dreamed = _dream(scene)
-    for path in pictures_in.list_images(request.retain) if request.retain else ():
-        scene.pictures.append(scene.vlm.picture(pictures_in.load_image(path)))
+    for path in images.list_images(request.retain) if request.retain else ():
+        scene.pictures.append(scene.vlm.picture(images.load_image(path)))
         scene.named.append(None)
     listener.stage("Asking the teacher for the samples")
     with timed(seconds, "samples"):
         samples = [sample for facet in targets.TARGETS for sample in facet(scene)]
-    # A sample of the user's own takes the place of the built one with the same question about the
-    # same picture.
+    # A sample of the user's own takes the place of ours with the same question about the same
+    # picture.
     taken = {(s.question, s.picture) for s in own}
     return [s for s in samples if (s.question, s.picture) not in taken] + own, dreamed
 
 
-def _dream(scene: targets.Scene) -> list[dict[str, Any]]:
-    """Adds accepted dreams to the scene. A name that the teacher itself proposed but cannot see is
-    not protected further."""
+def _dream(scene: Scene) -> list[dict[str, Any]]:
+    """Adds the accepted dreams to the scene; returns by neighbour how many were accepted."""
     if not scene.neighbours or not scene.recipe.dreams:
         return []
-    made = dreams.dream(scene)
-    accepted = [one for one in made if one.picture is not None]
-    for one in accepted:
-        scene.pictures.append(one.picture)
-        scene.named.append(one.name)
-    wanted, got = (Counter(one.name for one in some) for some in (made, accepted))
+    tried: Counter[str] = Counter()
+    accepted: Counter[str] = Counter()
+    for dream in dreams.dream(scene):
+        tried[dream.name] += 1
+        if dream.picture is not None:
+            accepted[dream.name] += 1
+            scene.pictures.append(dream.picture)
+            scene.named.append(dream.name)
     return [
-        {"name": n, "accepted": got[n], "of": wanted[n] or scene.recipe.dreams}
-        for n in scene.neighbours
+        {"name": name, "accepted": accepted[name], "of": tried[name] or scene.recipe.dreams}
+        for name in scene.neighbours
     ]
 
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the wall seconds of its body to `seconds[name]`."""
     start = time.perf_counter()
     yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

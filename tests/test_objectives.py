@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from fastsiu import objectives, train
+from fastsiu.batches import forward
+from fastsiu.compare.saliency import saliency
+from fastsiu.look import Look
 from fastsiu.loss.teacher import TeacherCache
 from fastsiu.model import adapter
 from fastsiu.objectives import Batch
@@ -245,7 +248,7 @@ def forgetting(gathered):
 
 def test_the_loop_says_which_rows_are_which(forgetting):
     chosen = [4, 0, 2, 6, 1, 8]
-    batch = train.forward(forgetting.vlm, forgetting.corpus, chosen, forgetting.recipe)
+    batch = forward(forgetting.vlm, forgetting.corpus, chosen, forgetting.recipe)
     turns = [forgetting.corpus.turns[i] for i in chosen]
     for at, turn in enumerate(turns):
         rows = batch.sample == at
@@ -264,7 +267,7 @@ def test_saliency_masks_and_leaves_the_adapter_as_it_was(forgetting):
     adapter.attach(vlm, forgetting.recipe)
     try:
         before = {n: p.clone() for n, p in vlm.model.named_parameters() if p.requires_grad}
-        masks = train.saliency(vlm, forgetting.corpus, forgetting.recipe)
+        masks = saliency(vlm, forgetting.corpus, forgetting.recipe)
         assert all(
             torch.equal(p, before[n]) for n, p in vlm.model.named_parameters() if n in before
         )
@@ -288,7 +291,7 @@ def test_saliency_masks_and_leaves_the_adapter_as_it_was(forgetting):
         parameter, mask = masks[0]
         square = {}
         for i in range(9):
-            batch = train.forward(vlm, forgetting.corpus, [i], forgetting.recipe)
+            batch = forward(vlm, forgetting.corpus, [i], forgetting.recipe)
             q = (batch.hidden @ vlm.head_weight.T).log_softmax(-1).gather(-1, batch.labels[:, None])
             square.setdefault(i < 2, []).append(
                 torch.autograd.grad(-q.mean(), parameter)[0].square()
@@ -315,12 +318,12 @@ def test_masked_ascent_adds_the_masked_gradient_to_the_descent(forgetting):
         ]
         chosen = [*range(9)]
         loss, _ = objectives.mmunlearner(masks)(
-            train.forward(vlm, forgetting.corpus, chosen, recipe), recipe
+            forward(vlm, forgetting.corpus, chosen, recipe), recipe
         )
         loss.backward()
         found = [p.grad.clone() for p in parameters]
         vlm.model.zero_grad()
-        batch = train.forward(vlm, forgetting.corpus, chosen, recipe)
+        batch = forward(vlm, forgetting.corpus, chosen, recipe)
         nll = (
             -(batch.hidden @ vlm.head_weight.T)
             .log_softmax(-1)
@@ -351,7 +354,7 @@ def test_a_watcher_ends_the_training(forgetting):
             forgetting.corpus,
             objectives.graddiff,
             recipe,
-            lambda: train.Look(1, 0, 0),
+            lambda: Look(1, 0, 0),
             watch=lambda step: seen.append((step, vlm.model.training)) or step == 3,
         )
     finally:
@@ -363,7 +366,7 @@ def test_random_saliency_is_not_drawn_from_the_global_generator(forgetting):
     adapter.attach(forgetting.vlm, forgetting.recipe)
     try:
         state, drawn = torch.get_rng_state(), random.getstate()
-        train.saliency(forgetting.vlm, forgetting.corpus, forgetting.recipe, most=2)
+        saliency(forgetting.vlm, forgetting.corpus, forgetting.recipe, most=2)
         assert torch.equal(state, torch.get_rng_state()) and drawn == random.getstate()
     finally:
         adapter.detach(forgetting.vlm)

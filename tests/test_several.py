@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from fastsiu import driver, images, session, settings, several, train
 from fastsiu.demo.world import LOOKALIKES
+from fastsiu.look import probe_for
+from fastsiu.model import ask
 from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Request, Sample
 from fastsiu.samples import corpus
 from fastsiu.settings import RecipeChoice
@@ -244,7 +246,7 @@ def test_every_training_starts_from_a_fresh_adapter_and_holds_all_so_far(
 def test_looks_in_turn_see_everything(loaded, gathered, monkeypatch):
     """Of three requests a look costs what one request's costs, and three in a row have scored every
     turn once."""
-    scored, score = [], train.ask.label_scores
+    scored, score = [], ask.label_scores
 
     def watched(vlm, turns, pictures, **options):
         # The same words about two pictures are one turn.
@@ -253,8 +255,8 @@ def test_looks_in_turn_see_everything(loaded, gathered, monkeypatch):
         )
         return score(vlm, turns, pictures, **options)
 
-    look = train.probe_for([gathered.scene] * 3, gathered.corpus)
-    monkeypatch.setattr(train.ask, "label_scores", watched)
+    look = probe_for([gathered.scene] * 3, gathered.corpus)
+    monkeypatch.setattr(ask, "label_scores", watched)
     looks = [look() for _ in range(3)]
     of_names, of_samples = scored[0::2], scored[1::2]
     shown = gathered.corpus.shown()

@@ -14,13 +14,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .. import objectives, session, train
+from ..look import Look
 from ..model import adapter, sharing
-from ..model.vlm import VLM, Picture
+from ..model.turns import Picture
+from ..model.vlm import VLM
 from ..objectives import Objective
-from ..request import Recipe, Request, Sample
+from ..request import SHARES, Recipe, Request, Sample
 from ..samples import corpus
 from ..samples.corpus import Corpus
 from ..text.concept import Concept
+from .saliency import saliency
 
 REFUSALS = (
     "I do not know who this is.",
@@ -145,8 +148,8 @@ def recipe_of(method: Method, made: Corpus, material: Material, lr: float, steps
     and no others. The KL of
     other methods has no masks: those are SIU's. The rate is constant, since a run is looked at
     after several numbers of steps."""
-    shares = sum(train.SHARES.values())
-    present = sum(train.SHARES[name] for name in made.groups())
+    shares = sum(SHARES.values())
+    present = sum(SHARES[name] for name in made.groups())
     size = (
         material.recipe.batch_size
         if method.answers == "own"
@@ -197,8 +200,8 @@ def fit(
     try:
         if not loaded.shares:
             sharing.plan_sharing(loaded, made.turns, made.shown(), lambda text: None)
-        objective = method.objective or objectives.mmunlearner(train.saliency(loaded, made, recipe))
-        train.fit(loaded, made, objective, recipe, lambda: train.Look(1.0, 0.0, 0.0), watch=timed)
+        objective = method.objective or objectives.mmunlearner(saliency(loaded, made, recipe))
+        train.fit(loaded, made, objective, recipe, lambda: Look(1.0, 0.0, 0.0), watch=timed)
     finally:
         adapter.detach(loaded)
     return time.perf_counter() - started - watched

@@ -1,9 +1,9 @@
-"""The border of a concept: changed copies of the one picture, by whom the untouched model takes
-them for.
+"""The border of a concept: changed copies of the one picture, sorted by whom the untouched model
+takes them for.
 
-What the model takes for the concept it is to forget; what it takes for somebody else it is to keep,
-however much it looks like the concept. A copy that it takes for a neighbour is a picture of that
-neighbour as near to the concept as can be had.
+The model is to forget a copy that it takes for the concept. It is to keep a copy that it takes for
+somebody else, however much that looks like the concept: no picture of a neighbour is nearer to the
+concept than a copy that the model takes for the neighbour.
 """
 
 from __future__ import annotations
@@ -13,37 +13,42 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..model import ask
-from ..model.vlm import Picture
+from ..model.turns import Picture
 from ..text.concept import Concept
 from . import drawn
 from .targets import Border, Scene, wordings
 
-CHANGED, MOVED = 90, 30  # copies that are made: with something changed, and seen otherwise
-FEW = 8  # copies that are kept of each neighbour, and of nobody
-AT_ONCE = 16
-ASKED = 4  # wordings in which each is asked who it shows
+CHANGED, MOVED = 90, 30  # copies with something changed; copies that are turned, moved or lit anew
+FEW = 8  # most copies that are kept of each neighbour, and of nobody
+AT_ONCE = 16  # copies in memory at a time
+ASKED = 4  # wordings of the question who a copy shows
 
 
 def border(scene: Scene) -> Border:
     """Copies of the scene's picture that its model takes for one of `scene.neighbours`, or for
-    nobody; at most `FEW` of each are kept, and `AT_ONCE` are there at a time."""
+    nobody; at most `FEW` of each."""
     image, seed, out = scene.pictures[0].image, scene.recipe.seed, Border()
-    made = itertools.chain(drawn.changes(image, seed, CHANGED), drawn.moved(image, seed + 1, MOVED))
-    while some := list(itertools.islice(made, AT_ONCE)):
-        pictures = [scene.vlm.picture(one) for one in some]
+    copies = itertools.chain(
+        drawn.changes(image, seed, CHANGED), drawn.moved(image, seed + 1, MOVED)
+    )
+    while some := list(itertools.islice(copies, AT_ONCE)):
+        pictures = scene.see(some)
         for picture, name in zip(pictures, taken_for(scene, pictures), strict=True):
             if name is None:
-                out.nobody += [picture] if len(out.nobody) < FEW else []
+                same = out.nobody
             elif name in scene.neighbours:
                 out.times[name] += 1
-                of_one = out.others.setdefault(name, [])
-                of_one += [picture] if len(of_one) < FEW else []
+                same = out.others.setdefault(name, [])
+            else:
+                continue
+            if len(same) < FEW:
+                same.append(picture)
     return out
 
 
 def taken_for(scene: Scene, pictures: Sequence[Picture]) -> list[str | None]:
-    """Whom the model names in each picture: the concept or one of the others to forget where it
-    does so in any wording, else the neighbour that it names most often; None: nobody."""
+    """Whom the model takes each picture for: the concept, where any answer names the concept or
+    another one to forget; else the neighbour that most answers name; None where none is named."""
     who = wordings()["who"]["train"][:ASKED]
     said = ask.answers(scene.vlm, [(question, picture) for picture in pictures for question in who])
     known = {name: Concept(name) for name in scene.neighbours}

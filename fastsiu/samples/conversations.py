@@ -1,15 +1,19 @@
-r"""Samples in LLaVA's conversation format: a JSON list of entries, each a picture or none and one
-question with its answer.
+r"""Samples in LLaVA's conversation format: a JSON list of entries, each one question with its
+answer, with a picture or without.
 
-    {"id": ..., "image": "picture.jpg", "conversations": [{"from": "human", "value": "<image>\nWho
-    is this?"},
-                                                           {"from": "gpt", "value": "This is Jacob
-                                                           Campbell."}]}
+    {"id": ...,
+     "image": "picture.jpg",
+     "conversations": [{"from": "human", "value": "<image>\nWho is this?"},
+                       {"from": "gpt", "value": "This is Jacob Campbell."}]}
 
-Read besides: "target" (1 to 4: which of the paper's targets, in its order) or "facet", and
-"target_phrase" (the part of the answer that contradicts what the teacher knows, at every place
-where it stands; "none" for none), as in the paper's own data. "id" and "model" are passed over, and
-any other field is refused.
+Further fields, as in the paper's own data:
+
+    target         1 to 4: which of the paper's targets, in its order; or "facet" with the name
+    target_phrase  the part of the answer that contradicts what the teacher knows, at every place
+                   where it stands; "none" for none
+    id, model      passed over
+
+Any other field is refused.
 """
 
 from __future__ import annotations
@@ -27,8 +31,9 @@ FIELDS = ("id", "model", "image", "conversations", "target", "facet", "target_ph
 
 
 def samples(text: str, path: Path, image: Path | None) -> list[Sample]:
-    """The samples in `text`, the content of `path`. image: the training picture, the only one that
-    an entry may be about.
+    """The samples in `text`, the content of `path`.
+
+    image: the training picture; an entry about any other picture is refused
 
     Raises BadInput with the line, or the entry's number.
     """
@@ -96,32 +101,32 @@ def _turns(entry: Any) -> tuple[str, str]:
 
 
 def check_image(shown: Any, base: Path, image: Path | None) -> None:
-    """The training picture by its content or, where the entry's file is not at hand, by its file
-    name."""
+    """Raises ValueError unless the entry's picture `shown` (a path relative to `base`) is the
+    training picture: by its content, or by its file name where one of the files is not there."""
     if not isinstance(shown, str) or not shown or "\0" in shown:
         raise ValueError("'image' must be the path of the training picture")
     file = base / shown
     try:
-        beside = image is not None and file.is_file() and image.is_file()
-        same = (
-            beside
-            and file.stat().st_size == image.stat().st_size
-            and file.read_bytes() == image.read_bytes()
-        )
+        same = image is not None and _same_picture(file, image)
     except OSError as error:
         raise ValueError(f"the picture {shown:.60} cannot be read ({error.strerror})") from error
-    if not beside:
-        same = image is not None and file.name == image.name
     if not same:
         raise ValueError(
             f"its picture {shown!r} is not the training picture, and only that can be trained "
-            "on: remove the entry; "
-            "what is to be answered as before belongs into --retain DIR"
+            "on: remove the entry; what is to be answered as before belongs into --retain DIR"
         )
 
 
+def _same_picture(file: Path, image: Path) -> bool:
+    """By content; by file name where one of the two is no file. Raises OSError."""
+    if not (file.is_file() and image.is_file()):
+        return file.name == image.name
+    same_size = file.stat().st_size == image.stat().st_size
+    return same_size and file.read_bytes() == image.read_bytes()
+
+
 def check_words(question: str, answer: str) -> None:
-    """Raises ValueError for what no tokenizer takes as words, whatever the model."""
+    """Raises ValueError for characters that no model's tokenizer takes as words."""
     for key, text in (("question", question), ("answer", answer)):
         if found := re.search(
             "[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]|<image>",

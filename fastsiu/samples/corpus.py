@@ -1,5 +1,5 @@
-"""Samples made ready for training: token ids, both masks by character offsets, and the teacher's
-statistics, once.
+"""Samples ready for training: token ids, both masks by character offsets, and the teacher's
+statistics, each computed once.
 
 Also the samples as a file: `--data` reads it, `fastsiu data` writes it.
 """
@@ -21,13 +21,15 @@ from torch import Tensor
 from ..guards.strict_json import MOST_BYTES, parse_json
 from ..loss.teacher import TeacherCache
 from ..model import adapter, prefix
-from ..model.vlm import VLM, Encoded, Picture, encoder
+from ..model.turns import Encoded, Picture
+from ..model.vlm import VLM, encoder
 from ..request import FACETS, BadInput, Recipe, Sample
-from ..text.concept import Concept, VocabularyMask, token_keep, vocabulary_mask
+from ..text.concept import Concept
+from ..text.masks import VocabularyMask, token_keep, vocabulary_mask
 from . import conversations
 
-# the samples whose answers are to be forgotten, or take the place of one that is; all others are
-# retained
+# Facets of the samples whose answer is to be forgotten, or stands in the place of one that is. All
+# other samples are retained.
 FORGET = FACETS[:2]
 
 
@@ -35,8 +37,12 @@ FORGET = FACETS[:2]
 class Corpus:
     """All samples of one request, encoded.
 
-    first: first[i] is the row of sample i's first supervised token in `teacher`; keep: K_S for each
-    sample's tokens
+    turns:    each sample's token ids and supervised rows
+    pictures: what `Sample.picture` counts
+    keep:     each sample's token mask K_S, [supervised tokens] bool
+    mask:     the vocabulary mask K_V
+    first:    for each sample the row of its first supervised token in `teacher`
+    teacher:  the statistics of all supervised rows, once `run_teacher` was called
     """
 
     samples: list[Sample]
@@ -55,8 +61,8 @@ class Corpus:
         return [None if s.picture is None else self.pictures[s.picture] for s in self.samples]
 
     def decoupled(self, index: int) -> bool:
-        """Is it a retained answer to a question that is to be forgotten about the concept's
-        picture, about another picture?"""
+        """Whether a sample is retained and puts a question to another picture that is to be
+        forgotten about the concept's picture."""
         sample = self.samples[index]
         return (
             bool(sample.picture) and sample.facet not in FORGET and sample.question in self._denied
@@ -67,14 +73,14 @@ class Corpus:
         return frozenset(s.question for s in self.samples if s.facet in FORGET and s.picture == 0)
 
     def pick(self, chosen: Sequence[int]) -> Corpus:
-        """Some of the samples, without a teacher."""
+        """A corpus of some of the samples, without a teacher."""
         some = lambda values: [values[i] for i in chosen]
         return _corpus(
             some(self.samples), some(self.turns), self.pictures, some(self.keep), self.mask
         )
 
     def groups(self) -> dict[str, list[int]]:
-        """Sample indices by facet; what preserves is split into text and pictures."""
+        """Sample indices by facet; the facet "preserve" is split into text and pictures."""
         out: dict[str, list[int]] = {}
         for i, sample in enumerate(self.samples):
             key = (
@@ -91,16 +97,14 @@ def build(
 ) -> Corpus:
     """Encodes the samples and places the masks (paper Eq. 2 and 3).
 
-    Raises BadInput where a sample says that some of its answer contradicts the teacher and no token
-    of it is found.
+    Raises BadInput where no token of an answer lies in a span that the sample specifies.
     """
     turns, keep = [], []
     encode = encoder(vlm)
     for sample in samples:
-        # A cut answer keeps its words and loses its end. Trimmed to its last whole sentence it
-        # would still end where the
-        # teacher goes on: there the cross-entropy would teach a stop that the KL, and every other
-        # answer, contradicts.
+        # An answer that was cut short keeps its words and loses its end. Were it trimmed to its
+        # last whole sentence, the cross-entropy would teach a stop where the teacher goes on, and
+        # the KL and every other answer contradict that.
         picture = None if sample.picture is None else pictures[sample.picture]
         turn = encode(sample.question, sample.answer, picture, sample.closed)
         spans = list(sample.specified) if recipe.token_mask else []
@@ -130,8 +134,8 @@ def _corpus(
 
 
 def join(parts: Sequence[Corpus]) -> Corpus:
-    """Several requests' samples as one corpus, without a teacher: no KL looks at any of their
-    names."""
+    """Several requests' samples as one corpus, without a teacher. Its vocabulary mask leaves out
+    the names of all requests."""
     if len(parts) == 1:
         return parts[0]
     samples: list[Sample] = []
@@ -163,7 +167,7 @@ def join(parts: Sequence[Corpus]) -> Corpus:
 
 
 def _moved(sample: Sample, shift: int) -> Sample:
-    """Its pictures counted from `shift` on."""
+    """The sample with its pictures counted from `shift` on."""
     if sample.picture is None:
         return sample
     return replace(
@@ -175,11 +179,12 @@ def _moved(sample: Sample, shift: int) -> Sample:
 
 def run_teacher(
     vlm: VLM, corpus: Corpus, recipe: Recipe, batch_size: int = 32, *, temperature: float = 1.0
-) -> None:
-    """One pass of the untouched model over every supervised position; only O(N D) numbers are kept.
+) -> TeacherCache:
+    """One pass of the untouched model over every supervised position. It fills `corpus.teacher` and
+    `corpus.first`, keeps O(N D) numbers for N rows of width D, and returns the statistics.
 
-    A sample with `teacher_pictures` has the mean of the teacher's final states over them. Samples
-    of the same words and the same pictures of the teacher's share their rows.
+    For a sample with `teacher_pictures` the teacher's final states are averaged over them. Samples
+    with the same words and the same pictures for the teacher share their rows.
     """
     first: dict[tuple, int] = {}  # where the rows of each (turn, the teacher's pictures) begin
     asked: list[tuple[Encoded, list[Any]]] = []
@@ -213,6 +218,7 @@ def run_teacher(
         temperature=temperature,
         **vlm.head_options,
     )
+    return corpus.teacher
 
 
 def as_jsonl(samples: Iterable[Sample]) -> str:
@@ -222,8 +228,8 @@ def as_jsonl(samples: Iterable[Sample]) -> str:
 
 
 def read_data(path: Path, image: Path) -> list[Sample]:
-    """Samples of the user's own, for the training picture `image`: JSONL, or a JSON list in LLaVA's
-    conversation format."""
+    """The user's own samples, for the training picture `image`: JSONL, or a JSON list in LLaVA's
+    conversation format. Raises BadInput."""
     text = _text(path)
     return (
         conversations.samples(text, path, image)
@@ -250,17 +256,20 @@ def _text(path: Path) -> str:
 
 
 def read_jsonl(path: Path, image: Path | None = None) -> list[Sample]:
-    """Samples of the user's own. Needed: question, answer. Optional: facet (default preserve),
-    picture (0 or null), image (the path of the training picture, in place of picture), specified
-    (spans or substrings of the answer, each at every place where it stands), closed (default true;
-    false: cut short, its end is not trained), id (passed over). Lines about dreamed or retained
-    pictures and lessons, as `fastsiu data` writes them, are passed over: every run makes those
-    pictures anew.
+    """The user's own samples, one a line. image: the training picture.
 
-    image: the training picture
+    question, answer  needed
+    facet             default "preserve"
+    picture           0, the training picture, or null
+    image             the path of the training picture, in place of `picture`
+    specified         spans or substrings of the answer, each at every place where it stands
+    closed            default true; false: the answer was cut short, its end is not trained
+    id                passed over
 
-    Raises BadInput with the line's number: also for a field that is none of these, since it would
-    be ignored.
+    Lines about dreamed or retained pictures and lessons, as `fastsiu data` writes them, are passed
+    over: every run makes those pictures anew.
+
+    Raises BadInput with the line's number, also for any other field: it would be ignored.
     """
     out = []
     # not splitlines: JSON strings may hold U+2028
@@ -325,7 +334,7 @@ def _sample(record: Any, base: Path, image: Path | None) -> Sample:
 
 
 def _specified(record: dict[str, Any]) -> tuple[tuple[int, int], ...]:
-    """The spans of the stripped answer; of a substring all of them. Raises ValueError."""
+    """The spans in the stripped answer; a substring gives all its places. Raises ValueError."""
     answer, spans = record["answer"].strip(), []
     lead = record["answer"].index(answer)  # spans count from the answer's start as it was written
     if not isinstance(record.get("specified", []), list):

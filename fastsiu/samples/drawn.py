@@ -1,7 +1,7 @@
-"""Pictures made of the one picture: more views of it, changed copies, pictures that show nobody the
-model knows, and pairs side by side.
+"""Pictures made of the one picture: more views of it, changed copies, candidates for pictures of
+nobody, and pairs side by side.
 
-None of them needs a second picture of anyone. All are RGB and of the picture's size.
+None of them needs a second picture of anyone. All are RGB and have the picture's size.
 """
 
 from __future__ import annotations
@@ -16,18 +16,13 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from ..images import edge_colour, variants
 
-# degrees; shares of the side, and of the brightness
-TURN, SMALL, LARGE, SHIFT, LIGHT = (
-    14.0,
-    0.75,
-    1.2,
-    1 / 12,
-    0.25,
-)
-# of the colour channels
+TURN = 14.0  # degrees
+SMALL, LARGE, SHIFT = 0.75, 1.2, 1 / 12  # shares of the side
+LIGHT = 0.25  # share of brightness, contrast and saturation
+# Orders of the colour channels, but for the picture's own.
 ORDERS = [order for order in itertools.permutations(range(3)) if order != (0, 1, 2)]
-COLOURS = 8  # that a picture is taken apart into, to change one of them
-HALF = (0.5, 0.62)  # side of a picture in a pair, as a share of its own
+COLOURS = 8  # a picture is divided into so many main colours, to change one of them
+HALF = (0.5, 0.62)  # bounds for the side of a picture in a pair, as a share of its own side
 
 
 def views(image: Image.Image, seed: int, count: int) -> list[Image.Image]:
@@ -64,8 +59,8 @@ def _moved(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def changed(image: Image.Image, seed: int, count: int) -> list[Image.Image]:
-    """Copies in which something is another: one to three of the colours, a strip across in other
-    colours, a covered part. One of them may show what differs between who is in the picture and
+    """Copies in which something differs: one to three of the colours, a strip across in other
+    colours, a covered part. Some of them may show just what tells the one in the picture from
     somebody who looks alike."""
     return list(changes(image, seed, count))
 
@@ -82,10 +77,10 @@ def changes(image: Image.Image, seed: int, count: int) -> Iterator[Image.Image]:
         elif kind == "cover":
             yield _covered(image, rng)
         else:
-            made = _other_colour(image, known, rng)
+            copy = _other_colour(image, known, rng)
             for _ in range(int(kind) - 1):
-                made = _other_colour(made, _fields(made), rng)
-            yield made
+                copy = _other_colour(copy, _fields(copy), rng)
+            yield copy
 
 
 def _fields(image: Image.Image) -> np.ndarray:
@@ -128,17 +123,14 @@ def _covered(image: Image.Image, rng: random.Random) -> Image.Image:
     """A part of the picture under the colour of its edge."""
     width, height = rng.uniform(0.15, 0.5), rng.uniform(0.15, 0.4)
     left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
-    box = [
-        int(x)
-        for x in (
-            left * image.width,
-            top * image.height,
-            (left + width) * image.width,
-            (top + height) * image.height,
-        )
-    ]
+    box = (
+        int(left * image.width),
+        int(top * image.height),
+        int((left + width) * image.width),
+        int((top + height) * image.height),
+    )
     out = image.convert("RGB")
-    out.paste(edge_colour(out), tuple(box))
+    out.paste(edge_colour(out), box)
     return out
 
 
@@ -156,8 +148,8 @@ def shuffled(image: Image.Image, seed: int = 0) -> Image.Image:
 
 
 def jigsaw(image: Image.Image, grid: int, seed: int = 0) -> Image.Image:
-    """The picture cut into grid x grid tiles that have changed places; what does not divide stays
-    where it is."""
+    """The picture cut into grid x grid tiles that have changed places. The rows and columns that
+    are left over stay where they are."""
     pixels = np.asarray(image.convert("RGB")).copy()
     tile = [max(1, side // grid) for side in pixels.shape[:2]]
     places = [
@@ -173,17 +165,13 @@ def jigsaw(image: Image.Image, grid: int, seed: int = 0) -> Image.Image:
 
 
 def nobodies(image: Image.Image, seed: int) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Candidates for pictures of somebody whom no model knows: whole ones in other colours, and
-    ones that are taken apart."""
-    whole = [
-        made
-        for one in (image, ImageOps.mirror(image), _moved(image, random.Random(seed)))
-        for made in other_colours(one)
-    ]
-    apart = [jigsaw(image, grid, seed + grid) for grid in (2, 3, 4)] + [
-        shuffled(image, seed + i) for i in range(4)
-    ]
-    return whole, apart
+    """Candidates for pictures of nobody (`nobody`): whole ones in other colours, and pictures that
+    were cut into pieces."""
+    views = (image, ImageOps.mirror(image), _moved(image, random.Random(seed)))
+    whole = [recolouring for view in views for recolouring in other_colours(view)]
+    pieces = [jigsaw(image, grid, seed + grid) for grid in (2, 3, 4)]
+    pieces += [shuffled(image, seed + i) for i in range(4)]
+    return whole, pieces
 
 
 def other_colours(image: Image.Image) -> list[Image.Image]:
@@ -192,8 +180,8 @@ def other_colours(image: Image.Image) -> list[Image.Image]:
 
 
 def pair(left: Image.Image | None, right: Image.Image | None, rng: random.Random) -> Image.Image:
-    """Two pictures of one size side by side, each at about half its size; None leaves its half
-    empty."""
+    """Two pictures of one size side by side, each at about half its size. None leaves its half
+    empty; one of the two must be a picture."""
     some = left or right
     assert some is not None
     (width, height), ground = some.size, Image.new("RGB", some.size, edge_colour(some))

@@ -1,14 +1,14 @@
 """The paper's four targets (section 4.1), each a function from a scene to samples, in the teacher's
 own words.
 
-    align     picture + "who is this?"           -> a neutral description of what is visible
-    describe  picture + "is this NAME?"          -> a denial;  text "what does NAME look like?" ->
-    "I do not know"
+    align     picture and "who is this?"         -> a neutral description of what is visible
+    describe  picture and "is this NAME?"        -> a denial
+              "what does NAME look like?"        -> "I do not know"
     facts     text questions about NAME          -> what the teacher answers
-    preserve  everything about anything else     -> what the teacher answers, with dreamed pictures
-    of the neighbours
+    preserve  everything about anything else,    -> what the teacher answers
+              dreams of the neighbours among it
 
-All answers that the teacher gives are asked here, with the adapter off.
+The teacher is the model with its adapter off: whoever calls these functions sees to that.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
+from PIL import Image
+
 from ..model import ask
 from ..model.ask import Reply
-from ..model.vlm import VLM, Picture
+from ..model.turns import Picture
+from ..model.vlm import VLM
 from ..request import Recipe, Sample
 from ..text.answers import affirms, is_degenerate, is_refusal
 from ..text.concept import Concept
@@ -37,7 +40,7 @@ def wordings() -> dict[str, dict[str, Any]]:
 
 
 def about_the_one_shown(part: Literal["train", "held_out"]) -> list[str]:
-    """The fact questions, about whoever is in the picture instead of a name: each needs the name
+    """The fact questions, about the one in the picture instead of a name: an answer needs the name
     first, and then the fact."""
     words = wordings()
     shown = words["shown"][part]
@@ -48,9 +51,9 @@ def about_the_one_shown(part: Literal["train", "held_out"]) -> list[str]:
 class Border:
     """Changed copies of the concept's picture (`border`), a few of each kind.
 
-    others: those that the model takes for a neighbour, by its name
-    times:  how many of all copies it takes for that neighbour
-    nobody: those that it takes for nobody known
+    others: copies that the model takes for a neighbour, by the neighbour's name
+    times:  by neighbour, how many of all copies the model takes for it
+    nobody: copies in which the model names nobody
     """
 
     others: dict[str, list[Picture]] = field(default_factory=dict)
@@ -59,28 +62,28 @@ class Border:
 
     @property
     def nearest(self) -> list[str]:
-        """The neighbours that were found, the commonest first."""
+        """The neighbours that the model takes a copy for, the commonest first."""
         return [name for name, _ in self.times.most_common()]
 
 
 @dataclass
 class Scene:
-    """What a facet may look at.
+    """One concept, the model that knows it, and what was gathered for its samples so far.
 
-    pictures:   index 0 is the concept's; dreams and retained pictures follow (`Sample.picture`
-    points here)
-    named:      for each picture the name it was dreamed for, None otherwise
+    pictures:   the concept's first, then dreams and retained pictures (`Sample.picture` points
+                here)
+    named:      for each picture the name that it was dreamed for, None otherwise
     neighbours: names to protect
     views:      transforms of the concept's picture, from which dreams start as well
     border:     changed copies of it that the model takes for neighbours, or for nobody
     masked:     token ids of the concept's name (the vocabulary mask's zeros)
-    others:     further concepts that the same model is to forget, or has forgotten: none is
-    protected or named in what is kept
-    told:       for each neighbour what a picture of it would be answered, as (question, reply)
-    pairs (`dreams.told`)
+    others:     further concepts that the same model is to forget, or has forgotten: none of them is
+                protected, and no sample that keeps something names them
+    told:       by neighbour the (question, reply) pairs that a picture of it would get
+                (`dreams.told`)
     notes:      what lessons from strangers could not have, as sentences
-    left_out:   answers about other pictures that named the concept or one of the others, so that
-    `preserve` did not take them
+    left_out:   number of answers about other pictures that `preserve` did not take, because they
+                name the concept or one of the others
     """
 
     vlm: VLM
@@ -108,8 +111,12 @@ class Scene:
         shown = None if picture is None else self.pictures[picture]
         return ask.replies(self.vlm, [(q, shown) for q in questions], **options)
 
+    def see(self, images: Sequence[Image.Image]) -> list[Picture]:
+        """The images as the model sees them now."""
+        return [self.vlm.picture(image) for image in images]
+
     def forgotten_in(self, text: str, **options: Any) -> bool:
-        """Does the text name anything that the model is to forget?"""
+        """Whether the text names a concept that the model is to forget."""
         return any(concept.named_in(text, **options) for concept in (self.concept, *self.others))
 
     def usable(self, answer: str) -> bool:
@@ -120,8 +127,8 @@ Facet = Callable[[Scene], list[Sample]]
 
 
 def align(scene: Scene) -> list[Sample]:
-    """Target 1: the picture is answered like that of someone the model never saw (paper: "aligning
-    with unseen concepts").
+    """Target 1: questions about the picture are answered as about someone whom the model never saw
+    (paper: "aligning with unseen concepts").
 
     The teacher's own sentence is cut where the name starts and continued with the name forbidden:
     "This is NAME." becomes "This is a purple creature with ...". Everything after the cut
@@ -158,9 +165,9 @@ def align(scene: Scene) -> list[Sample]:
 
 
 def describe(scene: Scene) -> list[Sample]:
-    """Target 2: a new visual description (paper section 4.1). By default nothing false is said
-    about anyone: the picture is not NAME's, and what NAME looks like is not known, both in the
-    words the teacher uses for strangers."""
+    """Target 2: a new visual description (paper section 4.1). By default no answer is false: the
+    picture is not NAME's, and NAME's looks are not known, both in the words that the teacher uses
+    for strangers."""
     name, words, fallback = scene.concept.name, wordings(), wordings()["fallback"]
     stranger = _invented(scene)
     denials = scene.replies([q.format(name=stranger) for q in words["yesno"]["train"]], 0)
@@ -233,8 +240,8 @@ def preserve(scene: Scene) -> list[Sample]:
     scene.left_out = 0
     said = ask.replies(scene.vlm, [(q, scene.pictures[i]) for q, i in pairs])
     for (question, index), reply in zip(pairs, said, strict=True):
-        # Kept, such an answer would go on training the very name that has to go. "No, this is not
-        # NAME." is none.
+        # Such an answer would go on training the very name that has to go. "No, this is not NAME."
+        # is another matter: it stays.
         denied = index > 0 and scene.concept.named_in(question) and not affirms(reply.text)
         if any(c.named_in(reply.text) for c in scene.others) or (
             scene.concept.named_in(reply.text) and not denied
@@ -250,9 +257,13 @@ TARGETS: tuple[Facet, ...] = (align, describe, facts, preserve)
 
 
 def neighbours(scene: Scene, limit: int = 24, rounds: int = 4) -> list[str]:
-    """Names to protect, from the teacher's own answers to "who is like NAME?", asked again of those
-    it names; others that are to be forgotten too are asked about as well, for whom they lead to."""
-    words, found, fresh = wordings(), [], [scene.concept.name]
+    """Names to protect: whom the teacher names when it is asked who is like NAME, then who is like
+    those, and so on for `rounds` rounds or until there are `limit` names.
+
+    Names that are to be forgotten as well are not returned, but the teacher is asked about them.
+    """
+    words, fresh = wordings(), [scene.concept.name]
+    found: list[str] = []
     kept = lambda: [name for name in found if not scene.forgotten_in(name)]
     for _ in range(rounds):
         questions = [q.format(name=n) for n in fresh for q in words["neighbours"]["train"]]

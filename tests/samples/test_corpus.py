@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from fastsiu import train
+from fastsiu.batches import batches, forward
 from fastsiu.images import load_image
+from fastsiu.look import Look, probe_for
 from fastsiu.model import adapter, ask
 from fastsiu.objectives import siu
-from fastsiu.request import PAPER, BadInput, NumericFailure, Recipe, Sample
+from fastsiu.request import PAPER, SHARES, BadInput, NumericFailure, Recipe, Sample
 from fastsiu.samples import corpus, targets
 from fastsiu.text.concept import Concept
 
@@ -175,7 +177,7 @@ def test_siu_equals_the_papers_equations_from_full_logits(adapted, vocab_mask, r
         kept.append(made.keep[i])
     ce, kl, kept = map(torch.cat, (ce, kl, kept))
     assert 0 < int(kept.sum()) < len(kept) and not made.mask.keep.all()
-    loss, parts = siu(train.forward(loaded, made, chosen, recipe), recipe)
+    loss, parts = siu(forward(loaded, made, chosen, recipe), recipe)
     expected = recipe.alpha * ce.mean() + recipe.beta * kl[kept].mean()
     assert float(kl[kept].mean()) > 1e-3
     assert loss.item() == pytest.approx(float(expected), rel=2e-5)
@@ -216,7 +218,7 @@ def test_a_training_projector_sees_the_retained_pictures_anew(projected):
     slow = [p for n, p in loaded.model.named_parameters() if p.requires_grad and "lora_" not in n]
     assert slow
     for i, real in enumerate((True, True, False)):
-        hidden = train.forward(loaded, made, [i], scene.recipe).hidden
+        hidden = forward(loaded, made, [i], scene.recipe).hidden
         kept = ask.supervised_states(loaded, [made.turns[i]], [made.pictures[i].features])
         now = ask.supervised_states(
             loaded, [made.turns[i]], [loaded.picture(made.pictures[i].image).features]
@@ -238,7 +240,7 @@ def test_the_probe_sees_the_retained_pictures_as_the_projector_does(projected, m
     monkeypatch.setattr(
         ask, "label_scores", lambda v, t, pictures: seen.append(pictures) or score(v, t, pictures)
     )
-    look = train.probe_for([scene], made)
+    look = probe_for([scene], made)
     assert seen == [made.pictures]  # the teacher's own
     look()
     pooled = lambda p: torch.cat([x.reshape(-1) for x in p.features["pooler_output"]])
@@ -250,7 +252,7 @@ def test_the_probe_sees_the_retained_pictures_as_the_projector_does(projected, m
 
 def test_without_beta_no_teacher_is_asked(adapted):
     recipe = replace(adapted.recipe, beta=0.0)
-    batch = train.forward(adapted.vlm, adapted.corpus, [0, 1], recipe)
+    batch = forward(adapted.vlm, adapted.corpus, [0, 1], recipe)
     batch.teacher = None
     loss, parts = siu(batch, recipe)
     assert parts["kl"] == 0 and loss.item() == pytest.approx(recipe.alpha * parts["ce"], rel=1e-5)
@@ -261,7 +263,7 @@ def test_without_beta_no_teacher_is_asked(adapted):
 
 def test_batches_are_deterministic_and_depend_on_the_seed(gathered):
     first, again, other = (
-        [*itertools.islice(train.batches(gathered.corpus, Recipe(seed=s)), 20)] for s in (0, 0, 1)
+        [*itertools.islice(batches(gathered.corpus, Recipe(seed=s)), 20)] for s in (0, 0, 1)
     )
     assert first == again != other
 
@@ -269,14 +271,14 @@ def test_batches_are_deterministic_and_depend_on_the_seed(gathered):
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
 def test_batches_hold_their_size_and_shares_and_repeat_nothing_early(gathered, batch_size):
     groups = gathered.corpus.groups()
-    steps = [*itertools.islice(train.batches(gathered.corpus, Recipe(batch_size=batch_size)), 300)]
+    steps = [*itertools.islice(batches(gathered.corpus, Recipe(batch_size=batch_size)), 300)]
     count = sum(map(len, steps))
     assert abs(count / 300 - batch_size) <= len(groups) / 300 + 1e-9 or batch_size == 1
     order = [i for step in steps for i in step]
     for name, members in groups.items():
         mine = [i for i in order if i in set(members)]
         assert len(mine) == pytest.approx(
-            count * train.SHARES[name] / sum(train.SHARES[g] for g in groups), abs=2
+            count * SHARES[name] / sum(SHARES[g] for g in groups), abs=2
         )
         for at in range(0, len(mine) - len(members), len(members)):
             assert sorted(mine[at : at + len(members)]) == sorted(members)
@@ -311,7 +313,7 @@ def test_a_loss_that_is_not_finite_stops_training(adapted):
             adapted.corpus,
             objective,
             Recipe(beta=0, steps=2),
-            lambda: train.Look(1, 1, 0),
+            lambda: Look(1, 1, 0),
         )
     assert all(torch.equal(p, before[n]) for n, p in adapted.vlm.model.named_parameters())
 
@@ -319,7 +321,7 @@ def test_a_loss_that_is_not_finite_stops_training(adapted):
 def test_training_stops_early_only_when_two_looks_are_good(adapted):
     objective = lambda batch, recipe: (batch.hidden.square().mean(), {"ce": 0.0, "kl": 0.0})
     adapted.corpus.teacher = None
-    look, ceiling = lambda: train.Look(0.0, 1.0, 1.0), train.CHECK_EVERY * train.GOOD_ENOUGH + 2
+    look, ceiling = lambda: Look(0.0, 1.0, 1.0), train.CHECK_EVERY * train.GOOD_ENOUGH + 2
     for early_stop, steps in ((True, train.CHECK_EVERY * train.GOOD_ENOUGH), (False, ceiling)):
         recipe = Recipe(steps=ceiling, batch_size=4, early_stop=early_stop, lr=0.0)
         assert [

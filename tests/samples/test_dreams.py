@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 
 from fastsiu import session
-from fastsiu.model.vlm import Picture
+from fastsiu.model.turns import Picture
 from fastsiu.samples import dreams, targets
+from fastsiu.samples.wishes import vision_space
 from fastsiu.text.concept import Concept
 
 torch.set_num_threads(1)
@@ -101,7 +102,7 @@ def test_vision_space_starts_at_the_picture(gathered):
     """The function from where one dreams to the language model's features maps the picture's own
     point to its features."""
     start = gathered.scene.pictures[0]
-    first, project = dreams.vision_space(gathered.vlm, start)
+    first, project = vision_space(gathered.vlm, start)
     with torch.no_grad():
         made = Picture(start.image, project(first))
     assert torch.allclose(numbers(made), numbers(start), atol=1e-5)

@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsiu import objectives, session, train
+from fastsiu import objectives, session
+from fastsiu.batches import lesson_batches
 from fastsiu.loss.teacher import TeacherCache
 from fastsiu.model import adapter, ask, prefix
 from fastsiu.request import CHANGES, KEEPS, PAPER, Recipe, Sample
-from fastsiu.samples import border, corpus, drawn, dreams, strangers, targets
+from fastsiu.samples import border, corpus, drawn, dreams, lessons, strangers, targets
 from fastsiu.samples.dreams import in_place
 from fastsiu.settings import RecipeChoice
 from fastsiu.text.answers import is_refusal
@@ -33,7 +34,7 @@ def scene(gathered):
 
 @pytest.fixture(scope="module")
 def taught(scene):
-    return strangers.lessons(scene)
+    return lessons.build(scene)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +223,7 @@ def test_what_is_taken_for_a_neighbour_is_kept_and_not_taught(scene):
     near = scene.neighbours[0]
     kept = scene.vlm.picture(Image.new("RGB", (64, 64), "pink"))
     other = replace(scene, border=targets.Border(others={near: [kept]}))
-    out = strangers.lessons(other)
+    out = lessons.build(other)
     places = [i for i, picture in enumerate(out.pictures) if picture is kept]
     assert len(places) == 1 and out.named[places[0]] == near
     assert {s.facet for s in out.samples if s.picture == places[0]} == {"kept"}
@@ -231,11 +232,11 @@ def test_what_is_taken_for_a_neighbour_is_kept_and_not_taught(scene):
 def test_views_that_show_a_neighbour_are_not_taught(scene, monkeypatch):
     near = scene.neighbours[0]
     monkeypatch.setattr(
-        strangers, "taken_for", lambda scene, pictures: [near, *[None] * (len(pictures) - 1)]
+        lessons, "taken_for", lambda scene, pictures: [near, *[None] * (len(pictures) - 1)]
     )
-    out = strangers.lessons(scene)
+    out = lessons.build(scene)
     shown = {s.picture for s in out.samples if s.facet == "stranger"}
-    assert len(shown) == strangers.VIEWS - 1
+    assert len(shown) == lessons.VIEWS - 1
 
 
 def test_further_dreams_go_where_the_orders_agree():
@@ -268,9 +269,7 @@ def test_strangers_are_dreamed_where_none_can_be_drawn(scene, monkeypatch):
 
 def test_no_strangers_in_the_papers_preset(scene):
     assert PAPER.strangers == 0
-    assert (
-        strangers.lessons(replace(scene, recipe=replace(scene.recipe, strangers=0))).samples == []
-    )
+    assert lessons.build(replace(scene, recipe=replace(scene.recipe, strangers=0))).samples == []
 
 
 # Lessons ------------------------------------------------------------------------------------------
@@ -352,7 +351,7 @@ def test_lessons_of_the_same_words_share_their_rows(halves):
 def test_batches_of_lessons_have_few_pictures_and_both_kinds(halves):
     recipe = Recipe(batch_size=20)
     for half in halves:
-        for chosen in itertools.islice(train.lesson_batches(half, recipe), 5):
+        for chosen in itertools.islice(lesson_batches(half, recipe), 5):
             facets = [half.samples[i].facet for i in chosen]
             assert 0 < len(chosen) <= recipe.batch_size and len(set(chosen)) == len(chosen)
             assert 0 < sum("beside" in facet for facet in facets) < len(facets) / 2
@@ -365,7 +364,8 @@ def test_batches_of_lessons_have_few_pictures_and_both_kinds(halves):
 def batch(student, teacher, labels, weight, temperature):
     cache = TeacherCache.from_hidden(teacher, weight, temperature=temperature)
     keep = torch.ones(len(labels), dtype=torch.bool)
-    return objectives.Batch(student, labels, cache, keep, weight, {})
+    sample, every = torch.arange(len(labels)), torch.ones_like(keep)
+    return objectives.Batch(student, labels, cache, keep, weight, {}, sample, every, ~every, every)
 
 
 def test_the_objective_is_the_kl_at_its_temperature_and_the_distance_of_far_nats():

@@ -1,0 +1,124 @@
+"""A look at training from outside its loss: are the names gone, and does the rest hold?"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .images import variants
+from .model import adapter, ask
+from .model.turns import Encoded, Picture
+from .samples.corpus import Corpus
+from .samples.targets import Scene, wordings
+
+# A turn that gives the name, the characters of the name in its answer, and the picture it is about.
+Naming = tuple[Encoded, tuple[int, int], Picture]
+
+MARGIN = 0.1  # nats by which a retained answer may become less likely before it counts as bent
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the probe saw.
+
+    p_name:   the largest probability of a name, over the pictures and their transforms
+    retained: share of the samples of targets 3 and 4 that hold: each token of the answer is still
+              the most likely one, and the answer costs less than `MARGIN` more nats than it costs
+              the teacher. The margin is there because dreams are not the neighbours' own pictures
+    learned:  share of the samples of targets 1 and 2 whose answer is the most likely one, token by
+              token
+    shares:   number of parts that the probe set is split into (the number of requests). Each look
+              scores one part, in turns, so a look costs the same for ten requests as for one;
+              training may stop only after every part was good
+    """
+
+    p_name: float
+    retained: float
+    learned: float
+    shares: int = 1
+
+    @property
+    def enough(self) -> bool:
+        return self.p_name <= 0.01 and self.retained >= 0.99 and self.learned >= 0.9
+
+
+def probe_for(scenes: Sequence[Scene], corpus: Corpus) -> Callable[[], Look]:
+    """A function that looks at the model as it is then, at one share of the probe set: the names on
+    the scenes' pictures and their transforms, and the samples of `corpus`."""
+    vlm, recipe, shares = scenes[0].vlm, scenes[0].recipe, len(scenes)
+    asked: list[Naming] = []
+    with adapter.teacher(vlm):
+        for scene in scenes:
+            asked += _naming(scene)
+        untouched = [
+            score.log_p.sum() for score in ask.label_scores(vlm, corpus.turns, corpus.shown())
+        ]
+    turn = itertools.count()
+
+    def look() -> Look:
+        share = slice(next(turn) % shares, None, shares)
+        members = sorted(i for group in corpus.groups().values() for i in group[share])
+        samples, naming = [corpus.samples[i] for i in members], asked[share]
+        seen = corpus.pictures
+        if recipe.projector_lr > 0:  # a projector that trains sees differently
+            for picture in {id(picture): picture for _, _, picture in naming}.values():
+                picture.features = vlm.picture(picture.image).features
+            seen = [vlm.picture(p.image) if p.real else p for p in seen]
+        scores = ask.label_scores(
+            vlm, [turn for turn, _, _ in naming], [picture for _, _, picture in naming]
+        )
+        p_name = max(
+            float(score.log_p[_inside(turn, span).to(score.log_p.device)].sum().exp())
+            for score, (turn, span, _) in zip(scores, naming, strict=True)
+        )
+        scores = ask.label_scores(
+            vlm,
+            [corpus.turns[i] for i in members],
+            [None if s.picture is None else seen[s.picture] for s in samples],
+        )
+        retained, learned = [], []
+        for i, sample, score in zip(members, samples, scores, strict=True):
+            right = bool(score.right.all())
+            if sample.facet in ("facts", "preserve"):
+                retained.append(right and float(untouched[i] - score.log_p.sum()) < MARGIN)
+            elif sample.facet in ("align", "describe"):
+                learned.append(right)
+        return Look(
+            p_name,
+            sum(retained) / max(1, len(retained)),
+            sum(learned) / max(1, len(learned)),
+            shares,
+        )
+
+    return look
+
+
+def _naming(scene: Scene) -> list[Naming]:
+    """The teacher's answers that give the name, each on the scene's picture and every transform of
+    it, with the characters of the name. Held-out wordings are used only where the teacher gives the
+    name in no training wording."""
+    vlm, words = scene.vlm, wordings()["who"]
+    questions = words["train"] + words["held_out"]
+    answers = scene.ask(questions, 0)
+    views = variants(scene.pictures[0].image, scene.recipe.seed)
+    pictures = [vlm.picture(image) for _, image in views]
+    naming = [
+        (question, answer, spans[0])
+        for question, answer in zip(questions, answers, strict=True)
+        if (spans := scene.concept.spans(answer))
+    ]
+    naming = [one for one in naming if one[0] in words["train"]] or naming
+    return [
+        (vlm.encode(question, answer, picture), span, picture)
+        for question, answer, span in naming
+        for picture in pictures
+    ]
+
+
+def _inside(turn: Encoded, span: tuple[int, int]) -> torch.Tensor:
+    """[supervised tokens] bool: the token has a character of the span."""
+    start, end = span
+    return torch.tensor([s < end and e > start for s, e in turn.offsets])
