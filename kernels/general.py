@@ -1,8 +1,8 @@
-"""The loss where the teacher's statistics do not suffice: a softcap, a head that trains, a teacher
-with another head.
+"""The general path: a softcap, a head that trains, or a teacher with another head, where the
+teacher's statistics do not suffice.
 
-A first pass over the tiles of tiled.py gives the normalisers. A second one forms both logits again
-and from them dz, exactly normalised, before anything is rounded or summed.
+A first pass over the tiles of tiled.py gives the normalisers. A second pass forms both logits again
+and from them dz = d loss / dz, exactly normalised, before anything is rounded or summed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .tiled import (
     Teacher,
     accumulate,
     dropped_in_tiles,
+    entropy_of,
     native,
     row_logits,
     spread,
@@ -28,8 +29,8 @@ from .tiled import (
 
 def pairs(
     h: Tensor, head: Head, teacher: Teacher | None, tile: int, dtype: torch.dtype
-) -> Iterator[tuple]:
-    """(first column, W, z, slope, t / tau or None) for each tile."""
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None, Tensor | None]]:
+    """(first column, W, z, slope, t / tau or None) for each tile; see `tiled.tiles`."""
     if teacher is None:
         for start, W, z, slope in tiles(h, head, tile, dtype):
             yield start, W, z, slope, None
@@ -40,32 +41,30 @@ def pairs(
 
 
 def gap(z: Tensor, t: Tensor, P: Tensor, tau: float) -> Tensor:
-    """[N] fp64: the tile's share of sum_K P (t - z) / tau, which with C (lse_s - lse_t) is KL /
-    tau^2; t is t / tau already."""
+    """[N] fp64: the tile's share of sum_K P (t - z) / tau. KL / tau^2 is this sum plus
+    C (lse_s - lse_t). The argument t is t / tau."""
     moved = t - z if tau == 1 else t - z / tau
     return moved.mul_(P).masked_fill_(P == 0, 0.0).sum(1).double()  # P = 0 where t is -inf
 
 
 def probabilities(t: Tensor, start: int, teacher: Teacher) -> Tensor:
-    """P of a tile, 0 on dropped columns; t is t / tau already."""
+    """P of a tile, 0 on dropped columns. The argument t is t / tau."""
     P = minus(t, teacher.lse).exp_()
-    return (
-        P
-        if teacher.keep is None
-        else P.masked_fill_(~teacher.keep[start : start + P.shape[1]], 0.0)
-    )
+    if teacher.keep is None:
+        return P
+    return P.masked_fill_(~teacher.keep[start : start + P.shape[1]], 0.0)
 
 
 def minus(z: Tensor, lse: Tensor) -> Tensor:
-    """z - lse [N] fp64, in z's dtype: first the leading digits cancel, then the others are not lost
-    to the size of lse."""
+    """z - lse, lse [N] fp64, in z's dtype. lse goes in two parts: once the leading digits have
+    cancelled, z has room for the lower part."""
     high = lse.to(z.dtype)
     return (z - high[:, None]).sub_((lse - high.double()).to(z.dtype)[:, None])
 
 
 def divergence(gaps: Tensor, mass: Tensor, lse_q: Tensor, teacher: Teacher) -> Tensor:
-    """KL [N] from sum_K P (t - z) / tau and mass = sum_K P, which is C but for the rounding of t,
-    not small for large t."""
+    """KL [N] from gaps = sum_K P (t - z) / tau and mass = sum_K P. The mass is C up to the rounding
+    of t, which is not small for large t."""
     C, none = teacher.C.double(), mass == 0
     mass = mass.masked_fill(none, 1.0)
     kl = C * (gaps / mass + lse_q - teacher.lse - torch.log(mass / C.masked_fill(none, 1.0)))
@@ -82,8 +81,8 @@ def normalise(
     entropy: bool,
     tile: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """CE, KL (0 unless `with_kl`), entropy and both logsumexps, all [N] fp64: over V at temperature
-    1, and that of Q."""
+    """CE, KL (0 unless `with_kl`), entropy, and two logsumexps, all [N] fp64: of z over V at
+    temperature 1, and of Q over its own columns at tau."""
     dtype = working_dtype(h, head.weight, head.bias)
     z_label = row_logits(h, head, y[:, None], dtype)[0][:, 0].double()
     tau = 1.0 if teacher is None else teacher.tau
@@ -96,7 +95,7 @@ def normalise(
     for (start, W, z, _, t), dropped in zip(
         pairs(h, head, teacher if with_kl else None, tile, dtype), cuts, strict=True
     ):
-        if t is not None:
+        if t is not None and teacher is not None:
             P = probabilities(t, start, teacher)
             mass += P.sum(1)
             kl += gap(z, t, P, tau)
@@ -104,10 +103,9 @@ def normalise(
     everything = [ones] if apart is None else [ones, apart]
     lse = torch.logsumexp(torch.stack([x.log_total() for x in everything]), 0)
     lse_q = sums[-1].log_total()
-    if with_kl:
+    if with_kl and teacher is not None:
         kl = divergence(kl, mass, lse_q, teacher)
-    H = sum(x.entropy_share(lse) for x in everything) if entropy else torch.zeros_like(lse)
-    return lse - z_label, kl, H, lse, lse_q
+    return lse - z_label, kl, entropy_of(everything, lse), lse, lse_q
 
 
 @torch.no_grad()
@@ -125,14 +123,16 @@ def differentiate(
     need_b: bool,
     tile: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """KL [N] fp64, and d(sum u CE + w KL) by h, W and b where needed: each tile's dz is formed
-    whole, then multiplied."""
+    """KL [N] fp64, and d(sum u CE + w KL) by h, W and b where needed. Each tile's dz is complete
+    before it is multiplied."""
     dtype, (N, D) = working_dtype(h, head.weight, head.bias), h.shape
     tau, u = 1.0 if teacher is None else teacher.tau, u.to(dtype)[:, None]
     dh = h.new_zeros((N, D), dtype=dtype) if need_h else None
-    # row by row, whatever the head's strides
+    # contiguous, whatever the head's strides
     dW = head.weight.new_empty(head.weight.shape) if need_W else None
-    db = head.bias.new_empty(head.bias.shape) if need_b else None
+    db = None
+    if need_b and head.bias is not None:
+        db = head.bias.new_empty(head.bias.shape)
     x = h if native(h, head.weight) and dtype == torch.float32 else h.to(dtype)
     kl, mass = lse.new_zeros(N), lse.new_zeros(N)
     if teacher is not None:
@@ -140,7 +140,7 @@ def differentiate(
     for start, W, z, slope, t in pairs(h, head, teacher, tile, dtype):
         columns = slice(start, start + len(W))
         dz = minus(z, lse).exp_().mul_(u)
-        if teacher is not None:
+        if teacher is not None and t is not None:
             P = probabilities(t, start, teacher)
             mass += P.sum(1)
             kl += gap(z, t, P, tau)
@@ -152,17 +152,17 @@ def differentiate(
         dz.scatter_add_(1, here.clamp(0, len(W) - 1), -u * ((here >= 0) & (here < len(W))))
         if slope is not None:
             dz.mul_(slope)
-        if need_h:
+        if dh is not None:
             accumulate(dh, dz, W)
         if head.scale != 1:
             dz.mul_(head.scale)
-        if need_W:
+        if dW is not None:
             dW[columns] = (
                 dz.T @ x if x.dtype == dtype else torch.mm(dz.T.to(x.dtype), x, out_dtype=dtype)
             )
-        if need_b:
+        if db is not None:
             db[columns] = dz.sum(0)
-    if need_h:
+    if dh is not None:
         dh *= head.scale
     if teacher is not None:
         kl = divergence(kl, mass, lse_q, teacher)

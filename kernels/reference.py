@@ -1,9 +1,13 @@
 """The specification: cross-entropy and dual-masked KL per row, with full logits in plain torch.
 
-Slow and large on purpose: [N, V] logits of student and teacher exist here, and autograd does the
-gradients. Every other backend is tested against this file. Equations 2-5 of arXiv 2405.12523; the
-letters are in README.md.
+Slow and large on purpose: it forms the [N, V] logits of student and teacher, and autograd computes
+the gradients. Every other backend is tested against this file. Equations 2-5 of arXiv 2405.12523;
+README.md explains the letters.
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +16,8 @@ from torch import Tensor
 
 def accumulation(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of statistics: fp64 if any input is fp64, else fp32."""
-    return (
-        torch.float64
-        if any(x is not None and x.dtype == torch.float64 for x in tensors)
-        else torch.float32
-    )
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if wide else torch.float32
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -32,20 +33,19 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Product(torch.autograd.Function):
-    """a @ b, whose backward pass is not rounded either where it runs inside an autocast region."""
+    """a @ b. Its backward pass leaves the caller's autocast region, which would round to 16 bit."""
 
     @staticmethod
-    def forward(ctx, a, b):
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
         return a @ b
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
+        need_a, need_b = ctx.needs_input_grad
         with torch.autocast(g.device.type, enabled=False):
-            return (g @ b.T if ctx.needs_input_grad[0] else None), (
-                a.T @ g if ctx.needs_input_grad[1] else None
-            )
+            return g @ b.T if need_a else None, a.T @ g if need_b else None
 
 
 def logits(
@@ -56,6 +56,7 @@ def logits(
     logit_softcap: float | None,
     dtype: torch.dtype,
 ) -> Tensor:  # [N, V]
+    """z = softcap * tanh(x / softcap), x = scale * (hidden @ head_weight.T + bias)"""
     x = product(hidden, head_weight.T, dtype)
     if head_bias is not None:
         x = x + head_bias.to(dtype)
@@ -79,35 +80,30 @@ def dmk_ce(
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """CE, KL and the student's entropy of each row: three [N] tensors, fp32 or fp64; the first two
+    """CE, KL and the student's entropy of each row: three [N] tensors, fp32 or fp64. CE and KL
     carry a graph."""
     dtype = accumulation(hidden, head_weight, head_bias, teacher_hidden, teacher_weight)
     z = logits(hidden, head_weight, head_bias, logit_scale, logit_softcap, dtype)
     ce = F.cross_entropy(z, labels, ignore_index=ignore_index, reduction="none")
     entropy = torch.special.entr(z.detach().softmax(-1)).sum(-1)
-    if teacher_hidden is None:
+    if teacher_hidden is None or teacher_weight is None:
         return ce, torch.zeros_like(ce), entropy
 
     with torch.no_grad():
         t = logits(teacher_hidden, teacher_weight, teacher_bias, logit_scale, logit_softcap, dtype)
     keep = slice(None) if vocab_keep is None else vocab_keep
     if renormalize:  # over the kept vocabulary: a true KL
-        log_p, log_q = (
-            (t[:, keep] / temperature).log_softmax(-1),
-            (z[:, keep] / temperature).log_softmax(-1),
-        )
+        log_p = (t[:, keep] / temperature).log_softmax(-1)
+        log_q = (z[:, keep] / temperature).log_softmax(-1)
     else:
         # Eq. 4: a partial sum of probabilities normalised over the full vocabulary, which can be
         # negative
-        log_p, log_q = (
-            (t / temperature).log_softmax(-1)[:, keep],
-            (z / temperature).log_softmax(-1)[:, keep],
-        )
-    kl = temperature**2 * (log_p.exp() * (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)).sum(
-        -1
-    )
+        log_p = (t / temperature).log_softmax(-1)[:, keep]
+        log_q = (z / temperature).log_softmax(-1)[:, keep]
+    gap = (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)
+    kl = temperature**2 * (log_p.exp() * gap).sum(-1)
     if same_head and (renormalize or vocab_keep is None):
-        # With C = 1 an unmoved row has exactly no KL and no gradient, which no order of summation
-        # gives for free.
+        # Where C = 1, a row that has not moved has exactly no KL and no gradient. No order of
+        # summation gives that for free.
         kl = kl.masked_fill((hidden == teacher_hidden).all(-1), 0.0)
     return ce, kl, entropy

@@ -1,31 +1,32 @@
-"""The loss one vocabulary tile at a time, in plain torch: any device, no [N, V] tensor, all logits
-in fp32 (fp64 for fp64).
+"""The shared path, one vocabulary tile at a time, in plain torch: any device, no [N, V] tensor, all
+logits in fp32 (fp64 for fp64).
 
-Here for one frozen head of student and teacher without a softcap, and for cross-entropy alone: one
-sweep over the vocabulary gives the softmax's sums and its product with W, and the teacher enters
-through its statistics. All else is in general.py; letters and equations are in README.md.
+It serves one frozen head of student and teacher without a softcap, and cross-entropy alone. One
+sweep over the vocabulary gives the softmax's sums and its product with W; the teacher enters
+through its statistics. general.py has all other cases; README.md has letters and equations.
 
 Held-out columns (the teacher's top entries and the label) never enter the running sums. Their
-logits are fp32 dot products of single rows, and z - t = s <h - h_t, W_v> is formed from the
-difference of the hidden states: next to the teacher nothing cancels, and a product with rounded
-probabilities would only see what is left over.
+logits are fp32 dot products of single rows, and z - t = s <h - h_t, W_v> comes from the difference
+of the hidden states. So nothing cancels next to the teacher, and the product with rounded
+probabilities covers only the small remaining columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# nats that a logit may lie above the softmax's reference before the sums are rescaled; exp(30) is
-# far from 2^127
+# A logit may lie this many nats above the softmax's reference before the sums are rescaled; exp(30)
+# is far from 2^127.
 JUMP = 30.0
-# numbers in the head rows gathered at a time; on a GPU 8 times that, where operations cost more
-# than memory
+# Numbers in the head rows gathered at a time; 8 times that on a GPU, where operations cost more
+# than memory.
 GATHERED = 2**20
-FLOOR = -1e30  # stands for a reference of -inf, of which differences would be NaN
+FLOOR = -1e30  # in place of a reference of -inf, whose differences would be NaN
 
 
 class Head(NamedTuple):
@@ -58,8 +59,14 @@ class Teacher(NamedTuple):
 
 
 class Sums:
-    """Running sums of e = exp(z / tau - shift) over columns, as an online softmax keeps them;
-    columns of -inf take no part."""
+    """Running sums of e = exp(z / tau - shift) over columns, as in an online softmax. Columns of
+    -inf add nothing.
+
+    shift    [N] the working dtype: where a logit lies more than JUMP above it, it moves there
+    total    [N] fp64: sum e
+    entropy  [N] fp64: -sum e log e; None where it is not wanted
+    product  [N, D] the working dtype: e @ W; None where it is not wanted
+    """
 
     def __init__(
         self, reference: Tensor, tau: float, dtype: torch.dtype, D: int = 0, entropy: bool = False
@@ -68,21 +75,21 @@ class Sums:
         N = len(reference)
         self.tau, self.shift = tau, (reference / tau).clamp_min(FLOOR).to(dtype)
         self.total = reference.new_zeros(N, dtype=torch.float64)
-        self.product = reference.new_zeros((N, D), dtype=dtype) if D else None  # e @ W
-        self.entropy = torch.zeros_like(self.total) if entropy else None  # -sum e log e
+        self.product = reference.new_zeros((N, D), dtype=dtype) if D else None
+        self.entropy = torch.zeros_like(self.total) if entropy else None
 
     def add(self, z: Tensor, W: Tensor, slope: Tensor | None) -> None:
-        """A tile of logits z [N, T], which is overwritten, with its rows W [T, D]; slope: dz/dx, a
-        factor on the product."""
+        """Adds a tile of logits z [N, T], which it overwrites, with its head rows W [T, D]. slope:
+        dz/dx, a factor on the product."""
         if z.shape[1] == 0:
             return
         if self.tau != 1:
             z.div_(self.tau)
         top = z.amax(1)
         shift = torch.where(top > self.shift + JUMP, top, self.shift)
-        # a GPU must not wait to learn that there is nothing to do
+        # a GPU rescales always: to learn that nothing moved, the host would have to wait
         if z.is_cuda or not torch.equal(shift, self.shift):
-            self._rescale(shift)
+            self.rescale(shift)
         e = z.sub_(self.shift[:, None]).exp_()
         self.total += e.sum(1)
         if self.entropy is not None:
@@ -90,7 +97,8 @@ class Sums:
         if self.product is not None:
             accumulate(self.product, e if slope is None else e.mul_(slope), W)
 
-    def _rescale(self, shift: Tensor) -> None:
+    def rescale(self, shift: Tensor) -> None:
+        """Refers all sums to another shift [N]."""
         r = torch.exp(self.shift - shift)
         if self.entropy is not None:  # -sum (r e) log(r e)
             self.entropy = r * (self.entropy - (self.shift - shift).double() * self.total)
@@ -98,27 +106,59 @@ class Sums:
         if self.product is not None:
             self.product *= r[:, None]
 
+    def scaled_product(self, factor: Tensor) -> Tensor:
+        """[N, D]: the product, each row times its factor [N]."""
+        assert self.product is not None
+        return self.product * factor.to(self.product.dtype)[:, None]
+
     def log_total(self) -> Tensor:
         """[N] fp64: logsumexp of z / tau over the columns added; -inf for none."""
         return self.shift.double() + self.total.log()
 
     def share(self, lse: Tensor) -> Tensor:
-        """[N] fp64: exp(shift - lse), which makes e of these sums a probability; 0 where they are
-        empty."""
+        """[N] fp64: exp(shift - lse), the factor from e to a probability; 0 where nothing was
+        added."""
         return torch.exp(self.shift.double() - lse).masked_fill(self.total == 0, 0.0)
 
     def entropy_share(self, lse: Tensor) -> Tensor:
-        """[N] fp64: sum q (lse - log e - shift) over these columns, q = e * share"""
+        """[N] fp64: sum q (lse - log e - shift) over these columns, q = e * share; 0 where the
+        entropy is not wanted."""
+        if self.entropy is None:
+            return torch.zeros_like(lse)
         return self.share(lse) * ((lse - self.shift.double()) * self.total + self.entropy)
 
 
-# ------------------------------------------------------------------------------------------------
+def entropy_of(sums: list[Sums], lse: Tensor) -> Tensor:
+    """[N] fp64: the entropy of the softmax whose columns these sums share, lse [N] its
+    normaliser."""
+    entropy = torch.zeros_like(lse)
+    for one in sums:
+        entropy += one.entropy_share(lse)
+    return entropy
+
+
+# --------------------------------------------------------------------------------------------------
 # tiles and single rows
 
 
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    """One and the same memory, seen without reading it."""
+    if a is None or b is None:
+        return a is b
+    if a is b:
+        return True
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype, a.device) == (
+        b.data_ptr(),
+        b.shape,
+        b.stride(),
+        b.dtype,
+        b.device,
+    )
+
+
 def exact(device: torch.device) -> bool:
-    """Are fp32 products fp32 here? torch.set_float32_matmul_precision("high" or "medium") rounds
-    them, on a CPU too."""
+    """Are fp32 products fp32 on this device? Trap: torch.set_float32_matmul_precision("high" or
+    "medium") rounds them, on a CPU too."""
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     return backend.matmul.fp32_precision in ("none", "ieee")
 
@@ -131,15 +171,17 @@ def working_dtype(h: Tensor, W: Tensor, *others: Tensor | None) -> torch.dtype:
 
 
 def native(h: Tensor, W: Tensor) -> bool:
-    """Can bf16 be multiplied as it is, with fp32 delivered? On a CPU torch has no such product;
-    there the tile is upcast."""
+    """Does torch multiply these in bf16 and deliver fp32? It has no such product on a CPU, where
+    the tile is upcast."""
     return h.is_cuda and h.dtype == W.dtype == torch.bfloat16
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, summed in total's dtype. Where b is bf16, a goes in two parts: one would
-    leave 8 bits of it, and a product that is a small difference from the teacher's needs more
-    (notes/held-out-columns.md)."""
+    """total += a @ b, summed in total's dtype.
+
+    Where b is bf16, a goes in two bf16 parts. One part would leave 8 bits of it, and a product that
+    is a small difference from the teacher's needs more (notes/held-out-columns.md).
+    """
     if b.dtype == total.dtype:
         total.addmm_(a, b)
         return
@@ -151,8 +193,8 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 def tiles(
     h: Tensor, head: Head, tile: int, dtype: torch.dtype
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
-    """(first column, W [T, D], z [N, T], dz/dx or None) for each tile; W and z are buffers that the
-    next tile overwrites."""
+    """(first column, W [T, D], z [N, T], dz/dx or None) for each tile. The next tile overwrites W
+    and z."""
     (N, D), V = h.shape, len(head.weight)
     keep_bits = native(h, head.weight) and dtype == torch.float32
     x = h if keep_bits else h.to(dtype)
@@ -175,7 +217,7 @@ def tiles(
 
 
 def transform(z: Tensor, head: Head, start: int) -> Tensor | None:
-    """Bias, scale and softcap of a tile in place; returns dz/dx where there is a softcap."""
+    """Applies bias, scale and softcap to a tile in place. Returns dz/dx if there is a softcap."""
     if head.bias is not None:
         z += head.bias[start : start + z.shape[1]].to(z.dtype)
     if head.scale != 1:
@@ -198,8 +240,10 @@ def sweep(
     apart: Sums | None,
     tile: int,
 ) -> None:
-    """Adds the whole vocabulary, but for each row's columns held [N, k] where valid, to all `sums`;
-    the last goes without the columns that `keep` [V] drops, which `apart` gets."""
+    """Adds the whole vocabulary to all `sums`, without each row's columns held [N, k] where valid.
+
+    The last of `sums` also leaves out the columns that `keep` [V] drops; `apart` gets those.
+    """
     cuts = dropped_in_tiles(keep, len(head.weight), tile)
     for (start, W, z, slope), dropped in zip(
         tiles(h, head, tile, sums[0].shift.dtype), cuts, strict=True
@@ -209,24 +253,23 @@ def sweep(
 
 
 def chunks(columns: Tensor, D: int) -> Iterator[slice]:
-    """Rows of columns [N, k] in slices whose head rows [n, k, D] are about as large as a tile's
-    logits."""
+    """Slices of the rows of columns [N, k], so small that their head rows [n, k, D] are about as
+    large as a tile's logits."""
     N, k = columns.shape
     step = max(1, (GATHERED if columns.device.type == "cpu" else 8 * GATHERED) // (k * D))
     return (slice(start, start + step) for start in range(0, N, step))
 
 
 def gather(W: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """W[columns] [n, k, D]; whole rows are copied, which index_select does many times faster than
-    indexing."""
+    """W[columns] [n, k, D]. index_select copies whole rows, many times faster than indexing."""
     return W.index_select(0, columns.reshape(-1)).to(dtype).view(*columns.shape, W.shape[1])
 
 
 def row_logits(
     h: Tensor, head: Head, columns: Tensor, dtype: torch.dtype, moved: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """z [N, k] at each row's own columns [N, k], and s <moved, W_v>, by how much x grows where h
-    moves by `moved` [N, D]."""
+    """z [N, k] at each row's own columns [N, k], and s <moved, W_v> [N, k]: how much x grows where
+    h moves by `moved` [N, D]."""
     z, dz = h.new_empty(columns.shape, dtype=dtype), h.new_zeros(columns.shape, dtype=dtype)
     wide = dtype if exact(h.device) else torch.float64
     for n in chunks(columns, h.shape[1]):
@@ -253,8 +296,8 @@ def add_rows(total: Tensor, W: Tensor, columns: Tensor, factors: Tensor) -> None
 
 
 def hold_out(z: Tensor, columns: Tensor, valid: Tensor, start: int) -> None:
-    """Sets a tile's z to -inf at each row's columns [N, k] where valid. Clamped columns get 0
-    added, so none can collide."""
+    """Sets a tile's z to -inf at each row's columns [N, k] where valid. Columns outside of the tile
+    add 0 at its edge, so they collide with none inside."""
     here = columns - start
     inside = valid & (here >= 0) & (here < z.shape[1])
     z.scatter_add_(
@@ -265,7 +308,7 @@ def hold_out(z: Tensor, columns: Tensor, valid: Tensor, start: int) -> None:
 
 
 def dropped_in_tiles(keep: Tensor | None, V: int, tile: int) -> list[Tensor | None]:
-    """For each tile its dropped columns, counted from its start; None where all are kept."""
+    """For each tile its dropped columns, counted from its start; None where it keeps all."""
     starts = range(0, V, min(tile, V))
     if keep is None:
         return [None] * len(starts)
@@ -285,8 +328,8 @@ def spread(
     dropped: Tensor | None,
     apart: Sums | None,
 ) -> None:
-    """Adds a tile to all `sums`; the last goes without the dropped columns, which `apart` gets. z
-    is overwritten."""
+    """Adds a tile to all `sums`, the last without the dropped columns; `apart` gets those.
+    Overwrites z."""
     for one in sums[:-1]:
         one.add(z.clone(), W, slope)
     if dropped is not None:
@@ -310,8 +353,8 @@ def statistics(
     tile: int,
     held_out: int = 16,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """m, C, lse, top and p of a Teacher, in two sweeps: the first finds the top entries, the second
-    leaves them out."""
+    """m, C, lse, top and p of a Teacher, in two sweeps: the first looks for the top entries, the
+    second leaves them out."""
     N, (V, D) = len(hidden), head.weight.shape
     dtype = working_dtype(hidden, head.weight, head.bias)
     cuts = dropped_in_tiles(keep, V, tile)
@@ -335,6 +378,7 @@ def statistics(
     lse = torch.logaddexp(kept, others.log_total())
     C = torch.ones_like(lse) if renormalize or keep is None else torch.exp(kept - lse)
     result = torch.float64 if torch.float64 in (hidden.dtype, head.weight.dtype) else torch.float32
+    assert sums.product is not None
     m = sums.product * sums.share(lse).to(dtype)[:, None]
     return m.to(result), C.to(result), lse, top, torch.exp(z / tau - lse[:, None])
 
@@ -356,36 +400,31 @@ def shared(
     tile: int,
     sweep: Callable[..., None] = sweep,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """CE, KL and entropy [N] fp64, and d(u CE + w KL)/dh [N, D] if `gradient`; y [N] are legal
-    columns, u is 0 where ignored.
+    """CE, KL and entropy [N] fp64, and d(u CE + w KL)/dh [N, D] if `gradient`.
 
-    sweep: what visits the whole vocabulary, N * V * D flops and more; all else here is N * k * D at
-    most.
+    y      [N] int64, legal columns; u is 0 where the label is ignored
+    sweep  visits the whole vocabulary, N * V * D flops and more; the rest of this function is
+           N * k * D at most
     """
     dtype = working_dtype(h, head.weight, head.bias)
     tau = 1.0 if teacher is None else teacher.tau
+    moved = None
     if teacher is None:
-        held, own, valid = (
-            y[:, None],
-            torch.ones_like(y, dtype=torch.bool),
-            torch.ones_like(y[:, None], dtype=torch.bool),
-        )
+        held, own = y[:, None], torch.ones_like(y, dtype=torch.bool)
+        valid = own[:, None]
     else:
-        # without mass they are placeholders, or may be
-        held, holds = (
-            torch.cat([teacher.top, y[:, None]], 1),
-            teacher.p > 0,
-        )
-        # else the label is among the top, and must not count twice
-        own = ~((teacher.top == y[:, None]) & holds).any(1)
-        valid = torch.cat([holds, own[:, None]], 1)
-    moved = None if teacher is None else h.to(dtype) - teacher.hidden.to(dtype)
+        held = torch.cat([teacher.top, y[:, None]], 1)
+        massive = teacher.p > 0  # a column without mass may be a placeholder
+        # a label among the top must not count twice
+        own = ~((teacher.top == y[:, None]) & massive).any(1)
+        valid = torch.cat([massive, own[:, None]], 1)
+        moved = h.to(dtype) - teacher.hidden.to(dtype)
     z, dz = row_logits(h, head, held, dtype, moved)
     z = z.double().masked_fill(~valid, -torch.inf)
 
     mask = teacher.keep if teacher is not None and teacher.renormalize else None
-    # The sums start from a logit that is in them: a dropped one far above would drive the kept ones
-    # to 0.
+    # The sums start from a logit that is in them: a dropped logit far above would drive the kept
+    # ones to 0.
     reference = (z if mask is None else z.masked_fill(~mask[held], -torch.inf)).amax(1)
     width = h.shape[1] if gradient else 0
     ones = Sums(reference, 1.0, dtype, width, entropy)
@@ -403,27 +442,24 @@ def shared(
     Q = torch.exp(z - lse[:, None])  # [N, k + 1]
     H = torch.zeros_like(lse)
     if entropy:
-        H = (Q * (lse[:, None] - z)).masked_fill(Q == 0, 0.0).sum(1) + sum(
-            x.entropy_share(lse) for x in everything
-        )
+        H = (Q * (lse[:, None] - z)).masked_fill(Q == 0, 0.0).sum(1) + entropy_of(everything, lse)
     u = u.double()
     factor = u[:, None] * (Q - is_label.double())  # of the held-out rows of W
     if head.softcap is not None:  # without a teacher only
         factor *= 1 - (z / head.softcap) ** 2
     kl, dh = torch.zeros_like(lse), None
     if gradient:
-        dh = sum(x.product * (u * x.share(lse)).to(dtype)[:, None] for x in everything)
+        dh = reduce(torch.add, (x.scaled_product(u * x.share(lse)) for x in everything))
 
-    if teacher is not None:
+    if teacher is not None and moved is not None:
         C, P, w = teacher.C.double(), teacher.p.double(), w.double() * tau
         dz = dz.double().masked_fill(~valid, 0.0)[:, :-1] / tau
         in_support = own if mask is None else own & mask[y]
-        # log Q / P_rest: the logs of what is exp(z / tau - lse_t) for the student, whose sum is 1
-        # for an unmoved row
+        # The student's exp(z / tau - lse_t) in three parts, as logarithms. Their sum is
+        # S = exp(lse_s - lse_t): 1 for a row that has not moved.
         top = torch.log(P) + dz
         label = (z[:, -1] / tau - teacher.lse).masked_fill(~in_support, -torch.inf)
         others = sums[-1].log_total() - teacher.lse
-        # lse_s - lse_t
         log_S = torch.logsumexp(torch.cat([top, label[:, None], others[:, None]], 1), 1)
         drift = (moved * teacher.m.to(dtype)).sum(1).double() * (head.scale / tau)
         kl = tau**2 * (C * log_S - (P * dz).sum(1) - drift)
@@ -432,12 +468,10 @@ def shared(
             kl, w = kl.masked_fill(still, 0.0), w.masked_fill(still, 0.0)
         factor[:, :-1] += w[:, None] * (C[:, None] * torch.exp(top - log_S[:, None]) - P)
         factor[:, -1] += w * C * torch.exp(label - log_S)
-        if gradient:
-            dh += (
-                sums[-1].product * (w * C * sums[-1].share(teacher.lse + log_S)).to(dtype)[:, None]
-            )
+        if dh is not None:
+            dh += sums[-1].scaled_product(w * C * sums[-1].share(teacher.lse + log_S))
             dh -= teacher.m.to(dtype) * w.to(dtype)[:, None]
-    if gradient:
+    if dh is not None:
         add_rows(dh, head.weight, held, factor)
         dh *= head.scale
     return ce, kl, H, dh

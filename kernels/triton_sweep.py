@@ -493,7 +493,7 @@ def _add(
     """Adds the sums of all splits, m, total and entropy [splits, N] and part [product splits, N,
     D], to `one`."""
     top = m.amax(0).to(one.shift.dtype)
-    one._rescale(top)
+    one.rescale(top)
     away = m.double() - top.double()  # [splits, N], never above 0
     r = torch.exp(away)
     one.total += (total * r).sum(0)

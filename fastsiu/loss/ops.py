@@ -1,26 +1,80 @@
 """The loss as operators that torch knows: opaque to the compiler, with a gradient, whatever backend
 is behind them.
 
-Here the two ways through (README.md of kernels/) are told apart, and plain torch from Triton.
+An operator chooses between the shared path and the general one (README.md of kernels/), and between
+plain torch and Triton.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
 
 from ..kernels import general, tiled
 from ..kernels.launch import narrow
+from ..kernels.tiled import same
 
 
-def same(a: Tensor | None, b: Tensor | None) -> bool:
-    """One and the same memory, seen without reading it."""
-    if a is None or b is None:
-        return a is b
-    memory = lambda x: (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device)
-    return a is b or memory(a) == memory(b)
+class Operands(NamedTuple):
+    """The tensors of both operators, in the order of their schema; the teacher's are None without a
+    teacher."""
+
+    hidden: Tensor  # [N, D]
+    head_weight: Tensor  # [V, D]
+    head_bias: Tensor | None  # [V]
+    labels: Tensor  # [N] int64
+    u: Tensor  # [N], factor on the row's CE
+    w: Tensor  # [N], factor on the row's KL
+    t_hidden: Tensor | None  # these as in tiled.Teacher
+    t_m: Tensor | None
+    t_C: Tensor | None
+    t_lse: Tensor | None
+    t_top: Tensor | None
+    t_p: Tensor | None
+    t_weight: Tensor | None
+    t_bias: Tensor | None
+    t_keep: Tensor | None
+
+
+class Options(NamedTuple):
+    """The numbers of both operators, which their schema takes by keyword."""
+
+    renormalize: bool
+    logit_scale: float
+    logit_softcap: float | None
+    temperature: float
+    ignore_index: int
+    tile: int  # vocabulary columns at a time
+    fused: bool  # in Triton
+
+    def head(self, given: Operands) -> tiled.Head:
+        return tiled.Head(given.head_weight, given.head_bias, self.logit_scale, self.logit_softcap)
+
+    def teacher(self, given: Operands) -> tiled.Teacher | None:
+        _, _, _, _, _, _, hidden, m, C, lse, top, p, weight, bias, keep = given
+        if hidden is None or weight is None:
+            return None
+        assert m is not None and C is not None and lse is not None
+        assert top is not None and p is not None
+        head = tiled.Head(weight, bias, self.logit_scale, self.logit_softcap)
+        return tiled.Teacher(
+            hidden, m, C, lse, top, p, head, keep, self.renormalize, self.temperature
+        )
+
+
+_TENSORS = (
+    "Tensor hidden, Tensor head_weight, Tensor? head_bias, Tensor labels, Tensor u, Tensor w, "
+    "Tensor? t_hidden, Tensor? t_m, Tensor? t_C, Tensor? t_lse, Tensor? t_top, Tensor? t_p, "
+    "Tensor? t_weight, Tensor? t_bias, Tensor? t_keep"
+)
+_OPTIONS = (
+    "bool renormalize, float logit_scale, float? logit_softcap, float temperature, "
+    "SymInt ignore_index, SymInt tile, bool fused"
+)
 
 
 def weighed(weight: Tensor, x: Tensor) -> Tensor:
@@ -28,119 +82,55 @@ def weighed(weight: Tensor, x: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * x)
 
 
-def _unpack(
-    head_weight,
-    head_bias,
-    logit_scale,
-    logit_softcap,
-    temperature,
-    renormalize,
-    t_hidden,
-    t_m,
-    t_C,
-    t_lse,
-    t_top,
-    t_p,
-    t_weight,
-    t_bias,
-    t_keep,
-):
-    head = tiled.Head(head_weight, head_bias, logit_scale, logit_softcap)
-    if t_hidden is None:
-        return head, None
-    theirs = tiled.Head(t_weight, t_bias, logit_scale, logit_softcap)
-    return head, tiled.Teacher(
-        t_hidden, t_m, t_C, t_lse, t_top, t_p, theirs, t_keep, renormalize, temperature
-    )
-
-
-# torch.compile's caches on disk know an op by its name and not by its signature: a new signature
-# takes a new name.
-@library.custom_op("fastsiu::dmk_ce_v2", mutates_args=())
+# Trap: torch.compile's caches on disk know an operator by its name and not by its schema. A new
+# schema takes a new name.
+@library.custom_op(
+    "fastsiu::dmk_ce_v3",
+    mutates_args=(),
+    schema=f"({_TENSORS}, *, {_OPTIONS}, bool ahead, bool trains, bool entropy) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def tiled_dmk_ce(
-    hidden: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    labels: Tensor,
-    u: Tensor,
-    w: Tensor,
-    t_hidden: Tensor | None,
-    t_m: Tensor | None,
-    t_C: Tensor | None,
-    t_lse: Tensor | None,
-    t_top: Tensor | None,
-    t_p: Tensor | None,
-    t_weight: Tensor | None,
-    t_bias: Tensor | None,
-    t_keep: Tensor | None,
-    renormalize: bool,
-    logit_scale: float,
-    logit_softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    tile: int,
-    fused: bool,
-    ahead: bool,
-    trains: bool,
-    entropy: bool,
+    *tensors: Any, ahead: bool, trains: bool, entropy: bool, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rows u * CE + w * KL, CE, KL and entropy [N]; dh [N, D] if `ahead`, else [0, D]; both
     logsumexps [2, N].
 
-    With a frozen head the gradient is made here, where the tiles are at hand, for an upstream
-    gradient of 1: it scales by row. A head that trains needs the upstream gradient inside the sum
-    over rows, so its gradients are made in the backward pass.
+    tensors, options: the fields of Operands and Options
+    ahead:            compute dh here
+    trains:           the head's gradients are wanted later
+    entropy:          without it the entropy is 0
+
+    With a frozen head the gradient is computed here, where the tiles are at hand, for an upstream
+    gradient of 1: the upstream gradient scales it row by row. A head that trains needs the upstream
+    gradient inside the sum over rows, so the backward pass computes its gradients.
     """
-    head, teacher = _unpack(
-        head_weight,
-        head_bias,
-        logit_scale,
-        logit_softcap,
-        temperature,
-        renormalize,
-        t_hidden,
-        t_m,
-        t_C,
-        t_lse,
-        t_top,
-        t_p,
-        t_weight,
-        t_bias,
-        t_keep,
-    )
-    y, ignored = labels.masked_fill(labels == ignore_index, 0), labels == ignore_index
-    one_head = teacher is None or (same(head_weight, t_weight) and same(head_bias, t_bias))
+    given, how = Operands(*tensors), Options(**options)
+    head, teacher = how.head(given), how.teacher(given)
+    hidden, u, w = given.hidden, given.u, given.w
+    ignored = given.labels == how.ignore_index
+    y = given.labels.masked_fill(ignored, 0)
+    one_head = _one_head(given)
     dh, lse = None, u.new_zeros((2, len(hidden)), dtype=torch.float64)
-    if fused:
-        from ..kernels import triton_general, triton_sweep  # not every machine has triton
     with torch.autocast(hidden.device.type, enabled=False):
-        if one_head and not trains and (teacher is None or logit_softcap is None):
-            visit = tiled.sweep
-            if fused:
-                tile, visit = triton_sweep.chunk(hidden, head_weight), triton_sweep.sweep
+        if one_head and not trains and (teacher is None or how.logit_softcap is None):
+            tile, visit = _sweep(given, how)
             ce, kl, H, dh = tiled.shared(
                 hidden, head, y, teacher, u, w, ahead, entropy, tile, visit
             )
         else:
-            normalise, differentiate, tile = general.normalise, general.differentiate, narrow(tile)
-            if fused:
-                normalise, differentiate, tile = (
-                    triton_general.normalise,
-                    triton_general.differentiate,
-                    None,
-                )
-            ce, kl, H, *lse = normalise(
-                hidden, head, y, teacher, teacher is not None and not ahead, entropy, tile
-            )
+            normalise, differentiate = _general(how)
+            with_kl = teacher is not None and not ahead
+            ce, kl, H, lse_1, lse_q = normalise(hidden, head, y, teacher, with_kl, entropy)
             still = _still(hidden, teacher, one_head)
             if ahead:
                 moving = w if still is None else w.masked_fill(still, 0)
                 kl, dh, _, _ = differentiate(
-                    hidden, head, y, teacher, u, moving, *lse, True, False, False, tile
+                    hidden, head, y, teacher, u, moving, lse_1, lse_q, True, False, False
                 )
             if still is not None:
                 kl = kl.masked_fill(still, 0)
-            lse = torch.stack(lse)
+            lse = torch.stack([lse_1, lse_q])
     ce = ce.masked_fill(ignored, 0)
     rows = weighed(u, ce.to(u.dtype)) + weighed(w, kl.to(u.dtype))
     dh = hidden.new_empty((0, hidden.shape[1]), dtype=u.dtype) if dh is None else dh.to(u.dtype)
@@ -148,148 +138,151 @@ def tiled_dmk_ce(
 
 
 @tiled_dmk_ce.register_fake
-def _(hidden, head_weight, head_bias, labels, u, *rest):
-    ahead, N, D = rest[-3], *hidden.shape
-    one = lambda: u.new_empty(N)
+def _(
+    *tensors: Any, ahead: bool, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = Operands(*tensors)
+    u, (N, D) = given.u, given.hidden.shape
     return (
-        one(),
-        one(),
-        one(),
-        one(),
+        u.new_empty(N),
+        u.new_empty(N),
+        u.new_empty(N),
+        u.new_empty(N),
         u.new_empty((N if ahead else 0, D)),
         u.new_empty((2, N), dtype=torch.float64),
     )
 
 
-@library.custom_op("fastsiu::dmk_ce_backward_v2", mutates_args=())
+@library.custom_op(
+    "fastsiu::dmk_ce_backward_v3",
+    mutates_args=(),
+    schema=f"(Tensor lse, {_TENSORS}, *, {_OPTIONS}, bool need_h, bool need_W, bool need_b) "
+    "-> (Tensor, Tensor, Tensor)",
+)
 def tiled_dmk_ce_backward(
-    hidden: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    labels: Tensor,
-    u: Tensor,
-    w: Tensor,
-    lse: Tensor,
-    t_hidden: Tensor | None,
-    t_m: Tensor | None,
-    t_C: Tensor | None,
-    t_lse: Tensor | None,
-    t_top: Tensor | None,
-    t_p: Tensor | None,
-    t_weight: Tensor | None,
-    t_bias: Tensor | None,
-    t_keep: Tensor | None,
-    renormalize: bool,
-    logit_scale: float,
-    logit_softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    tile: int,
-    fused: bool,
-    need_h: bool,
-    need_W: bool,
-    need_b: bool,
+    lse: Tensor, *tensors: Any, need_h: bool, need_W: bool, need_b: bool, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh [N, D], dW [V, D] and db [V] of sum(u * CE + w * KL); those not needed have no rows."""
-    head, teacher = _unpack(
-        head_weight,
-        head_bias,
-        logit_scale,
-        logit_softcap,
-        temperature,
-        renormalize,
-        t_hidden,
-        t_m,
-        t_C,
-        t_lse,
-        t_top,
-        t_p,
-        t_weight,
-        t_bias,
-        t_keep,
-    )
-    still = _still(
-        hidden,
-        teacher,
-        teacher is not None and same(head_weight, t_weight) and same(head_bias, t_bias),
-    )
-    w = w if still is None else w.masked_fill(still, 0)
-    y = labels.masked_fill(labels == ignore_index, 0)
-    differentiate, tile = general.differentiate, narrow(tile)
-    if fused:
-        from ..kernels import triton_general
+    """dh [N, D], dW [V, D] and db [V] of sum(u * CE + w * KL); those not needed have no rows.
 
-        differentiate, tile = triton_general.differentiate, None
+    lse: [2, N] fp64, both logsumexps as the forward operator returned them
+    """
+    given, how = Operands(*tensors), Options(**options)
+    head, teacher = how.head(given), how.teacher(given)
+    hidden, w = given.hidden, given.w
+    still = _still(hidden, teacher, _one_head(given))
+    w = w if still is None else w.masked_fill(still, 0)
+    y = given.labels.masked_fill(given.labels == how.ignore_index, 0)
+    _, differentiate = _general(how)
     with torch.autocast(hidden.device.type, enabled=False):
         _, dh, dW, db = differentiate(
-            hidden, head, y, teacher, u, w, lse[0], lse[1], need_h, need_W, need_b, tile
+            hidden, head, y, teacher, given.u, w, lse[0], lse[1], need_h, need_W, need_b
         )
-    none = lambda x: x.new_empty((0, *x.shape[1:]))
     return (
-        none(hidden) if dh is None else dh.to(hidden.dtype),
-        none(head_weight) if dW is None else dW,
-        none(hidden[:, 0] if head_bias is None else head_bias) if db is None else db,
+        _gradient(hidden, False) if dh is None else dh.to(hidden.dtype),
+        _gradient(given.head_weight, False) if dW is None else dW,
+        _gradient(_like_bias(given), False) if db is None else db,
     )
 
 
 @tiled_dmk_ce_backward.register_fake
-def _(hidden, head_weight, head_bias, labels, u, w, lse, *rest):
-    need_h, need_W, need_b = rest[-3:]
-    bias = hidden[:, 0] if head_bias is None else head_bias
-    return tuple(
-        x.new_empty((x.shape[0] if need else 0, *x.shape[1:]))
-        for x, need in ((hidden, need_h), (head_weight, need_W), (bias, need_b))
+def _(
+    lse: Tensor, *tensors: Any, need_h: bool, need_W: bool, need_b: bool, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    given = Operands(*tensors)
+    bias = _like_bias(given)
+    return (
+        _gradient(given.hidden, need_h),
+        _gradient(given.head_weight, need_W),
+        _gradient(bias, need_b),
+    )
+
+
+def _gradient(x: Tensor, needed: bool) -> Tensor:
+    """Room for the gradient by x: contiguous whatever the strides of x, without rows if not
+    needed."""
+    return x.new_empty((x.shape[0] if needed else 0, *x.shape[1:]))
+
+
+def _like_bias(given: Operands) -> Tensor:
+    """The bias, or a tensor with the number of dimensions that its gradient would have."""
+    return given.hidden[:, 0] if given.head_bias is None else given.head_bias
+
+
+def _one_head(given: Operands) -> bool:
+    """Do student and teacher share weight and bias? True without a teacher."""
+    return given.t_hidden is None or (
+        same(given.head_weight, given.t_weight) and same(given.head_bias, given.t_bias)
     )
 
 
 def _still(hidden: Tensor, teacher: tiled.Teacher | None, one_head: bool) -> Tensor | None:
-    """Rows [N] that have neither KL nor its gradient because nothing has moved and C is 1; None =
-    no such rule here."""
+    """Rows [N] that have neither KL nor its gradient, because the state has not moved and C is 1;
+    None where C may differ from 1 or the heads differ."""
     if teacher is None or not one_head or not teacher.whole:
         return None
     return (hidden == teacher.hidden).all(1)
 
 
-def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    tensors, ctx.rest = inputs[:15], inputs[15:]
-    *_, ctx.ahead, ctx.trains, _ = inputs
-    ctx.save_for_backward(output[4], output[5], *(tensors if ctx.trains else ()))
-    ctx.dtype = inputs[0].dtype
+def _sweep(given: Operands, how: Options) -> tuple[int, Callable[..., None]]:
+    """The tile and the sweep of the shared path."""
+    if not how.fused:
+        return how.tile, tiled.sweep
+    from ..kernels import triton_sweep  # not every machine has triton
+
+    return triton_sweep.chunk(given.hidden, given.head_weight), triton_sweep.sweep
+
+
+def _general(
+    how: Options,
+) -> tuple[
+    Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]],
+    Callable[..., tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]],
+]:
+    """Both passes of the general path, `normalise` and `differentiate`, with their tile."""
+    if not how.fused:
+        tile = narrow(how.tile)
+        return partial(general.normalise, tile=tile), partial(general.differentiate, tile=tile)
+    from ..kernels import triton_general  # not every machine has triton
+
+    return triton_general.normalise, triton_general.differentiate
+
+
+# --------------------------------------------------------------------------------------------------
+# autograd
+
+
+def _setup(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Any, ...]
+) -> None:
+    _, _, _, _, dh, lse = output
+    options = dict(keyword_only_inputs)
+    ctx.ahead, ctx.trains, _ = (options.pop(k) for k in ("ahead", "trains", "entropy"))
+    ctx.options = options
+    ctx.save_for_backward(dh, lse, *(inputs if ctx.trains else ()))
+    ctx.dtype = Operands(*inputs).hidden.dtype
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, g: Tensor | None, *unused: Any) -> tuple:
+def _backward(ctx: Any, g: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "fused_dmk_ce has no second derivative: use backend='reference' for create_graph=True."
         )
-    nothing = [None] * 25
+    none = (None,) * (len(Operands._fields) - 3)
     if g is None:
-        return tuple(nothing)
+        return None, None, None, *none
     dh, lse, *tensors = ctx.saved_tensors
     if ctx.ahead:
-        nothing[0] = (dh * g[:, None]).to(ctx.dtype)
-    elif ctx.trains:
-        hidden, head_weight, head_bias, labels, u, w, *theirs = tensors
-        need_h, need_W, need_b = (ctx.needs_input_grad[i] for i in range(3))
-        made = tiled_dmk_ce_backward(
-            hidden,
-            head_weight,
-            head_bias,
-            labels,
-            u * g,
-            w * g,
-            lse,
-            *theirs,
-            *ctx.rest[:-3],
-            need_h,
-            need_W,
-            need_b,
-        )
-        nothing[:3] = (
-            x if need else None for x, need in zip(made, (need_h, need_W, need_b), strict=True)
-        )
-    return tuple(nothing)
+        return (dh * g[:, None]).to(ctx.dtype), None, None, *none
+    if not ctx.trains:
+        return None, None, None, *none
+    given = Operands(*tensors)
+    given = given._replace(u=given.u * g, w=given.w * g)
+    need_h, need_W, need_b, *_ = ctx.needs_input_grad
+    dh, dW, db = tiled_dmk_ce_backward(
+        lse, *given, **ctx.options, need_h=need_h, need_W=need_W, need_b=need_b
+    )
+    return dh if need_h else None, dW if need_W else None, db if need_b else None, *none
 
 
 tiled_dmk_ce.register_autograd(_backward, setup_context=_setup)

@@ -1,4 +1,4 @@
-"""From other people's [B, T] batches to the loss: hidden states without logits, supervised rows,
+"""From a [B, T] batch of any trainer to the loss: hidden states without logits, supervised rows,
 the teacher's rows, the head.
 
     with no_logits(model) as kept:
@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .teacher import INTEGERS, read_tensors, write_tensors
+from .tensor_file import INTEGERS, read_tensors, write_tensors
 
 FORMAT = "fastsiu-row-index"
 VERSION, READABLE = "2", ("1", "2")  # 1 had no digest
 
 
-class _Kept(dict):
+class _Kept(dict[str, Tensor]):
     def __missing__(self, key: str) -> Tensor:
         raise RuntimeError(
             f"There is no {key!r}, the head was not reached: inside no_logits call the model "
@@ -39,15 +39,16 @@ class _Kept(dict):
 
 @contextlib.contextmanager
 def no_logits(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Inside, the head is an identity that keeps its input: the model runs as always and no logits
-    exist.
+    """Inside, the head is an identity that stores its input: the model runs as always and forms no
+    logits.
 
     Yields a dict whose "hidden" is the head's last input, [B, T, D] with its graph. Call the
-    wrapped model (PEFT, DDP, FSDP) as
-    usual and without labels: calling what it wraps would skip the synchronisation of gradients. The
-    head is restored however the context ends. Of nested contexts the inner one keeps.
+    wrapped model (PEFT, DDP, FSDP) as usual and without labels: a call of the inner model would
+    skip the synchronisation of gradients. The head is restored however the context ends. In nested
+    contexts the inner one stores the input.
 
     model: anything with `get_output_embeddings()`, also behind `.module`
+
     Raises ValueError for a model without a head and for torch's DataParallel.
     """
     if isinstance(model, nn.DataParallel):
@@ -79,11 +80,12 @@ class SupervisedRows:
     """The N supervised positions of a batch, in the order of its samples and, within one, of its
     tokens.
 
-    hidden  [N, D]  the states that predict the labels, with their graph
-    labels  [N]     int64, none ignored
-    at              two [N] int64: sample and token position of each label
-    shape           (B, T) of the batch
-    teacher [N]     int64, rows of the teacher's cache: `cache[rows.teacher]`; None without an index
+    hidden   [N, D]  the states that predict the labels, with their graph
+    labels   [N]     int64, none ignored
+    at               two [N] int64: sample and token position of each label
+    shape            (B, T) of the batch
+    teacher  [N]     int64, rows of the teacher's cache: `cache[rows.teacher]`; None without an
+                     index
     """
 
     hidden: Tensor
@@ -96,8 +98,8 @@ class SupervisedRows:
         return self.labels.shape[0]
 
     def pick(self, x: Tensor) -> Tensor:
-        """[B, T, ...] -> [N, ...]: what stands beside the labels in a batch, such as kl_weight and
-        ce_weight."""
+        """[B, T, ...] -> [N, ...]: values that a batch has for each label, such as kl_weight and
+        ce_weight. Raises ValueError for another batch's shape."""
         if x.shape[:2] != self.shape:
             raise ValueError(
                 f"What is picked has shape {list(x.shape)}: it must have the labels' "
@@ -111,13 +113,14 @@ class SupervisedRows:
 
 
 class RowIndex:
-    """Which rows of a TeacherCache belong to which sample; built while the teacher runs, read by
+    """Which rows of a TeacherCache belong to which sample: built while the teacher runs, read by
     `supervised_rows`.
 
-    A sample's rows are found by its id, whatever the order, size and padding of the batches. The
-    supervised tokens are kept beside the id, so a sample that changed since the teacher saw it
-    (truncated, templated anew, another id) is an error and never another token's teacher. In
-    data-parallel training every rank needs all samples: shuffling moves them between ranks.
+    The index finds a sample's rows by its id, whatever the order, size and padding of the batches.
+    It stores the supervised tokens beside the id. A sample that changed since the teacher saw it
+    (another truncation, template or id) is therefore an error and never gets another token's
+    teacher. In data-parallel training every rank needs all samples: shuffling moves them between
+    ranks.
     """
 
     def __init__(self) -> None:
@@ -129,8 +132,12 @@ class RowIndex:
         return self._rows
 
     def add(self, sample_ids: Tensor | Sequence[int], rows: SupervisedRows) -> None:
-        """Gives the next `len(rows)` rows of the cache to these samples. Raises ValueError for an
-        id that is there already."""
+        """Gives the next `len(rows)` rows of the cache to these samples.
+
+        sample_ids: [B] integers
+
+        Raises ValueError for an id that the index already has.
+        """
         ids = _integers(sample_ids, rows.shape[0])
         twice = [i for k, i in enumerate(ids) if i in self._seen or i in ids[:k]]
         if twice:
@@ -145,7 +152,7 @@ class RowIndex:
     def find(self, sample_ids: Tensor | Sequence[int], rows: SupervisedRows) -> Tensor:
         """The cache's rows of a batch, [N] int64. Raises ValueError for a sample that the teacher
         did not see as it is now."""
-        ids, found = _integers(sample_ids, rows.shape[0]), []
+        ids, places = _integers(sample_ids, rows.shape[0]), []
         for i, labels in zip(ids, rows.split(), strict=True):
             if i not in self._seen:
                 raise ValueError(
@@ -165,10 +172,10 @@ class RowIndex:
                     "supervised tokens differ: "
                     "keep ids with their samples, or build the cache again."
                 )
-            found.append(torch.arange(start, start + len(seen)))
-        return torch.cat(found).to(rows.labels.device) if found else rows.labels.new_zeros(0)
+            places.append(torch.arange(start, start + len(seen)))
+        return torch.cat(places).to(rows.labels.device) if places else rows.labels.new_zeros(0)
 
-    def save(self, path: str | PathLike) -> None:
+    def save(self, path: str | PathLike[str]) -> None:
         """Writes one safetensors file, beside the cache's."""
         labels = [x for _, x in self._seen.values()]
         tensors = {
@@ -179,26 +186,29 @@ class RowIndex:
         write_tensors(path, tensors, FORMAT, VERSION, {})
 
     @classmethod
-    def load(cls, path: str | PathLike) -> RowIndex:
+    def load(cls, path: str | PathLike[str]) -> RowIndex:
         """Reads a saved index. Raises ValueError for another file or version and for a damaged
         file, FileNotFoundError where there is none."""
         named = dict(ids=INTEGERS, counts=INTEGERS, labels=INTEGERS)
         file = read_tensors(path, FORMAT, READABLE, "a row index", "RowIndex.save", named, {})
-        # not the file's own memory
+        # clone: tensors of the file's own memory would keep the file mapped
         ids, counts, labels = (file.tensors[name].clone() for name in named)
-        sound = ids.ndim == counts.ndim == labels.ndim == 1 and len(ids) == len(counts)
-        sound = (
-            sound
-            and not ((counts < 0) | (counts > len(labels))).any()
-            and counts.sum() == len(labels)
-        )
-        if not sound or len(ids.unique()) != len(ids):
+        if not _sound(ids, counts, labels):
             raise ValueError(f"{path} is damaged: build the index again.")
         index = cls()
         for i, own in zip(ids.tolist(), labels.split(counts.tolist()), strict=True):
             index._seen[i] = (index._rows, own)
             index._rows += len(own)
         return index
+
+
+def _sound(ids: Tensor, counts: Tensor, labels: Tensor) -> bool:
+    """Can these be an index: one count for each id, and as many labels as the counts say?"""
+    if not ids.ndim == counts.ndim == labels.ndim == 1 or len(ids) != len(counts):
+        return False
+    if ((counts < 0) | (counts > len(labels))).any() or counts.sum() != len(labels):
+        return False
+    return len(ids.unique()) == len(ids)
 
 
 def supervised_rows(
@@ -213,8 +223,8 @@ def supervised_rows(
     hidden[:, t - 1] predicts.
 
     hidden        [B, T, D] the states that feed the head, any float dtype
-    labels        [B, T] int64, unshifted, as Hugging Face's collators make them; labels[:, 0] is
-    predicted by nothing
+    labels        [B, T] int64, unshifted, as Hugging Face's collators make them; no state predicts
+                  labels[:, 0]
     sample_ids    [B] integers, and `index`, the RowIndex built with the teacher: both, or neither
     ignore_index  label of positions without supervision (prompt, padding)
 
@@ -237,10 +247,13 @@ def supervised_rows(
             "neither."
         )
     sample, token = (labels[:, 1:] != ignore_index).nonzero(as_tuple=True)
+    B, T = labels.shape
     rows = SupervisedRows(
-        hidden[sample, token], labels[sample, token + 1], (sample, token + 1), tuple(labels.shape)
+        hidden[sample, token], labels[sample, token + 1], (sample, token + 1), (B, T)
     )
-    return rows if index is None else replace(rows, teacher=index.find(sample_ids, rows))
+    if index is None or sample_ids is None:
+        return rows
+    return replace(rows, teacher=index.find(sample_ids, rows))
 
 
 class Head(NamedTuple):
@@ -254,30 +267,31 @@ def head_of(model: Any, *, frozen: bool = False) -> Head:
     """The weight [V, D] and bias [V] that the model's head applies now, as `fused_dmk_ce` has to be
     given them.
 
-    plain or tied linear   its own parameters; frozen, they are also the teacher's and the loss
-    takes its fast path
+    plain or tied linear   its own parameters; where they are frozen, they are also the teacher's
+                           and the loss takes its fast path
     PEFT LoRA on the head  weight + sum of scale * B @ A over the active adapters, fp32 (fp64), with
-    a graph to A and B: made at
-                           each call, so call it in each step; the head trains, and the loss takes
-                           its general path
+                           a graph to A and B. Call this in each step, because each call computes
+                           it. The head trains, so the loss takes its general path.
     PEFT modules_to_save   the active adapter's trainable copy
-    adapters disabled      the base's, so that a teacher run inside `disable_adapter()` finds its
-    own head
-    sharded (DTensor)      gathered, on all ranks at once; of a frozen head, keep the result
+    adapters disabled      the base's, so that a teacher that runs inside `disable_adapter()` gets
+                           its own head
+    sharded (DTensor)      gathered, on all ranks at once; keep the result where the head is frozen
 
     frozen: for the teacher's cache: detached, and copied where the parameter trains, so that
-    training does not move the teacher A scale or softcap after the head is not in the weight: give
-    it to the loss. Raises ValueError where no such weight exists: a head that is quantised, no
-    linear layer, offloaded or partitioned, another kind of adapter, LoRA with dropout in training
-    or merged into its base.
+            training does not move the teacher
+
+    A scale or softcap after the head is not in the weight: give it to the loss. Raises ValueError
+    where no such weight exists: a head that is quantised, no linear layer, offloaded or
+    partitioned, another kind of adapter, LoRA with dropout in training or merged into its base.
     """
     weight, bias = _linear(_head(model))
     if frozen:
-        weight, bias = (
-            None if x is None else x.detach().clone() if x.requires_grad else x.detach()
-            for x in (weight, bias)
-        )
+        return Head(_frozen(weight), None if bias is None else _frozen(bias))
     return Head(weight, bias)
+
+
+def _frozen(x: Tensor) -> Tensor:
+    return x.detach().clone() if x.requires_grad else x.detach()
 
 
 def _head(model: Any) -> nn.Module:
@@ -340,9 +354,9 @@ def _adapted(head: nn.Module) -> tuple[Tensor, Tensor | None]:
             continue
         if name in head.lora_variant:
             variant = head.lora_variant[name]
-            variant = variant.__name__ if isinstance(variant, type) else type(variant).__name__
+            kind = variant.__name__ if isinstance(variant, type) else type(variant).__name__
             raise ValueError(
-                f"The adapter {name!r} on the head is a {variant}: adapt the head with plain "
+                f"The adapter {name!r} on the head is a {kind}: adapt the head with plain "
                 "LoRA, or leave it out."
             )
         dropout = head.lora_dropout[name]
@@ -351,22 +365,20 @@ def _adapted(head: nn.Module) -> tuple[Tensor, Tensor | None]:
                 f"The adapter {name!r} on the head has dropout {dropout.p}, which no weight can "
                 "show: set it to 0."
             )
-        A, B, scale = (
-            _full(head.lora_A[name].weight, 2),
-            _full(head.lora_B[name].weight, 2),
-            head.scaling[name],
-        )
+        A, B = _full(head.lora_A[name].weight, 2), _full(head.lora_B[name].weight, 2)
+        scale = head.scaling[name]
         wide = torch.float64 if torch.float64 in (weight.dtype, A.dtype, B.dtype) else torch.float32
         # bf16 would round the small difference away
         with torch.autocast(weight.device.type, enabled=False):
             weight = weight.to(wide) + scale * (B.to(wide) @ A.to(wide))
             if head.lora_bias[name]:
+                assert bias is not None  # zeros at least, from above
                 bias = bias.to(wide) + scale * _full(head.lora_B[name].bias, 1).to(wide)
     return weight, bias
 
 
-def _full(x: Tensor, ndim: int) -> Tensor:
-    """A parameter as one plain float tensor on a device."""
+def _full(x: Any, ndim: int) -> Tensor:
+    """A parameter as one plain float tensor on a device. Raises ValueError where it is none."""
     if hasattr(x, "full_tensor"):
         x = x.full_tensor()
     if type(x) not in (Tensor, nn.Parameter) or not x.dtype.is_floating_point:
@@ -385,10 +397,8 @@ def _full(x: Tensor, ndim: int) -> Tensor:
 
 def _integers(sample_ids: Tensor | Sequence[int], B: int) -> list[int]:
     try:
-        ids = [
-            operator.index(i)
-            for i in (sample_ids.tolist() if hasattr(sample_ids, "tolist") else sample_ids)
-        ]
+        listed = sample_ids.tolist() if hasattr(sample_ids, "tolist") else sample_ids
+        ids = [operator.index(i) for i in listed]
     except TypeError as error:
         raise ValueError(
             "sample_ids must be integers, one per sample of the batch: number the data set's "

@@ -20,7 +20,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsiu import TeacherCache, fused_dmk_ce
+from fastsiu.loss import head as heads
 from fastsiu.loss import teacher as module
+from fastsiu.loss.head import shares, stamp
 
 torch.set_num_threads(1)
 
@@ -222,13 +224,8 @@ def calls_until_told(c, most):
 def test_of_a_large_head_each_call_reads_a_share(dtype):
     """A row that was written to behind torch's back is told when its turn comes, and not later than
     promised."""
-    K = module.shares(**BIG)
-    assert (
-        K == 4
-        and module.shares(32_000, 2048) == 256
-        and module.shares(7, 3) == 1
-        and module.shares(3, 10**6) == 3
-    )
+    K = shares(**BIG)
+    assert K == 4 and shares(32_000, 2048) == 256 and shares(7, 3) == 1 and shares(3, 10**6) == 3
     waited = []
     for row in range(2 * K):
         c = Case(**BIG, dtype=dtype, bias=row % 2 == 0)
@@ -276,7 +273,7 @@ class Watch(TorchDispatchMode):
 
 
 def test_a_call_reads_a_share_and_a_new_memory_is_read_once():
-    c, K = Case(**BIG), module.shares(**BIG)
+    c, K = Case(**BIG), shares(**BIG)
     size = BIG["V"] * BIG["D"]
     c.loss()
     with Watch() as usual:
@@ -298,24 +295,24 @@ def test_the_digest_is_of_the_numbers_alone(dtype, monkeypatch):
     W, b = rand(300, 31, seed=1, dtype=dtype), rand(300, seed=2, dtype=dtype)
     wide, apart = torch.zeros(301, 64, dtype=dtype), torch.zeros(600, dtype=dtype)
     wide[1:, 1:62:2], apart[::2] = W, b
-    expected, before = module.stamp(W, b).words(), W.clone()
+    expected, before = stamp(W, b).words(), W.clone()
     for layout in (W.T.contiguous().T, wide[1:, 1:62:2], nn.Parameter(W)):
-        assert module.stamp(layout, apart[::2]).words() == expected
+        assert stamp(layout, apart[::2]).words() == expected
     for small, count in ((1, 7), (1, 256), (10**9, 256)):
-        monkeypatch.setattr(module, "SMALL", small)
-        monkeypatch.setattr(module, "SHARES", count)
-        assert module.stamp(W, b).words() == expected
-        made = module.stamp(W, b)
+        monkeypatch.setattr(heads, "SMALL", small)
+        monkeypatch.setattr(heads, "SHARES", count)
+        assert stamp(W, b).words() == expected
+        made = stamp(W, b)
         assert not any(made.differs(W, b) for _ in range(2 * len(made.sums)))
     assert torch.equal(W, before)
-    assert module.stamp(W, None).words() != expected
+    assert stamp(W, None).words() != expected
 
 
 def test_the_digest_is_written_down():
     """What one release saved the next one reads: the same numbers give the same digest for ever."""
     W = torch.arange(12, dtype=torch.float32).view(4, 3)
-    assert module.stamp(W, None).words() == ("[4, 3]", "torch.float32", "-3290818349566525440")
-    assert module.stamp(W.to(torch.bfloat16), torch.ones(4)).words() == (
+    assert stamp(W, None).words() == ("[4, 3]", "torch.float32", "-3290818349566525440")
+    assert stamp(W.to(torch.bfloat16), torch.ones(4)).words() == (
         "[4, 3]",
         "torch.bfloat16",
         "8317214792140293568",
