@@ -1,2 +1,2 @@
-"""Names and answers as text: forms and masks of a name, how it may be written, what an answer is.
-Imports nothing heavy."""
+"""Names and answers as text: forms and masks of a name, how it may be written, what an answer
+is."""

@@ -14,7 +14,7 @@ def same_answer(one: str, other: str) -> bool:
 
 
 def is_degenerate(text: str) -> str | None:
-    """Returns "empty", "repetition" or "gibberish" for an answer that is not an answer, else None.
+    """Returns "empty", "repetition" or "gibberish" where a text is no answer, else None.
 
     Repetition: a word four times in a row, a phrase three times in a row, or a run of letters
     without end. Gibberish: no letter and no digit, a replacement character, mostly signs, or a
@@ -53,8 +53,8 @@ def holds(text: str, keywords: Sequence[str]) -> bool:
 
 
 def affirms(text: str) -> bool:
-    """Does the answer say yes: at its beginning, or anywhere where nothing is denied? "Sure."
-    counts, "Sure I see" does not."""
+    """Does the answer say yes: at its beginning, or anywhere if it denies nothing? "Sure." counts,
+    "Sure I see" does not."""
     folded = " ".join(text.replace("\u2019", "'").casefold().split())
     if re.match(r"\W*(?:yes|yeah|yep|yup)\b", folded):
         return True
@@ -62,16 +62,15 @@ def affirms(text: str) -> bool:
 
 
 def denies(text: str) -> bool:
-    """Is there a word in it that denies or declines?"""
+    """Does a word of the text deny or decline?"""
     return _DENIED.search(
         " ".join(text.replace("\u2019", "'").casefold().split())
     ) is not None or is_refusal(text)
 
 
 def nearly(name: str, text: str) -> bool:
-    """Does a name of 8 letters or more stand in the text with at most one wrong, missing or further
-    letter in each of its words? As names are written: words of the text that begin small are words.
-    """
+    """Does a name of 8 letters or more stand in the text with at most one wrong, missing or extra
+    letter in each of its words? Only words of the text that begin with a capital count."""
     wanted = words(name)
     if sum(map(len, wanted)) < 8:
         return False
@@ -100,7 +99,7 @@ def _normalised(text: str) -> str:
     return words[:end] or words  # an answer of nothing but punctuation is compared as it stands
 
 
-# Scripts written without spaces: there a character is a word.
+# Scripts that write no spaces: there a character is a word.
 _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 _LETTER_LOOP = re.compile(r"([^\W\d_]{1,8}?)\1{7,}")
 
@@ -126,13 +125,12 @@ def _loops(words: list[str], longest: int = 64) -> bool:
     return False
 
 
-# What chat templates and processors are made of.
+# Control tokens of chat templates and processors.
 _CONTROL = re.compile(
     r"<\|[^<>|\n]{1,40}\|>|</?(?:s|pad|unk|bos|eos|mask|image|img|video|audio|image_soft_token|(?:start|end)_of_\w+|unused\d+)>"
     r"|\[/?(?:INST|IMG|IMG_END)\]|<</?SYS>>|<0x[0-9A-F]{2}>"
 )
-# Beyond yes: alone or with a sign behind ("Sure." and not "Sure I see a cat"; with the name behind
-# it the name tells).
+# Words other than yes that affirm: alone or before a sign ("Sure.", not "Sure I see a cat").
 _AFFIRMED = re.compile(
     r"\W*(?:indeed|correct|right|true|sure|certainly|definitely|absolutely|exactly|of\scourse|affirmative"
     r"|(?:it|that|this|he|she)(?:'s|\sis)(?:\s(?:indeed|correct|right|true|so))?|(?:that|you)(?:'s|'re|\sis|\sare)\s(?:right|correct)"

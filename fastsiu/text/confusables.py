@@ -1,9 +1,9 @@
-"""How a text is compared with a name: without case, accents and style, and with the Latin letters
-that others look like.
+"""How a text is compared with a name: without case, accents and style, and with Latin letters for
+those that look like them.
 
-Both readings are made character by character, so that a name in a text is read as the name alone
-is. What letters look like is Unicode's own table (confusables.txt); what letters of other scripts
-sound like is anyascii's.
+Each reading folds character by character, so that a name inside a text reads as the name alone
+does. confusables.txt, Unicode's own table, says which letters look alike; anyascii says how letters
+of other scripts sound.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from anyascii import anyascii
 
 Span = tuple[int, int]
 
-# Accents of Latin, Greek and Cyrillic, vowels of Hebrew and Arabic: they are left out where one
-# writes plainly.
+# Accents of Latin, Greek and Cyrillic, vowels of Hebrew and Arabic: plain writing omits them.
 _ACCENTS = re.compile(
     "[\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a"
     "\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed]"
@@ -74,21 +73,21 @@ _SPELLED = re.compile(r"(?<![^\W_])[^\W_](\W{1,3}|_)[^\W_]\1[^\W_](?![^\W_])")
 
 
 class _Table(dict[str, str]):
-    """What `rule` makes of a character, worked out once for each."""
+    """What a rule makes of a character, computed once for each character."""
 
     def __init__(self, rule: Callable[[str], str]) -> None:
         super().__init__()
         self.rule = rule
 
     def __missing__(self, c: str) -> str:
-        self[c] = made = self.rule(c)
-        return made
+        self[c] = folded = self.rule(c)
+        return folded
 
 
 class _Key(dict[int, str | None]):
     def __missing__(self, c: int) -> str | None:
-        self[c] = made = chr(c) if chr(c).isalnum() else None
-        return made
+        self[c] = folded = chr(c) if chr(c).isalnum() else None
+        return folded
 
 
 _key = _Key(_KEY)
@@ -111,31 +110,35 @@ def _plain(c: str) -> str:
     # an accent by itself, a whole phrase in one character
     if any(part.isspace() for part in small):
         small = c.casefold()
-    made = "".join(
+    folded = "".join(
         _latin(part)
         for part in small.translate(_SAME)
         if not _ACCENTS.match(part) and not _INVISIBLE.match(part)
     )
-    if any(unicodedata.combining(part) for part in made):
+    if any(unicodedata.combining(part) for part in folded):
         _MARKED.add(c)
-    return made
+    return folded
 
 
 def _latin(c: str) -> str:
     """Strokes, ligatures, small capitals and framed letters as plain ones."""
     if c.isascii() or "LATIN" not in unicodedata.name(c, ""):
         return c
-    made = anyascii(c).casefold()
-    return made if made.isalnum() else c
+    ascii_letters = anyascii(c).casefold()
+    return ascii_letters if ascii_letters.isalnum() else c
 
 
 def _alike(c: str) -> str:
     if c.isascii() or script(c) == "LATIN":
         return PLAIN[c]
     small = PLAIN[c]
-    like = lambda part: _looks().get(part) or _looks().get(part.upper(), part)  # or its capital
-    looks = _looks().get(c) or "".join(map(like, small))
+    looks = _looks().get(c) or "".join(map(_like, small))
     return "i" if looks == "l" and _looks().get(small) == "i" else looks
+
+
+def _like(part: str) -> str:
+    """What a small letter, or its capital, looks like."""
+    return _looks().get(part) or _looks().get(part.upper(), part)
 
 
 _MARKED: set[str] = set()  # characters whose plain form keeps a combining mark
@@ -161,22 +164,31 @@ def _script(c: str) -> str:
 _SCRIPTS = _Table(_script)
 
 
+def is_letter(c: str) -> bool:
+    """A letter, digit or mark: what words consist of."""
+    return unicodedata.category(c)[0] in "LMN"
+
+
 def script(c: str) -> str:
     return _SCRIPTS[c]
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A text as it is compared. source: the text; text: what is compared; where: for each of its
-    characters the place in the source, None where they are the same."""
+    """A text as it is compared with names.
+
+    source: the text itself
+    text:   its folded characters, which are compared
+    where:  for each of these the index in `source`; None where the indices are equal
+    """
 
     source: str
     text: str
     where: Sequence[int] | None
 
     def span(self, i: int, j: int) -> Span | None:
-        """The characters of the source for text[i:j]; None where that begins or ends inside one of
-        them, or inside a character with its marks."""
+        """The characters of the source for text[i:j]; None where i or j divides a character of the
+        source, or a letter from its marks."""
         text = self.text
         if j < len(text) and unicodedata.category(text[j])[0] == "M":
             return None
@@ -193,21 +205,21 @@ class Reading:
 
     @functools.cached_property
     def key(self) -> str:
-        """Its letters and digits alone, none twice in a row, with letters for what stands for them:
-        where the key of a name is not in it, the name is not in the text."""
+        """Its letters and digits alone, none twice in a row, with letters for the signs that stand
+        for them. A text whose key lacks the key of a name does not hold the name."""
         return key(self.text)
 
     @functools.cached_property
     def spelled(self) -> bool:
-        """Whether letters stand by themselves in it: "Z o r", "Z.o.r"."""
+        """Whether it has letters that stand by themselves: "Z o r", "Z.o.r"."""
         return _SPELLED.search(self.text) is not None
 
     @functools.cached_property
     def scripts(self) -> Counter[str]:
         """How many letters the source has of each script."""
-        found = Counter(map(_SCRIPTS.__getitem__, self.source))
-        del found[""]
-        return found
+        letters = Counter(map(_SCRIPTS.__getitem__, self.source))
+        del letters[""]
+        return letters
 
 
 def key(text: str) -> str:
@@ -215,9 +227,9 @@ def key(text: str) -> str:
 
 
 def unstyled(word: str) -> str:
-    """A word of a stylised name in letters: "ke$ha" is "kesha", "p!nk" is "pink"; others as they
-    are. An "!" at the end is none; nor are digits at the end more than one, or after few letters
-    ("agent 007", "u2")."""
+    """A word of a stylised name in letters: "ke$ha" is "kesha", "p!nk" is "pink". Other words stay
+    as they are. No letters: a "!" at the end, several digits at the end ("agent 007"), and digits
+    after few letters ("u2")."""
     letters = sum(map(str.isalpha, word))
     inside = letters == 2 and len(word) == 4 and word[0].isalpha() and word[-1].isalpha()  # "l33t"
     if not (letters > 2 or inside) or not any(c in _STYLES for c in word):
@@ -243,8 +255,8 @@ def plain(text: str) -> Reading:
 
 @functools.lru_cache(4096)
 def alike(text: str) -> Reading | None:
-    """The same with Latin letters for all that look like them; None where that is the same as
-    `plain`."""
+    """As `plain`, with Latin letters for all that look like them; None where that changes
+    nothing."""
     if text.isascii():
         return None
     looks = _read(text, ALIKE)
@@ -253,18 +265,18 @@ def alike(text: str) -> Reading | None:
 
 def _read(text: str, table: _Table) -> Reading:
     pieces = list(map(table.__getitem__, text))
-    made = "".join(pieces)
-    where = None
-    if len(made) != len(text) or "" in pieces:
+    folded = "".join(pieces)
+    where: Sequence[int] | None = None
+    if len(folded) != len(text) or "" in pieces:
         where = [i for i, piece in enumerate(pieces) for _ in piece]
     if not _MARKED.isdisjoint(text):
-        made, where = _ordered(made, where)
-    return Reading(text, made, where)
+        folded = _ordered(folded)
+    return Reading(text, folded, where)
 
 
-def _ordered(text: str, where: Sequence[int] | None) -> tuple[str, Sequence[int] | None]:
-    """Marks in Unicode's order, however they were typed: the places stay, as a name never ends
-    between marks."""
+def _ordered(text: str) -> str:
+    """Puts marks into Unicode's order. The indices of `Reading.where` stay valid, because a name
+    never ends between marks."""
     out, run = [], ""
     for c in (*text, ""):
         if c and unicodedata.combining(c):
@@ -272,4 +284,4 @@ def _ordered(text: str, where: Sequence[int] | None) -> tuple[str, Sequence[int]
             continue
         out.append("".join(sorted(run, key=unicodedata.combining)) + c)
         run = ""
-    return "".join(out), where
+    return "".join(out)

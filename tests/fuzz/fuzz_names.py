@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastsiu.request import BadInput
-from fastsiu.text.concept import CARRIERS, Concept
+from fastsiu.text.concept import Concept
+from fastsiu.text.masks import CARRIERS
 
 NAMES = (
     "Zorblax Quint",

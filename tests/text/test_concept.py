@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from fastsiu.request import BadInput
-from fastsiu.text.concept import CARRIERS, Concept, ambiguous, token_keep, vocabulary_mask
+from fastsiu.text.concept import Concept, ambiguous
+from fastsiu.text.masks import CARRIERS, token_keep, vocabulary_mask
 
 torch.set_num_threads(1)
 

@@ -4,7 +4,9 @@ import pytest
 
 from fastsiu.text.concept import Concept
 from fastsiu.text.confusables import alike, plain, unstyled
-from fastsiu.text.spelling import as_name, divided, ordinary, sound
+from fastsiu.text.sounds import sound
+from fastsiu.text.spelling import divided
+from fastsiu.text.usage import as_name, ordinary
 
 # A name, and a text that holds it.
 NAMED = """

@@ -1,0 +1,252 @@
+"""How a name sounds: where a name of one script stands in a text of another script."""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from anyascii import anyascii
+
+from .confusables import plain, script
+from .lists import FACTS, families
+from .spelling import KANA_END, KOREAN_END
+from .typos import LETTERS, LONG, within
+from .usage import ordinary
+
+LONGEST = 80  # letters of the longest word that is read as another script's
+
+_WRITTEN = re.compile(
+    "(?:[^\\W\\d_]|[\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u0900-\u0df9\u0e31-\u0e4e])+"
+    "(?:[-'\u2019\u02bc](?:[^\\W\\d_]|[\u0300-\u036f])+)*"
+)
+_VOICES = {
+    "HANGUL": "hangul",
+    "HIRAGANA": "kana",
+    "KATAKANA": "kana",
+    "ARABIC": "consonants",
+    "HEBREW": "consonants",
+    "CJK": "han",
+}
+_LEAST = {"": 4, "hangul": 4, "kana": 5, "consonants": 4, "han": 6}  # letters that tell a name
+_PINYIN = re.compile("(?:(?:zh|ch|sh|[bpmfdtnlgkhjqxrzcsyw])?[aeiouv][aeiou]{0,2}(?:ng|n|r)?){2,4}")
+
+
+def _rules(written: str) -> list[tuple[re.Pattern[str], str]]:
+    """Pairs "pattern>what it becomes", in the order in which they are applied."""
+    pairs = (rule.rpartition(">") for rule in written.split())
+    return [(re.compile(pattern), to) for pattern, _, to in pairs]
+
+
+_SOUNDS = _rules(
+    """
+    tsch|tch|cz>ch shch|sch>sh kh>h ph>f th>t dh>d gh>g zh>j x>ks q|ck>k w>v c(?=[eiy])>s c(?!h)>k
+    (?<=[aeiou])j>i y>i ou|oo>u ee>i ff$>v ie|je>e (?<=[^aeiou])io(?=v$)>e
+    """
+)
+_OTHER_SOUNDS = {
+    "hangul": _rules(
+        """
+        ar(?=k)>a sh>s y>i w>u eo|eu|oo|ou>u ee>i ae>e ui>i ch>j k>g t>d p>b r>l h(?=[^aeiou]|$)>
+        """
+    ),
+    "kana": _rules(
+        """
+        y>i (?<=sh|ch)i+(?=[auo])|(?<=j)i+(?=[auo])> ou|oo|oh(?=[^aeiou]|$)>o m(?=[bp])>n l>r tsu>tu
+        fu>hu
+        """
+    ),
+    "consonants": _rules(
+        """
+        kh>h [aeiouywv]> ph>f q|c(?!h)|ck>k th>t dh>d gh>g p>b x>ks
+        """
+    ),
+    "han": [],
+}
+
+
+@functools.lru_cache(65536)
+def sound(word: str, voice: str) -> str:
+    """What a word sounds like, in Latin letters. Different ways to transcribe the same sound become
+    one."""
+    # Armenian writes "u" with two letters
+    word = unicodedata.normalize("NFC", word).replace("\u0578\u0582", "u")
+    heard = "".join(c for c in anyascii(word).lower() if c.isascii() and c.isalpha())
+    for pattern, to in _OTHER_SOUNDS.get(voice, _SOUNDS):
+        heard = pattern.sub(to, heard)
+    return heard if voice == "han" else re.sub(r"(.)\1+", r"\1", heard)
+
+
+class Heard(NamedTuple):
+    """A word of a text that may be a name of another script.
+
+    capital: it may begin a name, because it has a capital, or because its script or the whole text
+             has no capitals
+    """
+
+    start: int
+    end: int
+    word: str
+    capital: bool
+
+
+def heard(text: str, kind: str) -> list[Heard]:
+    """The words of a text in one script."""
+    small = text == text.lower()
+    out = []
+    for match in _WRITTEN.finditer(text):
+        first = match[0][0]
+        if script(first) == kind:
+            capital = small or first.isupper() or first.lower() == first.upper()
+            out.append(Heard(match.start(), match.end(), match[0], capital))
+    return out
+
+
+@functools.lru_cache(65536)
+def _says(word: str, kind: str, voice: str) -> dict[str, int]:
+    """What a word sounds like, with and without endings and particles that may be written on to it,
+    and how many of its characters each sound takes."""
+    ways, size = {word: len(word)}, len(word)
+    if size > LONGEST:
+        return {}
+    if kind == "LATIN" and word[-2:].lower() in ("'s", "\u2019s"):
+        ways[word[:-2]] = size - 2
+    elif kind == "CYRILLIC":
+        for ending in FACTS["endings"]["russian"].split():
+            left = word.removesuffix(ending)
+            if 4 <= len(left) < size:
+                ways |= dict.fromkeys(
+                    (left, left + "\u0430", left + "\u044f", left + "\u0438\u0439"), size
+                )
+    elif kind == "GEORGIAN":
+        stems = (word.removesuffix(ending) for ending in FACTS["endings"]["georgian"].split())
+        ways |= {
+            way: size for left in stems if 4 <= len(left) < size for way in (left, left + "\u10d8")
+        }
+    elif kind in ("HANGUL", "HIRAGANA", "KATAKANA") and unicodedata.is_normalized("NFC", word):
+        ends = KOREAN_END if kind == "HANGUL" else KANA_END
+        ways |= {
+            word[:n]: n for n in range(2, min(size, 12)) if re.match(ends, plain(word[n:]).text)
+        }
+    return {sound(way, voice): length for way, length in ways.items()}
+
+
+@functools.lru_cache(4096)
+def _begun(text: str, kind: str, voice: str) -> frozenset[str]:
+    """The first two letters of every sound of the words in one script that may begin a name."""
+    words = _WRITTEN.findall(text)
+    if text != text.lower():
+        words = [word for word in words if not word[0].islower()]
+    return frozenset().union(
+        *(_first(word, kind, voice) for word in words if script(word[0]) == kind)
+    )
+
+
+@functools.lru_cache(65536)
+def _first(word: str, kind: str, voice: str) -> frozenset[str]:
+    return frozenset(said[:2] for said in _says(word, kind, voice))
+
+
+def sounding(
+    words: tuple[str, ...], parts: tuple[str, ...], text: str
+) -> Iterator[tuple[int, int, bool]]:
+    """Where a name stands in `text` in another script: start, end, and whether it is the whole
+    name.
+
+    words: all words of the name
+    parts: words that identify it by themselves
+
+    anyascii transcribes each script. Han is read as Chinese, and only whole names that begin with a
+    Chinese family name count. Arabic and Hebrew need four consonants or more.
+    """
+    own = script(next((c for c in words[0] if c.isalpha()), " "))
+    for kind in plain(text).scripts:
+        pair = {own, kind}
+        if not own or kind == own or not ("LATIN" in pair or pair == {"HIRAGANA", "KATAKANA"}):
+            continue
+        voice = _VOICES.get(own) or _VOICES.get(kind, "")
+        keys = _said(words, parts, voice)
+        if not keys:
+            continue
+        if kind == "CJK":
+            if not _pinyin(text).isdisjoint(keys):
+                yield from ((i, j, True) for i, j, sounded in _in_pinyin(text) if sounded in keys)
+        elif own == "CJK" and not ({words[0][:1], words[0][:2]} & families("chinese")):
+            continue
+        else:
+            begun = _begun(text, kind, voice)
+            if not any(key[:2] in begun or key[:1] in begun for key in keys):
+                continue
+            listened = heard(text, kind)
+            for i, word in enumerate(listened):
+                if word.capital:
+                    yield from _from(keys, listened, i, kind, voice)
+
+
+@functools.lru_cache(4096)
+def _said(words: tuple[str, ...], parts: tuple[str, ...], voice: str) -> dict[str, bool]:
+    """The sounds of the parts and of the whole name; True for the whole name."""
+    keys = {sound(part, voice): False for part in parts} if voice != "han" else {}
+    keys["".join(sound(word, voice) for word in words)] = True
+    if voice == "han":
+        keys = {key: True for key in keys if _PINYIN.fullmatch(key)}
+    return {key: whole for key, whole in keys.items() if len(key) >= _LEAST[voice]}
+
+
+def nearly_sounding(words: tuple[str, ...], parts: tuple[str, ...], text: str) -> bool:
+    """Whether a word of another script in `text` sounds nearly like the name or a part: one letter
+    may differ from 6 letters on, two from 10 on. "Aleksandr" and "Alexander"."""
+    own = script(next((c for c in words[0] if c.isalpha()), " "))
+    keys = {sound(word, "") for word in (*parts, *words[: len(words) == 1])}
+    keys = {key for key in keys if len(key) >= LETTERS}
+    for kind in plain(text).scripts if keys and own not in _VOICES else ():
+        if kind == own or kind in _VOICES or "LATIN" not in (own, kind):
+            continue
+        for word in heard(text, kind):
+            if word.capital and not ordinary(word.word):
+                for said in _says(word.word, kind, ""):
+                    if any(within(key, said, 2 if len(key) >= LONG else 1) for key in keys):
+                        return True
+    return False
+
+
+def _from(
+    keys: dict[str, bool], words: Sequence[Heard], i: int, kind: str, voice: str
+) -> Iterator[tuple[int, int, bool]]:
+    """The places of names that begin with the word words[i] and have up to four words."""
+    first = words[i]
+    for now, length in _says(first.word, kind, voice).items():
+        if now in keys and not (kind == "LATIN" and ordinary(first.word)):
+            yield first.start, first.start + length, keys[now]
+        for last in range(i + 1, min(i + 4, len(words))):
+            longer = [key for key in keys if key.startswith(now)]
+            if not longer or words[last].start - words[last - 1].end > 2:
+                break
+            more = _says(words[last].word, kind, voice)
+            now = next(
+                (now + said for said in more if any(key.startswith(now + said) for key in longer)),
+                "?",
+            )
+            if now in keys:
+                yield first.start, words[last].end, keys[now]
+
+
+@functools.lru_cache(4096)
+def _pinyin(text: str) -> frozenset[str]:
+    return frozenset(said for _, _, said in _in_pinyin(text))
+
+
+def _in_pinyin(text: str) -> Iterator[tuple[int, int, str]]:
+    """Runs of two to four Han characters that begin with a Chinese family name, and their sound."""
+    known = families("chinese")
+    for i, c in enumerate(text):
+        if c in known or text[i : i + 2] in known:
+            said = ""
+            for j in range(i, min(i + 4, len(text))):
+                if script(text[j]) != "CJK":
+                    break
+                said += sound(text[j], "han")
+                if j > i:
+                    yield i, j + 1, said
