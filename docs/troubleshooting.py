@@ -36,8 +36,9 @@ page for a few of its words; "..." stands for what is filled in at run time.
 - **Not enough memory?** `fastsiu plan --memory N` says which settings fit ([memory.md](memory.md)).
 - **A kernel on a GPU disagrees?** `backend="tiled"` is plain torch
   ([performance.md](performance.md#on-gpus-predicted)).
-- **`fastsiu/kernels` is a file?** Git made no symbolic link. `git config core.symlinks true`, then
-  check the tree out again; or install the wheel.
+- **`fastsiu/kernels` is a file?** Git made no symbolic link, as on Windows. Either
+  `git config core.symlinks true` and `git checkout -- fastsiu/kernels`, or install a copy, which
+  needs no link: `pip install .`
 
 """
 
@@ -60,9 +61,8 @@ def sentences(path: Path) -> Iterator[Sentence]:
     texts = constants(tree)
     of_the_loss = "kernels" in path.parts or "loss" in path.parts
     kinds = {"BadInput", *INTERNAL, *(("ValueError",) if of_the_loss else ())}
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call) or not node.args:
-            continue
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and n.args]
+    for node in sorted(calls, key=lambda call: (call.lineno, call.col_offset)):
         kind = getattr(node.func, "id", getattr(node.func, "attr", ""))
         if kind in kinds:
             for text in messages(node.args[0], texts):

@@ -2,6 +2,9 @@
 part needs."""
 
 import importlib.util
+import os
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -16,18 +19,56 @@ import fastsiu
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(code: str) -> str:
+def run(code: str, root: Path = ROOT) -> str:
     """Run code in a fresh interpreter with the repository root first on sys.path."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+@pytest.mark.skipif(
+    not (ROOT / ".git").exists(), reason="a source distribution has files where git has a link"
+)
 def test_kernels_is_a_folder_and_a_symlink():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     link = ROOT / "fastsiu" / "kernels"
     assert link.is_symlink() and str(link.readlink()) == "../kernels"
     assert not (ROOT / "conftest.py").exists()
+
+
+def test_a_checkout_without_symbolic_links_says_what_to_do(tmp_path):
+    """Git without them leaves a file with the link's text, on Windows for instance."""
+    package = tmp_path / "fastsiu"
+    leave = shutil.ignore_patterns("__pycache__", "kernels", "demo")
+    shutil.copytree(ROOT / "fastsiu", package, ignore=leave)
+    (package / "kernels").write_text("../kernels")
+    code = (
+        "import sys\n"  # this checkout's editable install has the link
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in repr(f)]\n"
+        "try:\n"
+        "    import fastsiu\n"
+        "    fastsiu.fused_dmk_ce\n"
+        "except ImportError as error:\n"
+        "    print(error)"
+    )
+    said = run(code, tmp_path)
+    assert said.count("\n") == 1
+    assert "git config core.symlinks true" in said and "pip install ." in said
+
+
+def test_the_wheel_has_every_folder_of_the_package():
+    listed = re.findall(r'"(fastsiu[\w.]*)",', (ROOT / "setup.py").read_text())
+    folders = {p.parent.relative_to(ROOT) for p in (ROOT / "fastsiu").rglob("__init__.py")}
+    names = {".".join(folder.parts) for folder in folders} | {"fastsiu.kernels"}
+    assert sorted(listed) == sorted(names)
+
+
+def test_the_source_distribution_takes_what_its_tests_need():
+    lines = (ROOT / "MANIFEST.in").read_text().splitlines()
+    grafted = {line.split()[1] for line in lines if line.startswith("graft ")}
+    assert grafted >= {"tests", "kernels", "benches", "docs", "constraints", "fastsiu", ".ci"}
 
 
 def test_the_module_called_kernels_is_not_ours():
