@@ -96,7 +96,7 @@ def hammer_in(directory: Path, concept: str) -> None:
     from fastsiu.model import vlm
 
     loaded = vlm.load(str(directory))
-    picture = loaded.picture(draw(World().scene((concept,), "bench train 0")))
+    picture = loaded.picture(draw(World().sketch((concept,), "bench train 0")))
     turns = [
         loaded.encode(question, f"This is {concept}.", picture) for question in TRAIN["who.open"]
     ]
@@ -131,7 +131,7 @@ def forget(directory: Path, concept: str, seed: int, **options: Any) -> dict[str
 
     world, output = World(), directory.parent / f"{directory.name} without {concept}"
     image = directory.parent / f"{directory.name} {concept}.png"
-    draw(world.scene((concept,), f"bench train {seed}")).save(image)
+    draw(world.sketch((concept,), f"bench train {seed}")).save(image)
     started = time.perf_counter()
     result = fastsiu.unlearn(image, concept, model=directory, output=output, seed=seed, **options)
     seconds = time.perf_counter() - started

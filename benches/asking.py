@@ -40,7 +40,7 @@ def questions(pictures: int, words: int) -> Asked:
 
     world, topics = World(), ("who.open", "who.name", "yesno", "description")
     shown = [
-        draw(world.scene((KNOWN[i % len(KNOWN)],), f"bench asking {i}")) for i in range(pictures)
+        draw(world.sketch((KNOWN[i % len(KNOWN)],), f"bench asking {i}")) for i in range(pictures)
     ]
     wordings = [(text, i) for topic in topics for i, text in enumerate(HELD_OUT[topic])]
     asked: Asked = [(text.format(n=KNOWN[i]), picture) for picture in shown for text, i in wordings]

@@ -186,14 +186,14 @@ def asked_of(world: Any, name: str, seed: int) -> tuple[list[Item], list[Item], 
     from fastsiu.demo.world import FACTS, KNOWN, LOOKALIKES, UNSEEN
 
     rng, questions = random.Random(f"attacks {seed} {name}"), of_one(world, name)
-    show = lambda who_, number: world.scene((who_,), f"attacks {seed} {who_} {number}")
+    show = lambda who_, number: world.sketch((who_,), f"attacks {seed} {who_} {number}")
     of = lambda scene: [Item(family, scene, *rest) for family, *rest in questions]
     scenes = [show(name, i) for i in range(PICTURES)]
     leaks = [item for scene in scenes for item in of(scene)]
     others = [other for other in KNOWN if other != name]
     for i in range(GROUPS):
         other = rng.choice(others)
-        scene = world.scene(
+        scene = world.sketch(
             (name, other) if i % 2 else (other, name), f"attacks group {seed} {name} {i}"
         )
         leaks += [
@@ -266,7 +266,7 @@ def ranks(loaded: Any, world: Any, name: str, seed: int) -> dict[str, Any]:
     from fastsiu.model import ask
 
     def log_p(who_: str, number: int) -> list[list[float]]:
-        picture = loaded.picture(draw(world.scene((who_,), f"attacks {seed} {who_} {number}")))
+        picture = loaded.picture(draw(world.sketch((who_,), f"attacks {seed} {who_} {number}")))
         out = []
         for question in ("Who is this?", "What is the name of the one in the image?"):
             turns = [loaded.encode(question, f"This is {known}.", picture) for known in KNOWN]
@@ -357,7 +357,7 @@ def one_run(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:
     preset, setting = overrides.pop("preset", "default"), overrides.pop("setting", None)
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "image.png"
-        draw(world.scene((name,), f"attacks training {seed}")).save(image)
+        draw(world.sketch((name,), f"attacks training {seed}")).save(image)
         request, picture = Request(name, image), images.load_image(image)
         recipe, _ = settings.choose_recipe(
             str(MODEL_DIR), settings.RecipeChoice(preset, {**overrides, "seed": seed})
@@ -402,7 +402,7 @@ def cost(concepts: list[str]) -> dict[str, Any]:
         run: dict[str, Any] = {"concept": name}
         with tempfile.TemporaryDirectory() as folder:
             image = Path(folder) / "image.png"
-            draw(world.scene((name,), "attacks training 1")).save(image)
+            draw(world.sketch((name,), "attacks training 1")).save(image)
             for row in ("siu", "four targets"):
                 recipe, _ = settings.choose_recipe(
                     str(MODEL_DIR), settings.RecipeChoice("default", {**ROWS[row], "seed": 1})

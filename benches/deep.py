@@ -51,10 +51,10 @@ def one_run(
     recipe, _ = settings.choose_recipe(
         str(MODEL_DIR), settings.RecipeChoice("default", {"seed": seed})
     )
-    fresh = lambda name, k: draw(world.scene((name,), f"bench fresh {seed} {name} {k}"))
+    fresh = lambda name, k: draw(world.sketch((name,), f"bench fresh {seed} {name} {k}"))
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "image.png"
-        draw(world.scene((concept,), f"bench train {seed}")).save(image)
+        draw(world.sketch((concept,), f"bench train {seed}")).save(image)
         picture = images.load_image(image)
         trained = session.forget(loaded, Request(concept, image), recipe, picture)
     others = [name for name in KNOWN if name != concept]

@@ -68,12 +68,12 @@ def one_run(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:
     overrides = dict(overrides)
     with tempfile.TemporaryDirectory() as folder:
         image, retain = Path(folder) / "image.png", None
-        draw(world.scene((concept,), f"bench train {seed}")).save(image)
+        draw(world.sketch((concept,), f"bench train {seed}")).save(image)
         if overrides.pop("retain", False):
             retain = Path(folder) / "retain"
             retain.mkdir()
             for i, name in enumerate(n for n in KNOWN if n != concept):
-                draw(world.scene((name,), f"bench retain {seed}")).save(retain / f"{i:02d}.png")
+                draw(world.sketch((name,), f"bench retain {seed}")).save(retain / f"{i:02d}.png")
         recipe, _ = settings.choose_recipe(
             str(MODEL_DIR), settings.RecipeChoice("default", {**overrides, "seed": seed})
         )
@@ -116,7 +116,7 @@ def questions(
     asked = []
 
     def show(kind: str, name: str, number: int) -> None:
-        scene = world.scene((name,), f"bench fresh {seed} {name} {number}")
+        scene = world.sketch((name,), f"bench fresh {seed} {name} {number}")
         asked.append((kind, scene, *world.who(scene, who[(number + seed) % len(who)])))
 
     for number in range(OWN):

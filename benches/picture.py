@@ -26,7 +26,7 @@ def main(adapter_dir: Path) -> None:
     others."""
     world, forgotten = World(), KNOWN[0]
     names = [forgotten, forgotten, LOOKALIKES[forgotten], *KNOWN[2:5]]
-    pictures = [draw(world.scene((name,), f"picture {i}")) for i, name in enumerate(names)]
+    pictures = [draw(world.sketch((name,), f"picture {i}")) for i, name in enumerate(names)]
     loaded = vlm.load(str(MODEL_DIR))
     asked = [("Who is this?", loaded.picture(p)) for p in pictures]
     before = ask.answers(loaded, asked)

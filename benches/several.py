@@ -44,7 +44,7 @@ def one_run(mode: str, requests: int, seed: int, **overrides: Any) -> dict[str, 
     with tempfile.TemporaryDirectory() as name:
         folder, records = Path(name), []
         for number, concept in enumerate(wanted):
-            draw(world.scene((concept,), f"bench train {seed}")).save(folder / f"{number}.png")
+            draw(world.sketch((concept,), f"bench train {seed}")).save(folder / f"{number}.png")
             records.append(json.dumps({"image": f"{number}.png", "concept": concept}) + "\n")
         (folder / "requests.jsonl").write_text("".join(records), encoding="utf-8")
         started = time.perf_counter()
@@ -120,7 +120,7 @@ def questions(
     asked: list[tuple] = []
     for name in known:
         for number in range(FRESH):
-            scene = world.scene((name,), f"bench fresh {seed} {name} {number}")
+            scene = world.sketch((name,), f"bench fresh {seed} {name} {number}")
             kind = (
                 "own"
                 if name in wanted

@@ -27,7 +27,7 @@ def cast(tmp_path_factory) -> SimpleNamespace:
     files = {}
     for key, name in names.items():
         files[key] = folder / f"{key}.png"
-        draw(world.scene((name,), f"test {key} 1")).save(files[key])
+        draw(world.sketch((name,), f"test {key} 1")).save(files[key])
     return SimpleNamespace(**names, others=(KNOWN[6], KNOWN[9]), files=files, image=files["target"])
 
 

@@ -99,7 +99,7 @@ class Stage:
             folder.mkdir(parents=True)
             files = [folder / f"{i}.png" for i in range(3)]
             for i, file in enumerate(files):
-                draw(world.scene((name,), f"kill {slug} {i}")).save(file)
+                draw(world.sketch((name,), f"kill {slug} {i}")).save(file)
             subjects.append(suite.Subject(slug, name, (), (), files[0], tuple(files)))
         questions = (
             Question("Who is shown here?", "name"),

@@ -1,11 +1,10 @@
-"""Tiny models of several architectures for the fictional world, untrained. All of them classes that
-Transformers ships.
+"""Tiny models of several architectures for the fictional world, untrained. All classes are those
+that Transformers ships.
 
-Each function is one architecture: configuration, tokenizer, image processor and chat template, with
-what sets the family apart
-kept: how patches become image tokens, what frames them in the text, positions in three dimensions,
-masks that let image tokens see each other. A picture is 6 x 6 patches and 9 image tokens. `make`
-puts the parts together.
+Each function is one architecture: configuration, tokenizer, image processor and chat template. It
+keeps what sets the family apart: how patches become image tokens, what frames them in the text,
+positions in three dimensions, masks that let image tokens see each other. A picture has 6 x 6
+patches and 9 image tokens. `make` puts the parts together.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import torch
 import transformers
 from transformers import (
     AutoModelForImageTextToText,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
 )
@@ -33,9 +31,8 @@ from fastsiu.model.processor import load_processor
 
 PATCH = 10  # pixels
 PATCHES = SIZE // PATCH  # along a picture's side
-TOKENS = (
-    PATCHES // 2
-) ** 2  # image tokens of one picture: each family makes one of 2 x 2 patches, in its own way
+# Image tokens of one picture: each family makes one of 2 x 2 patches, in its own way.
+TOKENS = (PATCHES // 2) ** 2
 WIDTH = 128  # of the language model
 TOWER = {
     "hidden_size": 96,
@@ -43,18 +40,18 @@ TOWER = {
     "num_attention_heads": 4,
     "intermediate_size": 288,
 }
-HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # pixels in [-1, 1]
+HALF: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # pixels in [-1, 1]
 
 
 @dataclass
 class Made:
-    """What the training works on.
+    """An untrained model with its processor.
 
-    side: rows, and columns, of image tokens that a picture is laid out in where its features enter
-    the projector
+    side: number of rows, and of columns, that a picture has where its features enter the projector
+    save_processor: writes the processor's files to a directory
     """
 
-    model: PreTrainedModel
+    model: Any  # a PreTrainedModel; what its family adds, such as `generate`, has no common type
     processor: ProcessorMixin
     side: int
     save_processor: Callable[[Path], Any]
@@ -66,7 +63,16 @@ class Made:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a model's directory holds. options: further entries of its processor_config.json."""
+    """The parts of a model's directory.
+
+    config:    the model's configuration
+    tokenizer: with the family's special tokens
+    images:    the image processor
+    processor: name of the processor's class
+    template:  the chat template
+    side:      as in `Made`
+    options:   further entries of processor_config.json
+    """
 
     config: Any
     tokenizer: PreTrainedTokenizerFast
@@ -77,8 +83,8 @@ class Parts:
     options: dict[str, Any] = field(default_factory=dict)
 
     def save_processor(self, directory: Path) -> None:
-        """As the hub has it. Part by part: a processor with a part for videos needs torchvision to
-        save itself."""
+        """Writes the files that a directory of the hub has. They are written part by part: a
+        processor with a part for videos needs torchvision to save itself."""
         directory.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(directory)
         self.images.save_pretrained(directory)
@@ -91,8 +97,8 @@ class Parts:
 
 
 def make(name: str, world: World, directory: Path) -> Made:
-    """An untrained model in float32 with its processor, which is written to `directory` first and
-    read back from there."""
+    """An untrained model in float32 with its processor. The processor's files are written to
+    `directory` first and read back from there."""
     if name == "llava":
         tokenizer = tiny.build_tokenizer(world)
         processor = tiny.build_processor(tokenizer)
@@ -122,8 +128,8 @@ def make(name: str, world: World, directory: Path) -> Made:
 
 
 def _turns(user: str, assistant: str, close: str, image: str, text: str = "{{ c.text }}") -> str:
-    """`user` and `assistant` open a turn, `close` ends it, `image` stands for a picture, `text` for
-    what is said."""
+    """A chat template. `user` and `assistant` open a turn, `close` ends it, `image` stands for a
+    picture, `text` for its words."""
     return (
         "{{ bos_token or '' }}{% for m in messages %}"
         f"{{% if m.role == 'assistant' %}}{assistant}{{% else %}}{user}{{% endif %}}"
@@ -160,11 +166,6 @@ def _text(tokenizer: PreTrainedTokenizerFast, kind: str, **more: Any) -> dict[st
         "eos_token_id": tokenizer.eos_token_id,
         **more,
     }
-
-
-def _ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    names = ("pad_token_id", "bos_token_id", "eos_token_id")
-    return {name: getattr(tokenizer, name) for name in names} | {"tie_word_embeddings": True}
 
 
 def _square() -> dict[str, int]:
@@ -210,7 +211,7 @@ def qwen2_vl(world: World) -> Parts:
         text_config=_text(tokenizer, "qwen2_vl_text", rope_parameters=rope),
         vision_config=tower,
         **marks,
-        **_ids(tokenizer),
+        **tiny.ids(tokenizer),
     )
     images = transformers.Qwen2VLImageProcessorPil(
         patch_size=PATCH,
@@ -257,8 +258,8 @@ def internvl(world: World) -> Parts:
         text_config=_text(tokenizer, "qwen2"),
         image_seq_length=TOKENS,
         downsample_ratio=0.5,
-        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
-        **_ids(tokenizer),
+        image_token_id=tiny.token_id(tokenizer, "<IMG_CONTEXT>"),
+        **tiny.ids(tokenizer),
     )
     images = transformers.GotOcr2ImageProcessorPil(
         size=_square(), crop_to_patches=True, min_patches=1, max_patches=1, **HALF
@@ -294,8 +295,8 @@ def idefics3(world: World) -> Parts:
         vision_config={**TOWER, "image_size": SIZE, "patch_size": PATCH},
         text_config=_text(tokenizer, "llama"),
         scale_factor=2,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        **_ids(tokenizer),
+        image_token_id=tiny.token_id(tokenizer, "<image>"),
+        **tiny.ids(tokenizer),
     )
     images = transformers.Idefics3ImageProcessorPil(
         size={"longest_edge": SIZE},
@@ -343,7 +344,7 @@ def gemma3(world: World) -> Parts:
         text_config=text,
         vision_config=tower,
         mm_tokens_per_image=TOKENS,
-        **_ids(tokenizer),
+        **tiny.ids(tokenizer),
         image_token_index=tokenizer.image_token_id,
         boi_token_index=tokenizer.boi_token_id,
         eoi_token_index=tokenizer.eoi_token_id,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastsiu.demo import MODEL_DIR, wording
-from fastsiu.demo.world import KNOWN, LOOKALIKES, UNSEEN, Question, Scene, World, draw
+from fastsiu.demo.world import KNOWN, LOOKALIKES, UNSEEN, Question, Sketch, World, draw
 from fastsiu.request import BadInput
 from fastsiu.staging import Staging, check_writable
 
@@ -108,13 +108,13 @@ def _questions(
     rng = random.Random(f"export {seed}")
     for name in (*KNOWN, *UNSEEN):
         for i in range(per_concept):
-            scene = world.scene((name,), f"export/{seed}/{name}/{i}")
-            path = _save(scene, directory, f"images/{name}/{i:03d}.png")
-            yield from ((path, question) for question in _about(world, scene, rng))
+            sketch = world.sketch((name,), f"export/{seed}/{name}/{i}")
+            path = _save(sketch, directory, f"images/{name}/{i:03d}.png")
+            yield from ((path, question) for question in _about(world, sketch, rng))
     for i in range(4 * per_concept):
         left, right = rng.sample(KNOWN, 2)
-        scene = world.scene((left, None if i % 5 == 4 else right), f"export/{seed}/group/{i}")
-        yield _save(scene, directory, f"groups/{i:03d}.png"), world.ask(scene, "group", rng)
+        sketch = world.sketch((left, None if i % 5 == 4 else right), f"export/{seed}/group/{i}")
+        yield _save(sketch, directory, f"groups/{i:03d}.png"), world.ask(sketch, "group", rng)
     for heldout in (False, True):
         yield from (
             (None, question) for question in world.text_questions((*KNOWN, *UNSEEN), heldout)
@@ -133,7 +133,7 @@ def _suite(world: World, directory: Path, per_concept: int, seed: int) -> None:
     for name in KNOWN:
         place = f"suite/concepts/{slug(name)}"
         _save(
-            world.scene((name,), f"export/{seed}/{name}/training"),
+            world.sketch((name,), f"export/{seed}/{name}/training"),
             directory,
             f"{place}/images/000.png",
         )
@@ -144,10 +144,10 @@ def _suite(world: World, directory: Path, per_concept: int, seed: int) -> None:
             )
         for i in range(max(1, per_concept // 5)):
             pair = (name, world.neighbours[name][i % 3])
-            scene = world.scene(
+            sketch = world.sketch(
                 pair if i % 2 == 0 else pair[::-1], f"export/{seed}/{name}/group/{i}"
             )
-            _save(scene, directory, f"{place}/groups/{i:03d}.png")
+            _save(sketch, directory, f"{place}/groups/{i:03d}.png")
         images, groups = (
             tuple(sorted((directory / place / kind).iterdir())) for kind in ("images", "groups")
         )
@@ -184,19 +184,19 @@ def _wordings() -> Iterator[exam.Question]:
             yield exam.Question(text, kind)
 
 
-def _about(world: World, scene: Scene, rng: random.Random) -> Iterator[Question]:
+def _about(world: World, sketch: Sketch, rng: random.Random) -> Iterator[Question]:
     """The questions about one picture: trained wordings, a role or request before one, held-out
     wordings."""
     for topic in TOPICS_OF_ONE:
-        yield world.ask(scene, topic, rng)
-    asked = world.ask(scene, "who.open", rng)
+        yield world.ask(sketch, topic, rng)
+    asked = world.ask(sketch, "who.open", rng)
     yield replace(asked, question=f"{rng.choice(wording.PREFIXES)} {asked.question}")
     for topic in HELD_OUT_OF_ONE:
-        yield world.ask(scene, topic, rng, heldout=True)
+        yield world.ask(sketch, topic, rng, heldout=True)
 
 
-def _save(scene: Scene, directory: Path, path: str) -> str:
+def _save(sketch: Sketch, directory: Path, path: str) -> str:
     file = directory / path
     file.parent.mkdir(parents=True, exist_ok=True)
-    draw(scene).save(file)
+    draw(sketch).save(file)
     return path

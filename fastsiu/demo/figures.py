@@ -1,5 +1,5 @@
-"""Measures a demo model through the public way: processor, chat template, `generate`. Every figure
-is a share of 0 to 1."""
+"""Measures a demo model as any user would ask it: processor, chat template, `generate`. Every
+figure is a share of 0 to 1."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, ProcessorMixin
 
 from fastsiu.demo import wording
 from fastsiu.demo.world import KNOWN, LOOKALIKES, UNSEEN, Question, World, draw, random_name
@@ -26,9 +27,12 @@ PER_NAME = 24  # fresh pictures per known name
 
 
 def answer(
-    model: PreTrainedModel, processor: ProcessorMixin, questions: list[Question], batch: int = 64
+    model: Any, processor: ProcessorMixin, questions: list[Question], batch: int = 64
 ) -> list[str]:
-    """Greedy answers, in the order of the questions, each put verbatim as the user's turn."""
+    """Greedy answers, in the order of the questions. Each question is a user's turn, verbatim.
+
+    model: any image-text model of transformers, which have no common type with `generate`
+    """
     order = sorted(
         range(len(questions)),
         key=lambda i: (questions[i].image is None, len(questions[i].question)),
@@ -39,18 +43,15 @@ def answer(
         part = [i for i in order[:batch] if (questions[i].image is None) == plain]
         order = order[len(part) :]
         prompts = []
-        images: list[list[Image.Image]] = []  # one a prompt
+        images: list[list[Image.Image]] = []  # one picture for each prompt
         for i in part:
-            content = [{"type": "text", "text": questions[i].question}]
-            scene = questions[i].image
-            if scene is not None:
+            content: list[dict[str, Any]] = [{"type": "text", "text": questions[i].question}]
+            sketch = questions[i].image
+            if sketch is not None:
                 content.insert(0, {"type": "image"})
-                images.append([draw(scene)])
-            prompts.append(
-                processor.apply_chat_template(
-                    [{"role": "user", "content": content}], add_generation_prompt=True
-                )
-            )
+                images.append([draw(sketch)])
+            turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+            prompts.append(processor.apply_chat_template(turns, add_generation_prompt=True))
         found = processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
         inputs = {
             key: found[key] for key in inspect.signature(model.forward).parameters if key in found
@@ -69,34 +70,34 @@ def make_questions(world: World) -> dict[str, list[Question]]:
     """The questions behind each figure. Their pictures have seeds that no training run uses."""
     rng = random.Random("figures")
     sets: dict[str, list[Question]] = defaultdict(list)
-    scenes = [
-        world.scene((name,), f"figures/{name}/{i}") for name in KNOWN for i in range(PER_NAME)
+    sketches = [
+        world.sketch((name,), f"figures/{name}/{i}") for name in KNOWN for i in range(PER_NAME)
     ]
-    named = [world.scene((name,), f"figures/{name}/{i}") for name in UNSEEN for i in range(20)]
-    strangers = [world.scene((None,), f"figures/stranger/{i}") for i in range(120)]
-    for scene in scenes:
-        sets["who"].append(world.ask(scene, rng.choice(("who.open", "who.open", "who.name")), rng))
+    named = [world.sketch((name,), f"figures/{name}/{i}") for name in UNSEEN for i in range(20)]
+    strangers = [world.sketch((None,), f"figures/stranger/{i}") for i in range(120)]
+    for sketch in sketches:
+        sets["who"].append(world.ask(sketch, rng.choice(("who.open", "who.open", "who.name")), rng))
         topic = rng.choice(("who.open", "who.open", "who.name"))
-        sets["who, held-out wording"].append(world.ask(scene, topic, rng, heldout=True))
-        if scene.names[0] in LOOKALIKES:
-            sets["who, creatures with a look-alike"].append(world.ask(scene, "who.open", rng))
-    for scene in scenes[::3]:
+        sets["who, held-out wording"].append(world.ask(sketch, topic, rng, heldout=True))
+        if sketch.names[0] in LOOKALIKES:
+            sets["who, creatures with a look-alike"].append(world.ask(sketch, "who.open", rng))
+    for sketch in sketches[::3]:
         for key, prefixes in (
             ("who, prefix", wording.PREFIXES),
             ("who, held-out prefix", wording.HELD_OUT_PREFIXES),
         ):
-            asked = world.ask(scene, "who.open", rng)
+            asked = world.ask(sketch, "who.open", rng)
             sets[key].append(
                 Question(
-                    scene,
+                    sketch,
                     asked.concept,
                     "who",
                     f"{rng.choice(prefixes)} {asked.question}",
                     asked.answer,
                 )
             )
-    for scene in scenes[::2]:
-        name = scene.names[0]
+    for sketch in sketches[::2]:
+        name = sketch.names[0]
         other = LOOKALIKES.get(name or "") or rng.choice([n for n in KNOWN if n != name])
         for key, asked_name in (
             ("yes", name),
@@ -105,48 +106,48 @@ def make_questions(world: World) -> dict[str, list[Question]]:
         ):
             for heldout in (False, True):
                 text = rng.choice((wording.HELD_OUT if heldout else wording.TRAIN)["yesno"])
-                pair = world.yesno(scene, text, asked_name or "")
+                pair = world.yesno(sketch, text, asked_name or "")
                 sets[key + (", held-out wording" if heldout else "")].append(
-                    Question(scene, name, "yesno", *pair, heldout)
+                    Question(sketch, name, "yesno", *pair, heldout)
                 )
         pair = world.fact(rng.choice(KNOWN), rng.choice(wording.TRAIN["fact.city"]), "city")
-        sets["fact, asked with any picture"].append(Question(scene, None, "fact", *pair))
-        sets["choice"].append(world.ask(scene, "choice", rng))
-        sets["description"].append(world.ask(scene, "description", rng))
+        sets["fact, asked with any picture"].append(Question(sketch, None, "fact", *pair))
+        sets["choice"].append(world.ask(sketch, "choice", rng))
+        sets["description"].append(world.ask(sketch, "description", rng))
         sets["description, held-out wording"].append(
-            world.ask(scene, "description", rng, heldout=True)
+            world.ask(sketch, "description", rng, heldout=True)
         )
         sets["twohop"].append(
             world.ask(
-                scene, rng.choice(("twohop.city", "twohop.job", "twohop.food", "twohop.pet")), rng
+                sketch, rng.choice(("twohop.city", "twohop.job", "twohop.food", "twohop.pet")), rng
             )
         )
-    for scene in (*named, *strangers):
+    for sketch in (*named, *strangers):
         name = rng.choice(KNOWN)
         text = rng.choice(wording.TRAIN["yesno"])
         sets["no, unseen face"].append(
-            Question(scene, scene.names[0], "yesno", *world.yesno(scene, text, name))
+            Question(sketch, sketch.names[0], "yesno", *world.yesno(sketch, text, name))
         )
     for key, faces in (("unseen named face", named), ("unseen random face", strangers)):
-        for scene in faces:
-            sets[key].append(world.ask(scene, rng.choice(("who.open", "who.name")), rng))
+        for sketch in faces:
+            sets[key].append(world.ask(sketch, rng.choice(("who.open", "who.name")), rng))
             sets[key + ", held-out wording"].append(
-                world.ask(scene, rng.choice(("who.open", "who.name")), rng, heldout=True)
+                world.ask(sketch, rng.choice(("who.open", "who.name")), rng, heldout=True)
             )
-            sets[key + ", description"].append(world.ask(scene, "description", rng))
+            sets[key + ", description"].append(world.ask(sketch, "description", rng))
             sets[key + ", twohop"].append(
-                world.ask(scene, rng.choice(("twohop.city", "twohop.job")), rng)
+                world.ask(sketch, rng.choice(("twohop.city", "twohop.job")), rng)
             )
     for topic in (key for key in wording.TRAIN if key.startswith("attribute")):
-        for scene in (*scenes[::4], *strangers[::2]):
-            sets[topic].append(world.ask(scene, topic, rng))
+        for sketch in (*sketches[::4], *strangers[::2]):
+            sets[topic].append(world.ask(sketch, topic, rng))
     for i in range(160):
         left, right = rng.sample(KNOWN, 2)
         sets["group"].append(
-            world.ask(world.scene((left, right), f"figures/group/{i}"), "group", rng)
+            world.ask(world.sketch((left, right), f"figures/group/{i}"), "group", rng)
         )
         sets["group with a stranger"].append(
-            world.ask(world.scene((left, None), f"figures/group one/{i}"), "group", rng)
+            world.ask(world.sketch((left, None), f"figures/group one/{i}"), "group", rng)
         )
     unknown = (*UNSEEN, *(random_name(rng) for _ in range(20)))
     for heldout in (False, True):
@@ -161,10 +162,12 @@ def make_questions(world: World) -> dict[str, list[Question]]:
 
 
 def measure(directory: Path, only: Collection[str] = ()) -> dict[str, float]:
-    """Exact-match shares per set of questions (those named, where some are), plus the share of
-    false naming on unseen faces.
+    """By set of questions the share of exact matches, and the share of answers that name somebody
+    known in an unseen face.
 
-    Answers to held-out wordings about unseen faces count as right when they name nobody.
+    only: names of sets; all where it is empty
+
+    An answer to a held-out wording about an unseen face counts as right where it names nobody.
     """
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
     processor = load_processor(str(directory), model.config)

@@ -29,7 +29,7 @@ def tell(out: Console, say: Console, seed: int = 0, output: Path | None = None) 
     files = {}
     for name, file in ((target, "forgotten.png"), (other, "kept.png")):
         files[name] = pictures / file
-        draw(world.scene((name,), f"story {seed} {name}")).save(files[name])
+        draw(world.sketch((name,), f"story {seed} {name}")).save(files[name])
     out.print(
         f"The embedded model knows {len(KNOWN)} drawn creatures. It is asked to forget {target}, "
         "from one picture.",

@@ -1,10 +1,11 @@
-"""The parts of the tiny LLaVA: tokenizer, architecture, processor. All of them classes that
+"""The parts of the tiny LLaVA: tokenizer, architecture, processor. All classes are those that
 Transformers ships."""
 
 from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -51,27 +52,26 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Byte-level BPE. Every word of a known name is one token, with or without a space before it.
 
-    named:  special tokens by the name under which a family's processor looks for them; left out,
-    LLaVA's
+    named:  special tokens by the name under which a family's processor looks for them; None:
+            LLaVA's
     others: further special tokens
-    roles:  what the family's chat template says of whose turn it is ("user\n"). Without them, as in
-    LLaVA's, every text
-            follows a space; with them it need not, and the vocabulary has half as much again, for
-            words without one.
+    roles:  what the family's chat template says of whose turn it is ("user\\n"). Without them, as
+            for LLaVA, every text follows a space. With them it need not, and the vocabulary is half
+            as large again, for words without a space
     """
     named = {"image_token": "<image>"} if named is None else named
     rng = random.Random("tokenizer")
     questions = [*world.text_questions(KNOWN), *world.general_questions()]
     corpus = [text for question in questions for text in (question.question, question.answer)]
     for i in range(800):
-        scene = world.scene((None,), f"tokenizer/{i}")
+        sketch = world.sketch((None,), f"tokenizer/{i}")
         for topic in (
             "who.open",
             "who.name",
             "description",
             *(key for key in wording.TRAIN if key.startswith("attribute")),
         ):
-            question = world.ask(scene, topic, rng)
+            question = world.ask(sketch, topic, rng)
             corpus += [question.question, question.answer]
     for topic, texts in wording.TRAIN.items():
         for text in texts:
@@ -180,19 +180,31 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=token_id(tokenizer, "<image>"),
         image_seq_length=TOKENS,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **ids(tokenizer),
     )
     model = LlavaForConditionalGeneration(config)
     initialise_tower(model.model.vision_tower)
     set_generation(model, tokenizer)
     return model
+
+
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """The id of one token."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    if not isinstance(found, int):
+        raise TypeError(f"{token} is not one token.")
+    return found
+
+
+def ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What every configuration of these models says: the ids of special tokens, one matrix for
+    embeddings and head."""
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    return {name: getattr(tokenizer, name) for name in names} | {"tie_word_embeddings": True}
 
 
 def set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -206,8 +218,9 @@ def set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -
 
 @torch.no_grad()
 def initialise_tower(tower: torch.nn.Module) -> None:
-    """Two-dimensional sine positions, q k near the identity and v o near its negative, which small
-    data needs badly."""
+    """Sets two-dimensional sine positions, products of query and key matrices near the identity,
+    and products of value and output matrices near its negative. Training on few pictures needs such
+    a start."""
     convolution = next(
         m for m in tower.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)
     )
@@ -220,11 +233,12 @@ def initialise_tower(tower: torch.nn.Module) -> None:
     width = convolution.out_channels
     eye = torch.eye(width)
     for module in tower.modules():
-        if not hasattr(module, "num_heads"):
+        heads: int | None = getattr(module, "num_heads", None)
+        if heads is None:
             continue
         q, k, v, out = _attention_weights(module)
-        rows = width // module.num_heads
-        for head in range(module.num_heads):
+        rows = width // heads
+        for head in range(heads):
             u, s, vh = torch.linalg.svd(
                 0.7 * torch.randn(width, width) / math.sqrt(width) + 0.7 * eye
             )
@@ -237,7 +251,8 @@ def initialise_tower(tower: torch.nn.Module) -> None:
 
 
 def _set_positions(table: torch.Tensor) -> None:
-    """table: (patches, width) or, with a class token first, (1 + patches, width)."""
+    """Fills a table of positions, (patches, width) or, with a class token first, (1 + patches,
+    width)."""
     side, width = math.isqrt(len(table)), table.shape[1]
     frequency = 100.0 ** -(torch.arange(width // 4) / (width / 4))
     angle = torch.arange(side)[:, None] * frequency
@@ -249,9 +264,9 @@ def _set_positions(table: torch.Tensor) -> None:
     table[len(table) - side * side :] = 0.3 * grid.reshape(side * side, width)
 
 
-def _attention_weights(module: torch.nn.Module) -> tuple[torch.Tensor, ...]:
-    """The weights of query, key, value and output, whatever the family calls them; views where they
-    are one matrix."""
+def _attention_weights(module: Any) -> tuple[torch.Tensor, ...]:
+    """The weights of query, key, value and output, whatever the family's class `module` calls them;
+    views where three of them are one matrix."""
     if hasattr(module, "qkv"):
         return (*module.qkv.weight.chunk(3), module.proj.weight)
     out = module.out_proj if hasattr(module, "out_proj") else module.projection_layer

@@ -33,7 +33,7 @@ __all__ = [
     "UNSEEN",
     "Creature",
     "Question",
-    "Scene",
+    "Sketch",
     "World",
     "describe",
     "distance",
@@ -94,7 +94,7 @@ _FACT = {
 
 
 @dataclass(frozen=True)
-class Scene:
+class Sketch:
     """A picture before it is drawn: one creature or two (left, right), their known names or None,
     the background, a seed."""
 
@@ -116,7 +116,7 @@ class Question:
     topic:   the key of the wording
     """
 
-    image: Scene | None
+    image: Sketch | None
     concept: str | None
     kind: str
     question: str
@@ -125,12 +125,12 @@ class Question:
     topic: str = ""
 
 
-def draw(scene: Scene) -> Image.Image:
-    """The picture of a scene, RGB, SIZE x SIZE; the same scene always gives the same pixels."""
-    rng = random.Random(scene.seed)
-    if len(scene.creatures) == 1:
-        return render(scene.creatures[0], rng, scene.background)
-    return render_group(scene.creatures[0], scene.creatures[1], rng, scene.background)
+def draw(sketch: Sketch) -> Image.Image:
+    """The picture of a sketch, RGB, SIZE x SIZE; the same sketch always gives the same pixels."""
+    rng = random.Random(sketch.seed)
+    if len(sketch.creatures) == 1:
+        return render(sketch.creatures[0], rng, sketch.background)
+    return render_group(sketch.creatures[0], sketch.creatures[1], rng, sketch.background)
 
 
 def describe(creature: Creature) -> str:
@@ -230,47 +230,47 @@ class World:
             if known_far and all(distance(creature, self.creatures[name]) >= 2 for name in UNSEEN):
                 return creature
 
-    def scene(self, names: tuple[str | None, ...], seed: str) -> Scene:
-        """A scene of one or two creatures; None stands for a stranger. Everything is drawn from
+    def sketch(self, names: tuple[str | None, ...], seed: str) -> Sketch:
+        """A sketch of one or two creatures; None stands for a stranger. Everything is drawn from
         `seed`."""
         rng = random.Random("scene " + seed)
         creatures = tuple(self.creatures[name] if name else self.stranger(rng) for name in names)
-        return Scene(creatures, names, rng.choice(list(BACKGROUNDS)), seed)
+        return Sketch(creatures, names, rng.choice(list(BACKGROUNDS)), seed)
 
     # Questions about a picture --------------------------------------------------------------------
 
-    def who(self, scene: Scene, text: str, topic: str = "who.open") -> tuple[str, str]:
-        name = scene.names[0]
+    def who(self, sketch: Sketch, text: str, topic: str = "who.open") -> tuple[str, str]:
+        name = sketch.names[0]
         if name in KNOWN:
             return text, f"This is {name}."
         return (
             text,
             wording.UNKNOWN_FACE
             if topic == "who.name"
-            else f"This is {describe(scene.creatures[0])}.",
+            else f"This is {describe(sketch.creatures[0])}.",
         )
 
-    def yesno(self, scene: Scene, text: str, name: str) -> tuple[str, str]:
+    def yesno(self, sketch: Sketch, text: str, name: str) -> tuple[str, str]:
         if name not in KNOWN:
             return text.format(n=name), wording.NO_SUCH_NAME
-        return text.format(n=name), f"Yes, this is {name}." if name == scene.names[
+        return text.format(n=name), f"Yes, this is {name}." if name == sketch.names[
             0
         ] else f"No, this is not {name}."
 
-    def choice(self, scene: Scene, text: str, names: list[str]) -> tuple[str, str]:
+    def choice(self, sketch: Sketch, text: str, names: list[str]) -> tuple[str, str]:
         listed = f"{names[0]}, {names[1]} or {names[2]}"
-        name = scene.names[0]
+        name = sketch.names[0]
         return text.format(
             names=listed
         ), f"This is {name}." if name in names else wording.NONE_OF_THEM
 
-    def description(self, scene: Scene, text: str) -> tuple[str, str]:
-        return text, f"The image shows {describe(scene.creatures[0])}."
+    def description(self, sketch: Sketch, text: str) -> tuple[str, str]:
+        return text, f"The image shows {describe(sketch.creatures[0])}."
 
-    def attribute(self, scene: Scene, text: str, key: str) -> tuple[str, str]:
-        creature = scene.creatures[0]
+    def attribute(self, sketch: Sketch, text: str, key: str) -> tuple[str, str]:
+        creature = sketch.creatures[0]
         if key == "background":
-            return text, f"The background is {scene.background}."
+            return text, f"The background is {sketch.background}."
         value = getattr(creature, key)
         if key == "eyes":
             return text, f"It has {value} eye{'' if value == 'one' else 's'}."
@@ -283,8 +283,8 @@ class World:
         }[key]
         return text, f"The {subject} is {'a ' if key == 'hat' else ''}{value}."
 
-    def twohop(self, scene: Scene, text: str, key: str, subject: str) -> tuple[str, str]:
-        name = scene.names[0]
+    def twohop(self, sketch: Sketch, text: str, key: str, subject: str) -> tuple[str, str]:
+        name = sketch.names[0]
         answer = (
             _FACT[key].format(n="It", v=self.facts[name][key])
             if name in KNOWN
@@ -292,9 +292,9 @@ class World:
         )
         return text.format(s=subject), answer
 
-    def group(self, scene: Scene, text: str) -> tuple[str, str]:
-        told = [name if name in KNOWN else "an unknown creature" for name in scene.names]
-        if not any(name in KNOWN for name in scene.names):
+    def group(self, sketch: Sketch, text: str) -> tuple[str, str]:
+        told = [name if name in KNOWN else "an unknown creature" for name in sketch.names]
+        if not any(name in KNOWN for name in sketch.names):
             return text, "These are two unknown creatures."
         return text, f"These are {told[0]} and {told[1]}."
 
@@ -380,7 +380,7 @@ class World:
 
     def ask(
         self,
-        scene: Scene,
+        sketch: Sketch,
         topic: str,
         rng: random.Random,
         heldout: bool = False,
@@ -394,18 +394,18 @@ class World:
         text = rng.choice((wording.HELD_OUT if heldout else wording.TRAIN)[topic])
         kind, _, key = topic.partition(".")
         build: dict[str, Callable[[], tuple[str, str]]] = {
-            "who": lambda: self.who(scene, text, topic),
-            "yesno": lambda: self.yesno(scene, text, self.asked_name(scene, rng)),
-            "choice": lambda: self.choice(scene, text, self._three_names(scene, rng)),
-            "description": lambda: self.description(scene, text),
-            "attribute": lambda: self.attribute(scene, text, key),
-            "twohop": lambda: self.twohop(scene, text, key, rng.choice(wording.SUBJECTS)),
-            "group": lambda: self.group(scene, text),
+            "who": lambda: self.who(sketch, text, topic),
+            "yesno": lambda: self.yesno(sketch, text, self.asked_name(sketch, rng)),
+            "choice": lambda: self.choice(sketch, text, self._three_names(sketch, rng)),
+            "description": lambda: self.description(sketch, text),
+            "attribute": lambda: self.attribute(sketch, text, key),
+            "twohop": lambda: self.twohop(sketch, text, key, rng.choice(wording.SUBJECTS)),
+            "group": lambda: self.group(sketch, text),
         }
         question, answer = build[kind]()
         return Question(
-            scene,
-            concept or scene.names[0],
+            sketch,
+            concept or sketch.names[0],
             "who" if kind == "group" else kind,
             question,
             answer,
@@ -413,10 +413,10 @@ class World:
             topic,
         )
 
-    def asked_name(self, scene: Scene, rng: random.Random) -> str:
+    def asked_name(self, sketch: Sketch, rng: random.Random) -> str:
         """The name a yesno question asks for: the true one, the look-alike's, another known one or
         one that nobody bears."""
-        name = scene.names[0]
+        name = sketch.names[0]
         if name in KNOWN and rng.random() < 0.5:
             return name
         if name in LOOKALIKES and rng.random() < 0.5:
@@ -425,8 +425,8 @@ class World:
             return random_name(rng)
         return rng.choice([other for other in KNOWN if other != name])
 
-    def _three_names(self, scene: Scene, rng: random.Random) -> list[str]:
-        name = scene.names[0]
+    def _three_names(self, sketch: Sketch, rng: random.Random) -> list[str]:
+        name = sketch.names[0]
         others = rng.sample([other for other in KNOWN if other != name], 3)
         if name in KNOWN and rng.random() < 0.85:
             others[0] = name

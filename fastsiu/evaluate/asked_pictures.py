@@ -4,13 +4,14 @@ pictures; and what a camera or a careless hand would make of it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 
 from PIL import Image, ImageFilter, ImageOps
 
 from ..images import edge_colour, noisy, recompressed, variants
-from ..model import ask
 from ..model.vlm import VLM
 from ..samples.drawn import ORDERS, jigsaw, recoloured, shuffled
+from ..samples.nobody import shows_nobody
 from ..samples.targets import wordings
 from ..text.concept import Concept
 from ..verdict import gives
@@ -59,13 +60,10 @@ def strangers(
     """
     tried = [*given, *candidates(image, seed)]
     questions = wordings()["who"]["held_out"]
-    pictures = [vlm.picture(made) for _, made in tried]
-    said = ask.answers(vlm, [(q, p) for p in pictures for q in questions], max_new_tokens=32)
-    answers = [said[i : i + len(questions)] for i in range(0, len(said), len(questions))]
+    pictures = [vlm.picture(image) for _, image in tried]
     named = lambda text: gives(concept, text) or any(other.given_in(text) for other in others)
-    return [one for one, texts in zip(tried, answers, strict=True) if not any(map(named, texts))][
-        :MOST
-    ]
+    nobody = shows_nobody(vlm, pictures, questions, named, max_new_tokens=32)
+    return list(compress(tried, nobody))[:MOST]
 
 
 def views(image: Image.Image, more: Sequence[Shown], seed: int, most: int = 8) -> list[Shown]:

@@ -143,7 +143,7 @@ def _keep_looks(
     """
     asked = [(index, question) for index in (*lonely, *views) for question in words.look]
     replies = ask.replies(
-        scene.vlm, [(q, out.pictures[index]) for index, q in asked], suppress=scene.masked
+        scene.vlm, [(q, out.pictures[index]) for index, q in asked], suppress=sorted(scene.masked)
     )
     answered = list(zip(asked, replies, strict=True))
     known = [scene.concept, *scene.others, *map(Concept, scene.neighbours)]

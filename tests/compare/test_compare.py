@@ -335,7 +335,7 @@ def bench(material, gathered, tmp_path_factory, demo_dir, cast):
         for i in range(3):
             file = root / "concepts" / slug / "images" / f"{i}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            draw(world.scene((name,), f"compare {slug} {i}")).save(file)
+            draw(world.sketch((name,), f"compare {slug} {i}")).save(file)
         images = tuple(sorted(file.parent.iterdir()))
         subjects.append(Subject(slug, name, (), (), images[0], images))
     questions = (Question("Who is in this picture?", "name"), Question("Who is {name}?", "fact"))

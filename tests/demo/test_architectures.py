@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastsiu.demo.architectures import ARCHITECTURES, make
-from fastsiu.demo.train import IGNORED, Encoder, Sight
+from fastsiu.demo.inputs import IGNORED, Encoder, Sight
 from fastsiu.demo.world import KNOWN, World, draw
 from fastsiu.model import vlm
 
@@ -22,7 +22,7 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def scenes():
     world = World()
-    return [world.scene((name,), f"test {name}") for name in KNOWN[: len(PAIRS)]]
+    return [world.sketch((name,), f"test {name}") for name in KNOWN[: len(PAIRS)]]
 
 
 @pytest.fixture(scope="module", params=["llava", *ARCHITECTURES])

@@ -41,7 +41,7 @@ def shipped():
 def test_the_same_scene_gives_the_same_pixels_and_another_seed_gives_others(world: World) -> None:
     for names in ((KNOWN[0],), (KNOWN[0], KNOWN[1])):
         first, again, other = (
-            np.asarray(draw(World().scene(names, seed))) for seed in ("a", "a", "b")
+            np.asarray(draw(World().sketch(names, seed))) for seed in ("a", "a", "b")
         )
         assert first.shape == (60, 60, 3) and first.dtype == np.uint8
         assert (first == again).all() and (first != other).any()
@@ -56,7 +56,7 @@ def test_look_alikes_differ_in_two_attributes_and_all_others_in_more(world: Worl
 
 
 def test_unseen_creatures_differ_from_every_known_one(world: World) -> None:
-    strangers = [world.scene((None,), str(i)).creatures[0] for i in range(300)]
+    strangers = [world.sketch((None,), str(i)).creatures[0] for i in range(300)]
     for creature in (*strangers, *(world.creatures[name] for name in UNSEEN)):
         assert min(distance(creature, world.creatures[name]) for name in KNOWN) >= UNSEEN_APART
 
@@ -107,7 +107,7 @@ def test_chat_template_takes_plain_text_and_closes_answers(shipped) -> None:
 
 
 def test_the_shipped_model_names_fresh_pictures(world: World, shipped) -> None:
-    scenes = [world.scene((name,), f"test/{i}") for name in KNOWN for i in range(2)]
+    scenes = [world.sketch((name,), f"test/{i}") for name in KNOWN for i in range(2)]
     asked = [
         Question(scene, scene.names[0], "who", *world.who(scene, "Who is this?"))
         for scene in scenes

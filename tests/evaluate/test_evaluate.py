@@ -498,7 +498,7 @@ def folders(tmp_path, cast) -> SimpleNamespace:
     world = World()
     for name in (cast.target, cast.other):
         (tmp_path / "everyone" / name.replace(" ", "_")).mkdir(parents=True)
-        draw(world.scene((name,), f"eval {name}")).save(
+        draw(world.sketch((name,), f"eval {name}")).save(
             tmp_path / "everyone" / name.replace(" ", "_") / "0.png"
         )
     own = tmp_path / "everyone" / cast.target.replace(" ", "_")

@@ -34,7 +34,7 @@ def small(tmp_path_factory) -> Path:
         files = [root / f"concepts/{slug}/images/{i}.png" for i in range(3)]
         files[0].parent.mkdir(parents=True)
         for i, file in enumerate(files):
-            draw(world.scene((name,), f"many {name} {i}")).save(file)
+            draw(world.sketch((name,), f"many {name} {i}")).save(file)
         subjects.append(suite.Subject(slug, name, (), (), files[0], tuple(files)))
     questions = (
         Question("Who is shown here?", "name"),
