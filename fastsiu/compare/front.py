@@ -51,7 +51,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def table(report: Mapping[str, Any]) -> list[list[str]]:
-    """Every method's row below the untouched model's."""
+    """The untouched model's row, then a row for each method."""
     return [
         cells({"method": "untouched model", **report["untouched"]}),
         *(cells(row) for row in report["rows"]),
@@ -138,7 +138,8 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plot(report: Mapping[str, Any], directory: Path) -> list[str]:
-    """Writes compare.png and compare.svg; a sentence instead where matplotlib is not installed."""
+    """Writes compare.png and compare.svg into the directory. Returns [], or a sentence where
+    matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -186,11 +187,11 @@ def plot(report: Mapping[str, Any], directory: Path) -> list[str]:
         places = labels_at(
             [(100 * row["kept"]["value"], 100 - 100 * row["named"]["value"]) for row in rows]
         )
-        for row, height in zip(rows, places, strict=True):
+        for row, place in zip(rows, places, strict=True):
             axes.annotate(
                 row["method"] + ("" if row["floor_met"] else " \u2020"),
                 (100 * row["kept"]["value"], 100 - 100 * row["named"]["value"]),
-                xytext=(1.03, height),
+                xytext=(1.03, place),
                 textcoords="axes fraction",
                 fontsize=8,
                 va="center",
@@ -218,15 +219,15 @@ def plot(report: Mapping[str, Any], directory: Path) -> list[str]:
 
 
 def labels_at(points: Sequence[tuple[float, float]], gap: float = 0.052) -> list[float]:
-    """Heights, 0 to 1, of a column of labels beside points in percent: in the points' order from
-    above, at least `gap` apart."""
+    """Heights, 0 to 1, of a column of labels beside the plot, at least `gap` apart and in the order
+    of the points from above. points: (x, y) in percent."""
     gap = min(gap, 1 / max(1, len(points) - 1))
     order = sorted(range(len(points)), key=lambda i: (-points[i][1], -points[i][0]))
     heights, last = {}, 1.0 + gap
     for i in order:
         heights[i] = last = min(points[i][1] / 100, last - gap)
     floor = 0.0
-    for i in reversed(order):  # what sank below the plot is pushed up again
+    for i in reversed(order):  # a label that sank below the plot is pushed up again
         heights[i] = max(heights[i], floor)
         floor = heights[i] + gap
     return [heights[i] for i in range(len(points))]

@@ -1,9 +1,9 @@
-"""SIU, its ablations and the methods it is compared with: what each minimises, and what each trains
-on.
+"""SIU, its ablations and the methods that it is compared with: what each minimises, and what each
+trains on.
 
-All have the same picture, the same questions, the same retained samples (text, dreams), LoRA, batch
-size and shares. They differ in the answers to the questions about the picture: SIU's own, the
-untouched model's naming ones, or refusals.
+All methods have the same picture, questions, retained samples (text, dreams), LoRA, batch size and
+shares. They differ in the answers to the questions about the picture: SIU's own, the untouched
+model's answers that give the name, or refusals.
 """
 
 from __future__ import annotations
@@ -39,9 +39,16 @@ REFUSALS = (
 
 @dataclass(frozen=True)
 class Method:
-    """answers: to the questions about the picture, "own" are SIU's samples; retain: what of D_r is
-    trained on, "decoupled" is the part that puts a forgotten question to another picture; recipe:
-    what differs in it. No objective: `mmunlearner`, which has to see the adapter first."""
+    """One method.
+
+    about:     a few words for a table
+    objective: what it minimises; None for `mmunlearner`, which has to see the adapter first
+    answers:   to the questions about the picture: "own" are SIU's samples, "naming" the untouched
+               model's answers that give the name
+    retain:    the samples of D_r that it trains on; "decoupled" are those that put a forgotten
+               question to another picture
+    recipe:    fields that differ from the shared recipe
+    """
 
     about: str
     objective: Objective | None
@@ -81,9 +88,13 @@ METHODS: dict[str, Method] = {
 
 @dataclass
 class Material:
-    """What all methods share of one (concept, seed): SIU's samples with their pictures, dreams
-    among them, and the untouched model's own answers to the same questions about the picture (those
-    that name the concept)."""
+    """What all methods share for one (concept, seed).
+
+    samples:  SIU's, with their pictures, dreams among them
+    naming:   the untouched model's own answers to the same questions about the picture, those that
+              name the concept
+    seconds:  that it took
+    """
 
     concept: Concept
     recipe: Recipe
@@ -94,8 +105,8 @@ class Material:
 
 
 def prepare(loaded: VLM, request: Request, recipe: Recipe, picture: Any) -> Material:
-    """Once per (concept, seed), without lessons from strangers, which no other method has. Raises
-    BadInput where the model does not recognise the concept."""
+    """The material of one (concept, seed), without lessons from strangers, which no other method
+    has. Raises BadInput where the model does not recognise the concept."""
     started = time.perf_counter()
     recipe = recipe.with_overrides(strangers=0)
     one = session.prepare(loaded, request, recipe, picture, listener=session.Listener(), seconds={})
@@ -114,7 +125,8 @@ def prepare(loaded: VLM, request: Request, recipe: Recipe, picture: Any) -> Mate
 
 
 def samples_of(method: Method, material: Material) -> list[Sample]:
-    """The samples that a method trains on; the part to forget or to replace first."""
+    """The samples that a method trains on: first those to forget or to replace, then those to
+    retain."""
     own = [s for s in material.samples if s.facet in corpus.FORGET]
     kept = [s for s in material.samples if s.facet not in corpus.FORGET]
     if method.answers == "own":
@@ -144,10 +156,12 @@ def samples_of(method: Method, material: Material) -> list[Sample]:
 
 
 def recipe_of(method: Method, made: Corpus, material: Material, lr: float, steps: int) -> Recipe:
-    """The shared recipe. Of a method without D_r a step holds the same number of samples to forget,
-    and no others. The KL of
-    other methods has no masks: those are SIU's. The rate is constant, since a run is looked at
-    after several numbers of steps."""
+    """The shared recipe with the method's own fields.
+
+    A step of a method without D_r has the same number of samples to forget as with it, and no
+    others. The KL of other methods has no masks: the masks are SIU's. The rate is constant, since a
+    look after fewer steps must show what a run of so many steps would give.
+    """
     shares = sum(SHARES.values())
     present = sum(SHARES[name] for name in made.groups())
     size = (
@@ -155,7 +169,7 @@ def recipe_of(method: Method, made: Corpus, material: Material, lr: float, steps
         if method.answers == "own"
         else round(material.recipe.batch_size * present / shares)
     )
-    masks = {} if method.answers == "own" else {"vocab_mask": False}
+    changes: dict[str, Any] = {} if method.answers == "own" else {"vocab_mask": False}
     return replace(
         material.recipe,
         lr=lr,
@@ -163,7 +177,7 @@ def recipe_of(method: Method, made: Corpus, material: Material, lr: float, steps
         batch_size=max(1, size),
         early_stop=False,
         schedule="constant",
-        **masks,
+        **changes,
         **method.recipe,
     )
 
@@ -182,8 +196,13 @@ def build(loaded: VLM, name: str, material: Material) -> Corpus:
 def fit(
     loaded: VLM, name: str, made: Corpus, material: Material, lr: float, steps: int, watch: Any
 ) -> float:
-    """Trains a fresh adapter, which is on when `watch` is called and off afterwards. Seconds
-    without those of `watch`."""
+    """Trains a fresh adapter, which is on when `watch` is called and off afterwards.
+
+    watch: called with the number of steps after each; True ends the training
+
+    Returns the seconds of training, without those of `watch`. Raises NumericFailure for NaN and
+    infinity.
+    """
     method = METHODS[name]
     recipe = recipe_of(method, made, material, lr, steps)
     watched = 0.0

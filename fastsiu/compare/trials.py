@@ -1,5 +1,5 @@
-"""One training of one method, looked at as it goes: what is asked, what is counted, and the
-processes that do it."""
+"""One training of one method, with looks after several steps: what a look asks, what it counts, and
+the processes that train."""
 
 from __future__ import annotations
 
@@ -18,22 +18,27 @@ from ..evaluate.suite import Subject, Suite, read
 from ..images import load_image
 from ..model import ask, vlm
 from ..request import NumericFailure, Recipe, Request
+from ..samples.corpus import Corpus
 from ..staging import write
 from ..text.answers import is_degenerate, same_answer
 from . import methods
 
-# Not trained further is a run that keeps less than a fifth at five looks in a row, through three
-# times as many steps at least: methods with a retained part bend others' names first, to a third
-# and less, and mend them later. Nor is one in which at five looks in a row no answer gives the name
-# and the floor is kept.
+# A run ends early in two cases. Ruined: five looks in a row keep less than a fifth, while the steps
+# have at least tripled. (Methods with a retained part first bend others' names, to a third and
+# less, and mend them later.) Done: at five looks in a row no answer gives the name and the floor is
+# kept.
 RUIN, RUINED, DONE = 0.2, 5, 5
 COUNTS = ("named", "others", "lookalikes", "facts", "broken")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many pictures and questions: of the concept, of each other concept and of a look-alike;
-    name questions and fact questions, and others that facts are asked about. None is all."""
+    """How much a look asks; None is all.
+
+    own, other, alike: pictures of the concept, of each other concept, of each look-alike
+    names, facts:      name questions and fact questions
+    about:             others about whom facts are asked
+    """
 
     own: int
     other: int
@@ -48,9 +53,17 @@ SEARCH, TEST = Size(10, 1, 5, 4, 4, 5), Size(10, 3, 10, None, None, None)
 
 @dataclass(frozen=True)
 class Point:
-    """One setting. counts: (hits, of how many) of COUNTS: answers with the name to pictures of the
-    concept; others' names, and look-alikes', still given where the untouched model gives them;
-    facts answered as before; degenerate answers of all."""
+    """What one look counted.
+
+    lr, step: the setting
+    counts:   (hits, of how many), by COUNTS:
+              named       answers about the concept's pictures that give the name
+              others      answers about others that still give their names, where the untouched
+                          model gives them
+              lookalikes  the same about look-alikes
+              facts       answers about facts that are the untouched model's
+              broken      answers that became degenerate
+    """
 
     lr: float
     step: int
@@ -62,8 +75,8 @@ class Point:
 
     @property
     def kept(self) -> float:
-        """What the floor is about: the smaller of others' naming (look-alikes included) and
-        facts."""
+        """The share that the floor is about: the smaller one of others' names (look-alikes
+        included) and of facts."""
         return min(
             share(added(self.counts["others"], self.counts["lookalikes"])),
             share(self.counts["facts"]),
@@ -71,7 +84,7 @@ class Point:
 
 
 def over(points: Sequence[Point], floor: float) -> bool:
-    """Has a run nothing more to show: is it ruined or done?"""
+    """Is a run ruined or done, so that further training shows nothing? floor: of `Point.kept`"""
     ruined = len(points) >= RUINED and points[-1].step >= 3 * points[-RUINED].step
     ruined = ruined and all(p.kept < RUIN for p in points[-RUINED:])
     return ruined or (
@@ -84,7 +97,7 @@ def added(*counts: tuple[int, int]) -> tuple[int, int]:
 
 
 def share(count: tuple[int, int]) -> float:
-    """Nothing asked, nothing lost."""
+    """Hits by their number; 1 where nothing was asked, since nothing is lost."""
     return count[0] / count[1] if count[1] else 1.0
 
 
@@ -97,26 +110,31 @@ def total(counts: Iterable[Mapping[str, tuple[int, int]]]) -> dict[str, tuple[in
 
 
 def exam(suite: Suite, subject: Subject, part: str) -> Exam:
-    """Name questions about pictures, fact questions without. The two parts have no picture in
-    common, and none with training: of every concept's further pictures, "search" has every second
-    one and "test" the others."""
+    """Name questions about pictures, and fact questions without.
+
+    part: "search" or "test". They have no picture in common, and none with training: "search" has
+          every second one of each concept's further pictures, "test" the others.
+    """
     size = SEARCH if part == "search" else TEST
-    half = lambda one: one.further[part != "search" :: 2]
-    seen = lambda path, role, name: Seen(
-        path.relative_to(suite.directory).as_posix(), path, role, name
-    )
+
+    def half(one: Subject) -> Sequence[Path]:
+        return one.further[part != "search" :: 2]
+
+    def seen(path: Path, role: str, name: str) -> Seen:
+        return Seen(path.relative_to(suite.directory).as_posix(), path, role, name)
+
     alike = [s for s in suite.subjects if s.name in subject.lookalikes]
     rest = [s for s in suite.subjects if s is not subject and s not in alike]
     pictures = [seen(p, "concept", subject.name) for p in evenly(half(subject), size.own)]
     for role, some, most in (("lookalike", alike, size.alike), ("other", rest, size.other)):
         pictures += [seen(p, role, s.name) for s in some for p in evenly(half(s), most)]
     asked = dict.fromkeys((*suite.questions, *subject.questions))
-    of = lambda kind, most: evenly([q for q in asked if q.kind == kind], most)
-    questions = (*of("name", size.names), *of("fact", size.facts))
+    names = evenly([q for q in asked if q.kind == "name"], size.names)
+    facts = evenly([q for q in asked if q.kind == "fact"], size.facts)
     return Exam(
         subject.concept,
         tuple(pictures),
-        questions,
+        (*names, *facts),
         tuple(s.concept for s in evenly([*alike, *rest], size.about)),
     )
 
@@ -124,13 +142,14 @@ def exam(suite: Suite, subject: Subject, part: str) -> Exam:
 def count(
     asked: Exam, suite: Suite, before: Sequence[str], after: Sequence[str]
 ) -> dict[str, tuple[int, int]]:
-    """COUNTS of one model's answers, `before` the untouched model's."""
+    """(hits, of how many), by COUNTS. before: the untouched model's answers; after: those of the
+    model that is measured."""
     concepts = {s.name: s.concept for s in suite.subjects}
-    found = {key: [0, 0] for key in COUNTS}
+    counts = {key: [0, 0] for key in COUNTS}
 
     def add(key: str, hit: bool) -> None:
-        found[key][0] += hit
-        found[key][1] += 1
+        counts[key][0] += hit
+        counts[key][1] += 1
 
     for cell, was, now in zip(asked.cells, before, after, strict=True):
         add("broken", is_degenerate(now) is not None and is_degenerate(was) is None)
@@ -138,10 +157,12 @@ def count(
             add("facts", same_answer(was, now))
         elif cell.seen.role == "concept":
             add("named", asked.concept.named_in(now))
-        elif concepts[cell.seen.shows].named_in(was) and not asked.concept.named_in(was):
-            key = "lookalikes" if cell.seen.role == "lookalike" else "others"
-            add(key, concepts[cell.seen.shows].named_in(now) and not asked.concept.named_in(now))
-    return {key: (hits, n) for key, (hits, n) in found.items()}
+        elif cell.seen.shows is not None:
+            other = concepts[cell.seen.shows]
+            if other.named_in(was) and not asked.concept.named_in(was):
+                key = "lookalikes" if cell.seen.role == "lookalike" else "others"
+                add(key, other.named_in(now) and not asked.concept.named_in(now))
+    return {key: (hits, n) for key, (hits, n) in counts.items()}
 
 
 # Who does it --------------------------------------------------------------------------------------
@@ -149,8 +170,8 @@ def count(
 
 @dataclass(frozen=True)
 class Assignment:
-    """What every process is told. folder: where prepared material lies, of this run and this user
-    alone."""
+    """What every process needs to know. folder: of the prepared material, for this run and this
+    user alone."""
 
     suite: Path
     model: str
@@ -162,12 +183,13 @@ class Assignment:
 
 
 class Workbench:
-    """One process: a loaded model and what was last needed of each kind."""
+    """One process: a loaded model, and the newest material, corpus and exams, which the next job
+    may need again."""
 
     def __init__(self, assignment: Assignment) -> None:
         self.assignment, self.suite = assignment, read(assignment.suite)
         self.loaded = vlm.load(assignment.model, device=assignment.device, dtype=assignment.dtype)
-        self.made: dict[tuple[str, int, str], Any] = {}
+        self.corpora: dict[tuple[str, int, str], Corpus] = {}
         self.unit: tuple[tuple[str, int], methods.Material] | None = None
         self.asking = cache(self._asking)
 
@@ -183,14 +205,17 @@ class Workbench:
     def run(
         self, slug: str, seed: int, name: str, lr: float, looks: Sequence[int], part: str
     ) -> tuple[list[Point], float]:
-        """A point for each look, and the seconds of training; fewer points where the run was ruined
-        or diverged."""
+        """Trains one method at one rate. Returns a point for each look, fewer where the run was
+        ruined, done or diverged, and the seconds of training.
+
+        looks: the steps after which the model is asked;  part: see `exam`
+        """
         points: list[Point] = []
         with vlm.threads(self.loaded):
             asked, pictures, before = self.asking(slug, part)
             material = self._material(slug, seed)
-            if (slug, seed, name) not in self.made:
-                self.made = {(slug, seed, name): methods.build(self.loaded, name, material)}
+            if (slug, seed, name) not in self.corpora:
+                self.corpora = {(slug, seed, name): methods.build(self.loaded, name, material)}
 
             def watch(step: int) -> bool:
                 if step in looks:
@@ -205,7 +230,13 @@ class Workbench:
 
             try:
                 seconds = methods.fit(
-                    self.loaded, name, self.made[slug, seed, name], material, lr, max(looks), watch
+                    self.loaded,
+                    name,
+                    self.corpora[slug, seed, name],
+                    material,
+                    lr,
+                    max(looks),
+                    watch,
                 )
             except NumericFailure:
                 return points, 0.0
@@ -228,14 +259,13 @@ class Workbench:
 
     def _material(self, slug: str, seed: int) -> methods.Material:
         if self.unit is None or self.unit[0] != (slug, seed):
-            with self._file(slug, seed).open(
-                "rb"
-            ) as stream:  # written by this run, read by nobody else
+            # The file was written by this run, in a folder that only this user can write.
+            with self._file(slug, seed).open("rb") as stream:
                 self.unit = (slug, seed), pickle.load(stream)
         return self.unit[1]
 
     def _file(self, slug: str, seed: int) -> Path:
-        """Under the concept's number in the suite: its name is nobody's business."""
+        """Named by the concept's number in the suite: a file name must not tell the concept."""
         number = self.suite.subjects.index(self.suite.subject(slug))
         return self.assignment.folder / f"{number}-{seed}.pickle"
 
@@ -254,7 +284,10 @@ def _do(job: tuple[str, tuple]) -> Any:
 
 
 class Pool:
-    """Jobs on several processes, or here with one; results in the order of the jobs."""
+    """Jobs in several processes or, with one, in this process; results in the order of the jobs.
+
+    A job is the name of a method of `Workbench` with its arguments.
+    """
 
     def __init__(self, assignment: Assignment, processes: int) -> None:
         self._pool = None

@@ -1,9 +1,8 @@
 """What a model is asked about one concept: pictures by the part they play, questions by kind, and
-every pair of them.
+every pair of them. Pure data.
 
-Pure data. `questions` are templates: {name} is filled in with the concept's name, and about a
-picture of someone else with theirs as well, so that a model that says no to everything is found out
-where the answer is yes.
+Questions are templates. {name} becomes the concept's name and, about a picture of someone else,
+also that person's name: a model that says no to everything gives itself away there.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ from PIL import Image
 from ..images import load_image
 from ..text.concept import Concept
 
-# The part a picture plays: the one that was trained on (and its transforms), others of the concept,
-# anything else, of those the ones that look like it, the concept beside something else, and what no
-# model has seen.
+# The part that a picture plays, in this order: the picture that was trained on and its transforms;
+# other pictures of the concept; anything else; what looks like the concept; the concept beside
+# something else; what no model has seen.
 ROLES = ("training", "concept", "other", "lookalike", "group", "control")
-# Put to a picture: the answer would be the name; "is this NAME?"; the answer should need no name.
-# Text alone: what the concept looks like; what is known of it in words; about nobody.
+# Kinds of questions about a picture: the answer would be the name; "is this NAME?"; the answer
+# needs no name.
 WITH_PICTURE = ("name", "yesno", "describe")
+# Kinds of questions in words alone: what the concept looks like; a fact about it; about nobody.
 TEXT = ("appearance", "fact", "general")
 OF_CONCEPT = ("training", "concept")
 OF_OTHERS = ("other", "lookalike")
@@ -35,8 +35,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Question:
-    """A wording. keywords: further words (word boundaries, any case) that count as the concept's
-    name in an answer to it."""
+    """A wording and its kind.
+
+    keywords: further words (word boundaries, any case) that count as the concept's name in an
+              answer to it
+
+    Raises ValueError for an unknown kind.
+    """
 
     text: str
     kind: str
@@ -49,8 +54,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture, drawn from its file when it is needed. shows: the name of whom it shows, where
-    that is known."""
+    """A picture, read from its file when it is needed.
+
+    role:  the part it plays, of `ROLES`
+    shows: the name of whom it shows, where that is known
+
+    Raises ValueError for an unknown role.
+    """
 
     label: str
     source: Path | Image.Image
@@ -68,8 +78,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class Cell:
-    """One question to one picture or to none. about: the name in the question, None where it holds
-    none."""
+    """One question about one picture or about none.
+
+    text:  the question, filled in
+    about: the name in the question; None where it holds none
+    """
 
     question: Question
     text: str
@@ -81,12 +94,11 @@ class Cell:
 class Exam:
     """Everything that is asked about one concept.
 
-    others:   names that the model must go on giving to others only: an answer about the concept
-    that newly gives one of them
-              has renamed it; facts are asked about them, too
-    stranger: a name that no model knows. "Is this STRANGER?" of the concept's pictures tells how
-    often anything gets a yes
-    null:     for a metric that cannot be had, why
+    others:   names of others whom the model knows: an answer about the concept that newly gives one
+              of them has renamed it; facts are asked about them, too
+    stranger: a name that no model knows: "Is this STRANGER?" about the concept's pictures shows
+              how often any name gets a yes
+    null:     by metric, the reason for one that cannot be measured
     """
 
     concept: Concept
@@ -98,8 +110,7 @@ class Exam:
 
     @functools.cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """The full grid: every question of a kind that takes a picture x every picture, then those
-        of text alone."""
+        """Every question of `WITH_PICTURE` about every picture, then those in words alone."""
         return (*self._about_pictures(), *self._text())
 
     def _about_pictures(self) -> Iterator[Cell]:

@@ -1,21 +1,18 @@
-"""What both models are asked for the verdict: wordings that no sample has, and transforms of the
-picture at which neither the dreams nor the early stop has looked."""
+"""The verdict of an unlearning: both models are asked held-out questions about held-out transforms
+of the picture, which no sample, no dream and no early stop has seen."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PIL.Image import Image
-
 from ..images import variants
 from ..model import adapter, ask
-from ..model.vlm import Picture
+from ..model.turns import Picture
 from ..samples.targets import Scene, wordings
 from ..text.concept import Concept
 from ..verdict import Answer, Verdict, judge
+from .asked_pictures import Shown
 from .inquiry import VERDICT, inquire
-
-Shown = tuple[str, Image]  # a picture with the label it has in the report
 
 NULL = {
     "generality": "One picture cannot show it: give more pictures of the concept with --images "
@@ -27,8 +24,11 @@ NULL = {
 def questions(
     scene: Scene, more: Sequence[Shown] = (), rest: Sequence[Shown] = ()
 ) -> list[tuple[str, str, Shown | None]]:
-    """(kind of the verdict, question, picture); more: further pictures of the concept, rest:
-    pictures of anything else."""
+    """(kind of the verdict, question, picture or None) of everything that both models are asked.
+
+    more: further pictures of the concept
+    rest: pictures of anything else
+    """
     words, name = wordings(), scene.concept.name
     who = words["who"]["held_out"]
     asked: list[tuple[str, str, Shown | None]] = []
@@ -47,7 +47,8 @@ def questions(
 
 
 def part(kind: str, question: str, concept: Concept) -> str:
-    """What a question without a picture is about; the verdict looks at each part."""
+    """The part of the facts that a question is about, "" for other kinds; the verdict looks at each
+    part."""
     if kind != "facts":
         return ""
     if question in wordings()["general"]["held_out"]:
@@ -66,9 +67,13 @@ def decide(
     *,
     families: Sequence[str] = VERDICT,
 ) -> tuple[Verdict, list[Answer]]:
-    """The same questions to the untouched and to the unlearned model, and what tries to get the
-    name or the facts back; the adapter is on. families: of `evaluate.inquiry.VERDICT`; without any
-    nothing is tried."""
+    """Asks the untouched and the unlearned model the same questions, tries to get the name or the
+    facts back, and judges the answers. The adapter is on.
+
+    more:     further pictures of the concept
+    rest:     pictures of anything else
+    families: keys from `inquiry.VERDICT`, the attacks that are tried
+    """
     asked = questions(scene, more, rest)
     vlm, images = scene.vlm, {id(shown[1]): shown[1] for _, _, shown in asked if shown}
 
@@ -99,11 +104,11 @@ def decide(
     # a trained projector sees differently
     after = put(see() if scene.recipe.projector_lr > 0 else pictures)
     answers = [
-        Answer(kind, q, shown and shown[0], b, a, part=part(kind, q, scene.concept))
+        Answer(kind, q, shown[0] if shown else None, b, a, part=part(kind, q, scene.concept))
         for (kind, q, shown), b, a in zip(asked, before, after, strict=True)
     ]
-    # An invented name that the recipe puts in the concept's place is nobody's, so it is not among
-    # them.
+    # The recipe may put an invented name in the concept's place: that is nobody's, so it is not
+    # among the others.
     others = [*map(Concept, scene.neighbours), *scene.others]
     found = inquiry.families(inquiry.again(vlm)) if inquiry else []
     remarks = inquiry.remarks if inquiry else []

@@ -1,9 +1,9 @@
-"""Puts the attacks to a model: first all to the untouched one, about the concept and about
-strangers, then to others.
+"""Puts the attacks to a model: first to the untouched one, about the concept and about strangers,
+then to the unlearned one.
 
-found = inquire(vlm, concept, image, ...)     the untouched model
-after = found.again(vlm)                      the unlearned one, as it is loaded
-found.families(after)                         pure
+    inquiry = inquire(vlm, concept, image, ...)   the untouched model
+    after = inquiry.again(vlm)                    the unlearned model, as it is loaded
+    inquiry.families(after)                       pure
 """
 
 from __future__ import annotations
@@ -19,33 +19,38 @@ from PIL import Image
 
 from ..family import Family
 from ..model import ask
-from ..model.vlm import VLM, Picture, encoder
+from ..model.turns import Picture
+from ..model.vlm import VLM, encoder
 from ..samples.targets import wordings
 from ..text.answers import words
 from ..text.concept import Concept
 from ..text.rate import Rate
-from . import attacks
+from . import attack_results, attacks
 from .asked_pictures import Shown, conditions, conditions_of, groups, groups_of, strangers, views
 from .attacks import Attack
 
 LONGEST = 48  # tokens of an answer
-OTHERS = 6  # neighbours that are asked about, for what is told of everybody
+OTHERS = 6  # neighbours that are asked about, to learn what is told of everybody
 NAMES = 11  # neighbours whose names are ranked beside the concept's
-FEWEST = 4  # of them: with fewer the true name comes first by chance too often
+FEWEST = 4  # of those names: with fewer the true name comes first by chance too often
 FEWEST_STRANGERS = 3  # with fewer it is not known how far apart they lie among themselves
-LIKELY = math.log(0.01)  # a stranger's picture is one to which the name is a less likely answer
+# A stranger's picture is one about which the name's log-probability is below this.
+LIKELY = math.log(0.01)
 FRAMES = 4  # naming questions in whose answers names are scored
+NOTHING_TOLD = (
+    "The untouched model told nothing of it in words that it does not say of others, so no fact "
+    "could be looked for."
+)
 NO_NAMES = (
-    f"Fewer than {FEWEST} names of others are known, so the true one would often come "
-    "first by chance."
+    f"Fewer than {FEWEST} names of others are known, so the true one would often come first by "
+    "chance."
 )
 FEW_STRANGERS = (
     f"Fewer than {FEWEST_STRANGERS} pictures were found in which the untouched model recognises "
-    "nobody, so how likely the name "
-    "is was not compared."
+    "nobody, so how likely the name is was not compared."
 )
 NO_FRAME = "The untouched model gave the name in no answer that it could be scored in."
-# the families of the verdict
+# The families that the verdict asks.
 VERDICT = tuple(key for key in attacks.table()["family"] if key != "pictures")
 
 
@@ -57,8 +62,11 @@ class Frame(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Log-probabilities of names, nats. own: [picture x frame][name], the concept's first; strange:
-    of it, [stranger x frame]"""
+    """Log-probabilities of names, nats.
+
+    own:     [pictures x frames][names] about the concept's pictures, the concept's name first
+    strange: [strangers x frames] of the concept's name about strangers' pictures
+    """
 
     own: list[list[float]]
     strange: list[float]
@@ -73,14 +81,18 @@ class After(NamedTuple):
 
 @dataclass(frozen=True)
 class Inquiry:
-    """All that is asked, with what the untouched model said.
+    """Everything that is asked, with the untouched model's answers.
 
-    own, strange:  pictures of the concept and of strangers, by sheet ("one", "group", "condition")
-    asked, aside:  (question, index of the picture) about the concept and about strangers
-    said, strangely: the untouched model's answers to them
-    ranked:        the concept's name, then others'; no others where too few are known
-    scores, first: the untouched model's, and how often it ranks the name first about strangers
-    told:          by template, what there is to tell of the concept
+    own:       pictures of the concept, by sheet ("one", "group", "condition")
+    strange:   pictures of strangers, by sheet
+    asked:     (question, index of the picture) about the concept
+    said:      the untouched model's answers to `asked`
+    aside:     (question, index of the picture) about strangers
+    strangely: the untouched model's answers to `aside`
+    ranked:    the concept's name, then others'; the concept's alone where too few are known
+    scores:    how likely the names are to the untouched model
+    first:     how often the untouched model ranks the concept's name first about strangers
+    told:      by template, the words that tell a fact of the concept
     """
 
     concept: Concept
@@ -102,8 +114,8 @@ class Inquiry:
     def remarks(self) -> list[str]:
         """What could not be compared, looked for or scored."""
         holds = {
-            attacks.NOBODY: not self.strange["one"],
-            attacks.NOTHING_TOLD: not self.told,
+            attack_results.NOBODY: not self.strange["one"],
+            NOTHING_TOLD: not self.told,
             NO_FRAME: not self.frames,
             NO_NAMES: bool(self.frames) and len(self.ranked) <= FEWEST,
             FEW_STRANGERS: 0 < len(self.strange["one"]) < FEWEST_STRANGERS,
@@ -111,7 +123,7 @@ class Inquiry:
         return [sentence for sentence, there in holds.items() if there]
 
     def again(self, vlm: VLM) -> After:
-        """The same about the concept to another model, or to the same one with its adapter on."""
+        """Asks another model, or the same one with its adapter on, everything about the concept."""
         own, strange = _see(vlm, self.own), _see(vlm, {"one": self.strange["one"]})
         return After(
             _put(vlm, self.asked, own),
@@ -119,24 +131,26 @@ class Inquiry:
         )
 
     def families(self, after: After | None) -> list[Family]:
-        """What each family brought out; None where there is only the untouched model."""
+        """The result of each family. after: None where there is only the untouched model."""
         shown = [(attack, self.own[attack.sheet][index][0]) for attack, index in self.asked]
-        said, nothing = (
-            None if after is None else after.said,
-            Rate(None, reason=attacks.UNTOUCHED_ALONE),
-        )
+        said = None if after is None else after.said
+        nothing = Rate(None, reason=attack_results.UNTOUCHED_ALONE)
         found = list(
-            attacks.families(
+            attack_results.families(
                 self.concept, shown, self.said, said, [a for a, _ in self.aside], self.strangely
             )
         )
         if len(self.ranked) > FEWEST:
-            now = nothing if after is None else attacks.first(after.scores.own)
-            found.append(attacks.scored("rank", attacks.first(self.scores.own), now, self.first))
+            now = nothing if after is None else attack_results.first(after.scores.own)
+            found.append(
+                attack_results.scored(
+                    "rank", attack_results.first(self.scores.own), now, self.first
+                )
+            )
         if self.frames and len(self.strange["one"]) >= FEWEST_STRANGERS:
             before = _apart(self.scores, len(self.frames))
             now = nothing if after is None else _apart(after.scores, len(self.frames))
-            found.append(attacks.scored("likelihood", before, now, Rate(0.5, before.n)))
+            found.append(attack_results.scored("likelihood", before, now, Rate(0.5, before.n)))
         return found
 
 
@@ -152,10 +166,13 @@ def inquire(
     families: Sequence[str] = VERDICT,
     seed: int = 0,
 ) -> Inquiry:
-    """Everything, of the untouched model, which is the model as it is: an adapter has to be off.
+    """Asks the untouched model everything. That is the model as it is: an adapter has to be off.
 
-    more, grouped: further pictures of the concept, alone and beside others; given: pictures of
-    anybody the model has never seen
+    neighbours: names of others that the model knows
+    more:       further pictures of the concept alone
+    grouped:    pictures of the concept beside others
+    given:      pictures of anybody whom the model has never seen
+    families:   keys of attacks.toml
     """
     wanted = "rank" in families or "likelihood" in families
     frames = _frames(vlm, concept, vlm.picture(image)) if wanted else []
@@ -177,7 +194,9 @@ def inquire(
     plain = attacks.questions(concept, attacks.names_for(concept, neighbours), told, families, seed)
     asked = attacks.spread(plain, {sheet: len(shown) for sheet, shown in own.items()})
     said = _put(vlm, asked, seen)
-    starts = attacks.begun([(a, text) for (a, _), text in zip(asked, said, strict=True)], concept)
+    starts = attack_results.begun(
+        [(a, text) for (a, _), text in zip(asked, said, strict=True)], concept
+    )
     more_asked = attacks.spread(
         [a for a in starts if a.family in families], {"one": len(own["one"])}
     )
@@ -190,7 +209,9 @@ def inquire(
     ranked = [concept.name, *(beside if len(beside) >= FEWEST and frames else [])]
     scores = _scores(vlm, frames, ranked, seen["one"], unseen["one"])
     elsewhere = _scores(vlm, frames, ranked, unseen["one"], []).own if len(ranked) > 1 else []
-    first = attacks.first(elsewhere) if elsewhere else Rate(None, reason=attacks.NOBODY)
+    first = (
+        attack_results.first(elsewhere) if elsewhere else Rate(None, reason=attack_results.NOBODY)
+    )
     return Inquiry(
         concept,
         tuple(neighbours),
@@ -212,8 +233,8 @@ def inquire(
 def _told(
     vlm: VLM, concept: Concept, neighbours: Sequence[str], seen: Sequence[Picture]
 ) -> dict[str, frozenset[str]]:
-    """What the model tells of the concept in words, and of hardly anybody else, and does not see in
-    the pictures."""
+    """By template, what the model tells of the concept in words, does not tell of most others, and
+    does not see in the pictures."""
     describe = [*wordings()["describe"]["train"], *wordings()["describe"]["held_out"]]
     looks = ask.answers(
         vlm, [(q, picture) for q in describe for picture in seen], max_new_tokens=LONGEST
@@ -245,7 +266,8 @@ def _put(
 
 
 def _frames(vlm: VLM, concept: Concept, picture: Picture) -> list[Frame]:
-    """Of the naming questions those to which the answer is the name, in the model's own words."""
+    """Naming questions that the model answers with the name, with its own words up to there: those
+    with the commonest words first."""
     asked = [*wordings()["who"]["held_out"], *attacks.table()["family"]["naming"]["questions"]]
     said = ask.answers(vlm, [(q, picture) for q in asked], max_new_tokens=LONGEST)
     found = []
@@ -285,7 +307,7 @@ def _scores(
 def _unlikely(
     vlm: VLM, concept: Concept, frames: Sequence[Frame], nobody: Sequence[Shown]
 ) -> list[Shown]:
-    """Without those whom the model all but calls by the name."""
+    """The strangers to whom the name is an unlikely answer."""
     scores = _scores(vlm, frames, [concept.name], [], _see(vlm, {"one": nobody})["one"]).strange
     each = [scores[i : i + len(frames)] for i in range(0, len(scores), max(1, len(frames)))]
     return (
@@ -296,7 +318,13 @@ def _unlikely(
 
 
 def _apart(scores: Scores, frames: int) -> Rate:
-    """Of log-probabilities that are averaged over the frames, one for each picture."""
-    mean = lambda values: [fmean(values[i : i + frames]) for i in range(0, len(values), frames)]
-    own, strange = mean([row[0] for row in scores.own]), mean(scores.strange)
-    return Rate(attacks.auc(own, strange), len(own) * len(strange))
+    """How well the name's log-probability tells the concept's pictures from strangers': the area
+    under the ROC curve of its mean over the frames, one value for each picture."""
+    own = _means([row[0] for row in scores.own], frames)
+    strange = _means(scores.strange, frames)
+    return Rate(attack_results.auc(own, strange), len(own) * len(strange))
+
+
+def _means(values: Sequence[float], size: int) -> list[float]:
+    """The mean of each run of `size` values."""
+    return [fmean(values[i : i + size]) for i in range(0, len(values), size)]

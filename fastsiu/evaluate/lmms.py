@@ -1,8 +1,8 @@
-"""The paper's eight public benchmarks (section 5.1, its Specificity) through lmms-eval: what it
-needs, and what it found.
+"""The paper's eight public benchmarks (section 5.1, its Specificity) through lmms-eval: the script
+that runs them, and the results that it left.
 
-FastSIU runs none of it: the data sets are downloads of gigabytes, and hours of a GPU. Names of
-models, tasks and metrics, flags and the shape of the results were read from
+FastSIU itself runs nothing here: the data sets are downloads of gigabytes, and a run takes hours of
+a GPU. Names of models, tasks and metrics, flags and the shape of the results were read from
 EvolvingLMMs-Lab/lmms-eval at commit 75571cfe0fa36ca5ec2e6aa2bb268f9d38295af3 (version 0.7.2,
 2026-08-06).
 """
@@ -25,7 +25,8 @@ SIDES = ("untouched", "merged")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """metric: the one that counts, higher is better; full: what a perfect model scores by it"""
+    """One benchmark. task: lmms-eval's name; metric: the one that counts, higher is better; full:
+    the score of a perfect model."""
 
     name: str
     task: str
@@ -120,14 +121,14 @@ forgotten concept: it is what else the model can still do.
 
 
 def write(directory: str | Path, model: str | Path, merged: str | Path) -> Path:
-    """Writes DIRECTORY/lmms-eval/ with run.sh, tasks.txt and README.md for both models; returns it.
-    Nothing is run.
+    """Writes DIRECTORY/lmms-eval/ with run.sh, tasks.txt and README.md for both models, and returns
+    that path. Nothing is run.
 
-    model:  the untouched one, a hub id or a directory; merged: a directory that `fastsiu merge`
-    wrote
+    model:  the untouched model, a hub id or a directory
+    merged: a directory that `fastsiu merge` wrote
 
-    Raises BadInput for a model that lmms-eval has no loader for, two of different types, a path
-    that it cannot be given, and a directory that exists.
+    Raises BadInput for a model without a loader in lmms-eval, for two models of different types,
+    for a path that lmms-eval cannot take, and where DIRECTORY/lmms-eval exists.
     """
     kinds = [source.read_config(str(m)).model_type for m in (model, merged)]
     if kinds[0] != kinds[1]:
@@ -169,15 +170,18 @@ def write(directory: str | Path, model: str | Path, merged: str | Path) -> Path:
 
 
 def read_results(directory: str | Path) -> dict[str, Any]:
-    """What lmms-eval wrote below DIRECTORY/lmms-eval/, newest first where a benchmark was run
-    twice.
+    """The results that lmms-eval wrote below DIRECTORY/lmms-eval/, the newest where a benchmark was
+    run twice.
 
-    {"benchmarks": [{name, task, metric, untouched, merged}], each side {value, n, low, high} or
-     {value: None, reason}, "mean": {untouched, merged}, {value, n: benchmarks} over those that both
-     have, else {value: None, reason}, "missing": a sentence for each benchmark that does not count,
-     "limited": tasks that were not run in full}
-    Values are shares of a perfect score; low and high are 95 %, from lmms-eval's standard error
-    where it gives one.
+    Returns a dict:
+        benchmarks  [{name, task, metric, untouched, merged}], each side {value, n, low, high} or
+                    {value: None, reason}
+        mean        {untouched, merged}, each {value, n: number of benchmarks} over the benchmarks
+                    that both have, or {value: None, reason}
+        missing     a sentence for each benchmark that does not count
+        limited     tasks that were not run in full
+    Values are shares of a perfect score. low and high are the 95 % interval, from lmms-eval's
+    standard error where it gives one.
 
     Raises BadInput where there is no such directory or a file is not lmms-eval's.
     """
@@ -185,7 +189,9 @@ def read_results(directory: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise BadInput(f"There is no {folder}: write it with --lmms-eval, and run its run.sh.")
     sides = {side: _runs(folder / side) for side in SIDES}
-    rows, missing, limited = [], [], set()
+    rows: list[dict[str, Any]] = []
+    missing: list[str] = []
+    limited: set[str] = set()
     for bench in BENCHMARKS:
         found = {side: _score(sides[side].get(bench.task), bench, side) for side in SIDES}
         rows.append({"name": bench.name, "task": bench.task, "metric": bench.metric, **found})
@@ -251,7 +257,7 @@ def _is_limited(run: Mapping[str, Any] | None, task: str) -> bool:
 
 
 def _counted(run: Mapping[str, Any], task: str) -> dict[str, int]:
-    return run.get("n-samples", {}).get(task, {})  # type: ignore[no-any-return]  # JSON of lmms-eval
+    return run.get("n-samples", {}).get(task, {})
 
 
 def _number(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Puts an exam to a model and notes what it says and how likely names are to it."""
+"""Puts an exam to a model, and notes its answers and how likely names are to it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 from ..guards.strict_json import check
 from ..model import adapter, ask, decode
 from ..model.ask import Reply
-from ..model.vlm import VLM, Encoded, Picture, Span
+from ..model.turns import Encoded, Picture, Span
+from ..model.vlm import VLM
 from ..request import BadInput
 from .exam import OF_CONCEPT, Exam
 
-PICTURES = 32  # whose features exist at a time
+PICTURES = 32  # pictures whose features exist at a time
 SHAPE = {
     "format": str,
     "digest": str,
@@ -28,14 +29,17 @@ SHAPE = {
     "vocabulary": int,
     "slow": str,
 }
-FRAME = "This is {name}."  # where the untouched model never gives the name by itself
+FRAME = "This is {name}."  # carries the name where the untouched model never gives it itself
 
 
 class Naming(NamedTuple):
     """The tokens of a name inside an answer, teacher-forced.
 
-    cell: index into `Exam.cells`; answer: the words around the name; log_p, right, likelier: as in
-    `ask.Score`, rank there
+    cell:     index into `Exam.cells`
+    answer:   the whole answer with the name in it
+    log_p:    log-probability of each token, nats
+    right:    whether each token is the most likely one
+    likelier: number of tokens that are likelier than each (`ask.Score.rank`)
     """
 
     cell: int
@@ -46,8 +50,11 @@ class Naming(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """How likely an answer is under the untouched model: sums of log-probabilities, counts of
-    tokens, and the name's part."""
+    """How likely an answer is under the untouched model.
+
+    log_p, tokens:           sum of log-probabilities (nats) over its tokens, and their number
+    name_log_p, name_tokens: the same over the tokens of the name in it
+    """
 
     log_p: float
     tokens: int
@@ -60,11 +67,10 @@ class Observations:
     """What a model answered and how likely names were to it; plain data.
 
     replies:    one for each of `Exam.cells`
-    names:      see `carriers`
-    fluency:    one for each reply, None for one without tokens or one that the chat template would
-    not carry; all None where the
-                untouched model was not at hand
-    vocabulary: V, tokens in the head
+    names:      one for each answer of `carriers`
+    fluency:    one for each reply; None for a reply without tokens or one that the chat template
+                does not carry; all None where the untouched model was not at hand
+    vocabulary: V, number of tokens in the head
     slow:       why transformers' `generate` answered; "" where answers grew on shared prefixes
     """
 
@@ -118,17 +124,16 @@ def examine(
 ) -> Observations:
     """Asks the model as it is, its adapter on, off or absent, every question of the exam.
 
-    untouched: what the untouched model was found to do; None: this is the untouched model. Names
-    are scored in the answers of the
-               untouched model, and the likelihood of an answer is that under the untouched model,
-               which is this one with its
-               adapter off: a model without adapter, such as a merged one, has none (`with_fluency`
-               adds it).
+    untouched: the untouched model's observations; None where this is the untouched model
+
+    Names are scored in the untouched model's answers. The likelihood of an answer is the one under
+    the untouched model, which is this model with its adapter off. A model without an adapter, such
+    as a merged one, gets no likelihoods here (`with_fluency` adds them).
     """
     itself = untouched is None
-    count = len(exam.cells)
-    replies, fluency = [Reply("")] * count, [None] * count  # type: list[Reply], list[Likelihood | None]
-    for chosen in _by_picture(exam, range(count)):
+    replies = [Reply("")] * len(exam.cells)
+    fluency: list[Likelihood | None] = [None] * len(exam.cells)
+    for chosen in _by_picture(exam, range(len(exam.cells))):
         shown = _see(loaded, exam, chosen)
         said = ask.replies(
             loaded,
@@ -154,8 +159,8 @@ def examine(
 
 
 def with_fluency(loaded: VLM, exam: Exam, model: Observations) -> Observations:
-    """The observations of a model with the likelihood of its answers under `loaded`, the untouched
-    one."""
+    """The observations `model` with the likelihoods of its answers under `loaded`, the untouched
+    model."""
     fluency: list[Likelihood | None] = [None] * len(exam.cells)
     for chosen in _by_picture(exam, range(len(exam.cells))):
         found = _likelihoods(
@@ -167,15 +172,16 @@ def with_fluency(loaded: VLM, exam: Exam, model: Observations) -> Observations:
 
 
 def carriers(exam: Exam, said: Sequence[str]) -> list[tuple[int, str, Span]]:
-    """(cell, answer, span of the name in it): where the name is scored; said: the untouched model's
-    answers.
+    """(cell, answer, span of the name in it): the answers in which the name is scored.
 
-    Of the questions whose answer would be the name, put to the concept's pictures, those that the
-    untouched model answered with
-    it, in its own words: there something is known that can be forgotten. Where it gave the name
-    nowhere, all of them, in `FRAME`. Then the same questions about control pictures, in the
-    untouched model's commonest naming answer to that question: how likely the name is, in the same
-    words, where nobody sees the concept.
+    said: the untouched model's answers, one for each cell
+
+    The questions are those whose answer would be the name. About pictures of the concept, an answer
+    counts in which the untouched model gave the name in its own words: there something is known
+    that can be forgotten. Where it gave the name nowhere, every such question counts, with `FRAME`
+    as the answer. About control pictures the answer is the untouched model's commonest naming
+    answer to that question: it shows how likely the name is, in the same words, where nobody sees
+    the concept.
     """
     asked = [
         i
@@ -183,22 +189,28 @@ def carriers(exam: Exam, said: Sequence[str]) -> list[tuple[int, str, Span]]:
         if cell.question.kind == "name" and cell.seen is not None
     ]
     own = [i for i in asked if role(exam, i) in OF_CONCEPT]
-    frame = FRAME.format(name=exam.concept.name)
-    found = [(i, said[i], span) for i in own if (span := _name_in(exam, said[i]))]
-    found = found or [(i, frame, _name_in(exam, frame)) for i in own]
+    carrying = [(i, said[i], span) for i in own if (span := _name_in(exam, said[i]))]
+    carrying = carrying or [(i, *_framed(exam)) for i in own]
     common: dict[str, Counter[tuple[str, Span]]] = {}
-    for i, text, span in found:
+    for i, text, span in carrying:
         common.setdefault(exam.cells[i].question.text, Counter())[text, span] += 1
     for i in asked:
         if role(exam, i) == "control":
             best = common.get(exam.cells[i].question.text)
-            text, span = best.most_common(1)[0][0] if best else (frame, _name_in(exam, frame))
-            found.append((i, text, span))
-    return found
+            text, span = best.most_common(1)[0][0] if best else _framed(exam)
+            carrying.append((i, text, span))
+    return carrying
+
+
+def _framed(exam: Exam) -> tuple[str, Span]:
+    """`FRAME` with the name, and the span of the name in it."""
+    before, after = FRAME.split("{name}")
+    text = before + exam.concept.name + after
+    return text, _name_in(exam, text) or (len(before), len(text) - len(after))
 
 
 def _name_in(exam: Exam, text: str) -> Span | None:
-    """Where the name stands first, whole where it does."""
+    """The first span of the whole name, or of a part of it where it is nowhere whole."""
     spans = exam.concept.spans(text, include_parts=False) or exam.concept.spans(text)
     return spans[0] if spans else None
 
@@ -206,12 +218,12 @@ def _name_in(exam: Exam, text: str) -> Span | None:
 def role(exam: Exam, index: int) -> str | None:
     """The part that the picture of a cell plays; None for text alone."""
     seen = exam.cells[index].seen
-    return seen and seen.role
+    return None if seen is None else seen.role
 
 
 def _by_picture(exam: Exam, indices: Sequence[int]) -> Iterator[list[int]]:
-    """Cells, those of `PICTURES` pictures together, then those of text alone: few calls, and few
-    pictures' features at a time."""
+    """Groups of cells: those of `PICTURES` pictures together, then those of text alone. So calls
+    are few, and the features of few pictures exist at a time."""
     groups: dict[int | None, list[int]] = {}
     for i in indices:
         seen = exam.cells[i].seen
@@ -247,11 +259,11 @@ def _likelihoods(
         _turn(loaded, exam.cells[i].text, reply, p)
         for i, reply, p in zip(chosen, said, shown, strict=True)
     ]
-    there = [k for k, turn in enumerate(turns) if turn is not None]
-    scores = ask.label_scores(loaded, [turns[k] for k in there], [shown[k] for k in there])
+    there = [(k, turn) for k, turn in enumerate(turns) if turn is not None]
+    scores = ask.label_scores(loaded, [turn for _, turn in there], [shown[k] for k, _ in there])
     out: list[Likelihood | None] = [None] * len(chosen)
-    for k, score in zip(there, scores, strict=True):
-        named = _inside(turns[k], exam.concept.spans(said[k].text)).to(score.log_p.device)
+    for (k, turn), score in zip(there, scores, strict=True):
+        named = _inside(turn, exam.concept.spans(said[k].text)).to(score.log_p.device)
         out[k] = Likelihood(
             float(score.log_p.sum()),
             len(score.log_p),
@@ -262,14 +274,12 @@ def _likelihoods(
 
 
 def _turn(loaded: VLM, question: str, reply: Reply, picture: Picture | None) -> Encoded | None:
-    """None for an answer without words and for one that does not come through the chat template as
-    it is: gibberish may not."""
+    """The encoded turn; None for an answer without words, and for one that the chat template
+    changes, as it may change gibberish."""
+    if not reply.text.strip():
+        return None
     try:
-        return (
-            loaded.encode(question, reply.text, picture, reply.closed)
-            if reply.text.strip()
-            else None
-        )
+        return loaded.encode(question, reply.text, picture, reply.closed)
     except BadInput:
         return None
 

@@ -12,19 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsiu.evaluate import asked_pictures, attacking, attacks, inquiry
-from fastsiu.evaluate.attacks import (
-    Attack,
-    auc,
-    begun,
-    distinguishing,
-    first,
-    initials,
-    leaked,
-    questions,
-    spread,
-    table,
-)
+from fastsiu.evaluate import asked_pictures, attack_results, attacking, attacks, inquiry
+from fastsiu.evaluate.attack_results import auc, begun, first, initials, leaked
+from fastsiu.evaluate.attacks import Attack, distinguishing, questions, spread, table
 from fastsiu.evaluate.exam import Exam, Seen
 from fastsiu.model import ask
 from fastsiu.request import BadInput
@@ -493,7 +483,7 @@ def test_without_strangers_they_count_as_nothing_and_it_is_said(put, monkeypatch
     found, verdict = put(forgets(is_family("two-hop")))
     assert (
         found.strange["one"] == []
-        and attacks.NOBODY in verdict.remarks
+        and attack_results.NOBODY in verdict.remarks
         and "two-hop" in failed(verdict)
     )
     assert (

@@ -13,7 +13,17 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from fastsiu.evaluate import deep
-from fastsiu.evaluate.deep import gradient, membership, probe, relearn, target, weights
+from fastsiu.evaluate.deep import (
+    gradient,
+    membership,
+    perturb,
+    probe,
+    relearn,
+    second_lora,
+    soft_prompt,
+    target,
+    weights,
+)
 from fastsiu.model import adapter, ask, vlm
 from fastsiu.request import BadInput, Recipe
 from fastsiu.text.concept import Concept
@@ -29,7 +39,7 @@ def told(cast):
 
     world = World()
     many = lambda name, count: [
-        draw(world.scene((name,), f"deep {name} {k}")) for k in range(count)
+        draw(world.sketch((name,), f"deep {name} {k}")) for k in range(count)
     ]
     others = [name for name in KNOWN if name != cast.target]
     return deep.Target(
@@ -62,7 +72,7 @@ def hide(loaded, told, steps=20, others=0):
     asked += [(q, said, p) for (q, p), said in zip(rest, ask.answers(loaded, rest), strict=True)]
     adapter.attach(loaded, Recipe(rank=8))
     list(
-        relearn.taught(
+        second_lora.taught(
             loaded, [loaded.encode(*one) for one in asked], [p for *_, p in asked], 3e-4, (steps,)
         )
     )
@@ -238,7 +248,7 @@ def test_weights_come_back_whatever_happens_inside(hider):
     for context in (
         weights.rounded(hider, "int4"),
         weights.scaled(hider, 0.5),
-        relearn.fresh(hider),
+        second_lora.fresh(hider),
     ):
         with pytest.raises(KeyError), context:
             assert not same(before, snapshot(hider))
@@ -452,15 +462,15 @@ def test_a_change_is_the_kl_of_the_answers(hider, told):
 
 def test_pixels_stay_within_their_bounds_and_come_nearer_to_the_name(hider, told, monkeypatch):
     naming, image = target.namings(hider, told)[0], told.pictures[1]
-    plain, tried = gradient._features, []
+    plain, tried = perturb._features, []
     monkeypatch.setattr(
-        gradient,
+        perturb,
         "_features",
         lambda vlm, image, delta: tried.append(delta.detach()) or plain(vlm, image, delta),
     )
-    made = gradient.attacked(hider, naming, image, 8 / 255, 6, pixels=True)
+    made = perturb.attacked(hider, naming, image, 8 / 255, 6, pixels=True)
     black, white, start = (
-        gradient._pixels(hider, one)
+        perturb.pixels_of(hider, one)
         for one in (
             Image.new("RGB", image.size, "black"),
             Image.new("RGB", image.size, "white"),
@@ -496,7 +506,7 @@ def test_an_adapter_that_is_almost_off_gives_way_to_a_gradient(hider, told):
     with weights.scaled(hider, hidden):
         plain = ask.answers(hider, [(naming[0].question, hider.picture(few.pictures[0]))])[0]
         for pixels in (True, False):
-            made = gradient.attacked(
+            made = perturb.attacked(
                 hider, naming[0], few.pictures[0], 16 / 255 if pixels else 0.5, 20, pixels
             )
             said = ask.answers(hider, [(naming[0].question, made)])[0]
@@ -514,14 +524,14 @@ def test_a_soft_prompt_brings_back_what_is_hidden(hider, told):
 
 def test_placeholders_stand_once_and_their_embeddings_are_replaced(hider, told):
     naming, picture = target.namings(hider, told)[0], hider.picture(told.pictures[0])
-    text, tokens = gradient.placeholders(hider, naming, picture)
+    text, tokens = soft_prompt.placeholders(hider, naming, picture)
     turn = hider.encode(f"{text} {naming.question}", naming.answer, picture)
     ids = turn.inputs["input_ids"][0].tolist()
-    assert [ids.count(token) for token in tokens] == [1] * gradient.PROMPT
+    assert [ids.count(token) for token in tokens] == [1] * soft_prompt.PROMPT
     states = lambda: hider.hidden([turn.inputs], [picture.features])[0, -1]
     with torch.no_grad():
         plain = states()
-        with gradient.soft(hider, tokens) as prompt:
+        with soft_prompt.soft(hider, tokens) as prompt:
             assert torch.allclose(states(), plain, atol=1e-5)
             prompt[2] += 1
             assert not torch.allclose(states(), plain, atol=1e-3)
@@ -553,21 +563,21 @@ def test_other_families_are_read_rounded_taught_and_attacked(key, tmp_path):
     assert int((logits > logits[one.labels[0]]).sum()) == int(
         ask.label_scores(loaded, [one], [picture])[0].rank
     )
-    assert gradient.reaches_pixels(loaded, images[0])
+    assert perturb.reaches_pixels(loaded, images[0])
     plain = log_p()
     for pixels, size in ((True, 16 / 255), (False, 0.3)):
-        assert log_p(gradient.attacked(loaded, naming, images[0], size, 8, pixels)) > plain
-    text, tokens = gradient.placeholders(loaded, naming, picture)
+        assert log_p(perturb.attacked(loaded, naming, images[0], size, 8, pixels)) > plain
+    text, tokens = soft_prompt.placeholders(loaded, naming, picture)
     longer = target.Naming(f"{text} {naming.question}", naming.answer, naming.span)
-    with gradient.soft(loaded, tokens) as prompt:
+    with soft_prompt.soft(loaded, tokens) as prompt:
         turned = loaded.encode(longer.question, longer.answer, picture)
         start = log_p(picture, turned)
-        gradient.fit(loaded, longer, picture, prompt, 5)
+        soft_prompt.fit(loaded, longer, picture, prompt, 5)
         assert log_p(picture, turned) > start
     with weights.rounded(loaded, "int4"):
         assert log_p() != plain
-    with relearn.fresh(loaded, 4):
-        list(relearn.taught(loaded, [turn], [picture], 1e-2, (3,)))
+    with second_lora.fresh(loaded, 4):
+        list(second_lora.taught(loaded, [turn], [picture], 1e-2, (3,)))
         assert log_p() > plain + 1
     assert log_p() == plain and same(before, snapshot(loaded))
 

@@ -3,9 +3,9 @@ gradients, and training it again.
 
     rows = run(loaded, Target(concept, pictures, strangers, others))
 
-The model is one with its adapter on; the same weights with the adapter off are the untouched model.
-Each attack is one file with one function `run`, gives rows for report.json, and leaves the model
-bit for bit as it was.
+The model has its adapter on; with the adapter off, the same weights are the untouched model. Each
+attack is one file with a function `run`, which gives rows for report.json and leaves the model bit
+for bit as it was.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .target import Target, adapted, complete
 
 __all__ = ["ATTACKS", "Target", "complete", "run"]
 
-# What is said while an attack runs, and the attack.
+# The sentence that is shown while an attack runs, and the attack.
 ATTACKS: dict[str, tuple[str, Callable[..., list[dict[str, Any]]]]] = {
     "probe": ("Reading the states", probe.run),
     "mia": ("Comparing the two models", membership.run),
@@ -42,12 +42,16 @@ def run(
     """Rows {attack, setting, side, value, n, low, high, reason?} of the chosen attacks, one after
     the other.
 
-    attack: as in `which`;  side: "untouched", "unlearned" or "control" (what the attack gives where
-    nothing can be recognised)
-    value:  a share with its Wilson 95 % interval, or a rank, a number of steps or an AUC as the
-    setting says; None with a reason
-    lr:     the rate at which the model is trained again: the one it was unlearned with, if nothing
-    better is known
+    which: keys of `ATTACKS`
+    lr:    the rate at which the model is trained again: the one that it was unlearned with, if
+           nothing better is known
+
+    In a row:
+        attack  a key of `ATTACKS`
+        side    "untouched", "unlearned" or "control" (what the attack gives where nothing can be
+                recognised)
+        value   a share with its Wilson 95 % interval, or a rank, a number of steps or an AUC, as
+                the setting says; None with a reason
 
     Raises BadInput for an unknown attack, without an adapter, and where the untouched model does
     not name the concept.
@@ -65,5 +69,6 @@ def run(
         for key in which:
             stage, attack = ATTACKS[key]
             listener.stage(stage)
-            rows += attack(loaded, target, **({"lr": lr} if key == "relearn" else {}))
+            options = {"lr": lr} if key == "relearn" else {}
+            rows += attack(loaded, target, **options)
     return rows

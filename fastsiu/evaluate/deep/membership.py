@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ...model import adapter, ask, prefix
-from ...model.vlm import VLM, Encoded, Picture
+from ...model.turns import Encoded, Picture
+from ...model.vlm import VLM
 from ...samples.targets import wordings
 from ...text.answers import is_degenerate
 from ...text.rate import wilson
@@ -77,7 +78,7 @@ def _concept(loaded: VLM, target: Target, asked: Sequence[str]) -> list[Row]:
     nobody = next(n for n in words["invented"]["names"] if n not in (concept, *target.others))
     rows = []
     for kind, questions in kinds.items():
-        about = {
+        about: dict[str, Asked] = {
             name: [(q.format(name=name), None) for q in questions]
             for name in (concept, nobody, *target.others)
         }
@@ -160,7 +161,7 @@ def _auc(
         (a > b) + 0.5 * (a == b)
         for other in others
         for a, b in zip(own, other, strict=True)
-        if None not in (a, b)
+        if a is not None and b is not None
     ]
     if not wins:
         return Row.null("mia", setting, "No answer about these pictures could be scored.", side)

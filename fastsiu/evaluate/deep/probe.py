@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ...images import variants
 from ...model import adapter
-from ...model.vlm import VLM, Picture, collate
+from ...model.turns import Picture, collate
+from ...model.vlm import VLM
 from ...text.rate import Rate
 from .target import (
     NO_OTHER,

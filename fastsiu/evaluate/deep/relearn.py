@@ -1,36 +1,34 @@
-"""Training the unlearned model again: how few steps bring the name back, and does harmless training
-bring it back?
+"""Training the unlearned model again: after how few steps does the name come back, and does
+harmless training bring it back?
 
-Without a control a number of steps says nothing, since a model learns any name from any picture in
-some steps. So a face that no model has seen is taught the same name, and a name that no model
-knows, with the same steps, the same rate and the same seed.
+Without a control a number of steps says nothing, since a model learns any name for any picture in
+some steps. So two controls learn with the same steps, rate and seed: a face that no model has seen
+under the same name, and that face under a name that no model knows.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel
+from PIL import Image
 
 from ...images import variants
-from ...loss.fused import fused_dmk_ce
-from ...model import adapter, ask, prefix
-from ...model.vlm import VLM, Encoded, Picture
+from ...model import adapter, ask
+from ...model.turns import Picture
+from ...model.vlm import VLM
 from ...request import BadInput
 from ...samples.targets import wordings
 from ...text.answers import is_degenerate
 from ...text.concept import Concept
+from .second_lora import RANK, fresh, taught
 from .target import (
     LONGEST,
     NO_OTHER,
     NO_STRANGER,
     Naming,
     Row,
-    Shown,
     Target,
     adapted,
     complete,
@@ -39,13 +37,21 @@ from .target import (
     see,
 )
 
-STEPS = (1, 2, 3, 5, 8, 12, 20)
+STEPS = (1, 2, 3, 5, 8, 12, 20)  # after which the name is asked for
 BENIGN = 30  # steps of training on anything else
-BATCH = 16  # samples in one of those steps
 RECOVERED = 0.5  # share of naming answers from which on a name has come back
-RATE, RANK = 2e-4, 16  # of AdamW and of the fresh adapter
-SECOND = "again"  # PEFT's name of the fresh adapter
+RATE = 2e-4  # of AdamW
 VIEWS = 4  # held-out views that are asked about where there are no other pictures
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a second LoRA is trained. lr: AdamW's rate; rank: of the LoRA; seed: of its weights and
+    of the order of samples."""
+
+    lr: float
+    rank: int
+    seed: int
 
 
 def run(
@@ -57,14 +63,14 @@ def run(
     rank: int = RANK,
     benign: int = BENIGN,
 ) -> list[dict[str, Any]]:
-    """Rows of the share of naming answers after each of `STEPS` steps, of the steps to 50 %, and
-    after harmless training.
+    """Rows of the share of naming answers after each of `STEPS` steps, of the number of steps to
+    50 %, and after harmless training.
 
-    shots:  numbers of pictures that are trained on, 1 to 5; those for which there are too few
-    pictures are null. None given: one,
-            and as many as there are of both faces
-    lr:     AdamW's rate, the same for the concept and for the controls;  benign: steps of harmless
-    training, 0 for none
+    shots:  numbers of pictures to train on, 1 to 5; a number for which there are too few pictures
+            gives null. Without any: one picture, and as many as there are of both faces
+    lr:     AdamW's rate, the same for the concept and for the controls
+    rank:   of the second LoRA
+    benign: steps of harmless training, 0 for none
 
     A fresh LoRA is trained on top of the unlearned model: nothing of the caller's model changes.
     Raises BadInput without an adapter, for other numbers of pictures, and where the untouched model
@@ -74,53 +80,50 @@ def run(
     if bad := [k for k in shots if not 1 <= k <= 5]:
         raise BadInput(f"Relearning from {bad[0]} pictures cannot be tried: choose 1 to 5.")
     target = complete(loaded, target)
-    shots = shots or tuple(
-        dict.fromkeys((1, max(1, min(5, len(target.pictures), 1 + len(target.same_stranger)))))
-    )
+    faces = min(5, len(target.pictures), 1 + len(target.same_stranger))
+    shots = shots or tuple(dict.fromkeys((1, max(1, faces))))
     asked = namings(loaded, target)
-    taught = _first(loaded, target, asked)
-    rows = [
-        Row.share(
-            "relearn",
-            "before any step",
-            "unlearned",
-            naming_share(loaded, target.concept, asked, target.tests),
-        )
-    ]
+    taught_answer = _first(loaded, target, asked)
+    training = Training(lr, rank, target.seed)
+    before = "before any step"
+    rate = naming_share(loaded, target.concept, asked, target.tests)
+    rows = [Row.share("relearn", before, "unlearned", rate)]
     with adapter.teacher(loaded):
-        rows.append(
-            Row.share(
-                "relearn",
-                "before any step",
-                "untouched",
-                naming_share(loaded, target.concept, asked, target.tests),
-            )
-        )
+        rate = naming_share(loaded, target.concept, asked, target.tests)
+        rows.append(Row.share("relearn", before, "untouched", rate))
     for shot in shots:
-        for lesson in _lessons(target, taught, shot):
-            rows += _relearn(loaded, lesson, asked, shot, lr, rank, target.seed)
+        for lesson in _lessons(target, taught_answer, shot):
+            rows += _relearn(loaded, lesson, asked, shot, training)
     if benign:
-        rows += _harmless(loaded, target, asked, lr, rank, benign)
+        rows += _harmless(loaded, target, asked, benign, training)
     return [row.as_dict() for row in rows]
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """Whom what is taught: pictures to learn from, pictures to be asked about, the name, and the
-    answer that holds it."""
+    """Whom the model is taught to name, and how.
+
+    who:     suffix of the setting in the report, "" for the concept itself
+    side:    "unlearned" or "control"
+    naming:  the question and the answer that is taught
+    concept: the name in that answer
+    train:   pictures to learn from
+    test:    pictures to ask about
+    reason:  why the lesson cannot be given; "" where it can
+    """
 
     who: str
     side: str
     naming: Naming
     concept: Concept
-    train: Sequence[Shown]
-    test: Sequence[Shown]
+    train: Sequence[Image.Image]
+    test: Sequence[Image.Image]
     reason: str = ""
 
 
 def _first(loaded: VLM, target: Target, asked: Sequence[Naming]) -> Naming:
-    """The training wording whose answer is taught: the untouched model's own where it names the
-    concept."""
+    """The question and answer to teach: the first training wording with the untouched model's
+    answer, if that names the concept, else the first held-out one."""
     question = wordings()["who"]["train"][0]
     with adapter.teacher(loaded):
         (answer,) = ask.answers(
@@ -131,83 +134,70 @@ def _first(loaded: VLM, target: Target, asked: Sequence[Naming]) -> Naming:
 
 
 def _lessons(target: Target, taught: Naming, shot: int) -> Iterator[Lesson]:
-    """The concept, an unseen face under the same name, and an unseen face under a name that no
-    model knows.
+    """The concept, an unseen face under the same name, and that face under a name that no model
+    knows.
 
-    All three are asked about other pictures where there are some of both faces, else all three
-    about views of the ones taught.
+    Where there are further pictures of both faces, all three are asked about those, else all three
+    about views of the pictures that they learned from.
     """
     own, face = list(target.pictures), [*target.strangers[:1], *target.same_stranger]
     known = [target.concept, *map(Concept, target.others)]
     invented = next(
         n for n in wordings()["invented"]["names"] if not any(one.same(n) for one in known)
     )
-    others = len(own) > shot and len(face) > shot and len(target.same_stranger) > 0
-    # The last pictures are taught: the first is the one of the unlearning, and an attacker has
-    # others of the concept.
-    own_train, own_test = (
-        (own[-shot:], own[:-shot]) if others else (own[:shot], _views(own[:shot], target.seed))
-    )
-    face_train, face_test = (
-        (face[-shot:], face[:-shot]) if others else (face[:shot], _views(face[:shot], target.seed))
-    )
+    further = len(own) > shot and len(face) > shot and len(target.same_stranger) > 0
+    own_train, own_test = _divided(own, shot, further, target.seed)
+    face_train, face_test = _divided(face, shot, further, target.seed)
     few = "" if len(own) >= shot else f"There are {len(own)} pictures of the concept."
-    strange = (
-        NO_STRANGER
-        if not face
-        else ""
-        if len(face) >= shot
-        else f"There are {len(face)} pictures of one stranger."
-    )
+    strange = "" if len(face) >= shot else f"There are {len(face)} pictures of one stranger."
+    if not face:
+        strange = NO_STRANGER
     yield Lesson("", "unlearned", taught, target.concept, own_train, own_test, few)
-    yield Lesson(
-        ": unseen face, same name",
-        "control",
-        taught,
-        target.concept,
-        face_train,
-        face_test,
-        strange,
-    )
-    other = Concept(invented)
-    yield Lesson(
-        ": unseen face, unseen name",
-        "control",
-        taught.of(invented),
-        other,
-        face_train,
-        face_test,
-        strange,
-    )
+    for who, naming, concept in (
+        (": unseen face, same name", taught, target.concept),
+        (": unseen face, unseen name", taught.of(invented), Concept(invented)),
+    ):
+        yield Lesson(who, "control", naming, concept, face_train, face_test, strange)
 
 
-def _views(pictures: Sequence[Shown], seed: int) -> list[Shown]:
+def _divided(
+    pictures: Sequence[Image.Image], shot: int, further: bool, seed: int
+) -> tuple[Sequence[Image.Image], Sequence[Image.Image]]:
+    """(pictures to learn from, pictures to ask about). further: there are more than `shot`.
+
+    The last pictures are taught: the first is the one of the unlearning, and an attacker has others
+    of the concept.
+    """
+    if further:
+        return pictures[-shot:], pictures[:-shot]
+    return pictures[:shot], _views(pictures[:shot], seed)
+
+
+def _views(pictures: Sequence[Image.Image], seed: int) -> list[Image.Image]:
     """Held-out views of the pictures that are taught."""
-    made = [[view for _, view in variants(p, seed, held_out=True)[1 : 1 + VIEWS]] for p in pictures]
-    return [view for views in made for view in views]
+    return [
+        view
+        for picture in pictures
+        for _, view in variants(picture, seed, held_out=True)[1 : 1 + VIEWS]
+    ]
 
 
 def _relearn(
-    loaded: VLM, lesson: Lesson, asked: Sequence[Naming], shot: int, lr: float, rank: int, seed: int
+    loaded: VLM, lesson: Lesson, asked: Sequence[Naming], shot: int, training: Training
 ) -> list[Row]:
-    many = f"{shot} picture{'s' * (shot > 1)}, rate {lr:g}"
+    many = f"{shot} picture{'s' * (shot > 1)}, rate {training.lr:g}"
     steps_to = f"{many}, steps to {RECOVERED:.0%}{lesson.who}"
     if lesson.reason:
         return [Row.null("relearn", steps_to, lesson.reason, lesson.side)]
-    rows, reached = [], None
+    rows: list[Row] = []
+    reached: int | None = None
     pictures = see(loaded, lesson.train)
     turns = [loaded.encode(lesson.naming.question, lesson.naming.answer, p) for p in pictures]
-    with fresh(loaded, rank, seed):
-        for step in taught(loaded, turns, pictures, lr, STEPS):
+    with fresh(loaded, training.rank, training.seed):
+        for step in taught(loaded, turns, pictures, training.lr, STEPS):
             rate = naming_share(loaded, lesson.concept, asked, lesson.test)
-            rows.append(
-                Row.share(
-                    "relearn",
-                    f"{many}, {step} step{'s' * (step > 1)}{lesson.who}",
-                    lesson.side,
-                    rate,
-                )
-            )
+            setting = f"{many}, {step} step{'s' * (step > 1)}{lesson.who}"
+            rows.append(Row.share("relearn", setting, lesson.side, rate))
             if reached is None and rate.value is not None and rate.value >= RECOVERED:
                 reached = step
     never = None if reached else f"Not in {STEPS[-1]} steps."
@@ -216,22 +206,21 @@ def _relearn(
 
 
 def _harmless(
-    loaded: VLM, target: Target, asked: Sequence[Naming], lr: float, rank: int, steps: int
+    loaded: VLM, target: Target, asked: Sequence[Naming], steps: int, training: Training
 ) -> list[Row]:
-    """The name after training on what has nothing to do with it, in the untouched model's
-    answers."""
+    """How often the name is given after training on the untouched model's answers about anything
+    else."""
     words = wordings()
     pictures = see(loaded, [shown for _, shown in target.other_pictures])
-    facts = [q.format(name=n) for n in target.others for q in words["facts"]["held_out"]] + words[
-        "general"
-    ]["held_out"]
+    templates = words["facts"]["held_out"]
+    facts = [template.format(name=name) for name in target.others for template in templates]
     kinds: dict[str, list[tuple[str, Picture | None]]] = {
         "pictures of others": [(q, p) for p in pictures for q in words["who"]["train"][:2]],
-        "facts in words": [(q, None) for q in facts],
+        "facts in words": [(q, None) for q in (*facts, *words["general"]["held_out"])],
     }
     rows = []
     for kind, questions in kinds.items():
-        setting = f"trained on {kind}, rate {lr:g}, {steps} steps"
+        setting = f"trained on {kind}, rate {training.lr:g}, {steps} steps"
         with adapter.teacher(loaded):
             said = ask.replies(loaded, questions, max_new_tokens=LONGEST)
         kept = [
@@ -243,98 +232,10 @@ def _harmless(
             rows.append(Row.null("relearn", setting, NO_OTHER))
             continue
         turns = [loaded.encode(q, reply.text, p, reply.closed) for q, reply, p in kept]
-        with fresh(loaded, rank, target.seed):
-            for _ in taught(loaded, turns, [p for _, _, p in kept], lr, (steps,), target.seed):
-                for side, shown in (("unlearned", target.tests), ("control", target.strangers)):
-                    rows.append(
-                        Row.share(
-                            "relearn",
-                            setting,
-                            side,
-                            naming_share(loaded, target.concept, asked, shown),
-                        )
-                    )
+        shown = [p for _, _, p in kept]
+        with fresh(loaded, training.rank, training.seed):
+            for _ in taught(loaded, turns, shown, training.lr, (steps,), training.seed):
+                for side, tests in (("unlearned", target.tests), ("control", target.strangers)):
+                    rate = naming_share(loaded, target.concept, asked, tests)
+                    rows.append(Row.share("relearn", setting, side, rate))
     return rows
-
-
-@contextlib.contextmanager
-def fresh(loaded: VLM, rank: int = RANK, seed: int = 0) -> Iterator[None]:
-    """Inside, a second LoRA on the same layers, at first without effect, is on top of the adapter
-    and is all that trains.
-
-    The model, its adapter, what requires a gradient and torch's random state are as they were
-    afterwards.
-    """
-    model = loaded.model
-    if not isinstance(model, PeftModel):
-        raise BadInput("There is no adapter on the model to train on top of: put it on.")
-    flags, active, first = (
-        [(p, p.requires_grad) for p in model.parameters()],
-        list(model.active_adapters),
-        "default",
-    )
-    where = model.peft_config[first]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        bias="none",
-        target_modules=where.target_modules,
-        exclude_modules=where.exclude_modules,
-    )
-    try:
-        with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            model.add_adapter(SECOND, config)
-        model.base_model.set_adapter([*active, SECOND])
-        for name, p in model.named_parameters():
-            p.requires_grad_(f".{SECOND}." in name)
-        model.eval()
-        yield
-    finally:
-        if SECOND in model.peft_config:
-            model.base_model.set_adapter(active)
-            model.delete_adapter(SECOND)
-            model.base_model.set_adapter(active)
-        for p, flag in flags:
-            p.requires_grad_(flag)
-
-
-def taught(
-    loaded: VLM,
-    turns: Sequence[Encoded],
-    pictures: Sequence[Picture | None],
-    lr: float,
-    steps: Sequence[int],
-    seed: int = 0,
-) -> Iterator[int]:
-    """Trains what requires a gradient by cross-entropy; yields after each of `steps`, the model in
-    evaluation mode.
-
-    At most `BATCH` of the turns are in a step, drawn with the seed; all of them where there are no
-    more.
-    """
-    optimiser = torch.optim.AdamW(
-        [p for p in loaded.model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0
-    )
-    generator = torch.Generator().manual_seed(seed)
-    features = [None if p is None else p.features for p in pictures]
-    for step in range(1, max(steps) + 1):
-        chosen = list(range(len(turns)))
-        if len(turns) > BATCH:
-            chosen = torch.randperm(len(turns), generator=generator)[:BATCH].tolist()
-        loaded.model.train(loaded.budget.checkpointing)  # layers checkpoint in training mode only
-        optimiser.zero_grad()
-        states = prefix.supervised_states(
-            loaded,
-            [turns[i] for i in chosen],
-            [features[i] for i in chosen],
-            micro_batch=loaded.budget.micro_batch,
-        )
-        labels = torch.cat([turns[i].labels for i in chosen])
-        fused_dmk_ce(
-            states, loaded.head_weight, labels, alpha=1.0, **loaded.head_options
-        ).backward()
-        optimiser.step()
-        loaded.model.eval()
-        if step in steps:
-            yield step

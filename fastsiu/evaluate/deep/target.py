@@ -5,17 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from ...images import variants
+from ...loss.fused import fused_dmk_ce
 from ...model import adapter, ask
-from ...model.vlm import VLM, Encoded, Picture, Span
+from ...model.turns import Encoded, Picture, Span
+from ...model.vlm import VLM
 from ...request import BadInput, Recipe
 from ...samples import dreams
 from ...samples.drawn import ORDERS, recoloured
+from ...samples.nobody import shows_nobody
 from ...samples.targets import Scene, capitalised_names, wordings
 from ...text.answers import is_degenerate, is_refusal, words
 from ...text.concept import Concept
@@ -166,15 +170,10 @@ def made_strangers(loaded: VLM, target: Target) -> tuple[Image.Image, ...]:
         ImageOps.invert(image)
     ]
     questions = wordings()["who"]["held_out"]
-    pictures = [loaded.picture(one) for one in tried]
-    said = ask.answers(
-        loaded, [(q, p) for p in pictures for q in questions], max_new_tokens=LONGEST
-    )
-    answers = [said[at : at + len(questions)] for at in range(0, len(said), len(questions))]
+    pictures = [loaded.picture(image) for image in tried]
     named = lambda text: gives(target.concept, text) or _names_somebody(text)
-    return tuple(
-        one for one, texts in zip(tried, answers, strict=True) if not any(map(named, texts))
-    )[:MOST_STRANGERS]
+    nobody = shows_nobody(loaded, pictures, questions, named, max_new_tokens=LONGEST)
+    return tuple(compress(tried, nobody))[:MOST_STRANGERS]
 
 
 def _names_somebody(text: str) -> bool:
@@ -289,6 +288,16 @@ def at_name(loaded: VLM, naming: Naming, picture: Picture) -> tuple[Encoded, int
     first = next(i for i, (s, e) in enumerate(turn.offsets) if s < end and e > start)
     one = slice(first, first + 1)
     return Encoded(turn.inputs, turn.rows[one], turn.labels[one], turn.offsets[one]), first
+
+
+def answer_loss(loaded: VLM, states: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of an answer's tokens, nats, a scalar with its graph.
+
+    states: [N, D] where the answer is supervised;  labels: [N] int64
+    """
+    return fused_dmk_ce(
+        states, loaded.head_weight, labels, alpha=1.0, return_parts=False, **loaded.head_options
+    )
 
 
 def adapted(loaded: VLM) -> None:

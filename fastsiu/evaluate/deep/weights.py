@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -153,7 +154,7 @@ def rounded(loaded: VLM, form: str, fold: bool = True) -> Iterator[None]:
     if why := why_not(loaded):
         raise BadInput(why)
     changes = {
-        id(m.get_base_layer().weight): m.get_delta_weight
+        id(m.get_base_layer().weight): _linear(m)
         for m in loaded.base.modules()
         if isinstance(m, LoraLayer)
     }
@@ -172,7 +173,7 @@ def rounded(loaded: VLM, form: str, fold: bool = True) -> Iterator[None]:
             for p in weights:
                 new = p.data.float()
                 if fold and id(p) in changes:
-                    new = new + changes[id(p)]("default").float()
+                    new = new + changes[id(p)].get_delta_weight("default").float()
                 if id(p) in pairs:
                     new = pairs[id(p)].data.float()
                 p.data.copy_(FORMS[form](new) if id(p) in language else new)
@@ -183,7 +184,15 @@ def rounded(loaded: VLM, form: str, fold: bool = True) -> Iterator[None]:
             p.data.copy_(kept)
 
 
+def _linear(layer: LoraLayer) -> LoraLinear:
+    """PEFT puts this class around every nn.Linear, and `why_not` lets no other layer through."""
+    if not isinstance(layer, LoraLinear):
+        raise TypeError(f"{type(layer).__name__} is not PEFT's LoRA of an nn.Linear")
+    return layer
+
+
 def _kept(p: Tensor) -> Tensor:
+    """A copy in the CPU's memory."""
     return p.data.to("cpu", copy=True)
 
 
