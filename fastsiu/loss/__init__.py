@@ -7,9 +7,9 @@ try:
     from .fused import why_not as why_not
     from .teacher import TeacherCache as TeacherCache
 except ModuleNotFoundError as error:
-    if error.name != "fastsiu.kernels":
+    if not (error.name or "").startswith("fastsiu.kernels"):
         raise
     raise ImportError(  # a checkout whose git makes no symbolic links
         "fastsiu/kernels is no link to the folder kernels/: run `git config core.symlinks true` "
-        "and `git checkout -- fastsiu/kernels`, or install the wheel."
+        "and `git checkout -- fastsiu/kernels`, or install a copy with `pip install .`."
     ) from None
