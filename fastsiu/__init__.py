@@ -50,11 +50,13 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 
-def __getattr__(name: str) -> object:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'fastsiu' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
-    return value
+if not TYPE_CHECKING:  # a type checker would take every name for one of ours
+
+    def __getattr__(name: str) -> object:
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'fastsiu' has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+        return value
 
 
 def __dir__() -> list[str]:

@@ -1,0 +1,116 @@
+"""The house: who may import whom, and how long a list of parameters may be."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1] / "fastsiu"
+# From the ground up. A module imports from its own floor and from those below it.
+FLOORS = (
+    ("request",),
+    ("guards", "text"),
+    ("images",),
+    ("kernels",),
+    ("loss",),
+    ("staging", "manifest", "process"),
+    ("model",),
+    ("family", "verdict", "objectives"),
+    ("samples",),
+    ("train",),
+    ("session",),
+    ("evaluate",),
+    ("report",),
+    ("output", "upkeep"),
+    ("settings",),
+    ("driver", "facade"),
+    ("several", "merge", "evaluate.run", "evaluate.suite_run"),  # verbs with a story of their own
+    ("compare",),
+    ("show",),
+    ("demo",),
+    ("cli",),
+    ("__main__",),
+)
+
+
+def modules() -> dict[str, Path]:
+    """Dotted names below fastsiu, packages by their own name; of kernels/ only that it is there."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] != "kernels" and parts != ("__init__",):
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """Dotted names below fastsiu that a module imports, anywhere in it."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    known, found = modules(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        above = package[: len(package) - node.level + 1]
+        base = [*above, *(node.module.split(".") if node.module else [])]
+        for alias in node.names:
+            whole = ".".join([*base, alias.name])
+            found.add(whole if whole in known else ".".join(base))
+    return found - {"", name}
+
+
+def floor(name: str) -> int:
+    """The floor of the longest entry that the name begins with."""
+    fits = [
+        (len(entry), number)
+        for number, entries in enumerate(FLOORS)
+        for entry in entries
+        if name == entry or name.startswith(entry + ".")
+    ]
+    assert fits, f"{name} has no place in FLOORS: give it one"
+    return max(fits)[1]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_arrows_run_downwards_only(name):
+    here = floor(name)
+    upwards = {other for other in imports(name, modules()[name]) if floor(other) > here}
+    assert not upwards, f"{name} imports from above: {sorted(upwards)}"
+
+
+def test_no_circle():
+    arrows = {name: imports(name, path) for name, path in modules().items()}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join([*way[way.index(name) :], name])
+        if name not in done:
+            for other in sorted(arrows.get(name, ())):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in arrows:
+        visit(name, ())
+
+
+def functions() -> list[tuple[str, ast.FunctionDef]]:
+    return [
+        (f"{name}.{node.name}", node)
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    ]
+
+
+# The facade, the verbs, and what the contract of the loss has as keywords.
+LONG = ("facade.unlearn", "cli.", "loss.")
+
+
+def test_options_that_travel_together_are_one_object():
+    long = {
+        name: count
+        for name, node in functions()
+        if (count := len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)) > 12
+    }
+    assert not {name for name in long if not name.startswith(LONG)}, long
