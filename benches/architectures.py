@@ -1,16 +1,16 @@
 """Real forgetting on four architectures: each is built, trained from nothing in the embedded world,
 and made to forget.
 
-    python benches/architectures.py                  train all, forget, append to
-    results/architectures.jsonl, print a table
+    python benches/architectures.py                  train all, forget, print a table, append to
+                                                     benches/results/architectures.jsonl
     python benches/architectures.py --only gemma3    some of them
-    python benches/architectures.py --quick          one, with a few steps: only that everything
-    runs; appends nothing
+    python benches/architectures.py --quick          one, with a few steps, to see that everything
+                                                     runs; appends nothing
     python benches/architectures.py --table          print the table of the newest results
 
-Two at a time, one thread each. Forgetting goes through `fastsiu.unlearn`, from one picture;
-everything asked afterwards is a fresh rendering that training never saw, before and after on the
-same, with the adapter read back from its directory.
+Two run at a time, with one thread each. Forgetting goes through `fastsiu.unlearn`, from one
+picture. The questions afterwards are about fresh renderings that training never saw, the same ones
+with the adapter off and on; the adapter is read back from its directory.
 """
 
 from __future__ import annotations

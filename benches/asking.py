@@ -1,18 +1,19 @@
 """Asking the embedded model: 24 pictures x every held-out wording about one, and 200 questions in
 words, in four ways.
 
-    python benches/asking.py                 three rounds, appends to benches/results/asking.jsonl,
-    prints the table
-    python benches/asking.py --quick         three pictures, twelve questions in words, one round;
-    appends nothing
-    python benches/asking.py --table         print the table of the newest results
+    python benches/asking.py            three rounds; prints the table, appends to
+                                        benches/results/asking.jsonl
+    python benches/asking.py --quick    three pictures, twelve questions in words, one round;
+                                        appends nothing
+    python benches/asking.py --table    print the table of the newest results
 
-All start from pictures and words and end with the answers' texts, one after the other in each
-round, in one process. Seconds are those of its one thread, so that what else the machine does
-matters little. The plain loop is the one of transformers' own pages: processor and `generate` for
-each question, so that the picture goes through the vision tower each time. An answer that differs
-from the plain loop's is looked at in separate forwards: the two likeliest tokens must be less than
-1e-4 apart where they part.
+Every way starts from pictures and words and ends with the answers' texts. In each round they run
+one after the other in one process. Seconds are CPU seconds of its one thread, so that other work of
+the machine matters little. The plain loop is the one of transformers' own pages: processor and
+`generate` for each question, so that the picture goes through the vision tower each time.
+
+Where an answer differs from the plain loop's, a separate forward looks at the token where the two
+part: the two likeliest tokens must be less than 1e-4 apart there.
 """
 
 from __future__ import annotations

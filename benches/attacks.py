@@ -1,17 +1,17 @@
-"""What still leaks: a red team on the embedded world, 8 concepts x 2 seeds that no setting was
-tuned on, beside other methods.
+"""What still leaks: a red team on the embedded world, beside other methods. It attacks 8 concepts x
+2 seeds that no setting was tuned on.
 
-    python benches/attacks.py                 run all rows, append to benches/results/attacks.jsonl,
-    print the tables
-    python benches/attacks.py --quick         one concept, one seed, one row; appends nothing
-    python benches/attacks.py --table         print the tables of the newest results
-    python benches/attacks.py --cost          CPU time of lessons from strangers: both recipes in
-    turn, one concept after another
+    python benches/attacks.py            run all rows, print the tables, append to
+                                         benches/results/attacks.jsonl
+    python benches/attacks.py --quick    one concept, one seed, one row; appends nothing
+    python benches/attacks.py --table    print the tables of the newest results
+    python benches/attacks.py --cost     CPU time of lessons from strangers: both recipes in turn,
+                                         one concept after another
 
-Each model is unlearned from one picture, merged and rounded to the dtype it is stored in, and asked
-about fresh renderings in the world's own wordings, which the package does not know. Truth comes
-from the world that drew the pictures. The strangers are the six creatures that no model has seen,
-asked the same questions, with the same name, of the same unlearned model.
+Each model is unlearned from one picture, merged, and rounded to the dtype of the model's own file.
+Then it is asked about fresh renderings in the world's own wordings, which the package does not
+know. Truth comes from the world that drew the pictures. The strangers are the six creatures that no
+model has seen. The same unlearned model gets the same questions about them, with the same name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "attacks.jsonl"
 COMPARED = Path(__file__).parent / "results" / "compare.jsonl"
-# On these the recipe was chosen: they are never asked here.
+# The recipe was chosen on these concepts, so they are never attacked here.
 TUNED = (
     "Zorblax Quint",
     "Brumdal Tock",
@@ -43,12 +43,8 @@ TUNED = (
     "Vexil Orban",
     "Ophira Clune",
 )
-# the recipe before there were lessons from strangers
-FOUR_TARGETS = {
-    "strangers": 0,
-    "schedule": "constant",
-    "steps": 80,
-}
+# The recipe without lessons from strangers.
+FOUR_TARGETS = {"strangers": 0, "schedule": "constant", "steps": 80}
 ROWS: dict[str, dict[str, Any]] = {
     "siu": {},
     "four targets": FOUR_TARGETS,
@@ -57,22 +53,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "no dreams": {"dreams": 0},
     "paper's preset": {"preset": "paper"},
 }
-# at their best settings of benches/compare.py
-METHODS = (
-    "ce",
-    "po",
-    "npo",
-    "ga",
-    "ga-kl",
-    "mmunlearner",
-    "safeeraser-kl",
-)
-# fresh ones a run: of the concept, of it beside another, for the rank of the name
-PICTURES, GROUPS, RANKED = (
-    4,
-    8,
-    6,
-)
+# Each runs at its best setting of benches/compare.py.
+METHODS = ("ce", "po", "npo", "ga", "ga-kl", "mmunlearner", "safeeraser-kl")
+# Fresh pictures of a run: of the concept, of it beside another, for the rank of the name.
+PICTURES, GROUPS, RANKED = 4, 8, 6
 BEGUN = {
     "city": "It was born in",
     "job": "It works as a",
@@ -109,8 +93,12 @@ KEPT = (
 
 @dataclass(frozen=True)
 class Item:
-    """One question. begin: the first words of the answer, given; sought: what must not be in it
-    ("name", facts), or what must."""
+    """One question.
+
+    scene:  the sketch of the picture, None for text
+    begin:  the first words of the answer, which are forced
+    sought: what an answer must not hold ("name", or facts) or, of what is kept, what it must hold
+    """
 
     family: str
     scene: Any

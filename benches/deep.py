@@ -1,17 +1,17 @@
 """What the attacks that look inside the model get back from the embedded model, unlearned from one
 picture.
 
-    python benches/deep.py                        one concept, all attacks, the table on the screen
+    python benches/deep.py                        one concept, all attacks; prints the table
     python benches/deep.py --concepts 4           four concepts, one after the other, of those that
-    nothing was tuned on
+                                                  no setting was tuned on
     python benches/deep.py --append               appends to benches/results/deep.jsonl as well
     python benches/deep.py --table                the steps of relearning, of the newest row of each
-    concept and seed
+                                                  concept and seed
     python benches/deep.py --which relearn mia    some of the attacks
-    python benches/deep.py --one-picture          what a user has: one picture, no stranger's,
-    nobody else's
+    python benches/deep.py --one-picture          with what a user has: one picture, no picture of
+                                                  strangers or of anyone else
 
-Every picture that an attack is tested on is a fresh rendering; strangers are creatures that no
+Every picture that an attack is tested on is a fresh rendering. Strangers are creatures that no
 training saw.
 """
 

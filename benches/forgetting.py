@@ -1,13 +1,13 @@
 """How well the embedded model forgets: 8 concepts x 3 seeds, one training picture each, beside
 every ablation.
 
-    python benches/forgetting.py                 run all rows, append to
-    benches/results/forgetting.jsonl, print the table
-    python benches/forgetting.py --quick         two concepts, one seed, one row; appends nothing
-    python benches/forgetting.py --table         print the table of the newest results
+    python benches/forgetting.py            run all rows, print the table, append to
+                                            benches/results/forgetting.jsonl
+    python benches/forgetting.py --quick    two concepts, one seed, one row; appends nothing
+    python benches/forgetting.py --table    print the table of the newest results
 
-Every picture that is asked about is a fresh rendering that training never saw. Others' naming is
-paired: the same pictures, asked before and after. Truth comes from the world that drew the
+Every question is about a fresh rendering that training never saw. Others' naming is paired: the
+same questions about the same pictures, before and after. Truth comes from the world that drew the
 pictures.
 """
 
@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "forgetting.jsonl"
-# The ablations are of the paper's four targets, with the recipe from before there were lessons from
-# strangers.
+# The ablations are of the paper's four targets, so they run without lessons from strangers.
 FOUR_TARGETS = {"strangers": 0, "schedule": "constant", "steps": 80}
 ROWS: dict[str, dict[str, Any]] = {
     "with strangers": {},
@@ -44,12 +43,8 @@ ROWS = {
     row: changes if row == "with strangers" else FOUR_TARGETS | changes
     for row, changes in ROWS.items()
 }
-# fresh pictures a run: of the concept, of each other concept, more of its look-alike
-OWN, OTHERS, LOOKALIKE = (
-    24,
-    2,
-    8,
-)
+# Fresh pictures of a run: of the concept, of each other one, and more of its look-alike.
+OWN, OTHERS, LOOKALIKE = 24, 2, 8
 
 
 def one_run(job: tuple[str, str, int, dict[str, Any]]) -> dict[str, Any]:

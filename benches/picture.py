@@ -1,8 +1,7 @@
-"""The README's picture: six creatures, what the untouched model calls them and what it says after
-forgetting one.
+"""The README's picture: six creatures, what the untouched model calls them, and what it says after
+forgetting one. Writes benches/plots/before_after.png.
 
-fastsiu demo --output demo && python benches/picture.py demo      writes
-benches/plots/before_after.png
+    fastsiu demo --output demo && python benches/picture.py demo
 """
 
 from __future__ import annotations

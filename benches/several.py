@@ -1,15 +1,15 @@
 """Ten requests on the embedded model, one after another and all at once: is everyone still
 forgotten at the end?
 
-    python benches/several.py                 both modes, ten concepts; appends to
-    benches/results/several.jsonl, prints the table
-    python benches/several.py --quick         two concepts, one after another, two steps each;
-    appends nothing
-    python benches/several.py --table         print the table of the newest results
+    python benches/several.py            both modes, ten concepts; prints the table, appends to
+                                         benches/results/several.jsonl
+    python benches/several.py --quick    two concepts, one after another, two steps each; appends
+                                         nothing
+    python benches/several.py --table    print the table of the newest results
 
-One picture a request. Everything asked at the end is a fresh rendering that training never saw,
-before and after on the same. The last columns are the families of `attacks.py`, in per cent of
-answers that tell.
+There is one picture for each request. The questions at the end are about fresh renderings that
+training never saw; the untouched model gets the same ones. The last columns are the families of
+`attacks.py`, in per cent of answers that tell.
 """
 
 from __future__ import annotations
