@@ -33,6 +33,10 @@ page for a few of its words; "..." stands for what is filled in at run time.
 - **Exit code 3**: the computation failed. If the sentence says "internal failure", please report
   the lines that it names; `fastsiu --debug` before the verb shows the whole traceback.
 - **Exit code 130**: interrupted. What was not finished was not written.
+- **The disk is full** (exit code 2): free some space or write elsewhere; what was not finished was
+  not written, and `fastsiu purge DIR` removes what killed runs left.
+- **Standard output could not be written**: the exit code still says how the work ended.
+- **Usage errors** of the command line have exit code 2; `fastsiu VERB --help` has all options.
 - **Not enough memory?** `fastsiu plan --memory N` says which settings fit ([memory.md](memory.md)).
 - **A kernel on a GPU disagrees?** `backend="tiled"` is plain torch
   ([performance.md](performance.md#on-gpus-predicted)).

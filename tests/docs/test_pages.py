@@ -81,6 +81,13 @@ def test_every_page_is_in_the_nav():
     assert nav() == {page.name for page in DOCS} | generated
 
 
+def test_the_architecture_has_a_place_for_everything():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    there = {p.name + "/" * p.is_dir() for p in (ROOT / "fastsiu").iterdir()}
+    parts = {name for name in there if name.endswith(("/", ".py")) and name[:2] != "__"}
+    assert [name for name in sorted(parts) if f"`{name}`" not in page] == []
+
+
 def test_nothing_is_fetched_from_a_network():
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     assert config["theme"]["font"] is False and "extra_javascript" not in config
