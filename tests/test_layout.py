@@ -19,6 +19,7 @@ FLOORS = (
     ("model",),
     ("family", "verdict", "objectives"),
     ("samples",),
+    ("batches", "look"),
     ("train",),
     ("session",),
     ("evaluate",),
