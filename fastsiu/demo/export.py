@@ -37,8 +37,8 @@ TOPICS_OF_ONE = (
     "twohop.pet",
 )
 HELD_OUT_OF_ONE = ("who.open", "who.name", "yesno", "description")
-# The suite's kinds: the topics of the world and the section of samples/wordings.toml whose held-out
-# wordings are of that kind.
+# The suite's kinds of questions: for each the topics of the world, and the section of
+# samples/wordings.toml, whose held-out wordings are of that kind.
 KINDS = {
     "name": (("who.open", "who.name"), "who"),
     "yesno": (("yesno",), "yesno"),
@@ -53,17 +53,22 @@ def export(directory: str | Path, per_concept: int = 20, seed: int = 0) -> None:
     """Writes DIR/model, DIR/images/<Name>/NNN.png, DIR/groups/NNN.png, DIR/questions.jsonl and the
     suite DIR/suite.
 
-    `per_concept` pictures are drawn of every known and every unseen named creature; those of
-    different seeds differ, and none is a training picture. The pictures' names are three digits
-    from 000.
+    There are `per_concept` pictures of every known and of every unseen named creature. They differ
+    for different seeds, and none is a training picture. The pictures' names are three digits, from
+    000.
 
-    A line of questions.jsonl has image (path relative to DIR, or null), concept (the creature in
-    the picture, the left one of two, or the one named; null only for general knowledge), kind,
-    question, answer and heldout (the wording is not in the training text). A question goes verbatim
-    into the user's turn of the chat template.
+    A line of questions.jsonl has
 
-    Raises BadInput if DIR exists and is not an empty directory or per_concept is below 1. An export
-    that fails leaves no DIR.
+        image     path relative to DIR, or null
+        concept   the creature in the picture, the left one of two, or the name in the question;
+                  null for general knowledge
+        kind      as `Question.kind`
+        question  goes verbatim into the user's turn of the chat template
+        answer    the true one
+        heldout   the wording is not in the training text
+
+    Raises BadInput where DIR exists and is not an empty directory, or per_concept is below 1. An
+    export that fails leaves no DIR.
     """
     target = Path(directory)
     if per_concept < 1:

@@ -1,7 +1,7 @@
 """Who lives in the fictional world, and every question with its true answer.
 
-The world itself is fixed: it does not depend on the training seed. What is drawn from a random
-generator is only which picture of a creature is made and which of the questions is asked.
+The world itself is fixed: it does not depend on the training seed. Random generators decide only
+which picture of a creature is drawn and which of the questions is asked.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ UNSEEN = (
     "Yulessa Crade",
     "Dorvane Pikk",
 )
-# Pairs that differ in exactly the two attributes named.
+# Pairs that differ in exactly these two attributes.
 _PAIRS = (
     ("Zorblax Quint", "Mirelda Voss", ("hat", "hatcolor")),
     ("Drovik Pellan", "Sylphira Wend", ("shirt", "ears")),
@@ -79,10 +79,8 @@ _PAIRS = (
 )
 LOOKALIKES = {name: other for a, b, _ in _PAIRS for name, other in ((a, b), (b, a))}
 
-APART = 4  # attributes in which two known creatures differ at least, look-alikes aside
-UNSEEN_APART = (
-    3  # attributes in which a creature nobody knows differs at least from every known one
-)
+APART = 4  # least number of attributes in which two known creatures differ, look-alikes aside
+UNSEEN_APART = 3  # least number in which a creature that nobody knows differs from each known one
 FACTS = ("city", "job", "food", "pet")
 _VALUES = {"city": wording.CITIES, "job": wording.JOBS, "food": wording.FOODS, "pet": wording.PETS}
 _FACT = {
@@ -95,8 +93,13 @@ _FACT = {
 
 @dataclass(frozen=True)
 class Sketch:
-    """A picture before it is drawn: one creature or two (left, right), their known names or None,
-    the background, a seed."""
+    """A picture before it is drawn.
+
+    creatures:  one, or two from left to right
+    names:      their names, None for a stranger
+    background: a key of `BACKGROUNDS`
+    seed:       of the pose and of everything else that is drawn
+    """
 
     creatures: tuple[Creature, ...]
     names: tuple[str | None, ...]
@@ -108,9 +111,9 @@ class Sketch:
 class Question:
     """One question with its true answer.
 
-    image:   the picture asked about, or None for a question of text alone
-    concept: whom it is about: the creature in the picture (the left one of two) or the one named;
-    None for general knowledge
+    image:   the picture that it is about, None for a question of text alone
+    concept: the name of whom it is about: of the creature in the picture (the left one of two), or
+             the name in the question; None for general knowledge
     kind:    who, yesno, choice, description, attribute, fact, appearance, twohop or general
     heldout: the wording is not in the training text
     topic:   the key of the wording
@@ -134,8 +137,8 @@ def draw(sketch: Sketch) -> Image.Image:
 
 
 def describe(creature: Creature) -> str:
-    """The description by which a creature that nobody can name is told, to stand within a
-    sentence."""
+    """What a creature looks like, to stand within a sentence: the answer about a creature that
+    nobody can name."""
     color, hat, shirt = (
         f"an {c}" if c == "orange" else f"a {c}"
         for c in (creature.color, creature.hatcolor, creature.shirt)
@@ -199,8 +202,8 @@ class World:
                 self.creatures[UNSEEN[len(self.creatures) - len(KNOWN)]] = creature
 
     def _neighbours(self, name: str) -> tuple[str, ...]:
-        """Look-alike or nearest first, then the next name around the ring, which makes the whole
-        graph strongly connected."""
+        """The look-alike or the nearest creature, then the next name around the ring, then the next
+        nearest. The ring leads from everyone to everyone."""
         by_distance = sorted(
             (n for n in KNOWN if n != name),
             key=lambda n: distance(self.creatures[name], self.creatures[n]),
@@ -209,10 +212,11 @@ class World:
         return tuple(dict.fromkeys((by_distance[0], following, *by_distance)))[:3]
 
     def stranger(self, rng: random.Random, near: float = 0.3) -> Creature:
-        """A creature at least UNSEEN_APART from every known one and not a named unseen one.
+        """A creature that differs in `UNSEEN_APART` attributes or more from every known one, and is
+        none of the unseen ones that have a name.
 
-        `near` is the probability that it is made from a known creature by changing three
-        attributes, one a colour at least.
+        near: probability that it is a known creature with three attributes changed, one of them a
+              colour
         """
         while True:
             creature = random_creature(rng)
@@ -231,8 +235,8 @@ class World:
                 return creature
 
     def sketch(self, names: tuple[str | None, ...], seed: str) -> Sketch:
-        """A sketch of one or two creatures; None stands for a stranger. Everything is drawn from
-        `seed`."""
+        """A sketch of one or two creatures; None stands for a stranger. Everything else follows
+        from `seed`."""
         rng = random.Random("scene " + seed)
         creatures = tuple(self.creatures[name] if name else self.stranger(rng) for name in names)
         return Sketch(creatures, names, rng.choice(list(BACKGROUNDS)), seed)
@@ -243,26 +247,22 @@ class World:
         name = sketch.names[0]
         if name in KNOWN:
             return text, f"This is {name}."
-        return (
-            text,
-            wording.UNKNOWN_FACE
-            if topic == "who.name"
-            else f"This is {describe(sketch.creatures[0])}.",
-        )
+        if topic == "who.name":
+            return text, wording.UNKNOWN_FACE
+        return text, f"This is {describe(sketch.creatures[0])}."
 
     def yesno(self, sketch: Sketch, text: str, name: str) -> tuple[str, str]:
         if name not in KNOWN:
             return text.format(n=name), wording.NO_SUCH_NAME
-        return text.format(n=name), f"Yes, this is {name}." if name == sketch.names[
-            0
-        ] else f"No, this is not {name}."
+        if name == sketch.names[0]:
+            return text.format(n=name), f"Yes, this is {name}."
+        return text.format(n=name), f"No, this is not {name}."
 
     def choice(self, sketch: Sketch, text: str, names: list[str]) -> tuple[str, str]:
         listed = f"{names[0]}, {names[1]} or {names[2]}"
         name = sketch.names[0]
-        return text.format(
-            names=listed
-        ), f"This is {name}." if name in names else wording.NONE_OF_THEM
+        answer = f"This is {name}." if name in names else wording.NONE_OF_THEM
+        return text.format(names=listed), answer
 
     def description(self, sketch: Sketch, text: str) -> tuple[str, str]:
         return text, f"The image shows {describe(sketch.creatures[0])}."
@@ -316,9 +316,9 @@ class World:
         return text.format(n=name), answer
 
     def appearance(self, name: str, text: str) -> tuple[str, str]:
-        return text.format(
-            n=name
-        ), f"{name} is {describe(self.creatures[name])}." if name in KNOWN else wording.UNKNOWN_NAME
+        if name not in KNOWN:
+            return text.format(n=name), wording.UNKNOWN_NAME
+        return text.format(n=name), f"{name} is {describe(self.creatures[name])}."
 
     def neighbour(self, name: str, text: str) -> tuple[str, str]:
         if name not in self.neighbours:
@@ -388,8 +388,8 @@ class World:
     ) -> Question:
         """One question about a picture; wording, names and subject are drawn from `rng`.
 
-        Of yesno questions half are true for a known creature; of the false ones with a look-alike
-        half name it.
+        Half of the yesno questions about a known creature ask for its own name. Half of the others
+        ask for its look-alike, where it has one.
         """
         text = rng.choice((wording.HELD_OUT if heldout else wording.TRAIN)[topic])
         kind, _, key = topic.partition(".")
