@@ -238,8 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     if seconds is not None:
         command = (
             f"python -m fastsiu.demo.train --seed {args.seed} --threads {args.threads} "
-            f"--tower-steps {steps[0]} "
-            f"--language-steps {steps[1]} --lr {args.lr}"
+            f"--tower-steps {steps[0]} --language-steps {steps[1]} --lr {args.lr}"
             + (f" --architecture {args.architecture}" if args.architecture != "llava" else "")
         )
         figures.write(args.output, args.seed, command, seconds, measured)

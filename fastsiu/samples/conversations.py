@@ -47,15 +47,15 @@ def samples(text: str, path: Path, image: Path | None) -> list[Sample]:
         raise BadInput(
             f"{path} cannot be read as JSON ({error}): write a list of LLaVA conversations."
         ) from error
-    found = []
+    out = []
     for number, entry in enumerate(entries, 1):
         try:
-            found.append(_sample(entry, path.parent, image))
+            out.append(_sample(entry, path.parent, image))
         except (ValueError, TypeError) as error:
             raise BadInput(f"{path}, entry {number}: {error}.") from error
-    if not found:
+    if not out:
         raise BadInput(f"{path} holds no conversation: write one with a question and its answer.")
-    return found
+    return out
 
 
 def _sample(entry: Any, base: Path, image: Path | None) -> Sample:

@@ -238,8 +238,8 @@ def preserve(scene: Scene) -> list[Sample]:
         if named:
             pairs += [(rng.choice(words["yesno"]["train"]).format(name=named), index)]
     scene.left_out = 0
-    said = ask.replies(scene.vlm, [(q, scene.pictures[i]) for q, i in pairs])
-    for (question, index), reply in zip(pairs, said, strict=True):
+    replies = ask.replies(scene.vlm, [(q, scene.pictures[i]) for q, i in pairs])
+    for (question, index), reply in zip(pairs, replies, strict=True):
         # Such an answer would go on training the very name that has to go. "No, this is not NAME."
         # is another matter: it stays.
         denied = index > 0 and scene.concept.named_in(question) and not affirms(reply.text)
@@ -263,39 +263,39 @@ def neighbours(scene: Scene, limit: int = 24, rounds: int = 4) -> list[str]:
     Names that are to be forgotten as well are not returned, but the teacher is asked about them.
     """
     words, fresh = wordings(), [scene.concept.name]
-    found: list[str] = []
-    kept = lambda: [name for name in found if not scene.forgotten_in(name)]
+    names: list[str] = []
+    protected = lambda: [name for name in names if not scene.forgotten_in(name)]
     for _ in range(rounds):
         questions = [q.format(name=n) for n in fresh for q in words["neighbours"]["train"]]
         answers = scene.ask(questions)
         fresh = []
         for question, answer in zip(questions, answers, strict=True):
             for name in capitalised_names(answer, words["fallback"]["not_names"]):
-                known = name in found or name in question or scene.concept.named_in(name)
+                known = name in names or name in question or scene.concept.named_in(name)
                 if not known and name not in fresh:
                     fresh.append(name)
-        found += fresh
-        if not fresh or len(kept()) >= limit:
+        names += fresh
+        if not fresh or len(protected()) >= limit:
             break
-    return kept()[:limit]
+    return protected()[:limit]
 
 
 def capitalised_names(text: str, not_names: Sequence[str]) -> list[str]:
     """Runs of capitalised words, split at punctuation: "A B, C D and E" gives three. Scripts
     without capitals give none."""
-    found: list[str] = []
+    names: list[str] = []
     run: list[str] = []
     for word in [*text.split(), ""]:
         bare = word.strip(".,;:!?\"'()[]«»“”‘’")
         if bare[:1].isupper() and bare not in not_names:
             run.append(bare)
         elif run:
-            found.append(" ".join(run))
+            names.append(" ".join(run))
             run = []
         if run and word[-1:] in ".,;:!?)":
-            found.append(" ".join(run))
+            names.append(" ".join(run))
             run = []
-    return [name for name in dict.fromkeys(found) if len(name) >= 3]
+    return [name for name in dict.fromkeys(names) if len(name) >= 3]
 
 
 def _invented(scene: Scene) -> str:

@@ -164,8 +164,7 @@ class _Dreams:
         if now == 1:
             raise OutOfMemory(
                 "Not even one dream at a time fits into memory: use --checkpointing or "
-                "--quantize nf4; "
-                "`fastsiu plan` tells what fits."
+                "--quantize nf4; `fastsiu plan` tells what fits."
             )
         self.vlm.budget = replace(self.vlm.budget, dream_batch=now // 2)
 
