@@ -1,48 +1,55 @@
 """One optimisation step at LLaVA's proportions, beside a straightforward implementation with peft,
 on a CPU.
 
-    python benches/step.py                       16 and 64 samples, prints a table, appends to
-    benches/results/step.jsonl
+    python benches/step.py                       16 and 64 samples; prints a table, appends to
+                                                 benches/results/step.jsonl
     python benches/step.py --quick               a small model and 8 samples; appends nothing
     python benches/step.py --samples 16 --dry    without appending
     python benches/step.py --run                 40 steps of 16 out of 64 samples with all set-up,
-    beside the same done plainly
+                                                 beside the same done plainly
     python benches/step.py --real                LLaVA-1.5-7B's own size in bf16 on a GPU, 8 samples
 
 The model is LLaVA-1.5's with everything divided by 16: 576 image tokens from a 336-pixel picture,
 hidden 256, vocabulary 2000 (in both, V = 7.8 D), four language layers, three vision layers of width
-64; LoRA of rank 16. Random weights: time, memory and flops do not depend on them. A sample is one
-question with its answer, 40 tokens behind the prefix, 20 of them supervised.
+64; LoRA of rank 16. Weights are random: time, memory and flops do not depend on them. A sample is
+one question with its answer, 40 tokens behind the prefix, 20 of them supervised.
 
-straightforward  right-padded batches of whole samples; the vision tower, the logits and the teacher
-(adapter off) in every step
-torchunlearn     its SIU trainer as its authors wrote it, where it can be imported. PyPI's
-torchunlearn 0.1.0 has none:
-                 pip install git+https://github.com/Harry24k/machine-unlearning-pytorch
-plain            ours without a shared prefix: image features and teacher cached, fused loss on the
-supervised rows
-packed, key/value, packed key/value, as chosen   the same with the prefix shared
+    straightforward   right-padded batches of whole samples; the vision tower, the logits and the
+                      teacher (adapter off) in every step
+    torchunlearn      its SIU trainer as its authors wrote it, where it can be imported. PyPI's
+                      torchunlearn 0.1.0 has none:
+                      pip install git+https://github.com/Harry24k/machine-unlearning-pytorch
+    plain             ours without a shared prefix: image features and teacher cached, fused loss on
+                      the supervised rows
+    packed            the same with the prefix shared, in one of three ways
+    key/value
+    packed key/value
+    as chosen         the same in the way that the package chooses
 
 A run also counts what comes before its first step: our teacher pass and the check of the ways of
-sharing. The straightforward one needs neither; torchunlearn copies the model, which neither its
-seconds nor its memory count (`reference_mib` in the rows).
+sharing. The straightforward one needs neither. torchunlearn copies the model; neither its seconds
+nor its memory count that copy (`reference_mib` in the rows).
 
-torchunlearn is given finished batches (its collator does not run), the same adapter, optimiser and
-weights, and what costs it the
-least time: nothing clipped, recorded or checkpointed. By its design the copy, with an idle adapter,
-sees every batch in every step, and both softmaxes cover all positions, image tokens included. Its
-loss is the same: means over the supervised positions of the cross entropy and of the KL's terms
-that the vocabulary mask leaves, not normalised again (it cuts probabilities off at 1e-12). It
-differs where this bench does not go: it searches for K_S and K_V by token ids, and averages
-retained samples in a batch of their own.
+torchunlearn gets finished batches (its collator does not run), the same adapter, optimiser and
+weights, and the settings that cost it the least time: nothing clipped, recorded or checkpointed. By
+its design the copy, with an idle adapter, sees every batch in every step, and both softmaxes cover
+all positions, image tokens included. Its loss is the same: means over the supervised positions of
+the cross entropy and of the KL's terms that the vocabulary mask leaves, not normalised again (it
+cuts probabilities off at 1e-12). It differs in what this bench does not measure: it searches for
+K_S and K_V by token ids, and averages retained samples in a batch of their own.
 
 All start from the same adapter and compute the same loss: value and gradient are compared first.
-Time is CPU time of one thread (wall-clock time is in the rows), rounds interleaved; memory is the
-kernel's high-water mark in a fresh process above what was resident before the step, where what is
-freed goes back at once: else glibc keeps up to as much again, differently from process to process;
-flops are counted by torch, attention under a causal flag at half. On a GPU: wall-clock time between
-synchronisations, torch's peak above what was allocated before the step, attention's flops as torch
-counts them there, and none of what Triton kernels compute.
+Rounds are interleaved. On a CPU
+
+- time is CPU time of one thread (wall-clock time is in the rows)
+- memory is the kernel's high-water mark in a fresh process, above what was resident before the
+  step. Freed memory goes back at once in that process: else glibc keeps up to as much again,
+  differently from process to process
+- flops are counted by torch, attention under a causal flag at half
+
+On a GPU time is wall-clock time between synchronisations, memory is torch's peak above what was
+allocated before the step, and flops are those that torch counts, for attention too; it counts none
+of what Triton kernels compute.
 """
 
 from __future__ import annotations
@@ -71,7 +78,9 @@ from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaCon
 
 from fastsiu import TeacherCache, fused_dmk_ce
 from fastsiu.model import adapter, prefix, sharing
-from fastsiu.model.vlm import VLM, Encoded, Picture, collate
+from fastsiu.model.parts import parts_of
+from fastsiu.model.turns import Encoded, Picture, collate
+from fastsiu.model.vlm import VLM
 from fastsiu.request import Recipe
 
 try:
@@ -398,7 +407,7 @@ def bench(
     work = Work(size, samples, device, dtype)
     gpu, clock = work.pixels.is_cuda, "wall_seconds" if work.pixels.is_cuda else "cpu_seconds"
     errors = agreement(work)
-    (part,) = prefix.parts_of(work.vlm, work.turns, [work.picture.features] * samples)
+    (part,) = parts_of(work.vlm, work.turns, [work.picture.features] * samples)
     work.vlm.shares = work.found
     chosen = part.cheapest(None)
     timing = times(work, rounds)

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ..request import BadInput, OutOfMemory
 from . import decode
+from .faults import out_of_memory
 from .prefix import supervised_states
-from .vlm import VLM, Encoded, Picture, collate, out_of_memory
+from .turns import Encoded, Picture, collate
+from .vlm import VLM
 
 Question = tuple[str, Picture | None]
 FEW = 3  # prompts from which on it is worth trying what is exact on a model
@@ -24,8 +26,10 @@ ROWS = 256  # supervised positions whose logits exist at a time
 
 
 class Reply(NamedTuple):
-    """An answer. closed: the model ended it itself; False where it was cut at the longest answer
-    allowed."""
+    """An answer.
+
+    closed: the model ended it itself; False where it was cut at the longest answer allowed
+    """
 
     text: str
     closed: bool = True
@@ -34,8 +38,9 @@ class Reply(NamedTuple):
 class Score(NamedTuple):
     """How likely the supervised tokens of a turn are.
 
-    log_p: [n] log-probabilities, nats;  right: [n] bool, it is the most likely token;  rank: [n]
-    int64, tokens that are likelier
+    log_p: [n] fp32, log-probabilities in nats
+    right: [n] bool, whether it is the most likely token
+    rank:  [n] int64, the number of tokens that are likelier
     """
 
     log_p: Tensor
@@ -44,7 +49,7 @@ class Score(NamedTuple):
 
 
 def answers(vlm: VLM, questions: Sequence[Question], **options: Any) -> list[str]:
-    """The texts of `replies`, which has the options."""
+    """The texts of `replies`, with its options."""
     return [reply.text for reply in replies(vlm, questions, **options)]
 
 
@@ -60,12 +65,17 @@ def replies(
 ) -> list[Reply]:
     """Greedy answers, in the order of the questions.
 
-    begin:    the first words of each answer, forced (they are part of what is returned)
-    suppress: token ids that may not be generated
+    begin:          the first words of each answer, forced; the reply contains them
+    suppress:       token ids that may not be generated
+    max_new_tokens: of an answer, beyond `begin`
+    batch_size:     questions in one forward
 
     Answers grow on shared prefixes (`decode`) where that is exact and the model's generation_config
-    asks for nothing that is not known there, else in transformers' `generate`. Where a batch does
-    not fit into memory, smaller ones go on (`fitting`).
+    sets nothing else than `decode.Rules` knows; otherwise transformers' `generate` answers. Where a
+    batch does not fit into memory, smaller ones go on (`fitting`).
+
+    Raises BadInput for a question that cannot be encoded and for a generation_config that
+    transformers refuses, OutOfMemory where one question does not fit.
     """
     if not questions:
         return []
@@ -111,9 +121,9 @@ def replies(
 
 
 def fitting(vlm: VLM, run: Callable[[int], Any], most: int) -> Any:
-    """run(rows in one forward) with as many as `most` and `vlm.budget` allow; with half of them
-    where they do not fit into memory, and so on. The budget remembers it; nobody is told, since no
-    result changes but by rounding.
+    """run(rows in one forward), with as many rows as `most` and `vlm.budget` allow; with half of
+    them where they do not fit into memory, and so on. The budget remembers the number. No sentence
+    says so, since results change by rounding only.
 
     Raises OutOfMemory where one row does not fit either.
     """
@@ -124,8 +134,7 @@ def fitting(vlm: VLM, run: Callable[[int], Any], most: int) -> Any:
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-        # Outside of the handler, since its traceback holds the tensors of the forward that did not
-        # fit.
+        # Not in the handler: the traceback holds the tensors of the forward that did not fit.
         if size == 1:
             raise OutOfMemory(
                 "Not even one question at a time fits into memory: use --quantize nf4, or ask "
@@ -141,13 +150,13 @@ def _prompts(vlm: VLM, questions: Sequence[Question], begins: Sequence[str]) -> 
     """The prompts; the same words about pictures of the same size are one object."""
 
     @functools.cache
-    def made(question: str, begin: str, size: tuple[int, int] | None, first: int) -> Encoded:
+    def encode(question: str, begin: str, size: tuple[int, int] | None, first: int) -> Encoded:
         return decode.prompt(vlm, question, questions[first][1], begin)
 
     sizes = [None if picture is None else picture.image.size for _, picture in questions]
     first = {size: i for i, size in reversed(list(enumerate(sizes)))}
     return [
-        made(q, b, size, first[size])
+        encode(q, b, size, first[size])
         for (q, _), b, size in zip(questions, begins, sizes, strict=True)
     ]
 
@@ -160,11 +169,10 @@ def generated(
     max_new_tokens: int,
     batch_size: int,
 ) -> Iterator[tuple[int, list[int]]]:
-    """(place, ids of the answer, the one that ends it and padding included) of each prompt, by
+    """(place in `turns`, ids of the answer with its end and padding) of each prompt, by
     transformers' `generate`.
 
-    Prompts of equal length are batched together, so no answer depends on padding or on its
-    neighbours in the batch.
+    A batch has prompts of equal length, so no answer depends on padding or on its neighbours.
     """
     groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
     for i, (turn, shown) in enumerate(zip(turns, features, strict=True)):
@@ -176,7 +184,7 @@ def generated(
             inputs = collate([turns[i].inputs for i in chosen], vlm.tokenizer.pad_token_id)
             inputs = vlm.prompts(inputs, [features[i] for i in chosen if features[i] is not None])
             try:
-                tokens = vlm.model.generate(
+                ids = vlm.model.generate(
                     **inputs,
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
@@ -187,10 +195,9 @@ def generated(
             except (ValueError, TypeError) as error:
                 raise BadInput(
                     "The model's generation_config.json asks for what transformers' generate "
-                    f"refuses ({error}): "
-                    "mend it or remove it."
+                    f"refuses ({error}): mend it or remove it."
                 ) from error
-            yield from zip(chosen, tokens[:, length:].tolist(), strict=True)
+            yield from zip(chosen, ids[:, length:].tolist(), strict=True)
 
 
 @torch.no_grad()
@@ -202,20 +209,21 @@ def label_scores(
         return []
     features = [None if p is None else p.features for p in pictures]
     ways = vlm.shares
-    # nothing was planned, and nothing trains here
+    # Nobody has planned the sharing, and nothing trains here.
     if not ways and len(turns) >= FEW and decode.exact(vlm, pictures):
         ways = ("key/value",)
     run = lambda size: supervised_states(vlm, turns, features, micro_batch=size, ways=ways)
     states = fitting(vlm, run, min(batch_size, len(turns)))
     labels = torch.cat([turn.labels for turn in turns])
-    found: list[list[Tensor]] = [[], [], []]
+    log_p: list[Tensor] = []
+    right: list[Tensor] = []
+    rank: list[Tensor] = []
     for at in range(0, len(labels), ROWS):
         logits, wanted = vlm.logits(states[at : at + ROWS]), labels[at : at + ROWS, None]
         own = logits.gather(-1, wanted)
-        found[0].append(logits.log_softmax(-1).gather(-1, wanted)[:, 0])
-        found[1].append(logits.argmax(-1) == wanted[:, 0])
-        found[2].append((logits > own).sum(-1))
+        log_p.append(logits.log_softmax(-1).gather(-1, wanted)[:, 0])
+        right.append(logits.argmax(-1) == wanted[:, 0])
+        rank.append((logits > own).sum(-1))
     lengths = [len(turn.labels) for turn in turns]
-    return [
-        Score(*one) for one in zip(*(torch.cat(part).split(lengths) for part in found), strict=True)
-    ]
+    by_turn = (torch.cat(values).split(lengths) for values in (log_p, right, rank))
+    return [Score(*values) for values in zip(*by_turn, strict=True)]

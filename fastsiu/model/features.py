@@ -1,5 +1,5 @@
-"""What a model makes of a picture on its way from the vision tower to the language model: where it
-is, how it is joined for a batch, changed for a dream, and given to the forward."""
+"""Image features between the vision tower and the language model: where an output has them, how
+they are joined for a batch, changed for a dream, and given to the forward."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor
 from ..loss.rows import no_logits
 from ..request import BadInput
 
-# How image features enter a model's forward, the first that it takes: put where the placeholders
-# are, or looked at by layers of their own, to which `cross_attention_mask` says which tokens look.
+# The keywords by which image features enter a model's forward; the first that it takes counts. The
+# first puts features where the placeholders are. The second gives them to layers of their own, to
+# which `cross_attention_mask` says which tokens look.
 ENTRIES = ("mm_encoder_outputs", "cross_attention_states")
-# Where a model's image features are, the first of them that it gives: the last hidden state where
-# the projector runs inside the forward, the last name where every layer of the language model that
-# takes some has its own.
+# The names under which an output has image features; the first that is there counts. It is the last
+# hidden state where the projector runs inside the forward, and the last name where several layers
+# of the language model take features, each its own.
 READ = ("pooler_output", "last_hidden_state", "deepstack_features")
 
 
@@ -27,12 +28,10 @@ def join_features(parts: Sequence[Any]) -> Any:
     joined = type(parts[0])(**{k: v for k, v in parts[0].items()})
     for key in set(joined):
         values = [p[key] for p in parts]
-        by_layer = key == "deepstack_features"
-        joined[key] = (
-            [_concatenate(layer) for layer in zip(*values, strict=True)]
-            if by_layer
-            else _concatenate(values)
-        )
+        if key == "deepstack_features":
+            joined[key] = [_concatenate(layer) for layer in zip(*values, strict=True)]
+        else:
+            joined[key] = _concatenate(values)
     return joined
 
 
@@ -46,8 +45,7 @@ def _concatenate(values: Sequence[Any]) -> Any:
 
 
 def map_features(features: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same features with `change` applied to what the language model reads first (`READ`), the
-    rest kept as it is."""
+    """The same features, but for `change` of what the language model reads first (`READ`)."""
     out = type(features)(**{k: v for k, v in features.items()})
     key = read_key(features)
     out[key] = _changed(features[key], change)
@@ -61,21 +59,25 @@ def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def feature_tensors(features: Any) -> list[Tensor]:
-    """What `map_features` changes, in its order."""
-    found: list[Tensor] = []
-    map_features(features, lambda x: found.append(x) or x)
-    return found
+    """The tensors that `map_features` changes, in its order."""
+    tensors: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        tensors.append(x)
+        return x
+
+    map_features(features, keep)
+    return tensors
 
 
 def read_key(features: Any) -> str:
-    """Under which name the language model reads an image's features. Raises BadInput where there
-    are none of a known name."""
+    """The name under which the language model reads an image's features. Raises BadInput where the
+    output has none of the known names."""
     found = next((key for key in READ if features.get(key) is not None), None)
     if found is None:
         raise BadInput(
             f"The model's get_image_features gives {', '.join(features) or 'nothing'}: it would "
-            "need to give "
-            f"one of {', '.join(READ)}."
+            f"need to give one of {', '.join(READ)}."
         )
     return found
 
@@ -88,21 +90,19 @@ def features_entry(base: Any) -> str:
     if found is None:
         raise BadInput(
             f"{type(base).__name__} takes no precomputed image features: its forward would need "
-            "a parameter "
-            f"{ENTRIES[0]}, as most image-text models of transformers have."
+            f"a parameter {ENTRIES[0]}, as most image-text models of transformers have."
         )
     if found == "mm_encoder_outputs" and not hasattr(base.base_model, "get_image_features"):
         raise BadInput(
             f"{type(base.base_model).__name__} would need a method get_image_features, which "
-            "makes what its forward "
-            f"takes as {found}."
+            f"makes what its forward takes as {found}."
         )
     return found
 
 
 def crossed(base: Any, inputs: dict[str, Any]) -> Tensor:
-    """What the language model is given as `cross_attention_states` for these inputs with pixels:
-    [tiles, patches, D]."""
+    """The `cross_attention_states` [tiles, patches, D] that the model gives to its language model
+    for inputs with pixels. Raises BadInput where it gives none."""
     given: dict[str, Any] = {}
     hook = base.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: given.update(kwargs), with_kwargs=True

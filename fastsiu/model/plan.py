@@ -14,8 +14,11 @@ from PIL import Image
 
 from ..request import BadInput, Recipe
 from . import source
-from .memory import GB, Estimate, Settings, Simulation, Workload
-from .vlm import VLM, Picture
+from .memory import GB, Estimate, Settings
+from .simulation import Simulation
+from .turns import Picture
+from .vlm import VLM
+from .workload import Workload
 
 # pixels assumed of a picture where the model takes any size and none was given
 DYNAMIC = (

@@ -1,5 +1,5 @@
-"""Which ways of sharing a prefix (`prefix`) are exact on a model: each is tried on a few turns,
-beside the plain one."""
+"""Which ways of sharing a prefix (`prefix`) are exact on a model: each runs a few turns, and is
+compared with the plain way."""
 
 from __future__ import annotations
 
@@ -9,25 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .prefix import RUN, parts_of, recomputes
-from .vlm import VLM, Encoded, Picture, out_of_memory
+from .faults import first_line, out_of_memory
+from .parts import parts_of, recomputes
+from .prefix import RUN
+from .turns import Encoded, Picture
+from .vlm import VLM
 
-# Relative differences that rounding explains; what a wrong mask or position does to hidden states
-# is of the order of 1. In fp64
-# as well: norms, and all of linear attention, compute in fp32 whatever the dtype (gradients 1e-8 to
-# 2e-5 apart, nine families).
+# Relative differences that rounding explains; a wrong mask or position changes hidden states by the
+# order of 1. fp64 is no exception: norms, and all of linear attention, compute in fp32 whatever the
+# dtype (gradients 1e-8 to 2e-5 apart, nine families).
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# Of states alone: rounding to bf16 moved them by up to 9e-3 (30 families), a position that is off
-# by one Gemma 3's by 4e-2.
+# For states alone: rounding to bf16 moved them by up to 9e-3 (30 families), a position that is off
+# by one moved Gemma 3's by 4e-2.
 OF_STATES = TOLERANCE | {torch.bfloat16: 2e-2}
 INT8 = 1e-1  # activations are rounded too, to 1 of 127 steps
 
 
 def tolerance(vlm: VLM, dtype: torch.dtype, gradients: bool = True) -> float:
-    """How far apart hidden states, and gradients where they are compared, may be in two ways that
-    differ by rounding only."""
-    rounded = any(type(m).__name__ == "Linear8bitLt" for m in vlm.base.modules())
-    return INT8 if rounded else (TOLERANCE if gradients else OF_STATES)[dtype]
+    """The largest relative difference that rounding explains between the hidden states of two ways.
+
+    gradients: the adapter's gradients are compared as well
+    """
+    if any(type(m).__name__ == "Linear8bitLt" for m in vlm.base.modules()):
+        return INT8
+    return (TOLERANCE if gradients else OF_STATES)[dtype]
 
 
 def plan_sharing(
@@ -36,11 +41,11 @@ def plan_sharing(
     pictures: Sequence[Picture | None],
     say: Callable[[str], None],
 ) -> tuple[str, ...]:
-    """Tries each way against the plain one and keeps in `vlm.shares` those that are exact: states,
-    and gradients of the adapter.
+    """Compares each way with the plain one, by hidden states and gradients of the adapter, and
+    keeps the ways that are exact in `vlm.shares`.
 
-    Two turns of one picture and one of another where there is one; two turns without a picture.
-    What is not exact is said.
+    A trial has two turns of one picture and one of another where there is one; a second trial has
+    two turns without a picture. `say` gets a sentence for each way that is not exact.
     """
     shown = [None if p is None else p.features for p in pictures]
     trials = [
@@ -93,17 +98,17 @@ def _trial(vlm: VLM, turns: Sequence[Encoded], shown: list[Any], with_picture: b
 
 
 def _why_not(vlm: VLM, way: str, turns: list[Encoded], shown: list[Any]) -> str | None:
-    """None where `way` gives the plain path's hidden states and adapter gradients, else the
-    difference or the error."""
+    """How the hidden states or the adapter's gradients of `way` differ from those of the plain way,
+    or the error; None where they do not."""
     (part,) = parts_of(vlm, turns, shown)
     trained = [p for p in vlm.model.parameters() if p.requires_grad]
-    # two turns at a time are the fewest that share
+    # Where memory is bounded, two turns at a time: fewer share nothing.
     bounded = vlm.budget.checkpointing or vlm.budget.micro_batch is not None
     random = torch.Generator().manual_seed(0)
 
     def measure(way: str, direction: Tensor | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        found = dict(RUN[way](part, (1 if way == "plain" else 2) if bounded else None))
-        states = torch.cat([found[i] for i in range(len(turns))])
+        by_turn = dict(RUN[way](part, (1 if way == "plain" else 2) if bounded else None))
+        states = torch.cat([by_turn[i] for i in range(len(turns))])
         if direction is None:
             direction = torch.randn(states.shape, generator=random).to(states)
         used = (
@@ -126,14 +131,16 @@ def _why_not(vlm: VLM, way: str, turns: list[Encoded], shown: list[Any]) -> str 
         # any: whatever a family's own forward thinks of such inputs; it becomes the reason
         if out_of_memory(error):
             return "the trial does not fit into memory"
-        return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        return first_line(error)
     if len(ours[1]) != len(plain[1]):
         return "other parameters get a gradient"
-    norm = lambda tensors: sum(float(x.float().norm()) ** 2 for x in tensors) ** 0.5
-    off = [
-        norm(a - b for a, b in zip(*pair, strict=True)) / (norm(pair[1]) or 1.0)
-        for pair in zip(ours, plain, strict=True)
-    ]
+    off = [_relative(*pair) for pair in zip(ours, plain, strict=True)]
     if all(x <= tolerance(vlm, direction.dtype) for x in off):  # false for NaN
         return None
     return f"hidden states differ by {off[0]:.1e}, gradients by {off[1]:.1e}"
+
+
+def _relative(ours: list[Tensor], plain: list[Tensor]) -> float:
+    """The norm of the difference, in parts of the norm of `plain`, over all tensors together."""
+    norm = lambda tensors: sum(float(x.float().norm()) ** 2 for x in tensors) ** 0.5
+    return norm(a - b for a, b in zip(ours, plain, strict=True)) / (norm(plain) or 1.0)

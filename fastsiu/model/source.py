@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
@@ -15,11 +15,11 @@ from transformers.utils import cached_file, extract_commit_hash
 
 from ..guards import limited
 from ..request import BadInput
+from .faults import first_line
 from .processor import NO_CODE, load_processor, refuse_own_code, take_limits_off, takes_suffix
 from .processor import check_sizes as check_picture_sizes
 
 DTYPES = {
-    "auto": "auto",
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
@@ -48,8 +48,8 @@ def check_options(
     dtype: str, quantize: str | None, attention: str | None, optimizer: str = "adamw"
 ) -> None:
     """Raises BadInput for a name that nothing here knows."""
-    if dtype not in DTYPES:
-        raise BadInput(f"The dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+    if dtype not in ("auto", *DTYPES):
+        raise BadInput(f"The dtype {dtype!r} is unknown: choose one of auto, {', '.join(DTYPES)}.")
     if quantize is not None and quantize not in QUANTIZE:
         raise BadInput(
             f"The quantisation {quantize!r} is unknown: choose one of {', '.join(QUANTIZE)}."
@@ -64,8 +64,12 @@ def check_options(
         )
 
 
+@overload
+def check_device(device: str) -> torch.device: ...
+@overload
+def check_device(device: None) -> None: ...
 def check_device(device: str | None) -> torch.device | None:
-    """The device itself, None for none. Raises BadInput for one that cannot be used here."""
+    """The device itself, None for None. Raises BadInput for one that cannot be used here."""
     if device is None:
         return None
     try:
@@ -308,8 +312,3 @@ def outside_decoder(base: Any) -> list[str]:
                 name for name, child in inside if all(m is not decoder for m in child.modules())
             ]
     return out
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -41,8 +41,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.processing_utils import ImagesKwargs
 
 from fastsiu.loss.rows import no_logits
-from fastsiu.model import adapter, features, prefix, sharing, vlm
-from fastsiu.model.vlm import VLM, Encoded, Picture
+from fastsiu.model import adapter, features, parts, prefix, sharing, vlm
+from fastsiu.model.turns import Encoded, Picture
+from fastsiu.model.vlm import VLM
 from fastsiu.request import Recipe
 
 # WIDTH of an attention head; SIDE of a picture, in pixels
@@ -1302,7 +1303,7 @@ def others() -> dict[str, list[str]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    prefix.WORTH, prefix.FORWARD = float("inf"), 0  # sharing is used at these sizes too
+    parts.WORTH, parts.FORWARD = float("inf"), 0  # sharing is used at these sizes too
     names = ("family", "plain", *WAYS, "fp64, worst", "head", "linears", "features enter by")
     print(f"| {' | '.join(names)} |\n|{' --- |' * len(names)}")
     for made in FAMILIES.values():

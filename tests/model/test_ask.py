@@ -11,7 +11,9 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from fastsiu.images import load_image
 from fastsiu.model import adapter, ask, decode, prefix, sharing
-from fastsiu.report.redact import sentence
+from fastsiu.model.cache import fork
+from fastsiu.model.parts import parts_of
+from fastsiu.report.sentences import sentence
 from fastsiu.request import OutOfMemory
 
 ABOUT = (
@@ -140,7 +142,7 @@ def test_the_repetition_penalty_is_that_of_generate(loaded, asked, ours, monkeyp
         penalty != 1.05
     )
     turns = [decode.prompt(loaded, text, None) for text in WORDS]
-    (part,) = prefix.parts_of(loaded, turns, [None] * len(turns))
+    (part,) = parts_of(loaded, turns, [None] * len(turns))
     ((rows, members),) = decode._batches(part, None, 4)
     assert [set(ids) for ids in rows.seen.tolist()] == [
         set(turns[i].inputs["input_ids"][0].tolist()) for i in members
@@ -243,11 +245,9 @@ def test_the_trial_finds_what_is_wrong_with_a_step(loaded, asked, monkeypatch, b
         go(self, tokens)
 
     def wrong_keep(self, rows):
-        cache = prefix.fork(self.cache, 3, torch.arange(3))
+        cache = fork(self.cache, 3, torch.arange(3))
         keep(self, rows)
-        self.cache = (
-            prefix.fork(cache, 3, torch.tensor(rows) - 1) if broken == "kept" else self.cache
-        )
+        self.cache = fork(cache, 3, torch.tensor(rows) - 1) if broken == "kept" else self.cache
 
     monkeypatch.setattr(decode.Rows, "go", wrong_go)
     monkeypatch.setattr(decode.Rows, "keep", wrong_keep)

@@ -16,9 +16,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from fastsiu.model import adapter, ask, decode, features, memory, prefix, vlm
+from fastsiu.model import adapter, ask, decode, features, parts, prefix, vlm
+from fastsiu.model.logits import probe_head
+from fastsiu.model.memory import Settings
+from fastsiu.model.simulation import Simulation
+from fastsiu.model.workload import Workload
 from fastsiu.request import BadInput, Recipe
-from fastsiu.samples import dreams
+from fastsiu.samples.wishes import vision_space
 
 torch.set_num_threads(1)
 LOOKS_AHEAD = ("paligemma", "paligemma2")  # their prefix looks at the question
@@ -41,8 +45,8 @@ def case(request, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
     """Sharing is used wherever it was found exact, at these sizes too."""
-    monkeypatch.setattr(prefix, "WORTH", float("inf"))
-    monkeypatch.setattr(prefix, "FORWARD", 0)
+    monkeypatch.setattr(parts, "WORTH", float("inf"))
+    monkeypatch.setattr(parts, "FORWARD", 0)
 
 
 def test_turns_hold_their_answers(case):
@@ -84,7 +88,7 @@ def test_the_ids_of_a_prompt_begin_the_ids_of_its_turn(case, answer):
 def test_a_dream_starts_from_what_the_language_model_reads(case):
     """Whatever the model does between its projector and its language model: newline rows, tiles,
     windows."""
-    free, behind = dreams.vision_space(case.vlm, case.shown[0])
+    free, behind = vision_space(case.vlm, case.shown[0])
     free = free.clone().requires_grad_()
     pairs = zip(
         features.feature_tensors(behind(free)),
@@ -97,10 +101,8 @@ def test_a_dream_starts_from_what_the_language_model_reads(case):
 
 
 def test_a_step_is_estimated_or_the_reason_is_said(case):
-    settings = memory.Settings("bfloat16", device="cpu", checkpointing=True)
-    simulation = memory.Simulation(
-        case.vlm.base.config, Recipe(batch_size=4), memory.Workload(12, 16)
-    )
+    settings = Settings("bfloat16", device="cpu", checkpointing=True)
+    simulation = Simulation(case.vlm.base.config, Recipe(batch_size=4), Workload(12, 16))
     if case.family.name in UNKNOWN:
         with pytest.raises(BadInput, match="cannot be worked out"):
             simulation.estimate(settings)
@@ -300,7 +302,7 @@ def test_a_head_with_an_adapter_is_refused(tmp_path):
     base = AutoModelForImageTextToText.from_config(families.llava().config).eval()
     get_peft_model(base, LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(BadInput, match="neither quantised nor adapted"):
-        vlm.probe_head(base, {"input_ids": torch.arange(9)[None]})
+        probe_head(base, {"input_ids": torch.arange(9)[None]})
 
 
 def refused(family):

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import modeling_utils
 
 from fastsiu import session, show
-from fastsiu.model import adapter, memory, source, vlm
+from fastsiu.model import adapter, source, vlm
+from fastsiu.model.skeleton import quantised_bytes
 from fastsiu.request import BadInput, Recipe
 
 torch.set_num_threads(1)
@@ -67,9 +68,7 @@ def test_the_weights_take_what_the_plan_says(small):
                 state.state2.code,
             ]
         shape = torch.Size((layer.out_features, layer.in_features))
-        assert memory.quantised_bytes(shape, kind) == sum(
-            x.numel() * x.element_size() for x in parts
-        )
+        assert quantised_bytes(shape, kind) == sum(x.numel() * x.element_size() for x in parts)
 
 
 @quantised

@@ -23,8 +23,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fastsiu import cli
 from fastsiu.loss.teacher import TeacherCache
-from fastsiu.model import adapter, decode, memory, plan, prefix, source, vlm
+from fastsiu.model import adapter, decode, memory, plan, prefix, skeleton, source, vlm
 from fastsiu.model.memory import GB, Settings
+from fastsiu.model.parts import parts_of
+from fastsiu.model.simulation import Simulation, Tracker
+from fastsiu.model.turns import Encoded
+from fastsiu.model.workload import Workload
 from fastsiu.objectives import Batch, siu
 from fastsiu.request import Recipe
 
@@ -184,7 +188,7 @@ def test_weights_are_those_of_the_published_model(name):
     build, parameters, tokens = PUBLISHED[name]
     config = build()
     work, assumed = plan.workload(config)
-    weights, trained = memory.Simulation(config, Recipe(), work).resting(Settings())
+    weights, trained = Simulation(config, Recipe(), work).resting(Settings())
     assert weights / 2 == pytest.approx(parameters, rel=2e-3)
     assert (tokens is None) == bool(assumed) and (tokens is None or work.prefix == tokens + 24)
     # LoRA: rank * (in + out) for every linear of the language model, fp32.
@@ -197,13 +201,13 @@ def test_weights_are_those_of_the_published_model(name):
 def tracked(config, settings, work, recipe):
     """The peak of two whole AdamW steps at full depth, in bytes, counted from the first weight
     on."""
-    base = memory.skeleton(config, settings, recipe)
-    memory.materialise(base)
+    base = skeleton.skeleton(config, settings, recipe)
+    skeleton.materialise(base)
     base.train(settings.checkpointing)
     trained = [p for p in base.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     head = base.get_output_embeddings().weight
-    with memory._mode(), memory.Tracker() as tracker:
+    with skeleton.fake_mode(), Tracker() as tracker:
         tracker.hold(base)
         for _ in range(2):
             states = []
@@ -232,7 +236,7 @@ def test_within_a_tenth_of_the_tracked_peak(name, checkpointing):
     config, recipe = PUBLISHED[name][0](), Recipe(batch_size=8)
     work, _ = plan.workload(config)
     settings = Settings(checkpointing=checkpointing, device="cpu")
-    found = memory.Simulation(config, recipe, work).estimate(settings)
+    found = Simulation(config, recipe, work).estimate(settings)
     peak = tracked(config, settings, work, recipe)
     print(
         f"\n{name:14s} {settings!s:40s} estimate {(found.training - found.kept) / GB:6.2f} GB, "
@@ -272,7 +276,7 @@ def turns_of(config, work, batch_size):
         ids = torch.tensor([lead + torch.randint(6, 4096, (work.suffix,)).tolist()])
         rows = torch.arange(ids.shape[1] - work.rows - 1, ids.shape[1] - 1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        turns.append(vlm.Encoded(inputs, rows, ids[0, rows + 1]))
+        turns.append(Encoded(inputs, rows, ids[0, rows + 1]))
         shown.append(first if i < own else features() if image else None)
     return turns, shown
 
@@ -303,6 +307,7 @@ def real_step(loaded, turns, shown, recipe, settings):
             torch.ones(len(labels), dtype=torch.bool),
             loaded.head_weight,
             {},
+            *[torch.zeros_like(labels)] * 4,  # what `siu` does not look at
         )
         loss, _ = siu(batch, recipe)
         optimizer.zero_grad(set_to_none=True)
@@ -343,8 +348,8 @@ STEPS = [
 def test_within_a_tenth_of_what_a_real_step_allocates(settings):
     settings = replace(settings, dtype="float32", device="cpu")
     config, loaded = small()
-    work, recipe = memory.Workload(324 + 24, 324), Recipe(batch_size=8)
-    found = memory.Simulation(config, recipe, work).estimate(settings)
+    work, recipe = Workload(324 + 24, 324), Recipe(batch_size=8)
+    found = Simulation(config, recipe, work).estimate(settings)
     turns, shown = turns_of(config, work, recipe.batch_size)
     steps = real_step(loaded, turns, shown, recipe, settings)
     resident = sum(p.untyped_storage().nbytes() for p in loaded.base.parameters()) + found.optimizer
@@ -362,10 +367,10 @@ def test_asking_holds_what_the_estimate_says():
     eight rows grow on them. So deep and narrow a model that keys and values outweigh one layer's
     work."""
     config, loaded = small(128, 16)
-    work = memory.Workload(324 + 24, 324, suffix=16, answer=12)
+    work = Workload(324 + 24, 324, suffix=16, answer=12)
     settings = Settings("float32", ask_batch=8, device="cpu")
-    found = memory.Simulation(config, Recipe(), work)._run("asking", settings)
-    prompt = lambda ids: vlm.Encoded(
+    found = Simulation(config, Recipe(), work)._run("asking", settings)
+    prompt = lambda ids: Encoded(
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
         torch.tensor([ids.shape[1] - 1]),
         ids.new_zeros(0),
@@ -388,9 +393,9 @@ def test_asking_holds_what_the_estimate_says():
     print(f"\nasking: estimate {found / 2**20:6.1f} MB, real {real / 2**20:6.1f} MB")
     assert 0.75 * found < real < 1.05 * found
 
-    (part,) = prefix.parts_of(loaded, turns, shown)
+    (part,) = parts_of(loaded, turns, shown)
     rows, _ = next(decode._batches(part, 8, work.answer))
-    with memory.Tracker() as tracker:
+    with Tracker() as tracker:
         for layer in rows.cache.layers:
             tracker.add(layer.keys)
             tracker.add(layer.values)
@@ -411,8 +416,8 @@ def test_a_real_step_on_quantised_weights(kind, tmp_path):
         tmp_path, dtype=torch.float32, device_map={"": "cpu"}, quantization_config=how
     ).requires_grad_(False)
     loaded.base = loaded.model = quantised.eval()
-    work, recipe = memory.Workload(324 + 24, 324), Recipe(batch_size=8)
-    found = memory.Simulation(config, recipe, work).estimate(settings)
+    work, recipe = Workload(324 + 24, 324), Recipe(batch_size=8)
+    found = Simulation(config, recipe, work).estimate(settings)
     turns, shown = turns_of(config, work, recipe.batch_size)
     real = (
         found.weights
@@ -439,14 +444,14 @@ def test_a_few_layers_give_the_whole_stack():
         Settings(checkpointing=True, micro_batch=4),
         Settings(quantize="nf4"),
     ):
-        short = memory.Simulation(config, recipe, work).estimate(settings)
-        assert short == memory.Simulation(config, recipe, work, whole=True).estimate(settings)
+        short = Simulation(config, recipe, work).estimate(settings)
+        assert short == Simulation(config, recipe, work, whole=True).estimate(settings)
 
 
 def test_each_saving_saves():
     config, recipe = tiny(), Recipe(batch_size=32)
     work, _ = plan.workload(config)
-    simulation = memory.Simulation(config, recipe, work)
+    simulation = Simulation(config, recipe, work)
     plain = simulation.estimate(Settings())
     changes = {
         "checkpointing": True,
@@ -466,14 +471,14 @@ def test_each_saving_saves():
     assert less["ask_batch"].asking < 0.2 * plain.asking
     assert simulation.estimate(Settings(attention="eager")).activations > plain.activations
     assert (
-        memory.Simulation(config, replace(recipe, rank=64), work).estimate(Settings()).trained
+        Simulation(config, replace(recipe, rank=64), work).estimate(Settings()).trained
         == 4 * plain.trained
     )
 
 
 def test_the_least_lossy_settings_that_fit_are_picked():
     config = tiny()
-    simulation = memory.Simulation(config, Recipe(), plan.workload(config)[0])
+    simulation = Simulation(config, Recipe(), plan.workload(config)[0])
     steps = list(plan.ladder(Settings(), frozenset(), 32))
     assert steps[0] == Settings() and steps[1] == Settings(checkpointing=True)
     assert [s.micro_batch for s in steps[2:7]] == [16, 8, 4, 2, 1] and all(

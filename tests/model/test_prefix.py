@@ -20,9 +20,11 @@ from transformers import AutoModelForImageTextToText
 
 from fastsiu import session, show, train
 from fastsiu.images import load_image
-from fastsiu.model import adapter, ask, prefix, sharing
+from fastsiu.look import Look
+from fastsiu.model import adapter, ask, parts, prefix, sharing
 from fastsiu.model.features import join_features, map_features
-from fastsiu.model.vlm import VLM, Budget, Encoded, Picture, checkpoint_layers
+from fastsiu.model.turns import Encoded, Picture
+from fastsiu.model.vlm import VLM, Budget, checkpoint_layers
 from fastsiu.objectives import siu
 from fastsiu.request import OutOfMemory, Recipe, Request
 from fastsiu.samples import corpus
@@ -240,8 +242,8 @@ def build(family, dtype=torch.float32, dropout=0.0):
 @pytest.fixture
 def always(monkeypatch):
     """Sharing is used wherever it was found exact, at these sizes too."""
-    monkeypatch.setattr(prefix, "WORTH", float("inf"))
-    monkeypatch.setattr(prefix, "FORWARD", 0)
+    monkeypatch.setattr(parts, "WORTH", float("inf"))
+    monkeypatch.setattr(parts, "FORWARD", 0)
 
 
 def planned(case):
@@ -411,7 +413,7 @@ def test_the_way_is_chosen_by_what_it_costs(rows, width, way, monkeypatch):
     monkeypatch.setattr(case.vlm.base.config.text_config, "hidden_size", width)
     inputs = {"input_ids": torch.tensor([[1, *[IMAGE] * 576, *range(20, 60)]])}
     turns = [Encoded(inputs, torch.arange(600, 616), torch.arange(16))] * rows
-    (part,) = prefix.parts_of(case.vlm, turns, [case.shown[0]] * rows)
+    (part,) = parts.parts_of(case.vlm, turns, [case.shown[0]] * rows)
     part = replace(part, length=577)
     assert part.cheapest(None) == way
     case.vlm.budget = Budget(sparing=True)
@@ -432,7 +434,7 @@ def test_pictures_of_several_sizes(always):
             {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, rows, ids[0, rows + 1]
         )
         case.shown[i] = large
-    assert sorted(p.length for p in prefix.parts_of(case.vlm, case.turns, case.shown)) == [
+    assert sorted(p.length for p in parts.parts_of(case.vlm, case.turns, case.shown)) == [
         4,
         10,
         14,
@@ -449,7 +451,7 @@ def test_answers_to_one_question(way, always):
     case.turns[1] = copy.deepcopy(case.turns[1])
     case.turns[1].inputs["input_ids"][0, -1] = 17  # the last token of the answer
     case.vlm.shares = (way,)
-    (part,) = prefix.parts_of(case.vlm, case.turns, case.shown)
+    (part,) = parts.parts_of(case.vlm, case.turns, case.shown)
     assert part.length == int(case.turns[0].rows[0])
     assert apart(gradients(case.vlm, case.states()), gradients(case.vlm, case.separate())) < 1e-5
 
@@ -463,10 +465,10 @@ def test_an_image_behind_the_question_is_not_shared(always):
         )
         turn.inputs["attention_mask"] = torch.ones_like(turn.inputs["input_ids"])
         turn.rows = turn.rows + 3
-    assert len(prefix.parts_of(case.vlm, case.turns, case.shown)) == 3
+    assert len(parts.parts_of(case.vlm, case.turns, case.shown)) == 3
     # a model that does not say which its tokens are
     unknown = SimpleNamespace(base=SimpleNamespace(config=SimpleNamespace()))
-    assert [part.length for part in prefix.parts_of(unknown, case.turns, case.shown)] == [0]
+    assert [part.length for part in parts.parts_of(unknown, case.turns, case.shown)] == [0]
     assert apart((case.states(),), (case.separate(),)) < 1e-5
 
 
@@ -508,9 +510,9 @@ def test_a_gradient_that_does_not_reach_the_prefix_is_found(monkeypatch):
 
 def test_when_every_way_fails_plain_batches_are_said_once(monkeypatch, tokens, always):
     case = build(llava)
-    real = prefix.Part.positions.func
+    real = parts.Part.positions.func
     wrong = property(lambda self: real(self) * 0)
-    monkeypatch.setattr(prefix.Part, "positions", wrong)
+    monkeypatch.setattr(parts.Part, "positions", wrong)
     exact, said = planned(case)
     assert (
         exact == ()
@@ -610,9 +612,9 @@ def test_activation_checkpointing_goes_with_packed(always, tokens, monkeypatch):
     case = build(llava)
     assert planned(case)[0] == WAYS
     expected = gradients(case.vlm, case.separate())
-    monkeypatch.setitem(prefix.DEARER, "key/value", 0.01)  # key/value, if it were possible
+    monkeypatch.setitem(parts.DEARER, "key/value", 0.01)  # key/value, if it were possible
     assert all(
-        p.cheapest(None) == "key/value" for p in prefix.parts_of(case.vlm, case.turns, case.shown)
+        p.cheapest(None) == "key/value" for p in parts.parts_of(case.vlm, case.turns, case.shown)
     )
     case.vlm.base.activation_checkpointing_enable()
     case.vlm.model.train()
@@ -691,7 +693,7 @@ def fitted(case, steps=3, say=lambda text: None, **budget):
     trained = [p for p in case.vlm.model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
     recipe = replace(case.recipe, steps=steps, batch_size=24)
-    history = train.fit(case.vlm, case.corpus, siu, recipe, lambda: train.Look(1, 1, 0), say=say)
+    history = train.fit(case.vlm, case.corpus, siu, recipe, lambda: Look(1, 1, 0), say=say)
     after = torch.cat([p.detach().flatten() for p in trained])
     with torch.no_grad():
         for p, value in zip(trained, before, strict=True):
@@ -751,7 +753,7 @@ def roomless(trainable, monkeypatch):
     def arrange(most, where):
         def limited(self, inputs, features=(), **options):
             hidden, output = run(self, inputs, features, **options)
-            keeps = not (base.is_gradient_checkpointing and self.model.training)
+            keeps = not (base.is_activation_checkpointing and self.model.training)
             if torch.is_grad_enabled() and (len(hidden) > most if most else keeps):
                 if where == "backward":
                     return Late.apply(hidden), output
@@ -763,7 +765,7 @@ def roomless(trainable, monkeypatch):
         return refused
 
     yield arrange
-    base.gradient_checkpointing_disable()
+    base.activation_checkpointing_disable()
     trainable.vlm.budget = Budget()
 
 

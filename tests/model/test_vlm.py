@@ -15,7 +15,10 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fastsiu.images import load_image
-from fastsiu.model import ask, vlm
+from fastsiu.loss.rows import no_logits
+from fastsiu.model import ask, faults, vlm
+from fastsiu.model.logits import probe_head
+from fastsiu.model.turns import collate
 from fastsiu.request import BadInput
 
 torch.set_num_threads(1)
@@ -52,10 +55,10 @@ def test_no_logits_restores_the_head(loaded, hooked):
     if hooked:  # as accelerate does
         head.forward = own
     try:
-        with vlm.no_logits(loaded.base):
+        with no_logits(loaded.base):
             assert head.__dict__["forward"] is not own
         assert head.__dict__.get("forward") is (own if hooked else None)
-        with pytest.raises(RuntimeError, match="inside"), vlm.no_logits(loaded.base):
+        with pytest.raises(RuntimeError, match="inside"), no_logits(loaded.base):
             raise RuntimeError("inside")
         assert head.__dict__.get("forward") is (own if hooked else None)
         x = torch.ones(2, loaded.head_weight.shape[1])
@@ -120,7 +123,7 @@ def test_padding_changes_nothing(loaded, shown):
             together = ask.supervised_states(loaded, turns, features)
             single = [ask.supervised_states(loaded, [t], features[:1]) for t in turns]
         assert torch.allclose(together, torch.cat(single), atol=1e-5, rtol=0)
-        batch = vlm.collate([t.inputs for t in turns], loaded.tokenizer.pad_token_id)
+        batch = collate([t.inputs for t in turns], loaded.tokenizer.pad_token_id)
         longest = batch["input_ids"].shape[1]
         for i, turn in enumerate(turns):
             length = turn.inputs["input_ids"].shape[1]
@@ -154,7 +157,7 @@ def test_collate_concatenates_what_is_not_as_long_as_the_tokens():
         {"input_ids": torch.ones(1, n, dtype=torch.long), "grid": torch.full((1, 3), n)}
         for n in (4, 6)
     ]
-    out = vlm.collate(batch, 9)
+    out = collate(batch, 9)
     assert out["grid"].tolist() == [[4] * 3, [6] * 3] and out["input_ids"].tolist() == [
         [1] * 4 + [9] * 2,
         [1] * 6,
@@ -170,7 +173,7 @@ def test_cached_features_equal_pixels(loaded, shown, cast):
         add_special_tokens=False,
     )
     with torch.no_grad():
-        with vlm.no_logits(loaded.base) as kept:
+        with no_logits(loaded.base) as kept:
             loaded.base(**pixels, use_cache=False)
         cached = loaded.hidden([prompt], [shown.features])
         other = loaded.picture(load_image(cast.files["other"]))
@@ -228,7 +231,7 @@ class Headed(nn.Module):
     ],
 )
 def test_probe_head_measures_scale_and_softcap(after, cap, expected):
-    scale, found = vlm.probe_head(Headed(after, cap), {"input_ids": torch.arange(20)[None]})
+    scale, found = probe_head(Headed(after, cap), {"input_ids": torch.arange(20)[None]})
     assert scale == pytest.approx(expected[0], rel=1e-3) and found == expected[1]
 
 
@@ -238,14 +241,14 @@ def test_probe_head_measures_scale_and_softcap(after, cap, expected):
 )
 def test_probe_head_refuses_any_other_transform(after):
     with pytest.raises(BadInput, match="more than a scale and a softcap"):
-        vlm.probe_head(Headed(after, 5.0), {"input_ids": torch.arange(20)[None]})
+        probe_head(Headed(after, 5.0), {"input_ids": torch.arange(20)[None]})
 
 
 def test_probe_head_refuses_a_head_that_is_not_linear():
     model = Headed(lambda x: x)
     model.head = type("Quantised", (nn.Linear,), {})(16, 50)
     with pytest.raises(BadInput, match="Quantised, not a plain linear"):
-        vlm.probe_head(model, {"input_ids": torch.arange(20)[None]})
+        probe_head(model, {"input_ids": torch.arange(20)[None]})
 
 
 class Broken(Headed):
@@ -267,10 +270,10 @@ class Broken(Headed):
     "error", [AttributeError("no\nsuch field."), KeyError("x"), RuntimeError("shapes differ")]
 )
 def test_a_forward_that_fails_is_told_in_a_sentence(error, after_head, monkeypatch):
-    monkeypatch.setattr(vlm.transformers, "__version__", "7.31.2")
+    monkeypatch.setattr(faults.transformers, "__version__", "7.31.2")
     model = Broken(error, after_head)
     with pytest.raises(BadInput) as caught:
-        vlm.probe_head(model, {"input_ids": torch.arange(20)[None]})
+        probe_head(model, {"input_ids": torch.arange(20)[None]})
     said = str(error).split("\n")[0]
     assert str(caught.value) == (
         "Broken fails in transformers 7.31.2 on a question without a picture "
@@ -283,7 +286,7 @@ def test_a_forward_that_fails_is_told_in_a_sentence(error, after_head, monkeypat
 def test_memory_that_is_not_there_is_not_the_models_fault():
     for error in (torch.OutOfMemoryError("out of memory"), torch.AcceleratorError("CUDA error")):
         with pytest.raises(type(error)):
-            vlm.probe_head(Broken(error, 0), {"input_ids": torch.arange(20)[None]})
+            probe_head(Broken(error, 0), {"input_ids": torch.arange(20)[None]})
 
 
 def test_memory_that_a_picture_does_not_find_is_not_the_processors_fault(
@@ -330,7 +333,7 @@ def test_probe_head_on_a_softcapped_model_of_transformers():
         final_logit_softcapping=0.5,
     )
     model = Gemma2ForCausalLM(config).eval()
-    assert vlm.probe_head(model, {"input_ids": torch.arange(3, 23)[None]}) == (1.0, 0.5)
+    assert probe_head(model, {"input_ids": torch.arange(3, 23)[None]}) == (1.0, 0.5)
 
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere"])

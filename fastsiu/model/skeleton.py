@@ -1,0 +1,139 @@
+"""A model without storage: on the meta device for its sizes, on fake storage for a step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from ..request import BadInput, Recipe
+from . import adapter, source
+from .memory import Settings
+from .vlm import VLM, checkpoint_layers
+
+
+def skeleton(config: Any, settings: Settings, recipe: Recipe) -> Any:
+    """The model on the meta device with its adapter on. `Packed` stands in for quantised linears.
+
+    Raises BadInput where transformers cannot build it, and where it has no language model that LoRA
+    could adapt.
+    """
+    # Flash attention keeps what sdpa's kernels keep, and cannot be built without a GPU.
+    attention = None if settings.attention == "flash_attention_2" else settings.attention
+    base = source.on_meta(
+        config, dtype=source.DTYPES[settings.dtype], attn_implementation=attention
+    )
+    base.requires_grad_(False)
+    names = adapter.language_linears(base)
+    adapter.attach(VLM("", None, base, base, None), recipe)
+    if settings.quantize is not None:
+        for name in names:
+            linear = base.get_submodule(f"{name}.base_layer")
+            base.get_submodule(name).base_layer = Packed(linear, settings.quantize)
+    if settings.checkpointing:
+        checkpoint_layers(base)
+    return base
+
+
+class Packed(nn.Module):
+    """The memory of a quantised linear layer: its bytes, the weight that it unpacks at each use,
+    the input that int8 keeps."""
+
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
+        super().__init__()
+        self.shape, self.kind = linear.weight.shape, kind
+        self.bias = linear.bias
+        with torch.device("meta"):
+            self.register_buffer(
+                "packed", torch.empty(quantised_bytes(self.shape, kind), dtype=torch.uint8)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Unpack.apply(x, self.shape, self.kind == "int8")
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: torch.Size, keep: bool) -> Tensor:
+        ctx.shape = shape
+        if keep:
+            ctx.save_for_backward(x)
+        return x @ x.new_empty(shape).T
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return g @ g.new_empty(ctx.shape), None, None
+
+
+def quantised_bytes(shape: torch.Size, kind: str) -> int:
+    """Bytes of a weight [out, in]. nf4: 4 bits, a scale for each 64, itself in 8 bits with an fp32
+    scale for each 256 of them, and two code tables; int8: 8 bits and an fp32 scale for each row."""
+    n = math.prod(shape)
+    if kind == "int8":
+        return n + 4 * shape[0]
+    scales = math.ceil(n / 64)
+    return math.ceil(n / 2) + scales + 4 * math.ceil(scales / 256) + 4 * (16 + 256 + 1)
+
+
+def stack(base: Any) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The language model's layers, its longest list of modules: (owner, attribute, layers). Raises
+    BadInput where it has no list."""
+    decoder = base.get_decoder()
+    lists = [
+        (owner, name, child)
+        for owner in decoder.modules()
+        for name, child in owner.named_children()
+        if isinstance(child, nn.ModuleList) and len(child)
+    ]
+    if not lists:
+        raise BadInput(
+            f"{type(base).__name__} keeps no list of layers, so its memory cannot be estimated: "
+            "give another model."
+        )
+    return max(lists, key=lambda owned: len(owned[2]))
+
+
+def at_rest(base: Any) -> tuple[int, int]:
+    """(bytes of what is frozen, bytes of what trains), each tensor once."""
+    size = {True: 0, False: 0}
+    for x in {id(x): x for x in (*base.parameters(), *base.buffers())}.values():
+        size[x.requires_grad] += x.numel() * x.element_size()
+    return size[False], size[True]
+
+
+def materialise(base: Any) -> None:
+    """Puts fake storage under every parameter and buffer, shared where they are tied."""
+    fakes: dict[int, Tensor] = {}
+    with fake_mode():
+        for module in base.modules():
+            for store in (module._parameters, module._buffers):
+                for name, old in store.items():
+                    if old is None:
+                        continue
+                    if id(old) not in fakes:
+                        fakes[id(old)] = _fake(old)
+                    store[name] = fakes[id(old)]
+
+
+def _fake(x: Tensor) -> Tensor:
+    new = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    return nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new
+
+
+@cache
+def fake_mode() -> FakeTensorMode:
+    """Inside, operations work out shapes only. There is one mode, since tensors of two do not
+    mix."""
+    # Torch logs the whole stack of what it cannot follow; `simulation` says it in one sentence.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    return FakeTensorMode()
+
+
+def largest_weight(config: Any) -> int:
+    """Elements of the largest single weight, which loading holds beside what is loaded."""
+    return max(p.numel() for p in source.on_meta(config).parameters())
