@@ -1,2 +1,2 @@
-"""What comes from outside is read within bounds or tried under limits; a terminal gets no control
-character."""
+"""Reads outside input within bounds, tries outside programs under limits, and keeps control
+characters off the terminal."""

@@ -1,8 +1,7 @@
-"""Templates and patterns that come with a model or an adapter, tried under a limit of time and
-memory.
+"""Tries the templates and patterns of a model or an adapter under a limit of time and memory.
 
-A chat template is a program, and a regular expression can take years. Neither can be stopped inside
-this process, so each is tried in a child process first, on inputs like those that follow.
+A chat template is a program, and a regular expression can take years. Nothing can stop either
+inside of this process, so a child process tries each one first, on inputs like the real ones.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ try:
     resource.setrlimit(resource.RLIMIT_CPU, (%d, %d))
     resource.setrlimit(resource.RLIMIT_AS, (%d, %d))
 except (ImportError, ValueError, OSError):
-    pass  # not this system's; the clock of the parent still counts
+    pass  # the system has no such limit; the parent's clock still counts
 given = json.load(sys.stdin)
 """
 
-# The environment is that of transformers. What a template raises here it raises again in the
-# model's own processor, which says so; only the limits count.
+# The environment is that of transformers. An exception of the template is of no interest here: the
+# model's own processor raises it again, with its reason. Only the limits count.
 _TEMPLATE = """
 import jinja2, jinja2.ext, jinja2.sandbox
 class Generation(jinja2.ext.Extension):
@@ -79,14 +78,14 @@ def check_template(template: str, tokens: dict[str, str]) -> None:
     _check_template(template, tuple(sorted(tokens.items())))
 
 
-@functools.lru_cache  # planning and loading ask the same of one model; a refusal is not remembered
+@functools.lru_cache  # planning and loading check one model twice; an exception is not cached
 def _check_template(template: str, tokens: tuple[tuple[str, str], ...]) -> None:
     turns = []
     for question in ("Who is this?", "Who is this? " * 40):
         for image in ([], [{"type": "image"}]):
             asked = {"role": "user", "content": [*image, {"type": "text", "text": question}]}
-            said = {"role": "assistant", "content": [{"type": "text", "text": "Nobody."}]}
-            turns += [([asked], True), ([asked, said], False)]
+            answer = {"role": "assistant", "content": [{"type": "text", "text": "Nobody."}]}
+            turns += [([asked], True), ([asked, answer], False)]
     given = {"template": template, "turns": turns, "tokens": dict(tokens)}
     if _run(_TEMPLATE, given) is None:
         raise BadInput(
@@ -97,24 +96,28 @@ def _check_template(template: str, tokens: tuple[tuple[str, str], ...]) -> None:
 
 
 def check_patterns(patterns: Sequence[str], names: Iterable[str], where: str) -> None:
-    """Raises BadInput for a regular expression that is none, or takes too long on one of the
-    names."""
+    """Raises BadInput for a pattern that is no regular expression, or that takes too long on one of
+    the names.
+
+    where: the pattern's place, for the sentence
+    """
     if not patterns:
         return
-    said = _run(_PATTERNS, {"patterns": list(patterns), "names": list(names)})
-    if said is None:
+    complaint = _run(_PATTERNS, {"patterns": list(patterns), "names": list(names)})
+    if complaint is None:
         raise BadInput(
             f"A pattern in {where} takes more than {SECONDS:g} s on the model's layers: write "
             "the layers' names instead."
         )
-    if said:
+    if complaint:
         raise BadInput(
-            f"A pattern in {where} is no regular expression ({json.loads(said)}): mend it."
+            f"A pattern in {where} is no regular expression ({json.loads(complaint)}): mend it."
         )
 
 
 def _run(code: str, given: Any) -> str | None:
-    """What the code prints, given JSON; None where it was stopped by a limit."""
+    """Runs code in a child process that reads `given` as JSON. Returns what it prints; None where a
+    limit stopped it. Raises RuntimeError where it fails for another reason."""
     limit = MEGABYTES * 2**20
     prelude = _LIMITS % (SECONDS, SECONDS + 1, limit, limit)
     try:

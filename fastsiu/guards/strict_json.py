@@ -15,11 +15,15 @@ from ..request import BadInput
 
 MOST_BYTES = 64 * 2**20
 DEEPEST = 100  # lists and objects inside each other
-LARGEST = 1e300  # of a number: sums and squares of what is larger are infinite
+LARGEST = 1e300  # of a number: sums of larger ones may be infinite
 
-# What a value has to be. A type or several: one of them (bool is no int here). [shape]: a list of
-# such values. {"*": shape}: an object of any keys. {"key": shape, ...}: an object; where one of
-# these keys is there, its value has that shape. None: null. Several shapes: a tuple.
+# What a value has to be:
+#   a type                a value of that type (bool is no int here)
+#   None                  null
+#   (shape, shape)        one of several shapes
+#   [shape]               a list of such values
+#   {"*": shape}          an object with any keys
+#   {"key": shape, ...}   an object; a value under one of these keys has that shape
 Shape = Any
 
 
@@ -29,8 +33,9 @@ def read_json(source: Path | str, *, what: str, remedy: str, shape: Shape = None
     what, remedy: for the sentence, "{what} is no usable JSON (...): {remedy}."
     shape:        what the value has to be (`check`); None: anything
 
-    Raises BadInput for a file that cannot be read, for what is no JSON, is larger than `MOST_BYTES`
-    or nested deeper than `DEEPEST`, holds a number that is not finite, or has another shape.
+    Raises BadInput for a file that cannot be read, and for a text that is no JSON, is larger than
+    `MOST_BYTES` or nested deeper than `DEEPEST`, holds a number that is not finite, or has another
+    shape.
     """
     try:
         value = parse_json(_text(source) if isinstance(source, Path) else source)
@@ -143,16 +148,16 @@ def _int(text: str) -> int:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {twice!r} stands twice in one object")
-    return found
+    return value
 
 
 def _check_depth(value: Any) -> None:
-    """By a list of its own: a recursive walk would need as deep a stack as it is to forbid."""
+    """Walks level by level: a recursive walk would need the deep stack that it has to forbid."""
     level, depth = [value], 0
     while level:
         depth += 1

@@ -1,11 +1,11 @@
 """What reaches the terminal: text without control characters, on streams that cannot change how a
 command ends.
 
-Names, questions, answers and file names come from users and models. A terminal obeys what it finds
-in them: an ESC moves the cursor, colours, sets titles; a bidi override shows text in another order
-than it has. So every control character is shown as its escape. A pipe that was closed, a full disk
-or an encoding without some letter is a matter of showing: the work is done, and its exit code
-stands.
+Names, questions, answers and file names come from users and models, and a terminal obeys control
+characters in them: an ESC moves the cursor, colours, sets titles; a bidi override shows text in
+another order. So the terminal gets the escape of every control character. A closed pipe, a full
+disk or an encoding that lacks a letter concerns the display only: the work is done, and its exit
+code stands.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _CONTROL = re.compile(
 )
 
 
-# What a bar and colours need: return, SGR, up, erase the line, show and hide the cursor. Libraries
-# write warnings and bars past any console, and all other control characters in those are escaped.
+# Libraries write warnings and bars past any console. Their colours and bars need: return, SGR, up,
+# erase the line, show and hide the cursor. All other control characters become escapes.
 _FOREIGN = re.compile(rf"(\r|\x1b\[[0-9;]*[mAK]|\x1b\[\?25[lh])|{_CONTROL.pattern}")
 
 
@@ -48,8 +48,8 @@ def as_json(value: Any, encoding: str = "utf-8", indent: int | None = 2) -> str:
 
 
 def json_safe(text: str, encoding: str = "utf-8") -> str:
-    """The same JSON, with JSON's own escapes for what a terminal would obey and what `encoding`
-    lacks: such characters are in strings only."""
+    """The same JSON, with JSON's own escapes for characters that a terminal obeys or that
+    `encoding` lacks. Such characters occur in strings only."""
     text = _CONTROL.sub(lambda match: _json_escape(match[0]), text)
     if _has_all(text, encoding):
         return text
@@ -57,20 +57,20 @@ def json_safe(text: str, encoding: str = "utf-8") -> str:
 
 
 class Terminal(Console):
-    """A console that shows control characters in what it is given as their escapes; its own, of
-    colours and bars, it writes."""
+    """A console that shows the control characters of its input as escapes. It writes its own, for
+    colours and bars, as they are."""
 
     def __init__(self, *, stderr: bool = False, **options: Any) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """As a text; escaped before anything is measured."""
+        """Escapes the text before the console measures it."""
         return super().render_str(visible(text), **options)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """As segments; what came as a text and not as a string is escaped here."""
+        """Escapes what came as a Text and not as a string."""
         for segment in super().render(renderable, options):
             if segment.control is None and _CONTROL.search(segment.text):
                 segment = Segment(visible(segment.text), segment.style)
@@ -78,10 +78,10 @@ class Terminal(Console):
 
 
 class Stream:
-    """Standard output or error, of which a failure is noted, told once and never raised.
+    """Standard output or error. A failure to write is stored in `problem` and never raised.
 
-    stream:  the one beneath, None where there is none
-    problem: why it could not be written, once it could not; from then on nothing is written
+    stream:  the stream beneath, None where there is none
+    problem: why the first write failed; from then on nothing is written
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -126,8 +126,8 @@ class Stream:
             )
 
     def give_up(self) -> None:
-        """What is left in the stream's buffer goes nowhere: the interpreter would try again when it
-        ends, and fail."""
+        """Discards the rest of the stream's buffer. The interpreter would try to write it at its
+        end, and fail."""
         if self.problem is None or self._stream is None:
             return
         with contextlib.suppress(OSError, ValueError):
@@ -138,9 +138,9 @@ class Stream:
 
 @contextlib.contextmanager
 def streams() -> Iterator[tuple[Stream, Stream]]:
-    """Inside, sys.stdout and sys.stderr are a `Stream` each; gives both."""
+    """Inside, sys.stdout and sys.stderr are a `Stream` each. Yields both."""
     out, err = Stream(sys.stdout), Stream(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # type: ignore[type-var]  # all of TextIO that is used
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             yield out, err
         finally:

@@ -85,6 +85,8 @@ class _Table(dict[str, str]):
 
 
 class _Key(dict[int, str | None]):
+    """For str.translate: letters and digits stay, all else is removed."""
+
     def __missing__(self, c: int) -> str | None:
         self[c] = folded = chr(c) if chr(c).isalnum() else None
         return folded

@@ -139,11 +139,12 @@ def test_a_closed_stream_is_a_problem_only_where_something_is_to_be_said():
 PROBE = """
 import sys, typer
 from fastsiu import cli
+from fastsiu.cli.app import print_json
 @cli.app.command()
 def probe(code: int, size: int = 3) -> None:
     cli.say.print("working")
     cli.out.print("caf\\u00e9 \\x1b[1m" * size)
-    cli._print_json({"caf\\u00e9": "\\U0001f600\\x9b" * size})
+    print_json({"caf\\u00e9": "\\U0001f600\\x9b" * size})
     cli.say.print("done")
     raise typer.Exit(code)
 sys.argv[0] = "fastsiu"
