@@ -1,27 +1,24 @@
 """general.py in Triton: a softcap, a head that trains, a teacher with another head. Student and
 teacher meet on the chip.
 
-normalise_kernel     one program per block of rows and split of the columns: tiles of z and t, from
-one load of the head where
-                     both share it; online softmax sums of z, and of P and P (t - z). Nothing of [N,
-                     V] leaves the chip.
-coefficient_kernel   one program per block of rows and tile: z and t again, and from them dx = d
-loss / dx, whole and exactly
-                     normalised before it is rounded. It leaves the chip for one chunk of columns at
-                     a time.
-product_kernel       dh += dx W, that of triton_sweep.py
-outer_kernel         dW = dx^T h and nothing else: one program per tile of dW, straight into the
-head's dtype. db comes as one
-                     partial per block of rows from coefficient_kernel.
+normalise_kernel    One program per block of rows and split of the columns. Forms tiles of z and t,
+                    from one load of the head where both share it; sums the online softmax of z, and
+                    P and P (t - z). Nothing of [N, V] leaves the chip.
+coefficient_kernel  One program per block of rows and tile. Forms z and t again, and from them dx =
+                    d loss / dx, complete and exactly normalised before it is rounded. dx leaves the
+                    chip for one chunk of columns at a time. db leaves as one partial per block of
+                    rows.
+product_kernel      dh += dx W, from triton_sweep.py
+outer_kernel        dW = dx^T h: one program per tile of dW, straight into the head's dtype
 
 No atomics, no locks, partials summed in a fixed order: bitwise reproducible. Flops: 2 N V D for
-each product, of which there are one or two (with a teacher) per pass, and one for each of dh and
-dW.
+each product. A pass has one product, two with a teacher; dh and dW add one each.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -29,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .general import divergence
-from .tiled import Head, Sums, Teacher, row_logits, working_dtype
+from .tiled import Head, Sums, Teacher, entropy_of, row_logits, same, working_dtype
 from .triton_launch import GeneralPlan, general_launch, target_of
 from .triton_sweep import (
     ALL,
@@ -62,7 +59,7 @@ def pair(h_ptr, W_ptr, bias_ptr, ht_ptr, Wt_ptr, bias_t_ptr, offs_n, offs_v, off
          ACC: tl.constexpr, DOT: tl.constexpr,
          DOT_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
          BLOCK_D: tl.constexpr):  # fmt: skip
-    """Tiles z and t, -inf outside; t is z without a TEACHER."""
+    """Tiles z and t (README.md), -inf outside of the matrix. Without a TEACHER t is z."""
     h_rows = h_ptr + offs_n.to(tl.int64)[:, None] * stride_hn
     W_rows = W_ptr + offs_v.to(tl.int64)[None, :] * stride_wv
     inside = row[:, None] & column[None, :]
@@ -113,8 +110,8 @@ def pair(h_ptr, W_ptr, bias_ptr, ht_ptr, Wt_ptr, bias_t_ptr, offs_n, offs_v, off
 
 @triton.jit
 def minus(z, lse_ptr, offs_n, row, N):
-    """z - lse, lse [2, N] in two parts: first the leading digits cancel, then the others are not
-    lost to the size of lse."""
+    """z - lse, with lse [2, N] in two parts: once the leading digits have cancelled, z has room for
+    the lower part."""
     high = tl.load(lse_ptr + offs_n, mask=row, other=0.0)
     low = tl.load(lse_ptr + N + offs_n, mask=row, other=0.0)
     return (z - high[:, None]) - low[:, None]
@@ -135,7 +132,7 @@ def teaching(t, z, kept, lse_t_ptr, offs_n, row, N, TAU: tl.constexpr, MASKED: t
 def normalise_kernel(
     # [N, D], [V, D], [V], [N, Dt], [V, Dt], [V], [V] int8
     h_ptr, W_ptr, bias_ptr, ht_ptr, Wt_ptr, bias_t_ptr, keep_ptr,
-    lse_t_ptr,  # [2, N]: the teacher's logsumexp in two parts
+    lse_t_ptr,  # [2, N]: the teacher's logsumexp in two parts, see _parts
     shift_ptr, total_ptr, entropy_ptr,  # [channels, splits, N], in place
     mass_ptr, gap_ptr,  # [splits, N] fp64: sum P, sum P (t - z) / tau
     N, V, D, Dt, tiles,
@@ -144,18 +141,18 @@ def normalise_kernel(
     NEAR: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BIAS_T: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     TEACHER: tl.constexpr, SAME_HEAD: tl.constexpr,
-    MASKED: tl.constexpr,  # does the teacher's P have dropped columns?
+    MASKED: tl.constexpr,  # P is 0 on dropped columns
     COLUMNS_0: tl.constexpr, TAU_0: tl.constexpr, ENTROPY_0: tl.constexpr,
     COLUMNS_1: tl.constexpr, TAU_1: tl.constexpr, ENTROPY_1: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, DOT_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Of each channel m, total and entropy as in triton_sweep.add, over this split's tiles; with a
+    TEACHER also mass = sum P and gap = sum P (t - z) / tau, from which general.divergence has the
+    KL."""
     block, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    offs_n, offs_j, offs_d = (
-        block * BLOCK_N + tl.arange(0, BLOCK_N),
-        tl.arange(0, BLOCK_V),
-        tl.arange(0, BLOCK_D),
-    )
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_j, offs_d = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
     row = offs_n < N
     state = split * N + offs_n
     m_0 = tl.load(shift_ptr + state, mask=row, other=0.0)
@@ -204,7 +201,7 @@ def normalise_kernel(
 @triton.jit(do_not_specialize=["N", "V", "first_tile"])
 def coefficient_kernel(
     h_ptr, W_ptr, bias_ptr, ht_ptr, Wt_ptr, bias_t_ptr, keep_ptr,
-    # [2, N] each, then [N]; label int64; w holds tau
+    # [2, N] each, then [N]; label int64; w holds the factor tau
     lse_ptr, lse_q_ptr, lse_t_ptr, label_ptr, u_ptr, w_ptr, C_ptr,
     unit_ptr,  # []: factor on dx, so that fp16 holds it
     # [N, room * BLOCK_V], [row blocks, V], [row tiles, N] fp64 twice
@@ -219,14 +216,11 @@ def coefficient_kernel(
     ACC: tl.constexpr, DOT: tl.constexpr, DOT_T: tl.constexpr, ROUND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx = s dz/dx (u (softmax(z) - 1[y]) + w tau (C Q - P)) of one tile, at the chunk's columns of
-    dx"""
+    """dx = s dz/dx (u (softmax(z) - 1[y]) + w tau (C Q - P)) of one tile, times unit, into the
+    chunk's columns of dx"""
     block, j = tl.program_id(0), tl.program_id(1)
-    offs_n, offs_j, offs_d = (
-        block * BLOCK_N + tl.arange(0, BLOCK_N),
-        tl.arange(0, BLOCK_V),
-        tl.arange(0, BLOCK_D),
-    )
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_j, offs_d = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
     offs_v = (first_tile + j) * BLOCK_V + offs_j
     row, column = offs_n < N, offs_v < V
     z, t = pair(h_ptr, W_ptr, bias_ptr, ht_ptr, Wt_ptr, bias_t_ptr, offs_n, offs_v, offs_d, row,
@@ -245,10 +239,8 @@ def coefficient_kernel(
         if MASKED:
             kept = tl.load(keep_ptr + offs_v, mask=column, other=0) != 0
         P, mass, gap = teaching(t, z, kept, lse_t_ptr, offs_n, row, N, TAU, MASKED)
-        w, C = (
-            tl.load(w_ptr + offs_n, mask=row, other=0.0),
-            tl.load(C_ptr + offs_n, mask=row, other=0.0),
-        )
+        w = tl.load(w_ptr + offs_n, mask=row, other=0.0)
+        C = tl.load(C_ptr + offs_n, mask=row, other=0.0)
         Q = tl.exp(minus(z * (1.0 / TAU), lse_q_ptr, offs_n, row, N))
         if MASKED and RENORMALIZE:
             Q = tl.where(kept[None, :], Q, 0.0)
@@ -277,10 +269,8 @@ def outer_kernel(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dW [BLOCK_V, BLOCK_D] = dx^T h / unit, over all rows"""
-    offs_j, offs_d = (
-        tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V),
-        tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D),
-    )
+    offs_j = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_k, offs_v, unit = tl.arange(0, BLOCK_K), first + offs_j, offs_d < D
     column = offs_v < V
     acc = tl.zeros((BLOCK_V, BLOCK_D), dtype=ACC)
@@ -336,15 +326,15 @@ def normalise(
     BLOCK_N, BLOCK_V, BLOCK_D, num_warps, num_stages = plan.pair
     blocks, tiles = -(-N // BLOCK_N), -(-V // BLOCK_V)
     splits = min(plan.splits, tiles)
-    shift = torch.stack([one.sums.shift for one in channels])[:, None].repeat(
-        1, splits, 1
-    )  # [channels, splits, N]
-    total, entropies = (
-        torch.zeros_like(shift, dtype=torch.float64),
-        torch.zeros_like(shift, dtype=torch.float64),
+    shift = torch.stack([one.sums.shift for one in channels])  # [channels, N]
+    shift = shift[:, None].repeat(1, splits, 1)  # [channels, splits, N]
+    total = torch.zeros_like(shift, dtype=torch.float64)
+    entropies, mass, gap = (
+        torch.zeros_like(total),
+        torch.zeros_like(total[0]),
+        torch.zeros_like(total[0]),
     )
-    mass, gap = (torch.zeros_like(total[0]) for _ in range(2))
-    flags = {}
+    flags: dict[str, Any] = {}
     for i in range(2):
         one = channels[i] if i < len(channels) else None
         flags |= {
@@ -352,8 +342,9 @@ def normalise(
             f"TAU_{i}": 1.0 if one is None else one.sums.tau,
             f"ENTROPY_{i}": one is not None and one.sums.entropy is not None,
         }
-    lse_t = _parts(teacher.lse, acc) if with_kl else shift
-    tensors, strides, options = _pair(h, head, teacher, with_kl, acc)
+    taught = teacher if with_kl else None
+    lse_t = shift if taught is None else _parts(taught.lse, acc)
+    tensors, strides, options = _pair(h, head, taught, mask_of(teacher), acc)
     with nullcontext() if device.type == "cpu" else torch.cuda.device(device):
         normalise_kernel[(blocks, splits)](
             *tensors, lse_t, shift, total, entropies, mass, gap, N, V, D, tensors[3].shape[1],
@@ -366,17 +357,25 @@ def normalise(
         _add(one.sums, shift[i], total[i], entropies[i], None, one.sums.shift, 1, 1.0)
     lse = torch.logsumexp(torch.stack([x.log_total() for x in everything]), 0)
     lse_q, kl = sums[-1].log_total(), torch.zeros_like(z_label)
-    if with_kl:
-        kl = divergence(gap.sum(0), mass.sum(0), lse_q, teacher)
-    H = sum(x.entropy_share(lse) for x in everything) if entropy else torch.zeros_like(lse)
-    return lse - z_label, kl, H, lse, lse_q
+    if taught is not None:
+        kl = divergence(gap.sum(0), mass.sum(0), lse_q, taught)
+    return lse - z_label, kl, entropy_of(everything, lse), lse, lse_q
 
 
 def differentiate(
-    h: Tensor, head: Head, y: Tensor, teacher: Teacher | None, u: Tensor, w: Tensor, lse: Tensor,
+    h: Tensor,
+    head: Head,
+    y: Tensor,
+    teacher: Teacher | None,
+    u: Tensor,
+    w: Tensor,
+    lse: Tensor,
     lse_q: Tensor,
-    need_h: bool, need_W: bool, need_b: bool, plan: GeneralPlan | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    need_h: bool,
+    need_W: bool,
+    need_b: bool,
+    plan: GeneralPlan | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """`general.differentiate`: KL [N] fp64, and d(sum u CE + w KL) by h, W and b where needed."""
     (N, D), V, device = h.shape, len(head.weight), h.device
     dot, acc = _dtypes(h, head.weight)
@@ -387,15 +386,11 @@ def differentiate(
     OUTER_N, OUTER_V, OUTER_D, outer_warps, outer_stages = plan.outer
     cdiv = lambda a, b: -(-a // b)
     blocks, all_tiles = cdiv(N, BLOCK_N), cdiv(V, BLOCK_V)
-    room = min(
-        max(1, plan.chunk // BLOCK_V), all_tiles, 65_535
-    )  # tiles of a chunk: the second dimension of a grid
+    # tiles of a chunk; at most 65,535, the most programs in a grid's second dimension
+    room = min(max(1, plan.chunk // BLOCK_V), all_tiles, 65_535)
     splits = min(plan.product_splits, room)
-    u, w, y = (
-        u.to(acc).contiguous(),
-        (w.to(acc) * tau).contiguous(),
-        y.contiguous(),
-    )  # the kernels know no strides of theirs
+    # contiguous: the kernels take no strides of these
+    u, w, y = u.to(acc).contiguous(), (w.to(acc) * tau).contiguous(), y.contiguous()
     C = w if teacher is None else teacher.C.to(acc).contiguous()
     # No entry of dx exceeds the largest of u + (C + 1) w. fp16 is scaled so that this is 2^14: it
     # then reaches 2^-38 below.
@@ -409,19 +404,15 @@ def differentiate(
     db = h.new_empty((blocks, V) if need_b else (1, 1), dtype=acc)
     mass, gap = (h.new_zeros((room, N), dtype=torch.float64) for _ in range(2))
     masses, gaps = (h.new_zeros(N, dtype=torch.float64) for _ in range(2))
-    tensors, strides, options = _pair(h, head, teacher, teacher is not None, acc)
+    tensors, strides, options = _pair(h, head, teacher, mask_of(teacher), acc)
     lse, lse_q = _parts(lse, acc), _parts(lse_q, acc)
     lse_t = lse if teacher is None else _parts(teacher.lse, acc)
     renormalize = teacher is not None and teacher.renormalize
     interpreted = device.type == "cpu"
-    wide = options["ACC"]
-    DOT = options["DOT"]
-    numbers = torch.arange(room, device=device, dtype=torch.int32).repeat(
-        blocks, 1
-    )  # product_kernel's list of tiles
-    still = torch.zeros(
-        (room, N), dtype=acc, device=device
-    )  # its references, which do not move here
+    wide, DOT = options["ACC"], options["DOT"]
+    # product_kernel's list of tiles, and its references, which do not move here
+    numbers = torch.arange(room, device=device, dtype=torch.int32).repeat(blocks, 1)
+    still = torch.zeros((room, N), dtype=acc, device=device)
     with nullcontext() if interpreted else torch.cuda.device(device):
         for first in range(0, all_tiles, room):
             tiles = min(room, all_tiles - first)
@@ -436,7 +427,7 @@ def differentiate(
             if teacher is not None:
                 masses += mass[:tiles].sum(0)
                 gaps += gap[:tiles].sum(0)
-            if need_h:
+            if parts is not None:
                 share = cdiv(tiles, splits)
                 starts = torch.arange(splits, device=device, dtype=torch.int32) * share
                 count = (tiles - starts).clamp(0, share).repeat(blocks, 1)
@@ -447,7 +438,7 @@ def differentiate(
                     BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, BLOCK_K=K, BLOCK_D=PRODUCT_D,
                     num_warps=product_warps, num_stages=product_stages,
                 )  # fmt: skip
-            if need_W:
+            if dW is not None:
                 outer_kernel[(cdiv(tiles * BLOCK_V, OUTER_V), cdiv(D, OUTER_D))](
                     dx, h, unit, dW, N, min(V, (first + tiles) * BLOCK_V), D, first * BLOCK_V,
                     dx.stride(0), *h.stride(),
@@ -456,8 +447,10 @@ def differentiate(
                     num_stages=outer_stages,
                 )  # fmt: skip
     kl = masses if teacher is None else divergence(gaps, masses, lse_q.double().sum(0), teacher)
-    dh = parts.sum(0) / unit if need_h else None
-    return kl, dh, dW, (db.sum(0) / unit).to(head.bias.dtype) if need_b else None
+    dh = None if parts is None else parts.sum(0) / unit
+    if not need_b or head.bias is None:
+        return kl, dh, dW, None
+    return kl, dh, dW, (db.sum(0) / unit).to(head.bias.dtype)
 
 
 def _plan(h: Tensor, head: Head) -> GeneralPlan:
@@ -468,38 +461,52 @@ def _plan(h: Tensor, head: Head) -> GeneralPlan:
 
 
 def _parts(lse: Tensor, dtype: torch.dtype) -> Tensor:
-    """lse [N] fp64 as [2, N], the second what rounding the first lost."""
+    """lse [N] fp64 as [2, N]: rounded, and what the rounding lost."""
     high = lse.to(dtype)
     return torch.stack([high, (lse - high.double()).to(dtype)])
 
 
+def mask_of(teacher: Teacher | None) -> Tensor | None:
+    return None if teacher is None else teacher.keep
+
+
 def _pair(
-    h: Tensor, head: Head, teacher: Teacher | None, with_kl: bool, acc: torch.dtype
-) -> tuple[list[Tensor], list[int], dict]:
-    """What both kernels take first: tensors, strides, and constants. The teacher's mask counts for
-    Q without a KL as well."""
-    ht, theirs = (teacher.hidden, teacher.head) if with_kl else (h, head._replace(bias=None))
-    keep = None if teacher is None else teacher.keep
-    bias = lambda b: h if b is None else b.to(acc).contiguous()
-    tensors = [h, head.weight, bias(head.bias), ht, theirs.weight, bias(theirs.bias),
-               h if keep is None else keep.contiguous().view(torch.int8)]  # fmt: skip
+    h: Tensor, head: Head, teacher: Teacher | None, keep: Tensor | None, acc: torch.dtype
+) -> tuple[list[Tensor], list[int], dict[str, Any]]:
+    """What both kernels take first: tensors, strides, and constants.
+
+    teacher: None where no KL is wanted
+    keep:    [V], the teacher's mask, which also limits the columns of Q without a KL
+    """
+    ht, theirs = h, head._replace(bias=None)
+    if teacher is not None:
+        ht, theirs = teacher.hidden, teacher.head
+    tensors = [
+        h,
+        head.weight,
+        h if head.bias is None else head.bias.to(acc).contiguous(),
+        ht,
+        theirs.weight,
+        h if theirs.bias is None else theirs.bias.to(acc).contiguous(),
+        h if keep is None else keep.contiguous().view(torch.int8),
+    ]
     interpreted = h.device.type == "cpu"
     wide = tl.float64 if acc == torch.float64 else tl.float32
-    # The interpreter multiplies bf16 as the integers that hold it: there operands are widened,
-    # which changes no value.
+    # Trap: the interpreter multiplies bf16 as the integers that hold it. Widening the operands
+    # changes no value.
     narrow = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     dots = [
         wide if interpreted else narrow.get(_dtypes(x, W)[0], wide)
         for x, W in ((h, head.weight), (ht, theirs.weight))
     ]
-    memory = lambda x: (x.data_ptr(), x.shape, x.stride(), x.dtype)
-    same = with_kl and memory(head.weight) == memory(theirs.weight) and h.dtype == ht.dtype
+    taught = teacher is not None
+    one_head = taught and same(head.weight, theirs.weight) and h.dtype == ht.dtype
     options = dict(
         SCALE=head.scale, SOFTCAP=1.0 if head.softcap is None else head.softcap,
         NEAR=0.03 if acc == torch.float64 else 0.3,
         HAS_BIAS=head.bias is not None, HAS_BIAS_T=theirs.bias is not None,
         HAS_SOFTCAP=head.softcap is not None,
-        TEACHER=with_kl, SAME_HEAD=same, MASKED=with_kl and keep is not None, ACC=wide,
+        TEACHER=taught, SAME_HEAD=one_head, MASKED=taught and keep is not None, ACC=wide,
         DOT=dots[0], DOT_T=dots[1],
     )  # fmt: skip
     strides = [*h.stride(), *head.weight.stride(), *ht.stride(), *theirs.weight.stride()]

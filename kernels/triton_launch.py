@@ -1,5 +1,5 @@
-"""How the Triton kernels are launched: a pure function of shape, dtype and GPU. Rows in measured.py
-win, the others are predicted; `why` says which."""
+"""How the Triton kernels are launched: a pure function of shape, dtype and GPU. A row of
+measured.py wins over a predicted one; `why` says which it is."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ class Blocks(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """splits: into how many pieces programs divide a chunk's columns; chunk: vocabulary columns per
-    launch where the gradient is wanted, whose [N, chunk] probabilities are kept at a time; why:
-    where the numbers come from."""
+    """How triton_sweep.py is launched.
+
+    sums            blocks of sums_kernel
+    product         blocks of product_kernel: BLOCK_N as in sums; BLOCK_V is its step along the
+                    columns and divides that of sums
+    splits          into how many pieces sums_kernel divides a chunk's columns
+    product_splits  the same of product_kernel
+    chunk           vocabulary columns per launch where the gradient is wanted; [N, chunk]
+                    probabilities exist at a time
+    why             where the numbers come from
+    """
 
     sums: Blocks
-    product: (
-        Blocks  # BLOCK_N as in sums, BLOCK_V its step along the columns, which divides that of sums
-    )
+    product: Blocks
     splits: int
     product_splits: int
     chunk: int
@@ -38,23 +44,29 @@ class Plan(NamedTuple):
 
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
+# multiprocessors, where no device is at hand
 UNITS = dict(
     sm_80=108, sm_86=82, sm_89=128, sm_90=132, sm_100=148, sm_120=170, gfx942=304, gfx1100=96
-)  # where not asked
+)
 SHARED_LIMIT = dict(  # bytes per block
-    sm_80=166_912, sm_86=101_376, sm_89=101_376, sm_90=232_448, sm_100=232_448, sm_120=101_376,
+    sm_80=166_912,
+    sm_86=101_376,
+    sm_89=101_376,
+    sm_90=232_448,
+    sm_100=232_448,
+    sm_120=101_376,
     gfx942=65_536,
     gfx1100=65_536,
-)  # fmt: skip
-# Bytes of a chunk's probabilities. A chunk costs two launches, some 50 us of Python: chunks so
-# small that the product finds their head rows in L2 would cost more in launches than they save in
-# bytes (50 of them at [64, 151,936] with D 4096).
+)
+# Bytes of a chunk's probabilities. A chunk costs two launches, some 50 us of Python. Chunks so
+# small that their head rows stay in L2 for the product would cost more in launches than they save
+# in bytes (50 chunks at [64, 151,936] with D 4096).
 CHUNK = 2**26
 WAVES = 2  # programs per multiprocessor
 
-# Rows by family, ascending in BLOCK_N. All are predicted: the widest that compile without a spill
-# and within the target's shared memory, by benches/compile_kernels.py with triton 3.7.0 on
-# 2026-11-21. ampere: mma.sync; hopper: wgmma or tcgen05 from 64 rows.
+# Rows by family, ascending in BLOCK_N. All are predicted: the widest blocks that compile without a
+# spill and within the target's shared memory (benches/compile_kernels.py, triton 3.7.0,
+# 2026-11-21). ampere: mma.sync; hopper: wgmma or tcgen05 from 64 rows.
 SUMS = {
     "ampere": (
         Blocks(16, 128, 64, 4, 4),
@@ -75,9 +87,8 @@ SUMS = {
         Blocks(128, 128, 32, 8, 2),
     ),
     "rdna": (Blocks(16, 128, 64, 4, 2), Blocks(64, 64, 64, 8, 2), Blocks(128, 64, 64, 8, 2)),
-    "fp32": (
-        Blocks(16, 32, 32, 8, 2),
-    ),  # no matrix instructions: fp32 must not become TF32, and `tiled` should be faster
+    # no matrix instructions: fp32 must not become TF32, and `tiled` should be faster
+    "fp32": (Blocks(16, 32, 32, 8, 2),),
     "fp32 hopper": (Blocks(16, 32, 16, 4, 2),),
     "interpreter": (Blocks(16, 64, 64, 1, 1),),
 }
@@ -105,10 +116,18 @@ PRODUCT = {
     "fp32 hopper": (Blocks(16, 32, 32, 4, 2),),
     "interpreter": (Blocks(16, 32, 64, 1, 1),),
 }
-FAMILY = dict(sm_80="ampere", sm_86="ampere", sm_89="ampere", sm_90="hopper", sm_100="hopper",
-              sm_120="ampere", gfx942="cdna",
-              gfx1100="rdna", interpreter="interpreter")  # fmt: skip
-HEAVY = 64  # rows at most where a second Sums or a softcap needs registers: 128 rows spill
+FAMILY = dict(
+    sm_80="ampere",
+    sm_86="ampere",
+    sm_89="ampere",
+    sm_90="hopper",
+    sm_100="hopper",
+    sm_120="ampere",
+    gfx942="cdna",
+    gfx1100="rdna",
+    interpreter="interpreter",
+)
+HEAVY = 64  # most rows of a block where a second Sums or a softcap needs registers: 128 spill
 
 
 def _family(target: str, dtype: torch.dtype) -> str:
@@ -119,7 +138,7 @@ def _family(target: str, dtype: torch.dtype) -> str:
 
 
 def rows(target: str, dtype: torch.dtype) -> tuple[tuple[Blocks, ...], tuple[Blocks, ...]]:
-    """What `triton_launch` chooses among: blocks of the sums and of the product, by ascending
+    """The blocks that `triton_launch` chooses from: of the sums and of the product, by ascending
     BLOCK_N."""
     family = _family(target, dtype)
     return SUMS[family], PRODUCT[family]
@@ -134,15 +153,20 @@ def triton_launch(
     units: int | None = None,
     heavy: bool = False,
 ) -> Plan:
-    """dtype: what is multiplied; target: a key of FAMILY; units: multiprocessors; heavy: two Sums,
-    or a softcap."""
+    """The plan of triton_sweep.py for N rows, vocabulary V and hidden size D.
+
+    dtype   of the operands of the products
+    target  a key of FAMILY
+    units   multiprocessors; None: the target's in UNITS
+    heavy   two Sums, or a softcap
+    """
     units = units or UNITS.get(target, 2)
-    found = (
-        None if heavy else nearest(measured.PLANS, target, dtype, N)
-    )  # measured with one Sums: two need more registers
-    if found:
-        sums, product, waves, chunk, why = found
-        return plan_of(Blocks(*sums), Blocks(*product), waves, chunk, N, V, D, dtype, units, why)
+    # plans are measured with one Sums; two need more registers
+    row = None if heavy else nearest(measured.PLANS, target, dtype, N)
+    if row:
+        blocks, product_blocks, waves, chunk, why = row
+        sums, product = Blocks(*blocks), Blocks(*product_blocks)
+        return plan_of(sums, product, waves, chunk, N, V, D, dtype, units, why)
     choices = [
         pair
         for pair in zip(*rows(target, dtype), strict=True)
@@ -164,14 +188,14 @@ def plan_of(
     units: int,
     why: str,
 ) -> Plan:
-    """A row of blocks at a shape; waves: programs per multiprocessor that the splits aim at; chunk:
-    bytes of probabilities."""
+    """The plan of one row of blocks at a shape.
+
+    waves  programs per multiprocessor that the splits aim at
+    chunk  bytes of probabilities
+    """
     up = lambda a, b: -(-a // b)
     blocks = up(N, sums.BLOCK_N)
-    columns = (
-        max(1, min(up(V, sums.BLOCK_V), chunk // (dtype.itemsize * max(N, 1) * sums.BLOCK_V)))
-        * sums.BLOCK_V
-    )
+    columns = _columns(N, V, sums.BLOCK_V, chunk, dtype)
     splits = split(blocks, waves * units, columns // sums.BLOCK_V)
     product_splits = min(
         splits, split(blocks * up(D, product.BLOCK_D), units, columns // product.BLOCK_V)
@@ -179,18 +203,25 @@ def plan_of(
     return Plan(sums, product, splits, product_splits, columns, why)
 
 
+def _columns(N: int, V: int, BLOCK_V: int, chunk: int, dtype: torch.dtype) -> int:
+    """Vocabulary columns whose [N, columns] numbers take about `chunk` bytes: a multiple of
+    BLOCK_V."""
+    tiles = min(-(-V // BLOCK_V), chunk // (dtype.itemsize * max(N, 1) * BLOCK_V))
+    return max(1, tiles) * BLOCK_V
+
+
 def split(programs: int, slots: int, steps: int) -> int:
-    """Into how many pieces the `steps` of each program go, where `slots` programs run at a time, so
-    that the last one ends earliest; the fewest of equals, and at most one wave more than there
-    would be."""
+    """Into how many pieces to divide the `steps` of each program, so that the last piece ends
+    earliest where `slots` programs run at a time. Chooses the fewest pieces among equals, and adds
+    at most one wave of programs."""
     up, programs = lambda a, b: -(-a // b), max(1, programs)  # without rows there are no programs
     most = min(steps, up(2 * slots, programs))
     return min(range(1, most + 1), key=lambda s: (up(programs * s, slots) * up(steps, s), s))
 
 
 def measured_backend(target: str, dtype: torch.dtype, N: int) -> tuple[str, str] | None:
-    """The faster of "tiled" and "triton" there and where that was measured; None where nothing
-    was."""
+    """The faster of "tiled" and "triton" on a target, and the place of the measurement; None
+    without a measurement."""
     return nearest(measured.BACKENDS, target, dtype, N)
 
 
@@ -198,26 +229,29 @@ def nearest(
     table: dict[tuple[str, str, int], tuple], target: str, dtype: torch.dtype, N: int
 ) -> tuple | None:
     """The entry with the smallest measured N that is not below N, else the one with the largest."""
-    found = sorted(key for key in table if key[:2] == (target, str(dtype).removeprefix("torch.")))
-    return table[next((key for key in found if key[2] >= N), found[-1])] if found else None
+    keys = sorted(key for key in table if key[:2] == (target, str(dtype).removeprefix("torch.")))
+    if not keys:
+        return None
+    return table[next((key for key in keys if key[2] >= N), keys[-1])]
 
 
 def target_of(device: torch.device) -> str:
-    """The one of TARGETS that this device is, or the nearest below it; "interpreter" for a CPU."""
+    """The device's name in TARGETS, or the nearest one below it; "interpreter" for a CPU."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
         name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-        return name if name in TARGETS else "gfx942" if name.startswith("gfx9") else "gfx1100"
+        if name in TARGETS:
+            return name
+        return "gfx942" if name.startswith("gfx9") else "gfx1100"
     major, minor = torch.cuda.get_device_capability(device)
-    older = [
-        t for t in TARGETS if t.startswith("sm_") and int(t[3:]) <= 10 * major + minor
-    ]  # TARGETS ascend
+    known = [t for t in TARGETS if t.startswith("sm_")]  # ascending
+    older = [t for t in known if int(t[3:]) <= 10 * major + minor]
     return older[-1] if older else "sm_80"
 
 
 def why_not(device: torch.device, *dtypes: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run there, as one sentence; None if they can."""
+    """Why the Triton kernels cannot run on a device, as one sentence; None if they can."""
     try:
         import triton
     except ImportError:
@@ -253,21 +287,28 @@ def why_not(device: torch.device, *dtypes: torch.dtype) -> str | None:
 
 
 class GeneralPlan(NamedTuple):
-    """triton_general.py; splits: of the columns in its first pass; chunk: columns whose [N, chunk]
-    dx are kept at a time."""
+    """How triton_general.py is launched.
 
-    pair: Blocks  # both logits of a tile: two accumulators
-    product: (
-        Blocks  # BLOCK_N as in pair, BLOCK_V its step along the columns, which divides that of pair
-    )
-    outer: Blocks  # a tile BLOCK_V x BLOCK_D of dW, BLOCK_N its step along the rows
+    pair            blocks of both logits of a tile: two accumulators
+    product         BLOCK_N as in pair; BLOCK_V is its step along the columns and divides that of
+                    pair
+    outer           a tile BLOCK_V x BLOCK_D of dW; BLOCK_N is its step along the rows
+    splits          into how many pieces the first pass divides the columns
+    product_splits  the same of product_kernel, within a chunk
+    chunk           vocabulary columns per launch of the second pass; dx [N, chunk] exists at a time
+    why             where the numbers come from
+    """
+
+    pair: Blocks
+    product: Blocks
+    outer: Blocks
     splits: int
     product_splits: int
     chunk: int
     why: str
 
 
-# As above: predicted, by benches/compile_kernels.py.
+# Predicted, as above, by benches/compile_kernels.py.
 PAIR = {
     "ampere": (Blocks(16, 128, 64, 4, 3), Blocks(64, 64, 64, 8, 3)),
     "hopper": (Blocks(16, 128, 64, 4, 3), Blocks(64, 64, 64, 8, 3)),
@@ -278,19 +319,21 @@ PAIR = {
     "interpreter": (Blocks(16, 64, 64, 1, 1),),
 }
 OUTER = {
-    "ampere": Blocks(32, 128, 64, 8, 3), "hopper": Blocks(64, 128, 128, 8, 3), "cdna": Blocks(32,
-    128, 64, 8, 2),
-    "rdna": Blocks(32, 64, 64, 8, 2), "fp32": Blocks(32, 32, 32, 4, 2), "fp32 hopper": Blocks(32,
-    32, 32, 4, 2),
+    "ampere": Blocks(32, 128, 64, 8, 3),
+    "hopper": Blocks(64, 128, 128, 8, 3),
+    "cdna": Blocks(32, 128, 64, 8, 2),
+    "rdna": Blocks(32, 64, 64, 8, 2),
+    "fp32": Blocks(32, 32, 32, 4, 2),
+    "fp32 hopper": Blocks(32, 32, 32, 4, 2),
     "interpreter": Blocks(16, 128, 64, 1, 1),
-}  # fmt: skip
+}
 
 
 def general_rows(
     target: str, dtype: torch.dtype
 ) -> tuple[tuple[Blocks, ...], tuple[Blocks, ...], Blocks]:
-    """What `general_launch` chooses among: blocks of both logits and of the product, by ascending
-    BLOCK_N; those of dW."""
+    """The blocks that `general_launch` chooses from: of both logits and of the product, by
+    ascending BLOCK_N; and the blocks of dW."""
     family = _family(target, dtype)
     sizes = {b.BLOCK_N: b for b in PRODUCT[family]}
     return PAIR[family], tuple(sizes[b.BLOCK_N] for b in PAIR[family]), OUTER[family]
@@ -299,7 +342,7 @@ def general_rows(
 def general_launch(
     N: int, V: int, D: int, dtype: torch.dtype, target: str, units: int | None = None
 ) -> GeneralPlan:
-    """As `triton_launch`."""
+    """The plan of triton_general.py; arguments as `triton_launch`."""
     units = units or UNITS.get(target, 2)
     pairs, products, outer = general_rows(target, dtype)
     pair, product = next(
@@ -308,10 +351,7 @@ def general_launch(
     )
     up = lambda a, b: -(-a // b)
     blocks = up(N, pair.BLOCK_N)
-    chunk = (
-        max(1, min(up(V, pair.BLOCK_V), CHUNK // (dtype.itemsize * max(N, 1) * pair.BLOCK_V)))
-        * pair.BLOCK_V
-    )
+    chunk = _columns(N, V, pair.BLOCK_V, CHUNK, dtype)
     splits = split(blocks, WAVES * units, up(V, pair.BLOCK_V))
     product_splits = min(
         chunk // pair.BLOCK_V,

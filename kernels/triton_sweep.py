@@ -1,31 +1,28 @@
 """`tiled.sweep` in Triton: the sums of the softmax, and their products with the head, over the
 whole vocabulary.
 
-    e = exp(z / tau - m)       total = sum e       entropy = -sum e log e       product = sum e
-    dz/dx W
+    e = exp(z / tau - m)    total = sum e    entropy = -sum e log e    product = sum e dz/dx W
 
-sums_kernel      one program per block of rows and split of the columns: forms each tile of z on the
-chip, with bias, scale,
-                 softcap, masks and held-out columns, and keeps m, total and entropy as an online
-                 softmax does. Logits never leave the chip. For the product it leaves e dz/dx of one
-                 chunk of columns, in 16 bit, without the tiles that are skipped.
-product_kernel   multiplies a chunk's e dz/dx with the head rows, one program per block of rows,
-block of D and split;
-                 accumulates in registers over the chunk and in a partial of its own over the
-                 chunks. No atomics: bitwise reproducible.
-combine_kernel   sums the partials in a fixed order.
+sums_kernel     One program per block of rows and split of the columns. Forms each tile of z on the
+                chip, with bias, scale, softcap, masks and held-out columns, and updates m, total
+                and entropy as an online softmax does. Logits never leave the chip. For the product
+                it stores e dz/dx of one chunk of columns, in 16 bit, without the skipped tiles.
+product_kernel  One program per block of rows, block of D and split. Multiplies a chunk's e dz/dx by
+                the head rows; accumulates in registers over the chunk, and in a partial of its own
+                over the chunks. No atomics: bitwise reproducible.
+combine_kernel  Sums the partials in a fixed order.
 
 m starts from the Sums' shift, the largest held-out logit, and moves only where a logit lies more
-than JUMP above it, so that all splits nearly always share it and nothing is rescaled; where it
-moves, product_kernel takes its second loop. z is formed
-once: 2 N V D flops without a gradient, 4 N V D with one. Held-out columns are sorted by column on
-the device, once, so that a tile visits only those that lie in it.
+than JUMP above it. So all splits nearly always share m and rescale nothing; where m moves,
+product_kernel takes its loop with a factor per tile. z is formed once: 2 N V D flops without a
+gradient, 4 N V D with one. The device sorts the held-out columns once, so that a tile visits only
+those that lie in it.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -44,8 +41,8 @@ NONE, ALL, KEPT, DROPPED = (tl.constexpr(i) for i in range(4))  # which columns 
 
 @triton.jit
 def tanh(x, NEAR: tl.constexpr):
-    """Relative error of a few eps; NEAR: below it a series, because 1 - exp(-2 x) cancels.
-    libdevice has no interpreter."""
+    """tanh with a relative error of a few eps. Below NEAR a series, because 1 - exp(-2 x) cancels.
+    (The interpreter has no libdevice.)"""
     t = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - t) / (1.0 + t)
     s = x * x
@@ -79,7 +76,7 @@ def times_head(x_rows, W_rows, row, column, offs_d, D, stride_xd, stride_wd, ACC
 def transform(z, bias_ptr, offs_v, column, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
               NEAR: tl.constexpr,
               HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):  # fmt: skip
-    """A tile of h W^T becomes logits."""
+    """z = softcap * tanh(x / softcap), x = scale * (h W^T + bias), of a tile h W^T"""
     if HAS_BIAS:
         z += tl.load(bias_ptr + offs_v, mask=column, other=0.0)[None, :]
     z = z * SCALE
@@ -90,8 +87,8 @@ def transform(z, bias_ptr, offs_v, column, SCALE: tl.constexpr, SOFTCAP: tl.cons
 
 @triton.jit
 def nearest_bf16(x):
-    """fp32 rounded to the nearest bf16, ties to even, still in fp32. The interpreter's own cast
-    truncates; hardware rounds."""
+    """fp32 rounded to the nearest bf16, ties to even, still in fp32. Trap: the interpreter's own
+    cast truncates, where hardware rounds."""
     bits = x.to(tl.uint32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return bits.to(tl.uint32).to(tl.float32, bitcast=True)
@@ -99,7 +96,7 @@ def nearest_bf16(x):
 
 @triton.jit
 def only(z, kept, COLUMNS: tl.constexpr):
-    """z [BLOCK_N, BLOCK_V], -inf where a channel does not look; kept [BLOCK_V] bool"""
+    """z [BLOCK_N, BLOCK_V], -inf at columns that a channel leaves out; kept [BLOCK_V] bool"""
     if COLUMNS == KEPT:
         z = tl.where(kept[None, :], z, -float("inf"))
     if COLUMNS == DROPPED:
@@ -109,8 +106,8 @@ def only(z, kept, COLUMNS: tl.constexpr):
 
 @triton.jit
 def add(x, m, total, entropy, JUMP: tl.constexpr, ENTROPY: tl.constexpr):
-    """A tile x = z / tau [BLOCK_N, BLOCK_V] into running sums [BLOCK_N], total, entropy fp64.
-    Returns e and its maxima first."""
+    """Adds a tile x = z / tau [BLOCK_N, BLOCK_V] to running sums [BLOCK_N], total and entropy fp64.
+    Returns e, its row maxima, and the new m, total and entropy."""
     top = tl.max(x, 1)
     new = tl.where(top > m + JUMP, top, m)
     r = tl.exp(m - new).to(tl.float64)
@@ -129,9 +126,10 @@ def leave(e, z, top, m, total, tile, first, slots, offs_n, offs_j, N, p_ptr, str
           SOFTCAP: tl.constexpr, EPS: tl.constexpr, P_SCALE: tl.constexpr, ROUND: tl.constexpr,
           HAS_SOFTCAP: tl.constexpr,
           BLOCK_V: tl.constexpr):  # fmt: skip
-    """Leaves a tile of e for product_kernel at its split's next slot, which the next tile
-    overwrites if this one is skipped.
-    first: the split's first slot; slots: how many of them are taken. Returns their new number."""
+    """Stores a tile of e dz/dx for product_kernel in its split's next slot. Where the tile is
+    skipped, the next tile overwrites it.
+
+    first: the split's first slot; slots: how many are in use. Returns their new number."""
     p = e
     if HAS_SOFTCAP:
         y = z * (1.0 / SOFTCAP)
@@ -144,17 +142,16 @@ def leave(e, z, top, m, total, tile, first, slots, offs_n, offs_j, N, p_ptr, str
     tl.store(p_ptr + offs_p, p.to(p_ptr.dtype.element_ty), mask=(offs_n < N)[:, None])
     tl.store(m_ptr + at * N + offs_n, m, mask=offs_n < N)
     tl.store(list_ptr + at, tile)
-    live = top > EPS * tl.maximum(total, 1.0).to(
-        top.dtype
-    )  # exp(m), and what was summed so far, are part of the normaliser
+    # the normaliser holds at least exp(m) and what is summed so far
+    live = top > EPS * tl.maximum(total, 1.0).to(top.dtype)
     return slots + tl.max((live & (offs_n < N)).to(tl.int32), 0)
 
 
 @triton.jit(do_not_specialize=["N", "V", "first_tile", "tiles", "room", "all_tiles"])
 def sums_kernel(
     h_ptr, W_ptr, bias_ptr, keep_ptr,  # [N, D], [V, D], [V], [V] int8
-    # [row blocks, held] int32, column * BLOCK_N + row ascending; [row blocks, all_tiles + 1], a
-    # tile's first
+    # [row blocks, held] int32, column * BLOCK_N + row, ascending; [row blocks, all_tiles + 1],
+    # where each tile's begin
     held_ptr, cuts_ptr,
     # [channels, splits, N]: m before and after, and sums in place
     shift_ptr, new_shift_ptr, total_ptr, entropy_ptr,
@@ -171,12 +168,10 @@ def sums_kernel(
     ACC: tl.constexpr, DOT: tl.constexpr, ROUND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    block, split, blocks, splits = (
-        tl.program_id(0),
-        tl.program_id(1),
-        tl.num_programs(0),
-        tl.num_programs(1),
-    )
+    """m, total and entropy of each channel over this split's tiles, and e dz/dx where a product is
+    wanted"""
+    block, split = tl.program_id(0), tl.program_id(1)
+    blocks, splits = tl.num_programs(0), tl.num_programs(1)
     rows, offs_j, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
     offs_n = block * BLOCK_N + rows
     row = offs_n < N
@@ -266,8 +261,8 @@ def product_kernel(
     ACC: tl.constexpr, DOT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """part = part * exp(m_before - m) + sum over the live tiles of exp(m_tile - m) p W, m the
-    largest of the group's."""
+    """part = part * exp(m_before - m) + sum over the live tiles of exp(m_tile - m) p W, with the
+    largest m of the group's splits"""
     block, block_d, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k, offs_d = tl.arange(0, BLOCK_K), block_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -340,23 +335,27 @@ class Channel(NamedTuple):
 
 
 def sweep(
-    h: Tensor, head: Head, held: Tensor, valid: Tensor, keep: Tensor | None, sums: list[Sums],
-    apart: Sums | None, tile: int,
-    eps: float = 0.0, plan: Plan | None = None,
-) -> None:  # fmt: skip
-    """Adds the whole vocabulary, but for each row's columns held [N, k] where valid, to all `sums`;
-    the last goes without the columns that `keep` [V] drops, which `apart` gets. `tiled.sweep`, with
-    its arguments.
+    h: Tensor,
+    head: Head,
+    held: Tensor,
+    valid: Tensor,
+    keep: Tensor | None,
+    sums: list[Sums],
+    apart: Sums | None,
+    tile: int,
+    eps: float = 0.0,
+    plan: Plan | None = None,
+) -> None:
+    """`tiled.sweep`, with its arguments and two more.
 
-    tile    columns per chunk where products are wanted: [N, tile] probabilities of 16 bit (32 for
-    fp32) are kept at a time
-    eps     a tile is left out of a product if no row has a probability above eps in it: no e above
-    eps times the larger of 1 and
-            the row's total so far. Neither exceeds the row's normaliser, because shift comes from a
-            held-out logit. The product, scaled to probabilities, errs by at most (mass skipped) *
-            max |W_v| <= eps * (columns skipped) * max |W_v|. 0 skips what is exactly 0. Sums are
-            always complete.
-    plan    in place of triton_launch's own
+    tile  columns per chunk where products are wanted: [N, tile] probabilities of 16 bit (32 for
+          fp32) exist at a time
+    eps   A product skips a tile if no row has a probability above eps in it: no e above eps times
+          the larger of 1 and the row's total so far. Neither exceeds the row's normaliser, because
+          shift comes from a held-out logit. The product, scaled to probabilities, errs by at most
+          (mass skipped) * max |W_v| <= eps * (columns skipped) * max |W_v|. With 0 it skips only
+          what is exactly 0. Sums are always complete.
+    plan  in place of triton_launch's own
     """
     channels = [Channel(one, ALL) for one in sums]
     if keep is not None:
@@ -370,16 +369,22 @@ def sweep(
 
 
 def chunk(h: Tensor, W: Tensor) -> int:
-    """The `tile` that `sweep` should be given."""
+    """The `tile` for `sweep`: vocabulary columns per chunk."""
     (N, D), V = h.shape, len(W)
     return triton_launch(N, V, D, _dtypes(h, W)[0], target_of(h.device), _units(h.device)).chunk
 
 
 def _visit(
-    h: Tensor, head: Head, held: Tensor, valid: Tensor, keep: Tensor | None,
-    channels: list[Channel], tile: int, eps: float,
+    h: Tensor,
+    head: Head,
+    held: Tensor,
+    valid: Tensor,
+    keep: Tensor | None,
+    channels: list[Channel],
+    tile: int,
+    eps: float,
     plan: Plan | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """`sweep` for one or two channels: z is formed once for both."""
     (N, D), V, device = h.shape, len(head.weight), h.device
     dot, acc = _dtypes(h, head.weight)
@@ -389,28 +394,25 @@ def _visit(
     cdiv = lambda a, b: -(-a // b)
     blocks, all_tiles = cdiv(N, BLOCK_N), cdiv(V, BLOCK_V)
     products = [one.sums.product is not None for one in channels]
-    room = (
-        min(max(1, tile // BLOCK_V), all_tiles) if any(products) else all_tiles
-    )  # tiles of a chunk
-    splits = (
-        min(plan.splits, room)
-        if any(products)
-        else split(blocks, WAVES * _units(device), all_tiles)
-    )
+    if any(products):
+        room = min(max(1, tile // BLOCK_V), all_tiles)  # tiles of a chunk
+        splits = min(plan.splits, room)
+    else:
+        room, splits = all_tiles, split(blocks, WAVES * _units(device), all_tiles)
     group = cdiv(splits, min(plan.product_splits, splits))
     product_splits = cdiv(splits, group)
 
     start = torch.stack([one.sums.shift.to(acc) for one in channels])  # [C, N]
     shift = start[:, None].repeat(1, splits, 1)
     total = torch.zeros_like(shift, dtype=torch.float64)
-    entropy = (
-        torch.zeros_like(total) if any(one.sums.entropy is not None for one in channels) else total
-    )
-    # Next to the teacher a product is the small difference of two large ones, and e in bf16 has not
-    # the digits: with columns held out for a KL it is fp16, and so is the head's tile, which loses
+    entropy = total
+    if any(one.sums.entropy is not None for one in channels):
+        entropy = torch.zeros_like(total)
+    # Next to the teacher a product is the small difference of two large ones, and e in bf16 has too
+    # few digits. With columns held out for a KL it is fp16, and so is the head's tile, which loses
     # no bit of a bf16 above 2^-17 (and overflows above 65,504).
     half = torch.float16 if dot == torch.bfloat16 and held.shape[1] > 1 else dot
-    # fp16 is scaled to reach down to 2^-39: unscaled, exp(11) overflows and exp(-17) vanishes.
+    # fp16 is scaled to reach down to 2^-39. Unscaled, exp(11) overflows and exp(-17) vanishes.
     P_SCALE, JUMP = (2.0**15, 0.0) if half == torch.float16 else (1.0, 30.0)
     p = h.new_empty((C, N, room * BLOCK_V) if any(products) else (1, 1, BLOCK_V), dtype=half)
     m = h.new_empty((C, room, N) if any(products) else 1, dtype=acc)
@@ -425,17 +427,11 @@ def _visit(
 
     interpreted = device.type == "cpu"
     wide = tl.float64 if acc == torch.float64 else tl.float32
-    # The interpreter multiplies bf16 as the integers that hold it: there operands are widened,
-    # which changes no value.
-    DOT, HALF = (
-        wide
-        if interpreted or dtype == acc
-        else tl.bfloat16
-        if dtype == torch.bfloat16
-        else tl.float16
-        for dtype in (dot, half)
-    )
-    flags = {}
+    # Trap: the interpreter multiplies bf16 as the integers that hold it. Widening the operands
+    # changes no value.
+    narrow = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    DOT, HALF = (wide if interpreted else narrow.get(dtype, wide) for dtype in (dot, half))
+    flags: dict[str, Any] = {}
     for i in range(2):
         one = channels[i] if i < C else None
         flags |= {
@@ -490,8 +486,13 @@ def _add(
     group: int,
     scale: float,
 ) -> None:
-    """Adds the sums of all splits, m, total and entropy [splits, N] and part [product splits, N,
-    D], to `one`."""
+    """Adds the sums of all splits to `one`: m, total and entropy [splits, N], part [product splits,
+    N, D].
+
+    start:  [N], the m of the first chunk
+    group:  splits of sums_kernel that one program of product_kernel took
+    scale:  the factor in part
+    """
     top = m.amax(0).to(one.shift.dtype)
     one.rescale(top)
     away = m.double() - top.double()  # [splits, N], never above 0
@@ -501,9 +502,8 @@ def _add(
         one.entropy += (r * (entropy - away * total)).sum(0)
     if part is not None:
         (splits, N, D), BLOCK_D = part.shape, 512
-        reached = torch.stack(
-            [torch.maximum(x.amax(0), start) for x in m.split(group)]
-        )  # what product_kernel refers to
+        # the m to which product_kernel refers each part
+        reached = torch.stack([torch.maximum(x.amax(0), start) for x in m.split(group)])
         factor = torch.exp(reached - top) / scale
         combine_kernel[(N, -(-D // BLOCK_D))](
             part, factor, one.product, N, D, splits, BLOCK_D=BLOCK_D
@@ -513,10 +513,10 @@ def _add(
 def _sorted(
     held: Tensor, valid: Tensor, BLOCK_N: int, BLOCK_V: int, tiles: int, blocks: int
 ) -> tuple[Tensor, Tensor]:
-    """Each row block's held-out columns as column * BLOCK_N + row in the block, ascending, and
-    where each tile's begin."""
+    """For each row block its held-out columns as column * BLOCK_N + row in the block, ascending,
+    and where each tile's begin."""
     N, k = held.shape
-    past = tiles * BLOCK_V * BLOCK_N  # of no tile
+    past = tiles * BLOCK_V * BLOCK_N  # belongs to no tile
     row = torch.arange(N, device=held.device)[:, None] % BLOCK_N
     keys = held.new_full((blocks * BLOCK_N, k), past, dtype=torch.int32)  # columns below 2^24
     keys[:N] = torch.where(valid, held * BLOCK_N + row, past)
@@ -526,15 +526,14 @@ def _sorted(
 
 
 def _dtypes(h: Tensor, W: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """What is multiplied, and what accumulates: 16 bit as they are if both are alike, else fp32;
-    fp64 if either is."""
+    """The dtype of operands and that of sums. Operands of one 16 bit dtype stay as they are, others
+    become fp32; both are fp64 if either is."""
     acc = torch.float64 if torch.float64 in (h.dtype, W.dtype) else torch.float32
     return (h.dtype if h.dtype == W.dtype and h.dtype.itemsize == 2 else acc), acc
 
 
 def _units(device: torch.device) -> int:
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 2
-    )
+    """Multiprocessors of a GPU; 2 in the interpreter."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
