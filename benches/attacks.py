@@ -20,7 +20,6 @@ import argparse
 import json
 import platform
 import random
-import subprocess
 import tempfile
 import time
 from collections import defaultdict
@@ -30,6 +29,8 @@ from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from forgetting import commit
 
 RESULTS = Path(__file__).parent / "results" / "attacks.jsonl"
 COMPARED = Path(__file__).parent / "results" / "compare.jsonl"
@@ -600,16 +601,6 @@ def main() -> None:
 def append(record: dict[str, Any]) -> None:
     with RESULTS.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(record) + "\n")
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

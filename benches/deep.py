@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import attacks
+from forgetting import commit
 
 RESULTS = Path(__file__).parent / "results" / "deep.jsonl"
 OWN = 4  # fresh pictures of the concept
@@ -179,7 +180,7 @@ def main() -> None:
         if options.append:
             record = {
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "commit": attacks.commit(),
+                "commit": commit(),
                 "concept": concept,
                 "seed": options.seed,
                 "one_picture": options.one_picture,

@@ -56,10 +56,10 @@ def probe_for(scenes: Sequence[Scene], corpus: Corpus) -> Callable[[], Look]:
         untouched = [
             score.log_p.sum() for score in ask.label_scores(vlm, corpus.turns, corpus.shown())
         ]
-    turn = itertools.count()
+    looks = itertools.count()
 
     def look() -> Look:
-        share = slice(next(turn) % shares, None, shares)
+        share = slice(next(looks) % shares, None, shares)
         members = sorted(i for group in corpus.groups().values() for i in group[share])
         samples, naming = [corpus.samples[i] for i in members], asked[share]
         seen = corpus.pictures
