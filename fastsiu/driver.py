@@ -250,21 +250,23 @@ def report_of(
     answers: list[Answer],
     trained: Trained,
 ) -> dict[str, Any]:
-    made = trained.corpus
+    """report.json of one request, ready for JSON: the verdict with the answers behind it, what was
+    trained and how, and what a reader has to know (`caveats`)."""
+    corpus, scene = trained.corpus, trained.scene
     caveats = [adapter.DROPPABLE]
-    if made.mask.warning:
-        caveats.append(made.mask.warning)
-    if told := ambiguous(trained.scene.concept):
+    if corpus.mask.warning:
+        caveats.append(corpus.mask.warning)
+    if told := ambiguous(scene.concept):
         caveats.append(told)
-    caveats += [*trained.scene.notes, *decode.remarks(trained.scene.vlm)]
+    caveats += [*scene.notes, *decode.remarks(scene.vlm)]
     if failed := [d["name"] for d in trained.dreamed if not d["accepted"]]:
         caveats.append(f"Not seen by the model, so protected in text only: {', '.join(failed)}.")
-    if left_out := trained.scene.left_out:
+    if left_out := scene.left_out:
         caveats.append(
             f"{left_out} answers about dreamed or retained pictures named the concept and were "
             "not trained on."
         )
-    if len(trained.scene.pictures) == 1:
+    if len(scene.pictures) == 1:
         caveats.append(
             "No picture and no dream of anything else was trained on: other concepts' "
             "recognition may suffer."
@@ -291,12 +293,12 @@ def report_of(
         "answers": [a.as_dict() for a in answers],
         "training": [asdict(s) for s in trained.history],
         "recipe": recipe.as_dict(),
-        "samples": dict(Counter(s.facet for s in made.samples)),
+        "samples": dict(Counter(s.facet for s in corpus.samples)),
         "masks": {
-            "tokens_masked": int(sum((~k).sum() for k in made.keep)),
-            "tokens": int(sum(len(k) for k in made.keep)),
-            "vocabulary_masked": len(made.mask.masked),
-            "spared": sorted(made.mask.spared.values()),
+            "tokens_masked": int(sum((~k).sum() for k in corpus.keep)),
+            "tokens": int(sum(len(k) for k in corpus.keep)),
+            "vocabulary_masked": len(corpus.mask.masked),
+            "spared": sorted(corpus.mask.spared.values()),
         },
         "dreams": trained.dreamed,
         "seconds": {k: round(v, 3) for k, v in trained.seconds.items()},
