@@ -18,7 +18,7 @@ from . import output as outputs
 from .evaluate.attacks import not_asked
 from .evaluate.held_out import decide
 from .images import list_images, load_directory, load_image, read_bytes
-from .model import adapter, ask, decode, source, vlm
+from .model import adapter, adapter_files, ask, decode, source, vlm
 from .model.memory import budget
 from .report.redact import redacted
 from .request import Recipe, Request
@@ -215,12 +215,12 @@ def interview(
     """
     listener = listener or Listener()
     if adapter_dir is not None:
-        adapter.check_directory(Path(adapter_dir))
+        adapter_files.check_directory(Path(adapter_dir))
     picture = load_image(Path(image)) if image is not None else None
     layout = choose_layout(model, settings, Recipe(), picture, listener)
     loaded = load(model, layout, vlm.Budget(), listener)
     if adapter_dir is not None:
-        for note in adapter.check_belongs(Path(adapter_dir), model.name, loaded.revision):
+        for note in adapter_files.check_belongs(Path(adapter_dir), model.name, loaded.revision):
             listener.note(note)
     listener.stage("Asking")
 

@@ -29,7 +29,7 @@ from .evaluate.inquiry import Inquiry, inquire
 from .family import Family
 from .guards.strict_json import read_json
 from .images import list_images, load_directory, load_image, read_bytes
-from .model import adapter, ask, decode, source, vlm
+from .model import adapter, adapter_files, ask, decode, source, vlm
 from .model.fold import fold, save
 from .report.redact import MODEL, redacted
 from .request import BadInput, Recipe, Request
@@ -104,7 +104,7 @@ def merge(
     """
     listener, folder, forms = listener or Listener(), Path(adapter_dir), _forms(verify)
     name, dtype, device = model.name, settings.dtype, settings.device
-    told, sealed = _json(folder / "report.json"), adapter.manifest_of(folder)
+    told, sealed = _json(folder / "report.json"), adapter_files.manifest_of(folder)
     redact = redact or bool(told.get("redacted"))
     told = {} if told.get("redacted") else told
     request = (
@@ -129,13 +129,13 @@ def merge(
         )
     stored = kept if dtype == "auto" else dtype
     weights = outputs.digest_model(name) if Path(name).is_dir() else {}
-    if not (folder / adapter.ADAPTER).is_file():
+    if not (folder / adapter_files.ADAPTER).is_file():
         raise BadInput(
-            f"{folder} holds no adapter ({adapter.ADAPTER} is missing): give the --output "
+            f"{folder} holds no adapter ({adapter_files.ADAPTER} is missing): give the --output "
             "directory of a run."
         )
-    own = adapter.check_files(folder, sealed)
-    adapter.check_weights(folder, sealed, weights, name, revision)
+    own = adapter_files.check_files(folder, sealed)
+    adapter_files.check_weights(folder, sealed, weights, name, revision)
     pictures = _pictures(request, redact)
     decides = {"dtype": stored, "verify": forms} | ReportOptions(redact).deciding
     digest = _digest(name, revision, weights, own, request, pictures, decides)
@@ -164,7 +164,7 @@ def merge(
             else Path(str(cached_file(name, "config.json", revision=revision))).parent
         )
         weights = weights or outputs.digest_model(beside)
-        adapter.check_weights(folder, sealed, weights, name, revision)
+        adapter_files.check_weights(folder, sealed, weights, name, revision)
         if verifier:
             with timed(seconds, "verdict"):
                 verifier.first(loaded)
@@ -491,7 +491,7 @@ def _caveats(sealed: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
         "Only these weights were changed: the untouched model and its copies know what they knew."
     ]
     if not sealed.get("model", {}).get("sha256"):
-        caveats.append(adapter.UNSEALED)
+        caveats.append(adapter_files.UNSEALED)
     if trained := sealed.get("settings", {}).get("quantize"):
         caveats.append(
             f"The adapter was trained on the model in {trained}, and merged into the weights "

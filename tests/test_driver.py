@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from fastsiu import driver, images, session, settings
-from fastsiu.model import adapter, ask, vlm
+from fastsiu.model import adapter, adapter_files, ask, vlm
 from fastsiu.model.vlm import VLM
 from fastsiu.request import PAPER, BadInput, NumericFailure, Recipe, Sample
 from fastsiu.samples import targets
@@ -507,7 +507,7 @@ def test_an_adapter_of_other_weights_is_refused(trained, demo_dir, cast, tmp_pat
     (folder / "manifest.json").unlink()  # as plain peft leaves it
     notes = []
     assert asked(listener=session.Listener(note=notes.append))[0]["answer"] and notes == [
-        adapter.UNSEALED
+        adapter_files.UNSEALED
     ]
 
 

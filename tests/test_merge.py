@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 from fastsiu import cli, output
 from fastsiu.images import load_image
 from fastsiu.merge import _report, judge_form
-from fastsiu.model import adapter, source, vlm
+from fastsiu.model import adapter, adapter_files, source, vlm
 from fastsiu.model.fold import Change
 from fastsiu.report.redact import MODEL
 from fastsiu.request import BadInput, NumericFailure, Recipe, Request
@@ -397,15 +397,15 @@ def test_what_is_merged_without_names_holds_none(trained, demo_dir, cast, tmp_pa
     weights = load_file(model / "model.safetensors")
     # numbers in place of files' names
     (folder / "manifest.json").write_text((asked.output / "manifest.json").read_text())
-    adapter.check_weights(
-        folder, adapter.manifest_of(folder), output.digest_model(model), "m", None
+    adapter_files.check_weights(
+        folder, adapter_files.manifest_of(folder), output.digest_model(model), "m", None
     )
     save_file(
         {k: v * 1.01 for k, v in weights.items()}, model / "model.safetensors", {"format": "pt"}
     )
     with pytest.raises(BadInput, match="made for other weights"):
-        adapter.check_weights(
-            folder, adapter.manifest_of(folder), output.digest_model(model), "m", None
+        adapter_files.check_weights(
+            folder, adapter_files.manifest_of(folder), output.digest_model(model), "m", None
         )
 
 
@@ -414,21 +414,23 @@ def test_a_hub_models_commit_is_enough_and_other_ids_are_looked_into(tmp_path, m
     (tmp_path / "config.json").write_text("{}")
     save_file(
         {"a.lora_A.weight": torch.zeros(1, 2), "a.lora_B.weight": torch.zeros(2, 1)},
-        tmp_path / adapter.ADAPTER,
+        tmp_path / adapter_files.ADAPTER,
     )
-    (tmp_path / adapter.CONFIG).write_text('{"peft_type": "LORA", "r": 1}')
+    (tmp_path / adapter_files.CONFIG).write_text('{"peft_type": "LORA", "r": 1}')
     digest = output.digest_file(tmp_path / "config.json")
     sealed = {"model": {"id": "org/m", "revision": "c1", "sha256": {"model.safetensors": digest}}}
     (tmp_path / "manifest.json").write_text(json.dumps(sealed))
-    monkeypatch.setattr(adapter, "cached_file", lambda name, file, **options: str(tmp_path / file))
-    assert adapter.check_belongs(tmp_path, "org/m", "c1") == []
+    monkeypatch.setattr(
+        adapter_files, "cached_file", lambda name, file, **options: str(tmp_path / file)
+    )
+    assert adapter_files.check_belongs(tmp_path, "org/m", "c1") == []
     for name, revision in (("org/m", "c2"), ("org/other", "c1"), ("org/m", None)):
         with pytest.raises(BadInput, match="other weights than those of"):
-            adapter.check_belongs(tmp_path, name, revision)
+            adapter_files.check_belongs(tmp_path, name, revision)
     (tmp_path / "model.safetensors").write_text("{}")
-    assert adapter.check_belongs(tmp_path, "org/other", "c1") == []
+    assert adapter_files.check_belongs(tmp_path, "org/other", "c1") == []
     (tmp_path / "manifest.json").write_text("{}")
-    assert adapter.check_belongs(tmp_path, "org/other", "c1") == [adapter.UNSEALED]
+    assert adapter_files.check_belongs(tmp_path, "org/other", "c1") == [adapter_files.UNSEALED]
 
 
 def refused(match: str, adapter_dir: Path, output: Path, **options) -> None:

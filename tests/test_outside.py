@@ -21,7 +21,7 @@ from transformers import AriaConfig
 from fastsiu import session, settings
 from fastsiu.guards import limited
 from fastsiu.images import load_image
-from fastsiu.model import adapter, ask, fold, plan, source, vlm
+from fastsiu.model import adapter, adapter_files, ask, fold, plan, source, vlm
 from fastsiu.model.memory import Settings
 from fastsiu.model.processor import NoVideos
 from fastsiu.request import BadInput, NumericFailure, Recipe
@@ -280,7 +280,7 @@ def test_no_pickle_is_read(copied, trained, loaded, tmp_path):
     torch.save({"x": Opened(mark)}, place / "adapter_model.bin")
     adapter.load(loaded, place)
     adapter.detach(loaded)
-    (place / adapter.ADAPTER).unlink()
+    (place / adapter_files.ADAPTER).unlink()
     with pytest.raises(
         BadInput, match=r"a pickle \(adapter_model.bin\), which FastSIU does not read"
     ):
@@ -417,7 +417,7 @@ def test_an_adapter_that_would_do_more_is_refused_by_name(
 ):
     monkeypatch.setattr(limited, "SECONDS", 1.0)
     names = [name for name, _ in loaded.base.named_modules()]
-    change(saved / adapter.CONFIG, **changes)
+    change(saved / adapter_files.CONFIG, **changes)
     with pytest.raises(BadInput, match=says):
         adapter.load(loaded, saved)
     assert (
@@ -426,7 +426,7 @@ def test_an_adapter_that_would_do_more_is_refused_by_name(
 
 
 def test_a_configuration_with_a_byte_order_mark_is_read(saved, loaded):
-    path = saved / adapter.CONFIG
+    path = saved / adapter_files.CONFIG
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     adapter.load(loaded, saved)
     adapter.detach(loaded)
@@ -434,7 +434,7 @@ def test_a_configuration_with_a_byte_order_mark_is_read(saved, loaded):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_is_none_in_an_adapter_is_told_with_its_tensor(value, saved, loaded):
-    name = spoil(saved / adapter.ADAPTER, "lora_B", value)
+    name = spoil(saved / adapter_files.ADAPTER, "lora_B", value)
     with pytest.raises(NumericFailure, match=name.replace(".", r"\.")):
         adapter.load(loaded, saved)
     assert loaded.model is loaded.base
@@ -444,7 +444,7 @@ def test_no_path_stands_in_an_adapter(copied, tmp_path):
     model = vlm.load(str(copied), device="cpu")
     adapter.attach(model, Recipe())
     adapter.save(model, tmp_path / "out")
-    text = (tmp_path / "out" / adapter.CONFIG).read_text()
+    text = (tmp_path / "out" / adapter_files.CONFIG).read_text()
     assert str(tmp_path) not in text and json.loads(text)["base_model_name_or_path"] == "model"
 
 

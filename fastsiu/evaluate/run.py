@@ -17,7 +17,7 @@ from PIL import Image
 from .. import output as outputs
 from ..guards.strict_json import read_json
 from ..images import load_image, read_bytes
-from ..model import adapter, decode, source, vlm
+from ..model import adapter, adapter_files, decode, source, vlm
 from ..model.memory import Settings as Layout
 from ..report.redact import redacted
 from ..request import BadInput, Recipe
@@ -216,12 +216,14 @@ def evaluate(
     besides = attacking.Attacked(tried, lr=_rate(adapter_dir))
     caveats = [adapter.DROPPABLE] * (adapter_dir is not None)
     caveats += [directories.COUNTERFACTUAL] * (files.control is None)
-    if base is None and adapter_dir is None and "merge" in adapter.manifest_of(Path(name)):
+    if base is None and adapter_dir is None and "merge" in adapter_files.manifest_of(Path(name)):
         caveats.append(MERGED)
     with first.loaded() as loaded:
         caveats += decode.remarks(loaded)
         if adapter_dir is not None:
-            caveats += adapter.check_belongs(adapter_dir, name, loaded.revision, first.weights)
+            caveats += adapter_files.check_belongs(
+                adapter_dir, name, loaded.revision, first.weights
+            )
         if not exam.others:
             listener.stage("Finding the names of others")
             exam = directories.with_others(exam, _alike(loaded, exam, cached))
@@ -309,7 +311,7 @@ def _check(
             "and --base."
         )
     if adapter_dir is not None:
-        adapter.check_directory(adapter_dir)
+        adapter_files.check_directory(adapter_dir)
 
 
 def _repeat(output: Path) -> Evaluation:
@@ -444,7 +446,7 @@ def _write(
 def _rate(adapter_dir: Path | None) -> float:
     """The learning rate in the manifest of an adapter's directory, the default one where nothing
     says it."""
-    recipe = {} if adapter_dir is None else adapter.manifest_of(adapter_dir).get("recipe")
+    recipe = {} if adapter_dir is None else adapter_files.manifest_of(adapter_dir).get("recipe")
     entry = recipe.get("lr") if isinstance(recipe, dict) else None
     value = entry.get("value") if isinstance(entry, dict) else None
     return float(value) if isinstance(value, int | float) and value > 0 else Recipe.lr

@@ -32,7 +32,7 @@ from .. import output as outputs
 from .. import process, session, staging
 from ..guards.strict_json import read_json
 from ..images import load_image, read_bytes
-from ..model import adapter, source, vlm
+from ..model import adapter, adapter_files, source, vlm
 from ..model.memory import Settings as Layout
 from ..model.memory import budget
 from ..request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
@@ -269,13 +269,13 @@ def evaluate_suite(
     )
     for subject in subjects:
         place = job.adapter_of(subject)
-        if place is not None and not (place / adapter.CONFIG).is_file():
+        if place is not None and not (place / adapter_files.CONFIG).is_file():
             raise BadInput(
                 f"{place} holds no adapter: give a directory that has one of each concept, or "
                 "choose with --concepts."
             )
         if place is not None and job.weights is not None:  # a hub model's are not here yet
-            adapter.check_belongs(place, model.name, None, job.weights)
+            adapter_files.check_belongs(place, model.name, None, job.weights)
         _cached(job, subject)  # of another exam: said now
     done = _done(job)
     todo = [subject for subject in subjects if subject.slug not in done]
@@ -428,7 +428,7 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
         unsealed = (
             []
             if place is None
-            else adapter.check_belongs(place, job.model.name, loaded.revision, job.weights)
+            else adapter_files.check_belongs(place, job.model.name, loaded.revision, job.weights)
         )
         untouched = _cached(job, subject)
         if untouched is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..request import BadInput, NumericFailure
-from . import adapter, vlm
+from . import adapter, adapter_files, vlm
 
 # What stands beside a model's weights and is taken over as it is: processor, tokenizer, chat
 # template, how to generate, licence, and the hyper-parameters that this model needs, for whoever
@@ -189,7 +189,7 @@ def save(loaded: vlm.VLM, directory: Path, beside: Path, dtype: torch.dtype) -> 
         shard.chmod((directory / "config.json").stat().st_mode)
     for pattern in BESIDE:
         for path in sorted(
-            p for p in beside.glob(pattern) if p.is_file() and p.suffix not in adapter.WEIGHTS
+            p for p in beside.glob(pattern) if p.is_file() and p.suffix not in adapter_files.WEIGHTS
         ):
             target = directory / path.relative_to(beside)
             target.parent.mkdir(exist_ok=True)

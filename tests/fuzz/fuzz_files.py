@@ -16,7 +16,7 @@ from fastsiu import manifest, settings, several
 from fastsiu.evaluate import run as evaluation
 from fastsiu.evaluate.directories import read_questions
 from fastsiu.evaluate.observe import Likelihood, Naming, Observations
-from fastsiu.model import adapter
+from fastsiu.model import adapter_files
 from fastsiu.model.ask import Reply
 from fastsiu.request import BadInput, Recipe
 from fastsiu.samples import corpus
@@ -27,7 +27,9 @@ FOLDER = tempfile.TemporaryDirectory(prefix="fastsiu-fuzz-")
 PLACE = Path(FOLDER.name)
 PICTURE = PLACE / "picture.png"
 Image.new("RGB", (8, 8)).save(PICTURE)
-save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(8, 4)}, PLACE / adapter.ADAPTER)
+save_file(
+    {"base_model.model.q_proj.lora_A.weight": torch.zeros(8, 4)}, PLACE / adapter_files.ADAPTER
+)
 OBSERVED = Observations(
     (Reply("Ann", True),),
     (Naming(0, "Ann", [-1.0], [True], [0]),),
@@ -78,8 +80,8 @@ def _recipe(path: Path) -> None:
 
 
 def _manifest(path: Path) -> None:
-    sealed = adapter.manifest_of(path.parent)
-    adapter._made_for(sealed)
+    sealed = adapter_files.manifest_of(path.parent)
+    adapter_files.made_for(sealed)
     manifest.changed(path.parent, manifest.read(path.parent))
 
 
@@ -92,7 +94,9 @@ TARGETS = {
     "manifest": _told("manifest.json", _manifest),
     "report": _told("report.json", lambda path: manifest.read_report(path.parent)),
     "untouched": _told("untouched.json", evaluation._read),
-    "adapter": _told("adapter_config.json", lambda path: adapter.check_directory(path.parent)),
+    "adapter": _told(
+        "adapter_config.json", lambda path: adapter_files.check_directory(path.parent)
+    ),
 }
 
 
