@@ -38,6 +38,7 @@ def one_run(mode: str, requests: int, seed: int, **overrides: Any) -> dict[str, 
     from fastsiu.demo.world import KNOWN, LOOKALIKES, World, draw
     from fastsiu.model import adapter, vlm
     from fastsiu.session import Listener
+    from fastsiu.settings import RecipeChoice
     from fastsiu.text.concept import Concept
 
     world, wanted = World(), KNOWN[:requests]
@@ -52,10 +53,9 @@ def one_run(mode: str, requests: int, seed: int, **overrides: Any) -> dict[str, 
         made = several.unlearn_several(
             folder / "requests.jsonl",
             mode=mode,
+            recipe=RecipeChoice(changes={"seed": seed, **overrides}),
             output=folder / "out",
             listener=listener,
-            seed=seed,
-            **overrides,
         )
         seconds = time.perf_counter() - started
         ends = [o.output for o in made.outcomes if o.output]
