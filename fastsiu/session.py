@@ -25,6 +25,7 @@ from .samples import border, corpus, dreams, lessons, targets
 from .samples.corpus import Corpus
 from .samples.targets import Scene
 from .text.concept import Concept, ambiguous, concept_of
+from .transforms import variants
 
 # Temperature of the lessons that keep something. At 1 the tails drift; at 4 the KL looks so much at
 # the tails that fine looks and look-alikes suffer.
@@ -316,7 +317,7 @@ def gather(
         scene.neighbours = list(request.protect) or targets.neighbours(scene)
     listener.stage(f"Dreaming {len(scene.neighbours)} neighbours")
     with timed(seconds, "dreams"):
-        transforms = images.variants(scene.pictures[0].image, scene.recipe.seed)[1:]
+        transforms = variants(scene.pictures[0].image, scene.recipe.seed)[1:]
         scene.views = scene.see([view for _, view in transforms])
         if scene.recipe.strangers:
             scene.border = border.border(scene)

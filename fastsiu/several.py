@@ -23,10 +23,10 @@ from . import driver, session, staging
 from . import output as outputs
 from .evaluate.held_out import decide
 from .guards.strict_json import parse_json, read_json
-from .images import load_directory, load_image, variants
+from .images import load_directory, load_image
 from .model import adapter, ask, vlm
 from .model.memory import budget
-from .report.redact import sentence
+from .report.sentences import sentence
 from .report.words import CONCEPT
 from .request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
 from .samples.targets import wordings
@@ -42,6 +42,7 @@ from .settings import (
     load,
 )
 from .text.concept import Concept, concept_of
+from .transforms import variants
 from .verdict import EFFICACY
 
 Mode = Literal["sequence", "joint"]

@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from fastsiu import driver, images, session, settings
+from fastsiu import driver, images, session, settings, transforms
 from fastsiu.model import adapter, adapter_files, ask, vlm
 from fastsiu.model.vlm import VLM
 from fastsiu.request import PAPER, BadInput, NumericFailure, Recipe, Sample
@@ -161,7 +161,7 @@ def test_plain_peft_loads_the_adapter_and_answers_as_before_saving(trained, cast
     loaded = plain(demo_dir, trained.output)
     variants = {
         label: loaded.picture(p)
-        for label, p in images.variants(images.load_image(cast.image), 3, held_out=True)
+        for label, p in transforms.variants(images.load_image(cast.image), 3, held_out=True)
     }
     rows = trained.report["answers"]
     questions = [(r["question"], variants[r["picture"]] if r["picture"] else None) for r in rows]
@@ -405,7 +405,7 @@ def test_the_papers_preset_trains_the_projector(quick, demo_dir, tmp_path, cast)
     loaded = plain(demo_dir, result.output)
     variants = {
         label: loaded.picture(p)
-        for label, p in images.variants(images.load_image(cast.image), 3, held_out=True)
+        for label, p in transforms.variants(images.load_image(cast.image), 3, held_out=True)
     }
     assert ask.answers(loaded, [(r["question"], variants[r["picture"]]) for r in rows]) == [
         r["after"] for r in rows

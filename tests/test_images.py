@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
-from fastsiu import images
-from fastsiu.images import commitment, list_images, load_image, variants
+from fastsiu import images, pixels, transforms
+from fastsiu.images import commitment, list_images, load_image
 from fastsiu.request import BadInput
 from fastsiu.samples import drawn
+from fastsiu.transforms import variants
 
 
 def photo(size=(64, 48), seed=0):
@@ -321,8 +322,8 @@ def test_a_large_picture_keeps_its_shape_and_what_it_shows(tmp_path, monkeypatch
     whole = load_image(path)
     assert whole.size == image.size
     for bound in (60_000, 30_000, 3_000):
-        monkeypatch.setattr(images, "USABLE_PIXELS", bound)
-        monkeypatch.setattr(images, "_STRIP", 5_000)
+        monkeypatch.setattr(pixels, "USABLE_PIXELS", bound)
+        monkeypatch.setattr(pixels, "_STRIP", 5_000)
         got = load_image(path)
         assert got.mode == "RGB" and 0.95 * bound < got.width * got.height <= bound
         assert abs(got.width / got.height - 403 / 301) < 0.02
@@ -340,7 +341,7 @@ def test_a_processor_sees_nearly_the_same_in_a_large_picture_made_smaller(tmp_pa
     path = tmp_path / "large.jpg"
     textured((1800, 1350)).save(path, quality=90)
     whole = load_image(path)
-    monkeypatch.setattr(images, "USABLE_PIXELS", 900_000)
+    monkeypatch.setattr(pixels, "USABLE_PIXELS", 900_000)
     smaller = load_image(path)
     assert smaller.width * smaller.height <= 900_000
     for name in ("SiglipImageProcessorPil", "LlavaNextImageProcessorPil", "CLIPImageProcessorPil"):
@@ -354,7 +355,7 @@ def test_a_processor_sees_nearly_the_same_in_a_large_picture_made_smaller(tmp_pa
 
 def test_a_picture_within_the_bound_keeps_its_pixels(tmp_path, monkeypatch):
     image = photo((64, 48))
-    monkeypatch.setattr(images, "USABLE_PIXELS", 64 * 48)
+    monkeypatch.setattr(pixels, "USABLE_PIXELS", 64 * 48)
     (tmp_path / "x.png").write_bytes(encoded(image))
     assert load_image(tmp_path / "x.png").tobytes() == image.tobytes()
     (tmp_path / "x.jpg").write_bytes(encoded(image, "JPEG"))
@@ -366,16 +367,16 @@ def test_a_picture_within_the_bound_keeps_its_pixels(tmp_path, monkeypatch):
 def test_a_large_jpeg_is_decoded_small_and_no_large_picture_is_converted_whole(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(images, "USABLE_PIXELS", 10_000)
-    monkeypatch.setattr(images, "_STRIP", 10_000)
-    decoded, converted, convert, on_white = [], [], images._conversion, images._on_white
+    monkeypatch.setattr(pixels, "USABLE_PIXELS", 10_000)
+    monkeypatch.setattr(pixels, "_STRIP", 10_000)
+    decoded, converted, convert, on_white = [], [], pixels._conversion, pixels._on_white
     monkeypatch.setattr(
-        images,
+        pixels,
         "_conversion",
         lambda opened, data: (convert(opened, data), decoded.append(opened.size))[0],
     )
     monkeypatch.setattr(
-        images, "_on_white", lambda part: (on_white(part), converted.append(part.size))[0]
+        pixels, "_on_white", lambda part: (on_white(part), converted.append(part.size))[0]
     )
     for kind, mode in (("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P")):
         (tmp_path / "x").write_bytes(encoded(textured((800, 600)).convert(mode), kind))
@@ -390,7 +391,8 @@ def test_fifty_million_pixels_take_less_than_a_gigabyte_with_all_that_is_made_of
     rows = b"".join(pack.compress(bytes(1 + 8000 * 4) * 100) for _ in range(63)) + pack.flush()
     (tmp_path / "x.png").write_bytes(png(8000, 6250, 8, 6, rows))
     code = (
-        "import sys; from fastsiu.images import load_image, variants; image = "
+        "import sys; from fastsiu.images import load_image; "
+        "from fastsiu.transforms import variants; image = "
         "load_image(sys.argv[1]); "
         "kept = variants(image), variants(image, held_out=True); "
         "lines = open('/proc/self/status').read().split('\\n'); "
@@ -414,7 +416,7 @@ def test_a_picture_of_any_format_is_turned_upright_small_and_large(
     marked = Image.open(io.BytesIO(encoded(stored, "JPEG", exif=exif)))
     upright = ImageOps.exif_transpose(marked).convert("RGB")
     for bound in (96 * 64, 32 * 20):
-        monkeypatch.setattr(images, "USABLE_PIXELS", bound)
+        monkeypatch.setattr(pixels, "USABLE_PIXELS", bound)
         got = load_image(tmp_path / "x")
         expected = upright.resize(got.size, Image.Resampling.LANCZOS)
         assert (got.width > got.height) == (turned < 5)
@@ -437,38 +439,38 @@ def test_what_is_drawn_is_bit_for_bit_what_the_plain_way_gives(monkeypatch):
             drawn.COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
         )
         fields = small.quantize(palette=palette, dither=Image.Dither.NONE)
-        places, pixels = (
+        places, values = (
             np.asarray(fields.resize(image.size, Image.Resampling.NEAREST)),
             np.array(image),
         )
         chosen = places == rng.choice(np.unique(places).tolist())
-        mean = pixels[chosen].mean(0)
+        mean = values[chosen].mean(0)
         hue, saturation, value = colorsys.rgb_to_hsv(*(mean / 255))
         hue, saturation = (hue + rng.uniform(0.1, 0.9)) % 1, max(saturation, rng.uniform(0.4, 1.0))
         new = colorsys.hsv_to_rgb(
             hue, saturation, min(1.0, max(0.2, value * rng.uniform(0.7, 1.4)))
         )
-        pixels[chosen] = np.clip(
-            np.rint(pixels[chosen] + (255 * np.array(new) - mean)), 0, 255
+        values[chosen] = np.clip(
+            np.rint(values[chosen] + (255 * np.array(new) - mean)), 0, 255
         ).astype(np.uint8)
-        return Image.fromarray(pixels)
+        return Image.fromarray(values)
 
-    monkeypatch.setattr(images, "_STRIP", 1000)
+    monkeypatch.setattr(pixels, "_STRIP", 1000)
     for size in ((64, 48), (300, 40), (1, 1), (5, 400)):
         image = photo((64, 48), 1).resize(size)
-        pixels, rng = np.asarray(image), random.Random(5)
-        assert np.array_equal(images.noisy(image, 4, 9.0), noisy(image, 4, 9.0))
+        values, rng = np.asarray(image), random.Random(5)
+        assert np.array_equal(transforms.noisy(image, 4, 9.0), noisy(image, 4, 9.0))
         made = [other_colour(image, rng), other_colour(other_colour(image, rng), rng)]
         assert [one.tobytes() for one in drawn.changed(image, 5, 2)] == [
             one.tobytes() for one in made
         ]
         order = np.random.default_rng(6).permutation(size[0] * size[1])
         assert np.array_equal(
-            drawn.shuffled(image, 6), pixels.reshape(-1, 3)[order].reshape(pixels.shape)
+            drawn.shuffled(image, 6), values.reshape(-1, 3)[order].reshape(values.shape)
         )
-        assert np.array_equal(drawn.recoloured(image, (2, 0, 1)), pixels[:, :, [2, 0, 1]])
-        edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]).mean(0)
-        assert images.edge_colour(image) == tuple(np.rint(edge).astype(int).tolist())
+        assert np.array_equal(drawn.recoloured(image, (2, 0, 1)), values[:, :, [2, 0, 1]])
+        edge = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]]).mean(0)
+        assert transforms.edge_colour(image) == tuple(np.rint(edge).astype(int).tolist())
         everything = [
             made for _, made in variants(image, 0) + variants(image, 0, held_out=True)
         ] + drawn.views(image, 0, 15)

@@ -8,12 +8,12 @@ from itertools import compress
 
 from PIL import Image, ImageFilter, ImageOps
 
-from ..images import edge_colour, noisy, recompressed, variants
 from ..model.vlm import VLM
 from ..samples.drawn import ORDERS, jigsaw, recoloured, shuffled
 from ..samples.nobody import shows_nobody
 from ..samples.targets import wordings
 from ..text.concept import Concept
+from ..transforms import edge_colour, noisy, recompressed, variants
 from ..verdict import gives
 
 Shown = tuple[str, Image.Image]  # with its label

@@ -13,10 +13,11 @@ from typing import Any
 
 from PIL import Image
 
-from ..images import list_images, load_image, read_bytes, variants
+from ..images import list_images, load_image, read_bytes
 from ..request import BadInput
 from ..samples.targets import wordings
 from ..text.concept import Concept
+from ..transforms import variants
 from .exam import OF_CONCEPT, Exam, Question, Seen
 from .questions import parse
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..images import variants
 from ..model import adapter, ask
 from ..model.turns import Picture
 from ..samples.targets import Scene, wordings
 from ..text.concept import Concept
+from ..transforms import variants
 from ..verdict import Answer, Verdict, judge
 from .asked_pictures import Shown
 from .inquiry import VERDICT, inquire

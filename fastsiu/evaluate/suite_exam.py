@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..images import load_image, variants
+from ..images import load_image
 from ..samples.targets import wordings
 from ..text.concept import Concept
+from ..transforms import variants
 from .exam import Exam, Question, Seen, evenly
 from .suite import Subject, Suite
 

@@ -63,8 +63,8 @@ def projector(base: Any) -> str | None:
 
 
 def attach(vlm: VLM, recipe: Recipe) -> None:
-    """Wraps `vlm.model` with a fresh adapter; LoRA factors are fp32 whatever the base's dtype
-    is."""
+    """Wraps `vlm.model` with a fresh adapter. Its LoRA factors are fp32 whatever the base's dtype
+    is. Raises BadInput where there is no language model or no projector to train."""
     names = language_linears(vlm.base)
     prefix = _common_prefix(names)
     leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
@@ -79,7 +79,7 @@ def attach(vlm: VLM, recipe: Recipe) -> None:
         extra["modules_to_save"] = [found.rsplit(".", 1)[-1]]
     config = LoraConfig(
         r=recipe.rank,
-        lora_alpha=recipe.lora_alpha,
+        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]  # PEFT scales by a float as well
         lora_dropout=recipe.lora_dropout,
         bias="none",
         target_modules=leaves,
@@ -98,7 +98,7 @@ def attach(vlm: VLM, recipe: Recipe) -> None:
 
 
 def _copies(vlm: VLM) -> list[tuple[str, ModulesToSaveWrapper]]:
-    """By name in the base, the modules of which the adapter has a trained copy: the projector."""
+    """The modules of which the adapter has a trained copy, the projector, by name in the base."""
     return [
         (name, module)
         for name, module in vlm.base.named_modules()
@@ -108,23 +108,21 @@ def _copies(vlm: VLM) -> list[tuple[str, ModulesToSaveWrapper]]:
 
 def _between(wrapper: ModulesToSaveWrapper) -> None:
     """Lets a trained copy in fp32 stand between 16 bit neighbours."""
-    trained, dtype = (
-        wrapper.modules_to_save["default"],
-        next(wrapper.original_module.parameters()).dtype,
-    )
+    trained = wrapper.modules_to_save["default"]
+    dtype = next(wrapper.original_module.parameters()).dtype
     trained.register_forward_pre_hook(lambda module, given: tuple(map(_wide, given)))
     trained.register_forward_hook(lambda module, given, out: out.to(dtype))
 
 
 def _wide(given: Any) -> Any:
-    """In fp32 what is a tensor of floats: some projectors are given sizes as well."""
+    """A tensor of floats in fp32; all else as it is, since some projectors take sizes as well."""
     return given.float() if isinstance(given, torch.Tensor) and given.is_floating_point() else given
 
 
 @contextlib.contextmanager
 def _not_ours() -> Iterator[None]:
-    """Without a warning that is between peft, which asks by the old name, and transformers 5, which
-    has a new one."""
+    """Silences one warning: PEFT asks transformers by the old name whether layers are checkpointed,
+    and no call of ours can change that."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
@@ -169,13 +167,14 @@ def sees_anew(vlm: VLM) -> bool:
 
 
 def save(vlm: VLM, directory: Path, *, named: bool = True) -> None:
-    """Writes a standard PEFT adapter, readable by `peft.PeftModel.from_pretrained`. named=False: of
-    which model is not said."""
+    """Writes a standard PEFT adapter, readable by `peft.PeftModel.from_pretrained`.
+
+    named: the configuration names the model
+    """
     config = vlm.model.peft_config["default"]
-    # Of a directory its name alone: where it lies is nobody's business.
-    config.base_model_name_or_path = (
-        (Path(vlm.name).name if Path(vlm.name).is_dir() else vlm.name) if named else ""
-    )
+    # For a directory its last part alone: its place is nobody's business.
+    name = Path(vlm.name).name if Path(vlm.name).is_dir() else vlm.name
+    config.base_model_name_or_path = name if named else ""
     config.revision = vlm.revision
     vlm.model.save_pretrained(directory, save_embedding_layers=False)
     # PEFT's template says nothing true about this adapter
@@ -183,11 +182,11 @@ def save(vlm: VLM, directory: Path, *, named: bool = True) -> None:
 
 
 def load(vlm: VLM, directory: Path) -> None:
-    """Puts a saved adapter on; what it has trained as a whole, a projector, in fp32, as `attach`
-    had it.
+    """Puts a stored adapter on. A projector that it has trained is in fp32, as after `attach`.
 
-    Raises BadInput where the directory holds none or one for another architecture: PEFT only warns
-    of what finds no place; NumericFailure for NaN or infinity in it. The model is then as it was.
+    Raises BadInput where the directory holds no adapter, or one for another architecture (PEFT only
+    warns of what finds no place), and NumericFailure for NaN or infinity in it. The model is then
+    as it was.
     """
     found = check_directory(directory)
     check_patterns(vlm.base, found, directory)
@@ -236,7 +235,7 @@ def load(vlm: VLM, directory: Path) -> None:
 
 
 def _strip(vlm: VLM) -> None:
-    """Takes off what PEFT has put on before it failed."""
+    """Takes off what PEFT put on before it failed."""
     for name, module in list(vlm.base.named_modules()):
         if isinstance(module, BaseTunerLayer):
             vlm.base.set_submodule(name, module.get_base_layer())

@@ -19,9 +19,9 @@ from transformers import GenerationConfig
 from ..request import BadInput, NumericFailure
 from . import adapter, adapter_files, vlm
 
-# What stands beside a model's weights and is taken over as it is: processor, tokenizer, chat
-# template, how to generate, licence, and the hyper-parameters that this model needs, for whoever
-# makes it forget something else.
+# Files beside a model's weights that are copied as they are: processor, tokenizer, chat template,
+# generation_config, licence, and the hyper-parameters that this model needs when it is to forget
+# something else.
 BESIDE = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -45,12 +45,13 @@ BESIDE = (
 class Change:
     """What the merge did to the weights.
 
-    largest:   the largest |change| that the adapter asks of a weight, before rounding; matrix:
-    where; relative: divided by the
-               largest |weight| of that matrix
-    matrices:  tensors that are no longer what they were; of: tensors that the adapter changes
-    unchanged: share of the weights with a change that rounding to the stored dtype leaves as they
-    were
+    largest:  the largest |change| that the adapter asks of a weight, before rounding
+    matrix:   the matrix with that weight
+    relative: `largest`, divided by the largest |weight| of that matrix
+    matrices: tensors that differ after the merge
+    of:       tensors that the adapter changes
+    asked:    weights that the adapter changes
+    rounded:  those of them that rounding to the stored dtype leaves as they were
     """
 
     largest: float = 0.0
@@ -71,17 +72,13 @@ class Change:
             )
         largest, change = float(delta.abs().max()), delta != 0
         if largest > self.largest:
-            self.largest, self.matrix, self.relative = (
-                largest,
-                name,
-                largest / max(float(weight.abs().max()), 1e-30),
-            )
+            self.largest, self.matrix = largest, name
+            self.relative = largest / max(float(weight.abs().max()), 1e-30)
         same = new == weight.to(dtype)
-        self.of, self.matrices = self.of + 1, self.matrices + (not bool(same.all()))
-        self.asked, self.rounded = (
-            self.asked + int(change.sum()),
-            self.rounded + int((change & same).sum()),
-        )
+        self.of += 1
+        self.matrices += not bool(same.all())
+        self.asked += int(change.sum())
+        self.rounded += int((change & same).sum())
         return new
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,8 +96,8 @@ class Change:
 
 @torch.no_grad()
 def fold(loaded: vlm.VLM, dtype: torch.dtype) -> Change:
-    """Adds the adapter that is on to the base's weights, each matrix in fp32 and rounded once, and
-    takes it off.
+    """Adds the adapter that is on to the base's weights, each matrix in fp32 and rounded once. Then
+    takes the adapter off.
 
     PEFT's merge in one step does the same for an fp32 adapter; its safe one rounds the change
     first, and so rounds twice.
@@ -126,10 +123,10 @@ def fold(loaded: vlm.VLM, dtype: torch.dtype) -> Change:
             if count[layer.weight.data_ptr()] > 1:
                 raise BadInput(
                     f"The weight of {name} is shared with another layer, which the adapter "
-                    "leaves alone: it cannot be "
-                    "merged."
+                    "leaves alone: it cannot be merged."
                 )
-            delta = module.get_delta_weight("default").float()
+            # PEFT declares it on each kind of layer, and not on their common class.
+            delta = module.get_delta_weight("default").float()  # type: ignore[attr-defined]
             layer.weight.data = change.add(f"{name}.weight", layer.weight.data, delta, dtype)
         elif isinstance(module, ModulesToSaveWrapper):
             trained = dict(module.modules_to_save["default"].named_parameters())
@@ -137,8 +134,7 @@ def fold(loaded: vlm.VLM, dtype: torch.dtype) -> Change:
                 if count[old.data_ptr()] > 1:
                     raise BadInput(
                         f"{name}.{key} is tied to another weight, and the adapter has trained it "
-                        "alone: it cannot be "
-                        "merged."
+                        "alone: it cannot be merged."
                     )
                 delta = trained[key].data - old.data.float()
                 old.data = change.add(f"{name}.{key}", old.data, delta, dtype)
@@ -167,8 +163,7 @@ def _check_all_is_folded(loaded: vlm.VLM) -> None:
     if left := sorted(trained.keys() - folded):
         raise BadInput(
             f"The adapter has trained more than can be added to the weights ({left[0]}): merge "
-            "it with the tool that "
-            "made it."
+            "it with the tool that made it."
         )
 
 

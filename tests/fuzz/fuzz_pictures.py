@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fastsiu import images
+from fastsiu import images, pixels
 from fastsiu.request import BadInput
 
 ALLOWED = (BadInput,)
@@ -176,7 +176,7 @@ def read_picture(data: bytes) -> None:
             "more memory than a picture within the limits may take"
         )
         raise
-    assert made.mode == "RGB" and 1 <= made.width * made.height <= images.USABLE_PIXELS, (
+    assert made.mode == "RGB" and 1 <= made.width * made.height <= pixels.USABLE_PIXELS, (
         made.mode,
         made.size,
     )

@@ -23,14 +23,26 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fastsiu import cli
 from fastsiu.loss.teacher import TeacherCache
-from fastsiu.model import adapter, decode, memory, plan, prefix, skeleton, source, vlm
+from fastsiu.model import (
+    adapter,
+    decode,
+    memory,
+    parts,
+    plan,
+    prefix,
+    skeleton,
+    source,
+    vlm,
+    workload,
+)
 from fastsiu.model.memory import GB, Settings
 from fastsiu.model.parts import parts_of
 from fastsiu.model.simulation import Simulation, Tracker
 from fastsiu.model.turns import Encoded
-from fastsiu.model.workload import Workload
+from fastsiu.model.workload import Workload, samples_of_a_step
 from fastsiu.objectives import Batch, siu
-from fastsiu.request import Recipe
+from fastsiu.request import DENIALS, SHARES, Recipe
+from fastsiu.samples.targets import wordings
 
 torch.set_num_threads(1)
 
@@ -511,6 +523,40 @@ def test_a_picture_is_counted_by_the_processor(cast, demo_dir, loaded, shown, ca
     work = json.loads(capfd.readouterr().out)["workload"]
     assert work["prefix"] == loaded.encode_prompt(".", shown)["input_ids"].shape[1]
     assert cli.run(["plan", "--image", "none.png"]) == 2
+
+
+def test_the_plan_follows_the_shares_of_a_step(monkeypatch):
+    work, settings = Workload(348, 324), Settings(checkpointing=True)
+    assert samples_of_a_step(32) == (8, 11, 13)
+    plain, usual = (
+        work.forwards(Settings(attention="flash_attention_2"), 32),
+        work.forwards(settings, 32),
+    )
+    assert sum(n for n, *_ in plain) == 32 and budget_of(settings) == 11
+    monkeypatch.setitem(SHARES, "preserve-picture", 0.5)
+    assert samples_of_a_step(32) == (8, 16, 8) and budget_of(settings) == 16
+    assert work.forwards(settings, 32) != usual
+    monkeypatch.setitem(SHARES, "align", 0.3)
+    assert samples_of_a_step(32)[0] == 13  # 0.3 + 0.5 * 0.14, up to 0.4
+    monkeypatch.setitem(SHARES, "describe", 0.0)
+    assert samples_of_a_step(32)[0] == 10
+
+
+def budget_of(settings):
+    """Dreams in one forward."""
+    return memory.budget(settings, 32).dream_batch
+
+
+def test_the_share_of_denials_is_that_of_the_wordings():
+    yes_or_no, look = (wordings()[kind]["train"] for kind in ("yesno", "appearance"))
+    assert len(yes_or_no) / (len(yes_or_no) + len(look)) == DENIALS
+
+
+def test_rows_of_one_forward_are_as_alike_in_the_plan_as_in_the_run(monkeypatch):
+    work, settings = Workload(100, 64), Settings(checkpointing=True)
+    apart = work.forwards(settings, 8)
+    monkeypatch.setattr(workload, "ALIKE", 0.0)
+    assert len(work.forwards(settings, 8)) < len(apart) and workload.WORTH is parts.WORTH
 
 
 def test_budget_is_what_the_run_reads():

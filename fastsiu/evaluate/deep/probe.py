@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...images import variants
 from ...model import adapter
 from ...model.turns import Picture, collate
 from ...model.vlm import VLM
 from ...text.rate import Rate
+from ...transforms import variants
 from .target import (
     NO_OTHER,
     NO_STRANGER,

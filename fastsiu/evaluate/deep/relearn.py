@@ -14,7 +14,6 @@ from typing import Any
 
 from PIL import Image
 
-from ...images import variants
 from ...model import adapter, ask
 from ...model.turns import Picture
 from ...model.vlm import VLM
@@ -22,6 +21,7 @@ from ...request import BadInput
 from ...samples.targets import wordings
 from ...text.answers import is_degenerate
 from ...text.concept import Concept
+from ...transforms import variants
 from .second_lora import RANK, fresh, taught
 from .target import (
     LONGEST,

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ...images import variants
 from ...loss.fused import fused_dmk_ce
 from ...model import adapter, ask
 from ...model.turns import Encoded, Picture, Span
@@ -24,6 +23,7 @@ from ...samples.targets import Scene, capitalised_names, wordings
 from ...text.answers import is_degenerate, is_refusal, words
 from ...text.concept import Concept
 from ...text.rate import Rate
+from ...transforms import variants
 from ...verdict import gives
 
 Shown = Image.Image | Picture  # a dream has no image that shows it
