@@ -19,7 +19,8 @@ from .guards.terminal import visible
 from .merge import Merged
 from .model.plan import Plan
 from .output import KEY
-from .report.words import REMAINS, REMAINS_MERGED, attacked, inside, standing
+from .report.summary import attacked, inside, standing
+from .report.words import REMAINS, REMAINS_MERGED
 from .samples.corpus import Corpus
 from .samples.targets import Scene
 from .session import Listener

@@ -9,18 +9,16 @@ from typing import Any
 from .words import GONE, KEPT
 
 WIDTH, HEIGHT = 320.0, 240.0  # of the forget/retain plot, in SVG units
-# shares at its edges: room around 0 and 100 %, so that what lies there can be seen
-LOW, HIGH = (
-    -0.05,
-    1.07,
-)
+# Shares at the edges of the plot: room around 0 and 100 %, so that points there can be seen.
+LOW, HIGH = -0.05, 1.07
+# Measure -> the metric of an evaluation that stands for it.
 ROW_OF = {
     "efficacy": "efficacy",
     "generality": "generality",
     "specificity": "others",
     "facts": "facts",
 }
-# where a row has nothing nearer
+# Measure -> the metric whose remainder (1 - share) stands for it where the row has no better one.
 NOT_NAMED = {
     "efficacy": "name_fpr",
     "generality": "name_fpr",
@@ -29,15 +27,15 @@ NOT_NAMED = {
 
 
 def untouched_alone(report: Mapping[str, Any]) -> bool:
-    """Whether nothing was unlearned: an evaluation of one model, which is the untouched one."""
+    """Is it an evaluation of the untouched model alone, so that nothing was unlearned?"""
     return not report.get("verdict") or ("rows" in report and "unlearned" not in report["rows"])
 
 
 def sides(report: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """{"untouched" | "unlearned" | "control": {measure: rate}} from what the verdict saw, else from
-    an evaluation's rows."""
+    """{"untouched" | "unlearned" | "control": {measure: rate}}, from the verdict's rates where it
+    has them, else from the rows of an evaluation."""
     rows = report.get("rows") or {}
-    found = {}
+    out = {}
     for who, side in (("untouched", "before"), ("unlearned", "after"), ("control", None)):
         row = rows.get(who) or {}
         of = {kind: row[key] for kind, key in ROW_OF.items() if row.get(key)}
@@ -47,47 +45,49 @@ def sides(report: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
                 for kind, key in NOT_NAMED.items()
                 if _value(of.get(kind)) is None and row.get(key)
             }
-        found[who] = of | dict((report.get(side) or {}) if side else {})
-    return found
+        out[who] = of | dict((report.get(side) or {}) if side else {})
+    return out
 
 
 def trade_off(report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The forget/retain plot: x is what is kept, y how far the name is gone, each at the
-    requirement that is met with the least margin, so that a point is inside the box where all of
-    them are met. None where nothing was unlearned or asked.
+    """The forget/retain plot; None where nothing was unlearned or asked.
 
-    {"gone", "kept": the two measures, "box": (x, y, width, height) or None, "points": [{who, x, y,
-    at, bars}]}, x None where only y is known, bars the 95 % intervals as lines (x1, y1, x2, y2);
-    all in units of `WIDTH` x `HEIGHT`
+    x is the share that is kept, y the share for which the name is gone. Each axis shows the measure
+    that meets its requirement with the least margin, so a point is inside the box where every
+    requirement is met.
+
+    Returns a dict, with lengths in units of `WIDTH` x `HEIGHT`:
+        gone, kept     the two measures
+        box            (x, y, width, height) or None
+        points         [{who, kept, gone, x, y, bars}]; x is False where only y is known; bars are
+                       the 95 % intervals as lines (x1, y1, x2, y2)
+        ticks          [(text, x, y)]
+        width, height  of the plot
+        least          (requirement for kept, requirement for gone)
     """
     if untouched_alone(report):
         return None
     of, limits = sides(report), report.get("thresholds") or {}
-    margin = lambda kind: _value(of["unlearned"][kind]) - limits.get(kind, 1.0)
-    gone, kept = (
-        min(
-            (k for k in kinds if _value(of["unlearned"].get(k)) is not None),
-            key=margin,
-            default=None,
-        )
-        for kinds in (GONE, KEPT)
-    )
+    gone = _nearest(of["unlearned"], limits, GONE)
+    kept = _nearest(of["unlearned"], limits, KEPT)
     if gone is None or kept is None:
         return None
     points = []
     for who, rates in of.items():
-        y, x = rates.get(gone), rates.get(kept)
-        if _value(y) is not None and (_value(x) is not None or who == "control"):
-            points.append(
-                {
-                    "who": who,
-                    "kept": _value(x),
-                    "gone": _value(y),
-                    "x": _value(x) is not None and _x(_value(x)),
-                    "y": _y(_value(y)),
-                    "bars": _bars(x, y) if who == "unlearned" else [],
-                }
-            )
+        x, y = _value(rates.get(kept)), _value(rates.get(gone))
+        if y is None or (x is None and who != "control"):
+            continue
+        bars = _bars(rates[kept], rates[gone]) if who == "unlearned" else []
+        points.append(
+            {
+                "who": who,
+                "kept": x,
+                "gone": y,
+                "x": x is not None and _x(x),
+                "y": _y(y),
+                "bars": bars,
+            }
+        )
     box = None
     if gone in limits and kept in limits:
         box = (_x(limits[kept]), 0.0, WIDTH - _x(limits[kept]), _y(limits[gone]))
@@ -106,10 +106,28 @@ def trade_off(report: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
+def _nearest(
+    rates: Mapping[str, Mapping[str, Any]], limits: Mapping[str, float], kinds: Sequence[str]
+) -> str | None:
+    """The measure that meets its requirement with the least margin; None where none has a value."""
+    margins = {
+        kind: value - limits.get(kind, 1.0)
+        for kind in kinds
+        if (value := _value(rates.get(kind))) is not None
+    }
+    return min(margins, key=lambda kind: margins[kind], default=None)
+
+
 def chart(
     training: Sequence[Mapping[str, Any]], names: Sequence[str], top: float | None = None
 ) -> dict[str, Any] | None:
-    """Polylines in a box of 300 x 120 units; points that are missing or not finite are left out."""
+    """Polylines in a box of 300 x 120 units, or None without any; points that are missing or not
+    finite are left out.
+
+    training: a dict for each step
+    names:    keys of those dicts, a line for each
+    top:      the least upper end of the vertical axis; None is the largest value
+    """
     series = {}
     for name in names:
         points = [
@@ -159,7 +177,7 @@ def _value(rate: Mapping[str, Any] | None) -> float | None:
 
 
 def _less(rate: Mapping[str, Any]) -> dict[str, Any]:
-    """The share of the others: of answers without where `rate` is of those with."""
+    """The remaining share: of answers without, where `rate` is of answers with."""
     return dict(rate) if _value(rate) is None else {"value": 1 - rate["value"], "n": rate.get("n")}
 
 
@@ -171,12 +189,12 @@ def _y(share: float) -> float:
     return HEIGHT * (HIGH - share) / (HIGH - LOW)
 
 
-def _bars(
-    x: Mapping[str, Any] | None, y: Mapping[str, Any] | None
-) -> list[tuple[float, float, float, float]]:
+def _bars(x: Mapping[str, Any], y: Mapping[str, Any]) -> list[tuple[float, float, float, float]]:
+    """The 95 % intervals of a point as lines (x1, y1, x2, y2); both rates have a value."""
+    across, up = _x(x["value"]), _y(y["value"])
     lines = []
-    if x and x.get("low") is not None:
-        lines.append((_x(x["low"]), _y(_value(y)), _x(x["high"]), _y(_value(y))))
-    if y and y.get("low") is not None:
-        lines.append((_x(_value(x)), _y(y["low"]), _x(_value(x)), _y(y["high"])))
+    if x.get("low") is not None:
+        lines.append((_x(x["low"]), up, _x(x["high"]), up))
+    if y.get("low") is not None:
+        lines.append((across, _y(y["low"]), across, _y(y["high"])))
     return lines

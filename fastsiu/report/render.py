@@ -1,4 +1,4 @@
-"""From the report's dictionary to HTML and Markdown; a pure function of its input.
+"""From a report's dictionary to HTML and Markdown; pure.
 
 Names and answers come from users and models, so every text is escaped: by Jinja2 in HTML, by
 `_markdown` in Markdown.
@@ -22,6 +22,7 @@ from ..request import BadInput
 from ..text.answers import affirms, same_answer
 from ..text.concept import Concept
 from .plot import chart, sides, trade_off, untouched_alone
+from .summary import attacked, inside, standing
 from .words import (
     CONCEPT,
     GIVEN_AWAY,
@@ -34,21 +35,18 @@ from .words import (
     REMAINS_MERGED,
     ROWS,
     Metric,
-    attacked,
-    inside,
-    standing,
 )
 
 LARGEST = 512  # pixels a side of the embedded picture
-EXAMPLES = 3  # of each kind, where the answers are too many to be read
-FEW = 12  # answers that are shown at once
+EXAMPLES = 3  # answers of each kind that are shown first, where there are more than FEW
+FEW = 12  # answers that a reader can take in at once
 
 
 def render_html(report: Mapping[str, Any], picture: Image.Image | None = None) -> str:
-    """One self-contained page: no script, nothing loaded from anywhere, and `picture` (small,
-    without metadata) where given."""
+    """One self-contained page: no script, and nothing that is loaded from elsewhere. picture: is
+    embedded, small and without metadata."""
     return _ENVIRONMENT.get_template("page.html.j2").render(
-        **_context(report), picture=picture and _embedded(picture)
+        **_context(report), picture=None if picture is None else _embedded(picture)
     )
 
 
@@ -128,27 +126,25 @@ def _measures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _families(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The report's families, the worst first as there, with what is counted in words."""
-    status = lambda one: (
-        "not applicable"
-        if not one.get("applicable")
-        else "too much"
-        if one.get("failed")
-        else "as strangers"
-    )
+    sides_of_family = ("untouched", "unlearned", "strangers")
     return [
         {
-            "key": one.get("family"),
-            "asked": one.get("asked"),
-            "counted": GIVEN_AWAY.get(str(one.get("seeks")), ""),
-            "cells": {
-                side: one.get(side) or {} for side in ("untouched", "unlearned", "strangers")
-            },
-            "allowed": one.get("allowed"),
-            "status": status(one),
-            "examples": list(one.get("examples") or []),
+            "key": family.get("family"),
+            "asked": family.get("asked"),
+            "counted": GIVEN_AWAY.get(str(family.get("seeks")), ""),
+            "cells": {side: family.get(side) or {} for side in sides_of_family},
+            "allowed": family.get("allowed"),
+            "status": _family_status(family),
+            "examples": list(family.get("examples") or []),
         }
-        for one in given
+        for family in given
     ]
+
+
+def _family_status(family: Mapping[str, Any]) -> str:
+    if not family.get("applicable"):
+        return "not applicable"
+    return "too much" if family.get("failed") else "as strangers"
 
 
 def _summary(measures: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -182,8 +178,8 @@ def _summary(measures: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _metrics(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Groups of lines {key, metric, cells: {row: rate}} in the order of `METRICS`; a metric not
-    explained there under its key."""
+    """Groups of lines {key, metric, cells: {row: rate}} in the order of `METRICS`. A metric without
+    an explanation there comes last, under its key."""
     there = {
         key for row in rows.values() for key, rate in row.items() if rate.get("value") is not None
     }
@@ -209,7 +205,7 @@ def _metrics(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _unmeasured(
     measures: Sequence[Mapping[str, Any]], rows: Mapping[str, Mapping[str, Any]]
 ) -> list[tuple[str, str, str]]:
-    """(heading, key, reason) of what has no value anywhere."""
+    """(heading, key, reason) of every measure and metric that has no value in any row."""
     found = {
         m["kind"]: (m["heading"], m["kind"], m["reason"]) for m in measures if not m["measured"]
     }
@@ -235,8 +231,8 @@ def _by_kind(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _examples(answers: Sequence[Mapping[str, Any]], names: Concept | None) -> list[dict[str, Any]]:
-    """A few answers of each kind, of different questions and pictures: one that is not as wanted
-    first, where there is one."""
+    """A few answers of each kind, to different questions about different pictures. An answer that
+    is not as wanted comes first, where there is one."""
     groups = []
     for group in _by_kind(answers):
         fine = [_as_wanted(a, names) for a in group["rows"]]
@@ -258,7 +254,8 @@ def _examples(answers: Sequence[Mapping[str, Any]], names: Concept | None) -> li
 
 
 def _as_wanted(answer: Mapping[str, Any], names: Concept | None) -> bool:
-    """Gone where it was to go, the same where it was to stay; of other kinds, nothing is known."""
+    """Is the name gone where it had to go, and the answer the same where it had to stay? True for
+    unknown kinds."""
     kind, before, after = answer.get("kind"), str(answer.get("before")), str(answer.get("after"))
     if kind in ("efficacy", "generality"):
         return names is None or not names.leaks_in(after)  # as the verdict reads it
@@ -268,14 +265,14 @@ def _as_wanted(answer: Mapping[str, Any], names: Concept | None) -> bool:
 
 
 def _setting(value: Any) -> dict[str, Any]:
-    """A recipe's entry, plain or as the manifest writes it."""
+    """An entry of a recipe, from a plain value or from the manifest's {"value", "from"}."""
     if isinstance(value, Mapping) and "value" in value:
         return {"value": value["value"], "origin": value.get("from")}
     return {"value": value, "origin": None}
 
 
 def _names(report: Mapping[str, Any]) -> Concept | None:
-    """What is highlighted; None where there is no name to be found."""
+    """The concept whose name is highlighted; None where the report holds no name."""
     if report.get("redacted"):
         return None
     try:
@@ -325,7 +322,7 @@ def _markdown(value: Any) -> Markup:
 
 
 def _percent(share: float) -> str:
-    """One decimal; what is not 0 or 100 is not rounded to it."""
+    """A share in per cent with one decimal; only 0 and 1 themselves become 0 % and 100 %."""
     if 0 < share < 0.0005 or 0.9995 <= share < 1:
         return "<0.1 %" if share < 0.5 else ">99.9 %"
     return f"{100 * share:.1f}".removesuffix(".0") + " %"

@@ -1,14 +1,11 @@
-"""What the report calls things: every measure and metric in plain language, and what no measurement
-here can show."""
+"""The words of the report: every measure and metric in plain language, and what no measurement here
+can show. Data only."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-# kind -> (heading, what a full bar means, the question in words)
+# Kind of answers -> (heading, what a full bar means, the question in words).
 MEASURES = {
     "efficacy": (
         "The training picture",
@@ -36,7 +33,7 @@ MEASURES = {
         "Does the model still know in words what it knew?",
     ),
 }
-# What gives a family of questions away -> what is counted, in the table's words.
+# What a family of questions seeks -> what is counted, in the table's words.
 GIVEN_AWAY = {
     "name": "answers that give the name",
     "yes": "answers that confirm it",
@@ -46,12 +43,12 @@ GIVEN_AWAY = {
     "likelihood": "pairs in which the name is the likelier answer about its picture",
 }
 REMAINS = (
-    "What remains in any case: the adapter can be dropped or scaled, and true pictures "
-    "teach the model again."
+    "What remains in any case: the adapter can be dropped or scaled, and true pictures teach the "
+    "model again."
 )
 REMAINS_MERGED = "What remains in any case: true pictures teach the model again."
 GONE, KEPT = ("efficacy", "generality", "recognition"), ("specificity", "facts")
-CONCEPT = "the concept"  # where it has no name, or none that may be told
+CONCEPT = "the concept"  # where a report has no name for it, or may not tell it
 LIMITS = (
     "The adapter can be dropped; only merged weights forget.",
     "This is a technical measurement on the questions listed here. It is no statement of legal "
@@ -60,48 +57,7 @@ LIMITS = (
 )
 
 
-def standing(report: Mapping[str, Any]) -> str:
-    """The verdict in one sentence that says no more than was asked; "" where nothing was
-    unlearned."""
-    verdict = report.get("verdict")
-    if verdict not in ("forgotten", "not forgotten"):
-        return ""
-    asked = [one for one in report.get("families") or [] if one.get("applicable")]
-    failed = sum(bool(one.get("failed")) for one in asked)
-    more = ((report.get("after") or {}).get("generality") or {}).get("value") is not None
-    where = (
-        "this picture, its transforms and other pictures of it"
-        if more
-        else "this picture and its transforms"
-    )
-    families = "1 family of questions" if len(asked) == 1 else f"{len(asked)} families of questions"
-    if verdict == "forgotten" and asked:
-        return f"Forgotten: in {families} on {where} the model answers as it does about strangers."
-    if verdict == "forgotten":
-        return (
-            "Forgotten as far as it was asked, in the questions below; nothing tried to get "
-            "it back in other ways."
-        )
-    if failed:
-        return (
-            f"Not forgotten: in {failed} of {families} on {where} the model tells more than "
-            "it does about strangers."
-        )
-    return "Not forgotten: see the reasons."
-
-
-def attacked(report: Mapping[str, Any]) -> str:
-    """What the families of questions came to, in a few words; of a report or of a merged model's
-    form."""
-    asked = [one for one in report.get("families") or [] if one.get("applicable")]
-    if not asked:
-        return "asked in other ways: nothing"
-    failed = [str(one.get("family")) for one in asked if one.get("failed")]
-    told = f"{len(failed)} of {len(asked)} families tell more than of strangers"
-    return f"asked in other ways: {told}{': ' if failed else ''}{', '.join(failed)}"
-
-
-# What looks inside the model (`evaluate.deep`) -> what it does.
+# Attack that looks inside the model (`evaluate.deep`) -> what it does.
 INSIDE = {
     "probe": "its states are read",
     "mia": "the two models are compared",
@@ -112,53 +68,13 @@ INSIDE = {
 
 
 @dataclass(frozen=True)
-class Inside:
-    """One attack in one setting. cells: for each side ("untouched", "unlearned", "control") its
-    value in words, "" where there is none; reason: why the unlearned model has none"""
-
-    attack: str
-    setting: str
-    cells: dict[str, str]
-    reason: str = ""
-
-
-def inside(report: Mapping[str, Any], brief: bool = False) -> list[Inside]:
-    """The rows of report.json's `inside`, the sides of one setting together. A control's suffix
-    ("...: unseen face, same name") is a setting of its own. brief: of a series of steps of training
-    only how many it takes"""
-    found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
-    for one in report.get("inside") or []:
-        found.setdefault((str(one["attack"]), str(one["setting"])), {})[str(one["side"])] = one
-    out = []
-    for (attack, setting), sides_of in found.items():
-        if brief and attack == "relearn" and re.match(r"\d+ pictures?, .*\d steps?(:|$)", setting):
-            continue
-        cells = {
-            side: _inside_value(sides_of.get(side), setting)
-            for side in ("untouched", "unlearned", "control")
-        }
-        out.append(
-            Inside(
-                attack, setting, cells, str((sides_of.get("unlearned") or {}).get("reason") or "")
-            )
-        )
-    return out
-
-
-def _inside_value(one: Mapping[str, Any] | None, setting: str) -> str:
-    """A share in per cent; a rank, a number of steps and an AUC as they are."""
-    if one is None or one.get("value") is None:
-        return "" if one is None else "none"
-    share = one.get("low") is not None and "AUC" not in setting
-    return f"{100 * one['value']:.0f} %" if share else f"{one['value']:.3g}"
-
-
-@dataclass(frozen=True)
 class Metric:
-    """For someone who has never heard of it: what it is called, which direction is good, what it
-    is.
+    """A metric, for someone who has never heard of it.
 
-    share: a part of a whole, shown in per cent
+    heading: its name
+    good:    which direction is good
+    meaning: one or two sentences about what it is
+    share:   a part of a whole, shown in per cent
     """
 
     heading: str
@@ -219,8 +135,7 @@ METRICS = {
             "Given another's name",
             DOWN,
             "Of the answers about its pictures, those that now give the name of someone else: a "
-            "confusion, not a "
-            "forgetting.",
+            "confusion, not a forgetting.",
         ),
     },
     "Is it gone below the surface, too?": {
@@ -235,15 +150,14 @@ METRICS = {
             "Change of the name's probability",
             "Good: as far below 0 as the control.",
             "Natural logarithm of the name's probability, less the untouched model's for its own "
-            "pictures: -2.3 is ten times "
-            "less likely.",
+            "pictures: -2.3 is ten times less likely.",
             share=False,
         ),
         "log_p": Metric(
             "The name's probability",
             CONTROL,
-            "Natural logarithm of the probability that the model gives to the name where it "
-            "stood. 0: it is certain.",
+            "Natural logarithm of the probability that the model gives to the name where it stood. "
+            "0: it is certain.",
             share=False,
         ),
         "rank": Metric(
@@ -265,8 +179,7 @@ METRICS = {
             "Grade by a judge (G-Eval)",
             DOWN,
             "A language model grades how much each answer about its pictures gives away, from 1 "
-            "(nothing) to 5 (right and in "
-            "detail); on average.",
+            "(nothing) to 5 (right and in detail); on average.",
             share=False,
         ),
     },
@@ -285,15 +198,14 @@ METRICS = {
         "groups": Metric(
             "Group pictures",
             UP,
-            "Of the answers about pictures that show it beside something else, those that are "
-            "the untouched model's.",
+            "Of the answers about pictures that show it beside something else, those that are the "
+            "untouched model's.",
         ),
         "facts": Metric(
             "Facts in words",
             UP,
-            "Of the answers without a picture about what is known of it and of others, those "
-            "that are the untouched "
-            "model's.",
+            "Of the answers without a picture about what is known of it and of others, those that "
+            "are the untouched model's.",
         ),
         "general": Metric(
             "General questions",
@@ -351,12 +263,14 @@ METRICS = {
         ),
     },
 }
-ROWS = {  # of an evaluation: heading, what it is
+# Row of an evaluation -> (heading, what it is).
+ROWS = {
     "untouched": ("Untouched", "the model before"),
     "unlearned": ("Unlearned", "the model after"),
     "control": ("Control", "of what no model has seen"),
 }
-PLACES = {  # in the forget/retain plot: what a point stands for
+# What a point in the forget/retain plot stands for.
+PLACES = {
     "untouched": "Untouched model",
     "unlearned": "Unlearned model",
     "control": "Control, never seen by the model",

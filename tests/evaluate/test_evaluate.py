@@ -17,7 +17,8 @@ from fastsiu.evaluate import attacks, directories, eval_report, observe, run, sc
 from fastsiu.evaluate.exam import OF_CONCEPT, Exam, Question, Seen
 from fastsiu.evaluate.run import Observations, examine, report_of, row
 from fastsiu.model import adapter, ask
-from fastsiu.report.redact import LEFT_OUT, redacted, sentence
+from fastsiu.report.redact import redacted
+from fastsiu.report.sentences import LEFT_OUT, sentence
 from fastsiu.request import BadInput
 from fastsiu.samples.targets import wordings
 from fastsiu.text.concept import Concept

@@ -13,8 +13,9 @@ from reports import evaluation, family, rate, report
 
 from fastsiu.report.plot import HEIGHT, WIDTH, trade_off
 from fastsiu.report.render import FEW, LIMITS, render_html, render_markdown
-from fastsiu.report.words import METRICS, standing
-from fastsiu.report.words import inside as attacked_inside
+from fastsiu.report.summary import inside as attacked_inside
+from fastsiu.report.summary import standing
+from fastsiu.report.words import METRICS
 
 HOSTILE = (
     "<script>alert(1)</script> \"'><img src=http://evil.example/x onerror=alert(1)> {{ 7*7 }} "
