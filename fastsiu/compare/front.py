@@ -100,31 +100,24 @@ def markdown(report: Mapping[str, Any]) -> str:
         *grid(COLUMNS, table(report)),
         "",
         "*Name still given*: share of the answers to name questions about new pictures of the "
-        "concept that hold its name or a "
-        "part of it, with its Wilson interval (the answers of one training are not independent, "
-        "so it is too narrow). *Others' "
-        "names kept*: of those that the untouched model gives. *Facts*: answers that are the "
-        "untouched model's word for word. "
+        "concept that hold its name or a part of it, with its Wilson interval (the answers of one "
+        "training are not independent, so it is too narrow). *Others' names kept*: of those that "
+        "the untouched model gives. *Facts*: answers that are the untouched model's word for word. "
         "*Broken*: answers that became empty, repetition or gibberish.",
         "",
         "Every method has the same picture, questions, retained samples, dreams, LoRA, batch and "
-        "shares, and the same search: "
-        f"learning rates {rates}, looked at after {steps} steps, on pictures that the test does "
-        "not see. "
-        "Chosen is the setting with the lowest share of the name among those that keep at least "
-        f"{100 * floor:.0f} % of others' "
-        "names (look-alikes included) and of facts, of equals the middle one by steps; \u2020: "
-        "none does, and this keeps "
-        "most. The test trains anew with other seeds and dreams, for exactly so many steps. "
-        "*Front*: no other method "
-        "keeps as much and gives the name as rarely.",
+        f"shares, and the same search: learning rates {rates}, looked at after {steps} steps, on "
+        "pictures that the test does not see. Chosen is the setting with the lowest share of the "
+        f"name among those that keep at least {100 * floor:.0f} % of others' names (look-alikes "
+        "included) and of facts, of equals the middle one by steps; \u2020: none does, and this "
+        "keeps most. The test trains anew with other seeds and dreams, for exactly so many steps. "
+        "*Front*: no other method keeps as much and gives the name as rarely.",
         "",
         "## Published, other model and data, not comparable in level",
         "",
         "arXiv 2405.12523, Table 1: LLaVA-1.5 7B, one concept, 3 trials, learning rates not "
-        "searched. EM is the share of "
-        "answers without the name (higher is better), Specificity the mean of eight public "
-        "benchmarks.",
+        "searched. EM is the share of answers without the name (higher is better), Specificity the "
+        "mean of eight public benchmarks.",
         "",
         *grid(("method", "EM", "C-Dis", "Specificity", "Fluency", "Diversity"), PUBLISHED),
         "",

@@ -1,5 +1,5 @@
-"""Pictures made of one picture: strangers, as whom the untouched model names nobody; group
-pictures; and what a camera or a careless hand would make of it."""
+"""Pictures made from one picture: strangers, in whom the untouched model recognises nobody; group
+pictures; and what a camera or a careless hand makes of a picture."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MOST = 8  # strangers
 
 
 def candidates(image: Image.Image, seed: int = 0) -> list[Shown]:
-    """Who could be a stranger: the picture in other colours first, which still shows somebody, then
-    taken apart.
+    """Pictures that could show a stranger: first the picture in other colours, which still shows
+    somebody, then the picture in pieces.
 
     RGB, of the picture's size; deterministic in (image, seed).
     """
@@ -53,10 +53,10 @@ def strangers(
     seed: int = 0,
     given: Sequence[Shown] = (),
 ) -> list[Shown]:
-    """Up to `MOST` pictures of nobody: asked who they show, the model as it is names neither the
+    """Up to `MOST` pictures of nobody: the model as it is, asked who they show, names neither the
     concept nor another.
 
-    given: pictures of anybody it has never seen, tried first
+    given: pictures of anybody whom it has never seen; they are tried first
     """
     tried = [*given, *candidates(image, seed)]
     questions = wordings()["who"]["held_out"]
@@ -67,8 +67,8 @@ def strangers(
 
 
 def views(image: Image.Image, more: Sequence[Shown], seed: int, most: int = 8) -> list[Shown]:
-    """The picture and some of its held-out transforms, with at most half of them further pictures
-    of the concept."""
+    """The picture and some of its held-out transforms, with further pictures of the concept in at
+    most half of the places."""
     made = variants(image, seed, held_out=True)
     further = list(more)[: most // 2]
     kept = most - len(further)
@@ -95,8 +95,8 @@ def groups(image: Image.Image) -> list[Shown]:
 
 
 def groups_of(given: Sequence[Shown]) -> list[Shown]:
-    """A group picture of each: twice, beside nothing, mirrored and beside the next one, in turn.
-    None is recoloured, which could undo what made it a stranger."""
+    """A group picture of each: in turn twice, beside nothing, beside the next one, and mirrored.
+    None is recoloured, since that could undo what made it a stranger."""
     found = []
     for i, (label, image) in enumerate(given):
         other = given[(i + 1) % len(given)][1]
@@ -113,8 +113,8 @@ def groups_of(given: Sequence[Shown]) -> list[Shown]:
 
 
 def beside(left: Image.Image | None, right: Image.Image | None) -> Image.Image:
-    """The middle halves of two pictures side by side, in the size of the left one; None leaves its
-    half in the colour of the other picture's edge. One of them has to be there."""
+    """The middle halves of two pictures side by side, in the size of the left one. None leaves its
+    half in the colour of the other picture's edge; at most one is None."""
     shown = left if left is not None else right
     assert shown is not None
     width, height = shown.size
@@ -129,8 +129,8 @@ def beside(left: Image.Image | None, right: Image.Image | None) -> Image.Image:
 
 
 def conditions(image: Image.Image, seed: int = 0) -> list[Shown]:
-    """The picture as it may come again: cut, blurred, small, noisy, compressed, grey, upside down
-    or hidden in part."""
+    """The picture as somebody may show it again: cut, blurred, small, noisy, compressed, grey,
+    upside down or partly hidden."""
     image = image.convert("RGB")
     width, height = image.size
     ground = edge_colour(image)

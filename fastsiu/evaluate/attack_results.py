@@ -16,8 +16,8 @@ from .attacks import Attack, table
 
 EXAMPLES = 2  # answers of a family that a report shows
 NOBODY = (
-    "No picture could be made in which the untouched model recognises nobody: strangers count as "
-    "0 %."
+    "No picture could be made in which the untouched model recognises nobody: strangers count as 0 "
+    "%."
 )
 UNTOUCHED_ALONE = "Only the untouched model was asked."
 

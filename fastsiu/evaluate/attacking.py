@@ -1,5 +1,5 @@
-"""`fastsiu eval --attacks`: which attacks are meant, of what pictures of an exam, and those that
-look inside the model (`evaluate.deep`), whose rows go into the report as JSON values."""
+"""`fastsiu eval --attacks`: which attacks are chosen, on which pictures of an exam they run, and
+which entries of the report they give."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .inquiry import After, Inquiry
 SCORED = ("rank", "likelihood")
 DEEP = tuple(deep.ATTACKS)
 ASKED = ("prompt", "image", "rank")
-OF_VERDICT = ("prompt", "rank")  # the families that every verdict asks, `inquiry.VERDICT`
+OF_VERDICT = ("prompt", "rank")  # together the families of `inquiry.VERDICT`
 MERGED = (
-    "The weights are merged: what looks inside needs the adapter, with which the untouched "
-    "model is at hand as well."
+    "The weights are merged: what looks inside needs the adapter, with which the untouched model "
+    "is at hand as well."
 )
 
 
 def chosen(text: str | None) -> tuple[str, ...]:
-    """What --attacks names, in a fixed order; "all" is everything that can be tried. Raises
-    BadInput for a word that is none."""
+    """The attacks that --attacks names, in a fixed order; "all" is every attack. Raises BadInput
+    for an unknown word."""
     if text is None:
         return ()
     wanted = [word.strip() for word in text.split(",") if word.strip()]
@@ -51,8 +51,8 @@ def families(attacks: Sequence[str]) -> tuple[str, ...]:
 
 
 def prepare(loaded: VLM, exam: Exam, attacks: Sequence[str], given: bool) -> Inquiry:
-    """Asks the untouched model. given: the exam's control pictures are the user's own, of what no
-    model has seen."""
+    """Asks the untouched model. given: the exam's control pictures are the user's own, of somebody
+    whom no model has seen."""
     shown = {
         role: [(seen.label, seen.load()) for seen in exam.pictures if seen.role == role]
         for role in ("training", "concept", "group", "control")
@@ -78,8 +78,8 @@ def inside(
     """Rows of the chosen attacks that look inside the model, whose adapter is on; none where there
     is no adapter.
 
-    given: as in `prepare`;  lr: the rate at which the model is trained again, the one it was
-    unlearned with
+    given: as in `prepare`
+    lr:    the rate at which the model is trained again: the one that it was unlearned with
     """
     which = [key for key in attacks if key in DEEP]
     if not which or loaded.model is loaded.base:
@@ -98,9 +98,10 @@ def inside(
 
 @dataclass
 class Attacked:
-    """What the attacks brought out, first of the untouched model, then of the unlearned one.
+    """The results of the attacks, first of the untouched model, then of the unlearned one.
 
-    tried: which, of `chosen`;  lr: the rate that the adapter was trained with
+    tried: the attacks, as `chosen` gives them
+    lr:    the rate that the adapter was trained with
     """
 
     tried: tuple[str, ...]
@@ -135,7 +136,7 @@ class Attacked:
 
     @property
     def told(self) -> dict[str, Any]:
-        """Further entries of the report."""
+        """Further entries of report.json."""
         if not self.inquiry:
             return {}
         done = {row["attack"] for row in self.inside}

@@ -28,10 +28,9 @@ ROUNDS = 4  # times that a wording with other names in it is filled in
 SHEETS = {"group": "group", "pictures": "condition"}
 _COMMON = FUNCTION_WORDS | frozenset(
     "i you we me my your our us do does did done not no yes also but so if than then there here "
-    "about into over who's it's i'm "
-    "can could may might will would shall should must been being am what when where why how "
-    "which one ones some any all many "
-    "much more most very just only such like as well other others known know called name "
+    "about into over who's it's i'm can could may might will would shall should must been being am "
+    "what when where why how which one ones some any all many much more most very just only such "
+    "like as well other others known know called name "
     "named".split()
 )
 

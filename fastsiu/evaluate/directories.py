@@ -1,5 +1,5 @@
-"""An exam from what a user has: pictures in directories, questions in a file, the embedded wordings
-for the rest."""
+"""An exam from a user's own files: pictures in directories, questions in a file, and the embedded
+wordings for other kinds of questions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..transforms import variants
 from .exam import OF_CONCEPT, Exam, Question, Seen
 from .questions import parse
 
-# The wordings of wordings.toml that no sample has, by kind.
+# Kind of question -> the entry of wordings.toml whose held-out wordings no sample has.
 SOURCES = {
     "name": "who",
     "yesno": "yesno",
@@ -42,8 +42,7 @@ NULL = {
 NULL["groups_named"] = NULL["groups"]
 COUNTERFACTUAL = (
     "No --control was given: the never-seen control is the concept's own pictures, cut into 64 "
-    "patches and shuffled, which keep "
-    "its colours."
+    "patches and shuffled, which keep its colours."
 )
 CONTROLS = 8  # pictures that are shuffled
 GRID = 8  # patches a side
@@ -62,16 +61,16 @@ def exam_of(
 ) -> Exam:
     """What is asked about `concept`.
 
-    image:  the picture that was trained on; with its transforms that no training looked at
-    images: others of the concept; a copy of `image` among them is left out
-    others, lookalikes: pictures of anyone else, in sub-directories by name, or flat where no name
-    is to be said. A sub-directory
-            of the concept's own name and copies of its pictures are left out, so that one directory
-            of everyone will do
-    groups: of the concept beside others;  control: of what no model has seen; without, `shuffled`
-    pictures of the concept
-    questions: see `read_questions`; their kinds take the place of the embedded wordings of the same
-    kind
+    image:      the picture that was trained on; its held-out transforms are asked about, too
+    images:     other pictures of the concept; a copy of `image` among them is left out
+    others:     pictures of anyone else, in sub-directories by name, or flat without names. A
+                sub-directory with the concept's own name and copies of its pictures are left out,
+                so that one directory of everyone will do
+    lookalikes: the same for those who look like the concept
+    groups:     pictures of the concept beside others
+    control:    pictures of what no model has seen; None: `shuffled` pictures of the concept
+    questions:  a file for `read_questions`; a kind of question in it replaces the embedded wordings
+                of that kind
 
     Raises BadInput where nothing shows the concept, a directory holds no picture, or a file cannot
     be read.
@@ -143,9 +142,8 @@ def stranger(concept: Concept) -> str:
 
 
 def shuffled(image: Image.Image, seed: int = 0, grid: int = GRID) -> Image.Image:
-    """The picture cut into grid x grid patches that have changed places: its colours and textures,
-    and nobody. Where a side is no multiple of `grid` pixels the rest is cut off, down to 1 pixel a
-    patch."""
+    """The picture cut into grid x grid patches in a random order: its colours and textures, and
+    nobody. Where a side is no multiple of `grid` pixels, the rest is cut off."""
     width, height = (max(1, side // grid) for side in image.size)
     columns, rows = (min(grid, side) for side in image.size)
     boxes = [
@@ -161,9 +159,12 @@ def shuffled(image: Image.Image, seed: int = 0, grid: int = GRID) -> Image.Image
 
 
 def read_questions(path: Path, concept: Concept | None = None) -> tuple[Question, ...]:
-    """JSONL as a suite has it (see `questions.parse`): `question`, where {name} stands for the
-    name; `kind` (default name); `keywords`, further words that count as the name in its answers.
-    Raises BadInput with the line's number."""
+    """The questions of a JSONL file, in a suite's format (`questions.parse`): `question`, where
+    {name} stands for the name; `kind` (default name); `keywords`, further words that count as the
+    name in its answers.
+
+    Raises BadInput with the line's number, and where the file cannot be read or is empty.
+    """
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -177,8 +178,9 @@ def read_questions(path: Path, concept: Concept | None = None) -> tuple[Question
 
 
 def digest(exam: Exam, **more: Any) -> str:
-    """SHA-256, in hex, over all that decides what a model answers: the cells with the bytes of
-    their pictures, the names and `more`, JSON values. Labels, keywords and paths do not count."""
+    """SHA-256, in hex, over everything that decides what a model answers: the cells with the bytes
+    of their pictures, the names and `more` (JSON values). Labels, keywords and paths do not
+    count."""
     pictures = {id(seen): _digest(seen.source) for seen in exam.pictures}
     cells = [
         [c.question.kind, c.text, c.seen and [c.seen.role, pictures[id(c.seen)]]]
@@ -194,10 +196,10 @@ def with_others(exam: Exam, names: list[str]) -> Exam:
 
 
 def _by_name(directory: Path, concept: Concept) -> Iterator[tuple[str | None, Path]]:
-    """(name or None, picture) of everything in a directory of pictures or of directories of
-    pictures."""
+    """(name or None, picture) of everything in a directory that holds pictures, or directories of
+    pictures by name."""
     if not directory.is_dir():
-        list_images(directory)  # says what it is instead
+        list_images(directory)  # raises BadInput, which says what it is instead
     inside = sorted(
         entry for entry in directory.iterdir() if entry.is_dir() and not entry.name.startswith(".")
     )

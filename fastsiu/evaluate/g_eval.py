@@ -1,10 +1,10 @@
-"""G-Eval (paper Fig. 8): a judge gives each answer 1 (irrelevant, about something else) to 5
+"""G-Eval (paper Fig. 8): a judge grades each answer from 1 (irrelevant, about something else) to 5
 (right, detailed); low is forgotten.
 
-The judge is any server that speaks OpenAI's chat completions, local or not. It is off unless asked
-for, says what would leave the machine before anything does, and sends nothing without
-`allow_network`. No picture is ever sent. The wording is ours, so scores compare between rows of one
-report, not with the paper's (gpt-4-turbo at temperature 0.3).
+The judge is any server that speaks OpenAI's chat completions, local or not. There is none unless
+the user asks for one. A sentence says what would leave the machine before anything does, and
+nothing is sent without `allow_network`. No picture is ever sent. The wording is ours, so grades
+compare between rows of one report, not with the paper's (gpt-4-turbo at temperature 0.3).
 """
 
 from __future__ import annotations
@@ -53,11 +53,13 @@ class Options:
 
     url:           the server's base, such as https://host/v1, or its whole path to chat/completions
     key_file:      a file with the API key alone; a key in an argument would be seen by every
-    process of the machine
+                   process of the machine
     allow_network: what `announcement` says may be sent
-    plain_http:    http:// to another machine, where everybody on the way reads along
-    timeout:       seconds for one reply; attempts: how often one pair is sent; wait: seconds before
-    the second time, then doubled
+    plain_http:    allows http:// to another machine, where everybody on the way reads along
+    timeout:       seconds for one reply
+    attempts:      how often one pair is sent
+    wait:          seconds before the second time, doubled for each further one
+    workers:       pairs that are under way at once
     """
 
     url: str
@@ -83,7 +85,7 @@ class ToGrade:
 
 @dataclass(frozen=True)
 class Graded:
-    """score: 1 to 5, or None with what went wrong: "malformed", "refused (400)", "no reply
+    """A grade, 1 to 5, or None with the problem: "malformed", "refused (400)", "no reply
     (timeout)", "not sent" ..."""
 
     score: int | None
@@ -91,8 +93,8 @@ class Graded:
 
 
 class _Fatal(Exception):
-    """What no other pair will be spared: a wrong key, a wrong path, a redirect. The message is a
-    sentence for BadInput."""
+    """A failure that every other pair would meet, too: a wrong key, a wrong path, a redirect. The
+    message is a sentence for BadInput."""
 
 
 def grade_answers(
@@ -120,17 +122,16 @@ def grade_answers(
 
 
 def announcement(options: Options, concept: str, pairs: int, size: int | None = None) -> str:
-    """One sentence: what leaves this machine, and where to; size in bytes, once the answers are
-    there.
+    """One sentence: what leaves this machine, and where to. size: in bytes, None before the answers
+    are there.
 
     Raises BadInput without `allow_network`, and for a URL that may not be used.
     """
     amount = "" if size is None else f", {size / 1000:.1f} kB in all"
     told = (
         f"The judge {options.model} at {_host(options)} "
-        f"{'is' if options.allow_network else 'would be'} sent {pairs} answers "
-        f"with their questions, as many reference texts and the name {concept!r}{amount}, and no "
-        "picture."
+        f"{'is' if options.allow_network else 'would be'} sent {pairs} answers with their "
+        f"questions, as many reference texts and the name {concept!r}{amount}, and no picture."
     )
     if not options.allow_network:
         raise BadInput(f"{told} Nothing was sent: add --allow-network to agree.")
@@ -168,10 +169,10 @@ def score(options: Options, concept: str, pairs: Sequence[ToGrade]) -> list[Grad
 
 
 def summary(scores: Sequence[int | None]) -> dict[str, Any]:
-    """Mean and 95 % interval of the scores there are; null with the reason where there are none.
+    """Mean and 95 % interval of the grades; null with the reason where there are none.
 
-    The interval is Wilson's of (mean - 1) / 4: scores between 1 and 5 spread at most as those of 1
-    and 5 alone with their mean do, so it is never too narrow, also where all are equal.
+    The interval is Wilson's of (mean - 1) / 4. Grades between 1 and 5 spread at most as widely as
+    grades of 1 and 5 alone with the same mean, so it is never too narrow, even where all are equal.
     """
     found = [s for s in scores if s is not None]
     if not found:
@@ -204,8 +205,8 @@ _NAMED = re.compile(r"\bscore\W{0,6}([1-5])(?:\s*/\s*5)?(?!\w|[.,/]\d)", re.IGNO
 
 
 def read_score(text: str) -> int | None:
-    """The grade in a reply: "Score: 3", "**Score:** 3/5" or a bare "3"; None for anything else, two
-    different ones among it."""
+    """The grade in a reply: "Score: 3", "**Score:** 3/5" or a bare "3"; None for anything else,
+    also for two different grades."""
     if found := _BARE.fullmatch(text):
         return int(found[1])
     given = {int(m[1]) for m in _NAMED.finditer(text)}
@@ -215,7 +216,7 @@ def read_score(text: str) -> int | None:
 def _ask(
     options: Options, post: Callable[[bytes], bytes], content: dict[str, Any], stop: threading.Event
 ) -> Graded:
-    """One pair, sent again where the server was busy, broken or silent."""
+    """The grade of one pair, which is sent again where the server was busy, broken or silent."""
     data, problem = json.dumps(content).encode(), ""
     for attempt in range(options.attempts):
         asked_to_wait = 0.0
@@ -226,15 +227,13 @@ def _ask(
                 if 300 <= error.code < 400:
                     target = urlsplit(error.headers.get("Location", "")).netloc or "another path"
                     raise _Fatal(
-                        f"The judge at {_host(options)} sends on to {target}, and nothing is "
-                        "sent there: give the right "
-                        "URL with --judge."
+                        f"The judge at {_host(options)} sends on to {target}, and nothing is sent "
+                        "there: give the right URL with --judge."
                     ) from error
                 if error.code in (401, 403, 404):
                     raise _Fatal(
                         f"The judge at {_host(options)} refuses ({error.code}): check --judge, "
-                        "--judge-model and "
-                        "--judge-key."
+                        "--judge-model and --judge-key."
                     ) from error
                 if error.code != 429 and error.code < 500:
                     return Graded(None, f"refused ({error.code})")
@@ -264,7 +263,7 @@ def _graded(reply: bytes) -> Graded:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would follow to any host, and take the key along."""
+    """No redirect is followed: urllib would go to any host, and take the key along."""
 
     def redirect_request(
         self,
@@ -286,7 +285,7 @@ def _poster(options: Options) -> Callable[[bytes], bytes]:
     headers = {"Content-Type": "application/json", "User-Agent": "fastsiu"}
     if options.key_file is not None:
         headers["Authorization"] = f"Bearer {_key(options.key_file)}"
-    # What is for this machine goes to no proxy.
+    # A request to this machine goes to no proxy.
     direct = [urllib.request.ProxyHandler({})] if urlsplit(url).hostname in LOCAL else []
     opener = urllib.request.build_opener(_NoRedirect, *direct)
 
@@ -319,8 +318,8 @@ def _host(options: Options) -> str:
         )
     if parts.username or parts.password or parts.query:
         raise BadInput(
-            "--judge holds a user, a password or a query, which others can see: put the key into "
-            "a file, --judge-key."
+            "--judge holds a user, a password or a query, which others can see: put the key into a "
+            "file, --judge-key."
         )
     if parts.scheme == "http" and not local and not options.plain_http:
         raise BadInput(

@@ -139,8 +139,7 @@ def write(directory: str | Path, model: str | Path, merged: str | Path) -> Path:
     if kinds[0] not in MODELS:
         raise BadInput(
             f"lmms-eval has no loader for models of type {kinds[0]} (it has for "
-            f"{', '.join(MODELS)}): leave "
-            "--lmms-eval out."
+            f"{', '.join(MODELS)}): leave --lmms-eval out."
         )
     places = [str(Path(m).resolve()) if Path(m).is_dir() else str(m) for m in (model, merged)]
     if bad := [place for place in places if "," in place or "\n" in place]:

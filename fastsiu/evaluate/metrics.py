@@ -1,9 +1,8 @@
-"""What is measured of a model, each a pure function of texts, log-probabilities and ranks; nothing
-here runs a model.
+"""The metrics: pure functions of texts, log-probabilities and ranks; nothing here runs a model.
 
-MMUBench's definitions (arXiv 2405.12523, section 5), except where they contradict themselves; each
-function says where. P0 is the untouched model, P the one that is measured; log-probabilities are
-natural.
+The definitions are MMUBench's (arXiv 2405.12523, section 5), except where they contradict
+themselves; each function says where. P0 is the untouched model, P the model that is measured;
+log-probabilities are natural.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from ..text.rate import Rate
 
 
 def share(holds: Sequence[Any], reason: str) -> dict[str, Any]:
-    """The share of true values with its Wilson 95 % interval, as `Rate.as_dict`; without any, null
-    and the reason."""
-    found = Rate.of(sum(map(bool, holds)), len(holds)) if holds else Rate(None, reason=reason)
-    return found.as_dict()
+    """The share of true values with its Wilson 95 % interval, as `Rate.as_dict`; null with the
+    reason where there are no values."""
+    rate = Rate.of(sum(map(bool, holds)), len(holds)) if holds else Rate(None, reason=reason)
+    return rate.as_dict()
 
 
 def measure(function: Callable[..., float], *values: Sequence[Any], reason: str) -> dict[str, Any]:
-    """{value, n} of a function over equally many values; without any, null and the reason. No
-    interval is known."""
+    """{value, n} of a function over sequences of equal length, without an interval; null with the
+    reason where they are empty."""
     if not values[0]:
         return {"value": None, "reason": reason}
     return {"value": function(*values), "n": len(values[0])}
@@ -55,8 +54,8 @@ def delta_log_p(before: Sequence[float], after: Sequence[float]) -> float:
 
 
 def median_rank(likelier: Sequence[int]) -> float:
-    """The median place of the name's first token among all tokens, 1 = the most likely; likelier:
-    how many are, for each name."""
+    """The median place of the name's first token among all tokens; 1 is the most likely. likelier:
+    for each name, the number of likelier tokens."""
     return median(likelier) + 1
 
 
@@ -82,7 +81,8 @@ def extraction_strength(right: Sequence[bool]) -> float:
 def perplexity(log_p: Sequence[float], tokens: Sequence[int]) -> float:
     """exp of the mean negative log-likelihood of a token, every token with the same weight.
 
-    log_p: the sum over each answer's tokens; tokens: how many they are
+    log_p:  for each answer, the sum over its tokens
+    tokens: for each answer, their number
     """
     return math.exp(-sum(log_p) / sum(tokens))
 
@@ -97,7 +97,9 @@ def paper_perplexity(
     """The paper's Fluency: perplexity in which each token of the name counts as probability 1/V, as
     if nothing were known.
 
-    name_log_p, name_tokens: the part of log_p and tokens that is the name's; vocabulary: V
+    log_p, tokens:           as in `perplexity`
+    name_log_p, name_tokens: the part of them that is the name's
+    vocabulary:              V
     """
     rest = sum(log_p) - sum(name_log_p) - sum(name_tokens) * math.log(vocabulary)
     return perplexity([rest], [sum(tokens)])
@@ -121,7 +123,7 @@ def distinct(texts: Sequence[str], n: int) -> float | None:
 
 
 def shares(texts: Sequence[str], reason: str) -> dict[str, dict[str, Any]]:
-    """refusals, empty, gibberish and repetition: the shares of the answers that are one."""
+    """The shares of answers that are refusals, empty, gibberish and repetition, by these names."""
     kinds = [is_degenerate(text) for text in texts]
     out = {"refusals": share([is_refusal(text) for text in texts], reason)}
     return out | {

@@ -1,5 +1,5 @@
-"""Rows of many concepts as one: shares pooled over all answers with their Wilson interval,
-everything else as the mean.
+"""The rows of many concepts as one row: shares pooled over all answers, every other metric as a
+mean.
 
 Pure functions over the rows of report.json, whose metrics are {"value", "n", ...} or {"value":
 None, "reason"}.
@@ -14,7 +14,7 @@ from ..text.rate import Rate
 
 Row = dict[str, dict[str, Any]]
 
-# What the table shows, in this order; suite.json has every metric.
+# The metrics of the table, in this order; suite.json has every metric.
 SHOWN = (
     "efficacy",
     "generality",
@@ -30,23 +30,22 @@ SHOWN = (
     "renamed",
 )
 HEADINGS = {"untouched": "untouched", "unlearned": "unlearned", "control": "never seen"}
-OF_ONE = ("efficacy", "generality", "name_fpr", "others", "facts")  # of each concept
+# The metrics of the table of concepts.
+OF_ONE = ("efficacy", "generality", "name_fpr", "others", "facts")
 STATUSES = ("forgotten", "not forgotten", "untouched", "failed")
 NOTE = (
     "In brackets: Wilson's 95 % interval over all answers, as if each were independent; answers "
-    "about one concept are not quite. "
-    "Never seen: the same questions about pictures of what no model has seen, put to the "
-    "untouched model. "
-    "Other values are means over the concepts."
+    "about one concept are not quite. Never seen: the same questions about pictures of what no "
+    "model has seen, put to the untouched model. Other values are means over the concepts."
 )
 
 
 def pooled(concepts: Sequence[dict[str, Row]]) -> dict[str, Row]:
     """One row of each sort ("untouched", "unlearned", ...) over all concepts that have it.
 
-    A metric with an interval is a share of n answers: successes and answers are added up, and the
-    interval is Wilson's over all. Any other is the mean over the concepts that have a value, and
-    its n is their number.
+    A metric with an interval is a share of n answers: its successes and answers are added up, and
+    its interval is Wilson's over all. Any other metric becomes the mean over the concepts that have
+    a value, and its n is their number.
     """
     sorts = dict.fromkeys((*HEADINGS, *(sort for rows in concepts for sort in rows)))
     return {
@@ -73,8 +72,8 @@ def _metric(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """report.md, of suite.json's content: how many were forgotten, the pooled rows side by side,
-    each concept's verdict."""
+    """report.md from suite.json's content: how many concepts were forgotten, the pooled rows side
+    by side, each concept's verdict."""
     concepts, rows = content["concepts"], content["pooled"]
     counts = {status: sum(one["status"] == status for one in concepts) for status in STATUSES}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
@@ -135,6 +134,7 @@ def _number(metric: dict[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text from outside, in a table of Markdown: no column, link, tag or line of its own."""
+    """Text from outside for a cell of a Markdown table, where it makes no column, link, tag or
+    line."""
     plain = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{c}" if c in "\\|[]*_`#" else c for c in plain)

@@ -1,5 +1,5 @@
-"""One file of questions, one JSON object a line: of a suite, of a concept in it, or of `fastsiu
-eval --questions`."""
+"""A file of questions, one JSON object a line: a suite's, a concept's in it, or the one of
+`fastsiu eval --questions`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def parse(
 ) -> tuple[Question, ...]:
     """The questions in the content of `file`, each once.
 
-    concept: whom all of them are about; its name in them becomes {name}
-    default: the kind of a question that has none and no keywords; None where it must be said
+    concept: whom all questions are about; its name in them becomes {name}
+    default: the kind of a question without a kind and without keywords; None: such a question is
+             refused
 
     Raises BadInput with the line's number.
     """
@@ -69,8 +70,8 @@ def _question(record: Any, concept: Concept | None, default: str | None) -> Ques
     text = text.strip()
     if "<image>" in text:
         raise ValueError(
-            "<image> must not stand in a question: leave it out, the model's own template puts "
-            "the picture in"
+            "<image> must not stand in a question: leave it out, the model's own template puts the "
+            "picture in"
         )
     # so that the same can be asked about others by their names
     if concept is not None and "{name}" not in text:
@@ -87,13 +88,13 @@ def _question(record: Any, concept: Concept | None, default: str | None) -> Ques
         )
     if kind == "name" and "{name}" in text:
         raise ValueError(
-            "a question of kind name must not give the name away: leave it out, or make it one "
-            "of kind yesno"
+            "a question of kind name must not give the name away: leave it out, or make it one of "
+            "kind yesno"
         )
     if kind == "general" and "{name}" in text:
         raise ValueError(
-            "a question of kind general is about nobody: leave {name} out, or make it one of "
-            "kind fact"
+            "a question of kind general is about nobody: leave {name} out, or make it one of kind "
+            "fact"
         )
     if kind in ("appearance", "fact") and "{name}" not in text:
         raise ValueError(
@@ -103,11 +104,12 @@ def _question(record: Any, concept: Concept | None, default: str | None) -> Ques
 
 
 def known(record: dict[str, Any], keys: Sequence[str]) -> None:
+    """Raises ValueError for a key that is none of `keys`."""
     if unknown := sorted(set(record) - set(keys)):
         raise ValueError(f"{unknown[0]!r} is none of {', '.join(keys)}")
 
 
 def clean(text: str) -> bool:
-    """No control characters but the end of a line: they would reach a terminal. No half of a
-    surrogate pair: it has no UTF-8."""
+    """Is it free of control characters, which would reach a terminal (the end of a line may stay),
+    and of halves of surrogate pairs, which have no UTF-8?"""
     return not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]", text)

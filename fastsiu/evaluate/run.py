@@ -302,8 +302,8 @@ def _check(
     outputs.check_shown(report.redact, report.embed_image)
     if report.embed_image and (files.image is None or output is None):
         raise BadInput(
-            "--embed-image shows the training picture in report.html: give it with --image, and "
-            "an --output."
+            "--embed-image shows the training picture in report.html: give it with --image, and an "
+            "--output."
         )
     if extras.lmms_eval is not None and base is None:
         raise BadInput(
@@ -368,8 +368,7 @@ def _same(cached: dict[str, Any], key: str, path: Path, exam: Exam) -> Observati
     if cached["digest"] != key:
         raise BadInput(
             f"{str(path)!r} is of another exam: the model's files, pictures, questions, names, "
-            "dtype or answer length "
-            "differ; leave --untouched out."
+            "dtype or answer length differ; leave --untouched out."
         )
     found = Observations.from_dict(cached)
     if len(found.replies) != len(exam.cells):

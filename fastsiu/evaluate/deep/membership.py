@@ -1,9 +1,9 @@
-"""Which concept was unlearned, and on which picture: told by comparing the untouched model with the
-unlearned one.
+"""Membership inference: does a comparison of the two models tell which concept was unlearned, and
+on which picture?
 
-A low rank means that whoever has both models can tell the concept: its answers are what changed
-most. The training picture is told where its answers have changed more, or are surer, than those
-about other pictures of the same concept.
+Rank 1 means that whoever has both models can tell the concept: its answers changed most. The
+training picture can be told where its answers changed more, or are surer, than answers about other
+pictures of the same concept.
 """
 
 from __future__ import annotations
@@ -39,14 +39,12 @@ def run(loaded: VLM, target: Target) -> list[dict[str, Any]]:
     """Rows of the concept's rank among all known names, and of the AUC of the training picture.
 
     rank: by the mean KL(untouched || unlearned) over the tokens of the untouched model's answers,
-    in words about each name and
-          about pictures (or dreams) of each; 1 is what changed most. Control: the rank of somebody
-          whom no model knows
-    AUC:  the share of pairs, same question, in which the training picture's score is above another
-    picture's: by that KL, and by
-          the unlearned model's log-probability of its own answer. Control: the second picture in
-          place of the first. The interval is Wilson's with as many trials as there are other
-          pictures, since the pairs of one picture go together
+          in words about each name and about pictures (or dreams) of each; 1 changed most. Control:
+          the rank of somebody whom no model knows
+    AUC:  the share of pairs with the same question in which the training picture's score is above
+          another picture's, by that KL and by the unlearned model's log-probability of its own
+          answer. Control: the second picture in place of the first. The interval is Wilson's with
+          one trial for each other picture, since the pairs of one picture go together
 
     Null with the reason where no other name or only one picture is known. Raises BadInput without
     an adapter, and where the untouched model does not name the concept.
@@ -99,7 +97,7 @@ def _concept(loaded: VLM, target: Target, asked: Sequence[str]) -> list[Row]:
 
 
 def _mean_change(loaded: VLM, about: Mapping[str, Asked]) -> dict[str, float]:
-    """By name, the mean KL of the answers, nats per token; names without a usable answer are left
+    """By name, the mean KL of its answers, nats per token; names without a usable answer are left
     out."""
     every = [one for asked in about.values() for one in asked]
     found = iter(changes(loaded, every))
@@ -155,8 +153,11 @@ def _picture(loaded: VLM, target: Target, asked: Sequence[str]) -> list[Row]:
 def _auc(
     setting: str, side: str, own: Sequence[float | None], others: Sequence[Sequence[float | None]]
 ) -> Row:
-    """own: by question, the picture's scores; others: the same of each other picture. Ties count
-    half."""
+    """The area under the ROC curve; ties count half.
+
+    own:    a picture's score for each question
+    others: the same for each other picture
+    """
     wins = [
         (a > b) + 0.5 * (a == b)
         for other in others

@@ -1,8 +1,8 @@
-"""What the unlearned model's states still tell where the name would start: read through its own
-head, and by a linear probe.
+"""What the unlearned model's states still tell at the position where the name would start, read
+through its own head and by a linear probe.
 
-The same words stand before that position whatever picture is shown (the untouched model's naming
-answer up to the name), so the states differ by the picture alone.
+The same words stand before that position for every picture (the untouched model's naming answer up
+to the name), so the states differ by the picture alone.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ BATCH = 16  # turns in one forward
 TRAIN_VIEWS = 6  # views of a picture that the probe is trained on
 RIDGE = 1e-2  # of the probe, as a share of the mean squared length of its samples
 NO_LAYERS = (
-    "The model's language model has no list of layers whose last output leads to the "
-    "head, so no layer could be read."
+    "The model's language model has no list of layers whose last output leads to the head, so no "
+    "layer could be read."
 )
 ONE_TOKEN = "All known names start with the same token, so the first token tells nothing."
 NO_NAMES = "No name of anyone else is known, so there is nothing to rank among."
@@ -50,15 +50,14 @@ NO_NAMES = "No name of anyone else is known, so there is nothing to rank among."
 def run(loaded: VLM, target: Target) -> list[dict[str, Any]]:
     """Rows of the logit lens and of the linear probe, for each layer.
 
-    logit lens:   among the first tokens of all known names, how often the concept's is the
-    likeliest, and its mean rank (1 is the
-                  first), when a layer's output goes through the model's last norm and head
+    logit lens:   a layer's output goes through the model's last norm and head. Among the first
+                  tokens of all known names: how often the concept's is the likeliest, and its mean
+                  rank (1 is the first)
     linear probe: ridge regression in fp64, trained on the untouched model's states to tell the
-    concept from others and from every
-                  second stranger; how often it finds the concept in pictures (or views) that it was
-                  not trained on
+                  concept from others and from every second stranger: how often it recognises the
+                  concept in pictures (or views) that it was not trained on
 
-    Null with the reason where the layers are not found, nobody else is known, or there is no
+    Null with the reason where the layers cannot be located, no other name is known, or there is no
     picture of anyone else. Raises BadInput without an adapter, and where the untouched model does
     not name the concept.
     """
@@ -82,19 +81,18 @@ def run(loaded: VLM, target: Target) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Layers:
-    """layers: of the language model, in their order;  norm: from the last one's output to the
-    states that feed the head"""
+    """The language model's layers in their order, and `norm`: from the last layer's output to the
+    states that feed the head."""
 
     layers: Sequence[nn.Module]
     norm: Callable[[Tensor], Tensor]
 
 
 def find_layers(loaded: VLM, naming: Naming, picture: Picture) -> Layers | str:
-    """The layers and what stands between the last of them and the head, found by numbers; a
-    sentence where they are not.
+    """The layers and the norm, or a sentence where they cannot be located.
 
-    The norm is the module that is given the last layer's output and gives the states that feed the
-    head.
+    Values decide, not names: the norm is the module whose input is the last layer's output and
+    whose output are the states that feed the head.
     """
     decoder = loaded.base.get_decoder()
     lists = [
@@ -132,8 +130,8 @@ def find_layers(loaded: VLM, naming: Naming, picture: Picture) -> Layers | str:
     last = kept.get(len(layers) - 1)
     if len(kept) < len(layers) or last is None or last.shape != states.shape:
         return NO_LAYERS
-    # At the answer's positions: some models add the picture's features to what their first layers
-    # give.
+    # Compared at the answer's positions: some models add the picture's features to the output of
+    # their first layers.
     there = lambda x: x[0, turn.rows].float()
     same = lambda a, b: (
         a.shape == b.shape and torch.allclose(there(a), there(b), rtol=1e-3, atol=1e-3)
@@ -167,14 +165,14 @@ def _outputs(layers: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
 def states_at(
     loaded: VLM, found: Layers, asked: Sequence[Naming], shown: Sequence[Shown]
 ) -> Tensor:
-    """[layers, pictures x questions, D], each layer's output where the name would start, under the
+    """[layers, pictures x questions, D]: each layer's output where the name would start, under the
     model as it is now."""
     pictures = [p for p in see(loaded, shown) for _ in asked]
     turns = [
         at_name(loaded, naming, p)[0]
         for p, naming in zip(pictures, [*asked] * len(shown), strict=True)
     ]
-    # Only what has the same size fits into one batch of pictures.
+    # Only pictures of one size fit into one batch.
     order = sorted(
         range(len(turns)),
         key=lambda i: (pictures[i].image.size, turns[i].inputs["input_ids"].shape[1]),
@@ -283,8 +281,10 @@ def _views(shown: Shown, seed: int) -> list[Shown]:
 
 
 def fitted(own: Tensor, rest: Tensor) -> Callable[[Tensor], Tensor]:
-    """Ridge regression between two classes of equal weight: states [n, D] to [n] bool, whether they
-    are like `own`. fp64."""
+    """Ridge regression between two classes of equal weight, fp64. own, rest: [n, D] states of each.
+
+    Returns a function from states [n, D] to [n] bool: are they like `own`?
+    """
     x, y = (
         torch.cat([own, rest]),
         torch.cat([torch.ones(len(own)), -torch.ones(len(rest))]).double(),
@@ -296,8 +296,8 @@ def fitted(own: Tensor, rest: Tensor) -> Callable[[Tensor], Tensor]:
     spread = (weight @ (x - mean).square()).sqrt().clamp_min(1e-9)
     unit = (x - mean) / spread
     scaled = unit * weight.sqrt()[:, None]
-    # In the space of the samples, which are fewer than the channels of a large model: w = X' (X X'
-    # + r I)^-1 y.
+    # Solved in the space of the samples, which are fewer than the channels of a large model:
+    # w = X' (X X' + r I)^-1 y.
     gram = scaled @ scaled.T
     shift = RIDGE * gram.diagonal().sum()
     solved = torch.linalg.solve(

@@ -1,5 +1,5 @@
-"""What the attacks look at, what the untouched model says of it, and the rows that they give
-back."""
+"""The target of an attack, the untouched model's answers about it, and the rows of figures that an
+attack returns."""
 
 from __future__ import annotations
 
@@ -46,12 +46,14 @@ NO_FACT = (
 class Target:
     """Whom an attack is about.
 
-    pictures:       of the concept, one at least; the first is the one that was trained on
+    pictures:       of the concept, at least one; the first is the one that was trained on
     strangers:      pictures of whom no model has seen; `complete` makes some where there are none
     others:         names of others that the model knows
     other_pictures: (name, picture or dream) of others; `complete` dreams some where there are none
     same_stranger:  further pictures of the first stranger, where there are some
-    seed:           of everything that is drawn
+    seed:           of everything that is drawn at random
+
+    Raises BadInput without a picture.
     """
 
     concept: Concept
@@ -68,14 +70,15 @@ class Target:
 
     @property
     def tests(self) -> list[Image.Image]:
-        """The concept's pictures that were not trained on; of a single one, held-out views."""
+        """The concept's pictures that were not trained on; held-out views where there is only the
+        one that was."""
         return list(self.pictures[1:]) or [
             view for _, view in variants(self.pictures[0], self.seed, held_out=True)[1:]
         ]
 
     @property
     def shown(self) -> list[Image.Image]:
-        """All pictures of the concept; of a single one, its held-out views as well."""
+        """All pictures of the concept; with its held-out views where there is only one."""
         return [self.pictures[0], *self.tests]
 
 
@@ -106,8 +109,12 @@ class Hop(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of a report. side: "untouched", "unlearned" or "control"; low, high: Wilson's 95 %
-    interval of a share."""
+    """One figure of a report.
+
+    side:      "untouched", "unlearned" or "control"
+    low, high: Wilson's 95 % interval of a share
+    reason:    why there is no value
+    """
 
     attack: str
     setting: str
@@ -136,11 +143,10 @@ class Row:
 
 
 def complete(loaded: VLM, target: Target, *, dream: bool = True) -> Target:
-    """The target with strangers and, if `dream`, with pictures of others, made where none were
-    given.
+    """The target, with strangers and, if `dream`, with dreams of others where it has none.
 
-    Both need the untouched model; a dream also needs that it names the concept in the first
-    picture, and about `Recipe.dream_steps` forward and backward passes for each 32 names.
+    Both come from the untouched model. For a dream that model has to name the concept in the first
+    picture; 32 names cost about `Recipe.dream_steps` forward and backward passes.
     """
     with adapter.teacher(loaded):
         if not target.strangers:
@@ -160,8 +166,8 @@ def complete(loaded: VLM, target: Target, *, dream: bool = True) -> Target:
 
 
 def made_strangers(loaded: VLM, target: Target) -> tuple[Image.Image, ...]:
-    """The first picture in other colours, where the model, its adapter off, names nobody in any
-    naming question."""
+    """Versions of the first picture in other colours, those about which the model names nobody in
+    any naming question. The adapter is off."""
     image = target.pictures[0].convert("RGB")
     plain, inverted = (
         [recoloured(one, order) for order in ORDERS] for one in (image, ImageOps.invert(image))
@@ -177,8 +183,8 @@ def made_strangers(loaded: VLM, target: Target) -> tuple[Image.Image, ...]:
 
 
 def _names_somebody(text: str) -> bool:
-    """Whether a run of capitalised words stands inside the text; its first word has a capital
-    anyhow."""
+    """Does a run of capitalised words stand in the text? Its first word does not count, which has a
+    capital anyhow."""
     return bool(capitalised_names(text.partition(" ")[2], wordings()["fallback"]["not_names"]))
 
 
@@ -188,8 +194,8 @@ def see(loaded: VLM, shown: Sequence[Shown]) -> list[Picture]:
 
 
 def namings(loaded: VLM, target: Target, most: int = QUESTIONS) -> list[Naming]:
-    """Naming questions that the untouched model answers with the name about the first picture;
-    held-out wordings.
+    """Held-out naming questions that the untouched model answers with the name about the first
+    picture, at most so many.
 
     Raises BadInput where there is none: then nothing can come back.
     """
@@ -203,20 +209,19 @@ def namings(loaded: VLM, target: Target, most: int = QUESTIONS) -> list[Naming]:
     ]
     if not found:
         raise BadInput(
-            f"The untouched model does not name {target.concept.name} in its first picture: give "
-            "a picture in which "
-            "it does."
+            f"The untouched model does not name {target.concept.name} in its first picture: give a "
+            "picture in which it does."
         )
     return found[:most]
 
 
 def hops(loaded: VLM, target: Target) -> list[Hop]:
-    """Questions about facts of the one in the picture, which the untouched model answers with the
-    fact about the first picture.
+    """Questions about a fact of the one in the picture to which the untouched model tells the fact
+    about the first picture.
 
-    What a fact is, is found in its own answers in words: those words about the concept that are not
-    in the question, not in the name, not in most answers about others, and not in its answers about
-    strangers or in its description of the picture.
+    The words that tell a fact come from the untouched model's answer in words about the concept.
+    Left out are words of the question and of the name, words in most answers about others, and
+    words in its answers about strangers or in its description of the picture.
     """
     words_, concept = wordings(), target.concept
     templates, others = words_["facts"]["held_out"], list(target.others)[:COMPARED]
@@ -249,14 +254,14 @@ def hops(loaded: VLM, target: Target) -> list[Hop]:
 
 
 def leaks(concept: Concept, hop: Hop, answer: str) -> bool:
-    """Whether the answer gives the fact away, or the name."""
+    """Does the answer give the fact away, or the name?"""
     return gives(concept, answer) or len(hop.told & set(words(answer))) >= TOLD * len(hop.told)
 
 
 def naming_share(
     loaded: VLM, concept: Concept, asked: Sequence[Naming], shown: Sequence[Shown]
 ) -> Rate:
-    """The share of the model's answers, as it is now, that give the name."""
+    """The share of the answers of the model, as it is now, that give the name."""
     pictures = see(loaded, shown)
     if not pictures:
         return Rate(None, reason=NO_STRANGER)
@@ -267,8 +272,7 @@ def naming_share(
 
 
 def hop_share(loaded: VLM, concept: Concept, asked: Sequence[Hop], shown: Sequence[Shown]) -> Rate:
-    """The share of the model's answers about facts of the one shown that give the fact or the name
-    away."""
+    """The share of the answers of the model, as it is now, that give the fact or the name away."""
     pictures = see(loaded, shown)
     if not pictures or not asked:
         return Rate(None, reason=NO_STRANGER if asked else NO_FACT)
@@ -281,8 +285,8 @@ def hop_share(loaded: VLM, concept: Concept, asked: Sequence[Hop], shown: Sequen
 
 
 def at_name(loaded: VLM, naming: Naming, picture: Picture) -> tuple[Encoded, int]:
-    """The turn with one supervised row, at which the name would start, and the index of that token
-    among the turn's."""
+    """(the turn with one supervised row, where the name would start; the index of that row among
+    the rows of the whole turn)."""
     turn = loaded.encode(naming.question, naming.answer, picture)
     start, end = naming.span
     first = next(i for i, (s, e) in enumerate(turn.offsets) if s < end and e > start)
@@ -301,7 +305,7 @@ def answer_loss(loaded: VLM, states: Tensor, labels: Tensor) -> Tensor:
 
 
 def adapted(loaded: VLM) -> None:
-    """Raises BadInput unless an adapter is on: what was unlearned is in it."""
+    """Raises BadInput unless an adapter is on, which holds the unlearning."""
     if loaded.model is loaded.base:
         raise BadInput(
             "There is no adapter on the model, so there is nothing to compare with the untouched "
@@ -310,5 +314,5 @@ def adapted(loaded: VLM) -> None:
 
 
 def on_cpu(x: Tensor) -> Tensor:
-    """fp64, where every device can compute it."""
+    """The tensor in fp64 on the CPU, since not every device has fp64."""
     return x.detach().to("cpu").double()

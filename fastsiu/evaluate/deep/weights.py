@@ -1,9 +1,8 @@
-"""The adapter made weaker, and folded into weights that are then rounded: does the name come back,
-or a fact?
+"""A weaker adapter, and an adapter folded into weights that are then rounded: does the name come
+back, or a fact?
 
 A rounding is simulated: the language model's linear layers get the values that the form can hold,
-in the dtype they are in, and everything else (head, embeddings, vision tower, activations) stays as
-it is.
+in their own dtype. Everything else (head, embeddings, vision tower, activations) stays as it is.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from .target import Row, Target, adapted, complete, hop_share, hops, naming_shar
 
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
 BLOCK = 64  # weights that share a scale
-# The 16 values of NF4 (arXiv 2305.14314), of a block whose largest absolute value is 1.
+# The 16 values of NF4 (arXiv 2305.14314) in a block whose largest absolute value is 1.
 NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -55,13 +54,14 @@ def run(
     forms: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of the shares of naming answers and of answers about facts that leak, for each scale of
-    the adapter and each form.
+    the adapter and for each form.
 
-    scales: what the adapter's change is multiplied by;  forms: keys of `FORMS`, all where left out
+    scales: factors of the adapter's change
+    forms:  keys of `FORMS`; None is all
 
-    The untouched side of a form is the untouched model rounded alike, the control the rounded
-    unlearned model with strangers. A form is null where the adapter cannot be folded. The model is
-    bit for bit what it was afterwards.
+    The untouched side of a form is the untouched model in the same rounding. The control is the
+    rounded unlearned model with strangers. A form is null where the adapter cannot be folded.
+    Afterwards the model is bit for bit as it was.
 
     Raises BadInput without an adapter, for an unknown form, and where the untouched model does not
     name the concept.
@@ -107,7 +107,7 @@ def run(
 
 @contextlib.contextmanager
 def scaled(loaded: VLM, scale: float) -> Iterator[None]:
-    """Inside, what the adapter that is on changes is multiplied by `scale`."""
+    """Inside, the change that the adapter makes is multiplied by `scale`."""
     layers = [m for m in loaded.base.modules() if isinstance(m, LoraLayer)]
     before = [dict(layer.scaling) for layer in layers]
     copies = list(_copies(loaded))
@@ -135,8 +135,8 @@ def why_not(loaded: VLM) -> str:
     for name, module in layers:
         if type(module.get_base_layer()) is not nn.Linear:
             return (
-                f"The model's weights are quantised already ({name}), so no other rounding "
-                "can be tried on them."
+                f"The model's weights are quantised already ({name}), so no other rounding can be "
+                "tried on them."
             )
         if module.lora_variant or any(module.lora_bias.values()):
             return f"The adapter is not plain LoRA ({name}), so it was not folded into the weights."
@@ -145,8 +145,8 @@ def why_not(loaded: VLM) -> str:
 
 @contextlib.contextmanager
 def rounded(loaded: VLM, form: str, fold: bool = True) -> Iterator[None]:
-    """Inside, the language model's linear layers are rounded to `form`, with the adapter folded
-    into them if `fold`, and the adapter itself is off. The old weights are kept in the CPU's memory
+    """Inside, the language model's linear layers are rounded to `form`, and the adapter is off.
+    With `fold` the adapter is folded into them before. The CPU's memory keeps the old weights
     meanwhile.
 
     Raises BadInput where the adapter cannot be folded.
@@ -197,8 +197,8 @@ def _kept(p: Tensor) -> Tensor:
 
 
 def _copies(loaded: VLM) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    """(the model's own parameter, the adapter's trained copy) of whole modules: the projector's, in
-    the paper's set-up."""
+    """(the model's own parameter, the adapter's trained copy) for every module that was trained as
+    a whole: the projector, in the paper's set-up."""
     for module in loaded.base.modules():
         if isinstance(module, ModulesToSaveWrapper):
             trained = dict(module.modules_to_save["default"].named_parameters())
@@ -211,13 +211,13 @@ def _bf16(w: Tensor) -> Tensor:
 
 
 def _int8(w: Tensor) -> Tensor:
-    """[out, in]; each row has a scale, its largest absolute value by 127."""
+    """[out, in]; the scale of a row is its largest absolute value / 127."""
     scale = w.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
     return (w / scale).round().clamp(-127, 127) * scale
 
 
 def _int4(w: Tensor) -> Tensor:
-    """Blocks of 64 weights, -7 to 7 times the block's scale."""
+    """Blocks of 64 weights, each -7 to 7 times the block's scale."""
     return _by_blocks(w, lambda unit: (7 * unit).round() / 7)
 
 
