@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1] / "fastsiu"
 FLOORS = (
     ("request",),
     ("guards", "text"),
-    ("images",),
+    ("pixels",),
+    ("images", "transforms"),
     ("kernels",),
     ("loss",),
     ("staging", "manifest", "process"),
