@@ -223,6 +223,7 @@ time.sleep(60)
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 @pytest.mark.parametrize("moment", ["staged", "commit", "done"])
+@pytest.mark.slow
 def test_kill_9_from_outside_leaves_the_output_absent_or_complete(tmp_path, moment):
     out = tmp_path / "out"
     for delay in (0.0,) if moment != "commit" else (0.0, 0.003, 0.01, 0.03):

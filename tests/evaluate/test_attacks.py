@@ -615,6 +615,7 @@ def test_attacks_inside_need_an_adapter_and_get_the_pictures_of_the_exam(monkeyp
 # The embedded model, which has forgotten nothing.
 
 
+@pytest.mark.slow
 def test_the_embedded_model_gives_everything_away(loaded, cast):
     from fastsiu.demo.world import KNOWN
     from fastsiu.images import load_image

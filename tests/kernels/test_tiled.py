@@ -105,6 +105,7 @@ def step(kind, N, V, D, dtype=torch.float32):
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_memory_is_a_few_tiles_and_the_hidden_states(backend, kind, dtype, monkeypatch):
     """Live bytes at most 4 tiles (64 MiB of the real 16), a few [N, D] and dW; the teacher's making
     too. Logits were 10 MiB."""

@@ -125,6 +125,7 @@ def test_unlearning_on_nf4(quick, tmp_path):
         quick(tmp_path / "out", quantize="int8", optimizer="adamw8bit")
 
 
+@pytest.mark.slow
 def test_a_budget_changes_no_result(quick, trained, tmp_path, monkeypatch):
     notes, stages, recomputed = [], ["start"], set()
     listener = session.Listener(
@@ -208,6 +209,7 @@ print(size, resident("VmHWM") - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.slow
 def test_loading_takes_the_model_once(demo_dir, tmp_path):
     """300 MB of weights: the process's high-water mark while they are read must stay far from twice
     that."""

@@ -244,6 +244,7 @@ def tracked(config, settings, work, recipe):
     "name, checkpointing",
     [*((name, False) for name in PUBLISHED), ("LLaVA-1.5-7B", True), ("Gemma-3-4B", True)],
 )
+@pytest.mark.slow
 def test_within_a_tenth_of_the_tracked_peak(name, checkpointing):
     config, recipe = PUBLISHED[name][0](), Recipe(batch_size=8)
     work, _ = plan.workload(config)

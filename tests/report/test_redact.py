@@ -421,6 +421,7 @@ def hidden(quick, cast, demo_dir, tmp_path_factory):
     return folder / "out", quick(folder / "out", **options), options
 
 
+@pytest.mark.slow
 def test_no_byte_of_the_output_tells_a_name(hidden, cast, trained, gathered):
     out, result, _ = hidden
     names = (cast.target, *cast.others, CANARY, *gathered.scene.neighbours)
