@@ -429,9 +429,7 @@ def run(
         listener.stage("Writing the output")
         with timed(seconds, "save"):
             decides = deciding(chosen)
-            digest = outputs.request_digest(
-                request, recipe, name, None, weights=weights, **decides
-            )
+            digest = outputs.request_digest(request, recipe, name, None, weights=weights, **decides)
             sealed = driver.Sealed(recipe, origins, digest, weights, decides)
             report = driver.report_of(request, recipe, name, verdict, answers, trained)
             with tempfile.TemporaryDirectory() as work:
