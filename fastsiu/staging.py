@@ -249,9 +249,8 @@ def sync(path: Path) -> None:
 @contextlib.contextmanager
 def _aside(place: Path, data: bytes) -> Iterator[Path]:
     """A hidden file with this content, gone afterwards where it was not renamed."""
-    path = place / _random_name()
-    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        _lock(file.fileno(), wait=True)
+    path, handle = _locked_file(place)
+    with open(handle, "wb") as file:
         try:
             file.write(data)
             file.flush()
@@ -259,6 +258,17 @@ def _aside(place: Path, data: bytes) -> Iterator[Path]:
             yield path
         finally:
             path.unlink(missing_ok=True)
+
+
+def _locked_file(place: Path) -> tuple[Path, int]:
+    """A new hidden file and its locked handle."""
+    while True:
+        path = place / _random_name()
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        _lock(handle, wait=True)
+        if path.exists():
+            return path, handle
+        os.close(handle)  # another run's clean-up came between the file and its lock
 
 
 def _random_name() -> str:
@@ -301,7 +311,9 @@ def sweep_one(path: Path) -> bool:
             shutil.rmtree(path, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
-                path.unlink()
+                # Another run may have given up this file and made a new one of the same name.
+                if os.path.samestat(os.fstat(handle), os.lstat(path)):
+                    path.unlink()
     return not os.path.lexists(path)
 
 

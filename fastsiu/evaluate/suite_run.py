@@ -554,9 +554,13 @@ def _manifest(
 def _done(job: Job) -> dict[str, dict[str, Any]]:
     """The reports of the suite's concepts that are complete. Raises BadInput where the output holds
     anything else."""
-    if not (job.output / SUITE).is_file() and not _just_begun(job.output):
-        outputs.check_destination(job.output, "")  # absent or empty, or it raises
-        return {}
+    if not _begun(job.output):
+        try:
+            outputs.check_destination(job.output, "")  # absent or empty, or it raises
+            return {}
+        except BadInput:
+            if not _begun(job.output):  # else another run began between the two looks
+                raise
     staging.sweep(job.output)
     staging.check_writable(job.output / SUITE, outputs.OTHER)
     return {
@@ -566,8 +570,11 @@ def _done(job: Job) -> dict[str, dict[str, Any]]:
     }
 
 
-def _just_begun(place: Path) -> bool:
-    """Whether another run has made the directory, and has or has not written its table by now."""
+def _begun(place: Path) -> bool:
+    """Does the directory hold a suite's table or, of a run that has only just begun, nothing but
+    what is not finished?"""
+    if (place / SUITE).is_file():
+        return True
     try:
         names = os.listdir(place)
     except OSError:  # absent, or no directory: whoever needs it says so
