@@ -1,4 +1,4 @@
-"""What made an output, and whether it is still what was written.
+"""The manifest: how an output came about, and whether its files are still as written.
 
 The manifest tells a stranger nothing about the pictures: each is a commitment under the output's
 own random key, and so is the digest of the request. Whoever holds the key file *and* the same
@@ -38,7 +38,8 @@ PACKAGES = (
     "numpy",
 )
 SEAL = "sha256"  # of the manifest itself, without this entry
-# What of an output a loader may read: such a file that nobody listed is no part of the result.
+# Suffixes of files that a loader may read. Such a file in an output that the manifest does not list
+# is no part of the result.
 LOADABLE = (
     ".safetensors",
     ".bin",
@@ -52,7 +53,7 @@ LOADABLE = (
     ".py",
     ".gguf",
 )
-# files that make a model
+# suffixes of the files that make a model
 OF_MODEL = (
     ".safetensors",
     ".bin",
@@ -90,11 +91,13 @@ def request_digest(
     """SHA-256, in hex, over everything that decides the result; equal for equal requests on every
     machine.
 
-    Files count by their content, not by path or name, and the order of names does not count.
-    `weights` are the model's files, from `digest_model`, where `model_id` is a directory: what is
-    trained further in place is another model. `settings` are further JSON values that change the
-    result, such as quantize="nf4". The digest is not for publication, because it confirms the
-    picture to whoever has it: the manifest holds it under the output's key only.
+    Files count by their content, not by path or name, and the order of names does not count. The
+    digest is not for publication, because it confirms the picture to whoever has it: the manifest
+    holds it under the output's key only.
+
+    weights:  the model's files, from `digest_model`, where `model_id` is a directory: a model that
+              was trained further in place is another model
+    settings: further JSON values that change the result, such as quantize="nf4"
 
     Raises BadInput when a file or directory of the request cannot be read.
     """
@@ -130,18 +133,16 @@ def manifest(
     masks: Mapping[str, Any],
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a reader needs to repeat and to check the run; without the concept's name, paths or the
-    host's name.
+    """The facts that a reader needs to repeat and to check the run, without the concept's name,
+    paths or the host's name.
 
-    origins:  for each hyper-parameter that is not simply the default, where it came from: one of
-              `ORIGINS`
+    origins:  where each hyper-parameter that is not the default came from: one of `ORIGINS`
     weights:  file name -> SHA-256 of the model's files, from `digest_model`
     digest:   from `request_digest`
     key:      the transaction's key
-    pictures: label -> the bytes of every picture used; only commitments are kept, and of labels
-              "images/NAME" and "retain/NAME" a number instead of the file's name
-    masks:    the mask counts; of a list of tokens, which may spell the name, only the number is
-              kept
+    pictures: label -> bytes, of every picture used. The manifest holds commitments only, and in
+              labels "images/NAME" and "retain/NAME" a number instead of the file's name.
+    masks:    the mask counts; a list of tokens, which may spell the name, becomes its length
     settings: the same further values as given to `request_digest`
 
     Raises ValueError for an unknown hyper-parameter or origin.
@@ -186,8 +187,8 @@ def digest_model(directory: str | Path) -> dict[str, str]:
     """SHA-256 of the weight, configuration and tokenizer files directly in a model's directory,
     read as a stream.
 
-    Takes about a second per gigabyte and holds no lock on the interpreter, so it can run in a
-    thread beside the load.
+    It takes about a second per gigabyte and does not hold the interpreter's lock, so it can run in
+    a thread beside the load.
 
     Raises BadInput when one of them cannot be read.
     """
@@ -214,16 +215,16 @@ def seal(content: Mapping[str, Any]) -> str:
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """The manifest of an output. Raises BadInput where there is none, or none that this program has
-    written."""
+    """The manifest of an output. Raises BadInput where it is missing, and where this program cannot
+    have written it."""
     path = directory / MANIFEST
     remedy = "give the --output directory of a run, or restore the file"
-    found = read_json(path, what=str(path), remedy=remedy, shape=SHAPE)
-    if not isinstance(found.get("request"), str) or not isinstance(found.get("files"), dict):
+    content = read_json(path, what=str(path), remedy=remedy, shape=SHAPE)
+    if not isinstance(content.get("request"), str) or not isinstance(content.get("files"), dict):
         raise BadInput(f"{path} is no manifest of FastSIU: {remedy}.")
-    if stray := [name for name in found["files"] if not _inside(name)]:
+    if stray := [name for name in content["files"] if not _inside(name)]:
         raise BadInput(f"{path} names a file outside its directory ({stray[0]!r}): {remedy}.")
-    return dict(found)
+    return dict(content)
 
 
 def read_report(directory: Path) -> dict[str, Any]:
@@ -237,17 +238,17 @@ def read_report(directory: Path) -> dict[str, Any]:
         "answers": [dict],
     }
     remedy = "restore it, or choose another --output"
-    found = dict(read_json(path, what=str(path), remedy=remedy, shape=shape))
-    if not {"verdict", "reasons"} <= set(found):
+    report = dict(read_json(path, what=str(path), remedy=remedy, shape=shape))
+    if not {"verdict", "reasons"} <= set(report):
         raise BadInput(f"{path} is no report of FastSIU: {remedy}.")
-    return found
+    return report
 
 
 def changed(directory: Path, sealed: Mapping[str, Any]) -> dict[str, str]:
-    """What is not as the manifest says, a second a gigabyte: file -> "is missing", "is not as
-    written" or "was added".
+    """The files that are not as the manifest says: name -> "is missing", "is not as written" or
+    "was added". It takes about a second per gigabyte.
 
-    A file that nobody listed counts as added where a loader may read it (`LOADABLE`).
+    A file that the manifest does not list counts as added where a loader may read it (`LOADABLE`).
 
     sealed: from `read`
     """
@@ -270,7 +271,7 @@ def changed(directory: Path, sealed: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_file(path: Path) -> bool:
-    """False for a name that no file can have, too."""
+    """False also for a name that no file can have."""
     try:
         return path.is_file()
     except OSError:
@@ -278,6 +279,7 @@ def _is_file(path: Path) -> bool:
 
 
 def keyed(digest: str, key: bytes) -> str:
+    """HMAC-SHA256 of a digest, in hex."""
     return hmac.new(key, digest.encode(), hashlib.sha256).hexdigest()
 
 
@@ -286,9 +288,9 @@ def sha256(data: bytes) -> str:
 
 
 def _directory_digest(directory: Path | None) -> list[str] | None:
-    return (
-        None if directory is None else sorted(sha256(read_bytes(p)) for p in list_images(directory))
-    )
+    if directory is None:
+        return None
+    return sorted(sha256(read_bytes(path)) for path in list_images(directory))
 
 
 def _read_data(path: Path) -> bytes:
@@ -309,15 +311,15 @@ def _version(name: str) -> str | None:
 
 
 def _numbered(pictures: Mapping[str, bytes]) -> dict[str, bytes]:
-    """By labels without file names, which may name whom they show."""
+    """The same pictures under labels without file names, which may name whom they show."""
     seen: Counter[str] = Counter()
-    found = {}
+    by_label = {}
     for label, data in pictures.items():
         if match := _NUMBERED.fullmatch(label):
             seen[match[1]] += 1
             label = f"{match[1]}/{seen[match[1]]:03d}"
-        found[label] = data
-    return found
+        by_label[label] = data
+    return by_label
 
 
 def _inside(name: str) -> bool:

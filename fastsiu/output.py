@@ -1,7 +1,7 @@
 """The output directory as one transaction: complete or absent, whatever happens.
 
-What is in it: the caller's files (the adapter), report.json, report.md, report.html, `private.key`
-and, written last, manifest.json, which says what made it (`manifest`).
+It holds the caller's files (the adapter), report.json, report.md, report.html, `private.key` and,
+written last, manifest.json, which says how it came about (`manifest`).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ __all__ = [
     "write_reports",
 ]
 OTHER = "choose another --output"
-ROOM = 32 * 2**20  # bytes that an output takes at least, adapter and reports
+ROOM = 32 * 2**20  # bytes: an output takes at least so many, adapter and reports
 PRIVATE = ("report.*", "untouched.json")  # files with names and answers, for their owner alone
 
 
@@ -76,15 +76,14 @@ def random_directory(base: str | Path = ".") -> Path:
 def check_destination(
     output: str | Path, digest: str, *, size: int = ROOM
 ) -> Literal["same", "free"]:
-    """Returns "same": `output` is a complete result of this request, byte for byte, nothing to do.
-    "free": it can be written.
+    """Returns "same" where `output` is a complete result of this request, byte for byte, and "free"
+    where it can be written. Removes what killed runs left in its directory.
 
-    What killed runs left in its directory is removed.
+    digest: from `request_digest`
+    size:   bytes that the output will take, about
 
-    size: bytes that it will take, about
-
-    Raises BadInput for anything else that exists there, for a result of which a byte was changed,
-    for a path that cannot be made, and for a disk that is full.
+    Raises BadInput where anything else exists at `output`, where a byte of the result was changed,
+    where nothing can be made there, and for a disk that is full.
     """
     output = _absolute(output)
     shown = repr(str(output))
@@ -122,11 +121,11 @@ class Transaction:
             ...                                   # write into staging
             transaction.commit(manifest(..., key=transaction.key))
 
-    `commit` must be called inside the block; leaving without it, or by an exception, removes the
-    staging directory and creates nothing; a full disk is told as BadInput. A killed process leaves
-    at most its staging directory, which the next run in the same place removes.
+    `commit` must be called inside the block. A block that ends without it, or by an exception,
+    removes the staging directory and creates nothing; a full disk becomes BadInput. A killed
+    process leaves at most its staging directory, which the next run in the same place removes.
 
-    output: the destination, absent or an empty directory. It is for its owner alone (0700)
+    output: the destination, absent or an empty directory; it is for its owner alone (0700)
     key:    32 random bytes of this output, stored in its private.key
     """
 
@@ -222,17 +221,16 @@ def write_reports(
     """Write report.json, report.md and report.html, for their owner alone.
 
     redact:  names, questions, answers and file names stay out of all three
-    picture: the picture that was trained on, for report.html alone; without it no picture is in any
-             of them
+    picture: the training picture, for report.html alone; without it no report shows a picture
 
-    Raises NumericFailure when the report contains NaN or infinity, BadInput where both are asked
-    for.
+    Raises NumericFailure where the report contains NaN or infinity, BadInput for `redact` together
+    with a picture.
     """
     check_shown(redact, picture is not None)
     report = redacted(report) if redact else report
     staging.write(folder / REPORT, _json(report, REPORT))
-    # Half a surrogate pair, as broken tokenizers produce, has no UTF-8 form; what a terminal would
-    # obey is shown as its escape, since Markdown is read in terminals as well.
+    # Half a surrogate pair, as broken tokenizers produce, has no UTF-8 form. Markdown is read in
+    # terminals as well, so a character that a terminal would obey is written as its escape.
     staging.write(folder / "report.md", visible(render_markdown(report)).encode("utf-8", "replace"))
     staging.write(
         folder / "report.html", visible(render_html(report, picture)).encode("utf-8", "replace")
@@ -240,7 +238,7 @@ def write_reports(
 
 
 def check_shown(redact: bool, embed_image: bool) -> None:
-    """Raises BadInput where a report is to name nobody and to show somebody."""
+    """Raises BadInput where a report shall name nobody and show somebody."""
     if redact and embed_image:
         raise BadInput(
             "--redact and --embed-image exclude each other, because a picture tells who it "

@@ -10,18 +10,20 @@ import threading
 
 
 def start(packed: bytes) -> None:
-    """Calls `first(*rest)`. packed: the tuple (first, *rest), pickled; unpacking it imports the
-    module of `first`."""
+    """Calls `first(*rest)`.
+
+    packed: the pickled tuple (first, *rest); to unpack it imports the module of `first`
+    """
     end_with_parent()
-    # as the command line does in its own process, and as early
+    # The command line does this in its own process, and as early.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     first, *rest = pickle.loads(packed)
     first(*rest)
 
 
 def end_with_parent() -> None:
-    """From now on this process ends when its parent does: a parent that was killed could not say
-    so."""
+    """From now on this process ends when its parent ends. A parent that is killed cannot tell it
+    to."""
     threading.Thread(target=_wait, daemon=True).start()
 
 

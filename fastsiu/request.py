@@ -1,4 +1,4 @@
-"""What is asked for: one concept to forget, how hard to try, and the texts to train on.
+"""A request: one concept to forget, how hard to try, and the texts to train on.
 
 A leaf: it imports nothing of FastSIU, and everything else may import it. The command line, Python
 callers, JSONL files and the manifest all speak these three types.
@@ -47,13 +47,13 @@ class Request:
     concept:  the name as a person writes it
     image:    the one picture used for training
     aliases:  further names of the same concept
-    protect:  names of neighbours that must survive; empty = those the teacher itself names
+    protect:  names of neighbours that must survive; empty: those that the teacher itself names
     images:   directory with more pictures of the concept, used by the verdict only
     retain:   directory with unlabelled pictures of anything else, to be answered as before
     data:     file with samples of the user's own, JSONL or LLaVA's conversations, added to the
-    built ones
-    as_word:  how a name counts that is a word like any other, too ("Rose"):
-    `concept.Concept.as_word`
+              built ones
+    as_word:  how a name counts that is an ordinary word as well ("Rose"):
+              `concept.Concept.as_word`
     """
 
     concept: str
@@ -112,11 +112,20 @@ NUMBERS = {
 class Recipe:
     """The hyper-parameters. The defaults are meant for models of 2 to 13 billion parameters.
 
-    alpha, beta: weights of cross-entropy and dual-masked KL (paper section 4.3)
-    steps:       ceiling on optimiser steps; training stops earlier once the name is gone and the
-    rest holds
-    lr:          AdamW learning rate of the LoRA factors
-    batch_size:  samples in one optimiser step
+    alpha, beta:  weights of cross-entropy and dual-masked KL (paper section 4.3)
+    steps:        ceiling on optimiser steps; training stops earlier once the name is gone and the
+                  rest holds
+    lr:           AdamW learning rate of the LoRA factors
+    batch_size:   samples in one optimiser step
+    schedule:     "decay" is constant for 60 % of the steps, then falls to a tenth
+    projector_lr: above 0 the vision projector is trained as well, at this rate
+    dreams:       pictures that are dreamed for each protected name
+    strangers:    pictures of nobody; the concept is to be answered like them. 0: the four targets
+                  alone
+    temperature:  of the distributions that are compared with strangers': names are far out in their
+                  tails
+    level:        weight of what the concept's own answers may cost, against what they cost about
+                  strangers
     token_mask, vocab_mask, dreams: switches for ablations; all three belong to the method
     """
 
@@ -128,40 +137,29 @@ class Recipe:
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     batch_size: int = 32
-    schedule: Literal["constant", "cosine", "decay"] = (
-        "decay"  # constant for 60 % of the steps, then down to a tenth
-    )
+    schedule: Literal["constant", "cosine", "decay"] = "decay"
     warmup: float = 0.0
-    projector_lr: float = 0.0  # above 0 the vision projector is trained as well, at this rate
+    projector_lr: float = 0.0
     early_stop: bool = True
     renormalize: bool = False
     substitute: Literal["description", "name"] = "description"
     token_mask: bool = True
     vocab_mask: bool = True
-    dreams: int = 2  # dreamed pictures per protected name
+    dreams: int = 2
     dream_steps: int = 60
     dream_lr: float = 0.1
     dream_noise: float = 0.5
-    strangers: int = (
-        8  # pictures of nobody that the concept is to be answered like; 0: the four targets alone
-    )
-    # of the distributions that are compared with strangers': names are far out in their tails
+    strangers: int = 8
     temperature: float = 4.0
-    # weight of what the concept's own answers may cost, against what they cost about strangers
     level: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, (low, high) in {**WHOLE, **NUMBERS}.items():
             value = getattr(self, name)
-            whole, number = (
-                isinstance(value, int) and not isinstance(value, bool),
-                isinstance(value, int | float),
-            )
-            if (
-                not (whole if name in WHOLE else number and not isinstance(value, bool))
-                or not low <= value <= high
-            ):
+            wanted = int if name in WHOLE else int | float
+            is_number = isinstance(value, wanted) and not isinstance(value, bool)
+            if not is_number or not low <= value <= high:
                 kind = "whole number" if name in WHOLE else "number"
                 raise BadInput(f"{name} is {value!r:.40}: give a {kind} between {low} and {high}.")
         for name in ("early_stop", "renormalize", "token_mask", "vocab_mask"):
@@ -211,15 +209,14 @@ class Sample:
     question:  the user turn, verbatim
     answer:    the assistant turn
     picture:   None for text only; 0 the concept's picture; k >= 1 the k-th entry of the retained
-    pictures or dreams
+               pictures or dreams
     specified: character spans (start, end) of `answer` that contradict what the teacher knows; the
-    KL skips the
-               tokens there (the paper's token mask, Eq. 2)
+               KL skips the tokens there (the paper's token mask, Eq. 2)
     origin:    where the answer came from: "teacher", "built", "dream", "retain", "data" or "lesson"
-    closed:    the answer is whole; False where the teacher was cut short, so that the end of its
-    turn is not trained
-    teacher_pictures: what the teacher looks at in place of `picture`; of several its final states
-    are averaged
+    closed:    the answer is whole; False where the teacher was cut short, and then the end of the
+               turn is not trained
+    teacher_pictures: the pictures that the teacher sees in place of `picture`; its final states for
+               several pictures are averaged
     """
 
     facet: str

@@ -1,10 +1,10 @@
-"""What is not finished yet: hidden directories and files beside the result, which no killed run
-leaves for long.
+"""Unfinished results: hidden directories and files beside the result, which a killed run does not
+leave for long.
 
-Every verb that writes does so under a name of random digits, and puts it in place with one rename.
-The name tells whose it is (".fastsiu.partial-"), never what it is about. A lock says that its run
-is alive: the lock of a killed process is free, and whoever starts next in the same place removes
-what it finds there without one.
+Every verb that writes does so under a name of random digits, and puts the result in place with one
+rename. The name tells which program it belongs to (".fastsiu.partial-"), never what it is about. A
+lock says that its run is alive. The lock of a killed process is free, and the next run in the same
+place removes everything there that has no lock.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ from .request import BadInput
 
 try:
     import fcntl
-except ImportError:  # Windows: what a killed run leaves is left to the user there
-    fcntl = None  # type: ignore[assignment]  # asked for by `is None`
+except ImportError:  # Windows: the user removes there what a killed run leaves
+    fcntl = None  # type: ignore[assignment]  # every use first compares it with None
 
 PREFIX, CLAIM = ".fastsiu.partial-", ".fastsiu.claim-"
 OTHER_FILE = "name another file"
-MARKS = ("suite.json", "matrix.json")  # of a directory that holds several results
+MARKS = ("suite.json", "matrix.json")  # files of a directory that holds several results
 _PARTIAL = re.compile(re.escape(PREFIX) + r"(\d+)-[0-9a-f]{8}")
 _CLAIMED = re.compile(re.escape(CLAIM) + r"[0-9a-f]{16}")
 _FORMER = re.compile(r"\.fastsiu-[0-9a-f]{12}\.partial-(\d+)-[0-9a-f]{8}")  # of earlier versions
 
 
 class Staging:
-    """A hidden directory in `place`, for its owner alone (0700), which is removed on leaving.
+    """A hidden directory in `place`, for its owner alone (0700). It is removed at the end of the
+    block.
 
-    with Staging(place) as path:
-        ...                           # write into path; rename it away to keep it
+        with Staging(place) as path:
+            ...                           # write into path; rename it away to keep it
 
     Raises OSError where `place` cannot be written.
     """
@@ -88,8 +89,8 @@ class Staging:
 
 
 def sweep(place: Path) -> list[Path]:
-    """Removes what killed runs left in `place`, and in those directories in it that hold several
-    results; returns what."""
+    """Removes what killed runs left in `place`, and in directories there that hold several results.
+    Returns the paths."""
     removed = []
     for entry in leftovers(place):
         if sweep_one(entry):
@@ -98,8 +99,8 @@ def sweep(place: Path) -> list[Path]:
 
 
 def leftovers(place: Path) -> list[Path]:
-    """What is not finished in `place`, of runs that are alive as well."""
-    found = []
+    """The unfinished results in `place`, those of runs that are alive among them."""
+    left = []
     for entry in _entries(place):
         if entry.is_symlink():
             continue
@@ -108,24 +109,24 @@ def leftovers(place: Path) -> list[Path]:
             or _CLAIMED.fullmatch(entry.name)
             or _FORMER.fullmatch(entry.name)
         ):
-            found.append(entry)
+            left.append(entry)
         elif entry.is_dir():
             own = [inner for inner in _entries(entry) if is_ours(inner.name)]
-            # or killed before that was written
             several = any((entry / mark).is_file() for mark in MARKS)
-            if own and (several or len(own) == len(_entries(entry))):
-                found += [inner for inner in own if not inner.is_symlink()]
-    return found
+            nothing_else = len(own) == len(_entries(entry))  # killed before it wrote a mark
+            if own and (several or nothing_else):
+                left += [inner for inner in own if not inner.is_symlink()]
+    return left
 
 
 def is_ours(name: str) -> bool:
-    """Whether a name in a directory is one of a run that is not finished."""
+    """Whether a name in a directory belongs to an unfinished run of this program."""
     return bool(_PARTIAL.fullmatch(name) or _CLAIMED.fullmatch(name))
 
 
 def check_writable(path: Path, remedy: str) -> None:
-    """Raises BadInput, which ends in `remedy`, where no file and no directory can be made at
-    `path`; tries it beside it."""
+    """Raises BadInput, which ends in `remedy`, where neither a file nor a directory can be made at
+    `path`. The trial makes a directory beside it."""
     shown = repr(str(path))
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -143,7 +144,7 @@ def check_writable(path: Path, remedy: str) -> None:
 
 
 def check_new(path: Path, remedy: str) -> None:
-    """As `check_writable`, and raises BadInput for what exists."""
+    """As `check_writable`; raises BadInput also where something exists at `path`."""
     if "\0" in str(path):
         raise BadInput(f"The path {str(path)!r} contains a NUL character: {remedy}.")
     if os.path.lexists(path):
@@ -158,18 +159,16 @@ def check_space(path: Path, size: int) -> None:
     if free < size:
         raise BadInput(
             f"The disk of {str(place)!r} has {free / 2**20:.0f} MiB left, and the result takes "
-            "about "
-            f"{size / 2**20:.0f} MiB: free some, or choose another --output."
+            f"about {size / 2**20:.0f} MiB: free some, or choose another --output."
         )
 
 
 @contextlib.contextmanager
 def claim(place: Path, key: str, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process is the one that works on `key` in the directory `place`, as long as the
-    block lasts.
+    """Whether this process alone works on `key` in the directory `place`, as long as the block
+    lasts. A process that dies gives the claim back at once.
 
-    wait: until it is. Else False where another process is at it. A process that dies gives it back
-          at once.
+    wait: wait until this process has the claim; otherwise False where another process has it
     """
     if fcntl is None:
         yield True
@@ -185,7 +184,7 @@ def claim(place: Path, key: str, *, wait: bool = False) -> Iterator[bool]:
         except BaseException:
             os.close(handle)
             raise
-        if mine and not same:  # whoever had it removed the file meanwhile
+        if mine and not same:  # the process that had the claim removed the file meanwhile
             os.close(handle)
             continue
         break
@@ -198,16 +197,16 @@ def claim(place: Path, key: str, *, wait: bool = False) -> Iterator[bool]:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """`path` with this content, for its owner alone (0600); a reader sees the old content or the
-    new. Raises OSError."""
+    """Gives the file at `path` new content, for its owner alone (0600). A reader sees the old
+    content or the new. Raises OSError."""
     with _aside(path.parent, data) as aside:
         os.replace(aside, path)
     sync(path.parent)
 
 
 def new_file(path: Path, data: bytes) -> None:
-    """A file that was not there, complete or not at all, 0600. Raises FileExistsError where
-    something is there, and OSError."""
+    """Makes a file, for its owner alone (0600), complete or not at all. Raises FileExistsError
+    where something is there, and OSError."""
     with _aside(path.parent, data) as aside:
         try:
             os.link(aside, path)
@@ -221,14 +220,13 @@ def new_file(path: Path, data: bytes) -> None:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether it says that the disk, or what of it one may have, is full; libraries in Rust say so
-    in words."""
+    """Whether an error says that the disk or a quota is full; libraries in Rust say so in words."""
     full = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
     return getattr(error, "errno", None) in full or "No space left on device" in str(error)
 
 
 def write(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """A file that is on the disk when this returns."""
+    """Writes a file that is on the disk when this returns."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
         file.write(data)
         file.flush()
@@ -236,7 +234,7 @@ def write(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 def sync(path: Path) -> None:
-    """A file or directory to the disk."""
+    """Brings a file or a directory to the disk."""
     if sys.platform == "win32":  # neither directories nor read-only handles can be synced there
         return
     handle = os.open(path, os.O_RDONLY)
@@ -248,7 +246,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def _aside(place: Path, data: bytes) -> Iterator[Path]:
-    """A hidden file with this content, gone afterwards where it was not renamed."""
+    """A hidden file with this content, removed at the end of the block where it was not renamed."""
     path, handle = _locked_file(place)
     with open(handle, "wb") as file:
         try:
@@ -283,7 +281,7 @@ def _entries(place: Path) -> list[Path]:
 
 
 def _lock(handle: int, *, wait: bool) -> bool:
-    """Whether the lock is this process's; True as well where the file system has none, as some
+    """Whether this process has the lock. True also on a file system without locks, such as some
     network file systems."""
     if fcntl is None:
         return True
@@ -297,13 +295,13 @@ def _lock(handle: int, *, wait: bool) -> bool:
 
 
 def is_dead(path: Path) -> bool:
-    """Whether the run that made a leftover has ended; False where that cannot be told."""
+    """Whether the run of a leftover has ended; False where nothing says so."""
     with _opened_if_dead(path) as dead:
         return dead is not None
 
 
 def sweep_one(path: Path) -> bool:
-    """Removes a leftover whose run has ended; whether it did."""
+    """Removes a leftover whose run has ended. Returns whether it is gone."""
     with _opened_if_dead(path) as handle:
         if handle is None:
             return False
@@ -319,7 +317,7 @@ def sweep_one(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _opened_if_dead(path: Path) -> Iterator[int | None]:
-    """A handle with the lock of what a dead run left; None of anything else."""
+    """A handle with the lock of a leftover whose run has ended; None for anything else."""
     if fcntl is None:
         yield None
         return
@@ -335,8 +333,8 @@ def _opened_if_dead(path: Path) -> Iterator[int | None]:
 
 
 def _is_dead(handle: int, name: str) -> bool:
-    """The lock knows. Process ids do not: they come again, and two containers do not see each
-    other's. Where the file system has no locks, the id has to do."""
+    """Whether the lock of a leftover is free. Process ids say less: they come again, and two
+    containers do not see each other's. On a file system without locks the id decides."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True

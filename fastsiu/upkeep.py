@@ -1,8 +1,8 @@
-"""What lies in a directory: is it still what was written, is it what is deployed, and what of it
+"""The files of a directory: are they still as written, are they what is deployed, and which of them
 may go.
 
-Only what this program wrote is ever removed: files by the names that their manifest lists, hidden
-directories by theirs. What somebody else has put beside them stays, and is told.
+Only what this program wrote is ever removed: files whose names their manifest lists, and hidden
+directories with a name of ours. Files of others beside them stay, and are named.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from .guards.strict_json import read_json
 from .manifest import KEY, LOADABLE, MANIFEST, REPORT
 from .request import BadInput
 
-# The table of several results -> the format that it names, and what else is written beside it.
+# The table of a directory with several results -> the format that it names; `BESIDE` has the other
+# files that are written beside it.
 TABLES = {
     "suite.json": "fastsiu suite evaluation 1",
     "compare.json": "fastsiu comparison 1",
@@ -34,8 +35,11 @@ OF_EVALUATION = (REPORT, "untouched.json")  # JSON that no loader reads
 
 @dataclass
 class Checked:
-    """What `verify` found. files: how many were read; wrong: one sentence for each that is not as
-    it was written."""
+    """The result of `verify`.
+
+    files: the number of files that were read
+    wrong: a sentence for each file that is not as written
+    """
 
     files: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -43,8 +47,12 @@ class Checked:
 
 @dataclass
 class Found:
-    """What `survey` found. dead: leftovers of killed runs; alive: of runs that are at work;
-    results: directories."""
+    """The result of `survey`.
+
+    dead:    leftovers of killed runs
+    alive:   unfinished results of runs that are at work
+    results: directories with a result
+    """
 
     dead: list[Path] = field(default_factory=list)
     alive: list[Path] = field(default_factory=list)
@@ -52,21 +60,20 @@ class Found:
 
 
 def verify(directory: Path, model: Path | None = None) -> Checked:
-    """Compares every file of an output with its manifest; of a directory of several outputs, of
-    all.
+    """Compares every file of an output, or of all outputs in a directory, with its manifest.
 
-    model: a directory with what is deployed. Of a merged model it is compared with the files that
-           the merge wrote; of an adapter, with the adapter's or, where it holds none, with those
-           of the model that the adapter was made for.
+    model: a directory with the deployed files. For the output of a merge they are compared with the
+           files that it wrote; for an adapter, with the adapter's files or, where `model` holds no
+           adapter, with those of the model that the adapter was made for.
 
     Raises BadInput where there is no output, and where no manifest tells what `model` should be.
     """
-    found = Checked()
+    checked = Checked()
     places = _outputs(directory)
     for place in places:
         sealed = manifest.read(place)
-        found.files += len(sealed["files"]) + 1
-        found.wrong += [
+        checked.files += len(sealed["files"]) + 1
+        checked.wrong += [
             f"{place / name} {what}." for name, what in manifest.changed(place, sealed).items()
         ]
     if model is not None:
@@ -75,12 +82,12 @@ def verify(directory: Path, model: Path | None = None) -> Checked:
                 f"{directory} holds {len(places)} outputs: give the one that {model} is to be "
                 "compared with."
             )
-        _compare(manifest.read(places[0]), model, found)
-    return found
+        _compare(manifest.read(places[0]), model, checked)
+    return checked
 
 
 def survey(directory: Path) -> Found:
-    """What there is to purge. Raises BadInput where `directory` is none."""
+    """The files that can be purged. Raises BadInput where `directory` is no directory."""
     if not directory.is_dir():
         raise BadInput(
             f"There is no directory {directory}: give the one that runs were started in, or an "
@@ -95,8 +102,8 @@ def survey(directory: Path) -> Found:
 
 
 def remove(result: Path) -> list[Path]:
-    """Removes a result, its manifest last; returns what was not written by this program and is left
-    there."""
+    """Removes a result, its manifest last. Returns the files in it that this program did not write;
+    they stay."""
     if (result / MANIFEST).is_file():
         listed = [result / name for name in manifest.read(result)["files"]]
         files = [*listed, result / KEY, result / MANIFEST]
@@ -135,8 +142,8 @@ def _outputs(directory: Path) -> list[Path]:
     )
 
 
-def _compare(sealed: dict[str, Any], model: Path, found: Checked) -> None:
-    """Adds what of `model` is not the manifest's."""
+def _compare(sealed: dict[str, Any], model: Path, checked: Checked) -> None:
+    """Adds to `checked` the files of `model` that are not those of the manifest."""
     if not model.is_dir():
         raise BadInput(
             f"There is no directory {model}: give the one with the files that are deployed."
@@ -170,21 +177,21 @@ def _compare(sealed: dict[str, Any], model: Path, found: Checked) -> None:
     if all(name.isdigit() for name in expected):
         known = set(expected.values())
         digests = {name: manifest.digest_file(path) for name, path in here.items()}
-        found.wrong += [
+        checked.wrong += [
             f"{here[name]} is none of the manifest's."
             for name, sha in digests.items()
             if sha not in known
         ]
         if missing := len(known - set(digests.values())):
-            found.wrong.append(f"{model} lacks {missing} of the manifest's files.")
+            checked.wrong.append(f"{model} lacks {missing} of the manifest's files.")
     else:
         for name, sha in expected.items():
             if name not in here:
-                found.wrong.append(f"{model / name} is missing.")
+                checked.wrong.append(f"{model / name} is missing.")
             elif manifest.digest_file(here[name]) != sha:
-                found.wrong.append(f"{model / name} is not the manifest's.")
-        found.wrong += [f"{model / name} was added." for name in here if name not in expected]
-    found.files += len(expected)
+                checked.wrong.append(f"{model / name} is not the manifest's.")
+        checked.wrong += [f"{model / name} was added." for name in here if name not in expected]
+    checked.files += len(expected)
 
 
 def _loadable(name: str) -> bool:

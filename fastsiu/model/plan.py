@@ -1,5 +1,5 @@
-"""Does it fit? The settings from the least to the most sparing, and the first that fits; `memory`
-knows what each takes."""
+"""Does it fit? The settings from the least to the most sparing, and the first that fits;
+`simulation` knows how much memory each takes."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from .turns import Picture
 from .vlm import VLM
 from .workload import Workload
 
-# pixels assumed of a picture where the model takes any size and none was given
-DYNAMIC = (
-    768,
-    1024,
-)
+# Height and width of a picture, assumed where the model takes any size and nobody gave a picture.
+DYNAMIC = (768, 1024)
 TEMPLATE = 24  # tokens of a chat template and the beginning of a question
-# assumed of a model that cuts pictures into tiles and does not say how many: 4 x 4 and the whole
+# Assumed where a model cuts pictures into tiles and does not say how many: 4 x 4 and the whole.
 TILES = 17
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The estimates, from the least to the most sparing settings, and the first that fits into
-    `memory` bytes, if any."""
+    """The estimates, from the least to the most sparing settings.
+
+    memory:  bytes; None without a limit
+    assumed: what the configuration does not say, in sentences
+    chosen:  the first estimate that fits into `memory`; None where none does
+    """
 
     model: str
     memory: int | None
@@ -53,8 +54,7 @@ class Plan:
             other = "--quantize nf4" if least.settings.quantize is None else "a smaller model"
             return (
                 f"{self.model} does not fit into {size}: with {least.settings} it still needs "
-                f"{least.peak / GB:.1f} GB; "
-                f"use a larger card, {other} or a smaller --rank."
+                f"{least.peak / GB:.1f} GB; use a larger card, {other} or a smaller --rank."
             )
         return (
             f"{self.model} fits into {size} with {self.chosen.settings}: "
@@ -90,12 +90,13 @@ def plan(
     image_tokens: int | None = None,
     fixed: frozenset[str] = frozenset(),
 ) -> Plan:
-    """Estimates of `settings`, then of ever more sparing ones until one fits into `memory` (in GB
-    of 2**30 bytes).
+    """Estimates `settings`, then ever more sparing ones, until one fits.
 
-    config: the model's, where it is at hand; work: what a run consists of, where that is known;
-    else both are found out
+    memory: GB of 2**30 bytes
+    config: the model's; read where it is left out
+    work:   what a run consists of; worked out from the configuration where it is left out
     fixed:  names of settings that were asked for and stay
+
     Raises BadInput for a model whose configuration cannot be read or built, and for options that
     make no sense.
     """
@@ -152,19 +153,16 @@ def ladder(settings: Settings, fixed: frozenset[str], batch_size: int) -> Iterat
 
 
 def workload(config: Any, image_tokens: int | None = None) -> tuple[Workload, list[str]]:
-    """The tokens of a step from a configuration, and what had to be assumed, in sentences."""
+    """The tokens of a step from a configuration, and the assumptions, in sentences."""
     tokens, patches, assumed = picture_tokens(config)
     if image_tokens is not None:
-        patches, tokens, assumed = (
-            max(1, round(patches * image_tokens / max(tokens, 1))),
-            image_tokens,
-            [],
-        )
+        patches = max(1, round(patches * image_tokens / max(tokens, 1)))
+        tokens, assumed = image_tokens, []
     return Workload(tokens + TEMPLATE, patches), assumed
 
 
 def workload_of(config: Any, processor: Any, image: Image.Image) -> Workload:
-    """The tokens of a step about this picture, as the model's own processor makes them."""
+    """The tokens of a step about this picture, counted by the model's own processor."""
     base = source.on_meta(config)
     # on the meta device tokens have a number and no value
     model = VLM("", None, base, base, processor)

@@ -1,5 +1,5 @@
-"""What can be said of a model before its weights are loaded: its files, its configuration, and
-whether the options hold here."""
+"""A model before its weights are loaded: its files, its configuration, and whether the options hold
+on this machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ DTYPES = {
 QUANTIZE = ("nf4", "int8")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 ATTENTION = ("sdpa", "flash_attention_2", "eager")
-# Numbers of a configuration by the end of their names: what any model that exists is far inside of.
+# Bounds of a configuration's numbers, by the end of their names. Every model that exists is far
+# inside of them.
 SIZES = (
     ("num_attention_heads", (1, 4096)),
     ("num_key_value_heads", (1, 4096)),
@@ -47,7 +48,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 def check_options(
     dtype: str, quantize: str | None, attention: str | None, optimizer: str = "adamw"
 ) -> None:
-    """Raises BadInput for a name that nothing here knows."""
+    """Raises BadInput for the name of a dtype, a quantisation, an attention or an optimiser that
+    does not exist."""
     if dtype not in ("auto", *DTYPES):
         raise BadInput(f"The dtype {dtype!r} is unknown: choose one of auto, {', '.join(DTYPES)}.")
     if quantize is not None and quantize not in QUANTIZE:
@@ -87,7 +89,7 @@ def check_device(device: str | None) -> torch.device | None:
 def check_packages(
     device: str, dtype: str, quantize: str | None, attention: str | None, optimizer: str
 ) -> None:
-    """Raises BadInput where an option needs a package or a device that is not here."""
+    """Raises BadInput where an option needs a package or a device that is missing."""
     for option in (
         quantize and f"--quantize {quantize}",
         optimizer != "adamw" and f"--optimizer {optimizer}",
@@ -125,8 +127,8 @@ def _installed(package: str) -> bool:
 
 
 def check_directory(name: str) -> None:
-    """Raises BadInput for what can only be meant as a directory and is not one of a model: an
-    adapter or weights that are pickles among them."""
+    """Raises BadInput for a path that is not the directory of a model: it does not exist, or holds
+    an adapter, or weights that are pickles. The id of a hub model passes."""
     path = Path(name)
     if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
         raise BadInput(
@@ -144,8 +146,7 @@ def check_directory(name: str) -> None:
             f"{name} has no config.json: give the directory of a complete Hugging Face model."
         )
     if (path / "adapter_config.json").is_file():
-        # transformers would put the adapter on without a word, and nothing here would take it off
-        # again
+        # Transformers would put the adapter on without a word, and nothing would take it off again.
         raise BadInput(
             f"{name} holds a model and an adapter: remove its adapter_config.json, or give the "
             "two apart."
@@ -160,14 +161,13 @@ def check_weights_are_no_pickles(path: Path) -> None:
     if pickles and not any(path.glob("*.safetensors")):
         raise BadInput(
             f"The weights of {path} are no safetensors ({pickles[0]}), and FastSIU reads no "
-            "pickles: "
-            "load them with a program that you trust, and save_pretrained() them."
+            "pickles: load them with a program that you trust, and save_pretrained() them."
         )
 
 
 def read_config(name: str, revision: str | None = None) -> Any:
-    """A model's configuration, without its weights or its processor. Raises BadInput where there is
-    none."""
+    """A model's configuration; neither weights nor processor are read. Raises BadInput where there
+    is no configuration, or one of which no model can be built."""
     check_directory(name)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
@@ -176,16 +176,15 @@ def read_config(name: str, revision: str | None = None) -> Any:
         refuse_own_code(name, error)
         raise BadInput(
             f"The configuration of {name} cannot be read ({first_line(error)}): check the "
-            "model's name "
-            "and the revision."
+            "model's name and the revision."
         ) from error
     check_sizes(config, name)
     return config
 
 
 def check_sizes(config: Any, name: str) -> None:
-    """Raises BadInput for a number in a configuration of which no model could be built: it would be
-    noticed as a crash inside of transformers, or after minutes, or never."""
+    """Raises BadInput for a number of which no model could be built (`SIZES`). Without this check
+    it would show as a crash inside transformers, or after minutes, or never."""
     parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
     for part in parts:
         for key, value in vars(part).items() if part is not None else ():
@@ -197,41 +196,37 @@ def check_sizes(config: Any, name: str) -> None:
             if not low <= value <= high:
                 raise BadInput(
                     f"The configuration of {name} has {key} = {value}: it would have to be "
-                    f"between {low} and "
-                    f"{high}; restore its config.json."
+                    f"between {low} and {high}; restore its config.json."
                 )
 
 
 def describe(name: str, revision: str | None) -> tuple[Any, Any, str | None]:
-    """(configuration, processor, commit): what is small of a model. A directory has no commit.
+    """The small parts of a model: (configuration, processor, commit). A directory has no commit.
 
-    Raises BadInput where either is missing, or the processor takes no pictures or has no chat
-    template.
+    Raises BadInput where configuration or processor is missing, and where the processor takes no
+    pictures, has no tokenizer or no chat template.
     """
     config = read_config(name, revision)
-    if not Path(
-        name
-    ).is_dir():  # from here on one commit, and the one that the manifest names: branches move
+    if not Path(name).is_dir():
+        # Branches move: from here on everything is read from one commit, which the manifest names.
         found = cached_file(name, "config.json", revision=revision, local_files_only=True)
         revision = extract_commit_hash(found, None) or revision
     processor = load_processor(name, config, revision)
     if getattr(processor, "image_processor", None) is None:
         raise BadInput(
             f"The {type(processor).__name__} of {name} takes no pictures: save the model's full "
-            "processor beside it, "
-            "or give a model that sees."
+            "processor beside it, or give a model that sees."
         )
     if getattr(processor, "tokenizer", None) is None:
         raise BadInput(
             f"The {type(processor).__name__} of {name} has no tokenizer, so it cannot be asked "
-            "in words: give a model "
-            "that answers questions."
+            "in words: give a model that answers questions."
         )
     if not (getattr(processor, "chat_template", None) or takes_suffix(processor)):
         raise BadInput(
             f"{name} has no chat template, so nothing says how it is asked and how it answers: "
-            "give a model that was "
-            "trained to answer questions, or save its chat template beside it."
+            "give a model that was trained to answer questions, or save its chat template beside "
+            "it."
         )
     check_picture_sizes(processor, name)
     take_limits_off(processor)
@@ -241,19 +236,17 @@ def describe(name: str, revision: str | None) -> tuple[Any, Any, str | None]:
 
 def check_template(processor: Any) -> None:
     """Raises BadInput for a chat template that takes too long or too much memory (`limited`)."""
-    templates, tokenizer = (
-        getattr(processor, "chat_template", None),
-        getattr(processor, "tokenizer", processor),
-    )
+    templates = getattr(processor, "chat_template", None)
+    if not isinstance(templates, dict):
+        templates = {"default": templates} if templates else {}
+    tokenizer = getattr(processor, "tokenizer", processor)
     tokens = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
-    for template in (
-        templates.values() if isinstance(templates, dict) else [templates] if templates else []
-    ):
+    for template in templates.values():
         limited.check_template(template, tokens)
 
 
 def dtype_name(config: Any, dtype: str, device: str) -> str:
-    """What "auto" means: fp32 on a CPU, elsewhere as stored."""
+    """The dtype's name; "auto" is fp32 on a CPU, elsewhere the dtype that is stored."""
     if dtype != "auto":
         return dtype
     stored = config.dtype or config.get_text_config().dtype or torch.float32
@@ -261,7 +254,8 @@ def dtype_name(config: Any, dtype: str, device: str) -> str:
 
 
 def quantisation(config: Any, quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Raises BadInput for a model that is stored quantised."""
+    """The quantisation of the language model's linear layers, with `dtype` for the products. Raises
+    BadInput for a model that is stored quantised."""
     if getattr(config, "quantization_config", None) is not None:
         raise BadInput(
             "The model is stored quantised already: leave --quantize out, or give the model that "
@@ -288,8 +282,8 @@ def on_meta(config: Any, **options: Any) -> Any:
     except Exception as error:  # any, as above
         raise BadInput(
             f"{type(config).__name__} cannot be built as an image-text model "
-            f"({first_line(error)}): "
-            "give another model, or --attention eager where sdpa is refused."
+            f"({first_line(error)}): give another model, or --attention eager where sdpa is "
+            "refused."
         ) from error
 
 
@@ -297,7 +291,7 @@ def outside_decoder(base: Any) -> list[str]:
     """Full names of the largest modules that hold nothing of the language model's layers: head,
     vision tower, projector.
 
-    A list of what is not to be quantised replaces transformers' own, so the head has to be in it.
+    The list replaces transformers' own list of modules that stay unquantised, so it has the head.
     """
     decoder, head, out = base.get_decoder(), base.get_output_embeddings(), []
     # Llama 4's decoder is a whole causal language model
