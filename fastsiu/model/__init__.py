@@ -1,2 +1,2 @@
-"""Any image-text model of transformers: how it is loaded and adapted, how it runs fast, and how much
-memory that takes."""
+"""Any image-text model of transformers: how it is loaded and adapted, how it runs fast, and how
+much memory that takes."""
