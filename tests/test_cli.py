@@ -90,6 +90,7 @@ def test_missing_options_and_unknown_verbs(call):
         assert code == 2 and "Traceback" not in err and out == "", arguments
 
 
+@pytest.mark.slow
 def test_mistakes_from_outside(cast, tmp_path):
     """As a user meets them: a process, its exit code and its two streams."""
     runs = [
@@ -144,6 +145,7 @@ def test_help_and_import_load_no_torch(statement):
     assert "help" not in statement or "Usage" in done.stdout
 
 
+@pytest.mark.slow
 def test_json_is_alone_on_standard_output(call, cast, tmp_path):
     code, out, err = call(*quick(cast, "--output", "out", "--json"))
     report = json.loads(out)
@@ -164,6 +166,7 @@ def test_json_is_alone_on_standard_output(call, cast, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_exit_code_and_summary_follow_the_verdict(call, cast, trained, monkeypatch):
     from dataclasses import replace
 
@@ -224,6 +227,7 @@ def test_other_ends(call, cast, monkeypatch, error, code, says):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_data_writes_what_data_reads(call, cast, tmp_path):
     options = [
         "--image",
@@ -270,6 +274,7 @@ def test_data_writes_what_data_reads(call, cast, tmp_path):
     assert code == 2 and "bad.jsonl" in one_sentence(err)
 
 
+@pytest.mark.slow
 def test_data_explain_shows_both_masks(call, cast):
     options = [
         "--image",

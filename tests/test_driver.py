@@ -119,6 +119,7 @@ def test_recipe_origins(tmp_path):
         settings.choose_recipe(str(tmp_path), RecipeChoice("default", {}))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_model_untouched(
     trained, quick, tmp_path, monkeypatch
 ):
@@ -145,6 +146,7 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_model_untouched(
     assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_weights(trained, quick, tmp_path):
     other = load_file(quick(tmp_path / "other", seed=4).output / WEIGHTS)
     one = load_file(trained.output / WEIGHTS)
@@ -214,6 +216,7 @@ def test_the_same_request_again_is_a_no_op_and_another_is_refused(trained, quick
     assert (trained.output / "manifest.json").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_a_model_trained_further_in_place_is_another_request(quick, cast, demo_dir, tmp_path):
     model = shutil.copytree(demo_dir, tmp_path / "model")
     few = {"model": model, "steps": 1, "dreams": 0, "strangers": 0}

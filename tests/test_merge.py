@@ -334,6 +334,7 @@ def test_without_bitsandbytes_the_form_is_null(trained, demo_dir, cast, tmp_path
     assert any("Not verified in nf4" in note for note in made.notes)
 
 
+@pytest.mark.slow
 def test_what_is_merged_without_names_holds_none(trained, demo_dir, cast, tmp_path):
     """Not asked for as well, where the adapter's own report has none."""
     canary = "Xanthippa"

@@ -725,6 +725,7 @@ def test_eval_of_a_merged_model(few, cast, demo_dir, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_eval_with_attacks(few, cast, demo_dir, trained, tmp_path, capsys):
     given = dict(model=demo_dir, image=cast.image, device="cpu")
     alone = calls.evaluate(cast.target, attacks="image", **given).report
