@@ -132,7 +132,7 @@ class Stage:
         """What is computed is taken from the finished run: what is killed is the writing, and the
         waiting for it."""
         from fastsiu import driver
-        from fastsiu.evaluate import suite_run
+        from fastsiu.evaluate import suite_run, suite_table
         from fastsiu.model import adapter, vlm
 
         report = json.loads((self.adapter / "report.json").read_text())
@@ -152,11 +152,11 @@ class Stage:
         driver.prepared_for = lambda *given, **options: time.sleep(0.05) or prepared
         vlm.load = lambda *given, **options: loaded
         suite_run.one = self._one
-        suite_run.pooled = lambda rows: {}
+        suite_table.pooled = lambda rows: {}
 
     def _one(self, loaded, job, subject, listener) -> None:
         from fastsiu import output as outputs
-        from fastsiu.evaluate import suite_run
+        from fastsiu.evaluate import suite_job
 
         time.sleep(0.05)
         transaction = outputs.Transaction(job.output / subject.slug)
@@ -169,7 +169,7 @@ class Stage:
                 "concept": subject.name,
             }
             (folder / "report.json").write_text(json.dumps(told))
-            transaction.commit(suite_run._manifest(job, subject, transaction.key, {}))
+            transaction.commit(suite_job.manifest(job, subject, transaction.key, {}))
 
     def arguments(self, verb: str, where: Path) -> list[str]:
         """The command line. The output is `where`/out."""

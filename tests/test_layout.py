@@ -28,7 +28,8 @@ FLOORS = (
     ("output", "upkeep"),
     ("settings",),
     ("driver", "facade"),
-    ("several", "merge", "evaluate.run", "evaluate.suite_run"),  # verbs with a story of their own
+    ("several", "merge", "evaluate.run"),  # verbs with a story of their own
+    ("evaluate.suite_job", "evaluate.suite_table", "evaluate.suite_run"),
     ("compare",),
     ("show",),
     ("demo",),

@@ -291,14 +291,14 @@ def test_purge_of_no_directory(call, tmp_path):
 def test_the_formats_are_those_that_are_written():
     from fastsiu import several
     from fastsiu.compare import run as compare
-    from fastsiu.evaluate import suite_run
+    from fastsiu.evaluate import suite_job, suite_table
 
     assert upkeep.TABLES == {
-        suite_run.SUITE: suite_run.FORMAT,
+        suite_table.SUITE: suite_job.FORMAT,
         "compare.json": compare.FORMAT,
         several.MATRIX: None,
     }
-    assert staging.MARKS == (suite_run.SUITE, several.MATRIX)
+    assert staging.MARKS == (suite_table.SUITE, several.MATRIX)
     assert {"mode", "order", "matrix", "requests"} == set(several.SHAPE)
 
 

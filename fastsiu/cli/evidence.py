@@ -224,7 +224,8 @@ def suite(
         say.print(suites.told(suites.read(directory)), soft_wrap=True)
         return
 
-    from ..evaluate.suite_run import SuiteOptions, evaluate_suite
+    from ..evaluate.suite_job import SuiteOptions
+    from ..evaluate.suite_run import evaluate_suite
     from ..settings import ModelRef, RecipeChoice, Settings
     from ..show import Progress, suite_table
 

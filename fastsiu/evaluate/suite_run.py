@@ -12,17 +12,15 @@ dies gives it back.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
-import os
 import pickle
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +28,9 @@ import torch
 
 from .. import output as outputs
 from .. import process, session, staging
-from ..guards.strict_json import read_json
-from ..images import load_image, read_bytes
+from ..images import load_image
 from ..model import adapter, adapter_files, source, vlm
-from ..model.memory import Settings as Layout
-from ..model.memory import budget
-from ..request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
+from ..request import BadInput, NumericFailure, OutOfMemory, Request
 from ..session import Listener
 from ..settings import (
     ModelRef,
@@ -44,16 +39,11 @@ from ..settings import (
     choose_layout,
     choose_recipe,
     deciding,
-    load,
 )
-from . import attacking, run, suite, suite_exam
-from .exam import Exam
-from .inquiry import VERDICT
-from .observe import Observations
-from .pooled import markdown, pooled
+from . import attacking, run, suite
+from .suite_job import FORMAT, Job, SuiteOptions, cached, manifest
+from .suite_table import Outcome, done_already, is_there, outcome_of, write_table
 
-FORMAT = "fastsiu suite evaluation 1"
-SUITE = "suite.json"
 PAUSE = 0.5  # seconds between two looks at what another run is at
 # of one concept; the others go on
 FAILURES = (
@@ -62,135 +52,6 @@ FAILURES = (
     OutOfMemory,
     torch.OutOfMemoryError,
 )
-
-
-@dataclass(frozen=True)
-class SuiteOptions:
-    """What is done with each concept of a suite.
-
-    concepts:    slugs, names or aliases; all when empty
-    unlearn:     each is unlearned from its training picture first
-    adapters:    DIR with an adapter of each concept in DIR/SLUG
-    adapter_dir: one adapter for all of them
-    per_other, limit: how many pictures (`suite_exam.exam_of`)
-    untouched:   an earlier output of the same exams, with another adapter or recipe: the untouched
-                 model is not asked again
-    max_new_tokens: of an answer
-    """
-
-    concepts: tuple[str, ...] = ()
-    unlearn: bool = False
-    adapters: Path | None = None
-    adapter_dir: Path | None = None
-    per_other: int = 2
-    limit: int | None = None
-    untouched: Path | None = None
-    max_new_tokens: int = 64
-
-    @property
-    def changes(self) -> bool:
-        """Whether there is an unlearned model to be asked."""
-        return self.unlearn or self.adapters is not None or self.adapter_dir is not None
-
-    def check(self) -> None:
-        """Raises BadInput for options that exclude each other and numbers out of their bounds."""
-        if sum((self.unlearn, self.adapters is not None, self.adapter_dir is not None)) > 1:
-            raise BadInput("--unlearn, --adapters and --adapter exclude each other: choose one.")
-        if (self.limit is not None and self.limit < 1) or self.per_other < 0:
-            raise BadInput(
-                "--limit must be at least 1 and --per-other at least 0: give larger numbers."
-            )
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every process needs to know.
-
-    weights:  SHA-256 of the model's files, where it is a directory
-    commit:   of a hub model, whatever branch or tag was asked for
-    deciding: settings that decide the result
-    limited:  whether there is a memory limit
-    """
-
-    given: suite.Suite
-    options: SuiteOptions
-    output: Path
-    model: ModelRef
-    recipe: Recipe
-    origins: dict[str, str]
-    weights: dict[str, str] | None
-    commit: str | None
-    layout: Layout
-    deciding: dict[str, Any]
-    limited: bool
-
-    @property
-    def shown(self) -> str:
-        """The model in reports, where a path would tell whose machine it was."""
-        return Path(self.model.name).name if self.model.is_directory else self.model.name
-
-    def adapter_of(self, subject: suite.Subject) -> Path | None:
-        options = self.options
-        return options.adapter_dir or (options.adapters and options.adapters / subject.slug)
-
-    def exam_of(self, subject: suite.Subject) -> Exam:
-        options = self.options
-        return suite_exam.exam_of(
-            self.given, subject, per_other=options.per_other, limit=options.limit
-        )
-
-    def load(self, listener: Listener) -> vlm.VLM:
-        room = budget(self.layout, self.recipe.batch_size, self.limited)
-        return load(self.model, self.layout, room, listener)
-
-    def digest(self, subject: suite.Subject) -> str:
-        """SHA-256 over everything that decides the result of one concept; files by their
-        content."""
-        place = self.adapter_of(subject)
-        content = {
-            "untouched": self.exam_digest(subject),
-            "recipe": self.recipe.as_dict() if self.options.unlearn else None,
-            "families": list(VERDICT) if self.options.changes else None,
-            "adapter": place
-            and {
-                p.name: outputs.digest_file(p)
-                for p in sorted(place.glob("adapter_*"))
-                if p.is_file()
-            },
-        }
-        return _sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
-
-    def exam_digest(self, subject: suite.Subject) -> str:
-        """SHA-256 over everything that decides what the untouched model answers."""
-        seen = suite_exam.seen(self.given, subject, self.options.per_other, self.options.limit)
-        content = {
-            "format": FORMAT,
-            "concept": [subject.name, *subject.aliases],
-            "image": _sha256(read_bytes(subject.training)),
-            "pictures": [
-                (s.label, s.role, s.shows, _sha256(read_bytes(Path(str(s.source))))) for s in seen
-            ],
-            "questions": [asdict(q) for q in suite_exam.questions_of(self.given, subject)],
-            "others": [(c.name, c.aliases) for c in suite_exam.others_of(self.given, subject)],
-            "limit": self.options.limit,
-            "longest": self.options.max_new_tokens,
-            # a branch moves, and a directory has many spellings
-            "model": self.weights or [self.model.name, self.commit],
-            "settings": self.deciding,
-        }
-        return _sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
-
-
-@dataclass
-class Outcome:
-    """What became of one concept. status: "forgotten", "not forgotten", "untouched" or "failed",
-    with the reasons."""
-
-    slug: str
-    concept: str
-    status: str
-    reasons: list[str] = field(default_factory=list)
-    numeric: bool = False  # it failed in the computation, not because of what was given
 
 
 @dataclass
@@ -276,15 +137,15 @@ def evaluate_suite(
             )
         if place is not None and job.weights is not None:  # a hub model's are not here yet
             adapter_files.check_belongs(place, model.name, None, job.weights)
-        _cached(job, subject)  # of another exam: said now
-    done = _done(job)
+        cached(job, subject)  # of another exam: said now
+    done = done_already(job)
     todo = [subject for subject in subjects if subject.slug not in done]
     resumed = [subject.slug for subject in subjects if subject.slug in done]
     if resumed:
         listener.note(f"Done already: {', '.join(resumed)}.")
     failed = _work_off(job, done, todo, processes, listener)
-    report = _table(job, done, failed)
-    outcomes = [failed.get(s.slug) or _outcome(s, done[s.slug]) for s in subjects]
+    report = write_table(job, done, failed)
+    outcomes = [failed.get(s.slug) or outcome_of(s, done[s.slug]) for s in subjects]
     return Evaluated(outcomes, report, destination, len(resumed))
 
 
@@ -298,7 +159,7 @@ def _work_off(
     """Does what is missing, and fills `done`; those that failed."""
     failed: dict[str, Outcome] = {}
     job.output.mkdir(mode=0o700, exist_ok=True)
-    _table(job, done, failed)
+    write_table(job, done, failed)
     at_once = processes > 1 and len(todo) > 1
     finished = (
         _in_processes(job, todo, processes, listener) if at_once else _in_turn(job, todo, listener)
@@ -306,7 +167,7 @@ def _work_off(
     for count, (subject, error) in enumerate(finished, 1):
         if error is None:
             done[subject.slug] = outputs.read_report(job.output / subject.slug)
-            status = _outcome(subject, done[subject.slug]).status
+            status = outcome_of(subject, done[subject.slug]).status
         else:
             reason = str(error).split("\n")[0] or type(error).__name__
             failed[subject.slug] = Outcome(
@@ -314,7 +175,7 @@ def _work_off(
             )
             status = f"failed: {reason}"
         listener.note(f"Concept {count} of {len(todo)}, {subject.slug}: {status}")
-        _table(job, done, failed)
+        write_table(job, done, failed)
     return failed
 
 
@@ -347,14 +208,9 @@ def _in_turn(job: Job, todo: Sequence[suite.Subject], listener: Listener) -> Fin
 def _claimed(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -> bool:
     """Whether the concept is done now, by this run or by another; False where another is at it."""
     with staging.claim(job.output, subject.slug) as mine:
-        if mine and not _is_there(job, subject):
+        if mine and not is_there(job, subject):
             one(loaded, job, subject, listener)
         return mine
-
-
-def _is_there(job: Job, subject: suite.Subject) -> bool:
-    place = job.output / subject.slug
-    return place.exists() and outputs.check_destination(place, job.digest(subject)) == "same"
 
 
 def _wait(
@@ -430,7 +286,7 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
             if place is None
             else adapter_files.check_belongs(place, job.model.name, loaded.revision, job.weights)
         )
-        untouched = _cached(job, subject)
+        untouched = cached(job, subject)
         if untouched is None:
             listener.stage(f"{subject.slug}: asking the untouched model")
             untouched = run.examine(loaded, exam, max_new_tokens=job.options.max_new_tokens)
@@ -467,7 +323,7 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
                     folder / run.UNTOUCHED, json.dumps(kept, allow_nan=False).encode() + b"\n"
                 )
                 transaction.commit(
-                    _manifest(job, subject, transaction.key, (extra or {}).get("masks", {}))
+                    manifest(job, subject, transaction.key, (extra or {}).get("masks", {}))
                 )
     finally:
         adapter.detach(loaded)
@@ -504,128 +360,3 @@ def _changed(
         }
     else:
         yield None
-
-
-def _cached(job: Job, subject: suite.Subject) -> Observations | None:
-    """What the untouched model was found to do in an earlier output. Raises BadInput where that was
-    asked something else."""
-    path = job.options.untouched and job.options.untouched / subject.slug / run.UNTOUCHED
-    if not path or not path.is_file():
-        return None
-    values = read_json(path, what=str(path), remedy="leave --untouched out", shape={"digest": str})
-    if values.get("digest") == job.exam_digest(subject):
-        try:
-            found = Observations.from_dict(values)
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{path} is damaged: leave --untouched out.") from error
-        exam = job.exam_of(subject)
-        if len(found.replies) != len(exam.cells):
-            raise BadInput(f"{path} is damaged: leave --untouched out.")
-        return found
-    raise BadInput(
-        f"{path} is of another exam: the suite, --limit, --per-other or the model differ; leave "
-        "--untouched out."
-    )
-
-
-def _manifest(
-    job: Job, subject: suite.Subject, key: bytes, masks: dict[str, Any]
-) -> dict[str, Any]:
-    whole = outputs.manifest(
-        recipe=job.recipe,
-        origins=job.origins,
-        model_id=job.shown,
-        revision=job.commit,
-        weights=job.weights or {},
-        digest=job.digest(subject),
-        key=key,
-        pictures={"image": read_bytes(subject.training)},
-        masks=masks,
-        settings=job.deciding,
-    )
-    return (
-        whole if job.options.unlearn else {k: v for k, v in whole.items() if k not in run.NOT_ASKED}
-    )
-
-
-# What is there ------------------------------------------------------------------------------------
-
-
-def _done(job: Job) -> dict[str, dict[str, Any]]:
-    """The reports of the suite's concepts that are complete. Raises BadInput where the output holds
-    anything else."""
-    if not _begun(job.output):
-        try:
-            outputs.check_destination(job.output, "")  # absent or empty, or it raises
-            return {}
-        except BadInput:
-            if not _begun(job.output):  # else another run began between the two looks
-                raise
-    staging.sweep(job.output)
-    staging.check_writable(job.output / SUITE, outputs.OTHER)
-    return {
-        s.slug: outputs.read_report(job.output / s.slug)
-        for s in job.given.subjects
-        if _is_there(job, s)
-    }
-
-
-def _begun(place: Path) -> bool:
-    """Does the directory hold a suite's table or, of a run that has only just begun, nothing but
-    what is not finished?"""
-    if (place / SUITE).is_file():
-        return True
-    try:
-        names = os.listdir(place)
-    except OSError:  # absent, or no directory: whoever needs it says so
-        return False
-    return SUITE in names or (bool(names) and all(staging.is_ours(name) for name in names))
-
-
-def _outcome(subject: suite.Subject, report: dict[str, Any]) -> Outcome:
-    status = report["verdict"] if report["adapter"] else "untouched"
-    return Outcome(
-        subject.slug, subject.name, status, list(report["reasons"]) if report["adapter"] else []
-    )
-
-
-def _table(job: Job, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]) -> dict[str, Any]:
-    """suite.json and report.md, of all concepts that are there; what other runs have done by now is
-    taken over."""
-    with staging.claim(job.output, SUITE, wait=True):
-        for subject in job.given.subjects:
-            if subject.slug not in done and _is_there(job, subject):
-                done[subject.slug] = outputs.read_report(job.output / subject.slug)
-                failed.pop(subject.slug, None)
-        content = _drawn(job, done, failed)
-        text = json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-        staging.replace_file(job.output / SUITE, text.encode("utf-8", "backslashreplace"))
-        staging.replace_file(job.output / "report.md", markdown(content).encode("utf-8", "replace"))
-    return content
-
-
-def _drawn(job: Job, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]) -> dict[str, Any]:
-    subjects = [s for s in job.given.subjects if s.slug in done or s.slug in failed]
-    outcomes = [failed.get(s.slug) or _outcome(s, done[s.slug]) for s in subjects]
-    return {
-        "format": FORMAT,
-        "suite": job.given.title,
-        "model": job.shown,
-        "of": len(job.given.subjects),
-        "concepts": [
-            {
-                "slug": o.slug,
-                "concept": o.concept,
-                "status": o.status,
-                "reasons": o.reasons,
-                "headline": done.get(o.slug, {}).get("headline"),
-                "rows": done[o.slug]["rows"] if o.slug in done else {},
-            }
-            for o in outcomes
-        ],
-        "pooled": pooled([done[s.slug]["rows"] for s in subjects if s.slug in done]),
-    }
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

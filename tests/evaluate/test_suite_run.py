@@ -15,8 +15,8 @@ from pathlib import Path
 import calls
 import pytest
 
-from fastsiu.evaluate import suite, suite_run
-from fastsiu.evaluate.suite_run import evaluate_suite
+from fastsiu import settings
+from fastsiu.evaluate import suite, suite_job, suite_run, suite_table
 from fastsiu.request import BadInput
 from fastsiu.session import Listener
 
@@ -109,7 +109,7 @@ def test_killed_in_two_processes_it_goes_on_and_ends_the_same(small, whole, tmp_
     }
     call = f"calls.evaluate_suite({str(small)!r}, **{options})"
     lines = (
-        "from fastsiu.evaluate.suite_run import evaluate_suite",
+        f"import sys; sys.path.append({str(Path(calls.__file__).parent)!r}); import calls",
         "if __name__ == '__main__':",
         f"    {call}",
     )
@@ -231,12 +231,14 @@ def test_the_untouched_model_alone(small, tmp_path):
 def test_the_model_is_known_by_its_files_or_its_commit(small, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        suite_run, "_done", lambda job: seen.append(job.exam_digest(job.given.subjects[0])) or 1 / 0
+        suite_run,
+        "done_already",
+        lambda job: seen.append(job.exam_digest(job.given.subjects[0])) or 1 / 0,
     )
     started = lambda model, **more: pytest.raises(
-        ZeroDivisionError, evaluate_suite, small, output=tmp_path / "o", model=model, **more
+        ZeroDivisionError, calls.evaluate_suite, small, output=tmp_path / "o", model=model, **more
     )
-    place = str(suite_run.settings.EMBEDDED)
+    place = str(settings.EMBEDDED)
     for model in (place, place + "/", f"{place}/../{Path(place).name}"):
         started(model)
     assert len(set(seen)) == 1
@@ -345,14 +347,14 @@ def stubbed(small, monkeypatch):
                     "concept": subject.name,
                 },
             )
-            transaction.commit(suite_run._manifest(job, subject, transaction.key, {}))
+            transaction.commit(suite_job.manifest(job, subject, transaction.key, {}))
 
     fails: dict[str, str] = {}
     monkeypatch.setattr(suite_run, "one", one)
     monkeypatch.setattr(suite_run, "PAUSE", 0.02)
     monkeypatch.setattr(suite_run, "load", lambda *a, **k: None)
     monkeypatch.setattr(suite_run.vlm, "threads", lambda loaded: nullcontext())
-    monkeypatch.setattr(suite_run, "pooled", lambda rows: {})
+    monkeypatch.setattr(suite_table, "pooled", lambda rows: {})
     monkeypatch.setattr(outputs, "write_reports", plain_reports)
 
     def call(output, workers, **options):

@@ -9,7 +9,7 @@ from typing import Any
 from fastsiu import driver, several
 from fastsiu import merge as merging
 from fastsiu.compare import run as comparison
-from fastsiu.evaluate import run, suite_run
+from fastsiu.evaluate import run, suite_job, suite_run
 from fastsiu.facade import unlearn as unlearn
 from fastsiu.request import Recipe, Request
 from fastsiu.settings import Chosen, RecipeChoice, choose_recipe, sort_options
@@ -77,13 +77,13 @@ def evaluate(concept: str, **options: Any) -> run.Evaluation:
 
 
 def evaluate_suite(directory: Any, **options: Any) -> suite_run.Evaluated:
-    chosen = fields_of(options, suite_run.SuiteOptions)
+    chosen = fields_of(options, suite_job.SuiteOptions)
     for key in ("adapters", "adapter_dir", "untouched"):
         chosen[key] = path(chosen.get(key))
     chosen["concepts"] = tuple(chosen.get("concepts", ()))
     given = take(options, "processes", "output", "listener")
     return suite_run.evaluate_suite(
-        directory, suite_run.SuiteOptions(**chosen), **sorted_without(options, "report"), **given
+        directory, suite_job.SuiteOptions(**chosen), **sorted_without(options, "report"), **given
     )
 
 
