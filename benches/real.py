@@ -63,7 +63,7 @@ from fastsiu import output as outputs
 from fastsiu.demo.world import KNOWN
 from fastsiu.evaluate import held_out
 from fastsiu.model import adapter, ask, features, plan, source, vlm
-from fastsiu.model.memory import GB, Settings, budget
+from fastsiu.model.memory import GB, Layout, budget
 from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Request, Sample
 from fastsiu.samples import corpus, targets
 from fastsiu.settings import EMBEDDED, RecipeChoice, choose_recipe, deciding
@@ -453,7 +453,7 @@ def run(
 def planned(name: str, memory: float | None, recipe: Recipe, picture: Any, given: Row) -> Any:
     """The estimate of the settings that the driver would choose. Raises BadInput where none fits or
     a package is not here."""
-    asked = Settings(dtype="auto", device=place(), **given)
+    asked = Layout(dtype="auto", device=place(), **given)
     source.check_packages(place(), asked.dtype, asked.quantize, asked.attention, asked.optimizer)
     config, processor, _ = source.describe(name, None)
     work = plan.workload_of(config, processor, picture)

@@ -18,7 +18,7 @@ from PIL.Image import Image
 from .guards.strict_json import read_json
 from .images import load_image
 from .model import plan, source, vlm
-from .model.memory import Settings as Layout
+from .model.memory import Layout
 from .request import PAPER, BadInput, Recipe
 from .session import Listener
 

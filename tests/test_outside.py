@@ -22,7 +22,7 @@ from fastsiu import session, settings
 from fastsiu.guards import limited
 from fastsiu.images import load_image
 from fastsiu.model import adapter, adapter_files, ask, fold, plan, source, vlm
-from fastsiu.model.memory import Settings
+from fastsiu.model.memory import Layout
 from fastsiu.model.processor import NoVideos
 from fastsiu.request import BadInput, NumericFailure, Recipe
 from fastsiu.settings import RecipeChoice
@@ -543,5 +543,5 @@ def test_the_meta_device_holds_no_numbers(demo_dir):
 def test_what_memory_cannot_be_worked_out_of_is_one_sentence(tmp_path, caplog):
     AriaConfig().save_pretrained(tmp_path)
     with pytest.raises(BadInput, match="What AriaConfig takes cannot be worked out"):
-        plan.plan(str(tmp_path), settings=Settings(dtype="float32"))
+        plan.plan(str(tmp_path), settings=Layout(dtype="float32"))
     assert not caplog.records

@@ -18,7 +18,7 @@ from .. import output as outputs
 from ..guards.strict_json import read_json
 from ..images import load_image, read_bytes
 from ..model import adapter, adapter_files, decode, source, vlm
-from ..model.memory import Settings as Layout
+from ..model.memory import Layout
 from ..report.redact import redacted
 from ..request import BadInput, Recipe
 from ..samples.targets import Scene, neighbours

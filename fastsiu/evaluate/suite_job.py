@@ -12,8 +12,7 @@ from .. import output as outputs
 from ..guards.strict_json import read_json
 from ..images import read_bytes
 from ..model import vlm
-from ..model.memory import Settings as Layout
-from ..model.memory import budget
+from ..model.memory import Layout, budget
 from ..request import BadInput, Recipe
 from ..session import Listener
 from ..settings import ModelRef, load

@@ -12,7 +12,7 @@ GB = 2**30
 
 
 @dataclass(frozen=True)
-class Settings:
+class Layout:
     """What decides over memory.
 
     dtype:         a key of `source.DTYPES`, or "auto" where nobody has read the configuration yet
@@ -53,7 +53,7 @@ class Settings:
         return ", ".join(words)
 
 
-def budget(settings: Settings, batch_size: int, limited: bool = False) -> Budget:
+def budget(settings: Layout, batch_size: int, limited: bool = False) -> Budget:
     """The settings as a run reads them. A dream is a picture with one question; a forward of dreams
     has as many as a step.
 
@@ -86,7 +86,7 @@ class Estimate:
     asking, loading, vision: what those phases need beside weights and overhead
     """
 
-    settings: Settings
+    settings: Layout
     weights: int
     trained: int
     gradient: int

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..request import BadInput, Recipe
 from . import source
-from .memory import GB, Estimate, Settings
+from .memory import GB, Estimate, Layout
 from .simulation import Simulation
 from .turns import Picture
 from .vlm import VLM
@@ -81,7 +81,7 @@ class Plan:
 def plan(
     model: str,
     memory: float | None = None,
-    settings: Settings | None = None,
+    settings: Layout | None = None,
     *,
     recipe: Recipe | None = None,
     config: Any = None,
@@ -100,7 +100,7 @@ def plan(
     Raises BadInput for a model whose configuration cannot be read or built, and for options that
     make no sense.
     """
-    settings = settings or Settings()
+    settings = settings or Layout()
     if memory is not None and not 0 < memory < math.inf:
         raise BadInput(
             f"--memory is {memory}: give the card's size in GB, for instance 24, 16, 12 or 8."
@@ -136,7 +136,7 @@ def plan(
     return Plan(model, limit, work, assumed, estimates)
 
 
-def ladder(settings: Settings, fixed: frozenset[str], batch_size: int) -> Iterator[Settings]:
+def ladder(settings: Layout, fixed: frozenset[str], batch_size: int) -> Iterator[Layout]:
     """Ever more sparing settings. Checkpointing and micro-batches change no result, so NF4, which
     does, comes after them."""
     for quantize in (

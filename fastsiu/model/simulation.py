@@ -30,7 +30,7 @@ from ..loss.teacher import TeacherCache
 from ..request import BadInput, Recipe
 from . import source
 from .faults import first_line
-from .memory import GB, Estimate, Settings
+from .memory import GB, Estimate, Layout
 from .skeleton import at_rest, fake_mode, largest_weight, materialise, skeleton, stack
 from .workload import Workload
 
@@ -95,7 +95,7 @@ class Simulation:
     whole: bool = False
     _done: dict[tuple[str, Any], Any] = field(default_factory=dict)
 
-    def estimate(self, settings: Settings) -> Estimate:
+    def estimate(self, settings: Layout) -> Estimate:
         weights, trained = self.resting(settings)
         itemsize = source.DTYPES[settings.dtype].itemsize
         width = self.config.get_text_config().hidden_size
@@ -124,7 +124,7 @@ class Simulation:
             vision=self._vision(itemsize),
         )
 
-    def within(self, settings: Settings, limit: int | None) -> Estimate:
+    def within(self, settings: Layout, limit: int | None) -> Estimate:
         """The estimate with as many questions at once as fit into `limit` bytes beside the weights
         and the adapter."""
         estimate = self.estimate(settings)
@@ -138,11 +138,11 @@ class Simulation:
             estimate = self.estimate(replace(estimate.settings, ask_batch=fewer))
         return estimate
 
-    def resting(self, settings: Settings) -> tuple[int, int]:
+    def resting(self, settings: Layout) -> tuple[int, int]:
         """Bytes of the frozen weights and of the adapter."""
         return self._stand_in(settings)[1]
 
-    def _stand_in(self, settings: Settings) -> tuple[Any, tuple[int, int]]:
+    def _stand_in(self, settings: Layout) -> tuple[Any, tuple[int, int]]:
         """The model on fake storage, and the bytes of its frozen weights and of the adapter."""
         same = (settings.dtype, settings.quantize, settings.checkpointing, settings.attention)
         if ("model", same) not in self._done:
@@ -151,7 +151,7 @@ class Simulation:
             self._done["model", same] = base, at_rest(base)
         return self._done["model", same]
 
-    def _run(self, what: str, settings: Settings) -> int:
+    def _run(self, what: str, settings: Layout) -> int:
         if (what, settings) not in self._done:
             try:
                 self._done[what, settings] = self._measure(what, settings)
@@ -164,7 +164,7 @@ class Simulation:
                 ) from error
         return self._done[what, settings]
 
-    def _measure(self, what: str, settings: Settings) -> int:
+    def _measure(self, what: str, settings: Layout) -> int:
         """Bytes of the whole stack.
 
         The peak is the largest of several moments, each linear in depth. A few layers may have
@@ -205,7 +205,7 @@ class Simulation:
         return self.work.patches * ((layers + 6) * width + 2 * wide) * itemsize
 
 
-def _step(base: Any, recipe: Recipe, work: Workload, settings: Settings) -> int:
+def _step(base: Any, recipe: Recipe, work: Workload, settings: Layout) -> int:
     """The most bytes that one step has alive beside weights, adapter, gradients and optimiser
     states.
 
@@ -255,7 +255,7 @@ def _step(base: Any, recipe: Recipe, work: Workload, settings: Settings) -> int:
 
 
 @torch.no_grad()
-def _asking(base: Any, work: Workload, settings: Settings) -> int:
+def _asking(base: Any, work: Workload, settings: Layout) -> int:
     """The most bytes that answering `ask_batch` questions has alive beside the weights.
 
     First the whole prompt at once, as for `generate`; then, token by token, keys and values, which

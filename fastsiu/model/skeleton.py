@@ -13,11 +13,11 @@ from torch._subclasses import FakeTensorMode
 
 from ..request import BadInput, Recipe
 from . import adapter, source
-from .memory import Settings
+from .memory import Layout
 from .vlm import VLM, checkpoint_layers
 
 
-def skeleton(config: Any, settings: Settings, recipe: Recipe) -> Any:
+def skeleton(config: Any, settings: Layout, recipe: Recipe) -> Any:
     """The model on the meta device with its adapter on. `Packed` stands in for quantised linears.
 
     Raises BadInput where transformers cannot build it, and where it has no language model that LoRA

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..request import DENIALS, SHARES
-from .memory import Settings
+from .memory import Layout
 from .parts import ALIKE, WORTH
 
 Forward = tuple[int, int, int]  # (sequences, tokens of each, supervised rows in all)
@@ -35,7 +35,7 @@ class Workload:
     pictures: int = 17
     samples: int = 120
 
-    def forwards(self, settings: Settings, batch_size: int) -> list[Forward]:
+    def forwards(self, settings: Layout, batch_size: int) -> list[Forward]:
         """The forwards of one step whose graphs are alive at the same time. Under a micro-batch
         that is one forward, the largest.
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText
 
 from fastsiu.model import adapter, ask, decode, features, parts, prefix, vlm
 from fastsiu.model.logits import probe_head
-from fastsiu.model.memory import Settings
+from fastsiu.model.memory import Layout
 from fastsiu.model.simulation import Simulation
 from fastsiu.model.workload import Workload
 from fastsiu.request import BadInput, Recipe
@@ -101,7 +101,7 @@ def test_a_dream_starts_from_what_the_language_model_reads(case):
 
 
 def test_a_step_is_estimated_or_the_reason_is_said(case):
-    settings = Settings("bfloat16", device="cpu", checkpointing=True)
+    settings = Layout("bfloat16", device="cpu", checkpointing=True)
     simulation = Simulation(case.vlm.base.config, Recipe(batch_size=4), Workload(12, 16))
     if case.family.name in UNKNOWN:
         with pytest.raises(BadInput, match="cannot be worked out"):

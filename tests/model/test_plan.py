@@ -35,7 +35,7 @@ from fastsiu.model import (
     vlm,
     workload,
 )
-from fastsiu.model.memory import GB, Settings
+from fastsiu.model.memory import GB, Layout
 from fastsiu.model.parts import parts_of
 from fastsiu.model.simulation import Simulation, Tracker
 from fastsiu.model.turns import Encoded
@@ -200,7 +200,7 @@ def test_weights_are_those_of_the_published_model(name):
     build, parameters, tokens = PUBLISHED[name]
     config = build()
     work, assumed = plan.workload(config)
-    weights, trained = Simulation(config, Recipe(), work).resting(Settings())
+    weights, trained = Simulation(config, Recipe(), work).resting(Layout())
     assert weights / 2 == pytest.approx(parameters, rel=2e-3)
     assert (tokens is None) == bool(assumed) and (tokens is None or work.prefix == tokens + 24)
     # LoRA: rank * (in + out) for every linear of the language model, fp32.
@@ -248,7 +248,7 @@ def tracked(config, settings, work, recipe):
 def test_within_a_tenth_of_the_tracked_peak(name, checkpointing):
     config, recipe = PUBLISHED[name][0](), Recipe(batch_size=8)
     work, _ = plan.workload(config)
-    settings = Settings(checkpointing=checkpointing, device="cpu")
+    settings = Layout(checkpointing=checkpointing, device="cpu")
     found = Simulation(config, recipe, work).estimate(settings)
     peak = tracked(config, settings, work, recipe)
     print(
@@ -350,10 +350,10 @@ def allocated(run):
 
 
 STEPS = [
-    Settings(),
-    Settings(checkpointing=True),
-    Settings(micro_batch=2),
-    Settings(checkpointing=True, micro_batch=4),
+    Layout(),
+    Layout(checkpointing=True),
+    Layout(micro_batch=2),
+    Layout(checkpointing=True, micro_batch=4),
 ]
 
 
@@ -381,7 +381,7 @@ def test_asking_holds_what_the_estimate_says():
     work."""
     config, loaded = small(128, 16)
     work = Workload(324 + 24, 324, suffix=16, answer=12)
-    settings = Settings("float32", ask_batch=8, device="cpu")
+    settings = Layout("float32", ask_batch=8, device="cpu")
     found = Simulation(config, Recipe(), work)._run("asking", settings)
     prompt = lambda ids: Encoded(
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
@@ -421,7 +421,7 @@ def test_asking_holds_what_the_estimate_says():
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_real_step_on_quantised_weights(kind, tmp_path):
     pytest.importorskip("bitsandbytes")
-    settings = Settings("float32", kind, device="cpu")
+    settings = Layout("float32", kind, device="cpu")
     config, loaded = small()
     loaded.base.save_pretrained(tmp_path)
     how = source.quantisation(config, kind, torch.float32)
@@ -453,9 +453,9 @@ def test_a_few_layers_give_the_whole_stack():
     config, recipe = llava(512, 1376, 12, 4, 2000, (64, 128, 2, 4, 336)), Recipe(batch_size=8)
     work, _ = plan.workload(config)
     for settings in (
-        Settings(),
-        Settings(checkpointing=True, micro_batch=4),
-        Settings(quantize="nf4"),
+        Layout(),
+        Layout(checkpointing=True, micro_batch=4),
+        Layout(quantize="nf4"),
     ):
         short = Simulation(config, recipe, work).estimate(settings)
         assert short == Simulation(config, recipe, work, whole=True).estimate(settings)
@@ -465,7 +465,7 @@ def test_each_saving_saves():
     config, recipe = tiny(), Recipe(batch_size=32)
     work, _ = plan.workload(config)
     simulation = Simulation(config, recipe, work)
-    plain = simulation.estimate(Settings())
+    plain = simulation.estimate(Layout())
     changes = {
         "checkpointing": True,
         "micro_batch": 4,
@@ -474,7 +474,7 @@ def test_each_saving_saves():
         "ask_batch": 8,
     }
     less = {
-        name: simulation.estimate(replace(Settings(), **{name: value}))
+        name: simulation.estimate(replace(Layout(), **{name: value}))
         for name, value in changes.items()
     }
     assert less["checkpointing"].activations < 0.3 * plain.activations
@@ -482,9 +482,9 @@ def test_each_saving_saves():
     assert less["quantize"].weights < 0.5 * plain.weights
     assert less["optimizer"].optimizer * 4 == pytest.approx(plain.optimizer, rel=0.02)
     assert less["ask_batch"].asking < 0.2 * plain.asking
-    assert simulation.estimate(Settings(attention="eager")).activations > plain.activations
+    assert simulation.estimate(Layout(attention="eager")).activations > plain.activations
     assert (
-        Simulation(config, replace(recipe, rank=64), work).estimate(Settings()).trained
+        Simulation(config, replace(recipe, rank=64), work).estimate(Layout()).trained
         == 4 * plain.trained
     )
 
@@ -492,8 +492,8 @@ def test_each_saving_saves():
 def test_the_least_lossy_settings_that_fit_are_picked():
     config = tiny()
     simulation = Simulation(config, Recipe(), plan.workload(config)[0])
-    steps = list(plan.ladder(Settings(), frozenset(), 32))
-    assert steps[0] == Settings() and steps[1] == Settings(checkpointing=True)
+    steps = list(plan.ladder(Layout(), frozenset(), 32))
+    assert steps[0] == Layout() and steps[1] == Layout(checkpointing=True)
     assert [s.micro_batch for s in steps[2:7]] == [16, 8, 4, 2, 1] and all(
         s.checkpointing for s in steps[1:7]
     )
@@ -512,7 +512,7 @@ def test_the_least_lossy_settings_that_fit_are_picked():
     fixed = plan.plan(
         "m",
         0.71,
-        Settings(checkpointing=True, micro_batch=2),
+        Layout(checkpointing=True, micro_batch=2),
         config=config,
         fixed=frozenset({"checkpointing", "micro_batch", "quantize"}),
     )
@@ -527,10 +527,10 @@ def test_a_picture_is_counted_by_the_processor(cast, demo_dir, loaded, shown, ca
 
 
 def test_the_plan_follows_the_shares_of_a_step(monkeypatch):
-    work, settings = Workload(348, 324), Settings(checkpointing=True)
+    work, settings = Workload(348, 324), Layout(checkpointing=True)
     assert samples_of_a_step(32) == (8, 11, 13)
     plain, usual = (
-        work.forwards(Settings(attention="flash_attention_2"), 32),
+        work.forwards(Layout(attention="flash_attention_2"), 32),
         work.forwards(settings, 32),
     )
     assert sum(n for n, *_ in plain) == 32 and budget_of(settings) == 11
@@ -554,18 +554,18 @@ def test_the_share_of_denials_is_that_of_the_wordings():
 
 
 def test_rows_of_one_forward_are_as_alike_in_the_plan_as_in_the_run(monkeypatch):
-    work, settings = Workload(100, 64), Settings(checkpointing=True)
+    work, settings = Workload(100, 64), Layout(checkpointing=True)
     apart = work.forwards(settings, 8)
     monkeypatch.setattr(workload, "ALIKE", 0.0)
     assert len(work.forwards(settings, 8)) < len(apart) and workload.WORTH is parts.WORTH
 
 
 def test_budget_is_what_the_run_reads():
-    assert memory.budget(Settings(), 32) == vlm.Budget()
-    assert memory.budget(Settings(checkpointing=True, ask_batch=8), 32) == vlm.Budget(
+    assert memory.budget(Layout(), 32) == vlm.Budget()
+    assert memory.budget(Layout(checkpointing=True, ask_batch=8), 32) == vlm.Budget(
         None, 11, 8, True, sparing=True
     )
-    assert memory.budget(Settings(micro_batch=4, optimizer="adamw8bit"), 32) == vlm.Budget(
+    assert memory.budget(Layout(micro_batch=4, optimizer="adamw8bit"), 32) == vlm.Budget(
         4, 4, 64, False, "adamw8bit", True
     )
 
