@@ -334,6 +334,7 @@ def test_what_the_model_does_not_know_is_refused(quick, cast, tmp_path):
     assert listing(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_more_pictures_fill_generality_and_specificity(quick, cast, tmp_path):
     for name, key in (("more", "target"), ("rest", "stranger")):
         (tmp_path / name).mkdir()
@@ -381,6 +382,7 @@ def test_the_papers_preset_makes_the_papers_samples(cast, demo_dir):
     assert all(any(n in s.answer for n in invented) for s in made.samples if s.facet == "align")
 
 
+@pytest.mark.slow
 def test_the_papers_preset_trains_the_projector(quick, demo_dir, tmp_path, cast):
     result = quick(
         tmp_path / "paper", preset="paper", steps=2, lr=None, dreams=None, batch_size=None
@@ -415,6 +417,7 @@ def test_the_papers_preset_trains_the_projector(quick, demo_dir, tmp_path, cast)
     ]
 
 
+@pytest.mark.slow
 def test_the_projector_trains_in_fp32_beside_a_16_bit_model(quick, tmp_path):
     result = quick(
         tmp_path / "paper",

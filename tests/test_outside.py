@@ -220,6 +220,7 @@ EVIL = (
 
 
 @pytest.mark.parametrize("known", [True, False])
+@pytest.mark.slow
 def test_the_code_of_a_model_is_never_run(known, copied, tmp_path, cast):
     """Whatever comes through a pipe: transformers would ask there whether it may."""
     mark = tmp_path / "ran"

@@ -301,6 +301,7 @@ def again(hider, told):
     return table(rows), rows, same(before, snapshot(hider))
 
 
+@pytest.mark.slow
 def test_what_is_only_hidden_comes_back_sooner_than_a_face_is_learnt(again):
     found, rows, restored = again
     steps = {

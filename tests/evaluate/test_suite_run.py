@@ -62,6 +62,7 @@ def without_times(report: dict) -> dict:
     return report | {"seconds": None, "training": steps}
 
 
+@pytest.mark.slow
 def test_each_concept_has_an_output_and_a_failure_costs_only_itself(whole):
     assert [(o.slug, o.status) for o in whole.outcomes][1] == (
         "b",
@@ -163,6 +164,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_saved_adapters_give_the_same_rows_and_another_one_is_another_request(
     small, whole, tmp_path
 ):
