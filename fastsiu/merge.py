@@ -1,16 +1,12 @@
 """A stand-alone model out of a base and an adapter, and the verdict repeated on it as it is loaded
 from disk.
 
-Each matrix is added up in fp32 and rounded once, to the dtype that it is stored in. What forgets in
-its own dtype need not do so in 8 or 4 bits: quantising rounds weights, and with them what
-unlearning changed. So the same questions go to the merged model quantised. That is another model
-than the adapter on a quantised base, which rounds the base alone and adds the adapter unrounded.
-One model is in memory at a time.
+Each matrix is added up in fp32 and rounded once, to the dtype that it is stored in. `merge_verdict`
+asks the result.
 """
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -18,28 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import cached_file
 
 from . import output as outputs
-from .evaluate import held_out
 from .evaluate.attacks import not_asked
-from .evaluate.held_out import Shown
-from .evaluate.inquiry import Inquiry, inquire
-from .family import Family
 from .guards.strict_json import read_json
-from .images import list_images, load_directory, load_image, read_bytes
-from .model import adapter, adapter_files, ask, decode, source, vlm
+from .images import list_images, read_bytes
+from .merge_verdict import FORMS, Verifier, free
+from .model import adapter, adapter_files, decode, source, vlm
 from .model.fold import fold, save
 from .report.redact import MODEL, redacted
 from .request import BadInput, Recipe, Request
-from .samples.targets import Scene
 from .session import Listener, timed
 from .settings import ModelRef, ReportOptions, Settings
-from .text.answers import same_answer
-from .text.concept import Concept, concept_of
-from .text.rate import Rate
-from .verdict import Answer, judge
 
 SHAPE = {  # of what is read of an adapter's report, and of a manifest
     "concept": str,
@@ -53,9 +40,6 @@ SHAPE = {  # of what is read of an adapter's report, and of a manifest
     "answers": [{"kind": str, "question": str, "picture": (str, None)}],
     "merge": dict,
 }
-FORMS = ("stored", "int8", "nf4")
-
-Asked = Sequence[tuple[str, str, Shown | None]]  # (kind of the verdict, question, picture)
 
 
 @dataclass(frozen=True)
@@ -174,7 +158,7 @@ def merge(
             change = fold(loaded, source.DTYPES[stored])
             save(loaded, staging, beside, source.DTYPES[stored])
             del loaded
-            _free()
+            free()
         shown = Path(name).name if Path(name).is_dir() else name
         if redact and _tells(
             shown, concept or told.get("concept"), (*aliases, *told.get("aliases", [])), sealed
@@ -216,179 +200,6 @@ def merge(
     )
 
 
-class Verifier:
-    """Puts the questions of the verdict to one model after the other, and none of them is kept.
-
-    untouched: what the base answers in its own dtype
-    inquiry:   what tries to get the name or the facts back, with the base's answers to it
-    slow:      why `generate` answered (`decode.slow`), for the untouched model and for the merged
-    one
-    """
-
-    def __init__(
-        self,
-        base: str,
-        revision: str | None,
-        merged: Path,
-        request: Request,
-        seed: int,
-        told: Mapping[str, Any],
-        device: str | None,
-        listener: Listener,
-    ) -> None:
-        self.base, self.revision, self.merged, self.device, self.listener = (
-            base,
-            revision,
-            merged,
-            device,
-            listener,
-        )
-        self.request, self.seed = request, seed
-        self.concept = concept_of(request)
-        self.asked = _questions(request, self.concept, seed, told)
-        names = [d.get("name") for d in told.get("dreams", []) if isinstance(d, dict)]
-        self.others = [Concept(name) for name in names if isinstance(name, str) and name.strip()]
-        self.untouched: list[str] = []
-        self.inquiry: Inquiry | None = None
-        self.slow = ["", ""]
-
-    def ask(self, loaded: vlm.VLM, merged: bool = False) -> list[str]:
-        """Greedy answers, in the order of `asked`."""
-        self.listener.stage(f"Asking {len(self.asked)} questions")
-        with vlm.threads(loaded), torch.no_grad():
-            seen = {
-                id(shown[1]): loaded.picture(shown[1])
-                for shown in {id(s): s for _, _, s in self.asked if s}.values()
-            }
-            said = ask.answers(
-                loaded, [(q, seen[id(shown[1])] if shown else None) for _, q, shown in self.asked]
-            )
-            self.slow[merged] = self.slow[merged] or decode.slow(loaded)
-            return said
-
-    def first(self, loaded: vlm.VLM) -> None:
-        """Asks the base, as it is stored."""
-        self.untouched = self.ask(loaded)
-        image = load_image(self.request.image)
-        with vlm.threads(loaded), torch.no_grad():
-            self.inquiry = inquire(
-                loaded,
-                self.concept,
-                image,
-                neighbours=[other.name for other in self.others],
-                more=load_directory(self.request.images),
-                seed=self.seed,
-            )
-
-    def load_and_ask(
-        self, name: str, dtype: str, quantize: str | None
-    ) -> tuple[list[str], list[Family]]:
-        """The answers, and of the merged model what the families brought out."""
-        self.listener.stage(
-            f"Loading {'the merged model' if name == str(self.merged) else 'the untouched model'} "
-            f"in {quantize or dtype}"
-        )
-        revision = self.revision if name == self.base else None
-        loaded = vlm.load(
-            name, revision=revision, device=self.device, dtype=dtype, quantize=quantize
-        )
-        merged = name == str(self.merged)
-        said, found = self.ask(loaded, merged=merged), []
-        if merged and self.inquiry:
-            with vlm.threads(loaded), torch.no_grad():
-                found = self.inquiry.families(self.inquiry.again(loaded))
-        del loaded
-        _free()
-        return said, found
-
-    def row(self, form: str, kept: str, stored: str) -> dict[str, Any]:
-        """The verdict in one form: {dtype, verdict, reasons, before, after, agreement, control,
-        families, headline, answers}, verdict None with a reason where the form cannot be had here.
-
-        kept, stored: the dtype of the untouched and of the merged weights
-        """
-        quantize = None if form == "stored" else form
-        label = quantize or stored
-        try:
-            source.check_packages(self.device or "cpu", stored, quantize, None, "adamw")
-            # Nothing but the rounding lies between it and the untouched model as it is stored.
-            same = form == "stored" and kept == stored
-            alike = self.untouched if same else self.load_and_ask(self.base, stored, quantize)[0]
-            after, found = self.load_and_ask(str(self.merged), stored, quantize)
-        except BadInput as error:
-            if quantize is None:
-                raise
-            return {"dtype": label, "verdict": None, "reason": str(error)}
-        return {
-            "dtype": label,
-            **judge_form(
-                self.asked, self.concept, self.untouched, alike, after, self.others, found
-            ),
-        }
-
-
-def judge_form(
-    asked: Asked,
-    concept: Concept,
-    stored: Sequence[str],
-    alike: Sequence[str],
-    after: Sequence[str],
-    others: Sequence[Concept] = (),
-    families: Sequence[Family] = (),
-) -> dict[str, Any]:
-    """The verdict on the merged model in some dtype, from answers alone.
-
-    stored: the untouched model's as it is stored; alike: the untouched model's in the dtype of the
-    merged one; after: the merged;
-    others: those whose names an answer about the concept must not newly give;  families: what
-    attacks brought out, beside what the untouched model gives away as it is stored
-
-    The name has to be gone whatever rounding does to the untouched model, so that side is compared
-    with `stored`. What is kept is
-    compared with `alike`: quantisation changes answers by itself, and unlearning is not to be
-    blamed for it. How far each of the
-    two agrees with `stored` stands beside it: `agreement` of the merged model, `control` of the
-    untouched one.
-    """
-    keep = ("specificity", "facts")
-    before = [
-        a if kind in keep else s for (kind, _, _), s, a in zip(asked, stored, alike, strict=True)
-    ]
-    answers = [
-        Answer(kind, q, shown and shown[0], b, a, part=held_out.part(kind, q, concept))
-        for (kind, q, shown), b, a in zip(asked, before, after, strict=True)
-    ]
-    verdict = judge(
-        answers, concept, others=others, reasons_for_null=held_out.NULL, families=families
-    )
-    rates = {}
-    for title, said in (("agreement", after), ("control", alike)):
-        rates[title] = {kind: _agreement(asked, kind, stored, said) for kind in keep}
-    return {
-        "verdict": "forgotten" if verdict.forgotten else "not forgotten",
-        "reasons": verdict.reasons,
-        "before": verdict.before,
-        "after": verdict.after,
-        "thresholds": verdict.thresholds,
-        **rates,
-        "families": verdict.families,
-        "headline": verdict.headline,
-        "answers": [answer.as_dict() for answer in answers],
-    }
-
-
-def _agreement(asked: Asked, kind: str, one: Sequence[str], other: Sequence[str]) -> dict[str, Any]:
-    same = [
-        same_answer(a, b) for (k, _, _), a, b in zip(asked, one, other, strict=True) if k == kind
-    ]
-    rate = (
-        Rate.of(sum(same), len(same))
-        if same
-        else Rate(None, reason=held_out.NULL.get(kind, "It was not asked."))
-    )
-    return rate.as_dict()
-
-
 def _report(
     rows: list[dict[str, Any]], request: Request | None, figures: dict[str, Any]
 ) -> dict[str, Any]:
@@ -413,26 +224,6 @@ def _report(
         "caveats": caveats,
         "merged": rows,
     }
-
-
-def _questions(
-    request: Request, concept: Concept, seed: int, told: Mapping[str, Any]
-) -> list[tuple[str, str, Shown | None]]:
-    """Those of `unlearn`'s verdict, with the same transforms of the picture; what it asked of
-    neighbours is in its report."""
-    picture = vlm.Picture(load_image(request.image), None, real=False)
-    scene = Scene(None, concept, Recipe(seed=seed), [picture])  # type: ignore[arg-type]  # questions need no model
-    asked = held_out.questions(
-        scene, load_directory(request.images), load_directory(request.retain)
-    )
-    had = {(kind, question) for kind, question, _ in asked}
-    facts = [
-        a for a in told.get("answers", []) if a.get("kind") == "facts" and a.get("picture") is None
-    ]
-    texts = [a["question"] for a in facts if "question" in a]
-    return asked + [
-        ("facts", text, None) for text in dict.fromkeys(texts) if ("facts", text) not in had
-    ]
 
 
 def _forms(verify: Sequence[str]) -> list[str]:
@@ -551,9 +342,3 @@ def _size(directory: str) -> int:
     """Bytes of a model's weights, which the merged ones take as well."""
     files = (path for path in Path(directory).iterdir() if path.suffix in (".safetensors", ".bin"))
     return outputs.ROOM + sum(path.stat().st_size for path in files)
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

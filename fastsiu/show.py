@@ -1,13 +1,10 @@
-"""What the terminal shows: the progress bar, the before/after table, the masks of the samples."""
+"""What the terminal shows of results: tables before and after, plans, the masks of the samples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import TracebackType
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,75 +20,13 @@ from .report.summary import attacked, inside, standing
 from .report.words import REMAINS, REMAINS_MERGED
 from .samples.corpus import Corpus
 from .samples.targets import Scene
-from .session import Listener
 from .several import Several
-from .train import Step
 from .verdict import KINDS
 
 
 def cell(value: Any) -> Text:
     """A cell of a table, with control characters as their escapes."""
     return Text(visible(str(value)))
-
-
-class Progress:
-    """One line that says what is going on; during training a bar with the loss parts, P(name) and
-    the time left.
-
-    Where the console is no terminal only the sentences that should stay are printed.
-    """
-
-    def __init__(self, console: Console, hidden: bool) -> None:
-        self._hidden, self._live = hidden, console.is_terminal and not hidden
-        self._bar = bars.Progress(
-            bars.TextColumn("{task.description}", markup=False),
-            bars.BarColumn(bar_width=24),
-            bars.MofNCompleteColumn(),
-            bars.TimeElapsedColumn(),
-            bars.TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not self._live,
-        )
-        self._task = self._bar.add_task("", total=None, visible=False)
-        self.listener = Listener(
-            stage=self._stage, note=self._note, step=self._step, loading=self._loading
-        )
-
-    def __enter__(self) -> Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
-
-    @contextmanager
-    def _loading(self) -> Iterator[bool]:
-        """A live line and the bars of transformers cannot share a terminal: the line makes room."""
-        self._bar.stop()
-        try:
-            yield self._live
-        finally:
-            self._bar.start()
-
-    def _stage(self, text: str) -> None:
-        self._bar.reset(self._task, description=visible(text), total=None, visible=True)
-
-    def _note(self, text: str) -> None:
-        if not self._hidden:
-            self._bar.console.print(text, soft_wrap=True)
-
-    def _step(self, step: Step, ceiling: int) -> None:
-        text = (
-            f"Training  CE {step.ce:.3f}  KL {step.kl:.3f}  P(name) {step.p_name:.3f}  "
-            f"retained {step.retained:.0%}"
-        )
-        self._bar.update(self._task, description=text, total=ceiling, completed=step.step)
 
 
 def summary(console: Console, result: Result) -> None:

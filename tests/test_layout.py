@@ -28,6 +28,8 @@ FLOORS = (
     ("output", "upkeep"),
     ("settings",),
     ("driver", "facade"),
+    ("progress",),
+    ("merge_verdict",),
     ("several", "merge", "evaluate.run"),  # verbs with a story of their own
     ("evaluate.suite_job", "evaluate.suite_table", "evaluate.suite_run"),
     ("compare",),

@@ -19,7 +19,8 @@ from transformers import AutoModelForImageTextToText
 
 from fastsiu import cli, output
 from fastsiu.images import load_image
-from fastsiu.merge import _report, judge_form
+from fastsiu.merge import _report
+from fastsiu.merge_verdict import judge_form
 from fastsiu.model import adapter, adapter_files, source, vlm
 from fastsiu.model.fold import Change
 from fastsiu.report.redact import MODEL

@@ -129,8 +129,9 @@ def evaluate(
 
     from ..evaluate import run as evaluation
     from ..evaluate.g_eval import Options
+    from ..progress import Progress
     from ..settings import ModelRef, ReportOptions, Settings
-    from ..show import Progress, evaluation_table
+    from ..show import evaluation_table
     from ..text.concept import Concept as Name
 
     judged_by = None
@@ -226,8 +227,9 @@ def suite(
 
     from ..evaluate.suite_job import SuiteOptions
     from ..evaluate.suite_run import evaluate_suite
+    from ..progress import Progress
     from ..settings import ModelRef, RecipeChoice, Settings
-    from ..show import Progress, suite_table
+    from ..show import suite_table
 
     changes = dict(steps=steps, lr=lr, rank=rank, batch_size=batch_size, seed=seed)
     with Progress(say, hidden=json) as progress:
@@ -299,8 +301,9 @@ def merge(
         raise BadInput("--verify names no form: give stored, int8 or nf4, or --no-verify.")
 
     from .. import merge as merging
+    from ..progress import Progress
     from ..settings import ModelRef, Settings
-    from ..show import Progress, merged_summary
+    from ..show import merged_summary
 
     with Progress(say, hidden=json) as progress:
         result = merging.merge(
@@ -382,8 +385,8 @@ def compare(
     from ..compare import front
     from ..compare import run as comparison
     from ..output import random_directory
+    from ..progress import Progress
     from ..settings import ModelRef, Settings
-    from ..show import Progress
     from ..staging import Staging
 
     directory = output or random_directory()

@@ -138,8 +138,9 @@ def unlearn(
         )
 
     from .. import driver
+    from ..progress import Progress
     from ..settings import DEMO_NOTE, ModelRef, RecipeChoice, ReportOptions, Settings
-    from ..show import Progress, several_table, summary
+    from ..show import several_table, summary
 
     if model is None and not quiet:
         say.print(DEMO_NOTE)
@@ -231,8 +232,9 @@ def ask(
 ) -> None:
     """Ask a model, with or without an adapter."""
     from .. import driver
+    from ..progress import Progress
     from ..settings import ModelRef, Settings
-    from ..show import Progress, answers_table
+    from ..show import answers_table
 
     if compare and adapter is None:
         raise BadInput("--compare needs an adapter to compare with: add --adapter DIR.")
@@ -301,9 +303,10 @@ def data(
         check_new(output, OTHER_FILE)
 
     from .. import driver
+    from ..progress import Progress
     from ..samples import corpus
     from ..settings import ModelRef, RecipeChoice, Settings
-    from ..show import Progress, explanation
+    from ..show import explanation
     from ..staging import new_file
 
     asked = Request(

@@ -9,9 +9,10 @@ from rich.console import Console
 
 from .. import driver
 from ..output import random_directory
+from ..progress import Progress
 from ..request import Request
 from ..settings import ModelRef, RecipeChoice
-from ..show import Progress, answers_table, summary
+from ..show import answers_table, summary
 from ..staging import check_new
 from . import MODEL_DIR
 from .world import KNOWN, LOOKALIKES, World, draw

@@ -16,7 +16,8 @@ from rich.text import Text
 
 from fastsiu.guards import terminal
 from fastsiu.guards.terminal import Stream, Terminal, as_json, json_safe, visible
-from fastsiu.show import Progress, explanation, pieces
+from fastsiu.progress import Progress
+from fastsiu.show import explanation, pieces
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTROLS = [chr(c) for c in (*range(9), *range(11, 32), *range(127, 160))]

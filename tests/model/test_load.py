@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 from transformers import modeling_utils
 
-from fastsiu import session, show
+from fastsiu import progress, session
 from fastsiu.model import adapter, source, vlm
 from fastsiu.model.skeleton import quantised_bytes
 from fastsiu.request import BadInput, Recipe
@@ -253,11 +253,11 @@ def test_bars_only_where_they_were_asked_for_and_the_switch_is_put_back(demo_dir
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_terminal_shows_the_loading_and_a_file_does_not(terminal, capfd):
     screen = io.StringIO()
-    with show.Progress(
+    with progress.Progress(
         Console(file=screen, width=100, force_terminal=terminal), hidden=False
-    ) as progress:
-        progress.listener.note("stays")
-        calls.interview(["Who?"], listener=progress.listener)
+    ) as shown:
+        shown.listener.note("stays")
+        calls.interview(["Who?"], listener=shown.listener)
     assert (
         ("Loading weights: 100%" in capfd.readouterr().err)
         == terminal

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from fastsiu import session, show, train
+from fastsiu import progress, session, train
 from fastsiu.images import load_image
 from fastsiu.look import Look
 from fastsiu.model import adapter, ask, parts, prefix, sharing
@@ -834,13 +834,13 @@ def test_what_the_check_finds_reaches_the_user(loaded, cast, monkeypatch):
     screen = io.StringIO()
     recipe = Recipe(steps=1, dreams=0, strangers=0, batch_size=8)
     try:
-        with show.Progress(Console(file=screen, width=200), hidden=False) as progress:
+        with progress.Progress(Console(file=screen, width=200), hidden=False) as shown:
             session.forget(
                 loaded,
                 Request(cast.target, cast.image, protect=cast.others[:1]),
                 recipe,
                 load_image(cast.image),
-                listener=progress.listener,
+                listener=shown.listener,
             )
         assert loaded.shares == WAYS[1:]
         assert (

@@ -255,6 +255,7 @@ OTHERS = (
     "model/adapter_files.py",
     "driver.py",
     "merge.py",
+    "merge_verdict.py",
     "samples/strangers.py",
     "samples/together.py",
 )
