@@ -383,11 +383,11 @@ def test_a_failure_of_our_own_tells_functions_and_lines_and_no_value(
     make = ending.tempfile.mkstemp
     monkeypatch.setattr(ending.tempfile, "mkstemp", lambda **options: make(dir=tmp_path, **options))
 
-    def fail(image, concept, **options):
+    def fail(request, **options):
         try:
-            raise KeyError(concept)
+            raise KeyError(request.concept)
         except KeyError as error:
-            raise ZeroDivisionError(f"about {concept}\x1b[2J") from error
+            raise ZeroDivisionError(f"about {request.concept}\x1b[2J") from error
 
     monkeypatch.setattr(driver, "unlearn", fail)
     code, out, err = call(*quick(cast, "--quiet"))

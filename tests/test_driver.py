@@ -232,10 +232,10 @@ def test_a_model_trained_further_in_place_is_another_request(quick, cast, demo_d
 
 HUB = """
 import json, sys
-from fastsiu import driver
+import fastsiu
 image, concept, other, output = sys.argv[1:]
 few = dict(steps=1, dreams=0, strangers=0, device="cpu", protect=(other,))
-result = calls.unlearn(image, concept, model="someone/tiny", output=output, **few)
+result = fastsiu.unlearn(image, concept, model="someone/tiny", output=output, **few)
 print(json.dumps([result.report["model"], "fastsiu.demo" in sys.modules]))
 """
 
@@ -281,7 +281,7 @@ def test_the_embedded_model_is_the_demos(demo_dir):
 
 def test_the_driver_finds_the_embedded_model_without_the_demo():
     code = (
-        "import sys; from fastsiu import driver; calls.interview(['Who are you?']); "
+        "import sys; from fastsiu import driver; driver.interview(['Who are you?']); "
         "sys.exit('fastsiu.demo' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

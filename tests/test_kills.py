@@ -25,10 +25,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import calls
 import pytest
 
 from fastsiu import settings
+
+sys.path.append(str(Path(__file__).parent / "helpers"))  # run as a script, too
+import calls  # noqa: E402
 
 VERBS = ("unlearn", "request", "eval", "suite", "compare", "merge", "data", "demo")
 QUICK = ("unlearn", "suite", "merge", "data")  # whose work a few seconds or a stub can stand for
@@ -84,9 +86,9 @@ class Stage:
     pictures, one finished run."""
 
     def __init__(self, place: Path, stubs: bool) -> None:
-        from fastsiu import driver
+        from fastsiu import driver, several
         from fastsiu.demo.world import KNOWN, World, draw
-        from fastsiu.evaluate import suite
+        from fastsiu.evaluate import suite, suite_job
         from fastsiu.evaluate.exam import Question
         from fastsiu.model import vlm
 
@@ -111,7 +113,8 @@ class Stage:
         line = {"image": str(self.image), "concept": self.canary}
         (given / "requests.jsonl").write_text(json.dumps(line) + "\n")
         loaded = vlm.load(str(settings.EMBEDDED), device="cpu")
-        driver.load = lambda *given, **options: loaded
+        for place in (driver, several, suite_job):
+            place.load = lambda *given, **options: loaded
         self.given = given
         self.adapter = given / "adapter"
         quiet(

@@ -7,6 +7,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import calls
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -57,7 +58,7 @@ def sequence(lines, tmp_path_factory):
     return SimpleNamespace(
         file=file,
         output=folder / "out",
-        made=several.unlearn_several(file, output=folder / "out", **QUICK),
+        made=calls.unlearn_several(file, output=folder / "out", **QUICK),
     )
 
 
@@ -146,7 +147,7 @@ def test_what_cannot_be_used_is_said_before_the_model_is_loaded(
         (sequence.file, dict(output=sequence.output, seed=5), "output"),
     ):
         with pytest.raises(BadInput) as error:
-            several.unlearn_several(file, **(dict(output=tmp_path / "out") | QUICK | options))
+            calls.unlearn_several(file, **(dict(output=tmp_path / "out") | QUICK | options))
         assert sentence in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -182,7 +183,7 @@ def test_each_has_an_output_and_a_failure_costs_the_others_nothing(sequence, lin
     )
     # the first one's are trained on again
     assert all(last[facet] == 2 * first[facet] for facet in ("align", "describe"))
-    without = several.unlearn_several(
+    without = calls.unlearn_several(
         write(tmp_path / "r.jsonl", lines.target, lines.other), output=tmp_path / "out", **QUICK
     )
     assert same(adapter_of(output / "001"), adapter_of(tmp_path / "out/001"))
@@ -207,7 +208,7 @@ def test_again_does_what_is_missing_and_no_more(sequence, monkeypatch):
         p: p.stat().st_mtime_ns for p in sequence.output.rglob("*") if p.name != "matrix.json"
     }
     # tries the one that failed once more
-    again = several.unlearn_several(sequence.file, output=sequence.output, **QUICK)
+    again = calls.unlearn_several(sequence.file, output=sequence.output, **QUICK)
     assert (
         again.resumed == 2
         and again.outcomes == sequence.made.outcomes
@@ -236,7 +237,7 @@ def test_every_training_starts_from_a_fresh_adapter_and_holds_all_so_far(
         return fit(vlm, corpus, objective, recipe, probe, *rest, **options)
 
     monkeypatch.setattr(train, "fit", watched)
-    several.unlearn_several(
+    calls.unlearn_several(
         write(tmp_path / "r.jsonl", lines.target, lines.other), output=tmp_path / "out", **QUICK
     )
     assert [steps for steps, _ in seen] == [QUICK["steps"], 2 * QUICK["steps"]]
@@ -274,19 +275,19 @@ def test_looks_in_turn_see_everything(loaded, gathered, monkeypatch):
 
 def test_an_interrupted_run_ends_as_if_it_had_not_been(sequence, lines, tmp_path, monkeypatch):
     file = write(tmp_path / "r.jsonl", lines.target, lines.other)
-    learn, calls = session.learn, []
+    learn, begun = session.learn, []
 
     def interrupted(*given, **options):
-        calls.append(1)
-        if len(calls) == 2:
+        begun.append(1)
+        if len(begun) == 2:
             raise KeyboardInterrupt
         return learn(*given, **options)
 
     monkeypatch.setattr(session, "learn", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        several.unlearn_several(file, output=tmp_path / "out", **QUICK)
+        calls.unlearn_several(file, output=tmp_path / "out", **QUICK)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["001", "matrix.json"]
-    made = several.unlearn_several(file, output=tmp_path / "out", **QUICK)
+    made = calls.unlearn_several(file, output=tmp_path / "out", **QUICK)
     assert made.resumed == 1 and same(
         adapter_of(tmp_path / "out/002"), adapter_of(sequence.output / "003")
     )
@@ -300,7 +301,7 @@ def test_killed_between_the_output_and_the_matrix(sequence, lines, tmp_path, mon
     stored |= dict(order=[1], matrix=stored["matrix"][:1])
     (out / "matrix.json").write_text(json.dumps(stored), encoding="utf-8")
     monkeypatch.setattr(session, "learn", lambda *a, **k: pytest.fail("something was trained"))
-    made = several.unlearn_several(sequence.file, output=out, **QUICK)
+    made = calls.unlearn_several(sequence.file, output=out, **QUICK)
     assert (
         made.resumed == 2
         and made.matrix == sequence.made.matrix
@@ -320,11 +321,11 @@ def test_a_training_that_fails_leaves_nothing_behind(
     lines, sequence, tmp_path, monkeypatch, at, error
 ):
     """The next request in the same process is trained as if the failed one had never been there."""
-    fit, calls = train.fit, []
+    fit, begun = train.fit, []
 
     def diverges(vlm, *given, **options):
-        calls.append(1)
-        if len(calls) == at:
+        begun.append(1)
+        if len(begun) == at:
             with torch.no_grad():
                 for p in vlm.model.parameters():
                     if p.requires_grad:
@@ -340,7 +341,7 @@ def test_a_training_that_fails_leaves_nothing_behind(
         else [lines.target, dict(lines.other, concept="Nobody Else"), lines.other]
     )
     monkeypatch.setattr(session, "check_known", lambda *given: None)
-    made = several.unlearn_several(
+    made = calls.unlearn_several(
         write(tmp_path / "r.jsonl", *records), output=tmp_path / "out", **QUICK
     )
     assert made.outcomes[at - 1].status == "failed" and "nan" in made.outcomes[at - 1].reasons[0]
@@ -348,7 +349,7 @@ def test_a_training_that_fails_leaves_nothing_behind(
     if at == 2:
         assert same(adapter_of(tmp_path / "out/003"), adapter_of(sequence.output / "003"))
         return
-    several.unlearn_several(
+    calls.unlearn_several(
         write(tmp_path / "alone.jsonl", lines.other), output=tmp_path / "alone", **QUICK
     )
     assert same(adapter_of(tmp_path / "out/002"), adapter_of(tmp_path / "alone/001"))
@@ -360,7 +361,7 @@ def test_a_training_that_fails_leaves_nothing_behind(
 
 def test_joint(lines, cast, tmp_path, monkeypatch):
     file = write(tmp_path / "r.jsonl", lines.target, lines.bad, lines.other)
-    made = several.unlearn_several(file, mode="joint", output=tmp_path / "out", **QUICK)
+    made = calls.unlearn_several(file, mode="joint", output=tmp_path / "out", **QUICK)
     joint = tmp_path / "out" / "joint"
     assert [o.status for o in made.outcomes][1] == "failed" and [
         o.output for o in made.outcomes
@@ -377,7 +378,7 @@ def test_joint(lines, cast, tmp_path, monkeypatch):
     # only the manifest speaks of pictures, and by commitments
     assert str(cast.files["stranger"]) not in stored
     monkeypatch.setattr(session, "learn", lambda *a, **k: pytest.fail("something was trained"))
-    again = several.unlearn_several(file, mode="joint", output=tmp_path / "out", **QUICK)
+    again = calls.unlearn_several(file, mode="joint", output=tmp_path / "out", **QUICK)
     assert again.outcomes == made.outcomes and again.matrix == made.matrix
     # Killed between the output and the matrix: the output counts, and what was to be asked is
     # asked.
@@ -385,12 +386,12 @@ def test_joint(lines, cast, tmp_path, monkeypatch):
     for request in cut["requests"]:
         request |= dict(status="", reasons=[], output=None) if request["line"] != 2 else {}
     (tmp_path / "out/matrix.json").write_text(json.dumps(cut | dict(matrix=[])), encoding="utf-8")
-    again = several.unlearn_several(file, mode="joint", output=tmp_path / "out", **QUICK)
+    again = calls.unlearn_several(file, mode="joint", output=tmp_path / "out", **QUICK)
     assert again.outcomes == made.outcomes and again.matrix == made.matrix
     with file.open("a") as stream:
         stream.write(json.dumps(dict(lines.other, concept="Somebody Else")) + "\n")
     with pytest.raises(BadInput, match="nothing can be added"):
-        several.unlearn_several(file, mode="joint", output=tmp_path / "out", **QUICK)
+        calls.unlearn_several(file, mode="joint", output=tmp_path / "out", **QUICK)
 
 
 def test_nobody_who_is_forgotten_is_retained(loaded, cast):
@@ -433,7 +434,7 @@ def test_nobody_who_is_forgotten_is_retained(loaded, cast):
     )
     left = {
         s.question
-        for s in session._still_true(alone, [later]).samples
+        for s in session._samples_beside(alone, [later]).samples
         if s.facet == "preserve" and s.picture is None
     }
     assert words - left == {look}

@@ -38,7 +38,7 @@ class _Kept(dict[str, Tensor]):
 
 
 @contextlib.contextmanager
-def no_logits(model: Any) -> Iterator[dict[str, Tensor]]:
+def no_logits(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Inside, the head is an identity that stores its input: the model runs as always and forms no
     logits.
 
@@ -263,7 +263,7 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V]
 
 
-def head_of(model: Any, *, frozen: bool = False) -> Head:
+def head_of(model: nn.Module, *, frozen: bool = False) -> Head:
     """The weight [V, D] and bias [V] that the model's head applies now, as `fused_dmk_ce` has to be
     given them.
 

@@ -354,7 +354,7 @@ def stubbed(small, monkeypatch):
     fails: dict[str, str] = {}
     monkeypatch.setattr(suite_run, "one", one)
     monkeypatch.setattr(suite_run, "PAUSE", 0.02)
-    monkeypatch.setattr(suite_run, "load", lambda *a, **k: None)
+    monkeypatch.setattr(suite_job, "load", lambda *a, **k: None)
     monkeypatch.setattr(suite_run.vlm, "threads", lambda loaded: nullcontext())
     monkeypatch.setattr(suite_table, "pooled", lambda rows: {})
     monkeypatch.setattr(outputs, "write_reports", plain_reports)
