@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -291,17 +291,9 @@ def report_of(
         "headline": verdict.headline,
         "not_asked": not_asked(),
         "answers": [a.as_dict() for a in answers],
-        "training": [asdict(s) for s in trained.history],
         "recipe": recipe.as_dict(),
         "samples": dict(Counter(s.facet for s in corpus.samples)),
-        "masks": {
-            "tokens_masked": int(sum((~k).sum() for k in corpus.keep)),
-            "tokens": int(sum(len(k) for k in corpus.keep)),
-            "vocabulary_masked": len(corpus.mask.masked),
-            "spared": sorted(corpus.mask.spared.values()),
-        },
-        "dreams": trained.dreamed,
-        "seconds": {k: round(v, 3) for k, v in trained.seconds.items()},
+        **trained.told(),
         "caveats": caveats,
     }
 

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from . import images, objectives, train
@@ -76,6 +76,21 @@ class Trained:
     history: list[train.Step]
     dreamed: list[dict[str, Any]]
     seconds: dict[str, float]
+
+    def told(self) -> dict[str, Any]:
+        """What a report says of the training, ready for JSON."""
+        keep, mask = self.corpus.keep, self.corpus.mask
+        return {
+            "training": [asdict(step) for step in self.history],
+            "dreams": self.dreamed,
+            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
+            "masks": {
+                "tokens_masked": int(sum((~kept).sum() for kept in keep)),
+                "tokens": sum(map(len, keep)),
+                "vocabulary_masked": len(mask.masked),
+                "spared": sorted(mask.spared.values()),
+            },
+        }
 
 
 def forget(

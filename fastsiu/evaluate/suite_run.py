@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -345,18 +345,6 @@ def _changed(
         trained = session.forget(
             loaded, request, job.recipe, load_image(subject.training), listener=listener
         )
-        made = trained.corpus
-        yield {
-            "recipe": job.recipe.as_dict(),
-            "training": [asdict(step) for step in trained.history],
-            "dreams": trained.dreamed,
-            "seconds": {key: round(value, 3) for key, value in trained.seconds.items()},
-            "masks": {
-                "tokens_masked": int(sum((~kept).sum() for kept in made.keep)),
-                "tokens": sum(map(len, made.keep)),
-                "vocabulary_masked": len(made.mask.masked),
-                "spared": sorted(made.mask.spared.values()),
-            },
-        }
+        yield {"recipe": job.recipe.as_dict(), **trained.told()}
     else:
         yield None
