@@ -27,10 +27,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastsiu import settings
-
-sys.path.append(str(Path(__file__).parent / "helpers"))  # run as a script, too
-import calls  # noqa: E402
+# Run as a script as well, where pytest has not put it there. Whatever imports torch is imported
+# inside functions: `main` says before how many threads there may be.
+sys.path.append(str(Path(__file__).parent / "helpers"))
 
 VERBS = ("unlearn", "request", "eval", "suite", "compare", "merge", "data", "demo")
 QUICK = ("unlearn", "suite", "merge", "data")  # whose work a few seconds or a stub can stand for
@@ -86,7 +85,9 @@ class Stage:
     pictures, one finished run."""
 
     def __init__(self, place: Path, stubs: bool) -> None:
-        from fastsiu import driver, several
+        import calls
+
+        from fastsiu import driver, settings, several
         from fastsiu.demo.world import KNOWN, World, draw
         from fastsiu.evaluate import suite, suite_job
         from fastsiu.evaluate.exam import Question
@@ -134,6 +135,8 @@ class Stage:
     def _stub(self, loaded: object) -> None:
         """What is computed is taken from the finished run: what is killed is the writing, and the
         waiting for it."""
+        import calls
+
         from fastsiu import driver
         from fastsiu.evaluate import suite_run, suite_table
         from fastsiu.model import adapter, vlm
