@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-import calls
 import pytest
 from hypothesis import settings
 
@@ -60,6 +59,7 @@ def shown(loaded, cast):
 @pytest.fixture(scope="session")
 def gathered(cast, demo_dir) -> SimpleNamespace:
     """Scene, samples and corpus of one request, on a model of its own; no teacher was run."""
+    import calls
 
     scene, made = calls.samples_for(
         cast.image,
@@ -114,6 +114,7 @@ QUICK = {"steps": 4, "lr": 3e-3, "dreams": 1, "strangers": 0, "seed": 3, "batch_
 @pytest.fixture(scope="session")
 def quick(cast, demo_dir):
     """`unlearn` with few steps on the target; keywords override."""
+    import calls
 
     def call(output_dir, **changes):
         options = {"model": demo_dir, "protect": cast.others, "device": "cpu", **QUICK, **changes}
