@@ -1,8 +1,8 @@
-"""What the terminal shows of results: tables before and after, plans, the masks of the samples."""
+"""What the terminal shows of results: tables before and after, and plans."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -18,8 +18,6 @@ from .model.plan import Plan
 from .output import KEY
 from .report.summary import attacked, inside, standing
 from .report.words import REMAINS, REMAINS_MERGED
-from .samples.corpus import Corpus
-from .samples.targets import Scene
 from .several import Several
 from .verdict import KINDS
 
@@ -229,91 +227,6 @@ def answers_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(cell(row[c]) for c in columns))
     console.print(table)
-
-
-LESSON_EXAMPLES = 4  # of each kind of lesson: there are hundreds
-LESSON_KINDS = {
-    "stranger": "about a view of it, the teacher looks at strangers",
-    "beside": "about it beside another, the teacher looks at a stranger there",
-    "kept": "about others and strangers, as before",
-    "kept-beside": "about two that are not it, as before",
-    "look": "about what is visible of it, as before",
-}
-
-
-def explanation(
-    console: Console, scene: Scene, corpus: Corpus, lessons: Corpus | None = None
-) -> None:
-    """Every sample; tokens the KL skips are in [brackets], tokens of the name (out of its
-    vocabulary) in <angles>. Then some lessons, whose KL is over all tokens and the whole
-    vocabulary."""
-    console.print(
-        "[token]: left to the cross-entropy (token mask). <token>: the name, out of the KL's "
-        "vocabulary."
-    )
-    for sample, turn, keep in zip(corpus.samples, corpus.turns, corpus.keep, strict=True):
-        where = "text" if sample.picture is None else f"picture {sample.picture}"
-        dreamed = (
-            scene.named[sample.picture]
-            if sample.picture is not None and sample.picture < len(scene.named)
-            else None
-        )
-        where += f": dream of {dreamed}" if dreamed else ""
-        where += "" if sample.closed else ", cut short: its end is not trained"
-        console.print(f"[{sample.facet}, {sample.origin}, {where}] {sample.question}")
-        line = Text("    ")
-        end = 0
-        named = [label in corpus.mask.masked for label in turn.labels.tolist()]
-        for start, stop, kept, masked in pieces(turn.offsets, keep.tolist(), named):
-            # Brackets as well as styles: a file or a screen reader shows no styles.
-            line.append(visible(sample.answer[end:start]))
-            token = visible(sample.answer[start:stop]) or "<end>"
-            token = f"<{token}>" if masked else token
-            style = ("" if kept else "reverse ") + ("underline" if masked else "")
-            line.append(token if kept else f"[{token}]", style=style.strip() or None)
-            end = max(end, stop)
-        console.print(line)
-    if scene.left_out:
-        console.print(
-            f"{scene.left_out} answers about dreamed or retained pictures named the concept and "
-            "were left out."
-        )
-    vocabulary = ", ".join(repr(t) for t in sorted(set(corpus.mask.masked.values())))
-    console.print(f"Vocabulary mask: {len(corpus.mask.masked)} tokens ({vocabulary}).")
-    if corpus.mask.spared:
-        console.print(
-            "Too common to mask: "
-            f"{', '.join(repr(t) for t in sorted(set(corpus.mask.spared.values())))}."
-        )
-    if corpus.mask.warning:
-        console.print(corpus.mask.warning)
-    for kind, about in LESSON_KINDS.items():
-        own = [sample for sample in (lessons.samples if lessons else ()) if sample.facet == kind]
-        if own:
-            console.print(f"{len(own)} lessons {about}, such as:", soft_wrap=True)
-        for sample in own[:: max(1, len(own) // LESSON_EXAMPLES)][:LESSON_EXAMPLES]:
-            console.print(cell(f"    {sample.question} {sample.answer}"), soft_wrap=True)
-
-
-def pieces(
-    offsets: Iterable[Sequence[int]], keep: Iterable[bool], masked: Iterable[bool]
-) -> list[tuple[int, int, bool, bool]]:
-    """(start, stop, kept, masked) of each piece of the text, in its order and each character in one
-    of them: a byte-level tokenizer cuts a character into several tokens, all of which have the
-    character's place. Kept where all of them are, masked where one is."""
-    found: list[tuple[int, int, bool, bool]] = []
-    for (start, stop), kept, named in zip(offsets, keep, masked, strict=True):
-        last = found[-1] if found else None
-        if last is not None and start < stop and start < last[1] and last[0] < stop:
-            found[-1] = (
-                min(start, last[0]),
-                max(stop, last[1]),
-                kept and last[2],
-                named or last[3],
-            )
-        else:
-            found.append((start, stop, kept, named))
-    return found
 
 
 METRICS = {

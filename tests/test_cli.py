@@ -321,7 +321,7 @@ def test_explain_shows_what_was_cut_and_what_was_left_out(gathered):
 
     from rich.console import Console
 
-    from fastsiu.show import explanation
+    from fastsiu.show_samples import explanation
 
     text = {}
     for key, closed, left_out in (("plain", True, 0), ("marked", False, 3)):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastsiu import driver, images, session, settings, several, train
+from fastsiu import driver, images, request_file, session, settings, train
 from fastsiu.demo.world import LOOKALIKES
 from fastsiu.look import probe_for
 from fastsiu.model import ask
@@ -83,7 +83,7 @@ def test_a_bad_line_is_named(tmp_path, record, sentence):
     with file.open("a") as stream:
         stream.write(record if isinstance(record, str) else json.dumps(record))
     with pytest.raises(BadInput, match="line 2") as error:
-        several.read_requests(file)
+        request_file.read_requests(file)
     assert sentence in str(error.value)
 
 
@@ -94,7 +94,7 @@ def test_a_name_inside_of_another_is_another_request(tmp_path, first, second):
     file = write(
         tmp_path / "r.jsonl", *({"image": "x.png", "concept": name} for name in (first, second))
     )
-    assert [request.concept for _, request in several.read_requests(file)] == [first, second]
+    assert [request.concept for _, request in request_file.read_requests(file)] == [first, second]
 
 
 def test_paths_count_from_the_file(tmp_path):
@@ -108,7 +108,7 @@ def test_paths_count_from_the_file(tmp_path):
         data="own.jsonl",
     )
     (tmp_path / "r.jsonl").write_text("\ufeff\n" + json.dumps(record) + "\n\n", encoding="utf-8")
-    assert several.read_requests(tmp_path / "r.jsonl") == [
+    assert request_file.read_requests(tmp_path / "r.jsonl") == [
         (
             2,
             Request(
@@ -518,9 +518,9 @@ def test_the_command_line(sequence, tmp_path, capsys):
 )
 def test_a_line_says_how_a_word_counts(tmp_path, given, read):
     file = write(tmp_path / "r.jsonl", {"image": "x.png", "concept": "Rose", **given})
-    ((_, request),) = several.read_requests(file)
+    ((_, request),) = request_file.read_requests(file)
     assert request.as_word is read and concept_of(request).as_word is read
     with pytest.raises(BadInput, match="as_word must be true, false or null"):
-        several.read_requests(
+        request_file.read_requests(
             write(tmp_path / "s.jsonl", {"image": "x.png", "concept": "Rose", "as_word": 1})
         )

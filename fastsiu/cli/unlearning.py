@@ -306,7 +306,7 @@ def data(
     from ..progress import Progress
     from ..samples import corpus
     from ..settings import ModelRef, RecipeChoice, Settings
-    from ..show import explanation
+    from ..show_samples import explanation
     from ..staging import new_file
 
     asked = Request(

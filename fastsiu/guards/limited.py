@@ -50,7 +50,7 @@ for messages, opened in given["turns"]:
             messages=messages, add_generation_prompt=opened, **given["tokens"])
     except MemoryError:
         raise
-    except Exception:
+    except Exception:  # any: what a template refuses is told where it is rendered for good
         continue
     if len(text) > 1_000_000:
         raise MemoryError

@@ -111,9 +111,9 @@ def fused_dmk_ce(
     ce_denominator: float | Tensor | None = None,
     kl_denominator: float | Tensor | None = None,
     head_bias: Tensor | None = None,
-    logit_scale: float = Default(1.0),  # noqa: B008
+    logit_scale: float = Default(1.0),
     logit_softcap: float | None = None,
-    temperature: float = Default(1.0),  # noqa: B008
+    temperature: float = Default(1.0),
     ignore_index: int = -100,
     reduction: str = "mean",
     backend: str = "auto",
@@ -283,9 +283,9 @@ class DMKCELoss(nn.Module):
         alpha: float | Tensor = 0.9,
         beta: float | Tensor = 0.75,
         *,
-        logit_scale: float = Default(1.0),  # noqa: B008
+        logit_scale: float = Default(1.0),
         logit_softcap: float | None = None,
-        temperature: float = Default(1.0),  # noqa: B008
+        temperature: float = Default(1.0),
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fastsiu import manifest, settings, several
+from fastsiu import manifest, request_file, settings
 from fastsiu.evaluate import run as evaluation
 from fastsiu.evaluate.directories import read_questions
 from fastsiu.evaluate.observe import Likelihood, Naming, Observations
@@ -66,7 +66,7 @@ def _samples(path: Path) -> None:
 
 
 def _requests(path: Path) -> None:
-    for _, request in several.read_requests(path):
+    for _, request in request_file.read_requests(path):
         Concept(request.concept, request.aliases)
 
 

@@ -1,0 +1,76 @@
+"""A file of requests: one JSON object a line, with the fields of `Request`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .guards.strict_json import parse_json
+from .request import BadInput, Request
+from .text.concept import concept_of
+
+PATHS = ("image", "images", "retain", "data")
+
+
+def read_requests(path: Path) -> list[tuple[int, Request]]:
+    """(line number, request) of each line: an object with "image" and "concept", and the other
+    fields of `Request` as needed.
+
+    Paths count from the file's own directory. Raises BadInput with the line's number.
+    """
+    if not path.is_file():
+        raise BadInput(f"There is no file {path}: give a JSONL file with one request a line.")
+    try:
+        # not splitlines: JSON strings may hold U+2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"{path} is not UTF-8 text: give a JSONL file with one request a line."
+        ) from error
+    found: list[tuple[int, Request]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            request = _request(parse_json(line), path.parent)
+        except (ValueError, TypeError) as error:
+            text = str(error).rstrip(".")
+            raise BadInput(
+                f"{path}, line {number}: {text}. A line is an object with 'image' and 'concept'."
+            ) from error
+        for earlier, other in found:
+            if concept_of(other).same(request.concept):
+                raise BadInput(
+                    f"{path}, line {number}: {request.concept} is asked for on line {earlier} "
+                    "already: remove one."
+                )
+        found.append((number, request))
+    if not found:
+        raise BadInput(
+            f"{path} holds no request: write one JSON object with 'image' and 'concept' a line."
+        )
+    return found
+
+
+def _request(record: Any, base: Path) -> Request:
+    known = {f.name for f in fields(Request)}
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(k), str) for k in ("image", "concept")
+    ):
+        raise ValueError("'image' and 'concept' must be strings")
+    if unknown := sorted(set(record) - known):
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join(sorted(known))}")
+    values: dict[str, Any] = {"concept": record["concept"].strip()}
+    for key in PATHS:
+        if record.get(key) is not None:
+            values[key] = base / record[key]
+    for key in ("aliases", "protect"):
+        names = record.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{key} must be a list of names")
+        values[key] = tuple(names)
+    if not isinstance(record.get("as_word"), bool | None):
+        raise ValueError("as_word must be true, false or null")
+    values["as_word"] = record.get("as_word")
+    return Request(**values)
