@@ -134,7 +134,7 @@ def assemble(tower: str, folder: Path) -> tuple[Any, Any]:
 
 
 def _lite() -> Any:
-    """EfficientNet-Lite0 in terms of transformers' EfficientNet: no width or depth factor, ReLU6."""
+    """EfficientNet-Lite0 as one of transformers' EfficientNets: no width or depth factor, ReLU6."""
     return transformers.EfficientNetConfig(
         width_coefficient=1.0,
         depth_coefficient=1.0,
