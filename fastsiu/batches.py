@@ -16,9 +16,10 @@ from .objectives import Batch
 from .request import CHANGES, SHARES, Recipe
 from .samples.corpus import FORGET, Corpus
 
-# A step has two batches of lessons, of those that change something and of those that keep. For each
-# facet the number of pictures in its batch: few, each with several questions, because a picture's
-# prefix is most of the work.
+# A step has two batches of lessons, of those that change something and of those that keep. Of each
+# facet a batch of `WHOLE_BATCH` samples shows so many pictures: few, each with several questions,
+# because a picture's prefix is most of the work. A smaller batch shows fewer.
+WHOLE_BATCH = 48
 PICTURES = {"stranger": 8, "beside": 4, "kept": 7, "kept-beside": 4, "look": 3}
 # For each facet its share of the samples of its batch.
 PARTS = {
@@ -71,7 +72,8 @@ def lesson_batches(lessons: Corpus, recipe: Recipe) -> Iterator[list[int]]:
     while True:
         step = []
         for name, size in sizes.items():
-            pictures = rng.sample(list(about[name]), min(PICTURES[name], len(about[name]), size))
+            most = max(1, round(PICTURES[name] * recipe.batch_size / WHOLE_BATCH))
+            pictures = rng.sample(list(about[name]), min(most, len(about[name]), size))
             for k, picture in enumerate(pictures):
                 own, count = about[name][picture], len(range(k, size, len(pictures)))
                 step += rng.sample(own, min(count, len(own)))

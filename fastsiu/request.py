@@ -88,6 +88,8 @@ WHOLE = {
     "steps": (1, 100_000),
     "rank": (1, 4096),
     "batch_size": (1, 4096),
+    "neighbours": (0, 1000),
+    "generic": (0, 1000),
     "dreams": (0, 64),
     "dream_steps": (0, 10_000),
     "strangers": (0, 256),
@@ -119,7 +121,9 @@ class Recipe:
     batch_size:   samples in one optimiser step
     schedule:     "decay" is constant for 60 % of the steps, then falls to a tenth
     projector_lr: above 0 the vision projector is trained as well, at this rate
+    neighbours:   most names to protect that the model gives itself
     dreams:       pictures that are dreamed for each protected name
+    generic:      drawn pictures of nothing in particular that are to be answered as before
     strangers:    pictures of nobody; the concept is to be answered like them. 0: the four targets
                   alone
     temperature:  of the distributions that are compared with strangers': names are far out in their
@@ -145,6 +149,8 @@ class Recipe:
     substitute: Literal["description", "name"] = "description"
     token_mask: bool = True
     vocab_mask: bool = True
+    neighbours: int = 24
+    generic: int = 28
     dreams: int = 2
     dream_steps: int = 60
     dream_lr: float = 0.1
@@ -196,6 +202,7 @@ PAPER = Recipe(
     projector_lr=2e-5,
     early_stop=False,
     substitute="name",
+    generic=0,
     dreams=0,
     strangers=0,
 )

@@ -21,7 +21,7 @@ from .model.features import map_features
 from .model.vlm import VLM
 from .objectives import Objective, siu
 from .request import CHANGES, KEEPS, BadInput, Recipe, Request, Sample
-from .samples import border, corpus, dreams, lessons, targets
+from .samples import alternatives, border, corpus, dreams, generic, lessons, targets
 from .samples.corpus import Corpus
 from .samples.targets import Scene
 from .text.concept import Concept, ambiguous, concept_of
@@ -30,6 +30,7 @@ from .transforms import variants
 # Temperature of the lessons that keep something. At 1 the tails drift; at 4 the KL looks so much at
 # the tails that fine looks and look-alikes suffer.
 KEPT_AT = 2.0
+FEWEST_IN_WORDS = 6  # names that the model gives in words; with fewer, its eyes are asked as well
 
 
 @dataclass
@@ -329,7 +330,7 @@ def gather(
             scene.concept, scene.vlm.tokenizer, scene.vlm.head_weight.shape[0]
         )
         scene.masked = frozenset(first.masked)
-        scene.neighbours = list(request.protect) or targets.neighbours(scene)
+        scene.neighbours = list(request.protect) or _neighbours(scene)
     listener.stage(f"Dreaming {len(scene.neighbours)} neighbours")
     with timed(seconds, "dreams"):
         transforms = variants(scene.pictures[0].image, scene.recipe.seed)[1:]
@@ -337,9 +338,14 @@ def gather(
         if scene.recipe.strangers:
             scene.border = border.border(scene)
         dreamed = _dream(scene)
-    for path in images.list_images(request.retain) if request.retain else ():
-        scene.pictures.append(scene.vlm.picture(images.load_image(path)))
-        scene.named.append(None)
+    retained = [
+        scene.vlm.picture(images.load_image(path))
+        for path in (images.list_images(request.retain) if request.retain else ())
+    ]
+    if not retained:
+        retained = generic.generic(scene, scene.recipe.seed, scene.recipe.generic)
+    scene.pictures += retained
+    scene.named += [None] * len(retained)
     listener.stage("Asking the teacher for the samples")
     with timed(seconds, "samples"):
         samples = [sample for facet in targets.TARGETS for sample in facet(scene)]
@@ -347,6 +353,17 @@ def gather(
     # picture.
     taken = {(s.question, s.picture) for s in own}
     return [s for s in samples if (s.question, s.picture) not in taken] + own, dreamed
+
+
+def _neighbours(scene: Scene) -> list[str]:
+    """Names to protect: those that the teacher gives in words, and where these are few, those that
+    it weighs for the picture."""
+    limit = scene.recipe.neighbours
+    names = targets.neighbours(scene, limit)
+    if len(names) >= min(FEWEST_IN_WORDS, limit):
+        return names
+    seen = alternatives.alternatives(scene, limit)
+    return list(dict.fromkeys([*seen, *names]))[:limit]
 
 
 def _dream(scene: Scene) -> list[dict[str, Any]]:

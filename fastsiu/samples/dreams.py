@@ -34,6 +34,7 @@ from ..model.ask import Reply
 from ..model.features import feature_tensors
 from ..model.turns import Picture
 from ..model.vlm import encoder
+from ..text.answers import first_sentence
 from .targets import Scene, about_the_one_shown, wordings
 from .wishes import Pair, Wish, fulfil
 
@@ -99,8 +100,16 @@ def dream(scene: Scene, batch: int = 32) -> list[Dream]:
     return [Dream(name, picture) for name, _, picture in dreams]
 
 
-def _gives(name: str) -> Callable[[Reply], bool]:
-    return lambda reply: name in reply.text
+def _gives(name: str) -> Callable[[Reply], int]:
+    """A function that tells how many characters of a reply there are up to the end of the name; 0
+    for a reply without it. What a model says after the name varies, and does not decide whether it
+    recognises anyone."""
+
+    def end_of_name(reply: Reply) -> int:
+        at = reply.text.find(name)
+        return at + len(name) if at >= 0 else 0
+
+    return end_of_name
 
 
 def more(orders: Sequence[Sequence[str]], count: int) -> list[str]:
@@ -165,7 +174,7 @@ def told(scene: Scene) -> dict[str, list[Pair]]:
     named += zip(yes, scene.replies([q.format(name=concept.name) for q in yes], 0), strict=True)
     frames = [
         (question, reply.text[: spans[0][0]], reply.text[spans[0][1] :], reply.closed)
-        for question, reply in named
+        for question, reply in ((q, _opening(r)) for q, r in named)
         if len(spans := concept.spans(reply.text)) == 1
     ]
     if not frames:
@@ -190,6 +199,13 @@ def told(scene: Scene) -> dict[str, list[Pair]]:
             if answer := in_place(reply.text, mine, concept.name, theirs, name):
                 out[name].append((question, Reply(answer, reply.closed)))
     return out
+
+
+def _opening(reply: Reply) -> Reply:
+    """The first sentence of a reply. A model that goes on at length says the name again, and would
+    be asked for a hundred words instead of a name."""
+    first = first_sentence(reply.text)
+    return reply if first == reply.text else Reply(first, closed=False)
 
 
 def in_place(shown: str, own: str, own_name: str, other: str, name: str) -> str | None:

@@ -69,7 +69,7 @@ def strangers(scene: Scene, notes: list[str] | None = None) -> list[Stranger]:
         starts = scene.see(drawn.views(image, seed, 2 * FEWEST))
         # No answer is required of such a dream: that it names nobody is enough.
         wishes = [
-            Wish(start, [(q, unknown) for q in who], DREAM_DECAY, must=lambda reply: False)
+            Wish(start, [(q, unknown) for q in who], DREAM_DECAY, must=lambda reply: 0)
             for start in starts
         ]
         dreams = [dream for dream in fulfil(scene, wishes, DREAM_LUCK) if dream is not None]

@@ -41,13 +41,14 @@ class Wish:
     start: the picture at whose features it starts
     pairs: the questions, each with the answer that the teacher is to give
     decay: how strongly the features are pulled back to the start
-    must:  whether the dream is refused unless the teacher gives this answer
+    must:  how many of an answer's characters the teacher has to give, token by token, or else the
+           dream is refused; 0 where the answer is not required
     """
 
     start: Picture
     pairs: Sequence[Pair]
     decay: float
-    must: Callable[[Reply], bool] = lambda reply: True
+    must: Callable[[Reply], int] = lambda reply: len(reply.text) + 1  # and the end
 
 
 def fulfil(
@@ -176,17 +177,19 @@ class _Dreams:
             for wish, project, free in zip(self.wishes, self.project, self.free, strict=True)
         ]
         required = [
-            (i, turn)
+            (i, turn, wish.must(reply))
             for i, wish in enumerate(self.wishes)
             for turn, (_, reply) in zip(self.turns[i], wish.pairs, strict=True)
             if wish.must(reply)
         ]
         scores = ask.label_scores(
-            self.vlm, [turn for _, turn in required], [pictures[i] for i, _ in required]
+            self.vlm, [turn for _, turn, _ in required], [pictures[i] for i, _, _ in required]
         )
-        refused = {
-            i for (i, _), score in zip(required, scores, strict=True) if not bool(score.right.all())
-        }
+        refused = set()
+        for (i, turn, end), score in zip(required, scores, strict=True):
+            needed = torch.tensor([start < end for start, _ in turn.offsets])
+            if not bool(score.right.cpu()[needed].all()):
+                refused.add(i)
         return [None if i in refused else picture for i, picture in enumerate(pictures)]
 
 
@@ -200,7 +203,7 @@ def vision_space(vlm: VLM, start: Picture) -> tuple[Tensor, Callable[[Tensor], A
     such as those that end a line of tiles.
     """
     there = torch.cat([x.reshape(-1, x.shape[-1]) for x in feature_tensors(start.features)])
-    behind = there.float(), lambda x: _replaced(start, x)
+    behind = there.float(), lambda x: replaced(start, x)
     name = projector(vlm.base)
     if name is None:
         return behind
@@ -227,10 +230,10 @@ def vision_space(vlm: VLM, start: Picture) -> tuple[Tensor, Callable[[Tensor], A
     if not torch.allclose(out.reshape(there.shape), there, rtol=1e-2, atol=allowed):
         return behind
     front: Tensor = args[0]
-    return front.float(), lambda x: _replaced(start, module(x.to(front.dtype), *args[1:], **kwargs))
+    return front.float(), lambda x: replaced(start, module(x.to(front.dtype), *args[1:], **kwargs))
 
 
-def _replaced(start: Picture, flat: Tensor) -> Any:
+def replaced(start: Picture, flat: Tensor) -> Any:
     """The start picture's features, in their own shapes, with the numbers of `flat`, the
     projector's output."""
     rest = flat.reshape(-1, flat.shape[-1])

@@ -37,6 +37,12 @@ def is_degenerate(text: str) -> str | None:
     return None
 
 
+def first_sentence(text: str) -> str:
+    """The text up to its first end of a sentence, the whole text where there is none."""
+    found = re.search(r"(?<=[^\s.\d][.!?])(?=\s)|(?<=[\u3002\uff01\uff1f])", text)
+    return text if found is None else text[: found.start()]
+
+
 def is_refusal(text: str) -> bool:
     """Does the answer decline: "I do not know", "I can't", "cannot identify", "Sorry, ..."? English
     only."""
