@@ -24,15 +24,25 @@ MEASURES = {
     ),
     "specificity": (
         "Pictures of anything else",
-        "answers unchanged",
+        "answers kept",
         "Does the model answer about other pictures as before?",
     ),
     "facts": (
         "Questions without a picture",
-        "answers unchanged",
+        "answers kept",
         "Does the model still know in words what it knew?",
     ),
 }
+# How the noise floor of what is kept was made (`evaluate.noise`) -> what it is.
+NOISE = {
+    "rounded": "the untouched model computed in bfloat16",
+    "reordered": "the untouched model asked in another order",
+    "": "",  # not measured
+}
+KEPT_MEANS = (
+    "Kept is an answer with the same first sentence, and one where the unlearned model turns away "
+    "from that sentence by no more than {lost:.3g} nats, as at a near-tie."
+)
 # What a family of questions seeks -> what is counted, in the table's words.
 GIVEN_AWAY = {
     "name": "answers that give the name",

@@ -814,11 +814,19 @@ def test_unlearns_verdict_knows_the_neighbours_names(gathered, cast, monkeypatch
         )
         looks = [w.format(name=cast.target) for w in wordings()["appearance"]["held_out"]]
         return [
-            named(q) if q in open_ones else yes(q) if q in yesno else look(q) if q in looks else q
+            ask.Reply(
+                named(q)
+                if q in open_ones
+                else yes(q)
+                if q in yesno
+                else look(q)
+                if q in looks
+                else q
+            )
             for q, _ in asked
         ]
 
-    monkeypatch.setattr(held_out.ask, "answers", answers)
+    monkeypatch.setattr(held_out.ask, "replies", answers)
     assert cast.others[1] in scene.neighbours
     found, _ = held_out.decide(scene, families=())
     assert len(found.reasons) == 1 and "another's name" in found.reasons[0]
