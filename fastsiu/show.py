@@ -49,7 +49,7 @@ def summary(console: Console, result: Result) -> None:
             soft_wrap=True,
         )
     if noise := NOISE.get(report.get("noise") or ""):
-        console.print(f"  (as before, on the left: what {noise} keeps)", soft_wrap=True)
+        console.print(f"  (answered as before, on the left: by {noise})", soft_wrap=True)
     steps = report["training"]
     if steps:
         spent = sum(report["seconds"].values())

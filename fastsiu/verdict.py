@@ -278,6 +278,11 @@ def kept(
     return same_beginning(before, after, cut) or (lost is not None and lost <= most)
 
 
+def demanded(least: float, floor: float | None) -> float:
+    """The share that has to be kept where noise alone keeps the share `floor`: `least` of that."""
+    return least * max(FLOOR, 1.0 if floor is None else floor)
+
+
 def _kept(answer: Answer, limits: Thresholds) -> bool:
     return kept(answer.before, answer.after, answer.lost, answer.cut, limits.lost)
 
@@ -417,8 +422,7 @@ class _Kept:
         return self.kept / self.n
 
     def demanded(self, least: float) -> float:
-        """The share that has to be kept: `least` of what noise alone keeps."""
-        return least if self.by_noise is None else least * max(FLOOR, self.by_noise / self.n)
+        return demanded(least, None if self.by_noise is None else self.by_noise / self.n)
 
     def told(self, what: str, least: float) -> str:
         """The numbers as a part of a sentence."""

@@ -23,7 +23,8 @@ def rounds(vlm: VLM) -> bool:
 @contextmanager
 def rounded(vlm: VLM) -> Iterator[None]:
     """Inside, the layers compute about as in bfloat16: the weights of each and what it returns are
-    rounded, with their dtype as before. The head's logits are not.
+    rounded, with their dtype as before. Both, since many weights were stored in bfloat16 and are
+    exact in it. The head's logits are not rounded.
 
     The weights in memory are never written. While a layer runs, its parameters point to a rounded
     copy, which is dropped when it returns; so the copies of one layer exist at a time. Where a

@@ -21,7 +21,7 @@ from PIL import Image
 from ..request import BadInput
 from ..text.answers import affirms, same_answer
 from ..text.concept import Concept
-from ..verdict import LOST, kept
+from ..verdict import LOST, demanded, kept
 from .plot import chart, sides, trade_off, untouched_alone
 from .summary import attacked, inside, standing
 from .words import (
@@ -112,6 +112,9 @@ def _measures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     for kind, (heading, full, question) in MEASURES.items():
         before, after = (of[side].get(kind) or {} for side in ("untouched", "unlearned"))
         reason = after.get("reason") or before.get("reason") or "It was not asked."
+        least = (report.get("thresholds") or {}).get(kind)
+        if kind in KEPT and least is not None:
+            least = demanded(least, before.get("value"))
         rows.append(
             {
                 "kind": kind,
@@ -122,7 +125,7 @@ def _measures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "before": before,
                 "after": after,
                 "reason": reason,
-                "least": (report.get("thresholds") or {}).get(kind),
+                "least": least,
             }
         )
     return rows

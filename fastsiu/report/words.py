@@ -197,30 +197,29 @@ METRICS = {
         "others": Metric(
             "Pictures of others",
             UP,
-            "Of the answers about pictures of others, those that are the untouched model's.",
+            "Of the answers about pictures of others, those that are kept.",
         ),
         "lookalikes": Metric(
             "Look-alikes",
             UP,
-            "Of the answers about those that look most like it, those that are the untouched "
-            "model's.",
+            "Of the answers about those that look most like it, those that are kept.",
         ),
         "groups": Metric(
             "Group pictures",
             UP,
-            "Of the answers about pictures that show it beside something else, those that are the "
-            "untouched model's.",
+            "Of the answers about pictures that show it beside something else, those that are "
+            "kept.",
         ),
         "facts": Metric(
             "Facts in words",
             UP,
             "Of the answers without a picture about what is known of it and of others, those that "
-            "are the untouched model's.",
+            "are kept.",
         ),
         "general": Metric(
             "General questions",
             UP,
-            "Of the answers to questions about nobody, those that are the untouched model's.",
+            "Of the answers to questions about nobody, those that are kept.",
         ),
     },
     "Does it still answer properly?": {

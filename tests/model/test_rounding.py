@@ -3,9 +3,21 @@
 import pytest
 import torch
 
-from fastsiu.model import ask, rounding
+from fastsiu.model import ask, rounding, vlm
 
 QUESTIONS = ["Who is Zorblax Quint?", "What is two plus three?", "What is the capital of Italy?"]
+
+
+@pytest.fixture(scope="module")
+def loaded(demo_dir):
+    """The embedded model with weights that are not exact in 16 bits, as they are stored."""
+    model = vlm.load(str(demo_dir), device="cpu")
+    with torch.no_grad():
+        for parameter in model.base.parameters():
+            parameter.mul_(
+                1 + 2e-3 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0))
+            )
+    return model
 
 
 @pytest.fixture
@@ -39,13 +51,14 @@ def test_rounding_changes_a_little_and_no_weight(loaded, turns):
         other = ask.label_scores(loaded, turns, [None] * 3)
     assert_untouched(loaded, before)
     apart = max(float((a.log_p - b.log_p).abs().max()) for a, b in zip(plain, other, strict=True))
-    assert 1e-5 < apart < 0.3
+    assert 1e-4 < apart < 0.3
     again = ask.label_scores(loaded, turns, [None] * 3)
     assert all(torch.equal(a.log_p, b.log_p) for a, b in zip(plain, again, strict=True))
 
 
 def test_a_layer_runs_on_rounded_weights_one_layer_at_a_time(loaded, turns):
     layers = [m for m in loaded.base.modules() if isinstance(m, torch.nn.Linear)]
+    assert not torch.equal(layers[-2].weight, layers[-2].weight.bfloat16().float())
     seen = []
 
     def look(module, given, output):
