@@ -255,7 +255,13 @@ def test_what_is_kept_is_told_beside_the_noise_floor():
 
 
 def test_an_answer_that_is_kept_is_no_example_of_what_went_wrong():
-    answer = {"kind": "facts", "question": "?", "picture": None, "before": "A red cat.", "after": "D."}
+    answer = {
+        "kind": "facts",
+        "question": "?",
+        "picture": None,
+        "before": "A red cat.",
+        "after": "D.",
+    }
     wanted = lambda **changes: render._as_wanted({**answer, **changes}, None)
     assert not wanted() and not wanted(lost=0.6) and wanted(lost=0.4)
     assert wanted(after="a red cat. And") and wanted(after="A red c", cut=[False, True])
