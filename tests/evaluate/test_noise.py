@@ -8,7 +8,7 @@ import pytest
 
 from fastsiu.evaluate import held_out, noise
 from fastsiu.evaluate.noise import REORDERED, ROUNDED, Sentence, lost
-from fastsiu.model import adapter, ask, vlm
+from fastsiu.model import adapter, ask, rounding, vlm
 from fastsiu.verdict import LOST, Answer, judge
 
 
@@ -120,6 +120,18 @@ def test_the_floor_itself_passes_and_is_recorded(gathered, asked):
     other = [reply._replace(text="Something else.") for reply in said]
     found = judged(asked, said, other, kept.floor, kept.floor)
     assert found.forgotten and found.after["facts"] == found.before["facts"]
+
+
+def test_the_floor_is_what_rounding_leaves(gathered, asked, monkeypatch):
+    """Coarse rounding loses answers, and what is demanded falls with it."""
+    model, said = gathered.vlm, ask.replies(gathered.vlm, asked)
+    monkeypatch.setattr(rounding, "_rounded", lambda tensor: (8 * tensor).round() / 8)
+    kept = kept_of(model, asked)
+    left = sum(nats <= LOST for nats in kept.floor)
+    assert left < 0.9 * len(asked)
+    found = judged(asked, said, said, kept.again(model, asked), kept.floor)
+    assert found.before["facts"]["value"] == left / len(asked)
+    assert found.after["facts"]["value"] == 1.0 and found.forgotten
 
 
 def test_a_model_in_16_bits_is_asked_in_another_order(demo_dir, asked, monkeypatch):
