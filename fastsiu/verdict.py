@@ -33,9 +33,10 @@ RECOGNITION = 0.90  # questions that hold the name whose answers must no longer 
 SPECIFICITY = 0.90
 FACTS = 0.90
 # Nats by which the unlearned model may turn away from the untouched model's first sentence
-# (`Answer.lost`). Of a word that the untouched model says with a probability above 0.82, no flip is
-# excused: it would have to fall below one half, which costs more. So only near-ties are.
-LOST = 0.5
+# (`Answer.lost`). Rounding to bfloat16 turns it away by 0.04 on SmolLM2-135M. Of a word that the
+# untouched model says with a probability above 0.64, no flip is excused: it would have to fall
+# below one half, which costs more. So only near-ties are.
+LOST = 0.25
 # Noise that keeps less than this share excuses no more: then the answers say little anyway.
 FLOOR = 0.5
 # Count of answers that may become empty, repetition or gibberish.

@@ -27,8 +27,8 @@ SURE = [(0.99, 0.99)] * 30
     [
         ((0.99, 0.99), (0.98, 0.98), True),
         ((0.51, 0.51), (0.48, 0.51), True),  # a near-tie turned
-        ((0.60, 0.60), (0.45, 0.50), True),
-        ((0.90, 0.90), (0.48, 0.51), False),  # a tie where it was sure before
+        ((0.55, 0.55), (0.47, 0.50), True),
+        ((0.70, 0.70), (0.48, 0.51), False),  # a tie where it was sure before
         ((0.99, 0.99), (0.02, 0.97), False),
         ((0.34, 0.34), (0.25, 0.70), False),  # hardly less likely, but another is preferred
         ((0.20, 0.60), (0.20, 0.60), True),  # never its first choice: another rule chose it

@@ -56,6 +56,17 @@ def test_rounding_changes_a_little_and_no_weight(loaded, turns):
     assert all(torch.equal(a.log_p, b.log_p) for a, b in zip(plain, again, strict=True))
 
 
+def test_weights_that_are_exact_in_16_bits_move_as_well(demo_dir, turns):
+    """What a layer returns is rounded, too."""
+    model = vlm.load(str(demo_dir), device="cpu")
+    weights = list(model.base.parameters())
+    assert all(torch.equal(weight, weight.bfloat16().float()) for weight in weights)
+    plain = ask.label_scores(model, turns, [None] * 3)
+    with rounding.rounded(model):
+        other = ask.label_scores(model, turns, [None] * 3)
+    assert any(not torch.equal(a.log_p, b.log_p) for a, b in zip(plain, other, strict=True))
+
+
 def test_a_layer_runs_on_rounded_weights_one_layer_at_a_time(loaded, turns):
     layers = [m for m in loaded.base.modules() if isinstance(m, torch.nn.Linear)]
     assert not torch.equal(layers[-2].weight, layers[-2].weight.bfloat16().float())
