@@ -33,7 +33,7 @@ RECOGNITION = 0.90  # questions that hold the name whose answers must no longer 
 SPECIFICITY = 0.90
 FACTS = 0.90
 # Nats by which the unlearned model may turn away from the untouched model's first sentence
-# (`Answer.lost`). Rounding to bfloat16 turns it away by 0.04 on SmolLM2-135M. Of a word that the
+# (`Answer.lost`). Layers in bfloat16 turn SmolLM2-135M away by 0.04 at most. Of a word that the
 # untouched model says with a probability above 0.64, no flip is excused: it would have to fall
 # below one half, which costs more. So only near-ties are.
 LOST = 0.25
