@@ -287,6 +287,7 @@ def report_of(
         "before": verdict.before,
         "after": verdict.after,
         "thresholds": verdict.thresholds,
+        "noise": verdict.noise,
         "families": verdict.families,
         "headline": verdict.headline,
         "not_asked": not_asked(),

@@ -11,20 +11,21 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .evaluate import held_out
+from .evaluate import held_out, noise
 from .evaluate.held_out import Shown
 from .evaluate.inquiry import Inquiry, inquire
 from .family import Family
 from .images import load_directory, load_image
 from .model import ask, decode, source, vlm
+from .model.ask import Question, Reply
 from .request import BadInput, Recipe, Request
 from .samples.targets import Scene
 from .session import Listener
-from .text.answers import same_answer
+from .text.answers import same_beginning
 from .text.concept import Concept, concept_of
 from .text.rate import Rate
 from .verdict import Answer, judge
@@ -33,10 +34,17 @@ FORMS = ("stored", "int8", "nf4")
 Asked = Sequence[tuple[str, str, Shown | None]]  # (kind of the verdict, question, picture)
 
 
+class Untouched(NamedTuple):
+    """What the untouched model answers in some dtype, and what of it has to be kept there."""
+
+    said: list[str]
+    kept: noise.Kept
+
+
 class Verifier:
     """Puts the questions of the verdict to one model after the other, and none of them is kept.
 
-    untouched: what the base answers in its own dtype
+    untouched: what the base answers in its own dtype; None until it was asked
     inquiry:   what tries to get the name or the facts back, with the base's answers to it
     slow:      why `generate` answered (`decode.slow`), for the untouched model and for the merged
     one
@@ -65,23 +73,38 @@ class Verifier:
         self.asked = _questions(request, self.concept, seed, told)
         names = [d.get("name") for d in told.get("dreams", []) if isinstance(d, dict)]
         self.others = [Concept(name) for name in names if isinstance(name, str) and name.strip()]
-        self.untouched: list[str] = []
+        self.untouched: Untouched | None = None
         self.inquiry: Inquiry | None = None
         self.slow = ["", ""]
 
-    def ask(self, loaded: vlm.VLM, merged: bool = False) -> list[str]:
-        """Greedy answers, in the order of `asked`."""
+    def ask(self, loaded: vlm.VLM) -> Untouched:
+        """Greedy answers of the untouched model, in the order of `asked`."""
+        replies, put = self._replies(loaded, merged=False)
+        with vlm.threads(loaded):
+            compared = [kind in held_out.KEPT for kind, _, _ in self.asked]
+            return Untouched([r.text for r in replies], noise.Kept(loaded, compared, put, replies))
+
+    def ask_merged(
+        self, loaded: vlm.VLM, alike: Untouched
+    ) -> tuple[list[str], list[float | None], list[Family]]:
+        """The merged model's answers, how far it turns away from those of the untouched model
+        `alike`, and what the families brought out."""
+        replies, put = self._replies(loaded, merged=True)
+        with vlm.threads(loaded), torch.no_grad():
+            lost = alike.kept.again(loaded, put)
+            found = self.inquiry.families(self.inquiry.again(loaded)) if self.inquiry else []
+        return [r.text for r in replies], lost, found
+
+    def _replies(self, loaded: vlm.VLM, merged: bool) -> tuple[list[Reply], list[Question]]:
+        """The answers, and the questions with the pictures as the model sees them."""
         self.listener.stage(f"Asking {len(self.asked)} questions")
         with vlm.threads(loaded), torch.no_grad():
-            seen = {
-                id(shown[1]): loaded.picture(shown[1])
-                for shown in {id(s): s for _, _, s in self.asked if s}.values()
-            }
-            said = ask.answers(
-                loaded, [(q, seen[id(shown[1])] if shown else None) for _, q, shown in self.asked]
-            )
+            shown = {id(one[1]): one[1] for _, _, one in self.asked if one}
+            seen = {key: loaded.picture(image) for key, image in shown.items()}
+            put = [(q, seen[id(one[1])] if one else None) for _, q, one in self.asked]
+            replies = ask.replies(loaded, put)
             self.slow[merged] = self.slow[merged] or decode.slow(loaded)
-            return said
+        return replies, put
 
     def first(self, loaded: vlm.VLM) -> None:
         """Asks the base, as it is stored."""
@@ -97,41 +120,50 @@ class Verifier:
                 seed=self.seed,
             )
 
-    def load_and_ask(
-        self, name: str, dtype: str, quantize: str | None
-    ) -> tuple[list[str], list[Family]]:
-        """The answers, and of the merged model what the families brought out."""
+    def _load(self, name: str, dtype: str, quantize: str | None) -> vlm.VLM:
         self.listener.stage(
             f"Loading {'the merged model' if name == str(self.merged) else 'the untouched model'} "
             f"in {quantize or dtype}"
         )
         revision = self.revision if name == self.base else None
-        loaded = vlm.load(
-            name, revision=revision, device=self.device, dtype=dtype, quantize=quantize
-        )
-        merged = name == str(self.merged)
-        said, found = self.ask(loaded, merged=merged), []
-        if merged and self.inquiry:
-            with vlm.threads(loaded), torch.no_grad():
-                found = self.inquiry.families(self.inquiry.again(loaded))
+        return vlm.load(name, revision=revision, device=self.device, dtype=dtype, quantize=quantize)
+
+    def load_untouched(self, dtype: str, quantize: str | None) -> Untouched:
+        """Loads the base in some form and asks it; then its memory is free again."""
+        loaded = self._load(self.base, dtype, quantize)
+        found = self.ask(loaded)
         del loaded
         free()
-        return said, found
+        return found
+
+    def load_merged(
+        self, dtype: str, quantize: str | None, alike: Untouched
+    ) -> tuple[list[str], list[float | None], list[Family]]:
+        """The same with the merged model; returns what `ask_merged` does."""
+        loaded = self._load(str(self.merged), dtype, quantize)
+        found = self.ask_merged(loaded, alike)
+        del loaded
+        free()
+        return found
 
     def row(self, form: str, kept: str, stored: str) -> dict[str, Any]:
         """The verdict in one form: {dtype, verdict, reasons, before, after, agreement, control,
         families, headline, answers}, verdict None with a reason where the form cannot be had here.
 
         kept, stored: the dtype of the untouched and of the merged weights
+
+        Raises ValueError where the base was not asked first.
         """
+        if self.untouched is None:
+            raise ValueError("the untouched model was not asked yet")
         quantize = None if form == "stored" else form
         label = quantize or stored
         try:
             source.check_packages(self.device or "cpu", stored, quantize, None, "adamw")
             # Nothing but the rounding lies between it and the untouched model as it is stored.
             same = form == "stored" and kept == stored
-            alike = self.untouched if same else self.load_and_ask(self.base, stored, quantize)[0]
-            after, found = self.load_and_ask(str(self.merged), stored, quantize)
+            alike = self.untouched if same else self.load_untouched(stored, quantize)
+            after, lost, found = self.load_merged(stored, quantize, alike)
         except BadInput as error:
             if quantize is None:
                 raise
@@ -139,7 +171,16 @@ class Verifier:
         return {
             "dtype": label,
             **judge_form(
-                self.asked, self.concept, self.untouched, alike, after, self.others, found
+                self.asked,
+                self.concept,
+                self.untouched.said,
+                alike.said,
+                after,
+                self.others,
+                found,
+                lost=lost,
+                floor=alike.kept.floor,
+                way=alike.kept.way,
             ),
         }
 
@@ -152,6 +193,10 @@ def judge_form(
     after: Sequence[str],
     others: Sequence[Concept] = (),
     families: Sequence[Family] = (),
+    *,
+    lost: Sequence[float | None] = (),
+    floor: Sequence[float | None] = (),
+    way: str = "",
 ) -> dict[str, Any]:
     """The verdict on the merged model in some dtype, from answers alone.
 
@@ -160,22 +205,42 @@ def judge_form(
     after:    the merged model's
     others:   those whose names an answer about the concept must not newly give
     families: what attacks brought out, beside what the untouched model gives away as it is stored
+    lost:     how far the merged model turns away from each answer of `alike`; empty: not measured
+    floor:    how far `alike` itself does by noise alone, which was made in this `way`
 
     The name has to be gone whatever rounding does to the untouched model, so that side is compared
     with `stored`. What is kept is compared with `alike`: quantisation changes answers by itself,
-    and unlearning is not to be blamed for it. How far each of the two agrees with `stored` stands
-    beside it: `agreement` of the merged model, `control` of the untouched one.
+    and unlearning is not to be blamed for it. How many first sentences of each of the two
+    are those of `stored` stands beside it: `agreement` of the merged model, `control` of the
+    untouched one.
     """
     keep = ("specificity", "facts")
     before = [
         a if kind in keep else s for (kind, _, _), s, a in zip(asked, stored, alike, strict=True)
     ]
+    nothing = [None] * len(asked)
     answers = [
-        Answer(kind, q, shown and shown[0], b, a, part=held_out.part(kind, q, concept))
-        for (kind, q, shown), b, a in zip(asked, before, after, strict=True)
+        Answer(
+            kind,
+            q,
+            shown and shown[0],
+            b,
+            a,
+            part=held_out.part(kind, q, concept),
+            lost=nats,
+            noise=by_noise,
+        )
+        for (kind, q, shown), b, a, nats, by_noise in zip(
+            asked, before, after, lost or nothing, floor or nothing, strict=True
+        )
     ]
     verdict = judge(
-        answers, concept, others=others, reasons_for_null=held_out.NULL, families=families
+        answers,
+        concept,
+        others=others,
+        reasons_for_null=held_out.NULL,
+        families=families,
+        noise=way,
     )
     rates = {}
     for title, said in (("agreement", after), ("control", alike)):
@@ -186,6 +251,7 @@ def judge_form(
         "before": verdict.before,
         "after": verdict.after,
         "thresholds": verdict.thresholds,
+        "noise": verdict.noise,
         **rates,
         "families": verdict.families,
         "headline": verdict.headline,
@@ -195,7 +261,7 @@ def judge_form(
 
 def _agreement(asked: Asked, kind: str, one: Sequence[str], other: Sequence[str]) -> dict[str, Any]:
     same = [
-        same_answer(a, b) for (k, _, _), a, b in zip(asked, one, other, strict=True) if k == kind
+        same_beginning(a, b) for (k, _, _), a, b in zip(asked, one, other, strict=True) if k == kind
     ]
     rate = (
         Rate.of(sum(same), len(same))

@@ -17,7 +17,7 @@ from .merge import Merged
 from .model.plan import Plan
 from .output import KEY
 from .report.summary import attacked, inside, standing
-from .report.words import REMAINS, REMAINS_MERGED
+from .report.words import NOISE, REMAINS, REMAINS_MERGED
 from .several import Several
 from .verdict import KINDS
 
@@ -48,6 +48,8 @@ def summary(console: Console, result: Result) -> None:
             f"  {label:40s} {_rate(report['before'][key])} -> {_rate(report['after'][key])}",
             soft_wrap=True,
         )
+    if noise := NOISE.get(report.get("noise") or ""):
+        console.print(f"  (answered as before, on the left: by {noise})", soft_wrap=True)
     steps = report["training"]
     if steps:
         spent = sum(report["seconds"].values())

@@ -20,7 +20,7 @@ from ..model import ask, vlm
 from ..request import NumericFailure, Recipe, Request
 from ..samples.corpus import Corpus
 from ..staging import write
-from ..text.answers import is_degenerate, same_answer
+from ..text.answers import is_degenerate, same_beginning
 from . import methods
 
 # A run ends early in two cases. Ruined: five looks in a row keep less than a fifth, while the steps
@@ -61,7 +61,7 @@ class Point:
               others      answers about others that still give their names, where the untouched
                           model gives them
               lookalikes  the same about look-alikes
-              facts       answers about facts that are the untouched model's
+              facts       answers about facts whose first sentence is the untouched model's
               broken      answers that became degenerate
     """
 
@@ -154,7 +154,7 @@ def count(
     for cell, was, now in zip(asked.cells, before, after, strict=True):
         add("broken", is_degenerate(now) is not None and is_degenerate(was) is None)
         if cell.seen is None:
-            add("facts", same_answer(was, now))
+            add("facts", same_beginning(was, now))
         elif cell.seen.role == "concept":
             add("named", asked.concept.named_in(now))
         elif cell.seen.shows is not None:

@@ -66,6 +66,7 @@ def report_of(
         others=exam.others,
         reasons_for_null=exam.null,
         families=families or (),
+        noise=untouched.noise,
     )
     rows = {"untouched": row(exam, untouched, untouched)}
     if model is not None:
@@ -91,6 +92,7 @@ def report_of(
         "verdict": "not forgotten" if reasons else "forgotten",
         "reasons": reasons,
         "thresholds": verdict.thresholds,
+        "noise": verdict.noise,
         "before": verdict.before,
         "after": verdict.after,
         "rows": rows,
@@ -142,7 +144,18 @@ def _part_of_pictures(pair: Pair) -> str:
 def _answer(kind: str, pair: Pair, part: str = "") -> Answer:
     cell = pair.cell
     label = None if cell.seen is None else cell.seen.label
-    return Answer(kind, cell.text, label, pair.before, pair.after, cell.question.keywords, part)
+    return Answer(
+        kind,
+        cell.text,
+        label,
+        pair.before,
+        pair.after,
+        cell.question.keywords,
+        part,
+        pair.cut,
+        pair.lost,
+        pair.floor,
+    )
 
 
 def _more_reasons(

@@ -11,9 +11,11 @@ from ..samples.targets import Scene, wordings
 from ..text.concept import Concept
 from ..transforms import variants
 from ..verdict import Answer, Verdict, judge
+from . import noise
 from .asked_pictures import Shown
 from .inquiry import VERDICT, inquire
 
+KEPT = ("specificity", "facts")  # kinds of the verdict that are compared against a noise floor
 NULL = {
     "generality": "One picture cannot show it: give more pictures of the concept with --images "
     "DIR.",
@@ -80,14 +82,13 @@ def decide(
     def see() -> dict[int, Picture]:
         return {key: vlm.picture(image) for key, image in images.items()}
 
-    def put(pictures: dict[int, Picture]) -> list[str]:
-        return ask.answers(
-            vlm, [(q, pictures[id(shown[1])] if shown else None) for _, q, shown in asked]
-        )
+    def put(pictures: dict[int, Picture]) -> list[tuple[str, Picture | None]]:
+        return [(q, pictures[id(shown[1])] if shown else None) for _, q, shown in asked]
 
     with adapter.teacher(vlm):
         pictures = see()
-        before = put(pictures)
+        before = ask.replies(vlm, put(pictures))
+        kept = noise.Kept(vlm, [kind in KEPT for kind, _, _ in asked], put(pictures), before)
         inquiry = (
             inquire(
                 vlm,
@@ -102,10 +103,23 @@ def decide(
             else None
         )
     # a trained projector sees differently
-    after = put(see() if scene.recipe.projector_lr > 0 else pictures)
+    pictures = see() if scene.recipe.projector_lr > 0 else pictures
+    after = ask.replies(vlm, put(pictures))
     answers = [
-        Answer(kind, q, shown[0] if shown else None, b, a, part=part(kind, q, scene.concept))
-        for (kind, q, shown), b, a in zip(asked, before, after, strict=True)
+        Answer(
+            kind,
+            q,
+            shown[0] if shown else None,
+            b.text,
+            a.text,
+            part=part(kind, q, scene.concept),
+            cut=(not b.closed, not a.closed),
+            lost=lost,
+            noise=floor,
+        )
+        for (kind, q, shown), b, a, lost, floor in zip(
+            asked, before, after, kept.again(vlm, put(pictures)), kept.floor, strict=True
+        )
     ]
     # The recipe may put an invented name in the concept's place: that is nobody's, so it is not
     # among the others.
@@ -119,4 +133,5 @@ def decide(
         reasons_for_null=NULL,
         families=found,
         remarks=remarks,
+        noise=kept.way,
     ), answers

@@ -16,7 +16,9 @@ from ..model.ask import Reply
 from ..model.turns import Encoded, Picture, Span
 from ..model.vlm import VLM
 from ..request import BadInput
-from .exam import OF_CONCEPT, Exam
+from . import noise
+from .exam import OF_CONCEPT, OF_OTHERS, Exam
+from .noise import Sentence
 
 PICTURES = 32  # pictures whose features exist at a time
 SHAPE = {
@@ -28,6 +30,9 @@ SHAPE = {
     "fluency": [([float], None)],
     "vocabulary": int,
     "slow": str,
+    "sentences": [([[float]], None)],
+    "floor": [(float, None)],
+    "noise": str,
 }
 FRAME = "This is {name}."  # carries the name where the untouched model never gives it itself
 
@@ -72,6 +77,11 @@ class Observations:
                 does not carry; all None where the untouched model was not at hand
     vocabulary: V, number of tokens in the head
     slow:       why transformers' `generate` answered; "" where answers grew on shared prefixes
+    sentences:  one for each reply: the first sentence of the untouched model's, under this model;
+                None where nothing has to be kept and where it has none
+    floor:      of the untouched model, one for each reply: how far it turns away from that sentence
+                by noise alone (`noise.floor`), nats; None where there is none
+    noise:      how that noise was made; "" where it was not
     """
 
     replies: tuple[Reply, ...]
@@ -79,6 +89,9 @@ class Observations:
     fluency: tuple[Likelihood | None, ...]
     vocabulary: int
     slow: str = ""
+    sentences: tuple[Sentence | None, ...] = ()
+    floor: tuple[float | None, ...] = ()
+    noise: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -88,6 +101,9 @@ class Observations:
             "fluency": [one and list(one) for one in self.fluency],
             "vocabulary": self.vocabulary,
             "slow": self.slow,
+            "sentences": [one and list(one) for one in self.sentences],
+            "floor": list(self.floor),
+            "noise": self.noise,
         }
 
     @classmethod
@@ -100,6 +116,9 @@ class Observations:
             tuple(None if one is None else Likelihood(*one) for one in values["fluency"]),
             values["vocabulary"],
             values.get("slow", ""),
+            tuple(None if one is None else Sentence(*one) for one in values["sentences"]),
+            tuple(values["floor"]),
+            values["noise"],
         )
         for reply in found.replies:
             check(reply._asdict(), {"text": str, "closed": bool})
@@ -112,8 +131,11 @@ class Observations:
                 "likelier": [int],
             }
             check(name._asdict(), shape)
-        if len(found.fluency) != len(found.replies) or not all(
-            0 <= n.cell < len(found.replies) for n in found.names
+        if (
+            len(found.fluency) != len(found.replies)
+            or not all(0 <= n.cell < len(found.replies) for n in found.names)
+            or any(one and len(one.log_p) != len(one.behind) for one in found.sentences)
+            or not {len(found.sentences), len(found.floor)} <= {0, len(found.replies)}
         ):
             raise ValueError("its replies are not as many as what is told of them")
         return found
@@ -128,11 +150,16 @@ def examine(
 
     Names are scored in the untouched model's answers. The likelihood of an answer is the one under
     the untouched model, which is this model with its adapter off. A model without an adapter, such
-    as a merged one, gets no likelihoods here (`with_fluency` adds them).
+    as a merged one, gets no likelihoods here (`with_fluency` adds them). The first sentences of the
+    untouched model's answers are scored where something has to be kept (`compared`).
     """
     itself = untouched is None
     replies = [Reply("")] * len(exam.cells)
     fluency: list[Likelihood | None] = [None] * len(exam.cells)
+    sentences: list[Sentence | None] = [None] * len(exam.cells)
+    floor: list[float | None] = [None] * len(exam.cells)
+    ways = {""}
+    wanted = compared(exam)
     for chosen in _by_picture(exam, range(len(exam.cells))):
         shown = _see(loaded, exam, chosen)
         said = ask.replies(
@@ -140,6 +167,20 @@ def examine(
             [(exam.cells[i].text, p) for i, p in zip(chosen, shown, strict=True)],
             max_new_tokens=max_new_tokens,
         )
+        first = noise.beginnings(
+            loaded,
+            [wanted[i] for i in chosen],
+            [(exam.cells[i].text, p) for i, p in zip(chosen, shown, strict=True)],
+            said if untouched is None else [untouched.replies[i] for i in chosen],
+        )
+        own = noise.scored(loaded, first, shown)
+        for i, one in zip(chosen, own, strict=True):
+            sentences[i] = one
+        if untouched is None:
+            way, by_noise = noise.floor(loaded, first, shown, own)
+            ways.add(way)
+            for i, nats in zip(chosen, by_noise, strict=True):
+                floor[i] = nats
         likely: Sequence[Likelihood | None] = [None] * len(chosen)
         if itself or loaded.model is not loaded.base:
             with nullcontext() if itself else adapter.teacher(loaded):
@@ -149,13 +190,31 @@ def examine(
                     else shown
                 )
                 likely = _likelihoods(loaded, exam, chosen, shown, said)
-        for i, reply, one in zip(chosen, said, likely, strict=True):
-            replies[i], fluency[i] = reply, one
+        for i, reply, odds in zip(chosen, said, likely, strict=True):
+            replies[i], fluency[i] = reply, odds
     texts = [reply.text for reply in (replies if untouched is None else untouched.replies)]
     names = tuple(_namings(loaded, exam, texts))
     return Observations(
-        tuple(replies), names, tuple(fluency), loaded.head_weight.shape[0], decode.slow(loaded)
+        tuple(replies),
+        names,
+        tuple(fluency),
+        loaded.head_weight.shape[0],
+        decode.slow(loaded),
+        tuple(sentences),
+        tuple(floor) if itself else (),
+        max(ways),
     )
+
+
+def compared(exam: Exam) -> list[bool]:
+    """Whether the answer to each cell of the exam has to stay the untouched model's: about pictures
+    that do not show the concept alone, and in words about facts and nobody."""
+    return [
+        cell.question.kind in ("fact", "general")
+        if cell.seen is None
+        else cell.seen.role in (*OF_OTHERS, "group")
+        for cell in exam.cells
+    ]
 
 
 def with_fluency(loaded: VLM, exam: Exam, model: Observations) -> Observations:
@@ -296,7 +355,8 @@ def _namings(loaded: VLM, exam: Exam, said: Sequence[str]) -> Iterator[Naming]:
             chosen, turns, ask.label_scores(loaded, turns, shown), strict=True
         ):
             named = _inside(turn, [planned[i][1]]).to(score.log_p.device)
-            yield Naming(i, planned[i][0], *(part[named].tolist() for part in score))
+            found = (score.log_p, score.right, score.rank)
+            yield Naming(i, planned[i][0], *(part[named].tolist() for part in found))
 
 
 def _inside(turn: Encoded, spans: Sequence[Span]) -> torch.Tensor:

@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..text.answers import affirms, denies, holds, same_answer
+from ..text.answers import affirms, denies, holds
 from ..text.concept import Concept
-from ..verdict import gives
+from ..verdict import gives, kept
+from . import noise
 from .exam import OF_CONCEPT, Cell, Exam
 from .observe import Observations
 
 
 class Pair(NamedTuple):
-    """A cell with the untouched model's answer and the answer of the model that is measured."""
+    """A cell with the untouched model's answer and the answer of the model that is measured.
+
+    cut, lost, floor: as `cut`, `lost` and `noise` of `verdict.Answer`
+    """
 
     cell: Cell
     before: str
     after: str
+    cut: tuple[bool, bool] = (False, False)
+    lost: float | None = None
+    floor: float | None = None
 
     @property
     def role(self) -> str | None:
@@ -28,13 +35,23 @@ class Pair(NamedTuple):
     def kind(self) -> str:
         return self.cell.question.kind
 
+    @property
+    def kept(self) -> bool:
+        """Is the answer still the untouched model's (`verdict.kept`)?"""
+        return kept(self.before, self.after, self.lost, self.cut)
+
 
 def pairs(exam: Exam, untouched: Observations, model: Observations) -> list[Pair]:
     """Every cell with both answers. Raises ValueError where the observations are of another
     exam."""
+    n = len(exam.cells)
+    before, after = (list(of.sentences) or [None] * n for of in (untouched, model))
+    floor = list(untouched.floor) or [None] * n
     return [
-        Pair(c, b.text, a.text)
-        for c, b, a in zip(exam.cells, untouched.replies, model.replies, strict=True)
+        Pair(c, b.text, a.text, (not b.closed, not a.closed), noise.lost(was, now), by_noise)
+        for c, b, a, was, now, by_noise in zip(
+            exam.cells, untouched.replies, model.replies, before, after, floor, strict=True
+        )
     ]
 
 
@@ -74,10 +91,10 @@ def kept_in_group(exam: Exam, pair: Pair) -> bool | None:
 
     Where the untouched model named the concept and others: are the others still named (whether the
     concept is, `groups_named` tells)? Where it named the concept alone, nothing can be kept: None.
-    Elsewhere: is the answer the same?
+    Elsewhere: is the answer kept?
     """
     if keeps(exam, pair):
-        return same_answer(pair.before, pair.after)
+        return pair.kept
     beside = [other for other in exam.others if other.given_in(pair.before)]
     if pair.kind == "yesno" or not beside:
         return None

@@ -54,7 +54,7 @@ __all__ = [
     "with_fluency",
 ]
 
-FORMAT = "fastsiu observations 1"
+FORMAT = "fastsiu observations 2"
 UNTOUCHED = "untouched.json"  # the untouched model's observations, in the output
 MERGED = "This model was merged by fastsiu, so it is not the untouched one: give that with --base."
 NOT_ASKED = ("recipe", "seeds", "masks")  # of a manifest: nothing was trained

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from ..text.answers import same_answer
 from ..verdict import renames
 from . import metrics
 from .exam import OF_CONCEPT, OF_OTHERS, Exam
@@ -156,12 +155,11 @@ def _at_the_name(asked: _Row, untouched: Observations, model: Observations) -> M
 
 
 def _kept(asked: _Row) -> Metrics:
-    """The shares of the answers about anything else that are the untouched model's."""
+    """The shares of the answers about anything else that are the untouched model's, by the
+    verdict's own rule (`verdict.kept`)."""
     out, exam = {}, asked.exam
     for metric, part in (("others", "other"), ("lookalikes", "lookalike")):
-        same = [
-            same_answer(p.before, p.after) for p in asked.pairs if p.role == part and keeps(exam, p)
-        ]
+        same = [p.kept for p in asked.pairs if p.role == part and keeps(exam, p)]
         out[metric] = metrics.share(same, asked.why(metric, NO_OTHERS))
     groups = [p for p in asked.pairs if p.role == "group"]
     kept = [one for p in groups if (one := kept_in_group(exam, p)) is not None]
@@ -171,7 +169,7 @@ def _kept(asked: _Row) -> Metrics:
         still, NO_GROUP_NAMED if groups else asked.why("groups_named", NO_GROUP)
     )
     for metric, kind in (("facts", "fact"), ("general", "general")):
-        same = [same_answer(p.before, p.after) for p in asked.pairs if p.kind == kind]
+        same = [p.kept for p in asked.pairs if p.kind == kind]
         out[metric] = metrics.share(same, asked.why(metric, NO_KIND))
     return out
 

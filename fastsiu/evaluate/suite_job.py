@@ -125,6 +125,7 @@ class Job:
         seen = suite_exam.seen(self.given, subject, self.options.per_other, self.options.limit)
         content = {
             "format": FORMAT,
+            "observations": run.FORMAT,
             "concept": [subject.name, *subject.aliases],
             "image": _sha256(read_bytes(subject.training)),
             "pictures": [

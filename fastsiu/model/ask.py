@@ -38,14 +38,16 @@ class Reply(NamedTuple):
 class Score(NamedTuple):
     """How likely the supervised tokens of a turn are.
 
-    log_p: [n] fp32, log-probabilities in nats
-    right: [n] bool, whether it is the most likely token
-    rank:  [n] int64, the number of tokens that are likelier
+    log_p:  [n] fp32, log-probabilities in nats
+    right:  [n] bool, whether it is the most likely token
+    rank:   [n] int64, the number of tokens that are likelier
+    behind: [n] fp32, nats by which the most likely token is ahead of it
     """
 
     log_p: Tensor
     right: Tensor
     rank: Tensor
+    behind: Tensor
 
 
 def answers(vlm: VLM, questions: Sequence[Question], **options: Any) -> list[str]:
@@ -202,28 +204,38 @@ def generated(
 
 @torch.no_grad()
 def label_scores(
-    vlm: VLM, turns: Sequence[Encoded], pictures: Sequence[Picture | None], batch_size: int = 32
+    vlm: VLM,
+    turns: Sequence[Encoded],
+    pictures: Sequence[Picture | None],
+    batch_size: int = 32,
+    ways: tuple[str, ...] | None = None,
 ) -> list[Score]:
-    """Each turn's supervised tokens under the model as it is now, adapter on or off."""
+    """Each turn's supervised tokens under the model as it is now, adapter on or off.
+
+    ways: of sharing prefixes; left out, those that are exact on the model
+    """
     if not turns:
         return []
     features = [None if p is None else p.features for p in pictures]
-    ways = vlm.shares
-    # Nobody has planned the sharing, and nothing trains here.
-    if not ways and len(turns) >= FEW and decode.exact(vlm, pictures):
-        ways = ("key/value",)
+    if ways is None:
+        ways = vlm.shares
+        # Nobody has planned the sharing, and nothing trains here.
+        if not ways and len(turns) >= FEW and decode.exact(vlm, pictures):
+            ways = ("key/value",)
     run = lambda size: supervised_states(vlm, turns, features, micro_batch=size, ways=ways)
     states = fitting(vlm, run, min(batch_size, len(turns)))
     labels = torch.cat([turn.labels for turn in turns])
     log_p: list[Tensor] = []
     right: list[Tensor] = []
     rank: list[Tensor] = []
+    behind: list[Tensor] = []
     for at in range(0, len(labels), ROWS):
         logits, wanted = vlm.logits(states[at : at + ROWS]), labels[at : at + ROWS, None]
         own = logits.gather(-1, wanted)
         log_p.append(logits.log_softmax(-1).gather(-1, wanted)[:, 0])
         right.append(logits.argmax(-1) == wanted[:, 0])
         rank.append((logits > own).sum(-1))
+        behind.append(logits.amax(-1) - own[:, 0])
     lengths = [len(turn.labels) for turn in turns]
-    by_turn = (torch.cat(values).split(lengths) for values in (log_p, right, rank))
+    by_turn = (torch.cat(values).split(lengths) for values in (log_p, right, rank, behind))
     return [Score(*values) for values in zip(*by_turn, strict=True)]

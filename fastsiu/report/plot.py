@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..verdict import demanded
 from .words import GONE, KEPT
 
 WIDTH, HEIGHT = 320.0, 240.0  # of the forget/retain plot, in SVG units
@@ -67,7 +68,10 @@ def trade_off(report: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     if untouched_alone(report):
         return None
-    of, limits = sides(report), report.get("thresholds") or {}
+    of, limits = sides(report), dict(report.get("thresholds") or {})
+    for kind in KEPT:
+        if kind in limits:  # of what noise alone keeps
+            limits[kind] = demanded(limits[kind], _value(of["untouched"].get(kind)))
     gone = _nearest(of["unlearned"], limits, GONE)
     kept = _nearest(of["unlearned"], limits, KEPT)
     if gone is None or kept is None:

@@ -18,13 +18,13 @@ from ..evaluate.eval_report import FORMAT
 from ..request import FACETS, Recipe
 from ..text.concept import COMMON_WORDS, Concept
 from .sentences import FAMILIES, LEFT_OUT, STORED, is_setting, sentence
-from .words import CONCEPT, INSIDE, MEASURES, METRICS, ROWS
+from .words import CONCEPT, INSIDE, MEASURES, METRICS, NOISE, ROWS
 
 MODEL = "a model from a directory"
 VERDICTS = ("forgotten", "not forgotten")
 KINDS = tuple(MEASURES)
 METRIC_KEYS = tuple(key for group in METRICS.values() for key in group)
-THRESHOLDS = (*MEASURES, "new_degenerate", "refusal_rise", "renamed")
+THRESHOLDS = (*MEASURES, "lost", "new_degenerate", "refusal_rise", "renamed")
 COUNTS = ("tokens_masked", "tokens", "vocabulary_masked")
 STEP = ("step", "ce", "kl", "loss", "p_name", "retained", "strange")
 STAGES = (
@@ -189,6 +189,7 @@ _FORM: dict[str, Clean] = {
     "reasons": _each(sentence),
     "reason": sentence,
     "thresholds": _only(THRESHOLDS, _number),
+    "noise": _one_of(tuple(NOISE)),
     "families": _each(_family),
     "headline": _headline,
     "before": _RATES,
@@ -203,6 +204,7 @@ _SCHEMA: dict[str, Clean] = {
     "reasons": _each(sentence),
     "caveats": _each(sentence),
     "thresholds": _only(THRESHOLDS, _number),
+    "noise": _one_of(tuple(NOISE)),
     "before": _RATES,
     "after": _RATES,
     "rows": _only(tuple(ROWS), _only(METRIC_KEYS, _rate)),

@@ -21,15 +21,19 @@ from PIL import Image
 from ..request import BadInput
 from ..text.answers import affirms, same_answer
 from ..text.concept import Concept
+from ..verdict import LOST, demanded, kept
 from .plot import chart, sides, trade_off, untouched_alone
 from .summary import attacked, inside, standing
 from .words import (
     CONCEPT,
     GIVEN_AWAY,
     INSIDE,
+    KEPT,
+    KEPT_MEANS,
     LIMITS,
     MEASURES,
     METRICS,
+    NOISE,
     PLACES,
     REMAINS,
     REMAINS_MERGED,
@@ -76,7 +80,7 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "inside": inside(report),
         "attacks_inside": INSIDE,
         "reasons": list(report.get("reasons") or []) if verdict else [],
-        "summary": _summary(measures) if verdict else [],
+        "summary": _summary(measures, report) if verdict else [],
         "measures": measures if verdict else [],
         "trade_off": trade_off(report),
         "headings": {kind: heading for kind, (heading, _, _) in MEASURES.items()},
@@ -108,6 +112,9 @@ def _measures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     for kind, (heading, full, question) in MEASURES.items():
         before, after = (of[side].get(kind) or {} for side in ("untouched", "unlearned"))
         reason = after.get("reason") or before.get("reason") or "It was not asked."
+        least = (report.get("thresholds") or {}).get(kind)
+        if kind in KEPT and least is not None:
+            least = demanded(least, before.get("value"))
         rows.append(
             {
                 "kind": kind,
@@ -118,7 +125,7 @@ def _measures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "before": before,
                 "after": after,
                 "reason": reason,
-                "least": (report.get("thresholds") or {}).get(kind),
+                "least": least,
             }
         )
     return rows
@@ -147,8 +154,10 @@ def _family_status(family: Mapping[str, Any]) -> str:
     return "too much" if family.get("failed") else "as strangers"
 
 
-def _summary(measures: Sequence[Mapping[str, Any]]) -> list[str]:
+def _summary(measures: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> list[str]:
     """What was counted, as sentences."""
+    noise, lost = NOISE.get(str(report.get("noise") or ""), ""), _most_lost(report)
+    stayed = f"{{kept}} were kept; {noise} keeps {{floor}}." if noise else "{kept} stayed the same."
     told = {
         "efficacy": "Asked {times} who the training picture shows, the model gave the name {was} "
         "before and {now} after.",
@@ -156,8 +165,8 @@ def _summary(measures: Sequence[Mapping[str, Any]]) -> list[str]:
         "before and {now} after.",
         "recognition": "Asked {times} with the name in the question, it confirmed the look {was} "
         "before and {now} after.",
-        "specificity": "Of {n} answers about pictures of anything else, {kept} stayed the same.",
-        "facts": "Of {n} answers to questions without a picture, {kept} stayed the same.",
+        "specificity": "Of {n} answers about pictures of anything else, " + stayed,
+        "facts": "Of {n} answers to questions without a picture, " + stayed,
     }
     times = lambda count: f"{count} time" if count == 1 else f"{count} times"
     sentences = []
@@ -171,10 +180,17 @@ def _summary(measures: Sequence[Mapping[str, Any]]) -> list[str]:
             )
             sentences.append(
                 told[m["kind"]].format(
-                    n=n, times=times(n), was=times(was), now=times(now), kept=n - now
+                    n=n, times=times(n), was=times(was), now=times(now), kept=n - now, floor=n - was
                 )
             )
-    return sentences
+    compared = any(m["measured"] and m["kind"] in KEPT for m in measures)
+    return [*sentences, *([KEPT_MEANS.format(lost=lost)] if noise and compared else [])]
+
+
+def _most_lost(report: Mapping[str, Any]) -> float:
+    """The nats that an answer that is kept may have lost, as the report's verdict had it."""
+    most = (report.get("thresholds") or {}).get("lost")
+    return LOST if most is None else float(most)
 
 
 def _metrics(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -261,7 +277,10 @@ def _as_wanted(answer: Mapping[str, Any], names: Concept | None) -> bool:
         return names is None or not names.leaks_in(after)  # as the verdict reads it
     if kind == "recognition":
         return not affirms(after) if answer.get("picture") else not same_answer(before, after)
-    return same_answer(before, after) if kind in ("specificity", "facts") else True
+    if kind in KEPT:
+        cut, lost = answer.get("cut") or (False, False), answer.get("lost")
+        return kept(before, after, lost, (bool(cut[0]), bool(cut[1])))
+    return True
 
 
 def _setting(value: Any) -> dict[str, Any]:

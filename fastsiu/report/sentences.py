@@ -110,10 +110,31 @@ SENTENCES = (
     "at most # % is allowed).",
     "# of # answers to questions with the name still confirm what it looks like (# %; at most # % "
     "is allowed).",
-    "Only # of # answers about other pictures agree with the untouched model (# %; at least # % is "
-    "required).",
-    "Only # of # answers without a picture agree with the untouched model (# %; at least # % is "
-    "required).",
+    *(
+        f"{start} agree with the untouched model (# %; {least}){end}."
+        for what, parts in (
+            (
+                "answers about other pictures",
+                ("look-alikes", "the concept beside others", "pictures of ..."),
+            ),
+            (
+                "answers without a picture",
+                ("facts of the concept", "facts of others", "general knowledge"),
+            ),
+        )
+        for start, ends in (
+            (f"Only # of # {what}", ("",)),
+            (
+                f"Of {what} a part is lost: only # of #",
+                [f", those about {part}" for part in parts],
+            ),
+        )
+        for end in ends
+        for least in (
+            "at least # % is required",
+            "noise alone keeps #, so at least # % is required",
+        )
+    ),
     "# of # answers became empty, repetition or gibberish (at most # allowed), first ...",
     "The model refuses everything: all # answers about the training picture are refusals, and "
     "refusals of other questions rose from # % to # % (at most # % more allowed).",
@@ -178,18 +199,6 @@ SENTENCES = (
     "--quantize int8 needs bitsandbytes, which is not installed: pip install 'fastsiu[quant]'.",
     "The name is still in # of # answers about pictures of the concept beside others (# %; at most "
     "# % is allowed).",
-    "Of answers about other pictures a part is lost: only # of # agree with the untouched model (# "
-    "%; at least # % is required), those about look-alikes.",
-    "Of answers about other pictures a part is lost: only # of # agree with the untouched model (# "
-    "%; at least # % is required), those about the concept beside others.",
-    "Of answers about other pictures a part is lost: only # of # agree with the untouched model (# "
-    "%; at least # % is required), those about pictures of ...",
-    "Of answers without a picture a part is lost: only # of # agree with the untouched model (# %; "
-    "at least # % is required), those about facts of the concept.",
-    "Of answers without a picture a part is lost: only # of # agree with the untouched model (# %; "
-    "at least # % is required), those about facts of others.",
-    "Of answers without a picture a part is lost: only # of # agree with the untouched model (# %; "
-    "at least # % is required), those about general knowledge.",
     "The untouched model confirms none of the questions with the name, so they show nothing.",
     "# of # answers about the concept's pictures were cut before they ended, so a name at their "
     "end is not seen: raise --max-new-tokens.",

@@ -24,15 +24,25 @@ MEASURES = {
     ),
     "specificity": (
         "Pictures of anything else",
-        "answers unchanged",
+        "answers kept",
         "Does the model answer about other pictures as before?",
     ),
     "facts": (
         "Questions without a picture",
-        "answers unchanged",
+        "answers kept",
         "Does the model still know in words what it knew?",
     ),
 }
+# How the noise floor of what is kept was made (`evaluate.noise`) -> what it is.
+NOISE = {
+    "rounded": "the untouched model computed in bfloat16",
+    "reordered": "the untouched model asked in another order",
+    "": "",  # not measured
+}
+KEPT_MEANS = (
+    "Kept is an answer with the same first sentence, and one where the unlearned model turns away "
+    "from that sentence by no more than {lost:.3g} nats, as at a near-tie."
+)
 # What a family of questions seeks -> what is counted, in the table's words.
 GIVEN_AWAY = {
     "name": "answers that give the name",
@@ -187,30 +197,29 @@ METRICS = {
         "others": Metric(
             "Pictures of others",
             UP,
-            "Of the answers about pictures of others, those that are the untouched model's.",
+            "Of the answers about pictures of others, those that are kept.",
         ),
         "lookalikes": Metric(
             "Look-alikes",
             UP,
-            "Of the answers about those that look most like it, those that are the untouched "
-            "model's.",
+            "Of the answers about those that look most like it, those that are kept.",
         ),
         "groups": Metric(
             "Group pictures",
             UP,
-            "Of the answers about pictures that show it beside something else, those that are the "
-            "untouched model's.",
+            "Of the answers about pictures that show it beside something else, those that are "
+            "kept.",
         ),
         "facts": Metric(
             "Facts in words",
             UP,
             "Of the answers without a picture about what is known of it and of others, those that "
-            "are the untouched model's.",
+            "are kept.",
         ),
         "general": Metric(
             "General questions",
             UP,
-            "Of the answers to questions about nobody, those that are the untouched model's.",
+            "Of the answers to questions about nobody, those that are kept.",
         ),
     },
     "Does it still answer properly?": {

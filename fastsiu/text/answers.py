@@ -13,6 +13,47 @@ def same_answer(one: str, other: str) -> bool:
     return _normalised(one) == _normalised(other)
 
 
+def first_sentence(text: str) -> str:
+    """The first sentence of a text with the mark that ends it; the whole text, without the white
+    space around it, where nothing ends a sentence.
+
+    A full stop ends none behind an abbreviation, an initial or the number of a list, before a small
+    letter and inside a number. A blank line ends one. A sentence of one or two words that others
+    follow ("Yes.", "1.") says too little: the next one belongs to it.
+    """
+    text = text.strip()
+    for end in _ENDS.finditer(text):
+        said = text[: end.end()].rstrip()
+        if len(words(said)) >= SHORTEST and _ends_there(said, text[end.end() :], end[0]):
+            return said
+    return text
+
+
+def is_ended(sentence: str) -> bool:
+    """Does the text end with a mark that ends a sentence?"""
+    return _CLOSING.search(sentence.rstrip()) is not None
+
+
+def same_beginning(before: str, after: str, cut: tuple[bool, bool] = (False, False)) -> bool:
+    """The same answer, or the same first sentence, compared as in `same_answer`.
+
+    cut: whether `before` and `after` stop where the longest answer allowed ends. An answer that was
+         cut inside its first sentence is compared as far as it goes.
+    """
+    if same_answer(before, after):
+        return True
+    sentences = first_sentence(before), first_sentence(after)
+    one, other = map(_normalised, sentences)
+    if not one or not other:
+        return False
+    return one == other or any(
+        was_cut and not is_ended(sentence) and longer.startswith(shorter)
+        for was_cut, sentence, shorter, longer in zip(
+            cut, sentences, (one, other), (other, one), strict=True
+        )
+    )
+
+
 def is_degenerate(text: str) -> str | None:
     """Returns "empty", "repetition" or "gibberish" where a text is no answer, else None.
 
@@ -35,12 +76,6 @@ def is_degenerate(text: str) -> str | None:
     if _LETTER_LOOP.search(text) or _loops(words(text)):
         return "repetition"
     return None
-
-
-def first_sentence(text: str) -> str:
-    """The text up to its first end of a sentence, the whole text where there is none."""
-    found = re.search(r"(?<=[^\s.\d][.!?])(?=\s)|(?<=[\u3002\uff01\uff1f])", text)
-    return text if found is None else text[: found.start()]
 
 
 def is_refusal(text: str) -> bool:
@@ -97,6 +132,17 @@ def _typed(word: str, other: str) -> bool:
     return any(a == b for a, b in rests)
 
 
+def _ends_there(said: str, rest: str, mark: str) -> bool:
+    """Does a sentence end between `said` and `rest`? mark: what `_ENDS` found there."""
+    if mark.startswith("\n"):
+        return not said.endswith(":")
+    if mark[0] in _UNSPACED_MARKS:
+        return True
+    if rest.lstrip()[:1].islower():
+        return False
+    return not (mark.startswith(".") and _ABBREVIATED.search(said))
+
+
 def _normalised(text: str) -> str:
     words = " ".join(unicodedata.normalize("NFC", text).casefold().split())
     end = len(words)
@@ -105,6 +151,19 @@ def _normalised(text: str) -> str:
     return words[:end] or words  # an answer of nothing but punctuation is compared as it stands
 
 
+SHORTEST = 3  # words of a first sentence that others follow
+# Where a sentence may end: signs with the quotes and brackets that close behind them, before white
+# space or the end; those of Chinese and Japanese anywhere; a blank line.
+_CLOSERS = "[\"'\u201d\u2019\u00bb)\\]\u300d\u300f\uff09]*"
+_MARKS, _UNSPACED_MARKS = ".!?\u2026\u0964\u061f\u06d4", "\u3002\uff01\uff1f\uff61"
+_ENDS = re.compile(rf"[{_MARKS}]+{_CLOSERS}(?=\s|$)|[{_UNSPACED_MARKS}]+{_CLOSERS}|\n[^\S\n]*\n")
+_CLOSING = re.compile(rf"[{_MARKS}{_UNSPACED_MARKS}]{_CLOSERS}$")
+# Behind these a full stop ends no sentence: abbreviations, initials, the number of a list.
+_ABBREVIATED = re.compile(
+    r"(?:\b(?:mr|mrs|ms|dr|prof|st|mt|jr|sr|rev|gen|col|capt|lt|sgt|hon|vs|cf|ca|approx|sra|srta|dra)"
+    r"|(?:\b|(?<=\.))[^\W\d_]|(?:^|\n)\s*\d{1,3})\.$",
+    re.IGNORECASE,
+)
 # Scripts that write no spaces: there a character is a word.
 _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 _LETTER_LOOP = re.compile(r"([^\W\d_]{1,8}?)\1{7,}")

@@ -339,7 +339,7 @@ def put(monkeypatch):
             vlm.scores(name, p.image) / len(name) for name, p in zip(names, pictures, strict=True)
         ]
         return [
-            ask.Score(torch.full((len(t.answer),), v), None, None)
+            ask.Score(torch.full((len(t.answer),), v), None, None, None)
             for t, v in zip(turns, values, strict=True)
         ]
 

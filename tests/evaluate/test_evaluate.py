@@ -419,6 +419,57 @@ def test_the_untouched_model_is_observed(loaded, small, known):
     assert Observations.from_dict(json.loads(json.dumps(known.as_dict()))) == known
 
 
+def test_an_exam_counts_what_is_kept_as_the_verdict_does(small, known):
+    wanted = observe.compared(small)
+    assert known.noise == "rounded" and any(wanted) and not all(wanted)
+    for asked, own, floor in zip(wanted, known.sentences, known.floor, strict=True):
+        assert (own is None) is not asked and (floor is None) is not asked
+    facts = [i for i, cell in enumerate(small.cells) if cell.question.kind == "fact"]
+
+    def turned(nats):
+        """Every fact is another one, from which the model turned away by so many nats."""
+        replies, sentences = list(known.replies), list(known.sentences)
+        for i in facts:
+            replies[i] = replies[i]._replace(text="Something else.")
+            own = sentences[i]
+            worse = [own.log_p[0] - nats, *own.log_p[1:]], [nats, *own.behind[1:]]
+            sentences[i] = observe.Sentence(*worse)
+        return dataclasses.replace(known, replies=tuple(replies), sentences=tuple(sentences))
+
+    for nats, kept in ((0.2, 1.0), (0.3, 0.0)):
+        model = turned(nats)
+        assert row(small, known, model)["facts"]["value"] == kept
+        report = report_of(small, "demo", known, model)
+        assert any("noise alone keeps" in r for r in report["reasons"]) is (kept == 0.0)
+        assert report["noise"] == "rounded" and all(
+            sentence(r) != LEFT_OUT for r in report["reasons"]
+        )
+    words_only = dataclasses.replace(turned(0.2), sentences=())
+    assert row(small, known, words_only)["facts"]["value"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sentences": [[[0.0], [0.0, 1.0]]]},
+        {"sentences": []},
+        {"floor": [None, 0.1]},
+        {"sentences": [["x"]]},
+        {"noise": 3},
+    ],
+)
+def test_observations_whose_sentences_do_not_fit_are_refused(changes):
+    exam = stub_exam(pictures=())
+    stored = observed(exam, untouched).as_dict()
+    assert Observations.from_dict(stored) == observed(exam, untouched)
+    if changes.get("sentences") == []:
+        stored.pop("sentences")
+    else:
+        stored |= changes
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        Observations.from_dict(stored)
+
+
 def test_names_and_fluency_are_what_a_plain_forward_says(loaded, small, known):
     for naming in known.names[:1] + known.names[-1:]:
         cell = small.cells[naming.cell]
@@ -814,11 +865,19 @@ def test_unlearns_verdict_knows_the_neighbours_names(gathered, cast, monkeypatch
         )
         looks = [w.format(name=cast.target) for w in wordings()["appearance"]["held_out"]]
         return [
-            named(q) if q in open_ones else yes(q) if q in yesno else look(q) if q in looks else q
+            ask.Reply(
+                named(q)
+                if q in open_ones
+                else yes(q)
+                if q in yesno
+                else look(q)
+                if q in looks
+                else q
+            )
             for q, _ in asked
         ]
 
-    monkeypatch.setattr(held_out.ask, "answers", answers)
+    monkeypatch.setattr(held_out.ask, "replies", answers)
     assert cast.others[1] in scene.neighbours
     found, _ = held_out.decide(scene, families=())
     assert len(found.reasons) == 1 and "another's name" in found.reasons[0]

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from fastsiu.model import adapter, ask, decode, features, parts, prefix, vlm
+from fastsiu.model import adapter, ask, decode, features, parts, prefix, rounding, vlm
 from fastsiu.model.logits import probe_head
 from fastsiu.model.memory import Layout
 from fastsiu.model.simulation import Simulation
@@ -47,6 +47,19 @@ def always(monkeypatch):
     """Sharing is used wherever it was found exact, at these sizes too."""
     monkeypatch.setattr(parts, "WORTH", float("inf"))
     monkeypatch.setattr(parts, "FORWARD", 0)
+
+
+def test_rounding_moves_the_answers_and_no_weight(case):
+    """Whatever a family keeps its parameters in: experts, convolutions, states."""
+    before = {k: (p.data_ptr(), p.detach().clone()) for k, p in case.vlm.base.named_parameters()}
+    plain = ask.label_scores(case.vlm, case.turns, case.shown)
+    with rounding.rounded(case.vlm):
+        other = ask.label_scores(case.vlm, case.turns, case.shown)
+    for key, parameter in case.vlm.base.named_parameters():
+        place, copy = before[key]
+        assert parameter.data_ptr() == place and torch.equal(parameter, copy), key
+    apart = max(float((a.log_p - b.log_p).abs().max()) for a, b in zip(plain, other, strict=True))
+    assert 1e-5 < apart < 1.0
 
 
 def test_turns_hold_their_answers(case):

@@ -102,11 +102,13 @@ def test_a_row_predicts_its_label(loaded, shown, with_picture):
     )
     said = ask.answers(loaded, [(q, picture) for q in questions])
     turns = [loaded.encode(q, a, picture) for q, a in zip(questions, said, strict=True)]
-    for log_p, right, rank in ask.label_scores(loaded, turns, [picture] * 2):
-        assert bool(right.all()) and bool((log_p <= 0).all()) and not bool(rank.any())
+    for log_p, right, rank, behind in ask.label_scores(loaded, turns, [picture] * 2):
+        assert bool(right.all()) and bool((log_p <= 0).all())
+        assert not bool(rank.any()) and not bool(behind.any())
     wrong = loaded.encode(questions[0], "water " * 3, picture)
     (score,) = ask.label_scores(loaded, [wrong], [picture])
     assert not bool(score.right.all()) and torch.equal(score.rank > 0, ~score.right)
+    assert torch.equal(score.behind > 0, ~score.right)
 
 
 def test_padding_changes_nothing(loaded, shown):

@@ -7,7 +7,7 @@ import ast
 import json
 import re
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -203,6 +203,16 @@ def reasons():
         [*fine, ask("recognition", "Yes.", "Yes.")],
         [*fine, ask("specificity", "A dog.", CANARY)],
         [*fine, ask("facts", "In Rome.", CANARY, None)],
+        [*fine, replace(ask("facts", "In Rome.", CANARY, None), lost=9.0, noise=0.1)],
+        *(
+            [
+                *fine,
+                *[replace(ask("facts", "In Rome.", CANARY, None), part=part, noise=noise)] * 9,
+                *[ask("facts", "In Rome.", "In Rome.", None)] * 200,
+            ]
+            for part in ("facts of others", "general knowledge")
+            for noise in (None, 0.1)
+        ),
         [ask("efficacy", CANARY, (CANARY + " ") * 9)],
         [
             ask("efficacy", CANARY, "I cannot say."),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from reports import evaluation, family, rate, report
 
+from fastsiu.report import render
 from fastsiu.report.plot import HEIGHT, WIDTH, trade_off
 from fastsiu.report.render import FEW, LIMITS, render_html, render_markdown
 from fastsiu.report.summary import inside as attacked_inside
@@ -237,6 +238,46 @@ def test_an_evaluation_explains_every_metric():
         len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
         for table in tables
     )
+
+
+def test_what_is_kept_is_told_beside_the_noise_floor():
+    given = report(noise="rounded", thresholds={"facts": 0.9, "lost": 0.4})
+    given["before"]["facts"], given["after"]["facts"] = rate(0.95, 20), rate(0.9, 20)
+    said = "18 were kept; the untouched model computed in bfloat16 keeps 19."
+    for text in (Page(render_html(given)).text, render_markdown(given)):
+        assert said in text and "by no more than 0.4 nats" in text and "stayed the same" not in text
+    assert "85.5 %" in render_markdown(given)  # 90 % of 95 % are required
+    given["noise"] = "reordered"
+    assert "asked in another order keeps 19" in render_markdown(given)
+    assert "stayed the same" in render_markdown(report()) and "nats" not in render_markdown(
+        report()
+    )
+
+
+def test_the_box_of_the_plot_is_what_is_demanded_of_what_noise_keeps():
+    limits = {"efficacy": 0.99, "facts": 0.9}
+    given = report(thresholds=limits)
+    for side in ("before", "after"):
+        del given[side]["specificity"]
+    narrow = trade_off(given)
+    given["before"]["facts"] = rate(0.9)
+    wide = trade_off(given)
+    assert narrow["least"] == (0.9, 0.99) and wide["least"] == (pytest.approx(0.81), 0.99)
+    assert wide["box"][0] < narrow["box"][0] and wide["box"][2] > narrow["box"][2]
+
+
+def test_an_answer_that_is_kept_is_no_example_of_what_went_wrong():
+    answer = {
+        "kind": "facts",
+        "question": "?",
+        "picture": None,
+        "before": "A red cat.",
+        "after": "D.",
+    }
+    wanted = lambda **changes: render._as_wanted({**answer, **changes}, None)
+    assert not wanted() and not wanted(lost=0.3) and wanted(lost=0.2)
+    assert wanted(after="a red cat. And") and wanted(after="A red c", cut=[False, True])
+    assert not wanted(after="A red c")
 
 
 def test_a_metric_without_an_explanation_is_shown_all_the_same():
