@@ -21,7 +21,7 @@ from .model.features import map_features
 from .model.vlm import VLM
 from .objectives import Objective, siu
 from .request import CHANGES, KEEPS, BadInput, Recipe, Request, Sample
-from .samples import border, corpus, dreams, lessons, targets
+from .samples import border, corpus, dreams, kinds, lessons, targets
 from .samples.corpus import Corpus
 from .samples.targets import Scene
 from .text.concept import Concept, ambiguous, concept_of
@@ -141,7 +141,10 @@ def prepare(
         scene = Scene(
             loaded, concept_of(request), recipe, [loaded.picture(picture)], others=list(others)
         )
+        scene.kind = kinds.kind_of(loaded, scene.concept, scene.pictures[0], request.kind)
         check_known(scene, request)
+        if scene.kind.note:
+            listener.note(scene.kind.note)
         if warning := ambiguous(scene.concept):
             listener.note(warning)
         samples, dreamed = gather(scene, request, listener, seconds)
@@ -303,7 +306,7 @@ def _taught(
 def check_known(scene: Scene, request: Request) -> None:
     """Raises BadInput unless the untouched model names the concept in the picture: there would be
     nothing to forget."""
-    words = targets.wordings()["who"]
+    words = scene.words["who"]
     said = scene.ask(words["train"] + words["held_out"], 0)
     if not any(scene.concept.named_in(answer) for answer in said):
         raise BadInput(
