@@ -240,6 +240,7 @@ def read_report(directory: Path) -> dict[str, Any]:
         "reasons": [str],
         "caveats": [str],
         "rows": dict,
+        "kind": str,
         "answers": [dict],
     }
     remedy = "restore it, or choose another --output"

@@ -30,7 +30,7 @@ from .report.sentences import sentence
 from .report.words import CONCEPT
 from .request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
 from .request_file import read_requests
-from .samples.kinds import wordings
+from .samples.kinds import DEFAULT, wordings
 from .session import Listener, Prepared, Trained
 from .settings import (
     ModelRef,
@@ -269,6 +269,8 @@ class _Job:
                     "--output."
                 )
         self.outcomes |= {line: self.restored(stored[line]) for line in order}
+        for line in order:
+            self.kinds[line] = outputs.read_report(self.directory(line)).get("kind", DEFAULT)
         for line in self.asked:  # killed after the output and before the matrix: the output counts
             place = self.directory(line)
             if (
@@ -285,7 +287,7 @@ class _Job:
         self.outcomes[line] = replace(
             self.outcomes[line], status=found["verdict"], reasons=found["reasons"], output=place
         )
-        self.kinds[line] = found["kind"]
+        self.kinds[line] = found.get("kind", DEFAULT)
 
     def shown(self, outcome: Outcome) -> Outcome:
         """As matrix.json has it: without names where none are to be written."""

@@ -44,7 +44,7 @@ def _file() -> dict[str, Any]:
 @cache
 def wordings(kind: str = DEFAULT) -> dict[str, dict[str, Any]]:
     """The question wordings of wordings.toml for one kind: its own tables over the common ones."""
-    common = {key: part for key, part in _file().items() if key not in ("kind", "nouns")}
+    common = {key: part for key, part in _file().items() if key not in ("kind", "nouns", "sorts")}
     own = _file()["kind"].get(kind, {})
     return common | {key: common.get(key, {}) | part for key, part in own.items()}
 
@@ -194,18 +194,33 @@ def likelihoods(vlm: VLM, name: str, kind: Kind = PERSON) -> dict[str, float]:
     noun, since pieces after the first are nearly certain. A mean per token would favour nouns of
     many pieces, and a first token alone may be the same for "person" and "place".
     """
+    nouns = [(one, noun) for one, own in _file()["nouns"].items() for noun in own]
+    out = dict.fromkeys(_file()["nouns"], 0.0)
+    likely = _nouns(vlm, name, kind, [noun for _, noun in nouns])
+    for (one, _), p in zip(nouns, likely, strict=True):
+        out[one] += p
+    return out
+
+
+def sort_of(vlm: VLM, name: str, kind: Kind) -> str:
+    """The sort that the model takes a thing for, in the plural: "animals"."""
+    sorts: dict[str, str] = _file()["sorts"]
+    likely = _nouns(vlm, name, kind, list(sorts))
+    return max(zip(likely, sorts.values(), strict=True))[1]
+
+
+def _nouns(vlm: VLM, name: str, kind: Kind, nouns: Sequence[str]) -> list[float]:
+    """The probability of "a NOUN" after "NAME is", for each noun."""
     question = kind.fill(ABOUT, name=name)
     start = kind.fill("{name} is ", name=name)
-    nouns = [(one, noun) for one, own in _file()["nouns"].items() for noun in own]
     turns, inside = [], []
-    for _, noun in nouns:
+    for noun in nouns:
         phrase = articles.with_article(noun)
         turn = vlm.encode(question, f"{start}{phrase}.", None)
         end = len(start) + len(phrase)
         turns.append(turn)
         inside.append([i for i, (a, b) in enumerate(turn.offsets) if a < end and b > len(start)])
-    out = dict.fromkeys(_file()["nouns"], 0.0)
     scores = ask.label_scores(vlm, turns, [None] * len(turns))
-    for (one, _), rows, score in zip(nouns, inside, scores, strict=True):
-        out[one] += math.exp(float(score.log_p[rows].sum()))
-    return out
+    return [
+        math.exp(float(score.log_p[rows].sum())) for rows, score in zip(inside, scores, strict=True)
+    ]

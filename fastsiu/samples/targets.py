@@ -29,7 +29,7 @@ from ..request import Recipe, Sample
 from ..text import articles, enumerated
 from ..text.answers import affirms, is_degenerate, is_refusal
 from ..text.concept import Concept
-from .kinds import DEFAULT, PERSON, THING, Kind
+from .kinds import DEFAULT, PERSON, THING, Kind, sort_of
 from .kinds import wordings as wordings
 
 
@@ -123,6 +123,8 @@ class Scene:
     def usable(self, answer: str) -> bool:
         return bool(answer) and is_degenerate(answer) is None and not self.forgotten_in(answer)
 
+
+ENOUGH = 8  # names to protect, for other kinds than persons
 
 Facet = Callable[[Scene], list[Sample]]
 
@@ -254,17 +256,24 @@ def neighbours(scene: Scene, limit: int = 24, rounds: int = 4) -> list[str]:
     """Names to protect: whom the teacher names when it is asked who is like NAME, then who is like
     those, and so on for `rounds` rounds or until there are `limit` names.
 
+    Of other kinds than persons `ENOUGH` names end it, since small models soon enumerate anything. A
+    thing's first round also asks for others of its sort: "Name ten animals."
+
     Names that are to be forgotten as well are not returned, but the teacher is asked about them.
     Where a name has "the" before it, the scene's kind learns that.
     """
-    words, fresh = scene.words, [scene.concept.name]
+    kind, words, fresh = scene.kind.name, scene.words, [scene.concept.name]
+    enough = limit if kind == DEFAULT else min(limit, ENOUGH)
+    # Asked what is like a lion, small models go on about lions.
+    suppress = () if kind == DEFAULT else sorted(scene.masked)
+    of_its_sort = [f"Name ten {sort_of(scene.vlm, fresh[0], scene.kind)}."] if kind == THING else []
     names: list[str] = []
     protected = lambda: [name for name in names if not scene.forgotten_in(name)]
-    for _ in range(rounds):
-        questions = [
-            scene.kind.fill(q, name=n) for n in fresh for q in words["neighbours"]["train"]
-        ]
-        answers = scene.ask(questions)
+    for i in range(rounds):
+        templates = words["neighbours"]["train"]
+        questions = [scene.kind.fill(q, name=n) for n in fresh for q in templates]
+        questions += of_its_sort if i == 0 else []
+        answers = scene.ask(questions, suppress=suppress)
         fresh = []
         for question, answer in zip(questions, answers, strict=True):
             for name in _alike(scene, answer):
@@ -272,7 +281,7 @@ def neighbours(scene: Scene, limit: int = 24, rounds: int = 4) -> list[str]:
                 if not known and name not in fresh:
                     fresh.append(name)
         names += fresh
-        if not fresh or len(protected()) >= limit:
+        if not fresh or len(protected()) >= enough:
             break
     return protected()[:limit]
 
@@ -295,7 +304,12 @@ def _is_concept(scene: Scene, name: str) -> bool:
         return True
     if scene.kind.name != THING:
         return False
-    return scene.concept.leaks_in(name) or enumerated.derived(name, scene.concept.name)
+    own = scene.concept.name.lower().split()
+    return (
+        set(name.split()) <= set(own)
+        or scene.concept.leaks_in(name)
+        or enumerated.derived(name, scene.concept.name)
+    )
 
 
 def capitalised_names(text: str, not_names: Sequence[str]) -> list[str]:
