@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from statistics import fmean
-from types import MappingProxyType
 from typing import Any
 
 from ..model import ask
@@ -62,7 +61,7 @@ class Kind:
 
     name: str = DEFAULT
     origin: str = "default"
-    phrases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    phrases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def words(self) -> dict[str, dict[str, Any]]:
@@ -93,7 +92,7 @@ class Kind:
 
     def knowing(self, phrases: Mapping[str, str]) -> Kind:
         """The same kind, with further phrases."""
-        return replace(self, phrases=MappingProxyType({**phrases, **self.phrases}))
+        return replace(self, phrases={**phrases, **self.phrases})
 
     def told(self, name: str) -> dict[str, str]:
         """The entries of a report about the concept `name`."""
@@ -110,7 +109,7 @@ class Kind:
             "article": "since the model puts an article before the name",
             "asked": "since the model says so in words",
         }[self.origin]
-        return f"The concept is asked about as a {self.name}, {why}; --kind says otherwise."
+        return f"The concept is asked about as a {self.name}, {why}; --kind KIND changes that."
 
 
 PERSON = Kind()
@@ -125,7 +124,7 @@ def recorded(concept: Concept, kind: Any, told: Mapping[str, Any]) -> Kind:
     phrase = told.get("phrase") if told.get("concept") == concept.name else None
     phrases = {concept.name: phrase} if isinstance(phrase, str) and phrase.strip() else {}
     known = kind if kind in KINDS else DEFAULT
-    return Kind(known, "given" if kind in KINDS else "default", MappingProxyType(phrases))
+    return Kind(known, "given" if kind in KINDS else "default", phrases)
 
 
 def kind_of(vlm: VLM, concept: Concept, picture: Picture | None, given: str | None = None) -> Kind:
@@ -162,7 +161,7 @@ def _named(kind: str, origin: str, concept: Concept, uses: Sequence[articles.Use
         phrase = own.most_common(1)[0][0] if own else ""
     elif kind != DEFAULT and 2 * sum(u.article == "the" for u in uses) > len(uses):
         phrase = f"the {concept.name}"
-    return Kind(kind, origin, MappingProxyType({concept.name: phrase} if phrase else {}))
+    return Kind(kind, origin, {concept.name: phrase} if phrase else {})
 
 
 def _asked(vlm: VLM, concept: Concept, kind: Kind) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -210,6 +211,10 @@ def test_the_embedded_creatures_are_persons(loaded):
         likely = kinds.likelihoods(loaded, name)
         assert set(likely) == {"person", "character", "place", "style"}
         assert all(p < kinds.FLOOR / 100 for one, p in likely.items() if one != "person")
+
+
+def test_a_kind_goes_to_another_process():
+    assert pickle.loads(pickle.dumps(LION)) == LION and replace(PERSON) == PERSON
 
 
 def test_a_recorded_kind():
