@@ -172,6 +172,7 @@ def write(
                 key=transaction.key,
                 pictures={label: read_bytes(path) for label, path in pictures.items()},
                 settings=sealed.settings,
+                kinds=[report["kind"] for report in written],
             )
         )
     return written
@@ -281,6 +282,7 @@ def report_of(
         "concept": request.concept,
         "aliases": list(request.aliases),
         **({} if request.as_word is None else {"as_word": request.as_word}),
+        **scene.kind.told(request.concept),
         "model": Path(model).name if Path(model).is_dir() else model,
         "verdict": "forgotten" if verdict.forgotten else "not forgotten",
         "reasons": verdict.reasons,

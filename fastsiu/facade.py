@@ -22,6 +22,7 @@ def unlearn(
     retain: str | Path | None = None,
     data: str | Path | None = None,
     as_word: bool | None = None,
+    kind: str | None = None,
     listener: Listener | None = None,
     **options: Unpack[Options],
 ) -> driver.Result:
@@ -34,6 +35,7 @@ def unlearn(
     retain:  a directory with unlabelled pictures of anything else, to be answered as before
     data:    a JSONL file with samples of your own
     as_word: how a name counts that is a word like any other, too (`Request.as_word`)
+    kind:    what the concept is, of `fastsiu.request.KINDS`; None: the model is asked
     options: model and revision; preset and fields of `Recipe`; fields of `Settings` and of
              `ReportOptions`
 
@@ -49,6 +51,7 @@ def unlearn(
         retain=_path(retain),
         data=_path(data),
         as_word=as_word,
+        kind=kind,
     )
     chosen = sort_options(options)
     return driver.unlearn(request, output=output, listener=listener, **vars(chosen))

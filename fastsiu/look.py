@@ -11,7 +11,7 @@ import torch
 from .model import adapter, ask
 from .model.turns import Encoded, Picture
 from .samples.corpus import Corpus
-from .samples.targets import Scene, wordings
+from .samples.targets import Scene
 from .transforms import variants
 
 # A turn that gives the name, the characters of the name in its answer, and the picture it is about.
@@ -100,7 +100,7 @@ def _naming(scene: Scene) -> list[Naming]:
     """The teacher's answers that give the name, each on the scene's picture and every transform of
     it, with the characters of the name. Held-out wordings are used only where the teacher gives the
     name in no training wording."""
-    vlm, words = scene.vlm, wordings()["who"]
+    vlm, words = scene.vlm, scene.words["who"]
     questions = words["train"] + words["held_out"]
     answers = scene.ask(questions, 0)
     views = variants(scene.pictures[0].image, scene.recipe.seed)

@@ -15,7 +15,7 @@ import json
 import platform
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -74,6 +74,7 @@ SHAPE = {
     "adapter": {"sha256": {"*": str}},
     "merge": dict,
     "masks": dict,
+    "kind": (str, [str]),
 }
 _FORMAT = 1
 _NUMBERED = re.compile(r"((?:\d+/)?(?:images|retain))/.+", re.DOTALL)
@@ -106,6 +107,7 @@ def request_digest(
         "concept": request.concept,
         "aliases": sorted(set(request.aliases)),
         **({} if request.as_word is None else {"as_word": request.as_word}),
+        **({} if request.kind is None else {"kind": request.kind}),
         "protect": sorted(set(request.protect)),
         "image": sha256(read_bytes(request.image)),
         "images": _directory_digest(request.images),
@@ -132,6 +134,7 @@ def manifest(
     pictures: Mapping[str, bytes],
     masks: Mapping[str, Any],
     settings: Mapping[str, Any] | None = None,
+    kinds: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The facts that a reader needs to repeat and to check the run, without the concept's name,
     paths or the host's name.
@@ -144,6 +147,7 @@ def manifest(
               labels "images/NAME" and "retain/NAME" a number instead of the file's name.
     masks:    the mask counts; a list of tokens, which may spell the name, becomes its length
     settings: the same further values as given to `request_digest`
+    kinds:    what each concept is, in the order of the reports; one becomes the field `kind`
 
     Raises ValueError for an unknown hyper-parameter or origin.
     """
@@ -172,6 +176,7 @@ def manifest(
             for name, value in values.items()
         },
         "seeds": {"recipe": recipe.seed},
+        **({"kind": kinds[0] if len(kinds) == 1 else list(kinds)} if kinds else {}),
         "settings": dict(settings or {}),
         "pictures": [
             {"label": label, "commitment": commitment(data, key)}
@@ -235,6 +240,7 @@ def read_report(directory: Path) -> dict[str, Any]:
         "reasons": [str],
         "caveats": [str],
         "rows": dict,
+        "kind": str,
         "answers": [dict],
     }
     remedy = "restore it, or choose another --output"

@@ -32,6 +32,8 @@ SHAPE = {  # of what is read of an adapter's report, and of a manifest
     "concept": str,
     "aliases": [str],
     "as_word": bool,
+    "kind": (str, [str]),
+    "phrase": str,
     "redacted": bool,
     "verdict": (str, None),
     "reasons": [str],
@@ -91,13 +93,8 @@ def merge(
     told, sealed = _json(folder / "report.json"), adapter_files.manifest_of(folder)
     redact = redact or bool(told.get("redacted"))
     told = {} if told.get("redacted") else told
-    request = (
-        _request(
-            image, concept or told.get("concept"), aliases, images, retain, told.get("as_word")
-        )
-        if forms
-        else None
-    )
+    about = told | {"kind": told.get("kind") or sealed.get("kind")}
+    request = _request(image, concept, aliases, images, retain, about) if forms else None
     source.check_options(dtype, None, None)
     config, _, revision = source.describe(name, model.revision)
     if getattr(config, "quantization_config", None) is not None:
@@ -193,6 +190,8 @@ def merge(
             settings=decides,
         )
         made = {k: v for k, v in made.items() if k not in ("recipe", "seeds", "masks")}
+        if about["kind"]:
+            made["kind"] = about["kind"]
         transaction.commit({**made, "adapter": {"sha256": own}, "merge": change.as_dict()})
     forgotten = report["verdict"] == "forgotten" if verifier else None
     return Merged(
@@ -217,6 +216,7 @@ def _report(
     return {
         **figures,
         "concept": request.concept if request else "",
+        **({"kind": request.kind} if request and request.kind else {}),
         "verdict": "not forgotten" if reasons else "forgotten",
         "reasons": reasons,
         **kept,
@@ -240,13 +240,14 @@ def _request(
     aliases: tuple[str, ...],
     images: str | Path | None,
     retain: str | Path | None,
-    as_word: bool | None,
+    told: Mapping[str, Any],
 ) -> Request:
     if image is None:
         raise BadInput(
             "The verdict needs the picture, which is never stored: give --image FILE, or "
             "--no-verify to go without."
         )
+    concept = concept or told.get("concept")
     if not concept:
         raise BadInput(
             "The adapter's report names no concept: give --concept NAME, or --no-verify to go "
@@ -254,7 +255,13 @@ def _request(
         )
     more, rest = (None if d is None else Path(d) for d in (images, retain))
     return Request(
-        concept.strip(), Path(image), tuple(aliases), images=more, retain=rest, as_word=as_word
+        concept.strip(),
+        Path(image),
+        tuple(aliases),
+        images=more,
+        retain=rest,
+        as_word=told.get("as_word"),
+        kind=told.get("kind") if isinstance(told.get("kind"), str) else None,
     )
 
 

@@ -23,6 +23,7 @@ from .images import load_directory, load_image
 from .model import ask, decode, source, vlm
 from .model.ask import Question, Reply
 from .request import BadInput, Recipe, Request
+from .samples.kinds import Kind, recorded
 from .samples.targets import Scene
 from .session import Listener
 from .text.answers import same_beginning
@@ -70,7 +71,8 @@ class Verifier:
         )
         self.request, self.seed = request, seed
         self.concept = concept_of(request)
-        self.asked = _questions(request, self.concept, seed, told)
+        self.kind = recorded(self.concept, request.kind, told)
+        self.asked = _questions(request, self.concept, self.kind, seed, told)
         names = [d.get("name") for d in told.get("dreams", []) if isinstance(d, dict)]
         self.others = [Concept(name) for name in names if isinstance(name, str) and name.strip()]
         self.untouched: Untouched | None = None
@@ -118,6 +120,7 @@ class Verifier:
                 neighbours=[other.name for other in self.others],
                 more=load_directory(self.request.images),
                 seed=self.seed,
+                kind=self.kind,
             )
 
     def _load(self, name: str, dtype: str, quantize: str | None) -> vlm.VLM:
@@ -272,12 +275,12 @@ def _agreement(asked: Asked, kind: str, one: Sequence[str], other: Sequence[str]
 
 
 def _questions(
-    request: Request, concept: Concept, seed: int, told: Mapping[str, Any]
+    request: Request, concept: Concept, kind: Kind, seed: int, told: Mapping[str, Any]
 ) -> list[tuple[str, str, Shown | None]]:
     """Those of `unlearn`'s verdict, with the same transforms of the picture; what it asked of
     neighbours is in its report."""
     picture = vlm.Picture(load_image(request.image), None, real=False)
-    scene = Scene(None, concept, Recipe(seed=seed), [picture])  # type: ignore[arg-type]  # questions need no model
+    scene = Scene(None, concept, Recipe(seed=seed), [picture], kind=kind)  # type: ignore[arg-type]  # questions need no model
     asked = held_out.questions(
         scene, load_directory(request.images), load_directory(request.retain)
     )

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+# What a concept can be; a thing is also an animal, whatever has a common noun.
+KINDS = ("person", "character", "thing", "style", "place")
 FACETS = ("align", "describe", "facts", "preserve")  # the paper's four targets, in its order
 # The lessons of target 5 (`samples.lessons`): what changes, and what stays.
 CHANGES, KEEPS = ("stranger", "beside"), ("kept", "kept-beside", "look")
@@ -54,6 +56,7 @@ class Request:
               built ones
     as_word:  how a name counts that is an ordinary word as well ("Rose"):
               `concept.Concept.as_word`
+    kind:     what the concept is, of `KINDS`; None: the untouched model is asked
     """
 
     concept: str
@@ -64,8 +67,10 @@ class Request:
     retain: Path | None = None
     data: Path | None = None
     as_word: bool | None = None
+    kind: str | None = None
 
     def __post_init__(self) -> None:
+        check_kind(self.kind)
         for text in (self.concept, *self.aliases, *self.protect):
             if not isinstance(text, str):
                 raise BadInput(
@@ -80,6 +85,12 @@ class Request:
                 raise BadInput(
                     "An --alias or --protect name is empty: leave the option out or give a name."
                 )
+
+
+def check_kind(kind: Any) -> None:
+    """Raises BadInput unless it is one of `KINDS` or None."""
+    if kind not in (None, *KINDS):
+        raise BadInput(f"The kind {kind!r:.40} is unknown: choose from {', '.join(KINDS)}.")
 
 
 # The bounds of a recipe's numbers, both included. The upper ones are far beyond what helps; above

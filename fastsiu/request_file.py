@@ -73,4 +73,5 @@ def _request(record: Any, base: Path) -> Request:
     if not isinstance(record.get("as_word"), bool | None):
         raise ValueError("as_word must be true, false or null")
     values["as_word"] = record.get("as_word")
+    values["kind"] = record.get("kind")
     return Request(**values)

@@ -21,7 +21,7 @@ from .model.features import map_features
 from .model.vlm import VLM
 from .objectives import Objective, siu
 from .request import CHANGES, KEEPS, BadInput, Recipe, Request, Sample
-from .samples import alternatives, border, corpus, dreams, generic, lessons, targets
+from .samples import alternatives, border, corpus, dreams, generic, kinds, lessons, targets
 from .samples.corpus import Corpus
 from .samples.targets import Scene
 from .text.concept import Concept, ambiguous, concept_of
@@ -30,7 +30,6 @@ from .transforms import variants
 # Temperature of the lessons that keep something. At 1 the tails drift; at 4 the KL looks so much at
 # the tails that fine looks and look-alikes suffer.
 KEPT_AT = 2.0
-FEWEST_IN_WORDS = 6  # names that the model gives in words; with fewer, its eyes are asked as well
 
 
 @dataclass
@@ -142,7 +141,10 @@ def prepare(
         scene = Scene(
             loaded, concept_of(request), recipe, [loaded.picture(picture)], others=list(others)
         )
+        scene.kind = kinds.kind_of(loaded, scene.concept, scene.pictures[0], request.kind)
         check_known(scene, request)
+        if scene.kind.note:
+            listener.note(scene.kind.note)
         if warning := ambiguous(scene.concept):
             listener.note(warning)
         samples, dreamed = gather(scene, request, listener, seconds)
@@ -304,7 +306,7 @@ def _taught(
 def check_known(scene: Scene, request: Request) -> None:
     """Raises BadInput unless the untouched model names the concept in the picture: there would be
     nothing to forget."""
-    words = targets.wordings()["who"]
+    words = scene.words["who"]
     said = scene.ask(words["train"] + words["held_out"], 0)
     if not any(scene.concept.named_in(answer) for answer in said):
         raise BadInput(
@@ -356,14 +358,13 @@ def gather(
 
 
 def _neighbours(scene: Scene) -> list[str]:
-    """Names to protect: those that the teacher gives in words, and where these are few, those that
-    it weighs for the picture."""
+    """Names to protect: of persons those that the teacher gives in words; of other kinds those that
+    it weighs for the picture come first."""
     limit = scene.recipe.neighbours
-    names = targets.neighbours(scene, limit)
-    if len(names) >= min(FEWEST_IN_WORDS, limit):
-        return names
-    seen = alternatives.alternatives(scene, limit)
-    return list(dict.fromkeys([*seen, *names]))[:limit]
+    seen = [] if scene.kind.name == kinds.DEFAULT else alternatives.alternatives(scene, limit)
+    if len(seen) >= limit:
+        return seen
+    return list(dict.fromkeys([*seen, *targets.neighbours(scene, limit)]))[:limit]
 
 
 def _dream(scene: Scene) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from .report.sentences import sentence
 from .report.words import CONCEPT
 from .request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
 from .request_file import read_requests
-from .samples.targets import wordings
+from .samples.kinds import DEFAULT, wordings
 from .session import Listener, Prepared, Trained
 from .settings import (
     ModelRef,
@@ -182,6 +182,7 @@ class _Job:
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     # what the matrix asks about each line's picture
     put: dict[int, list[ask.Question]] = field(default_factory=dict)
+    kinds: dict[int, str] = field(default_factory=dict)  # of each line's concept
     matrix: list[dict[str, Any]] = field(default_factory=list)
 
     def directory(self, line: int) -> Path:
@@ -268,6 +269,8 @@ class _Job:
                     "--output."
                 )
         self.outcomes |= {line: self.restored(stored[line]) for line in order}
+        for line in order:
+            self.kinds[line] = outputs.read_report(self.directory(line)).get("kind", DEFAULT)
         for line in self.asked:  # killed after the output and before the matrix: the output counts
             place = self.directory(line)
             if (
@@ -284,6 +287,7 @@ class _Job:
         self.outcomes[line] = replace(
             self.outcomes[line], status=found["verdict"], reasons=found["reasons"], output=place
         )
+        self.kinds[line] = found.get("kind", DEFAULT)
 
     def shown(self, outcome: Outcome) -> Outcome:
         """As matrix.json has it: without names where none are to be written."""
@@ -396,7 +400,7 @@ class _Job:
         self, loaded: vlm.VLM, line: int, others: Sequence[Concept], seconds: dict[str, float]
     ) -> Prepared:
         request = self.asked[line]
-        return session.prepare(
+        prepared = session.prepare(
             loaded,
             request,
             self.recipe,
@@ -405,6 +409,8 @@ class _Job:
             listener=self.listener,
             seconds=seconds,
         )
+        self.kinds[line] = prepared.scene.kind.name
+        return prepared
 
     def judge(self, line: int, trained: Trained) -> dict[str, Any]:
         """The report of one request, whose outcome it settles."""
@@ -451,7 +457,7 @@ class _Job:
                 self.put[line] = [
                     (question, picture)
                     for picture in seen
-                    for question in wordings()["who"]["held_out"]
+                    for question in wordings(self.kinds[line])["who"]["held_out"]
                 ]
             said = ask.answers(loaded, self.put[line])
             named[str(line)] = sum(concept.named_in(answer) for answer in said) / len(said)

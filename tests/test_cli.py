@@ -195,6 +195,32 @@ def test_how_a_word_counts_is_passed_on(call, cast, trained, monkeypatch, option
         assert code == 2 and 'write "as_word" into the file\'s lines' in one_sentence(err)
 
 
+def test_the_kind_is_passed_on(call, cast, trained, monkeypatch):
+    seen = []
+    monkeypatch.setattr(driver, "unlearn", lambda *a, **k: seen.append(a[0].kind) or trained)
+    call(*quick(cast, "--kind", "character"))
+    call(*quick(cast))
+    assert seen == ["character", None]
+    code, _, err = call(*quick(cast, "--kind", "monster"))
+    assert code == 2 and "choose from person, character" in one_sentence(err)
+    code, _, err = call("unlearn", "--request", "r.jsonl", "--kind", "thing")
+    assert code == 2 and "--kind and --request exclude each other" in one_sentence(err)
+
+
+def test_the_kind_of_an_evaluation_is_passed_on(call, monkeypatch):
+    from types import SimpleNamespace
+
+    from fastsiu import show
+    from fastsiu.evaluate import run as evaluation
+
+    seen, done = [], SimpleNamespace(report={}, exit_code=0)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: seen.append(k["kind"]) or done)
+    monkeypatch.setattr(show, "evaluation_table", lambda *given: None)
+    call("eval", "--concept", "lion", "--kind", "thing")
+    call("eval", "--concept", "lion")
+    assert seen == ["thing", None]
+
+
 def test_the_summary_says_what_not_to_publish(call, cast, trained, tmp_path, monkeypatch):
     from dataclasses import replace
 

@@ -513,6 +513,19 @@ def test_the_command_line(sequence, tmp_path, capsys):
     )
 
 
+def test_a_line_says_the_kind(tmp_path):
+    line = {"image": "x.png", "concept": "lion"}
+    ((_, request),) = request_file.read_requests(write(tmp_path / "r.jsonl", line))
+    assert request.kind is None
+    ((_, request),) = request_file.read_requests(
+        write(tmp_path / "s.jsonl", line | {"kind": "thing"})
+    )
+    assert request.kind == "thing"
+    for wrong in ("monster", 1, ["thing"]):
+        with pytest.raises(BadInput, match="line 1: The kind .* is unknown: choose from person"):
+            request_file.read_requests(write(tmp_path / "t.jsonl", line | {"kind": wrong}))
+
+
 @pytest.mark.parametrize(
     ("given", "read"), [({}, None), ({"as_word": True}, True), ({"as_word": False}, False)]
 )

@@ -22,6 +22,7 @@ from .options import (
     Device,
     Dtype,
     EmbedImage,
+    KindMeasured,
     MaxNewTokens,
     Memory,
     Model,
@@ -54,6 +55,7 @@ def evaluate(
         list[str] | None, typer.Option(help="Another name of the concept; repeatable.")
     ] = None,
     as_word: AsWord = None,
+    kind: KindMeasured = None,
     image: Annotated[
         Path | None, typer.Option(help="The training picture; transforms of it are shown as well.")
     ] = None,
@@ -141,6 +143,7 @@ def evaluate(
         result = evaluation.evaluate(
             Name(concept.strip(), tuple(alias or ()), as_word),
             evaluation.ExamFiles(image, images, others, lookalikes, groups, control, questions),
+            kind=kind,
             model=ModelRef(model, revision),
             adapter_dir=adapter,
             base=base,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..request import NUMBERS, WHOLE
+from ..request import KINDS, NUMBERS, WHOLE
 
 
 class Substitute(StrEnum):
@@ -49,6 +49,17 @@ AsWord = Annotated[
     typer.Option(
         "--as-word/--as-name",
         help="A name that is a word, too: count it everywhere, or only as a name.",
+    ),
+]
+Kind = Annotated[
+    str | None,
+    typer.Option(help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}; the model is asked when left out."),
+]
+KindMeasured = Annotated[
+    str | None,
+    typer.Option(
+        "--kind",
+        help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}; the adapter's when left out, else person.",
     ),
 ]
 Steps = Annotated[

@@ -25,6 +25,7 @@ from .options import (
     Dtype,
     EmbedImage,
     Image,
+    Kind,
     MaxNewTokens,
     Memory,
     MicroBatch,
@@ -67,6 +68,7 @@ def unlearn(
         list[str] | None, typer.Option(help="Another name of the concept; repeatable.")
     ] = None,
     as_word: AsWord = None,
+    kind: Kind = None,
     protect: Annotated[
         list[str] | None, typer.Option(help="A neighbour's name that must survive; repeatable.")
     ] = None,
@@ -118,6 +120,7 @@ def unlearn(
         images=images,
         retain=retain,
         data=data,
+        kind=kind,
     )
     if request is not None and as_word is not None:
         raise BadInput(
@@ -191,6 +194,7 @@ def unlearn(
         retain,
         data,
         as_word,
+        kind,
     )
     with Progress(say, hidden=quiet or json) as progress:
         result = driver.unlearn(
@@ -267,6 +271,7 @@ def data(
         list[str] | None, typer.Option(help="Another name of the concept; repeatable.")
     ] = None,
     as_word: AsWord = None,
+    kind: Kind = None,
     protect: Annotated[
         list[str] | None, typer.Option(help="A neighbour's name; repeatable.")
     ] = None,
@@ -318,6 +323,7 @@ def data(
         retain,
         data,
         as_word,
+        kind,
     )
     changes = dict(substitute=substitute.value if substitute else None, seed=seed)
     with Progress(say, hidden=False) as progress:

@@ -179,7 +179,7 @@ def _wordings() -> Iterator[exam.Question]:
     """What no sample of training holds: the held-out wordings of the world and those of the
     verdict, each once."""
     from fastsiu.evaluate import exam
-    from fastsiu.samples.targets import wordings
+    from fastsiu.samples.kinds import wordings
 
     for kind, (topics, section) in KINDS.items():
         texts = [

@@ -10,8 +10,8 @@ from PIL import Image, ImageFilter, ImageOps
 
 from ..model.vlm import VLM
 from ..samples.drawn import ORDERS, jigsaw, recoloured, shuffled
+from ..samples.kinds import PERSON, Kind
 from ..samples.nobody import shows_nobody
-from ..samples.targets import wordings
 from ..text.concept import Concept
 from ..transforms import edge_colour, noisy, recompressed, variants
 from ..verdict import gives
@@ -52,6 +52,7 @@ def strangers(
     others: Sequence[Concept],
     seed: int = 0,
     given: Sequence[Shown] = (),
+    kind: Kind = PERSON,
 ) -> list[Shown]:
     """Up to `MOST` pictures of nobody: the model as it is, asked who they show, names neither the
     concept nor another.
@@ -59,7 +60,7 @@ def strangers(
     given: pictures of anybody whom it has never seen; they are tried first
     """
     tried = [*given, *candidates(image, seed)]
-    questions = wordings()["who"]["held_out"]
+    questions = kind.words["who"]["held_out"]
     pictures = [vlm.picture(image) for _, image in tried]
     named = lambda text: gives(concept, text) or any(other.given_in(text) for other in others)
     nobody = shows_nobody(vlm, pictures, questions, named, max_new_tokens=32)

@@ -69,6 +69,7 @@ def prepare(loaded: VLM, exam: Exam, attacks: Sequence[str], given: bool) -> Inq
         grouped=shown["group"],
         given=strange,
         families=families(attacks),
+        kind=exam.kind,
     )
 
 
@@ -92,7 +93,15 @@ def inside(
         else [image for _, image in found.strange["one"]]
     )
     others = [(seen.shows, seen.load()) for seen in shown("other", "lookalike") if seen.shows]
-    target = deep.Target(exam.concept, own, strangers, found.neighbours, others, seed=found.seed)
+    target = deep.Target(
+        exam.concept,
+        own,
+        strangers,
+        found.neighbours,
+        others,
+        seed=found.seed,
+        kind=exam.kind,
+    )
     return deep.run(loaded, target, which, lr=lr)
 
 

@@ -17,7 +17,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from ..samples.targets import wordings
+from ..samples.kinds import DEFAULT, PERSON, Kind
 from ..text.answers import FUNCTION_WORDS, is_degenerate, is_refusal, words
 from ..text.concept import Concept
 
@@ -54,10 +54,20 @@ class Attack:
 
 
 @cache
-def table() -> dict[str, Any]:
-    """attacks.toml: `family`, by its key, with `asked`, `seeks`, `margin` and `questions`; `ones`,
-    `facts` and `not_asked`."""
+def _file() -> dict[str, Any]:
     return tomllib.loads(files(__package__).joinpath("attacks.toml").read_text(encoding="utf-8"))
+
+
+@cache
+def table(kind: str = DEFAULT) -> dict[str, Any]:
+    """attacks.toml for one kind of concept: `family`, by its key, with `asked`, `seeks`, `margin`
+    and `questions`; `ones`, `facts` and `not_asked`. Only wordings differ between kinds."""
+    common = {key: part for key, part in _file().items() if key != "kind"}
+    own = _file()["kind"].get(kind, {})
+    families = {
+        key: about | own.get("family", {}).get(key, {}) for key, about in common["family"].items()
+    }
+    return common | own | {"family": families}
 
 
 def not_asked(done: Sequence[str] = ()) -> list[str]:
@@ -69,10 +79,11 @@ def not_asked(done: Sequence[str] = ()) -> list[str]:
 # Facts --------------------------------------------------------------------------------------------
 
 
-def fact_questions(name: str) -> list[tuple[str, str]]:
+def fact_questions(name: str, kind: Kind = PERSON) -> list[tuple[str, str]]:
     """(template, question with the name in it) of everything that is asked in words."""
-    templates = (*table()["facts"]["questions"], *table()["family"]["about"]["questions"])
-    return [(template, template.replace("{one}", name)) for template in templates]
+    words = table(kind.name)
+    templates = (*words["facts"]["questions"], *words["family"]["about"]["questions"])
+    return [(template, kind.fill(template, one=name)) for template in templates]
 
 
 def distinguishing(
@@ -130,6 +141,7 @@ def questions(
     told: Mapping[str, frozenset[str]],
     families: Sequence[str],
     seed: int = 0,
+    kind: Kind = PERSON,
 ) -> list[Attack]:
     """Every question of the families, each once. Questions with a begun answer are not among them:
     they are made of answers (`attack_results.begun`).
@@ -140,24 +152,25 @@ def questions(
     rng, out = random.Random(seed), []
     for key in families:
         if table()["family"][key]["seeks"] == "facts":
-            out += _about_facts(key, told)
+            out += _about_facts(key, told, kind)
         else:
-            out += _with_names(key, concept, names, rng)
+            out += _with_names(key, concept, names, rng, kind)
     return list(dict.fromkeys(out))
 
 
-def _templates(key: str) -> list[str]:
+def _templates(key: str, kind: Kind) -> list[str]:
+    words = table(kind.name)
     if key == "two-hop":
-        return list(table()["facts"]["questions"])
+        return list(words["facts"]["questions"])
     if key == "pictures":
-        return list(table()["family"]["naming"]["questions"][:4])
-    return list(table()["family"][key]["questions"])
+        return list(words["family"]["naming"]["questions"][:4])
+    return list(words["family"][key]["questions"])
 
 
-def _about_facts(key: str, told: Mapping[str, frozenset[str]]) -> list[Attack]:
+def _about_facts(key: str, told: Mapping[str, frozenset[str]], kind: Kind) -> list[Attack]:
     """Each question to which there is a fact, with each wording for the one in the picture."""
-    ones = table()["ones"]
-    fruitful = [template for template in _templates(key) if template in told]
+    ones = table(kind.name)["ones"]
+    fruitful = [template for template in _templates(key, kind) if template in told]
     return [
         Attack(key, template.replace("{one}", ones[(i + turn) % len(ones)]), told=told[template])
         for turn in range(len(ones))
@@ -166,24 +179,18 @@ def _about_facts(key: str, told: Mapping[str, frozenset[str]]) -> list[Attack]:
 
 
 def _with_names(
-    key: str, concept: Concept, names: Sequence[str], rng: random.Random
+    key: str, concept: Concept, names: Sequence[str], rng: random.Random, kind: Kind
 ) -> list[Attack]:
     """Each wording with the concept's name and drawn names of others in their places."""
-    templates = _templates(key)
+    templates = _templates(key, kind)
     rounds = ROUNDS if any("{other}" in t or "{names}" in t for t in templates) else 1
     out = []
     for template in templates * rounds:
         other, another = rng.sample(list(names), 2)
         three = rng.sample([concept.name, other, another], 3)
-        filled = {
-            "{name}": concept.name,
-            "{other}": other,
-            "{another}": another,
-            "{names}": ", ".join(three[:2]) + f" or {three[2]}",
-        }
-        for place, value in filled.items():
-            template = template.replace(place, value)
-        out.append(Attack(key, template, SHEETS.get(key, "one")))
+        filled = kind.fill(template, name=concept.name, other=other, another=another)
+        filled = filled.replace("{names}", kind.choice(three))
+        out.append(Attack(key, filled, SHEETS.get(key, "one")))
     return out
 
 
@@ -204,13 +211,13 @@ def spread(attacks: Sequence[Attack], pictures: Mapping[str, int]) -> list[tuple
     return out
 
 
-def names_for(concept: Concept, neighbours: Sequence[str]) -> list[str]:
+def names_for(concept: Concept, neighbours: Sequence[str], kind: Kind = PERSON) -> list[str]:
     """Names to stand in questions beside the concept's: those of neighbours and, where these are
     fewer than two, invented ones as well."""
     own = [name for name in dict.fromkeys(neighbours) if not concept.named_in(name)]
     invented = [
         name
-        for name in wordings()["invented"]["names"]
+        for name in kind.words["invented"]["names"]
         if not concept.named_in(name) and name not in own
     ]
     return own if len(own) >= 2 else own + invented

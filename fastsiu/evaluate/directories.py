@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..images import list_images, load_image, read_bytes
 from ..request import BadInput
-from ..samples.targets import wordings
+from ..samples.kinds import PERSON, Kind
 from ..text.concept import Concept
 from ..transforms import variants
 from .exam import OF_CONCEPT, Exam, Question, Seen
@@ -58,6 +58,7 @@ def exam_of(
     groups: Path | None = None,
     control: Path | None = None,
     questions: Path | None = None,
+    kind: Kind = PERSON,
 ) -> Exam:
     """What is asked about `concept`.
 
@@ -71,6 +72,7 @@ def exam_of(
     control:    pictures of what no model has seen; None: `shuffled` pictures of the concept
     questions:  a file for `read_questions`; a kind of question in it replaces the embedded wordings
                 of that kind
+    kind:       of the concept: its wordings are asked
 
     Raises BadInput where nothing shows the concept, a directory holds no picture, or a file cannot
     be read.
@@ -116,29 +118,31 @@ def exam_of(
         ]
     asked = read_questions(questions, concept) if questions else ()
     given = {question.kind for question in asked}
-    asked = (*asked, *(q for q in default_questions() if q.kind not in given))
+    asked = (*asked, *(q for q in default_questions(kind) if q.kind not in given))
     return Exam(
         concept,
         tuple(seen),
         asked,
         tuple(map(Concept, dict.fromkeys(named))),
-        stranger(concept),
+        stranger(concept, kind),
         NULL,
+        kind,
     )
 
 
-def default_questions() -> tuple[Question, ...]:
+def default_questions(kind: Kind = PERSON) -> tuple[Question, ...]:
     """The wordings that no training sample has."""
     return tuple(
-        Question(text, kind)
-        for kind, source in SOURCES.items()
-        for text in wordings()[source]["held_out"]
+        Question(text, asked)
+        for asked, source in SOURCES.items()
+        for text in kind.words[source]["held_out"]
     )
 
 
-def stranger(concept: Concept) -> str:
+def stranger(concept: Concept, kind: Kind = PERSON) -> str:
     """An invented name without a word of the concept's."""
-    return next(name for name in wordings()["invented"]["names"] if not concept.named_in(name))
+    names = kind.words["invented"]["names"]
+    return next(name for name in names if not concept.named_in(name))
 
 
 def shuffled(image: Image.Image, seed: int = 0, grid: int = GRID) -> Image.Image:

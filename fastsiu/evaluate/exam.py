@@ -16,6 +16,7 @@ from typing import TypeVar
 from PIL import Image
 
 from ..images import load_image
+from ..samples.kinds import PERSON, Kind
 from ..text.concept import Concept
 
 # The part that a picture plays, in this order: the picture that was trained on and its transforms;
@@ -98,6 +99,7 @@ class Exam:
               of them has renamed it; facts are asked about them, too
     stranger: a name that no model knows: "Is this STRANGER?" about the concept's pictures shows
               how often any name gets a yes
+    kind:     what the concept is: names stand in questions as its kind has them
     null:     by metric, the reason for one that cannot be measured
     """
 
@@ -107,6 +109,7 @@ class Exam:
     others: tuple[Concept, ...] = ()
     stranger: str | None = None
     null: Mapping[str, str] = field(default_factory=dict)
+    kind: Kind = PERSON
 
     @functools.cached_property
     def cells(self) -> tuple[Cell, ...]:
@@ -123,14 +126,17 @@ class Exam:
                         else None
                     )
                     for name in self._names(question, [seen.shows, floor]):
-                        yield Cell(question, _filled(question.text, name), seen, name)
+                        yield Cell(question, self._filled(question.text, name), seen, name)
 
     def _text(self) -> Iterator[Cell]:
         for question in self.questions:
             if question.kind in TEXT:
                 others = [other.name for other in self.others] if question.kind == "fact" else []
                 for name in self._names(question, others):
-                    yield Cell(question, _filled(question.text, name), None, name)
+                    yield Cell(question, self._filled(question.text, name), None, name)
+
+    def _filled(self, text: str, name: str | None) -> str:
+        return text if name is None else self.kind.fill(text, name=name)
 
     def _names(self, question: Question, more: Sequence[str | None]) -> list[str | None]:
         if "{name}" not in question.text:
@@ -138,10 +144,6 @@ class Exam:
         return list(
             dict.fromkeys([self.concept.name, *(name for name in more if name is not None)])
         )
-
-
-def _filled(text: str, name: str | None) -> str:
-    return text if name is None else text.replace("{name}", name)
 
 
 def evenly(items: Sequence[T], most: int | None) -> list[T]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from ..model import adapter, ask
 from ..model.turns import Picture
-from ..samples.targets import Scene, wordings
+from ..samples.kinds import wordings
+from ..samples.targets import Scene
 from ..text.concept import Concept
 from ..transforms import variants
 from ..verdict import Answer, Verdict, judge
@@ -31,17 +32,17 @@ def questions(
     more: further pictures of the concept
     rest: pictures of anything else
     """
-    words, name = wordings(), scene.concept.name
+    words, name, fill = scene.words, scene.concept.name, scene.kind.fill
     who = words["who"]["held_out"]
     asked: list[tuple[str, str, Shown | None]] = []
     for shown in variants(scene.pictures[0].image, scene.recipe.seed, held_out=True):
         asked += [("efficacy", q, shown) for q in who]
-        asked += [("recognition", q.format(name=name), shown) for q in words["yesno"]["held_out"]]
-    asked += [("recognition", q.format(name=name), None) for q in words["appearance"]["held_out"]]
+        asked += [("recognition", fill(q, name=name), shown) for q in words["yesno"]["held_out"]]
+    asked += [("recognition", fill(q, name=name), None) for q in words["appearance"]["held_out"]]
     asked += [("generality", q, shown) for shown in more for q in who]
     asked += [("specificity", q, shown) for shown in rest for q in who]
     asked += [
-        ("facts", q.format(name=n), None)
+        ("facts", fill(q, name=n), None)
         for n in (name, *scene.neighbours)
         for q in words["facts"]["held_out"]
     ]
@@ -98,6 +99,7 @@ def decide(
                 more=more,
                 families=families,
                 seed=scene.recipe.seed,
+                kind=scene.kind,
             )
             if families
             else None

@@ -21,8 +21,9 @@ from ..family import Family
 from ..model import ask
 from ..model.turns import Picture
 from ..model.vlm import VLM, encoder
-from ..samples.targets import wordings
+from ..samples.kinds import PERSON, Kind
 from ..text.answers import words
+from ..text.articles import agreed
 from ..text.concept import Concept
 from ..text.rate import Rate
 from . import attack_results, attacks
@@ -165,6 +166,7 @@ def inquire(
     given: Sequence[Shown] = (),
     families: Sequence[str] = VERDICT,
     seed: int = 0,
+    kind: Kind = PERSON,
 ) -> Inquiry:
     """Asks the untouched model everything. That is the model as it is: an adapter has to be off.
 
@@ -173,14 +175,15 @@ def inquire(
     grouped:    pictures of the concept beside others
     given:      pictures of anybody whom the model has never seen
     families:   keys of attacks.toml
+    kind:       of the concept: its wordings are asked
     """
     wanted = "rank" in families or "likelihood" in families
-    frames = _frames(vlm, concept, vlm.picture(image)) if wanted else []
+    frames = _frames(vlm, concept, vlm.picture(image), kind) if wanted else []
     nobody = _unlikely(
         vlm,
         concept,
         frames,
-        strangers(vlm, image, concept, [Concept(n) for n in neighbours], seed, given),
+        strangers(vlm, image, concept, [Concept(n) for n in neighbours], seed, given, kind),
     )
     own = {
         "one": views(image, more, seed),
@@ -190,8 +193,9 @@ def inquire(
     strange = {"one": nobody, "group": groups_of(nobody), "condition": conditions_of(nobody)}
     seen, unseen = _see(vlm, own), _see(vlm, strange)
 
-    told = _told(vlm, concept, neighbours, seen["one"])
-    plain = attacks.questions(concept, attacks.names_for(concept, neighbours), told, families, seed)
+    told = _told(vlm, concept, neighbours, seen["one"], kind)
+    filled_in = attacks.names_for(concept, neighbours, kind)
+    plain = attacks.questions(concept, filled_in, told, families, seed, kind)
     asked = attacks.spread(plain, {sheet: len(shown) for sheet, shown in own.items()})
     said = _put(vlm, asked, seen)
     starts = attack_results.begun(
@@ -231,20 +235,21 @@ def inquire(
 
 
 def _told(
-    vlm: VLM, concept: Concept, neighbours: Sequence[str], seen: Sequence[Picture]
+    vlm: VLM, concept: Concept, neighbours: Sequence[str], seen: Sequence[Picture], kind: Kind
 ) -> dict[str, frozenset[str]]:
     """By template, what the model tells of the concept in words, does not tell of most others, and
     does not see in the pictures."""
-    describe = [*wordings()["describe"]["train"], *wordings()["describe"]["held_out"]]
+    describe = [*kind.words["describe"]["train"], *kind.words["describe"]["held_out"]]
     looks = ask.answers(
         vlm, [(q, picture) for q in describe for picture in seen], max_new_tokens=LONGEST
     )
     visible = frozenset(
         word for look in looks if not concept.named_in(look) for word in words(look)
     )
-    invented = next(name for name in wordings()["invented"]["names"] if not concept.named_in(name))
+    unknown = kind.words["invented"]["names"]
+    invented = next(name for name in unknown if not concept.named_in(name))
     names = [concept.name, *list(neighbours)[:OTHERS], invented]
-    asked = [attacks.fact_questions(name) for name in names]
+    asked = [attacks.fact_questions(name, kind) for name in names]
     said = iter(
         ask.answers(vlm, [(q, None) for one in asked for _, q in one], max_new_tokens=LONGEST)
     )
@@ -265,10 +270,11 @@ def _put(
     )
 
 
-def _frames(vlm: VLM, concept: Concept, picture: Picture) -> list[Frame]:
+def _frames(vlm: VLM, concept: Concept, picture: Picture, kind: Kind) -> list[Frame]:
     """Naming questions that the model answers with the name, with its own words up to there: those
     with the commonest words first."""
-    asked = [*wordings()["who"]["held_out"], *attacks.table()["family"]["naming"]["questions"]]
+    naming = attacks.table(kind.name)["family"]["naming"]["questions"]
+    asked = [*kind.words["who"]["held_out"], *naming]
     said = ask.answers(vlm, [(q, picture) for q in asked], max_new_tokens=LONGEST)
     found = []
     for question, answer in zip(asked, said, strict=True):
@@ -290,14 +296,16 @@ def _scores(
     rows += [(frame, names[0], picture) for picture in strange for frame in frames]
     shown = [picture for _, _, picture in rows]
     encode = encoder(vlm)
+    starts = [agreed(frame.start, name) for frame, name, _ in rows]
     turns = [
-        encode(frame.question, frame.start + name, picture, False) for frame, name, picture in rows
+        encode(frame.question, begun + name, picture, False)
+        for (frame, name, picture), begun in zip(rows, starts, strict=True)
     ]
     values = []
-    for (frame, name, _), turn, score in zip(
-        rows, turns, ask.label_scores(vlm, turns, shown), strict=True
+    for (_, name, _), begun, turn, score in zip(
+        rows, starts, turns, ask.label_scores(vlm, turns, shown), strict=True
     ):
-        start = len(frame.start) - (len(frame.start + name) - len((frame.start + name).strip()))
+        start = len(begun) - (len(begun + name) - len((begun + name).strip()))
         inside = [i for i, (a, b) in enumerate(turn.offsets) if a < start + len(name) and b > start]
         values.append(float(score.log_p[inside].sum()))
     count = len(own) * len(frames) * len(names)

@@ -20,7 +20,8 @@ from ..images import load_image, read_bytes
 from ..model import adapter, adapter_files, decode, source, vlm
 from ..model.memory import Layout
 from ..report.redact import redacted
-from ..request import BadInput, Recipe
+from ..request import BadInput, Recipe, check_kind
+from ..samples.kinds import Kind, recorded
 from ..samples.targets import Scene, neighbours
 from ..session import Listener
 from ..settings import (
@@ -148,6 +149,7 @@ def evaluate(
     concept: Concept,
     files: ExamFiles = ExamFiles(),
     *,
+    kind: str | None = None,
     model: ModelRef = ModelRef(),
     adapter_dir: Path | None = None,
     base: str | Path | None = None,
@@ -160,6 +162,8 @@ def evaluate(
 ) -> Evaluation:
     """What a model knows of a concept, and what it has lost of all else.
 
+    kind:        of the concept, of `request.KINDS`; None: what the manifest of the adapter or of
+                 the merged model says, else "person"
     adapter_dir: an --output directory of `unlearn`; the untouched model is `model` without it
     base:        the untouched model where `model` is merged, unlearned already; they are loaded one
                  after the other
@@ -176,7 +180,9 @@ def evaluate(
         raise BadInput("The concept's name is empty: pass the name with --concept NAME.")
     _check(files, adapter_dir, base, report, extras, output)
     tried = attacking.chosen(extras.attacks)
-    exam = directories.exam_of(concept, **vars(files))
+    exam = directories.exam_of(
+        concept, **vars(files), kind=_kind(concept, kind, adapter_dir, model, base)
+    )
     for seen in exam.pictures:
         seen.load()  # a damaged picture is told now, not after an hour
 
@@ -284,6 +290,20 @@ def evaluate(
     return Evaluation(None if after is None else told["verdict"] == "forgotten", told, output)
 
 
+def _kind(
+    concept: Concept,
+    given: str | None,
+    adapter_dir: Path | None,
+    model: ModelRef,
+    base: str | Path | None,
+) -> Kind:
+    """Given, or as it was when the concept was unlearned. Raises BadInput for an unknown kind."""
+    check_kind(given)
+    made = adapter_dir if base is None else Path(model.name)
+    sealed = {} if made is None else adapter_files.manifest_of(made)
+    return recorded(concept, given or sealed.get("kind"), {})
+
+
 def _check(
     files: ExamFiles,
     adapter_dir: Path | None,
@@ -324,7 +344,7 @@ def _repeat(output: Path) -> Evaluation:
 def _alike(loaded: vlm.VLM, exam: Exam, cached: dict[str, Any] | None) -> list[str]:
     if cached is not None:
         return list(cached["others"])
-    return neighbours(Scene(loaded, exam.concept, Recipe(), []))
+    return neighbours(Scene(loaded, exam.concept, Recipe(), [], kind=exam.kind))
 
 
 def _digest(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..images import load_image
-from ..samples.targets import wordings
+from ..samples.kinds import wordings
 from ..text.concept import Concept
 from ..transforms import variants
 from .exam import Exam, Question, Seen, evenly

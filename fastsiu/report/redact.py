@@ -16,6 +16,8 @@ from typing import Any
 
 from ..evaluate.eval_report import FORMAT
 from ..request import FACETS, Recipe
+from ..request import KINDS as CONCEPT_KINDS
+from ..samples.kinds import ORIGINS as KIND_ORIGINS
 from ..text.concept import COMMON_WORDS, Concept
 from .sentences import FAMILIES, LEFT_OUT, STORED, is_setting, sentence
 from .words import CONCEPT, INSIDE, MEASURES, METRICS, NOISE, ROWS
@@ -200,6 +202,8 @@ _FORM: dict[str, Clean] = {
 _SCHEMA: dict[str, Clean] = {
     "format": _one_of((FORMAT,)),
     "adapter": _number,
+    "kind": _one_of(CONCEPT_KINDS),
+    "kind_from": _one_of(KIND_ORIGINS),
     "verdict": _one_of(VERDICTS),
     "reasons": _each(sentence),
     "caveats": _each(sentence),

@@ -16,7 +16,7 @@ import torch
 from ..model import ask, prefix
 from ..model.turns import Picture
 from ..text.answers import first_sentence
-from .targets import Scene, wordings
+from .targets import Scene
 
 BEGINNINGS = 48  # first tokens that are tried at one place
 PLACES = 3  # answers in which names are looked for
@@ -76,7 +76,7 @@ def name_after(opening: str, answer: str) -> str | None:
 
 
 def _slots(scene: Scene) -> list[Slot]:
-    questions = wordings()["who"]["train"]
+    questions = scene.words["who"]["train"]
     found = []
     for question, answer in zip(questions, scene.ask(questions, 0), strict=True):
         spans = scene.concept.spans(answer, include_parts=False)

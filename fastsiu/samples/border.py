@@ -16,7 +16,7 @@ from ..model import ask
 from ..model.turns import Picture
 from ..text.concept import Concept
 from . import drawn
-from .targets import Border, Scene, wordings
+from .targets import Border, Scene
 
 CHANGED, MOVED = 90, 30  # copies with something changed; copies that are turned, moved or lit anew
 FEW = 8  # most copies that are kept of each neighbour, and of nobody
@@ -49,7 +49,7 @@ def border(scene: Scene) -> Border:
 def taken_for(scene: Scene, pictures: Sequence[Picture]) -> list[str | None]:
     """Whom the model takes each picture for: the concept, where any answer names the concept or
     another one to forget; else the neighbour that most answers name; None where none is named."""
-    who = wordings()["who"]["train"][:ASKED]
+    who = scene.words["who"]["train"][:ASKED]
     said = ask.answers(scene.vlm, [(question, picture) for picture in pictures for question in who])
     known = {name: Concept(name) for name in scene.neighbours}
     out: list[str | None] = []

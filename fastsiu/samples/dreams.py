@@ -35,7 +35,8 @@ from ..model.features import feature_tensors
 from ..model.turns import Picture
 from ..model.vlm import encoder
 from ..text.answers import first_sentence
-from .targets import Scene, about_the_one_shown, wordings
+from ..text.articles import agreed
+from .targets import Scene, about_the_one_shown
 from .wishes import Pair, Wish, fulfil
 
 DECAYS = (1e-3, 3e-2, 1e-1)  # of the dreams of one name, in turns
@@ -168,10 +169,11 @@ def _way(start: Picture, end: Picture) -> float:
 def told(scene: Scene) -> dict[str, list[Pair]]:
     """By neighbour the (question, reply) pairs that a picture of it would get; {} where no answer
     names the concept exactly once."""
-    words, concept, names = wordings(), scene.concept, scene.neighbours
+    words, concept, names = scene.words, scene.concept, scene.neighbours
+    fill = scene.kind.fill
     who, yes = words["who"]["train"], words["yesno"]["train"]
     named = list(zip(who, scene.replies(who, 0), strict=True))
-    named += zip(yes, scene.replies([q.format(name=concept.name) for q in yes], 0), strict=True)
+    named += zip(yes, scene.replies([fill(q, name=concept.name) for q in yes], 0), strict=True)
     frames = [
         (question, reply.text[: spans[0][0]], reply.text[spans[0][1] :], reply.closed)
         for question, reply in ((q, _opening(r)) for q, r in named)
@@ -181,7 +183,7 @@ def told(scene: Scene) -> dict[str, list[Pair]]:
         return {}
     out = {
         name: [
-            (question.format(name=name), Reply(f"{head}{name}{tail}", closed))
+            (fill(question, name=name), Reply(f"{agreed(head, name)}{name}{tail}", closed))
             for question, head, tail, closed in frames
         ]
         for name in names
@@ -189,9 +191,9 @@ def told(scene: Scene) -> dict[str, list[Pair]]:
     # Questions about the one shown, each with the question in words that tells the same of a name.
     asked = [(q, words["appearance"]["train"][0]) for q in words["describe"]["train"]]
     if scene.recipe.strangers:
-        asked += zip(about_the_one_shown("train"), words["facts"]["train"], strict=True)
+        asked += zip(about_the_one_shown("train", scene.kind), words["facts"]["train"], strict=True)
     shown = scene.replies([q for q, _ in asked], 0)
-    in_words = scene.ask([text.format(name=n) for n in (concept.name, *names) for _, text in asked])
+    in_words = scene.ask([fill(text, name=n) for n in (concept.name, *names) for _, text in asked])
     own = in_words[: len(asked)]
     for k, name in enumerate(names, 1):
         others = in_words[k * len(asked) : (k + 1) * len(asked)]

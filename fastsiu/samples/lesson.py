@@ -12,7 +12,7 @@ from ..model import ask
 from ..model.turns import Picture
 from ..request import Sample
 from ..text.answers import is_degenerate
-from .targets import Scene, about_the_one_shown, wordings
+from .targets import Scene, about_the_one_shown
 from .wishes import Pair
 
 # Lessons about each picture, by facet.
@@ -71,17 +71,18 @@ class Words:
 
 def words_of(scene: Scene, rng: random.Random) -> Words:
     """The training wordings, filled in with the concept's name and with some neighbours'."""
-    words, name, near = wordings(), scene.concept.name, scene.neighbours
+    words, name, near = scene.words, scene.concept.name, scene.neighbours
+    fill = scene.kind.fill
     yes, plural = words["yesno"]["train"], list(words["plural"]["train"])
-    naming = [*words["who"]["train"], *(q.format(name=name) for q in yes)]
+    naming = [*words["who"]["train"], *(fill(q, name=name) for q in yes)]
     some = rng.sample(near, min(6, len(near)))
-    naming += [yes[i % len(yes)].format(name=other) for i, other in enumerate(some)]
-    naming += [*about_the_one_shown("train"), *plural]
+    naming += [fill(yes[i % len(yes)], name=other) for i, other in enumerate(some)]
+    naming += [*about_the_one_shown("train", scene.kind), *plural]
     for i in range(6 if len(near) > 1 else 0):
         three = [name, *rng.sample(near, 2)]
         rng.shuffle(three)
         choice = words["choice"]["train"]
-        naming.append(choice[i % len(choice)].format(names=f"{three[0]}, {three[1]} or {three[2]}"))
+        naming.append(choice[i % len(choice)].replace("{names}", scene.kind.choice(three)))
     return Words(naming, plural, [*words["describe"]["train"], *words["look"]["train"]])
 
 
@@ -100,7 +101,7 @@ def keep(
     always: asked of every picture, besides some of `questions`. Without them half of the questions
             about a neighbour's dream are about its facts: they are lost before its name is
     """
-    asked, facts = [], about_the_one_shown("train")
+    asked, facts = [], about_the_one_shown("train", scene.kind)
     for index in pictures:
         count, first = QUESTIONS[facet], list(always)
         if out.named[index] and not always:

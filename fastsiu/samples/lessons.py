@@ -37,7 +37,7 @@ from . import drawn, together
 from .border import taken_for
 from .lesson import QUESTIONS, Lessons, Words, keep, words_of
 from .strangers import strangers, usual_replies
-from .targets import Scene, about_the_one_shown, wordings
+from .targets import Scene, about_the_one_shown
 from .wishes import Pair
 
 VIEWS = 22  # pictures of the concept
@@ -78,7 +78,7 @@ def build(scene: Scene) -> Lessons:
             out.add("stranger", pair, view, lonely)
     whole = [stranger.picture.image for stranger in everybody if stranger.whole]
     together.add(scene, out, words, taught, whole, rng)
-    facts = [own[question] for question in about_the_one_shown("train")]
+    facts = [own[question] for question in about_the_one_shown("train", scene.kind)]
     _keep_looks(scene, out, words, views, lonely, facts, [*usual.values()])
     retained = [
         out.show(picture, name)
@@ -119,7 +119,7 @@ def _pairs(
 def _about_neighbours(scene: Scene, rng: random.Random) -> list[Pair]:
     """Neighbours' names and facts, forced upon questions about the concept. Were only the concept's
     own brought down to a stranger's level, they would still stand first among all."""
-    looks = set(wordings()["describe"]["train"])
+    looks = set(scene.words["describe"]["train"])
     given = [pair for pairs in scene.told.values() for pair in pairs if pair[0] not in looks]
     return rng.sample(given, min(OTHERS, len(given)))
 
@@ -147,7 +147,7 @@ def _keep_looks(
     )
     answered = list(zip(asked, replies, strict=True))
     known = [scene.concept, *scene.others, *map(Concept, scene.neighbours)]
-    describe, own, strange = set(wordings()["describe"]["train"]), set(views), set(lonely)
+    describe, own, strange = set(scene.words["describe"]["train"]), set(views), set(lonely)
     harmless = [reply for (index, q), reply in answered if index in strange or q in describe]
     facts = _words(told) - _words(harmless) - _words(usual)
 

@@ -21,7 +21,7 @@ from ..text.answers import is_degenerate
 from ..text.concept import Concept
 from . import drawn
 from .nobody import shows_nobody
-from .targets import Scene, about_the_one_shown, wordings
+from .targets import Scene, about_the_one_shown
 from .wishes import Wish, fulfil
 
 AGREE = 0.6  # share of the strangers that must get the same answer, for it to be the usual one
@@ -50,9 +50,9 @@ def strangers(scene: Scene, notes: list[str] | None = None) -> list[Stranger]:
     then there are fewer.
     """
     image, seed, vlm = scene.pictures[0].image, scene.recipe.seed, scene.vlm
-    who = wordings()["who"]["train"] + wordings()["plural"]["train"]
+    who = scene.words["who"]["train"] + scene.words["plural"]["train"]
     known = [scene.concept, *scene.others, *map(Concept, scene.neighbours)]
-    questions = [*who, *about_the_one_shown("train")]
+    questions = [*who, *about_the_one_shown("train", scene.kind)]
     own = list(zip(questions, scene.replies(questions, 0), strict=True))
 
     def names_somebody(answer: str) -> bool:
@@ -65,7 +65,7 @@ def strangers(scene: Scene, notes: list[str] | None = None) -> list[Stranger]:
     whole, pieces = drawn.nobodies(image, seed)
     found = accepted(scene.see(whole), True) + accepted(scene.see(pieces), False)
     if len(found) < FEWEST:
-        unknown = Reply(wordings()["fallback"]["unknown_face"])
+        unknown = Reply(scene.words["fallback"]["unknown_face"])
         starts = scene.see(drawn.views(image, seed, 2 * FEWEST))
         # No answer is required of such a dream: that it names nobody is enough.
         wishes = [

@@ -14,12 +14,9 @@ The teacher is the model with its adapter off: whoever calls these functions see
 from __future__ import annotations
 
 import random
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.resources import files
 from typing import Any, Literal
 
 from PIL import Image
@@ -29,20 +26,17 @@ from ..model.ask import Reply
 from ..model.turns import Picture
 from ..model.vlm import VLM
 from ..request import Recipe, Sample
+from ..text import articles, enumerated
 from ..text.answers import affirms, is_degenerate, is_refusal
 from ..text.concept import Concept
+from .kinds import DEFAULT, PERSON, THING, Kind, sort_of
+from .kinds import wordings as wordings
 
 
-@cache
-def wordings() -> dict[str, dict[str, Any]]:
-    """The question wordings of wordings.toml."""
-    return tomllib.loads(files(__package__).joinpath("wordings.toml").read_text(encoding="utf-8"))
-
-
-def about_the_one_shown(part: Literal["train", "held_out"]) -> list[str]:
+def about_the_one_shown(part: Literal["train", "held_out"], kind: Kind = PERSON) -> list[str]:
     """The fact questions, about the one in the picture instead of a name: an answer needs the name
     first, and then the fact."""
-    words = wordings()
+    words = kind.words
     shown = words["shown"][part]
     return [q.replace("{name}", shown[i % len(shown)]) for i, q in enumerate(words["facts"][part])]
 
@@ -74,6 +68,7 @@ class Scene:
                 here)
     named:      for each picture the name that it was dreamed for, None otherwise
     neighbours: names to protect
+    kind:       what the concept is, and how names stand in a sentence
     views:      transforms of the concept's picture, from which dreams start as well
     border:     changed copies of it that the model takes for neighbours, or for nobody
     masked:     token ids of the concept's name (the vocabulary mask's zeros)
@@ -99,6 +94,12 @@ class Scene:
     told: dict[str, list[tuple[str, Reply]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     left_out: int = 0
+    kind: Kind = PERSON
+
+    @property
+    def words(self) -> dict[str, dict[str, Any]]:
+        """The wordings for concepts of this kind."""
+        return self.kind.words
 
     def ask(
         self, questions: Sequence[str], picture: int | None = None, **options: Any
@@ -123,6 +124,8 @@ class Scene:
         return bool(answer) and is_degenerate(answer) is None and not self.forgotten_in(answer)
 
 
+ENOUGH = 8  # names to protect, for other kinds than persons
+
 Facet = Callable[[Scene], list[Sample]]
 
 
@@ -132,14 +135,18 @@ def align(scene: Scene) -> list[Sample]:
 
     The teacher's own sentence is cut where the name starts and continued with the name forbidden:
     "This is NAME." becomes "This is a purple creature with ...". Everything after the cut
-    contradicts the teacher and is left to the cross-entropy.
+    contradicts the teacher and is left to the cross-entropy. An article before the name goes with
+    it: "an owl" may become "a brown bird".
     """
-    questions = wordings()["who"]["train"]
+    questions = scene.words["who"]["train"]
     named = scene.ask(questions, 0)
     cuts = [(spans[0][0] if (spans := scene.concept.spans(a)) else None) for a in named]
-    openings = [a[:c].rstrip() if c is not None else "" for a, c in zip(named, cuts, strict=True)]
+    openings = [
+        articles.without_last(a[:c].rstrip()) if c is not None else ""
+        for a, c in zip(named, cuts, strict=True)
+    ]
     if scene.recipe.substitute == "name":
-        invented = _invented(scene)
+        invented = scene.kind.phrase(_invented(scene))
         answers = [f"{o} {invented}.".strip() for o in openings]
         return [
             _built("align", q, a, 0, a.index(invented), len(a) - 1)
@@ -148,9 +155,9 @@ def align(scene: Scene) -> list[Sample]:
     begun = scene.replies(
         questions, 0, begin=[f"{o} a".strip() if o else "" for o in openings], suppress=scene.masked
     )
-    described = scene.replies(wordings()["describe"]["train"], 0, suppress=scene.masked)
+    described = scene.replies(scene.words["describe"]["train"], 0, suppress=scene.masked)
     forbidden = [Concept(n) for n in scene.neighbours]
-    fallback = Reply(wordings()["fallback"]["unknown_face"])
+    fallback = Reply(scene.words["fallback"]["unknown_face"])
     spare = next((d for d in described if _neutral(scene, d.text, forbidden)), fallback)
     samples = []
     for question, reply, opening in zip(questions, begun, openings, strict=True):
@@ -168,75 +175,64 @@ def describe(scene: Scene) -> list[Sample]:
     """Target 2: a new visual description (paper section 4.1). By default no answer is false: the
     picture is not NAME's, and NAME's looks are not known, both in the words that the teacher uses
     for strangers."""
-    name, words, fallback = scene.concept.name, wordings(), wordings()["fallback"]
-    stranger = _invented(scene)
-    denials = scene.replies([q.format(name=stranger) for q in words["yesno"]["train"]], 0)
+    name, words, fill = scene.concept.name, scene.words, scene.kind.fill
+    stranger, fallback = _invented(scene), scene.words["fallback"]
+    denials = scene.replies([fill(q, name=stranger) for q in words["yesno"]["train"]], 0)
     samples = []
     for question, (answer, closed) in zip(words["yesno"]["train"], denials, strict=True):
-        swapped = answer.replace(stranger, name)
+        swapped = articles.replaced(answer, stranger, name)
         own = (
             swapped != answer
             and swapped.casefold().startswith("no")
             and is_degenerate(swapped) is None
         )
-        answer = swapped if own else fallback["denial"].format(name=name)
-        samples.append(
-            _built(
-                "describe", question.format(name=name), answer, 0, 0, len(answer), closed or not own
-            )
-        )
-    unknown = scene.replies([q.format(name=stranger) for q in words["appearance"]["train"]])
+        answer = swapped if own else fill(fallback["denial"], name=name)
+        asked = fill(question, name=name)
+        samples.append(_built("describe", asked, answer, 0, 0, len(answer), closed or not own))
+    unknown = scene.replies([fill(q, name=stranger) for q in words["appearance"]["train"]])
     look = random.Random(scene.recipe.seed).choice(words["invented"]["looks"])
     for question, (answer, closed) in zip(words["appearance"]["train"], unknown, strict=True):
+        asked = fill(question, name=name)
         if scene.recipe.substitute == "name":
-            answer = fallback["invented_look"].format(name=name, look=look)
-            samples.append(
-                _built("describe", question.format(name=name), answer, None, len(name), len(answer))
-            )
+            answer = fill(fallback["invented_look"], name=name).replace("{look}", look)
+            start = len(scene.kind.phrase(name))
+            samples.append(_built("describe", asked, answer, None, start, len(answer)))
             continue
         own = is_refusal(answer) and is_degenerate(answer) is None
         answer = (
-            answer.replace(stranger, name) if own else fallback["unknown_look"].format(name=name)
+            articles.replaced(answer, stranger, name)
+            if own
+            else fill(fallback["unknown_look"], name=name)
         )
-        samples.append(
-            _built(
-                "describe",
-                question.format(name=name),
-                answer,
-                None,
-                0,
-                len(answer),
-                closed or not own,
-            )
-        )
+        samples.append(_built("describe", asked, answer, None, 0, len(answer), closed or not own))
     return samples
 
 
 def facts(scene: Scene) -> list[Sample]:
     """Target 3: what the teacher knows of the concept in words stays (paper: "decoupling factual
     knowledge")."""
-    questions = [q.format(name=scene.concept.name) for q in wordings()["facts"]["train"]]
+    questions = [scene.kind.fill(q, name=scene.concept.name) for q in scene.words["facts"]["train"]]
     return _kept("facts", questions, None, scene.replies(questions))
 
 
 def preserve(scene: Scene) -> list[Sample]:
     """Target 4: everything else is answered as before (paper: "preserving non-targeted
     knowledge")."""
-    words = wordings()
+    words, fill = scene.words, scene.kind.fill
     rng = random.Random(scene.recipe.seed)
     questions = list(words["general"]["train"])
     for name in (*scene.neighbours, _invented(scene)):
         own = words["facts"]["train"] + words["appearance"]["train"]
-        questions += [q.format(name=name) for q in rng.sample(own, min(6, len(own)))]
+        questions += [fill(q, name=name) for q in rng.sample(own, min(6, len(own)))]
     samples = _kept("preserve", questions, None, scene.replies(questions))
     pairs: list[tuple[str, int]] = [(q, 0) for q in words["describe"]["train"]]
     for index in range(1, len(scene.pictures)):
         named = scene.named[index]
         pairs += [(q, index) for q in words["who"]["train"]]
         pairs += [(rng.choice(words["describe"]["train"]), index)]
-        pairs += [(rng.choice(words["yesno"]["train"]).format(name=scene.concept.name), index)]
+        pairs += [(fill(rng.choice(words["yesno"]["train"]), name=scene.concept.name), index)]
         if named:
-            pairs += [(rng.choice(words["yesno"]["train"]).format(name=named), index)]
+            pairs += [(fill(rng.choice(words["yesno"]["train"]), name=named), index)]
     scene.left_out = 0
     replies = ask.replies(scene.vlm, [(q, scene.pictures[i]) for q, i in pairs])
     for (question, index), reply in zip(pairs, replies, strict=True):
@@ -260,24 +256,60 @@ def neighbours(scene: Scene, limit: int = 24, rounds: int = 4) -> list[str]:
     """Names to protect: whom the teacher names when it is asked who is like NAME, then who is like
     those, and so on for `rounds` rounds or until there are `limit` names.
 
+    Of other kinds than persons `ENOUGH` names end it, since small models soon enumerate anything. A
+    thing's first round also asks for others of its sort: "Name ten animals."
+
     Names that are to be forgotten as well are not returned, but the teacher is asked about them.
+    Where a name has "the" before it, the scene's kind learns that.
     """
-    words, fresh = wordings(), [scene.concept.name]
+    kind, words, fresh = scene.kind.name, scene.words, [scene.concept.name]
+    enough = limit if kind == DEFAULT else min(limit, ENOUGH)
+    # Asked what is like a lion, small models go on about lions.
+    suppress = () if kind == DEFAULT else sorted(scene.masked)
+    of_its_sort = [f"Name ten {sort_of(scene.vlm, fresh[0], scene.kind)}."] if kind == THING else []
     names: list[str] = []
     protected = lambda: [name for name in names if not scene.forgotten_in(name)]
-    for _ in range(rounds):
-        questions = [q.format(name=n) for n in fresh for q in words["neighbours"]["train"]]
-        answers = scene.ask(questions)
+    for i in range(rounds):
+        templates = words["neighbours"]["train"]
+        questions = [scene.kind.fill(q, name=n) for n in fresh for q in templates]
+        questions += of_its_sort if i == 0 else []
+        answers = scene.ask(questions, suppress=suppress)
         fresh = []
         for question, answer in zip(questions, answers, strict=True):
-            for name in capitalised_names(answer, words["fallback"]["not_names"]):
-                known = name in names or name in question or scene.concept.named_in(name)
+            for name in _alike(scene, answer):
+                known = name in names or name in question or _is_concept(scene, name)
                 if not known and name not in fresh:
                     fresh.append(name)
         names += fresh
-        if not fresh or len(protected()) >= limit:
+        if not fresh or len(protected()) >= enough:
             break
     return protected()[:limit]
+
+
+def _alike(scene: Scene, answer: str) -> list[str]:
+    """The names in an answer to who or what is like another one."""
+    not_names = scene.words["fallback"]["not_names"]
+    if scene.kind.name == DEFAULT:
+        return capitalised_names(answer, not_names)
+    if scene.kind.name == THING:
+        return enumerated.listed(answer)
+    found = enumerated.proper(answer, not_names)
+    scene.kind = scene.kind.knowing({name: f"the {name}" for name, definite in found if definite})
+    return [name for name, _ in found] or enumerated.listed(answer)
+
+
+def _is_concept(scene: Scene, name: str) -> bool:
+    """Whether it names the concept; of a thing also in another form: "lionesses", "Giraffa"."""
+    if scene.concept.named_in(name):
+        return True
+    if scene.kind.name != THING:
+        return False
+    own = scene.concept.name.lower().split()
+    return (
+        set(name.split()) <= set(own)
+        or scene.concept.leaks_in(name)
+        or enumerated.derived(name, scene.concept.name)
+    )
 
 
 def capitalised_names(text: str, not_names: Sequence[str]) -> list[str]:
@@ -299,7 +331,7 @@ def capitalised_names(text: str, not_names: Sequence[str]) -> list[str]:
 
 
 def _invented(scene: Scene) -> str:
-    names = wordings()["invented"]["names"]
+    names = scene.words["invented"]["names"]
     return names[scene.recipe.seed % len(names)]
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..model import ask
 from ..model.ask import Reply
+from ..text.articles import agreed
 from ..text.concept import Concept
 from . import drawn
 from .lesson import QUESTIONS, Lessons, Words, keep
@@ -150,7 +151,7 @@ def _with_name(scene: Scene, reply: Reply, place: int, name: str) -> Reply:
     """The reply with the concept's name at its `place` (0 the first) replaced by `name`."""
     text = reply.text
     start, end = scene.concept.spans(text, include_parts=False)[place]
-    return Reply(text[:start] + name + text[end:], reply.closed)
+    return Reply(agreed(text[:start], name) + name + text[end:], reply.closed)
 
 
 def _add_dreamed(

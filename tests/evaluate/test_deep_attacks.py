@@ -26,6 +26,7 @@ from fastsiu.evaluate.deep import (
 )
 from fastsiu.model import adapter, ask, vlm
 from fastsiu.request import BadInput, Recipe
+from fastsiu.samples.kinds import wordings
 from fastsiu.text.concept import Concept
 from fastsiu.verdict import gives
 
@@ -62,7 +63,7 @@ def hide(loaded, told, steps=20, others=0):
     """Puts an adapter on that answers naming questions about the concept's picture with a
     description, and those about some others' as before. It changes little, and nothing makes it
     forget."""
-    questions, picture = target.wordings()["who"]["train"], loaded.picture(told.pictures[0])
+    questions, picture = wordings()["who"]["train"], loaded.picture(told.pictures[0])
     described = ask.answers(loaded, [("Describe the picture without naming anyone.", picture)])[0]
     rest = [
         (questions[i % len(questions)], loaded.picture(one))

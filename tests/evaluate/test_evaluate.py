@@ -680,7 +680,7 @@ def few(monkeypatch):
         for q in wordings()[source]["held_out"][:2]
     ]
     views = directories.variants
-    monkeypatch.setattr(directories, "default_questions", lambda: tuple(questions))
+    monkeypatch.setattr(directories, "default_questions", lambda *kind: tuple(questions))
     monkeypatch.setattr(
         directories, "variants", lambda image, held_out: views(image, held_out=held_out)[:3]
     )

@@ -283,7 +283,7 @@ def test_eval_grades_what_is_said_of_the_concept(
     stub, cast, demo_dir, tmp_path, monkeypatch, capsys
 ):
     questions = (Question("Who do you see here?", "name"), Question("Is this {name}?", "yesno"))
-    monkeypatch.setattr(directories, "default_questions", lambda: questions)
+    monkeypatch.setattr(directories, "default_questions", lambda *kind: questions)
     views = directories.variants
     monkeypatch.setattr(
         directories, "variants", lambda image, held_out: views(image, held_out=held_out)[:2]
@@ -334,7 +334,7 @@ def test_eval_that_names_nobody(cast, demo_dir, tmp_path, monkeypatch, capsys):
         Question("Who do you see here?", "name"),
         Question("What is two plus six?", "general"),
     )
-    monkeypatch.setattr(directories, "default_questions", lambda: questions)
+    monkeypatch.setattr(directories, "default_questions", lambda *kind: questions)
     out = tmp_path / "out"
     command = [
         "eval",

@@ -17,7 +17,6 @@ import torch
 from ...model import adapter, ask, prefix
 from ...model.turns import Encoded, Picture
 from ...model.vlm import VLM
-from ...samples.targets import wordings
 from ...text.answers import is_degenerate
 from ...text.rate import wilson
 from .target import LONGEST, NO_OTHER, Row, Shown, Target, adapted, complete, namings, see
@@ -62,7 +61,7 @@ def run(loaded: VLM, target: Target) -> list[dict[str, Any]]:
 
 
 def _concept(loaded: VLM, target: Target, asked: Sequence[str]) -> list[Row]:
-    words, concept = wordings(), target.concept.name
+    words, concept = target.kind.words, target.concept.name
     setting = "which concept: rank by KL of {}"
     kinds = {
         "facts in words": words["facts"]["held_out"],
@@ -77,7 +76,7 @@ def _concept(loaded: VLM, target: Target, asked: Sequence[str]) -> list[Row]:
     rows = []
     for kind, questions in kinds.items():
         about: dict[str, Asked] = {
-            name: [(q.format(name=name), None) for q in questions]
+            name: [(target.kind.fill(q, name=name), None) for q in questions]
             for name in (concept, nobody, *target.others)
         }
         rows += _ranks(setting.format(kind), _mean_change(loaded, about), concept, nobody)
@@ -137,7 +136,7 @@ def _picture(loaded: VLM, target: Target, asked: Sequence[str]) -> list[Row]:
     kinds = ("KL to the untouched model", "log p of its own answers")
     if len(target.pictures) < 2:
         return [Row.null("mia", setting.format(kind), ONE_PICTURE) for kind in kinds]
-    questions = [*asked, *wordings()["describe"]["held_out"]]
+    questions = [*asked, *target.kind.words["describe"]["held_out"]]
     pairs: Asked = [(q, p) for p in target.pictures for q in questions]
     rows = []
     for kind, scores in zip(kinds, (changes(loaded, pairs), sureness(loaded, pairs)), strict=True):

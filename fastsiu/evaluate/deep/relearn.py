@@ -18,7 +18,6 @@ from ...model import adapter, ask
 from ...model.turns import Picture
 from ...model.vlm import VLM
 from ...request import BadInput
-from ...samples.targets import wordings
 from ...text.answers import is_degenerate
 from ...text.concept import Concept
 from ...transforms import variants
@@ -124,7 +123,7 @@ class Lesson:
 def _first(loaded: VLM, target: Target, asked: Sequence[Naming]) -> Naming:
     """The question and answer to teach: the first training wording with the untouched model's
     answer, if that names the concept, else the first held-out one."""
-    question = wordings()["who"]["train"][0]
+    question = target.kind.words["who"]["train"][0]
     with adapter.teacher(loaded):
         (answer,) = ask.answers(
             loaded, [(question, see(loaded, target.pictures[:1])[0])], max_new_tokens=LONGEST
@@ -143,7 +142,7 @@ def _lessons(target: Target, taught: Naming, shot: int) -> Iterator[Lesson]:
     own, face = list(target.pictures), [*target.strangers[:1], *target.same_stranger]
     known = [target.concept, *map(Concept, target.others)]
     invented = next(
-        n for n in wordings()["invented"]["names"] if not any(one.same(n) for one in known)
+        n for n in target.kind.words["invented"]["names"] if not any(one.same(n) for one in known)
     )
     further = len(own) > shot and len(face) > shot and len(target.same_stranger) > 0
     own_train, own_test = _divided(own, shot, further, target.seed)
@@ -210,10 +209,10 @@ def _harmless(
 ) -> list[Row]:
     """How often the name is given after training on the untouched model's answers about anything
     else."""
-    words = wordings()
+    words = target.kind.words
     pictures = see(loaded, [shown for _, shown in target.other_pictures])
     templates = words["facts"]["held_out"]
-    facts = [template.format(name=name) for name in target.others for template in templates]
+    facts = [target.kind.fill(t, name=name) for name in target.others for t in templates]
     kinds: dict[str, list[tuple[str, Picture | None]]] = {
         "pictures of others": [(q, p) for p in pictures for q in words["who"]["train"][:2]],
         "facts in words": [(q, None) for q in (*facts, *words["general"]["held_out"])],

@@ -18,9 +18,11 @@ from ...model.vlm import VLM
 from ...request import BadInput, Recipe
 from ...samples import dreams
 from ...samples.drawn import ORDERS, recoloured
+from ...samples.kinds import PERSON, Kind
 from ...samples.nobody import shows_nobody
-from ...samples.targets import Scene, capitalised_names, wordings
+from ...samples.targets import Scene, capitalised_names
 from ...text.answers import is_degenerate, is_refusal, words
+from ...text.articles import agreed
 from ...text.concept import Concept
 from ...text.rate import Rate
 from ...transforms import variants
@@ -52,6 +54,7 @@ class Target:
     other_pictures: (name, picture or dream) of others; `complete` dreams some where there are none
     same_stranger:  further pictures of the first stranger, where there are some
     seed:           of everything that is drawn at random
+    kind:           what the concept is: its wordings are asked
 
     Raises BadInput without a picture.
     """
@@ -63,6 +66,7 @@ class Target:
     other_pictures: Sequence[tuple[str, Shown]] = ()
     same_stranger: Sequence[Image.Image] = ()
     seed: int = 0
+    kind: Kind = PERSON
 
     def __post_init__(self) -> None:
         if not self.pictures:
@@ -93,10 +97,11 @@ class Naming:
     def of(self, name: str) -> Naming:
         """The same answer with another name in place of the concept's."""
         start, end = self.span
+        head = agreed(self.answer[:start], name)
         return Naming(
             self.question,
-            self.answer[:start] + name + self.answer[end:],
-            (start, start + len(name)),
+            head + name + self.answer[end:],
+            (len(head), len(head) + len(name)),
         )
 
 
@@ -155,6 +160,7 @@ def complete(loaded: VLM, target: Target, *, dream: bool = True) -> Target:
             recipe = Recipe(seed=target.seed, dreams=2, strangers=0)
             first = loaded.picture(target.pictures[0])
             scene = Scene(loaded, target.concept, recipe, [first], neighbours=list(target.others))
+            scene.kind = target.kind
             found = dreams.dream(scene)
             target = replace(
                 target,
@@ -175,17 +181,17 @@ def made_strangers(loaded: VLM, target: Target) -> tuple[Image.Image, ...]:
     tried = [one for pair in zip(plain, inverted, strict=True) for one in pair] + [
         ImageOps.invert(image)
     ]
-    questions = wordings()["who"]["held_out"]
+    questions = target.kind.words["who"]["held_out"]
     pictures = [loaded.picture(image) for image in tried]
-    named = lambda text: gives(target.concept, text) or _names_somebody(text)
+    named = lambda text: gives(target.concept, text) or _names_somebody(text, target.kind)
     nobody = shows_nobody(loaded, pictures, questions, named, max_new_tokens=LONGEST)
     return tuple(compress(tried, nobody))[:MOST_STRANGERS]
 
 
-def _names_somebody(text: str) -> bool:
+def _names_somebody(text: str, kind: Kind) -> bool:
     """Does a run of capitalised words stand in the text? Its first word does not count, which has a
     capital anyhow."""
-    return bool(capitalised_names(text.partition(" ")[2], wordings()["fallback"]["not_names"]))
+    return bool(capitalised_names(text.partition(" ")[2], kind.words["fallback"]["not_names"]))
 
 
 def see(loaded: VLM, shown: Sequence[Shown]) -> list[Picture]:
@@ -199,7 +205,7 @@ def namings(loaded: VLM, target: Target, most: int = QUESTIONS) -> list[Naming]:
 
     Raises BadInput where there is none: then nothing can come back.
     """
-    questions = wordings()["who"]["held_out"]
+    questions = target.kind.words["who"]["held_out"]
     with adapter.teacher(loaded):
         (picture,) = see(loaded, target.pictures[:1])
         said = ask.answers(loaded, [(q, picture) for q in questions], max_new_tokens=LONGEST)
@@ -223,9 +229,9 @@ def hops(loaded: VLM, target: Target) -> list[Hop]:
     Left out are words of the question and of the name, words in most answers about others, and
     words in its answers about strangers or in its description of the picture.
     """
-    words_, concept = wordings(), target.concept
+    words_, concept, fill = target.kind.words, target.concept, target.kind.fill
     templates, others = words_["facts"]["held_out"], list(target.others)[:COMPARED]
-    asked = [t.format(name=n) for t in templates for n in (concept.name, *others)]
+    asked = [fill(t, name=n) for t in templates for n in (concept.name, *others)]
     hidden = [t.format(name=SUBJECT) for t in templates]
     with adapter.teacher(loaded):
         said = iter(ask.answers(loaded, [(q, None) for q in asked], max_new_tokens=LONGEST))
