@@ -201,7 +201,7 @@ def table(records: list[dict[str, Any]]) -> str:
         "facts lose",
         "steps",
         "training, CPU s",
-        "a request, s",
+        "a request, CPU s",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for record in records:
@@ -226,7 +226,7 @@ def table(records: list[dict[str, Any]]) -> str:
                     f"{lost(facts):.1f} (n {facts['n']})",
                     ", ".join(str(run["steps"]) for run in runs),
                     str(record["trained"]["cpu_seconds"]),
-                    f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
+                    f"{record['forgotten']['cpu_seconds'] / len(runs):.0f}",
                 ]
             )
             + " |"

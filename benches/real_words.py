@@ -195,7 +195,6 @@ def judged(judge: Judge, was: dict[str, Any], adapter: Path, name: str) -> dict[
         general, perplexity = judge.general(model), judge.perplexity(model)
     finally:
         judge.model = model.unload()
-        del judge.model.peft_config
     near = next((group for group in LOOKALIKES if name in group), set()) - {name}
     known = [
         (shown, text)

@@ -72,7 +72,7 @@ def unlearn(
     """
     listener = listener or Listener()
     outputs.check_shown(report.redact, report.embed_image)
-    chosen, origins = choose_recipe(model.name, recipe)
+    chosen, origins = choose_recipe(model.name, recipe, model.revision)
     picture = load_image(request.image)
     destination = Path(output) if output is not None else outputs.random_directory()
     weights = outputs.digest_model(model.name) if model.is_directory else None
@@ -189,7 +189,7 @@ def prepared_for(
     """What `unlearn` would train on, with nothing trained: samples with their masks, and
     lessons. Raises BadInput as there."""
     listener = listener or Listener()
-    chosen, _ = choose_recipe(model.name, recipe)
+    chosen, _ = choose_recipe(model.name, recipe, model.revision)
     picture = load_image(request.image)
     layout = choose_layout(model, settings, chosen, picture, listener)
     room = budget(layout, chosen.batch_size, settings.limited)

@@ -93,6 +93,9 @@ def check_kind(kind: Any) -> None:
         raise BadInput(f"The kind {kind!r:.40} is unknown: choose from {', '.join(KINDS)}.")
 
 
+# Samples of each half of the lessons that a long training looks at (80 steps of 48).
+LONG = 3840
+
 # The bounds of a recipe's numbers, both included. The upper ones are far beyond what helps; above
 # them a run would not end, or not fit into any memory.
 WHOLE = {
@@ -191,6 +194,11 @@ class Recipe:
             raise BadInput(
                 f"The substitute {self.substitute!r} is unknown: choose 'description' or 'name'."
             )
+
+    def as_many(self, full: int, least: int) -> int:
+        """How many of something that a training of `LONG` samples gets `full` of: a shorter one
+        gets fewer, since it would not look at more; but at least `least`."""
+        return min(full, max(least, round(full * self.steps * self.batch_size / LONG)))
 
     def with_overrides(self, **values: Any) -> Recipe:
         """The same recipe with every value that is not None replaced."""

@@ -143,7 +143,7 @@ def unlearn_several(
                 load_directory(directory)
         except BadInput as error:
             raise BadInput(f"{file}, line {number}: {error}") from error
-    chosen, origins = choose_recipe(model.name, recipe)
+    chosen, origins = choose_recipe(model.name, recipe, model.revision)
     weights = outputs.digest_model(model.name) if model.is_directory else None
     images = (load_image(request.image) for request in asked.values())
     largest = max(images, key=lambda image: image.width * image.height)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..model import adapter, ask
 from ..model.turns import Picture
-from ..samples.kinds import wordings
+from ..samples.kinds import THING, wordings
 from ..samples.targets import Scene
 from ..text.concept import Concept
 from ..transforms import variants
@@ -125,7 +125,9 @@ def decide(
     ]
     # The recipe may put an invented name in the concept's place: that is nobody's, so it is not
     # among the others.
-    others = [*map(Concept, scene.neighbours), *scene.others]
+    # A thing that is not recognised is still called something, as a stranger's picture is.
+    known = [] if scene.kind.name == THING else scene.neighbours
+    others = [*map(Concept, known), *scene.others]
     found = inquiry.families(inquiry.again(vlm)) if inquiry else []
     remarks = inquiry.remarks if inquiry else []
     return judge(

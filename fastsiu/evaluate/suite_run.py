@@ -104,7 +104,7 @@ def evaluate_suite(
     suite.check(given)
     wanted = [given.subject(name) for name in options.concepts] or given.subjects
     subjects = [subject for subject in given.subjects if subject in wanted]
-    chosen, origins = choose_recipe(model.name, recipe)
+    chosen, origins = choose_recipe(model.name, recipe, model.revision)
     images = (load_image(subject.training) for subject in subjects)
     largest = max(images, key=lambda image: image.width * image.height)
     layout = choose_layout(model, settings, chosen, largest, listener)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..request import BadInput, OutOfMemory
+from ..text.answers import first_sentence
 from . import decode
 from .faults import out_of_memory
 from .prefix import supervised_states
@@ -33,6 +34,14 @@ class Reply(NamedTuple):
 
     text: str
     closed: bool = True
+
+    @property
+    def opening(self) -> Reply:
+        """What of it can be trained: an answer that was cut counts up to the end of its first
+        sentence, and that it goes on there is left open. Where even that was cut, all its words."""
+        if self.closed:
+            return self
+        return Reply(first_sentence(self.text), closed=False)
 
 
 class Score(NamedTuple):

@@ -37,6 +37,8 @@ def alternatives(scene: Scene, limit: int) -> list[str]:
     """At most `limit` names, the likeliest first; none that is to be forgotten. [] where no answer
     about the picture has the concept's name after at least one other word."""
     slots = _slots(scene)[:PLACES]
+    if not slots:
+        return []
     names: dict[str, float] = {}
     for slot, beginnings in zip(slots, _beginnings(scene, slots), strict=True):
         begin = [_join(slot.opening, text) for text, _ in beginnings]
@@ -51,7 +53,7 @@ def alternatives(scene: Scene, limit: int) -> list[str]:
             name = name_after(slot.opening, reply.text)
             if name is not None and not _kin(scene, name):
                 names[name] = max(names.get(name, -float("inf")), log_p)
-    return sorted(names, key=lambda name: -names[name])[:limit]
+    return _one_of_each(sorted(names, key=lambda name: -names[name]))[:limit]
 
 
 def _kin(scene: Scene, name: str) -> bool:
@@ -59,6 +61,14 @@ def _kin(scene: Scene, name: str) -> bool:
     called a fox is not forgotten."""
     own = {form for word in scene.concept.name.split() for form in (word.casefold(), f"{word}s")}
     return scene.forgotten_in(name) or not own.isdisjoint(name.casefold().split())
+
+
+def _one_of_each(names: Sequence[str]) -> list[str]:
+    """Without names that say more of one that is there: "toy cat" beside "cat"."""
+    heads = {name.casefold() for name in names}
+    return [
+        name for name in names if not any(name.casefold().endswith(f" {head}") for head in heads)
+    ]
 
 
 def name_after(opening: str, answer: str) -> str | None:

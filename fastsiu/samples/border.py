@@ -21,6 +21,7 @@ from .targets import Border, Scene
 CHANGED, MOVED = 90, 30  # copies with something changed; copies that are turned, moved or lit anew
 FEW = 8  # most copies that are kept of each neighbour, and of nobody
 AT_ONCE = 16  # copies in memory at a time
+NAMING = 24  # tokens of an answer that gives a name or none
 ASKED = 4  # wordings of the question who a copy shows
 
 
@@ -50,7 +51,11 @@ def taken_for(scene: Scene, pictures: Sequence[Picture]) -> list[str | None]:
     """Whom the model takes each picture for: the concept, where any answer names the concept or
     another one to forget; else the neighbour that most answers name; None where none is named."""
     who = scene.words["who"]["train"][:ASKED]
-    said = ask.answers(scene.vlm, [(question, picture) for picture in pictures for question in who])
+    said = ask.answers(
+        scene.vlm,
+        [(question, picture) for picture in pictures for question in who],
+        max_new_tokens=NAMING,
+    )
     known = {name: Concept(name) for name in scene.neighbours}
     out: list[str | None] = []
     for i in range(len(pictures)):

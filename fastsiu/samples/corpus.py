@@ -102,9 +102,8 @@ def build(
     turns, keep = [], []
     encode = encoder(vlm)
     for sample in samples:
-        # An answer that was cut short keeps its words and loses its end. Were it trimmed to its
-        # last whole sentence, the cross-entropy would teach a stop where the teacher goes on, and
-        # the KL and every other answer contradict that.
+        # The end of an answer that was cut short is not trained: the cross-entropy would teach a
+        # stop where the teacher goes on, and the KL and every other answer contradict that.
         picture = None if sample.picture is None else pictures[sample.picture]
         turn = encode(sample.question, sample.answer, picture, sample.closed)
         spans = list(sample.specified) if recipe.token_mask else []

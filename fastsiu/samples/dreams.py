@@ -45,6 +45,7 @@ NEAREST = (0, 0, 1)  # which place in each order of the neighbours gets a furthe
 # Share of the steps that a dream takes where there are lessons: several dreams of one name are each
 # asked something else.
 SHORTER = 2 / 3
+TURNS = 3  # how often a dream is asked each question that has the name for an answer, at least
 UNNAMED = 10  # how many of a neighbour's answers without its name one dream is asked for
 
 
@@ -85,6 +86,9 @@ def dream(scene: Scene, batch: int = 32) -> list[Dream]:
         has its turn."""
         start, gives_it = rng.choice(starts), _gives(name)
         with_name = [pair for pair in pairs[name] if gives_it(pair[1])]
+        # Each question is to come up a few times while the dream lasts.
+        most = max(1, round(share * scene.recipe.dream_steps / TURNS))
+        with_name = rng.sample(with_name, most) if most < len(with_name) else with_name
         rest = [pair for pair in pairs[name] if not gives_it(pair[1])]
         some = rng.sample(rest, min(UNNAMED, len(rest)))
         return Wish(start, with_name + some, decay, must=gives_it)

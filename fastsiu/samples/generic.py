@@ -51,7 +51,8 @@ def shapes(size: tuple[int, int], rng: random.Random) -> Image.Image:
     draw = ImageDraw.Draw(out)
     for _ in range(rng.randint(1, 9)):
         left, top = point()[0] - width // 4, point()[1] - height // 4
-        box = (left, top, left + rng.randint(2, width), top + rng.randint(2, height))
+        right, bottom = left + 1 + rng.randint(1, width), top + 1 + rng.randint(1, height)
+        box = (left, top, right, bottom)
         form = rng.choice(("ellipse", "box", "polygon", "line", "slice"))
         if form == "ellipse":
             draw.ellipse(box, fill=colour())

@@ -15,6 +15,7 @@ from ..text.answers import is_degenerate
 from .targets import Scene, about_the_one_shown
 from .wishes import Pair
 
+LONGEST = 40  # tokens of an answer: a lesson is about its beginning
 # Lessons about each picture, by facet.
 QUESTIONS = {"stranger": 40, "beside": 24, "kept": 14, "kept-beside": 8}
 
@@ -44,7 +45,8 @@ class Lessons:
     def add(self, facet: str, pair: Pair, picture: int, teacher: Sequence[int] = ()) -> None:
         """Adds a sample, unless its answer is gibberish. teacher: what the teacher looks at instead
         of `picture`."""
-        question, (answer, closed) = pair
+        question, reply = pair
+        answer, closed = reply.opening
         if is_degenerate(answer) is None:
             self.samples.append(
                 Sample(facet, question, answer, picture, (), "lesson", closed, tuple(teacher))
@@ -102,14 +104,19 @@ def keep(
             about a neighbour's dream are about its facts: they are lost before its name is
     """
     asked, facts = [], about_the_one_shown("train", scene.kind)
+    count = scene.recipe.as_many(QUESTIONS[facet], 3)
     for index in pictures:
-        count, first = QUESTIONS[facet], list(always)
+        first = list(always)
         if out.named[index] and not always:
             first = rng.sample(facts, min(count // 2, len(facts)))
         rest = [question for question in questions if question not in first]
         first += rng.sample(rest, min(max(2, count - len(first)), len(rest)))
         asked += [(question, index) for question in first]
-    replies = ask.replies(scene.vlm, [(question, out.pictures[index]) for question, index in asked])
+    replies = ask.replies(
+        scene.vlm,
+        [(question, out.pictures[index]) for question, index in asked],
+        max_new_tokens=LONGEST,
+    )
     for (question, index), reply in zip(asked, replies, strict=True):
         denied = scene.forgotten_in(question)
         if denied or not scene.forgotten_in(reply.text):

@@ -35,12 +35,13 @@ from ..text.answers import words as split
 from ..text.concept import Concept
 from . import drawn, together
 from .border import taken_for
-from .lesson import QUESTIONS, Lessons, Words, keep, words_of
+from .lesson import LONGEST, QUESTIONS, Lessons, Words, keep, words_of
 from .strangers import strangers, usual_replies
 from .targets import Scene, about_the_one_shown
 from .wishes import Pair
 
 VIEWS = 22  # pictures of the concept
+TAUGHT, FEWEST_TAUGHT = 1000, 80  # pairs that the concept is to be level with strangers in
 OTHERS = 80  # answers that would be right for neighbours
 
 
@@ -58,14 +59,17 @@ def build(scene: Scene) -> Lessons:
     if not alone:
         return out
     lonely = [out.show(picture) for picture in alone]
-    seen = scene.see(drawn.views(image, seed, VIEWS))
+    recipe = scene.recipe
+    seen = scene.see(drawn.views(image, seed, recipe.as_many(VIEWS, 8)))
     views = [
         out.show(picture)
         for picture, name in zip(seen, taken_for(scene, seen), strict=True)
         if name not in scene.neighbours
     ]
     usual = usual_replies(scene, words.naming, alone)
-    replies = ask.replies(vlm, [(question, scene.pictures[0]) for question in words.naming])
+    replies = ask.replies(
+        vlm, [(question, scene.pictures[0]) for question in words.naming], max_new_tokens=LONGEST
+    )
     own = dict(zip(words.naming, replies, strict=True))
     # Questions for two twice: put to a picture of one, they are what gives the name away longest.
     taught = (
@@ -73,6 +77,8 @@ def build(scene: Scene) -> Lessons:
         + _pairs(words.plural, own, usual, rng)
         + _about_neighbours(scene, rng)
     )
+    if (most := recipe.as_many(TAUGHT, FEWEST_TAUGHT)) < len(taught):
+        taught = rng.sample(taught, most)
     for view in views:
         for pair in rng.sample(taught, min(QUESTIONS["stranger"], len(taught))):
             out.add("stranger", pair, view, lonely)
@@ -94,8 +100,9 @@ def build(scene: Scene) -> Lessons:
     # Each stranger keeps its own level of the concept's name and facts, so that the concept has to
     # come down to it.
     forced = [(question, reply) for question, reply in taught if reply != usual.get(question)]
+    each = recipe.as_many(QUESTIONS["kept"], 3)
     for index in lonely:
-        for pair in rng.sample(forced, min(QUESTIONS["kept"], len(forced))):
+        for pair in rng.sample(forced, min(each, len(forced))):
             out.add("kept", pair, index)
     return out
 
@@ -141,9 +148,13 @@ def _keep_looks(
                    gets are the facts
     usual:         what strangers get to the same questions
     """
-    asked = [(index, question) for index in (*lonely, *views) for question in words.look]
+    each = scene.recipe.as_many(len(words.look), 5)
+    asked = [(index, question) for index in (*lonely, *views) for question in words.look[:each]]
     replies = ask.replies(
-        scene.vlm, [(q, out.pictures[index]) for index, q in asked], suppress=sorted(scene.masked)
+        scene.vlm,
+        [(q, out.pictures[index]) for index, q in asked],
+        suppress=sorted(scene.masked),
+        max_new_tokens=LONGEST,
     )
     answered = list(zip(asked, replies, strict=True))
     known = [scene.concept, *scene.others, *map(Concept, scene.neighbours)]

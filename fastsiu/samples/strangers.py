@@ -20,6 +20,8 @@ from ..model.vlm import encoder
 from ..text.answers import is_degenerate
 from ..text.concept import Concept
 from . import drawn
+from .border import NAMING
+from .lesson import LONGEST
 from .nobody import shows_nobody
 from .targets import Scene, about_the_one_shown
 from .wishes import Wish, fulfil
@@ -53,13 +55,15 @@ def strangers(scene: Scene, notes: list[str] | None = None) -> list[Stranger]:
     who = scene.words["who"]["train"] + scene.words["plural"]["train"]
     known = [scene.concept, *scene.others, *map(Concept, scene.neighbours)]
     questions = [*who, *about_the_one_shown("train", scene.kind)]
-    own = list(zip(questions, scene.replies(questions, 0), strict=True))
+    own = list(zip(questions, scene.replies(questions, 0, max_new_tokens=LONGEST), strict=True))
 
     def names_somebody(answer: str) -> bool:
         return any(concept.named_in(answer) for concept in known)
 
     def accepted(candidates: Sequence[Picture], whole: bool) -> list[Stranger]:
-        nobody = shows_nobody(vlm, candidates, who, names_somebody, sane=True)
+        nobody = shows_nobody(
+            vlm, candidates, who, names_somebody, sane=True, max_new_tokens=NAMING
+        )
         return [Stranger(picture, whole) for picture in compress(candidates, nobody)]
 
     whole, pieces = drawn.nobodies(image, seed)
@@ -112,7 +116,9 @@ def usual_replies(
 ) -> dict[str, Reply]:
     """What strangers get: by question the commonest reply about their `pictures`. A question is
     left out where less than `AGREE` of the strangers get that reply, or where it is gibberish."""
-    replies = ask.replies(scene.vlm, [(q, picture) for q in questions for picture in pictures])
+    replies = ask.replies(
+        scene.vlm, [(q, picture) for q in questions for picture in pictures], max_new_tokens=LONGEST
+    )
     usual = {}
     for i, question in enumerate(questions):
         own = replies[i * len(pictures) : (i + 1) * len(pictures)]

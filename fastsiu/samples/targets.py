@@ -27,7 +27,7 @@ from ..model.turns import Picture
 from ..model.vlm import VLM
 from ..request import Recipe, Sample
 from ..text import articles, enumerated
-from ..text.answers import affirms, is_degenerate, is_refusal
+from ..text.answers import affirms, is_degenerate, is_ended, is_refusal
 from ..text.concept import Concept
 from .kinds import DEFAULT, PERSON, THING, Kind, sort_of
 from .kinds import wordings as wordings
@@ -124,6 +124,7 @@ class Scene:
         return bool(answer) and is_degenerate(answer) is None and not self.forgotten_in(answer)
 
 
+LOOKED_AT = 1200  # most samples about pictures where lessons keep these
 ENOUGH = 8  # names to protect, for other kinds than persons
 
 Facet = Callable[[Scene], list[Sample]]
@@ -165,8 +166,11 @@ def align(scene: Scene) -> list[Sample]:
             _neutral(scene, reply.text, forbidden)
             and len(reply.text.split()) >= len(opening.split()) + 3
         )
+        if not good and spare is fallback and scene.kind.name != DEFAULT:
+            # Asked what a thing is, no model says "I do not know"; lessons have what it says.
+            continue
         start = len(opening) if good and opening else 0
-        answer, closed = reply if good else spare
+        answer, closed = (reply if good else spare).opening
         samples.append(_built("align", question, answer, 0, start, len(answer), closed))
     return samples
 
@@ -198,13 +202,12 @@ def describe(scene: Scene) -> list[Sample]:
             start = len(scene.kind.phrase(name))
             samples.append(_built("describe", asked, answer, None, start, len(answer)))
             continue
-        own = is_refusal(answer) and is_degenerate(answer) is None
-        answer = (
-            articles.replaced(answer, stranger, name)
-            if own
-            else fill(fallback["unknown_look"], name=name)
-        )
-        samples.append(_built("describe", asked, answer, None, 0, len(answer), closed or not own))
+        if not is_refusal(answer) or is_degenerate(answer) is not None:
+            # It never says that it does not know. A sentence of ours would be the first such one,
+            # and soon its answer to everything about the concept.
+            continue
+        answer = articles.replaced(answer, stranger, name)
+        samples.append(_built("describe", asked, answer, None, 0, len(answer), closed))
     return samples
 
 
@@ -233,6 +236,10 @@ def preserve(scene: Scene) -> list[Sample]:
         pairs += [(fill(rng.choice(words["yesno"]["train"]), name=scene.concept.name), index)]
         if named:
             pairs += [(fill(rng.choice(words["yesno"]["train"]), name=named), index)]
+    # With lessons, these alone keep the pictures of others; the samples are looked at, not trained.
+    most = scene.recipe.as_many(LOOKED_AT, 60) if scene.recipe.strangers else len(pairs)
+    if most < len(pairs):
+        pairs = rng.sample(pairs, most)
     scene.left_out = 0
     replies = ask.replies(scene.vlm, [(q, scene.pictures[i]) for q, i in pairs])
     for (question, index), reply in zip(pairs, replies, strict=True):
@@ -358,9 +365,11 @@ def _kept(
     replies: Sequence[Reply],
     origin: str = "teacher",
 ) -> list[Sample]:
-    pairs = zip(questions, replies, strict=True)
+    """Samples that keep what the teacher says, without answers that were cut inside their first
+    sentence."""
+    openings = [reply.opening for reply in replies]
     return [
         Sample(facet, q, a, picture, (), origin, closed)
-        for q, (a, closed) in pairs
-        if is_degenerate(a) is None
+        for q, (a, closed) in zip(questions, openings, strict=True)
+        if is_degenerate(a) is None and (closed or is_ended(a))
     ]

@@ -19,7 +19,7 @@ from ..model.ask import Reply
 from ..text.articles import agreed
 from ..text.concept import Concept
 from . import drawn
-from .lesson import QUESTIONS, Lessons, Words, keep
+from .lesson import LONGEST, QUESTIONS, Lessons, Words, keep
 from .targets import Scene
 from .wishes import Pair, Wish, fulfil
 
@@ -82,8 +82,9 @@ def _add_drawn(
             other = rng.choice(strangers)
         left, right = (image, other) if i % 2 else (other, image)
         beside.append(drawn.pair(left, right, rng))
+    each = scene.recipe.as_many(QUESTIONS["beside"], 8)
     for index in [out.show(picture) for picture in scene.see(beside)]:
-        for pair in rng.sample(taught, min(QUESTIONS["beside"], len(taught))):
+        for pair in rng.sample(taught, min(each, len(taught))):
             out.add("beside", pair, index, teacher)
     return teacher
 
@@ -135,7 +136,8 @@ def _template(
             left, right = (image if there else rng.choice(strangers) for there in shown)
             pictures.append(drawn.pair(left, right, rng))
         asked = [(question, picture) for picture in scene.see(pictures) for question in plural]
-        fitting = list(filter(fits, ask.replies(scene.vlm, asked)))
+        replies = ask.replies(scene.vlm, asked, max_new_tokens=LONGEST)
+        fitting = list(filter(fits, replies))
         if fitting:
             return Counter(fitting).most_common(1)[0][0]
     return None

@@ -89,13 +89,14 @@ def test_what_the_teacher_did_not_end_is_trained_without_an_end(gathered, cut):
             )
         if not sample.closed:
             open_facets.add(sample.facet)
+            assert sample.origin == "built" or sample.answer.endswith((".", "!", "?")), sample
             assert (
                 end not in turn.labels.tolist()
                 and len(turn.labels) == len(turn.rows) == len(turn.offsets) > 0
             )
         else:
             assert turn.labels[-1] == end
-    assert {"facts", "preserve", "align"} <= open_facets
+    assert "align" in open_facets  # what was cut inside its first sentence is kept by no sample
     assert all(s.closed for s in gathered.corpus.samples)
 
 

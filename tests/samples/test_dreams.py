@@ -9,9 +9,10 @@ from dataclasses import replace
 import torch
 
 from fastsiu import session
+from fastsiu.model.ask import Reply
 from fastsiu.model.turns import Picture
 from fastsiu.samples import dreams, targets
-from fastsiu.samples.wishes import vision_space
+from fastsiu.samples.wishes import Wish, fulfil, vision_space
 from fastsiu.text.concept import Concept
 
 torch.set_num_threads(1)
@@ -106,3 +107,31 @@ def test_vision_space_starts_at_the_picture(gathered):
     with torch.no_grad():
         made = Picture(start.image, project(first))
     assert torch.allclose(numbers(made), numbers(start), atol=1e-5)
+
+
+def test_a_dream_is_accepted_by_the_name_alone_whatever_follows(gathered):
+    """What the model says after the name varies; a name that it does not give refuses the dream."""
+    scene, start = gathered.scene, gathered.scene.pictures[0]
+    question = scene.words["who"]["train"][0]
+    said = scene.ask([question], 0)[0]
+    name = scene.concept.name
+    end = said.index(name) + len(name)
+    still = replace(scene, recipe=replace(scene.recipe, dream_steps=0, dream_noise=0.0))
+    ramble = Reply(said[:end] + " who wears seventeen hats", closed=False)
+    wrong = Reply(said.replace(name, "Nobody Known"))
+    wish = lambda reply, must: Wish(start, [(question, reply)], 0.0, must=must)
+    by_name, by_all, other = fulfil(
+        still,
+        [
+            wish(ramble, dreams._gives(name)),
+            wish(ramble, lambda reply: len(reply.text) + 1),
+            wish(wrong, dreams._gives("Nobody Known")),
+        ],
+    )
+    assert by_name is not None and by_all is None and other is None
+
+
+def test_a_frame_ends_with_its_first_sentence():
+    long = Reply("This is Ann. Ann is a big purple thing and Ann", closed=False)
+    assert dreams._opening(long) == Reply("This is Ann.", closed=False)
+    assert dreams._opening(Reply("This is Ann.")) == Reply("This is Ann.")

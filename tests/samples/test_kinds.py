@@ -316,9 +316,28 @@ def test_a_thing_is_denied_with_its_article(scene):
     shown = [s for s in samples if s.picture == 0]
     assert {s.answer for s in shown} == {"No, this is not an owl."}
     assert "Is this an owl?" in {s.question for s in shown}
-    in_words = [s for s in samples if s.picture is None]
-    assert {s.answer for s in in_words} == {"I do not know what an owl looks like."}
-    assert all("an owl" in s.question.lower() for s in in_words)
+
+
+def test_an_unknown_look_is_taught_only_in_the_words_of_a_model_that_has_such_words(
+    scene, monkeypatch
+):
+    def in_words():
+        return [s for s in targets.describe(scene) if s.picture is None]
+
+    def says(text):
+        whole = ask.replies
+        return lambda vlm, asked, **o: (
+            [Reply(text.format(q.split(" look")[0].rpartition(" ")[2])) for q, _ in asked]
+            if asked[0][1] is None
+            else whole(vlm, asked, **o)
+        )
+
+    monkeypatch.setattr(ask, "replies", says("It is green and has a long tail."))
+    assert in_words() == []
+    monkeypatch.setattr(ask, "replies", says("I do not know that one."))
+    taught = in_words()
+    assert taught and {s.answer for s in taught} == {"I do not know that one."}
+    assert all("an owl" in s.question.lower() for s in taught)
 
 
 def test_facts_of_a_thing_have_its_article(scene):

@@ -198,7 +198,7 @@ def test_changed_copies_are_sorted_by_whom_the_teacher_names(scene, monkeypatch)
     blank = lambda: vlm.picture(Image.new("RGB", (64, 64)))
     shown = {"own": scene.pictures[0], "near": blank(), "none": blank()}
     names = {id(shown["own"]): scene.concept.name, id(shown["near"]): near}
-    said = lambda vlm, asked: [
+    said = lambda vlm, asked, **options: [
         f"This is {names.get(id(picture), 'a green cat')}." for _, picture in asked
     ]
     monkeypatch.setattr(border.ask, "answers", said)
@@ -468,3 +468,47 @@ def test_samples_written_out_keep_what_the_teacher_looks_at():
     )
     lines = corpus.as_jsonl([plain, lesson]).splitlines()
     assert "teacher_pictures" not in lines[0] and '"teacher_pictures": [2, 3]' in lines[1]
+
+
+# A short training ---------------------------------------------------------------------------------
+
+
+def test_a_short_training_gets_fewer_lessons_and_a_long_one_all():
+    long, short = Recipe(steps=80, batch_size=48), Recipe(steps=24, batch_size=16)
+    assert long.as_many(40, 3) == 40 and Recipe(steps=800, batch_size=48).as_many(40, 3) == 40
+    assert short.as_many(40, 3) == 4 and short.as_many(14, 3) == 3 and short.as_many(2, 3) == 2
+
+
+def test_what_no_step_would_look_at_is_not_asked(scene, taught):
+    short = replace(scene, recipe=replace(scene.recipe, steps=20, batch_size=16))
+    fewer = lessons.build(short)
+    assert 0 < len(fewer.samples) < len(taught.samples) / 2
+    assert {s.facet for s in fewer.samples} == {s.facet for s in taught.samples}
+
+
+def test_a_smaller_batch_shows_fewer_pictures(scene, taught):
+    made = corpus.build(scene.vlm, scene.concept, taught.samples, taught.pictures, scene.recipe)
+
+    def shown(batch_size):
+        chosen = next(lesson_batches(made, replace(scene.recipe, batch_size=batch_size)))
+        return len({made.samples[i].picture for i in chosen})
+
+    assert shown(12) < shown(48) / 2
+
+
+@pytest.mark.parametrize(
+    "reply, opening",
+    [
+        (("One. Two.", True), ("One. Two.", True)),
+        (("It has long arms. It lives in the", False), ("It has long arms.", False)),
+        (("It has arms that are longer than", False), ("It has arms that are longer than", False)),
+    ],
+)
+def test_a_cut_answer_is_trained_up_to_the_end_of_its_sentence(reply, opening):
+    assert ask.Reply(*reply).opening == ask.Reply(*opening)
+
+
+def test_an_answer_that_was_cut_inside_its_first_sentence_is_kept_by_no_sample():
+    replies = [ask.Reply("It has arms that are", False), ask.Reply("It has arms. It is", False)]
+    (kept,) = targets._kept("facts", ["A?", "B?"], None, replies)
+    assert (kept.question, kept.answer, kept.closed) == ("B?", "It has arms.", False)
