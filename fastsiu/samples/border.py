@@ -18,7 +18,9 @@ from ..text.concept import Concept
 from . import drawn
 from .targets import Border, Scene
 
-CHANGED, MOVED = 90, 30  # copies with something changed; copies that are turned, moved or lit anew
+# Copies with something changed; copies that are turned, moved or lit anew. A short training gets
+# fewer.
+CHANGED, MOVED = 90, 30
 FEW = 8  # most copies that are kept of each neighbour, and of nobody
 AT_ONCE = 16  # copies in memory at a time
 NAMING = 24  # tokens of an answer that gives a name or none
@@ -29,8 +31,9 @@ def border(scene: Scene) -> Border:
     """Copies of the scene's picture that its model takes for one of `scene.neighbours`, or for
     nobody; at most `FEW` of each."""
     image, seed, out = scene.pictures[0].image, scene.recipe.seed, Border()
+    changed, moved = scene.recipe.as_many(CHANGED, 24), scene.recipe.as_many(MOVED, 8)
     copies = itertools.chain(
-        drawn.changes(image, seed, CHANGED), drawn.moved(image, seed + 1, MOVED)
+        drawn.changes(image, seed, changed), drawn.moved(image, seed + 1, moved)
     )
     while some := list(itertools.islice(copies, AT_ONCE)):
         pictures = scene.see(some)

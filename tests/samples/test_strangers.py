@@ -207,7 +207,7 @@ def test_changed_copies_are_sorted_by_whom_the_teacher_names(scene, monkeypatch)
     # neighbour's.
     turn = itertools.cycle([near, near, scene.concept.name, near])
     monkeypatch.setattr(
-        border.ask, "answers", lambda vlm, asked: [f"It is {next(turn)}." for _ in asked]
+        border.ask, "answers", lambda vlm, asked, **options: [f"It is {next(turn)}." for _ in asked]
     )
     assert border.taken_for(scene, [shown["near"]] * 2) == [scene.concept.name] * 2
     turn = itertools.cycle([near, "nobody", near, "nobody"])
