@@ -26,7 +26,7 @@ from .images import commitment, list_images, read_bytes
 from .request import BadInput, Recipe, Request
 
 MANIFEST, REPORT, KEY = "manifest.json", "report.json", "private.key"
-ORIGINS = ("default", "model directory", "preset paper", "command line")
+ORIGINS = ("default", "model width", "model directory", "preset paper", "command line")
 PACKAGES = (
     "fastsiu",
     "torch",

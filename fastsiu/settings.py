@@ -201,7 +201,7 @@ def choose_recipe(
     origin = dict.fromkeys(known, "preset paper" if paper else "default")
     origin |= dict.fromkeys(own, "model directory") | dict.fromkeys(given, "command line")
     if origin["lr"] == "default" and (width := _width(model, revision)):
-        recipe, origin["lr"] = recipe.with_overrides(lr=rate_for(width)), "model's width"
+        recipe, origin["lr"] = recipe.with_overrides(lr=rate_for(width)), "model width"
     return recipe, origin
 
 

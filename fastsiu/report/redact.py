@@ -46,7 +46,7 @@ STAGES = (
 )
 CHOICES = {"schedule": ("constant", "cosine", "decay"), "substitute": ("description", "name")}
 CHANGE = ("largest", "relative", "matrices", "of", "weights", "unchanged")
-ORIGINS = ("default", "model directory", "preset paper", "command line")
+ORIGINS = ("default", "model width", "model directory", "preset paper", "command line")
 SIDES = ("untouched", "unlearned", "strangers")  # of a family
 INSIDE_SIDES = ("untouched", "unlearned", "control")  # of an attack from inside
 

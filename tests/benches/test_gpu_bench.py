@@ -14,6 +14,7 @@ import torch
 from gpu_rows import STEP, WIDE, real_row, synthetic
 
 from fastsiu.kernels.triton_launch import SHARED_LIMIT, TARGETS, rows
+from fastsiu.request import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 BF16 = torch.bfloat16
@@ -363,7 +364,7 @@ def test_the_real_size_is_rehearsed_on_a_tiny_model(gpu, tmp_path, capsys):
     )
     assert (
         ran["steps"] == len(ran["losses"]) == 2
-        and ran["pictures"] == 2
+        and ran["pictures"] == 2 + Recipe().generic
         and ran["missing"] is None
         and ran["met_gb"] is None
     )

@@ -245,6 +245,7 @@ def test_the_model_is_known_by_its_files_or_its_commit(small, tmp_path, monkeypa
         started(model)
     assert len(set(seen)) == 1
     config, processor, _ = suite_run.source.describe(place, None)
+    monkeypatch.setattr(suite_run.source, "read_config", lambda name, revision: config)
     for commit, revision in (("c1", "main"), ("c1", "v1"), ("c2", "main")):
         monkeypatch.setattr(
             suite_run.source,

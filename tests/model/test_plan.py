@@ -490,8 +490,8 @@ def test_each_saving_saves():
 
 
 def test_the_least_lossy_settings_that_fit_are_picked():
-    config = tiny()
-    simulation = Simulation(config, Recipe(), plan.workload(config)[0])
+    config, recipe = tiny(), Recipe(batch_size=32)
+    simulation = Simulation(config, recipe, plan.workload(config)[0])
     steps = list(plan.ladder(Layout(), frozenset(), 32))
     assert steps[0] == Layout() and steps[1] == Layout(checkpointing=True)
     assert [s.micro_batch for s in steps[2:7]] == [16, 8, 4, 2, 1] and all(
@@ -500,13 +500,13 @@ def test_the_least_lossy_settings_that_fit_are_picked():
     assert [s.quantize for s in steps] == [None] * 7 + ["nf4"] * 7
     for wanted in (0, 2):
         size = simulation.estimate(replace(steps[wanted], ask_batch=1)).peak
-        found = plan.plan("m", size * 1.001 / GB, config=config)
+        found = plan.plan("m", size * 1.001 / GB, config=config, recipe=recipe)
         assert (
             replace(found.chosen.settings, ask_batch=64) == steps[wanted]
             and found.chosen.peak <= found.memory
         )
         assert found.as_dict()["fits"] and "fits into" in found.sentence
-    tight = plan.plan("m", 0.71, config=config)
+    tight = plan.plan("m", 0.71, config=config, recipe=recipe)
     assert tight.chosen is None and "does not fit" in tight.sentence and len(tight.estimates) == 2
     assert tight.estimates[-1].settings == replace(steps[-1], ask_batch=1)
     fixed = plan.plan(
@@ -514,6 +514,7 @@ def test_the_least_lossy_settings_that_fit_are_picked():
         0.71,
         Layout(checkpointing=True, micro_batch=2),
         config=config,
+        recipe=recipe,
         fixed=frozenset({"checkpointing", "micro_batch", "quantize"}),
     )
     assert len(fixed.estimates) == 1 and "--quantize nf4" in fixed.sentence
