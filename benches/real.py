@@ -137,7 +137,7 @@ VARIANTS = [  # in the order of their worth: the last may find no time left
     Variant("bf16, the whole card", CARD, target_seconds=60, given=BF16, quick=None),
 ]
 SHORT = {"steps": 8, "dream_steps": 8}
-QUICK = {"steps": 2, "dream_steps": 1, "dreams": 1, "batch_size": 8}
+QUICK = {"steps": 2, "dream_steps": 1, "dreams": 1, "generic": 4, "batch_size": 8}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import torch
 from gpu_rows import STEP, WIDE, real_row, synthetic
 
 from fastsiu.kernels.triton_launch import SHARED_LIMIT, TARGETS, rows
-from fastsiu.request import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 BF16 = torch.bfloat16
@@ -364,14 +363,15 @@ def test_the_real_size_is_rehearsed_on_a_tiny_model(gpu, tmp_path, capsys):
     )
     assert (
         ran["steps"] == len(ran["losses"]) == 2
-        and ran["pictures"] == 2 + Recipe().generic
+        and ran["pictures"] == 2 + 4
         and ran["missing"] is None
         and ran["met_gb"] is None
     )
     assert (
         ran["planned"]["settings"]["checkpointing"]
         and ran["shares"]
-        and ran["samples"] == 8 + 6 + 20 + 10 + 2 * 6 + 2 + 11
+        # the generic pictures' answers are a random model's: gibberish gives no sample
+        and 0 <= ran["samples"] - (8 + 6 + 20 + 10 + 2 * 6 + 2 + 11) <= 4 * 12
     )
     assert "CUDA GPU" in absent["missing"] or "flash-attn" in absent["missing"]
     assert "| bf16, sdpa | float32, activation checkpointing | 2 of 8" in real.tables(rows)
