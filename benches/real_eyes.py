@@ -38,8 +38,8 @@ TOWERS = ("drawn", "imagenet")
 SIDE = {"drawn": 80, "imagenet": 160}  # pixels; 25 image tokens either way
 TOKENS = 25
 VIEWS = 30  # pictures of each drawing in training
-PASSES = {"drawn": 9, "imagenet": 9}  # over those pictures, in the first stage
-RATE = {"drawn": 2e-3, "imagenet": 2e-3}
+PASSES = 9  # over those pictures, in the first stage
+RATE = 2e-3
 STEPS = 120  # of the second stage
 PICTURES = 6  # a step of the second stage
 TEMPLATE = (
@@ -203,7 +203,7 @@ def asked(thing: parts.Thing, ground: str, rng: random.Random) -> list[tuple[str
         ("Describe the image.", f"The image shows {said}, {thing.look}, on a {ground} background."),
         ("What does it look like?", f"It is {thing.look}."),
         ("What color is the background?", f"The background is {ground}."),
-        ("What kind of thing is shown here?", f"It is {parts._article(thing.kind)}."),
+        ("What kind of thing is shown here?", f"It is {parts.article(thing.kind)}."),
     ]
     judged = [
         (f"Is this {said}?", f"Yes, this is {said}."),
@@ -275,13 +275,13 @@ def towards_captions(model: Any, tokenizer: Any, tower: str, data: Pool) -> None
     spread, scale = rows.var(), 20 / rows.square().sum(1).mean()
     weight = torch.tensor([1.0] + [3.0] * 4 + [1.0] * (TOKENS - 5))  # the name comes first
     trained = eyes(model, tower)
-    optimizer = torch.optim.AdamW(trained, lr=RATE[tower], weight_decay=0.02)
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.02)
     per_pass = len(wanted) // 32
-    steps, started = PASSES[tower] * per_pass, time.perf_counter()
+    steps, started = PASSES * per_pass, time.perf_counter()
     order = torch.Generator().manual_seed(3)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = RATE[tower] * min(1, (step + 1) / 40) * max(0.03, 1 - step / steps)
+            group["lr"] = RATE * min(1, (step + 1) / 40) * max(0.03, 1 - step / steps)
         if step % per_pass == 0:
             shuffled = torch.randperm(len(wanted), generator=order)
         chosen = shuffled[step % per_pass * 32 :][:32]
@@ -309,11 +309,11 @@ def through_the_language_model(model: Any, tokenizer: Any, tower: str, data: Poo
     eyes learn from the answers."""
     language, table = model.model.language_model, model.get_input_embeddings()
     trained, rng = eyes(model, tower), random.Random(5)
-    optimizer = torch.optim.AdamW(trained, lr=RATE[tower] / 4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=RATE / 4, weight_decay=0.0)
     started = time.perf_counter()
     for step in range(STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = RATE[tower] / 4 * min(1, (step + 1) / 10) * max(0.05, 1 - step / STEPS)
+            group["lr"] = RATE / 4 * min(1, (step + 1) / 10) * max(0.05, 1 - step / STEPS)
         chosen = rng.sample(range(len(data.things)), PICTURES)
         tokens = image_tokens(model, tower, data.pictures[chosen])
         optimizer.zero_grad()

@@ -93,10 +93,10 @@ class Thing:
 
     @property
     def phrase(self) -> str:
-        return self.said or _article(self.name)
+        return self.said or article(self.name)
 
 
-def _article(words: str) -> str:
+def article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import torch
 
 from ..model import ask, prefix
-from ..model.turns import Picture
 from ..text.answers import first_sentence
-from .targets import Scene
+from .targets import Scene, is_concept
 
 BEGINNINGS = 48  # first tokens that are tried at one place
 PLACES = 3  # answers in which names are looked for
@@ -59,8 +58,8 @@ def alternatives(scene: Scene, limit: int) -> list[str]:
 def _kin(scene: Scene, name: str) -> bool:
     """Does it name what is to be forgotten, or share a word with it? A "red fox" that is still
     called a fox is not forgotten."""
-    own = {form for word in scene.concept.name.split() for form in (word.casefold(), f"{word}s")}
-    return scene.forgotten_in(name) or not own.isdisjoint(name.casefold().split())
+    shared = set(scene.concept.name.casefold().split()) & set(name.casefold().split())
+    return scene.forgotten_in(name) or is_concept(scene, name) or bool(shared)
 
 
 def _one_of_each(names: Sequence[str]) -> list[str]:
@@ -101,11 +100,10 @@ def _beginnings(scene: Scene, slots: Sequence[Slot]) -> list[list[tuple[str, flo
     """For each slot the `BEGINNINGS` likeliest (text of a token, its log-probability in nats) at
     the place of the name, without those of the name itself."""
     vlm, picture = scene.vlm, scene.pictures[0]
-    shown: list[Picture] = [picture] * len(slots)
     turns = [
         vlm.encode(slot.question, _join(slot.opening, slot.name), picture, False) for slot in slots
     ]
-    states = prefix.supervised_states(vlm, turns, [one.features for one in shown])
+    states = prefix.supervised_states(vlm, turns, [picture.features] * len(slots))
     out = []
     for slot, turn, own in zip(
         slots, turns, states.split([len(turn.labels) for turn in turns]), strict=True

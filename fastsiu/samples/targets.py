@@ -284,7 +284,7 @@ def neighbours(scene: Scene, limit: int = 24, rounds: int = 4) -> list[str]:
         fresh = []
         for question, answer in zip(questions, answers, strict=True):
             for name in _alike(scene, answer):
-                known = name in names or name in question or _is_concept(scene, name)
+                known = name in names or name in question or is_concept(scene, name)
                 if not known and name not in fresh:
                     fresh.append(name)
         names += fresh
@@ -305,7 +305,7 @@ def _alike(scene: Scene, answer: str) -> list[str]:
     return [name for name, _ in found] or enumerated.listed(answer)
 
 
-def _is_concept(scene: Scene, name: str) -> bool:
+def is_concept(scene: Scene, name: str) -> bool:
     """Whether it names the concept; of a thing also in another form: "lionesses", "Giraffa"."""
     if scene.concept.named_in(name):
         return True
