@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from .family import Family, percent
+from .kept import LOST, is_kept, kept_by_noise, losses
 from .text.answers import (
     FUNCTION_WORDS,
     affirms,
@@ -16,11 +17,12 @@ from .text.answers import (
     is_refusal,
     nearly,
     same_answer,
-    same_beginning,
     words,
 )
-from .text.rate import Rate, wilson
+from .text.rate import Rate
 
+# What has to be kept, as a sentence calls it.
+OTHERS_SHOWN, IN_WORDS = "answers about other pictures", "answers without a picture"
 KINDS = ("efficacy", "generality", "recognition", "specificity", "facts")
 
 # The thresholds of the verdict, shares between 0 and 1 unless said otherwise. Those of a family of
@@ -32,22 +34,11 @@ RECOGNITION = 0.90  # questions that hold the name whose answers must no longer 
 # was measured, it is this share of what noise alone keeps.
 SPECIFICITY = 0.90
 FACTS = 0.90
-# Nats by which the unlearned model may turn away from the untouched model's first sentence
-# (`Answer.lost`). Layers in bfloat16 turn SmolLM2-135M away by 0.04 at most. Of a word that the
-# untouched model says with a probability above 0.64, no flip is excused: it would have to fall
-# below one half, which costs more. So only near-ties are.
-LOST = 0.25
-# Noise that keeps less than this share excuses no more: then the answers say little anyway.
-FLOOR = 0.5
 # Count of answers that may become empty, repetition or gibberish.
 NEW_DEGENERATE = 0
 REFUSAL_RISE = 0.10  # rise of the share of refusals elsewhere that counts as refusing everything
 # Answers about the concept's pictures that may newly give another's name in its place.
 RENAMED = 0.05
-# A part of specificity or facts is lost where even the upper end of its interval lies below what
-# the kind demands. Among many parts one is low by chance, so the interval is the 99.9 % one: 1 of 3
-# answers that agree is no loss, 0 of 6 or 3 of 9 is.
-PART_Z = 3.29
 # A description that keeps this share of the untouched description's content words still tells the
 # look.
 APPEARANCE = 0.60
@@ -180,7 +171,7 @@ def judge(
                                the noise floor: the share that it keeps when it is computed with
                                other rounding, 1 where that was not measured
     Of specificity and facts, the share that the thresholds say of the noise floor has to be kept.
-    Where they are kept as a whole, no `part` of them may be lost (`PART_Z`).
+    Where they are kept as a whole, no `part` of them may be lost (`kept.PART_Z`).
     A kind without answers is null, with the sentence from `reasons_for_null`, and decides nothing.
     But without efficacy and without generality the verdict is "not forgotten".
 
@@ -196,21 +187,22 @@ def judge(
     after: dict[str, Rate] = {}
     for kind, given in by_kind.items():
         before[kind], after[kind] = _rates(kind, given, concept, reasons_for_null or {}, limits)
-    reasons = [
+    found = [
         *_name_reasons(before, after, limits),
         *_renamed_reasons([*by_kind["efficacy"], *by_kind["generality"]], concept, others, limits),
-        *_kept_reasons(by_kind, limits),
+        *losses(by_kind["specificity"], OTHERS_SHOWN, limits.specificity, limits.lost),
+        *losses(by_kind["facts"], IN_WORDS, limits.facts, limits.lost),
         *_degenerate_reasons(answers, limits),
         *_refusal_reasons(by_kind, limits),
     ]
     ranked = sorted(families, key=lambda family: (not family.applicable, -family.excess))
-    reasons += [family.reason for family in ranked if family.failed]
+    found += [family.reason for family in ranked if family.failed]
     headline = None
     if ranked and ranked[0].applicable:
         headline = replace(ranked[0], examples=()).as_dict()
     return Verdict(
-        forgotten=not reasons,
-        reasons=reasons,
+        forgotten=not found,
+        reasons=found,
         before={kind: rate.as_dict() for kind, rate in before.items()},
         after={kind: rate.as_dict() for kind, rate in after.items()},
         thresholds=asdict(limits),
@@ -264,34 +256,6 @@ def confirms(asked: Answer, text: str, concept: Named) -> bool:
     return len(told & set(words(text))) >= APPEARANCE * len(told)
 
 
-def kept(
-    before: str,
-    after: str,
-    lost: float | None = None,
-    cut: tuple[bool, bool] = (False, False),
-    most: float = LOST,
-) -> bool:
-    """Is the answer `after` still the untouched model's, `before`? The first sentence is the same,
-    or the unlearned model turns away from it by no more than `most` nats.
-
-    lost, cut: as in `Answer`
-    """
-    return same_beginning(before, after, cut) or (lost is not None and lost <= most)
-
-
-def demanded(least: float, floor: float | None) -> float:
-    """The share that has to be kept where noise alone keeps the share `floor`: `least` of that."""
-    return least * max(FLOOR, 1.0 if floor is None else floor)
-
-
-def _kept(answer: Answer, limits: Thresholds) -> bool:
-    return kept(answer.before, answer.after, answer.lost, answer.cut, limits.lost)
-
-
-def _kept_by_noise(answer: Answer, limits: Thresholds) -> bool:
-    return answer.noise is None or answer.noise <= limits.lost
-
-
 # Rates --------------------------------------------------------------------------------------------
 
 
@@ -317,8 +281,8 @@ def _rates(
             null = Rate(None, reason=_UNCONFIRMED)
             return null, null
     else:
-        was = sum(_kept_by_noise(a, limits) for a in given)
-        now = sum(_kept(a, limits) for a in given)
+        was = sum(kept_by_noise(a, limits.lost) for a in given)
+        now = sum(is_kept(a, limits.lost) for a in given)
     return Rate.of(was, n), Rate.of(now, n)
 
 
@@ -375,65 +339,6 @@ def _renamed_reasons(
         f"instead ({percent(len(new) / len(given))}; at most {percent(limits.renamed)} is "
         f"allowed), first {new[0].after!r} to {new[0].question!r}."
     ]
-
-
-def _kept_reasons(by_kind: Mapping[str, Sequence[Answer]], limits: Thresholds) -> list[str]:
-    reasons = []
-    for kind, what in (
-        ("specificity", "answers about other pictures"),
-        ("facts", "answers without a picture"),
-    ):
-        whole, least = _Kept.of(by_kind[kind], limits), getattr(limits, kind)
-        if not whole.n:
-            continue
-        if whole.share < whole.demanded(least):
-            reasons.append(f"Only {whole.told(what, least)}.")
-            continue
-        parts: dict[str, list[Answer]] = {}
-        for answer in by_kind[kind]:
-            parts.setdefault(answer.part, []).append(answer)
-        for name, some in parts.items():
-            part = _Kept.of(some, limits)
-            if name and wilson(part.kept, part.n, PART_Z)[1] < part.demanded(least):
-                reasons.append(
-                    f"Of {what} a part is lost: only {part.told('', least)}, those about {name}."
-                )
-    return reasons
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """How many of n answers are kept, and how many noise alone keeps; None: not measured."""
-
-    n: int
-    kept: int
-    by_noise: int | None
-
-    @classmethod
-    def of(cls, given: Sequence[Answer], limits: Thresholds) -> _Kept:
-        measured = any(a.noise is not None for a in given)
-        return cls(
-            len(given),
-            sum(_kept(a, limits) for a in given),
-            sum(_kept_by_noise(a, limits) for a in given) if measured else None,
-        )
-
-    @property
-    def share(self) -> float:
-        return self.kept / self.n
-
-    def demanded(self, least: float) -> float:
-        return demanded(least, None if self.by_noise is None else self.by_noise / self.n)
-
-    def told(self, what: str, least: float) -> str:
-        """The numbers as a part of a sentence."""
-        start = f"{self.kept} of {self.n} {what}".rstrip() + " agree with the untouched model"
-        if self.by_noise is None:
-            return f"{start} ({percent(self.share)}; at least {percent(least)} is required)"
-        return (
-            f"{start} ({percent(self.share)}; noise alone keeps {self.by_noise}, so at least "
-            f"{percent(self.demanded(least))} is required)"
-        )
 
 
 def _degenerate_reasons(answers: Sequence[Answer], limits: Thresholds) -> list[str]:

@@ -18,7 +18,7 @@ FLOORS = (
     ("loss",),
     ("staging", "manifest", "process", "request_file"),
     ("model",),
-    ("family", "verdict", "objectives"),
+    ("family", "kept", "verdict", "objectives"),
     ("samples",),
     ("batches", "look"),
     ("train",),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..kept import kept
 from ..text.answers import affirms, denies, holds
 from ..text.concept import Concept
-from ..verdict import gives, kept
+from ..verdict import gives
 from . import noise
 from .exam import OF_CONCEPT, Cell, Exam
 from .observe import Observations
@@ -37,7 +38,7 @@ class Pair(NamedTuple):
 
     @property
     def kept(self) -> bool:
-        """Is the answer still the untouched model's (`verdict.kept`)?"""
+        """Is the answer still the untouched model's (`kept.kept`)?"""
         return kept(self.before, self.after, self.lost, self.cut)
 
 

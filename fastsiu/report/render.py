@@ -18,10 +18,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
+from ..kept import LOST, demanded, kept
 from ..request import BadInput
 from ..text.answers import affirms, same_answer
 from ..text.concept import Concept
-from ..verdict import LOST, demanded, kept
 from .plot import chart, sides, trade_off, untouched_alone
 from .summary import attacked, inside, standing
 from .words import (

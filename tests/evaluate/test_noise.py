@@ -8,8 +8,9 @@ import pytest
 
 from fastsiu.evaluate import held_out, noise
 from fastsiu.evaluate.noise import REORDERED, ROUNDED, Sentence, lost
+from fastsiu.kept import LOST
 from fastsiu.model import adapter, ask, rounding, vlm
-from fastsiu.verdict import LOST, Answer, judge
+from fastsiu.verdict import Answer, judge
 
 
 def sentence(*tokens) -> Sentence:
