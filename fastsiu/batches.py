@@ -13,7 +13,7 @@ from .model import prefix
 from .model.features import map_features
 from .model.vlm import VLM
 from .objectives import Batch
-from .request import CHANGES, SHARES, Recipe
+from .request import CHANGES, IN_WORDS, SHARES, Recipe
 from .samples.corpus import FORGET, Corpus
 
 # A step has two batches of lessons, of those that change something and of those that keep. Of each
@@ -29,6 +29,9 @@ PARTS = {
     "kept-beside": 0.25,
     "look": 0.2,
 }
+# Lessons in words come on top: so many for each sample of the batch. They cost little, since no
+# picture stands before them.
+WORDS = 0.5
 # Noise on the picture of a lesson about one, in units of each channel's standard deviation: new in
 # every step, while the teacher saw the picture without it. Two beside each other are half as large,
 # and fine looks finer still: there the noise would blur what is to be told.
@@ -61,14 +64,18 @@ def batches(corpus: Corpus, recipe: Recipe, without: Sequence[str] = ()) -> Iter
 
 
 def lesson_batches(lessons: Corpus, recipe: Recipe) -> Iterator[list[int]]:
-    """Endless batches: indices of about `batch_size` lessons, each facet at its part. A batch shows
-    few pictures and asks several questions about each."""
+    """Endless batches: indices of about `batch_size` lessons about pictures, each facet at its
+    part, and on top of them those in words. A batch shows few pictures and asks several questions
+    about each."""
     rng = random.Random(recipe.seed + 1)
     about: dict[str, dict[int | None, list[int]]] = {}
     for i, sample in enumerate(lessons.samples):
         about.setdefault(sample.facet, {}).setdefault(sample.picture, []).append(i)
+    words = about.pop(IN_WORDS, {}).get(None, [])
+    some = min(len(words), max(1, round(recipe.batch_size * WORDS)))
     whole = sum(PARTS[name] for name in about)
     sizes = {name: max(1, round(recipe.batch_size * PARTS[name] / whole)) for name in about}
+    deck: list[int] = []
     while True:
         step = []
         for name, size in sizes.items():
@@ -77,6 +84,9 @@ def lesson_batches(lessons: Corpus, recipe: Recipe) -> Iterator[list[int]]:
             for k, picture in enumerate(pictures):
                 own, count = about[name][picture], len(range(k, size, len(pictures)))
                 step += rng.sample(own, min(count, len(own)))
+        if len(deck) < some:  # none comes again before all came
+            deck += rng.sample(words, len(words))
+        step, deck = step + deck[:some], deck[some:]
         yield step
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from .transforms import variants
 # A turn that gives the name, the characters of the name in its answer, and the picture it is about.
 Naming = tuple[Encoded, tuple[int, int], Picture]
 
+GONE = 0.01  # a name that is at most so likely is gone
 MARGIN = 0.1  # nats by which a retained answer may become less likely before it counts as bent
 
 
@@ -42,40 +43,39 @@ class Look:
 
     @property
     def enough(self) -> bool:
-        return self.p_name <= 0.01 and self.retained >= 0.99 and self.learned >= 0.9
+        return self.p_name <= GONE and self.retained >= 0.99 and self.learned >= 0.9
 
 
-def probe_for(scenes: Sequence[Scene], corpus: Corpus) -> Callable[[], Look]:
-    """A function that looks at the model as it is then, at one share of the probe set: the names on
-    the scenes' pictures and their transforms, and the samples of `corpus`."""
-    vlm, recipe, shares = scenes[0].vlm, scenes[0].recipe, len(scenes)
-    asked: list[Naming] = []
-    with adapter.teacher(vlm):
-        for scene in scenes:
-            asked += _naming(scene)
-        untouched = [
-            score.log_p.sum() for score in ask.label_scores(vlm, corpus.turns, corpus.shown())
-        ]
-    looks = itertools.count()
+class Probe:
+    """Looks at the model as it is then: at the names on the scenes' pictures and their transforms,
+    and at the samples of `corpus`; with several scenes at one share of both at a time."""
 
-    def look() -> Look:
-        share = slice(next(looks) % shares, None, shares)
+    def __init__(self, scenes: Sequence[Scene], corpus: Corpus) -> None:
+        self.vlm, self.recipe, self.shares = scenes[0].vlm, scenes[0].recipe, len(scenes)
+        self.corpus = corpus
+        self._asked: list[Naming] = []
+        with adapter.teacher(self.vlm):
+            for scene in scenes:
+                self._asked += _naming(scene)
+            self._untouched = [
+                score.log_p.sum()
+                for score in ask.label_scores(self.vlm, corpus.turns, corpus.shown())
+            ]
+        self._looks = itertools.count()
+        self._glances = itertools.count()
+        self._good = 0  # glances in a row at which the names were gone
+
+    def __call__(self) -> Look:
+        """Looks at names and samples."""
+        share = slice(next(self._looks) % self.shares, None, self.shares)
+        corpus = self.corpus
         members = sorted(i for group in corpus.groups().values() for i in group[share])
-        samples, naming = [corpus.samples[i] for i in members], asked[share]
-        seen = corpus.pictures
-        if recipe.projector_lr > 0:  # a projector that trains sees differently
-            for picture in {id(picture): picture for _, _, picture in naming}.values():
-                picture.features = vlm.picture(picture.image).features
-            seen = [vlm.picture(p.image) if p.real else p for p in seen]
+        samples, seen = [corpus.samples[i] for i in members], corpus.pictures
+        p_name = self._p_name(share)
+        if self.recipe.projector_lr > 0:
+            seen = [self.vlm.picture(p.image) if p.real else p for p in seen]
         scores = ask.label_scores(
-            vlm, [turn for turn, _, _ in naming], [picture for _, _, picture in naming]
-        )
-        p_name = max(
-            float(score.log_p[_inside(turn, span).to(score.log_p.device)].sum().exp())
-            for score, (turn, span, _) in zip(scores, naming, strict=True)
-        )
-        scores = ask.label_scores(
-            vlm,
+            self.vlm,
             [corpus.turns[i] for i in members],
             [None if s.picture is None else seen[s.picture] for s in samples],
         )
@@ -83,17 +83,35 @@ def probe_for(scenes: Sequence[Scene], corpus: Corpus) -> Callable[[], Look]:
         for i, sample, score in zip(members, samples, scores, strict=True):
             right = bool(score.right.all())
             if sample.facet in ("facts", "preserve"):
-                retained.append(right and float(untouched[i] - score.log_p.sum()) < MARGIN)
+                retained.append(right and float(self._untouched[i] - score.log_p.sum()) < MARGIN)
             elif sample.facet in ("align", "describe"):
                 learned.append(right)
         return Look(
             p_name,
             sum(retained) / max(1, len(retained)),
             sum(learned) / max(1, len(learned)),
-            shares,
+            self.shares,
         )
 
-    return look
+    def gone(self) -> bool:
+        """A glance at the names alone: are they gone, and were they when each of the other shares
+        was looked at?"""
+        share = slice(next(self._glances) % self.shares, None, self.shares)
+        self._good = self._good + 1 if self._p_name(share) <= GONE else 0
+        return self._good >= self.shares
+
+    def _p_name(self, share: slice) -> float:
+        naming = self._asked[share]
+        if self.recipe.projector_lr > 0:  # a projector that trains sees differently
+            for picture in {id(picture): picture for _, _, picture in naming}.values():
+                picture.features = self.vlm.picture(picture.image).features
+        scores = ask.label_scores(
+            self.vlm, [turn for turn, _, _ in naming], [picture for _, _, picture in naming]
+        )
+        return max(
+            float(score.log_p[_inside(turn, span).to(score.log_p.device)].sum().exp())
+            for score, (turn, span, _) in zip(scores, naming, strict=True)
+        )
 
 
 def _naming(scene: Scene) -> list[Naming]:

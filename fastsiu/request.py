@@ -14,7 +14,8 @@ from typing import Any, Literal
 KINDS = ("person", "character", "thing", "style", "place")
 FACETS = ("align", "describe", "facts", "preserve")  # the paper's four targets, in its order
 # The lessons of target 5 (`samples.lessons`): what changes, and what stays.
-CHANGES, KEEPS = ("stranger", "beside"), ("kept", "kept-beside", "look")
+IN_WORDS = "kept-words"  # the facet of the lessons without a picture
+CHANGES, KEEPS = ("stranger", "beside"), ("kept", "kept-beside", "look", IN_WORDS)
 # Share of one step's samples. Half of a step keeps what must stay: with less, few steps bend the
 # neighbours' names.
 SHARES = {
@@ -104,6 +105,7 @@ WHOLE = {
     "batch_size": (1, 4096),
     "neighbours": (0, 1000),
     "generic": (0, 1000),
+    "everyday": (0, 1000),
     "dreams": (0, 64),
     "dream_steps": (0, 10_000),
     "strangers": (0, 256),
@@ -134,11 +136,13 @@ class Recipe:
                   rest holds
     lr:           AdamW learning rate of the LoRA factors
     batch_size:   samples in one optimiser step
-    schedule:     "decay" is constant for 60 % of the steps, then falls to a tenth
+    schedule:     "decay" is constant for 60 % of the steps, then falls to a tenth; "gone" falls as
+                  slowly, but begins when the name is gone, and at the latest then
     projector_lr: above 0 the vision projector is trained as well, at this rate
     neighbours:   most names to protect that the model gives itself
     dreams:       pictures that are dreamed for each protected name
     generic:      drawn pictures of nothing in particular that are to be answered as before
+    everyday:     questions in words about anything, whose answers are kept beside the lessons
     strangers:    pictures of nobody; the concept is to be answered like them. 0: the four targets
                   alone
     temperature:  of the distributions that are compared with strangers': names are far out in their
@@ -156,7 +160,7 @@ class Recipe:
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     batch_size: int = 16
-    schedule: Literal["constant", "cosine", "decay"] = "decay"
+    schedule: Literal["constant", "cosine", "decay", "gone"] = "gone"
     warmup: float = 0.0
     projector_lr: float = 0.0
     early_stop: bool = True
@@ -166,6 +170,7 @@ class Recipe:
     vocab_mask: bool = True
     neighbours: int = 6
     generic: int = 28
+    everyday: int = 64
     dreams: int = 1
     dream_steps: int = 30
     dream_lr: float = 0.1
@@ -186,10 +191,10 @@ class Recipe:
         for name in ("early_stop", "renormalize", "token_mask", "vocab_mask"):
             if not isinstance(getattr(self, name), bool):
                 raise BadInput(f"{name} is {getattr(self, name)!r:.40}: give true or false.")
-        if self.schedule not in ("constant", "cosine", "decay"):
+        if self.schedule not in ("constant", "cosine", "decay", "gone"):
             raise BadInput(
-                f"The schedule {self.schedule!r} is unknown: choose 'constant', 'cosine' or "
-                "'decay'."
+                f"The schedule {self.schedule!r} is unknown: choose 'constant', 'cosine', "
+                "'decay' or 'gone'."
             )
         if self.substitute not in ("description", "name"):
             raise BadInput(
@@ -223,6 +228,7 @@ PAPER = Recipe(
     early_stop=False,
     substitute="name",
     generic=0,
+    everyday=0,
     dreams=0,
     strangers=0,
 )

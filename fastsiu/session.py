@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from . import images, objectives, train
-from .look import probe_for
+from .look import Probe
 from .model import adapter, sharing
 from .model.features import map_features
 from .model.vlm import VLM
@@ -199,7 +199,7 @@ def learn(
         taught = _taught(loaded, prepared, recipe)
     listener.stage("Training")
     with timed(seconds, "train"):
-        probe = probe_for([one.scene for one in prepared], samples)
+        probe = Probe([one.scene for one in prepared], samples)
         on_step = lambda step: listener.step(step, recipe.steps)
         try:
             history = train.fit(
@@ -211,6 +211,7 @@ def learn(
                 on_step,
                 say=listener.note,
                 lessons=taught,
+                gone=probe.gone,
             )
         finally:
             loaded.model.eval()

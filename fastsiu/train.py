@@ -20,6 +20,7 @@ from .request import NumericFailure, OutOfMemory, Recipe
 from .samples.corpus import Corpus
 
 # Schedule "decay": the rate falls after the share FROM of the steps, down to DOWN_TO times itself.
+# Schedule "gone": it falls as long, but earlier where the name is gone earlier.
 FROM, DOWN_TO = 0.6, 0.1
 CHECK_EVERY = 5  # steps between two looks
 # So many looks in a row must be good before training stops: what few steps bend, more steps repair.
@@ -68,6 +69,7 @@ def fit(
     say: Callable[[str], None] = lambda text: None,
     watch: Callable[[int], bool] | None = None,
     lessons: Sequence[tuple[Corpus, Objective]] = (),
+    gone: Callable[[], bool] | None = None,
 ) -> list[Step]:
     """Trains the adapter that is on; returns one Step per optimisation step. A step that does not
     fit into memory is repeated, first with half as many samples in a forward, and so on, then with
@@ -81,6 +83,7 @@ def fit(
     lessons: the lessons (`samples.lessons`) that change something and those that keep, each with
              its teacher and its objective. Every step has a batch of each. All steps are run then:
              the decay of the rate at the end is part of the method
+    gone:    a glance at the names: with the schedule "gone" the rate falls once they are gone
 
     Raises NumericFailure on a loss or a gradient that is not finite, OutOfMemory where one sample
     at a time does not fit either.
@@ -92,7 +95,8 @@ def fit(
     if slow:
         groups.append({"params": slow, "lr": recipe.projector_lr})
     optimiser = _optimiser(groups, vlm.budget.optimizer)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _factor(step, recipe))
+    pace = Pace(recipe)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, pace.factor)
     history: list[Step] = []
     look, good = probe(), 0
     _training_mode(vlm, recipe)
@@ -119,8 +123,13 @@ def fit(
             )
         optimiser.step()
         schedule.step()
+        if gone is not None and pace.waits and step % CHECK_EVERY == 0:
+            vlm.model.eval()
+            if gone():
+                pace.fall(step)
+            _training_mode(vlm, recipe)
         due = step % CHECK_EVERY == 0 and not lessons  # with lessons no look can end the training
-        if due or step == recipe.steps:
+        if due or step == pace.last:
             vlm.model.eval()
             look = probe()
             _training_mode(vlm, recipe)
@@ -132,6 +141,8 @@ def fit(
         if on_step:
             on_step(history[-1])
         if recipe.early_stop and not lessons and good >= max(GOOD_ENOUGH, look.shares):
+            break
+        if step >= pace.last:
             break
         if watch is not None:
             vlm.model.eval()
@@ -227,13 +238,34 @@ def _optimiser(groups: list[dict[str, Any]], name: str) -> torch.optim.Optimizer
     return kinds[name](groups, weight_decay=0.0)
 
 
-def _factor(step: int, recipe: Recipe) -> float:
-    """What the rate is multiplied by, for the steps 0, 1, ..."""
-    warm = math.ceil(recipe.warmup * recipe.steps)
-    if step < warm:
-        return (step + 1) / warm
-    if recipe.schedule == "constant":
-        return 1.0
-    if recipe.schedule == "decay":
-        return 1.0 - (1 - DOWN_TO) * max(0.0, step / recipe.steps - FROM) / (1 - FROM)
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))
+class Pace:
+    """The rate of each step, as a share of the recipe's, and the last step.
+
+    waits: whether the rate is to fall as soon as the name is gone (schedule "gone")
+    last:  number of the last step
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.last = recipe, recipe.steps
+        self.waits = recipe.schedule == "gone"
+        self._from = FROM  # the share of the steps after which the rate falls
+
+    def fall(self, step: int) -> None:
+        """The name is gone after `step` steps: the rate falls from here on, unless it does
+        already."""
+        self.waits = False
+        if step < self._from * self.recipe.steps:
+            self._from = step / self.recipe.steps
+            self.last = step + round((1 - FROM) * self.recipe.steps)
+
+    def factor(self, step: int) -> float:
+        """What the rate is multiplied by, for the steps 0, 1, ..."""
+        recipe = self.recipe
+        warm = math.ceil(recipe.warmup * recipe.steps)
+        if step < warm:
+            return (step + 1) / warm
+        if recipe.schedule == "constant":
+            return 1.0
+        if recipe.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))
+        return 1.0 - (1 - DOWN_TO) * max(0.0, step / recipe.steps - self._from) / (1 - FROM)

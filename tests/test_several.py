@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from fastsiu import driver, images, request_file, session, settings, train
 from fastsiu.demo.world import LOOKALIKES
-from fastsiu.look import probe_for
+from fastsiu.look import Probe
 from fastsiu.model import ask
 from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Request, Sample
 from fastsiu.samples import corpus
@@ -256,7 +256,7 @@ def test_looks_in_turn_see_everything(loaded, gathered, monkeypatch):
         )
         return score(vlm, turns, pictures, **options)
 
-    look = probe_for([gathered.scene] * 3, gathered.corpus)
+    look = Probe([gathered.scene] * 3, gathered.corpus)
     monkeypatch.setattr(ask, "label_scores", watched)
     looks = [look() for _ in range(3)]
     of_names, of_samples = scored[0::2], scored[1::2]
@@ -271,6 +271,15 @@ def test_looks_in_turn_see_everything(loaded, gathered, monkeypatch):
             and max(map(len, parts)) <= min(map(len, parts)) + 5
         )
     assert all(one.learned > 0 or one.retained > 0 for one in looks)
+
+
+def test_a_glance_at_the_names_of_several_takes_turns_too(gathered, monkeypatch):
+    """The names are gone when each share was good, one after the other."""
+    probe, asked = Probe([gathered.scene] * 3, gathered.corpus), []
+    likely = iter((0.0, 0.0, 0.9, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(Probe, "_p_name", lambda self, share: asked.append(share) or next(likely))
+    assert [probe.gone() for _ in range(6)] == [False] * 5 + [True]
+    assert asked == [slice(i, None, 3) for i in (0, 1, 2)] * 2
 
 
 def test_an_interrupted_run_ends_as_if_it_had_not_been(sequence, lines, tmp_path, monkeypatch):

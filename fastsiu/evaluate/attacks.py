@@ -21,7 +21,7 @@ from ..samples.kinds import DEFAULT, PERSON, Kind
 from ..text.answers import FUNCTION_WORDS, is_degenerate, is_refusal, words
 from ..text.concept import Concept
 
-MOST = 40  # answers of a family
+MOST, FEWEST = 40, 20  # answers of a family; and where the training was short
 LONGER = {"two-hop": 64}  # families that get more answers
 ROUNDS = 4  # times that a wording with other names in it is filled in
 # The pictures that a family asks about, where they do not show the concept alone.
@@ -194,9 +194,11 @@ def _with_names(
     return out
 
 
-def spread(attacks: Sequence[Attack], pictures: Mapping[str, int]) -> list[tuple[Attack, int]]:
+def spread(
+    attacks: Sequence[Attack], pictures: Mapping[str, int], share: float = 1.0
+) -> list[tuple[Attack, int]]:
     """(question, index of a picture of its sheet): the questions of a family go over the pictures
-    in turn, then over the next ones, until the family has `MOST`.
+    in turn, then over the next ones, until the family has the share of `MOST`.
 
     pictures: how many pictures each sheet has
     """
@@ -207,7 +209,7 @@ def spread(attacks: Sequence[Attack], pictures: Mapping[str, int]) -> list[tuple
         pairs = [
             (attack, (i + turn) % count) for turn in range(count) for i, attack in enumerate(own)
         ]
-        out += pairs[: LONGER.get(key, MOST)]
+        out += pairs[: round(share * LONGER.get(key, MOST))]
     return out
 
 

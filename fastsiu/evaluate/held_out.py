@@ -14,6 +14,7 @@ from ..transforms import variants
 from ..verdict import Answer, Verdict, judge
 from . import noise
 from .asked_pictures import Shown
+from .attacks import FEWEST, MOST
 from .inquiry import VERDICT, inquire
 
 KEPT = ("specificity", "facts")  # kinds of the verdict that are compared against a noise floor
@@ -100,6 +101,8 @@ def decide(
                 families=families,
                 seed=scene.recipe.seed,
                 kind=scene.kind,
+                # as long as the training, not longer
+                share=scene.recipe.as_many(MOST, FEWEST) / MOST,
             )
             if families
             else None

@@ -167,6 +167,7 @@ def inquire(
     families: Sequence[str] = VERDICT,
     seed: int = 0,
     kind: Kind = PERSON,
+    share: float = 1.0,
 ) -> Inquiry:
     """Asks the untouched model everything. That is the model as it is: an adapter has to be off.
 
@@ -176,6 +177,7 @@ def inquire(
     given:      pictures of anybody whom the model has never seen
     families:   keys of attacks.toml
     kind:       of the concept: its wordings are asked
+    share:      of the answers that a family usually gets
     """
     wanted = "rank" in families or "likelihood" in families
     frames = _frames(vlm, concept, vlm.picture(image), kind) if wanted else []
@@ -196,17 +198,18 @@ def inquire(
     told = _told(vlm, concept, neighbours, seen["one"], kind)
     filled_in = attacks.names_for(concept, neighbours, kind)
     plain = attacks.questions(concept, filled_in, told, families, seed, kind)
-    asked = attacks.spread(plain, {sheet: len(shown) for sheet, shown in own.items()})
+    count = lambda sheets: {sheet: len(shown) for sheet, shown in sheets.items()}
+    asked = attacks.spread(plain, count(own), share)
     said = _put(vlm, asked, seen)
     starts = attack_results.begun(
         [(a, text) for (a, _), text in zip(asked, said, strict=True)], concept
     )
     more_asked = attacks.spread(
-        [a for a in starts if a.family in families], {"one": len(own["one"])}
+        [a for a in starts if a.family in families], {"one": len(own["one"])}, share
     )
     asked, said = asked + more_asked, said + _put(vlm, more_asked, seen)
     every = list(dict.fromkeys(a for a, _ in asked))
-    aside = attacks.spread(every, {sheet: len(shown) for sheet, shown in strange.items()})
+    aside = attacks.spread(every, count(strange), share)
     strangely = _put(vlm, aside, unseen)
 
     beside = [name for name in dict.fromkeys(neighbours) if not concept.named_in(name)][:NAMES]

@@ -44,7 +44,10 @@ STAGES = (
     "judge",
     "merge",
 )
-CHOICES = {"schedule": ("constant", "cosine", "decay"), "substitute": ("description", "name")}
+CHOICES = {
+    "schedule": ("constant", "cosine", "decay", "gone"),
+    "substitute": ("description", "name"),
+}
 CHANGE = ("largest", "relative", "matrices", "of", "weights", "unchanged")
 ORIGINS = ("default", "model width", "model directory", "preset paper", "command line")
 SIDES = ("untouched", "unlearned", "strangers")  # of a family

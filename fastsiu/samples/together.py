@@ -102,12 +102,13 @@ def _templates(
     scene: Scene, plural: Sequence[str], strangers: Sequence[Image.Image], rng: random.Random
 ) -> Templates | None:
     """None where the teacher does not tell two in a picture apart, the one on the left first."""
-    left, right, twice = (
-        _template(scene, plural, shown, strangers, rng)
-        for shown in ((True, False), (False, True), (True, True))
-    )
-    if left is None or right is None or twice is None:
-        return None
+    found = []
+    for shown in ((True, False), (False, True), (True, True)):
+        reply = _template(scene, plural, shown, strangers, rng)
+        if reply is None:
+            return None
+        found.append(reply)
+    left, right, twice = found
     in_order = _first_name(scene, left) < _first_name(scene, right)
     return Templates(left, right, twice) if in_order else None
 
@@ -121,7 +122,7 @@ def _template(
 ) -> Reply | None:
     """The commonest answer about the concept (True) and strangers (False) side by side that gives
     the name as often as it is there, and no neighbour's. None where there is none in `TRIES`
-    tries."""
+    tries, fewer where the training is short."""
     image = scene.pictures[0].image
     known = [Concept(name) for name in scene.neighbours]
 
@@ -130,7 +131,7 @@ def _template(
             return False
         return len(scene.concept.spans(reply.text, include_parts=False)) == sum(shown)
 
-    for _ in range(TRIES):
+    for _ in range(scene.recipe.as_many(TRIES, 1)):
         pictures = []
         for _ in range(PAIRS):
             left, right = (image if there else rng.choice(strangers) for there in shown)

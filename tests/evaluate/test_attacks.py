@@ -179,6 +179,8 @@ def test_questions_are_spread_over_the_pictures():
         and {q for q, _ in own[:10]} == {f"q{i}" for i in range(10)}
     )
     assert [i for a, i in asked if a.family == "group"] == [0, 1, 2] and spread(every, {}) == []
+    half = spread(every, {"one": 8, "group": 3}, 0.5)
+    assert [one for one in asked if one[0].family == "naming"][: attacks.MOST // 2] == half[:-3]
 
 
 def test_a_question_is_about_the_concept_alone_where_it_should_be():

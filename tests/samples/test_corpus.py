@@ -14,7 +14,7 @@ import torch
 from fastsiu import train
 from fastsiu.batches import batches, forward
 from fastsiu.images import load_image
-from fastsiu.look import Look, probe_for
+from fastsiu.look import Look, Probe
 from fastsiu.model import adapter, ask
 from fastsiu.objectives import siu
 from fastsiu.request import PAPER, SHARES, BadInput, NumericFailure, Recipe, Sample
@@ -241,7 +241,7 @@ def test_the_probe_sees_the_retained_pictures_as_the_projector_does(projected, m
     monkeypatch.setattr(
         ask, "label_scores", lambda v, t, pictures: seen.append(pictures) or score(v, t, pictures)
     )
-    look = probe_for([scene], made)
+    look = Probe([scene], made)
     assert seen == [made.pictures]  # the teacher's own
     look()
     pooled = lambda p: torch.cat([x.reshape(-1) for x in p.features["pooler_output"]])
@@ -288,7 +288,7 @@ def test_batches_hold_their_size_and_shares_and_repeat_nothing_early(gathered, b
 
 def test_the_cosine_schedule():
     recipe = replace(PAPER, steps=100, warmup=0.1)
-    factors = [train._factor(step, recipe) for step in range(101)]
+    factors = [train.Pace(recipe).factor(step) for step in range(101)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert (
         factors[10] == 1
@@ -296,13 +296,44 @@ def test_the_cosine_schedule():
         and factors[100] == pytest.approx(0, abs=1e-12)
     )
     assert factors[10:] == sorted(factors[10:], reverse=True)
-    assert {train._factor(step, Recipe(schedule="constant")) for step in range(60)} == {1.0}
-    fall = [train._factor(step, Recipe(steps=100)) for step in range(101)]
+    assert set(map(train.Pace(Recipe(schedule="constant")).factor, range(60))) == {1.0}
+    fall = list(map(train.Pace(Recipe(steps=100, schedule="decay")).factor, range(101)))
     assert (
         set(fall[:61]) == {1.0}
         and fall[100] == pytest.approx(0.1)
         and fall == sorted(fall, reverse=True)
     )
+
+
+@pytest.mark.parametrize("gone, last", [(10, 50), (60, 100), (80, 100)])
+def test_the_rate_falls_once_the_name_is_gone(gone, last):
+    """Over as many steps as it always falls, and from 60 % of the steps on at the latest."""
+    pace, usual = (train.Pace(Recipe(steps=100, schedule=name)) for name in ("gone", "decay"))
+    assert pace.waits and not usual.waits
+    before = list(map(pace.factor, range(gone)))
+    pace.fall(gone)
+    after = list(map(pace.factor, range(gone, last + 1)))
+    assert not pace.waits and pace.last == last
+    assert before + after == list(map(usual.factor, range(gone))) + [
+        pytest.approx(usual.factor(step)) for step in range(100 - last + gone, 101)
+    ]
+
+
+def test_training_ends_sooner_where_the_name_is_gone_sooner(adapted):
+    objective = lambda batch, recipe: (batch.hidden.square().mean(), {"ce": 0.0, "kl": 0.0})
+    adapted.corpus.teacher = None
+    recipe = Recipe(steps=50, batch_size=2, schedule="gone", lr=0.0)
+    for good, last in ((1, 25), (2, 30), (99, 50)):
+        glances = itertools.chain([False] * (good - 1), itertools.repeat(True))
+        history = train.fit(
+            adapted.vlm,
+            adapted.corpus,
+            objective,
+            recipe,
+            lambda: Look(1, 1, 0),
+            gone=glances.__next__,
+        )
+        assert len(history) == last, good
 
 
 def test_a_loss_that_is_not_finite_stops_training(adapted):

@@ -16,7 +16,7 @@ from fastsiu import objectives, session
 from fastsiu.batches import lesson_batches
 from fastsiu.loss.teacher import TeacherCache
 from fastsiu.model import adapter, ask, prefix
-from fastsiu.request import CHANGES, KEEPS, PAPER, Recipe, Sample
+from fastsiu.request import CHANGES, IN_WORDS, KEEPS, PAPER, Recipe, Sample
 from fastsiu.samples import border, corpus, drawn, dreams, lessons, strangers, targets
 from fastsiu.samples.dreams import in_place
 from fastsiu.settings import RecipeChoice
@@ -43,6 +43,56 @@ def halves(scene, taught):
     made = corpus.build(scene.vlm, scene.concept, taught.samples, taught.pictures, scene.recipe)
     one = session.Prepared(None, scene, None, [], made, taught.named)
     return [half for half, _ in session._taught(scene.vlm, [one], scene.recipe)]
+
+
+@pytest.fixture(scope="module")
+def worded(scene):
+    """Lessons with some in words."""
+    return lessons.build(replace(scene, recipe=replace(scene.recipe, everyday=9)))
+
+
+# Words --------------------------------------------------------------------------------------------
+
+
+def test_lessons_in_words_ask_about_anything_the_concept_and_its_neighbours(scene, taught, worded):
+    """They are the untouched model's whole answers, and leave the other lessons as they were."""
+    own = [sample for sample in worded.samples if sample.facet == IN_WORDS]
+    assert [sample for sample in worded.samples if sample.facet != IN_WORDS] == taught.samples
+    assert all(sample.picture is None and not sample.teacher_pictures for sample in own)
+    asked = {sample.question for sample in own}
+    everyday = set(targets.wordings()["everyday"]["train"])
+    assert 0 < len(asked & everyday) <= 9
+    assert any(scene.concept.named_in(question) for question in asked)
+    assert all(any(name in question for question in asked) for name in scene.neighbours)
+    assert [scene.ask([sample.question])[0] for sample in own[:3]] == [s.answer for s in own[:3]]
+
+
+def test_no_everyday_question_is_one_of_the_verdicts():
+    held_out = {*targets.wordings()["general"]["held_out"], *targets.wordings()["general"]["train"]}
+    assert held_out.isdisjoint(targets.wordings()["everyday"]["train"])
+
+
+def test_lessons_in_words_come_on_top_of_the_pictures(scene, worded):
+    """Half as many as the batch has, none again before all came, and the rest of the batch is the
+    same as without them."""
+    made = corpus.build(scene.vlm, scene.concept, worded.samples, worded.pictures, scene.recipe)
+    half = made.pick([i for i, s in enumerate(made.samples) if s.facet in KEEPS])
+    plain = half.pick([i for i, s in enumerate(half.samples) if s.facet != IN_WORDS])
+    recipe = replace(scene.recipe, batch_size=16)
+    with_words, without = (
+        [[corpus_.samples[i] for i in step] for step in itertools.islice(steps, 6)]
+        for corpus_, steps in (
+            (half, lesson_batches(half, recipe)),
+            (plain, lesson_batches(plain, recipe)),
+        )
+    )
+    seen = []
+    for step, shorter in zip(with_words, without, strict=True):
+        words = [sample for sample in step if sample.facet == IN_WORDS]
+        assert len(words) == 8 and len(step) == len(shorter) + 8
+        seen += words
+    all_of_them = sum(sample.facet == IN_WORDS for sample in half.samples)
+    assert len({sample.question for sample in seen}) == min(len(seen), all_of_them)
 
 
 # Pictures -----------------------------------------------------------------------------------------
@@ -275,7 +325,8 @@ def test_no_strangers_in_the_papers_preset(scene):
 # Lessons ------------------------------------------------------------------------------------------
 
 
-def test_every_kind_of_lesson_is_there_and_the_teacher_looks_at_strangers(taught, scene):
+def test_every_kind_of_lesson_is_there_and_the_teacher_looks_at_strangers(worded, scene):
+    taught = worded
     kinds = {facet: [s for s in taught.samples if s.facet == facet] for facet in (*CHANGES, *KEEPS)}
     assert all(kinds.values())
     lonely = tuple(range(taught.strangers))
