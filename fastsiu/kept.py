@@ -19,6 +19,9 @@ from .text.rate import wilson
 # probability above 0.64, no flip is excused: it would have to fall below one half, which costs
 # more. So only near-ties are.
 LOST = 0.25
+# The same for drawn pictures. No name is at stake there, and what a model says of shapes hangs on
+# little: an honest run turns it by up to a nat, a model that says one thing of everything by more.
+DRAWN, DRAWN_LOST = "drawn pictures", 1.0
 # Noise that keeps less than this share excuses no more: then the answers say little anyway.
 FLOOR = 0.5
 # A part is lost where even the upper end of its interval lies below what is demanded. Among many
@@ -60,6 +63,7 @@ def kept(
 
 
 def is_kept(answer: Compared, most: float) -> bool:
+    most = max(most, DRAWN_LOST) if answer.part == DRAWN else most
     return kept(answer.before, answer.after, answer.lost, answer.cut, most)
 
 

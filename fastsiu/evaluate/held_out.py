@@ -3,10 +3,14 @@ of the picture, which no sample, no dream and no early stop has seen."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from itertools import compress
 
+from ..kept import DRAWN
 from ..model import adapter, ask
 from ..model.turns import Picture
+from ..samples import generic
 from ..samples.kinds import THING, wordings
 from ..samples.targets import Scene
 from ..text.concept import Concept
@@ -18,6 +22,12 @@ from .attacks import FEWEST, MOST
 from .inquiry import VERDICT, inquire
 
 KEPT = ("specificity", "facts")  # kinds of the verdict that are compared against a noise floor
+# Pictures that are drawn where nobody gave one of anything else, and the questions to each.
+DRAWN_PICTURES, DRAWN_QUESTIONS = 20, 3
+DRAWN_ALONE = (
+    "No picture of anything else was given (--retain DIR), so what is kept in pictures was "
+    "measured on drawn shapes."
+)
 NULL = {
     "generality": "One picture cannot show it: give more pictures of the concept with --images "
     "DIR.",
@@ -50,9 +60,23 @@ def questions(
     return asked + [("facts", q, None) for q in words["general"]["held_out"]]
 
 
+def drawn(scene: Scene) -> list[tuple[str, str, Shown | None]]:
+    """The same, about drawn pictures that no lesson has. A model that gives one new answer about
+    everything gives it about these as well. Nothing where the recipe draws none either."""
+    if not scene.recipe.generic:
+        return []
+    rng = random.Random(f"held out {scene.recipe.seed}")
+    size, who = scene.pictures[0].image.size, scene.words["who"]["held_out"]
+    asked: list[tuple[str, str, Shown | None]] = []
+    for number in range(1, DRAWN_PICTURES + 1):
+        shown = (f"drawing {number}", generic.shapes(size, rng))
+        asked += [("specificity", q, shown) for q in rng.sample(who, DRAWN_QUESTIONS)]
+    return asked
+
+
 def part(kind: str, question: str, concept: Concept) -> str:
-    """The part of the facts that a question is about, "" for other kinds; the verdict looks at each
-    part."""
+    """The part of what is kept that a question is about, "" where there is one only; the verdict
+    looks at each part."""
     if kind != "facts":
         return ""
     if question in wordings()["general"]["held_out"]:
@@ -78,7 +102,8 @@ def decide(
     rest:     pictures of anything else
     families: keys from `inquiry.VERDICT`, the attacks that are tried
     """
-    asked = questions(scene, more, rest)
+    drawings = [] if rest else drawn(scene)
+    asked = questions(scene, more, rest) + drawings
     vlm, images = scene.vlm, {id(shown[1]): shown[1] for _, _, shown in asked if shown}
 
     def see() -> dict[int, Picture]:
@@ -90,6 +115,12 @@ def decide(
     with adapter.teacher(vlm):
         pictures = see()
         before = ask.replies(vlm, put(pictures))
+        # A drawing in which the untouched model sees what is to be forgotten shows nothing.
+        sound = [
+            not (one in drawings and scene.forgotten_in(reply.text))
+            for one, reply in zip(asked, before, strict=True)
+        ]
+        asked, before = list(compress(asked, sound)), list(compress(before, sound))
         kept = noise.Kept(vlm, [kind in KEPT for kind, _, _ in asked], put(pictures), before)
         inquiry = (
             inquire(
@@ -117,7 +148,7 @@ def decide(
             shown[0] if shown else None,
             b.text,
             a.text,
-            part=part(kind, q, scene.concept),
+            part=DRAWN if (kind, q, shown) in drawings else part(kind, q, scene.concept),
             cut=(not b.closed, not a.closed),
             lost=lost,
             noise=floor,
@@ -132,7 +163,7 @@ def decide(
     known = [] if scene.kind.name == THING else scene.neighbours
     others = [*map(Concept, known), *scene.others]
     found = inquiry.families(inquiry.again(vlm)) if inquiry else []
-    remarks = inquiry.remarks if inquiry else []
+    remarks = [*(inquiry.remarks if inquiry else []), *([DRAWN_ALONE] if drawings else [])]
     return judge(
         answers,
         scene.concept,
