@@ -14,12 +14,12 @@ from .text.answers import (
     holds,
     is_degenerate,
     is_refusal,
-    nearly,
     same_answer,
     same_beginning,
     words,
 )
 from .text.rate import Rate, wilson
+from .text.typos import nearly
 
 KINDS = ("efficacy", "generality", "recognition", "specificity", "facts")
 
@@ -240,7 +240,7 @@ def renames(concept: Named, others: Sequence[Given], before: str, after: str) ->
 
 
 def _gives_other(other: Given, text: str) -> bool:
-    return bool(other.given_in(text)) or any(nearly(form, text) for form in other.forms())
+    return bool(other.given_in(text)) or nearly(other.forms(), text)
 
 
 def confirms(asked: Answer, text: str, concept: Named) -> bool:
