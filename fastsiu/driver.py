@@ -67,8 +67,8 @@ def unlearn(
     transaction. The recipe comes from the command line, then the preset, then the model's own
     directory, then `Recipe`.
 
-    Raises BadInput (the input cannot be used; nothing is written), NumericFailure (training
-    diverged) and OutOfMemory.
+    Raises BadInput (the input cannot be used, or another run is writing to `output`; nothing is
+    written), NumericFailure (training diverged) and OutOfMemory.
     """
     listener = listener or Listener()
     outputs.check_shown(report.redact, report.embed_image)
@@ -81,30 +81,33 @@ def unlearn(
     digest = outputs.request_digest(
         request, chosen, model.name, model.revision, weights=weights, **decides
     )
-    if outputs.check_destination(destination, digest) == "same":
-        return _repeat(destination)
-    check_space(destination.absolute(), _room(model, chosen.rank))
-    # A damaged picture is told now, not after the training.
-    more, rest = load_directory(request.images), load_directory(request.retain)
+    with outputs.reserved(destination, digest) as found:
+        if found == "same":
+            return _repeat(destination)
+        check_space(destination.absolute(), _room(model, chosen.rank))
+        # A damaged picture is told now, not after the training.
+        more, rest = load_directory(request.images), load_directory(request.retain)
 
-    seconds: dict[str, float] = {}
-    with timed(seconds, "load"):
-        room = budget(layout, chosen.batch_size, settings.limited)
-        loaded = load(model, layout, room, listener)
-    try:
-        with vlm.threads(loaded):
-            trained = forget(loaded, request, chosen, picture, listener=listener, seconds=seconds)
-            listener.stage("Asking again, with the adapter on and off")
-            with timed(seconds, "verdict"):
-                verdict, answers = decide(trained.scene, more, rest)
-        told = report_of(request, chosen, model.name, verdict, answers, trained)
-        sealed = Sealed(chosen, origins, digest, weights, decides)
-        written = write(destination, loaded, [request], [told], sealed)[0]
-    finally:
-        adapter.detach(loaded)
-    return Result(
-        verdict.forgotten, written["reasons"], written, destination, notes=written["caveats"]
-    )
+        seconds: dict[str, float] = {}
+        with timed(seconds, "load"):
+            room = budget(layout, chosen.batch_size, settings.limited)
+            loaded = load(model, layout, room, listener)
+        try:
+            with vlm.threads(loaded):
+                trained = forget(
+                    loaded, request, chosen, picture, listener=listener, seconds=seconds
+                )
+                listener.stage("Asking again, with the adapter on and off")
+                with timed(seconds, "verdict"):
+                    verdict, answers = decide(trained.scene, more, rest)
+            told = report_of(request, chosen, model.name, verdict, answers, trained)
+            sealed = Sealed(chosen, origins, digest, weights, decides)
+            written = write(destination, loaded, [request], [told], sealed)[0]
+        finally:
+            adapter.detach(loaded)
+        return Result(
+            verdict.forgotten, written["reasons"], written, destination, notes=written["caveats"]
+        )
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ Asked = Sequence[tuple[str, str, Shown | None]]  # (kind of the verdict, questio
 class Untouched(NamedTuple):
     """What the untouched model answers in some dtype, and what of it has to be kept there."""
 
-    said: list[str]
+    replies: list[Reply]
     kept: noise.Kept
 
 
@@ -84,18 +84,18 @@ class Verifier:
         replies, put = self._replies(loaded, merged=False)
         with vlm.threads(loaded):
             compared = [kind in held_out.KEPT for kind, _, _ in self.asked]
-            return Untouched([r.text for r in replies], noise.Kept(loaded, compared, put, replies))
+            return Untouched(replies, noise.Kept(loaded, compared, put, replies))
 
     def ask_merged(
         self, loaded: vlm.VLM, alike: Untouched
-    ) -> tuple[list[str], list[float | None], list[Family]]:
+    ) -> tuple[list[Reply], list[float | None], list[Family]]:
         """The merged model's answers, how far it turns away from those of the untouched model
         `alike`, and what the families brought out."""
         replies, put = self._replies(loaded, merged=True)
         with vlm.threads(loaded), torch.no_grad():
             lost = alike.kept.again(loaded, put)
             found = self.inquiry.families(self.inquiry.again(loaded)) if self.inquiry else []
-        return [r.text for r in replies], lost, found
+        return replies, lost, found
 
     def _replies(self, loaded: vlm.VLM, merged: bool) -> tuple[list[Reply], list[Question]]:
         """The answers, and the questions with the pictures as the model sees them."""
@@ -141,7 +141,7 @@ class Verifier:
 
     def load_merged(
         self, dtype: str, quantize: str | None, alike: Untouched
-    ) -> tuple[list[str], list[float | None], list[Family]]:
+    ) -> tuple[list[Reply], list[float | None], list[Family]]:
         """The same with the merged model; returns what `ask_merged` does."""
         loaded = self._load(str(self.merged), dtype, quantize)
         found = self.ask_merged(loaded, alike)
@@ -176,8 +176,8 @@ class Verifier:
             **judge_form(
                 self.asked,
                 self.concept,
-                self.untouched.said,
-                alike.said,
+                self.untouched.replies,
+                alike.replies,
                 after,
                 self.others,
                 found,
@@ -191,9 +191,9 @@ class Verifier:
 def judge_form(
     asked: Asked,
     concept: Concept,
-    stored: Sequence[str],
-    alike: Sequence[str],
-    after: Sequence[str],
+    stored: Sequence[Reply],
+    alike: Sequence[Reply],
+    after: Sequence[Reply],
     others: Sequence[Concept] = (),
     families: Sequence[Family] = (),
     *,
@@ -227,9 +227,10 @@ def judge_form(
             kind,
             q,
             shown and shown[0],
-            b,
-            a,
+            b.text,
+            a.text,
             part=held_out.part(kind, q, concept),
+            cut=(not b.closed, not a.closed),
             lost=nats,
             noise=by_noise,
         )
@@ -262,9 +263,13 @@ def judge_form(
     }
 
 
-def _agreement(asked: Asked, kind: str, one: Sequence[str], other: Sequence[str]) -> dict[str, Any]:
+def _agreement(
+    asked: Asked, kind: str, one: Sequence[Reply], other: Sequence[Reply]
+) -> dict[str, Any]:
     same = [
-        same_beginning(a, b) for (k, _, _), a, b in zip(asked, one, other, strict=True) if k == kind
+        same_beginning(a.text, b.text, (not a.closed, not b.closed))
+        for (k, _, _), a, b in zip(asked, one, other, strict=True)
+        if k == kind
     ]
     rate = (
         Rate.of(sum(same), len(same))

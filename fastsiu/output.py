@@ -11,7 +11,7 @@ import hmac
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -58,6 +58,7 @@ __all__ = [
     "random_directory",
     "read_report",
     "request_digest",
+    "reserved",
     "write_reports",
 ]
 OTHER = "choose another --output"
@@ -104,6 +105,26 @@ def check_destination(
     staging.check_writable(output, OTHER)
     staging.check_space(parent, size)
     return "free"
+
+
+@contextlib.contextmanager
+def reserved(output: str | Path, digest: str) -> Iterator[Literal["same", "free"]]:
+    """As `check_destination`, and for the length of the block no other run has `output`.
+
+    Raises BadInput also where another run has it: whoever comes second learns it before the work,
+    not at its end.
+    """
+    found = check_destination(output, digest)
+    if found == "same":
+        yield found
+        return
+    output = _absolute(output)
+    with staging.claim(output.parent, output.name) as mine:
+        if not mine:
+            raise BadInput(
+                f"Another run is writing to {str(output)!r}: wait for its end, or {OTHER}."
+            )
+        yield check_destination(output, digest)  # that run may have ended between the two looks
 
 
 def is_empty(directory: Path) -> bool:

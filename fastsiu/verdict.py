@@ -15,11 +15,11 @@ from .text.answers import (
     holds,
     is_degenerate,
     is_refusal,
-    nearly,
     same_answer,
     words,
 )
 from .text.rate import Rate
+from .text.typos import nearly
 
 # What has to be kept, as a sentence calls it.
 OTHERS_SHOWN, IN_WORDS = "answers about other pictures", "answers without a picture"
@@ -232,7 +232,7 @@ def renames(concept: Named, others: Sequence[Given], before: str, after: str) ->
 
 
 def _gives_other(other: Given, text: str) -> bool:
-    return bool(other.given_in(text)) or any(nearly(form, text) for form in other.forms())
+    return bool(other.given_in(text)) or nearly(other.forms(), text)
 
 
 def confirms(asked: Answer, text: str, concept: Named) -> bool:

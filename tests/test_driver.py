@@ -16,7 +16,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from fastsiu import driver, images, session, settings, transforms
+from fastsiu import driver, images, session, settings, staging, transforms
+from fastsiu import output as outputs
 from fastsiu.model import adapter, adapter_files, ask, vlm
 from fastsiu.model.vlm import VLM
 from fastsiu.request import PAPER, BadInput, NumericFailure, Recipe, Sample
@@ -214,6 +215,17 @@ def test_the_same_request_again_is_a_no_op_and_another_is_refused(trained, quick
         with pytest.raises(BadInput, match="holds the result of another request"):
             quick(trained.output, **change)
     assert (trained.output / "manifest.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.skipif(staging.fcntl is None, reason="needs file locks")
+def test_an_output_that_another_run_is_writing_is_refused_before_the_model_is_loaded(
+    quick, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(driver.vlm, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    with outputs.reserved(tmp_path / "out", "of another run"):
+        with pytest.raises(BadInput, match="Another run is writing to"):
+            quick(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

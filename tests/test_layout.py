@@ -29,7 +29,8 @@ FLOORS = (
     ("settings",),
     ("driver", "facade"),
     ("progress",),
-    ("merge_verdict",),
+    ("merge_verdict", "evaluate.eval_files"),
+    ("several_state",),
     ("several", "merge", "evaluate.run"),  # verbs with a story of their own
     ("evaluate.suite_job", "evaluate.suite_table", "evaluate.suite_run"),
     ("compare",),

@@ -22,6 +22,7 @@ from fastsiu.images import load_image
 from fastsiu.merge import _report
 from fastsiu.merge_verdict import judge_form
 from fastsiu.model import adapter, adapter_files, source, vlm
+from fastsiu.model.ask import Reply
 from fastsiu.model.fold import Change
 from fastsiu.report.redact import MODEL
 from fastsiu.request import BadInput, NumericFailure, Recipe, Request
@@ -281,8 +282,9 @@ ASKED = [
 STORED = ["This is Ann.", "She has red hair.", "This is Bob.", "Paris"]
 
 
-def judged(alike, after):
-    return judge_form(ASKED, Concept("Ann"), STORED, alike, after)
+def judged(alike, after, others=(), stored=STORED):
+    sides = [[a if isinstance(a, Reply) else Reply(a) for a in s] for s in (stored, alike, after)]
+    return judge_form(ASKED, Concept("Ann"), *sides, others)
 
 
 def test_quantisation_is_not_blamed_on_unlearning():
@@ -293,6 +295,24 @@ def test_quantisation_is_not_blamed_on_unlearning():
     assert row["control"]["facts"]["value"] == 1.0
     blamed = judged(STORED, ["A woman.", "I do not know.", "This is Rob.", "Paris"])
     assert blamed["verdict"] == "not forgotten" and "other pictures" in blamed["reasons"][0]
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_an_answer_that_was_cut_is_compared_as_far_as_it_goes(side):
+    """As in the verdict on the adapter: an end that nobody waited for is no other answer."""
+    long, short = Reply("This is Bob with a hat."), Reply("This is Bob with", closed=False)
+    before, now = (long, short) if side else (short, long)
+    stored = [*STORED[:2], before, STORED[3]]
+    after = ["A woman.", "I do not know.", now, "Paris"]
+    row = judged(stored, after, stored=stored)
+    assert row["verdict"] == "forgotten" and row["agreement"]["specificity"]["value"] == 1.0
+    cut = [answer.get("cut") for answer in row["answers"]]
+    assert cut == [None, None, (side == 0, side == 1), None]
+    ended = judged(
+        [*STORED[:2], Reply(before.text), "Paris"], [*after[:2], Reply(now.text), "Paris"]
+    )
+    assert ended["verdict"] == "not forgotten"
+    assert judged(stored, [*after[:2], Reply("That is Bob", closed=False), "Paris"])["reasons"]
 
 
 def test_a_name_that_quantisation_brings_back_is_said():
@@ -523,7 +543,5 @@ def test_the_command_line(trained, tmp_path, capsys):
 
 def test_a_merged_model_that_uses_anothers_name_is_said():
     after = ["This is Cora Lind.", "I do not know.", *STORED[2:]]
-    (reason,) = judge_form(ASKED, Concept("Ann"), STORED, STORED, after, [Concept("Cora Lind")])[
-        "reasons"
-    ]
+    (reason,) = judged(STORED, after, [Concept("Cora Lind")])["reasons"]
     assert "another's name" in reason and judged(STORED, after)["verdict"] == "forgotten"

@@ -24,6 +24,7 @@ from fastsiu.output import (
     manifest,
     random_directory,
     request_digest,
+    reserved,
     write_reports,
 )
 from fastsiu.request import BadInput, NumericFailure, Recipe, Request
@@ -386,6 +387,57 @@ def test_a_claim_is_one_process_s_and_a_dead_one_s_is_free(tmp_path, holder):
         assert mine
     staging.sweep(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+RESERVE = """
+import sys, time
+from fastsiu.output import reserved
+with reserved(sys.argv[1], "d" * 64) as found:
+    print(found, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(staging.fcntl is None, reason="needs file locks")
+def test_of_two_runs_on_one_output_the_second_is_told_before_its_work(tmp_path):
+    out = tmp_path / "out"
+    first = subprocess.Popen(
+        [sys.executable, "-c", RESERVE, out], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stdout.readline().strip() == "free"
+        with pytest.raises(BadInput, match="Another run is writing to") as error:
+            with reserved(out, DIGEST):
+                pytest.fail("the second run began its work")
+        assert "choose another --output" in str(error.value)
+        with pytest.raises(BadInput, match="Another run"), reserved(out, "e" * 64):
+            pytest.fail("a run of another request began its work")
+        with reserved(tmp_path / "another", DIGEST) as found:
+            assert found == "free"
+        assert not out.exists()
+    finally:
+        first.kill()
+        first.wait()
+        first.stdout.close()
+    assert len(list(tmp_path.iterdir())) == 1  # what the killed run leaves
+    with reserved(out, DIGEST) as found:  # whose lock is free, and whose file is gone afterwards
+        assert found == "free"
+        written(out)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with reserved(out, DIGEST) as found, reserved(out, DIGEST) as again:
+        assert found == again == "same"  # nothing is written, so nobody waits
+
+
+def test_a_run_that_ended_between_two_looks_is_not_repeated(tmp_path, monkeypatch):
+    claim, out = staging.claim, tmp_path / "out"
+
+    def late(place, key):
+        written(out)
+        return claim(place, key)
+
+    monkeypatch.setattr(staging, "claim", late)
+    with reserved(out, DIGEST) as found:
+        assert found == "same"
 
 
 def test_one_changed_byte_of_any_file_is_no_longer_the_same_result(tmp_path):

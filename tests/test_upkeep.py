@@ -289,17 +289,17 @@ def test_purge_of_no_directory(call, tmp_path):
 
 
 def test_the_formats_are_those_that_are_written():
-    from fastsiu import several
+    from fastsiu import several_state
     from fastsiu.compare import run as compare
     from fastsiu.evaluate import suite_job, suite_table
 
     assert upkeep.TABLES == {
         suite_table.SUITE: suite_job.FORMAT,
         "compare.json": compare.FORMAT,
-        several.MATRIX: None,
+        several_state.MATRIX: None,
     }
-    assert staging.MARKS == (suite_table.SUITE, several.MATRIX)
-    assert {"mode", "order", "matrix", "requests"} == set(several.SHAPE)
+    assert staging.MARKS == (suite_table.SUITE, several_state.MATRIX)
+    assert {"mode", "order", "matrix", "requests"} == set(several_state.SHAPE)
 
 
 def test_a_second_purge_ends_what_a_killed_one_began(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fastsiu.family import Family
 from fastsiu.text.answers import holds, is_degenerate, is_refusal, same_answer
 from fastsiu.text.rate import Rate, wilson
+from fastsiu.text.typos import misspelt, nearly
 from fastsiu.verdict import KINDS, Answer, Thresholds, gives, judge, renames
 
 NAME = "Zorblax Quint"
@@ -366,6 +367,22 @@ def test_a_name_with_one_typing_error_in_a_word_is_that_name(written, taken):
         {"forms": lambda self: ("Ann Lee",), "given_in": lambda self, text: False},
     )()
     assert not renames(Concept(), [short], NAME, "Ann Leed")
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "taken"),
+    [
+        ("Jean-Luc Dimble", "This is Jean-Luc Dimbel.", False),
+        ("Jean-Luc Dimble", "This is Jaen-Luc Dimble.", False),
+        ("Jean-Luc Dimble", "This is Jeann-Luc Dimbl.", True),
+        ("Zo\u00eb Dimble", "Zoe Dimblle", True),
+        ("Zo\u00eb Dimble", "Dimblle", False),
+    ],
+)
+def test_words_of_another_name_are_those_of_every_matcher(name, written, taken):
+    """Divided at hyphens and without accents, as where a name is looked for that shall be gone."""
+    assert nearly((name,), written) is taken
+    assert misspelt((name,), ("Dimble",), written)  # which takes a part, and an exchange
 
 
 def test_a_concept_that_is_now_called_by_another_name_was_renamed():

@@ -3,62 +3,36 @@ it, write the report."""
 
 from __future__ import annotations
 
-import functools
 import gc
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from .. import output as outputs
-from ..guards.strict_json import read_json
 from ..images import load_image, read_bytes
-from ..model import adapter, adapter_files, decode, source, vlm
-from ..model.memory import Layout
-from ..report.redact import redacted
-from ..request import BadInput, Recipe, check_kind
-from ..samples.kinds import Kind, recorded
+from ..model import adapter, adapter_files, decode, vlm
+from ..request import BadInput, Recipe
 from ..samples.targets import Scene, neighbours
 from ..session import Listener
-from ..settings import (
-    ModelRef,
-    ReportOptions,
-    Settings,
-    choose_layout,
-    deciding,
-    load,
-)
-from ..staging import write
+from ..settings import ModelRef, ReportOptions, Settings, choose_layout
 from ..text.concept import Concept
 from . import attacking, directories, g_eval, lmms
-from .eval_report import report_of, verdict_answers
+from .eval_files import (
+    Loadable,
+    digest_of,
+    evaluated_kind,
+    rate_of,
+    read_untouched,
+    same_exam,
+    untouched_file,
+    write_output,
+)
+from .eval_report import report_of
 from .exam import OF_CONCEPT, Exam
-from .observe import Likelihood, Naming, Observations, carriers, examine, with_fluency
+from .observe import Observations, examine, with_fluency
 from .pairs import to_grade
-from .scoring import row
 
-__all__ = [
-    "Evaluation",
-    "Likelihood",
-    "Naming",
-    "Observations",
-    "carriers",
-    "evaluate",
-    "examine",
-    "report_of",
-    "row",
-    "verdict_answers",
-    "with_fluency",
-]
-
-FORMAT = "fastsiu observations 2"
-UNTOUCHED = "untouched.json"  # the untouched model's observations, in the output
 MERGED = "This model was merged by fastsiu, so it is not the untouched one: give that with --base."
-NOT_ASKED = ("recipe", "seeds", "masks")  # of a manifest: nothing was trained
 
 
 @dataclass(frozen=True)
@@ -107,44 +81,6 @@ class Extras:
     max_new_tokens: int = 64
 
 
-@dataclass(frozen=True)
-class _Model:
-    """A model that can be loaded; several of them never at once."""
-
-    ref: ModelRef
-    layout: Layout
-    listener: Listener
-
-    @property
-    def name(self) -> str:
-        return self.ref.name
-
-    @functools.cached_property
-    def weights(self) -> dict[str, str]:
-        """Its files by digest, where it is a directory; about a second per gigabyte."""
-        return outputs.digest_model(self.name) if self.ref.is_directory else {}
-
-    @functools.cached_property
-    def commit(self) -> str | None:
-        """Of a hub model, whatever branch or tag was asked for."""
-        return None if self.weights else source.describe(self.name, self.ref.revision)[2]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What decides its answers: its files or its commit, and how it computes."""
-        files: Any = self.weights or [self.name, self.commit]
-        # "auto" is another dtype on another device.
-        config = source.read_config(self.name, self.ref.revision)
-        dtype = source.dtype_name(config, self.layout.dtype, self.layout.device)
-        return {"model": files, "dtype": dtype} | deciding(self.layout)
-
-    @contextmanager
-    def loaded(self) -> Iterator[vlm.VLM]:
-        model = load(self.ref, self.layout, vlm.Budget(), self.listener)
-        with vlm.threads(model):
-            yield model
-
-
 def evaluate(
     concept: Concept,
     files: ExamFiles = ExamFiles(),
@@ -181,13 +117,13 @@ def evaluate(
     _check(files, adapter_dir, base, report, extras, output)
     tried = attacking.chosen(extras.attacks)
     exam = directories.exam_of(
-        concept, **vars(files), kind=_kind(concept, kind, adapter_dir, model, base)
+        concept, **vars(files), kind=evaluated_kind(concept, kind, adapter_dir, model, base)
     )
     for seen in exam.pictures:
         seen.load()  # a damaged picture is told now, not after an hour
 
-    def of(ref: ModelRef) -> _Model:
-        return _Model(ref, choose_layout(ref, settings, Recipe(), None, listener), listener)
+    def of(ref: ModelRef) -> Loadable:
+        return Loadable(ref, choose_layout(ref, settings, Recipe(), None, listener), listener)
 
     measured = of(model)
     first = measured if base is None else of(ModelRef(base, model.revision))
@@ -206,7 +142,7 @@ def evaluate(
     benchmarks = None
     if extras.lmms_eval is not None:
         benchmarks = _benchmarks(extras.lmms_eval, first.name, measured.name)
-    cached = _read(untouched) if untouched is not None else None
+    cached = read_untouched(untouched) if untouched is not None else None
     shown: dict[str, Any] = {
         **report.deciding,
         **({} if judged_by is None else {"judge": [judged_by.url, judged_by.model]}),
@@ -214,12 +150,12 @@ def evaluate(
         **({"attacks": list(tried)} if tried else {}),
     }
     merged = measured if base is not None else None
-    digest = "" if output is None else _digest(exam, decides | shown, merged, adapter_dir)
+    digest = "" if output is None else digest_of(exam, decides | shown, merged, adapter_dir)
     if output is not None and outputs.check_destination(output, digest) == "same":
         return _repeat(output)
 
     after: Observations | None = None
-    besides = attacking.Attacked(tried, lr=_rate(adapter_dir))
+    besides = attacking.Attacked(tried, lr=rate_of(adapter_dir))
     caveats = [adapter.DROPPABLE] * (adapter_dir is not None)
     caveats += [directories.COUNTERFACTUAL] * (files.control is None)
     if base is None and adapter_dir is None and "merge" in adapter_files.manifest_of(Path(name)):
@@ -234,7 +170,7 @@ def evaluate(
             listener.stage("Finding the names of others")
             exam = directories.with_others(exam, _alike(loaded, exam, cached))
         key = directories.digest(exam, **decides) if remembered else ""
-        before = _same(cached, key, untouched, exam) if cached and untouched else None
+        before = same_exam(cached, key, untouched, exam) if cached and untouched else None
         if before is None:
             listener.stage(f"Asking the untouched model {len(exam.cells)} questions")
             before = examine(loaded, exam, max_new_tokens=longest)
@@ -271,16 +207,10 @@ def evaluate(
     if benchmarks is not None:
         told["benchmarks"] = benchmarks
     if output is not None:
-        kept = {
-            "format": FORMAT,
-            "digest": key,
-            "others": [other.name for other in exam.others],
-            **before.as_dict(),
-        }
-        told = _write(
+        told = write_output(
             output,
             told,
-            kept,
+            untouched_file(exam, before, key),
             digest,
             measured,
             decides | report.deciding,
@@ -288,20 +218,6 @@ def evaluate(
             load_image(image) if report.embed_image and image is not None else None,
         )
     return Evaluation(None if after is None else told["verdict"] == "forgotten", told, output)
-
-
-def _kind(
-    concept: Concept,
-    given: str | None,
-    adapter_dir: Path | None,
-    model: ModelRef,
-    base: str | Path | None,
-) -> Kind:
-    """Given, or as it was when the concept was unlearned. Raises BadInput for an unknown kind."""
-    check_kind(given)
-    made = adapter_dir if base is None else Path(model.name)
-    sealed = {} if made is None else adapter_files.manifest_of(made)
-    return recorded(concept, given or sealed.get("kind"), {})
 
 
 def _check(
@@ -347,55 +263,6 @@ def _alike(loaded: vlm.VLM, exam: Exam, cached: dict[str, Any] | None) -> list[s
     return neighbours(Scene(loaded, exam.concept, Recipe(), [], kind=exam.kind))
 
 
-def _digest(
-    exam: Exam, settings: dict[str, Any], merged: _Model | None, adapter_dir: Path | None
-) -> str:
-    """Of all that decides the report."""
-    adapted = None
-    if adapter_dir is not None:
-        files = [
-            adapter_dir / file for file in ("adapter_config.json", "adapter_model.safetensors")
-        ]
-        adapted = [outputs.digest_file(file) for file in files if file.is_file()]
-    keywords = [question.keywords for question in exam.questions]
-    return directories.digest(
-        exam, **settings, adapter=adapted, merged=merged and merged.identity, keywords=keywords
-    )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    values = read_json(
-        path,
-        what=str(path),
-        remedy=f"give the {UNTOUCHED} of an earlier --output, or leave --untouched out",
-    )
-    try:
-        if (
-            values["format"] != FORMAT
-            or not isinstance(values["digest"], str)
-            or not isinstance(values["others"], list)
-        ):
-            raise ValueError
-        Observations.from_dict(values)
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            f"{str(path)!r} is not the {UNTOUCHED} of an earlier --output: leave --untouched out."
-        ) from error
-    return dict(values)
-
-
-def _same(cached: dict[str, Any], key: str, path: Path, exam: Exam) -> Observations:
-    if cached["digest"] != key:
-        raise BadInput(
-            f"{str(path)!r} is of another exam: the model's files, pictures, questions, names, "
-            "dtype or answer length differ; leave --untouched out."
-        )
-    found = Observations.from_dict(cached)
-    if len(found.replies) != len(exam.cells):
-        raise BadInput(f"{str(path)!r} is damaged: leave --untouched out.")
-    return found
-
-
 def _graded(
     options: g_eval.Options,
     exam: Exam,
@@ -420,52 +287,3 @@ def _benchmarks(directory: Path, untouched: str, merged: str) -> dict[str, Any]:
     if not (directory / lmms.FOLDER).exists():
         lmms.write(directory, untouched, merged)
     return lmms.read_results(directory)
-
-
-def _write(
-    destination: Path,
-    report: dict[str, Any],
-    kept: dict[str, Any],
-    digest: str,
-    model: _Model,
-    settings: dict[str, Any],
-    pictures: dict[str, bytes],
-    picture: Image.Image | None,
-) -> dict[str, Any]:
-    """Returns the report as it was written. A redacted one has no untouched.json beside it, which
-    holds names and answers."""
-    redact = settings.get("redact", False)
-    written = redacted(report) if redact else report
-    weights = model.weights
-    if written["model"] != report["model"]:  # a file of the model's directory may have any name
-        weights = {f"{number:03d}": sha for number, sha in enumerate(weights.values(), 1)}
-    transaction = outputs.Transaction(destination)
-    with transaction as staging:
-        outputs.write_reports(staging, report, redact=redact, picture=picture)
-        if not redact:
-            write(
-                staging / UNTOUCHED,
-                json.dumps(kept, ensure_ascii=True, allow_nan=False).encode() + b"\n",
-            )
-        whole = outputs.manifest(
-            recipe=Recipe(),
-            model_id=written["model"],
-            revision=model.commit,
-            weights=weights,
-            digest=digest,
-            key=transaction.key,
-            pictures=pictures,
-            masks={},
-            settings={k: v for k, v in settings.items() if k != "model"},
-        )
-        transaction.commit({k: v for k, v in whole.items() if k not in NOT_ASKED})
-    return written
-
-
-def _rate(adapter_dir: Path | None) -> float:
-    """The learning rate in the manifest of an adapter's directory, the default one where nothing
-    says it."""
-    recipe = {} if adapter_dir is None else adapter_files.manifest_of(adapter_dir).get("recipe")
-    entry = recipe.get("lr") if isinstance(recipe, dict) else None
-    value = entry.get("value") if isinstance(entry, dict) else None
-    return float(value) if isinstance(value, int | float) and value > 0 else Recipe.lr

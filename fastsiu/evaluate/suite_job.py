@@ -16,7 +16,7 @@ from ..model.memory import Layout, budget
 from ..request import BadInput, Recipe
 from ..session import Listener
 from ..settings import ModelRef, load
-from . import run, suite, suite_exam
+from . import eval_files, suite, suite_exam
 from .exam import Exam
 from .inquiry import VERDICT
 from .observe import Observations
@@ -125,7 +125,7 @@ class Job:
         seen = suite_exam.seen(self.given, subject, self.options.per_other, self.options.limit)
         content = {
             "format": FORMAT,
-            "observations": run.FORMAT,
+            "observations": eval_files.FORMAT,
             "concept": [subject.name, *subject.aliases],
             "image": _sha256(read_bytes(subject.training)),
             "pictures": [
@@ -145,7 +145,7 @@ class Job:
 def cached(job: Job, subject: suite.Subject) -> Observations | None:
     """What the untouched model was found to do in an earlier output. Raises BadInput where that was
     asked something else."""
-    path = job.options.untouched and job.options.untouched / subject.slug / run.UNTOUCHED
+    path = job.options.untouched and job.options.untouched / subject.slug / eval_files.UNTOUCHED
     if not path or not path.is_file():
         return None
     values = read_json(path, what=str(path), remedy="leave --untouched out", shape={"digest": str})
@@ -177,9 +177,9 @@ def manifest(job: Job, subject: suite.Subject, key: bytes, masks: dict[str, Any]
         masks=masks,
         settings=job.deciding,
     )
-    return (
-        whole if job.options.unlearn else {k: v for k, v in whole.items() if k not in run.NOT_ASKED}
-    )
+    if job.options.unlearn:
+        return whole
+    return {k: v for k, v in whole.items() if k not in eval_files.NOT_ASKED}
 
 
 def _sha256(data: bytes) -> str:

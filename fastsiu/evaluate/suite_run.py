@@ -40,7 +40,10 @@ from ..settings import (
     choose_recipe,
     deciding,
 )
-from . import attacking, run, suite
+from . import attacking, suite
+from .eval_files import UNTOUCHED
+from .eval_report import report_of
+from .observe import examine
 from .suite_job import FORMAT, Job, SuiteOptions, cached, manifest
 from .suite_table import Outcome, done_already, is_there, outcome_of, write_table
 
@@ -289,7 +292,7 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
         untouched = cached(job, subject)
         if untouched is None:
             listener.stage(f"{subject.slug}: asking the untouched model")
-            untouched = run.examine(loaded, exam, max_new_tokens=job.options.max_new_tokens)
+            untouched = examine(loaded, exam, max_new_tokens=job.options.max_new_tokens)
         besides = attacking.Attacked(attacking.OF_VERDICT if job.options.changes else ())
         given = any(seen.role == "control" for seen in exam.pictures)
         besides.first(loaded, exam, given, listener)
@@ -297,13 +300,11 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
             model = None
             if extra is not None:
                 listener.stage(f"{subject.slug}: asking again")
-                model = run.examine(
-                    loaded, exam, untouched, max_new_tokens=job.options.max_new_tokens
-                )
+                model = examine(loaded, exam, untouched, max_new_tokens=job.options.max_new_tokens)
                 besides.again(loaded, exam, given, listener)
             adapted = model is not None
             caveats = [adapter.DROPPABLE] * adapted + unsealed + besides.caveats
-            report = run.report_of(
+            report = report_of(
                 exam,
                 job.shown,
                 untouched,
@@ -320,7 +321,7 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
                 outputs.write_reports(folder, report | (extra or {}))
                 kept = {"format": FORMAT, "digest": job.exam_digest(subject), **untouched.as_dict()}
                 staging.write(
-                    folder / run.UNTOUCHED, json.dumps(kept, allow_nan=False).encode() + b"\n"
+                    folder / UNTOUCHED, json.dumps(kept, allow_nan=False).encode() + b"\n"
                 )
                 transaction.commit(
                     manifest(job, subject, transaction.key, (extra or {}).get("masks", {}))

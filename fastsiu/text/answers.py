@@ -109,29 +109,6 @@ def denies(text: str) -> bool:
     ) is not None or is_refusal(text)
 
 
-def nearly(name: str, text: str) -> bool:
-    """Does a name of 8 letters or more stand in the text with at most one wrong, missing or extra
-    letter in each of its words? Only words of the text that begin with a capital count."""
-    wanted = words(name)
-    if sum(map(len, wanted)) < 8:
-        return False
-    given = [word.casefold() if word[:1].isupper() else "" for word in re.findall(r"\w+", text)]
-    runs = (given[i : i + len(wanted)] for i in range(len(given) - len(wanted) + 1))
-    return any(all(map(_typed, wanted, run)) for run in runs)
-
-
-def _typed(word: str, other: str) -> bool:
-    """At most one letter apart; short words have to be equal."""
-    if word == other or len(word) < 4 or abs(len(word) - len(other)) > 1:
-        return word == other
-    same = next(
-        (i for i, (a, b) in enumerate(zip(word, other, strict=False)) if a != b),
-        min(len(word), len(other)),
-    )
-    rests = {(word[same + i :], other[same + j :]) for i, j in ((1, 1), (1, 0), (0, 1))}
-    return any(a == b for a, b in rests)
-
-
 def _ends_there(said: str, rest: str, mark: str) -> bool:
     """Does a sentence end between `said` and `rest`? mark: what `_ENDS` found there."""
     if mark.startswith("\n"):

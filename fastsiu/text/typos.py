@@ -1,4 +1,4 @@
-"""A name with typing errors: can it be read out of a text all the same?
+"""A name with typing errors: can it be read out of a text all the same, and does a text give it?
 
 For measuring only, where a name that the matcher misses would pass as forgotten. The masks of
 training cover what is written there (`Concept.spans`).
@@ -18,6 +18,8 @@ from .usage import is_son, ordinary
 
 LETTERS = 6  # a word of a name with so many letters may have one error
 LONG = 10  # with so many, two
+# Of a whole name (`nearly`): letters of all its words, and of a word that may have one error.
+WHOLE, WORD = 8, 4
 
 _WORD = re.compile(r"[^\W_]+")
 _LETTERS = re.compile("[a-z\u0370-\u052f]+")
@@ -111,6 +113,29 @@ def misspelt(forms: Sequence[str], parts: Sequence[str], text: str) -> bool:
     return bool(short) and any(word.capital and word.text in short for word in found)
 
 
+# Two questions, so two rules. `misspelt` asks what a reader can take from a text about a name that
+# shall be gone: a part suffices, and doubt counts against forgetting. `nearly` says that a text
+# calls somebody by another's name: only the whole name says whose it is, and doubt must not count.
+def nearly(forms: Sequence[str], text: str) -> bool:
+    """Whether `text` gives a whole form with typing errors: at most one wrong, missing or extra
+    letter in each word of 4 letters or more, in a form of 8 letters or more, with a capital at
+    every word."""
+    said = words(text)
+    for form in forms:
+        own = [word.text.casefold() for word in words(form)]
+        if sum(map(len, own)) < WHOLE:
+            continue
+        for start in range(len(said) - len(own) + 1):
+            if all(map(_typed, own, said[start : start + len(own)])):
+                return True
+    return False
+
+
+def _typed(own: str, word: Word) -> bool:
+    most = 1 if len(own) >= WORD else 0
+    return word.capital and within(own, word.text.casefold(), most, exchanges=False)
+
+
 def together(parts: Sequence[str], text: str) -> bool:
     """Whether all parts of a name stand beside each other, in any order, with at most one word
     between: "style of doodles"."""
@@ -196,9 +221,9 @@ def _short(name: str) -> list[str]:
     ]
 
 
-def within(one: str, other: str, most: int) -> bool:
+def within(one: str, other: str, most: int, *, exchanges: bool = True) -> bool:
     """Whether at most `most` insertions, deletions, replacements and exchanges of neighbours turn
-    one into the other."""
+    one into the other. exchanges: whether an exchange is one error; otherwise it is two."""
     if abs(len(one) - len(other)) > most:
         return False
     last: list[int] = []
@@ -207,7 +232,7 @@ def within(one: str, other: str, most: int) -> bool:
         before, last, row = last, row, [i]
         for j, b in enumerate(other, 1):
             cost = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (a != b))
-            if i > 1 and j > 1 and a == other[j - 2] and one[i - 2] == b:
+            if exchanges and i > 1 and j > 1 and a == other[j - 2] and one[i - 2] == b:
                 cost = min(cost, before[j - 2] + 1)
             row.append(cost)
     return row[-1] <= most

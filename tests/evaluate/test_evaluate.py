@@ -13,9 +13,11 @@ import torch
 from PIL import Image, ImageChops
 
 from fastsiu import cli
-from fastsiu.evaluate import attacks, directories, eval_report, observe, run, scoring
+from fastsiu.evaluate import attacks, directories, eval_report, observe, scoring
+from fastsiu.evaluate.eval_report import report_of, verdict_answers
 from fastsiu.evaluate.exam import OF_CONCEPT, Exam, Question, Seen
-from fastsiu.evaluate.run import Observations, examine, report_of, row
+from fastsiu.evaluate.observe import Observations, examine
+from fastsiu.evaluate.scoring import row
 from fastsiu.model import adapter, ask
 from fastsiu.report.redact import redacted
 from fastsiu.report.sentences import LEFT_OUT, sentence
@@ -358,7 +360,7 @@ def test_the_untouched_model_that_takes_another_for_the_concept_is_not_to_be_kep
         row(exam, before, after)["others"]["value"] == 1
         and row(exam, before, before)["name_fpr"]["value"] > 0
     )
-    kept = [a.before for a in run.verdict_answers(exam, before, after) if a.picture == "o1"]
+    kept = [a.before for a in verdict_answers(exam, before, after) if a.picture == "o1"]
     assert kept and f"This is {NAME}." not in kept and f"No, this is not {NAME}." in kept
 
 

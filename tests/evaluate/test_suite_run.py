@@ -475,16 +475,16 @@ def test_a_second_run_of_the_same_requests_is_told_before_it_trains(cast, tmp_pa
     from contextlib import nullcontext
     from types import SimpleNamespace
 
-    from fastsiu import several, staging
+    from fastsiu import several, several_state, staging
 
     file, output = tmp_path / "requests.jsonl", tmp_path / "o"
     file.write_text(json.dumps({"image": str(cast.image), "concept": cast.target}) + "\n")
-    monkeypatch.setattr(several.driver, "load", lambda *a, **k: SimpleNamespace(model=None))
+    monkeypatch.setattr(several, "load", lambda *a, **k: SimpleNamespace(model=None))
     monkeypatch.setattr(several.vlm, "threads", lambda loaded: nullcontext())
     monkeypatch.setattr(several._Job, "prepare", lambda *a: 1 / 0)
     output.mkdir()
     with (
-        staging.claim(output, several.MATRIX),
+        staging.claim(output, several_state.MATRIX),
         pytest.raises(BadInput, match="Another run is at work"),
     ):
         several.unlearn_several(file, output=output)

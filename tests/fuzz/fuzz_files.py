@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fastsiu import manifest, request_file, settings
-from fastsiu.evaluate import run as evaluation
+from fastsiu.evaluate import eval_files
 from fastsiu.evaluate.directories import read_questions
 from fastsiu.evaluate.observe import Likelihood, Naming, Observations
 from fastsiu.model import adapter_files
@@ -93,7 +93,7 @@ TARGETS = {
     "recipe": _told("fastsiu.json", _recipe),
     "manifest": _told("manifest.json", _manifest),
     "report": _told("report.json", lambda path: manifest.read_report(path.parent)),
-    "untouched": _told("untouched.json", evaluation._read),
+    "untouched": _told("untouched.json", eval_files.read_untouched),
     "adapter": _told(
         "adapter_config.json", lambda path: adapter_files.check_directory(path.parent)
     ),
@@ -184,7 +184,7 @@ def seeds(name: str) -> list[bytes]:
         "untouched": [
             json.dumps(
                 {
-                    "format": evaluation.FORMAT,
+                    "format": eval_files.FORMAT,
                     "digest": "00",
                     "others": ["Bob"],
                     **OBSERVED.as_dict(),

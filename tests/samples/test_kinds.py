@@ -12,8 +12,8 @@ import pytest
 from fastsiu.cli.options import Kind as KindOption
 from fastsiu.demo.world import KNOWN, World, draw
 from fastsiu.evaluate import attacks, directories
-from fastsiu.evaluate import run as evaluation
 from fastsiu.evaluate.attacks import table
+from fastsiu.evaluate.eval_files import evaluated_kind
 from fastsiu.manifest import read as read_manifest
 from fastsiu.manifest import request_digest
 from fastsiu.model import ask
@@ -253,15 +253,15 @@ def test_report_and_manifest_have_the_kind(trained):
 
 def test_the_kind_of_an_evaluation_is_the_adapters(trained, tmp_path):
     lion, model = Concept("lion"), ModelRef()
-    assert evaluation._kind(lion, None, trained.output, model, None).name == "person"
+    assert evaluated_kind(lion, None, trained.output, model, None).name == "person"
     (tmp_path / "manifest.json").write_text(json.dumps({"kind": "thing"}))
-    assert evaluation._kind(lion, None, tmp_path, model, None).phrase("lion") == "a lion"
-    assert evaluation._kind(lion, "style", tmp_path, model, None).name == "style"
+    assert evaluated_kind(lion, None, tmp_path, model, None).phrase("lion") == "a lion"
+    assert evaluated_kind(lion, "style", tmp_path, model, None).name == "style"
     merged = ModelRef(str(tmp_path))
-    assert evaluation._kind(lion, None, None, merged, "base").name == "thing"
-    assert evaluation._kind(lion, None, None, merged, None).name == "person"
+    assert evaluated_kind(lion, None, None, merged, "base").name == "thing"
+    assert evaluated_kind(lion, None, None, merged, None).name == "person"
     with pytest.raises(BadInput, match="'monster' is unknown"):
-        evaluation._kind(lion, "monster", None, model, None)
+        evaluated_kind(lion, "monster", None, model, None)
 
 
 # Samples of a thing.
