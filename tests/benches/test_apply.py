@@ -144,7 +144,7 @@ def test_plots_of_a_gpu_stand_beside_the_others(editor, tree, tmp_path):
 def test_an_incomplete_device_gets_no_table(editor, tree, tmp_path, capsys):
     assert editor.apply(synthetic(tmp_path / "results", shapes=SHAPES[:1]), tree, False) == 1
     assert (tree / LOSS).read_bytes() == (ROOT / LOSS).read_bytes()
-    assert "N=64, V=151936, D=1024, bfloat16" in capsys.readouterr().err
+    assert "N=64, V=151936, D=2048, bfloat16" in capsys.readouterr().err
 
 
 def test_the_launch_file_in_the_tree_holds_only_what_a_gpu_measured():
