@@ -273,7 +273,7 @@ def steps(rows: Path, work: Path, options: Options) -> list[Step]:
 
     variants = ["--variants", *options.variants] if options.variants else []
     # its model goes with `work`
-    real = part("real", 120 if quick else 330, {"TMPDIR": str(work)}, *variants)
+    real = part("real", 110 if quick else 330, {"TMPDIR": str(work)}, *variants)
     if quick:
         into = work / "copy"
         editor = [sys.executable, str(Path(__file__).with_name("apply.py")), str(rows.parent)]
@@ -281,7 +281,7 @@ def steps(rows: Path, work: Path, options: Options) -> list[Step]:
         apply = Step("apply", [*editor, "--into", str(into), *plots], 60, site)
         return [
             Step("tests", [*PYTEST, *SMALL], 160, interpreted | site, packages.lacking("tests")),
-            part("ours", 60),
+            part("ours", 80),
             part("rivals", 60),
             part("tune", 60, interpreted),
             real,
