@@ -46,11 +46,12 @@ def main() -> int:
     parser.add_argument(
         "--no-plots", action="store_true", help="draw nothing (matplotlib is not needed then)"
     )
+    parser.add_argument("--commit", metavar="NAME", help="of rows that do not know theirs")
     given = parser.parse_args()
     path = given.results / "gpu.jsonl" if given.results.is_dir() else given.results
     if not given.into.exists():
         copy(given.into)
-    return apply(path, given.into, not given.no_plots)
+    return apply(path, given.into, not given.no_plots, given.commit)
 
 
 def stop(sentence: str) -> int:
@@ -66,9 +67,12 @@ def copy(tree: Path) -> Path:
     return tree
 
 
-def apply(path: Path, into: Path, draw: bool) -> int:
+def apply(path: Path, into: Path, draw: bool, commit: str | None = None) -> int:
     """Puts results into a tree: launch rows, rows of the loss bench, plots and the device's
-    tables. Says what it leaves as it is. Returns the exit code."""
+    tables. Says what it leaves as it is. Returns the exit code.
+
+    commit: that of the copy without git's history in which the rows were measured
+    """
     import loss
 
     if not path.is_file():
@@ -87,6 +91,12 @@ def apply(path: Path, into: Path, draw: bool) -> int:
             f"{path} is a rehearsal, whose figures are the interpreter's: measure on a GPU, or "
             "name a copy with --into."
         )
+    if commit is None and any(r.get("commit") == "unknown" for r in rows):
+        return stop(
+            f"{path} was measured in a copy without git's history: say with --commit what it was."
+        )
+    rows = [r | dict(commit=commit) if r.get("commit") == "unknown" else r for r in rows]
+    machine = next(r for r in rows if r["kind"] == "run")
     if draw and importlib.util.find_spec("matplotlib") is None:
         return stop("The plots need matplotlib: pip install 'fastsiu[bench]', or give --no-plots.")
     launch_rows(machine, rows, into / "kernels" / "measured.py")

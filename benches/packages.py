@@ -31,6 +31,7 @@ NEEDS = {  # a step's distributions, of those in pyproject.toml; None: all that 
     "ours": (*LOSS, "triton"),
     "rivals": (*LOSS, "triton"),
     "tune": (*LOSS, "triton"),
+    "tuned": (*LOSS, "triton"),
     "memcheck": (*LOSS, "triton", *TESTS),
     "racecheck": (*LOSS, "triton", *TESTS),
     "study": (*LOSS, "triton"),

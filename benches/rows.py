@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 def append(output: Path, rows: Iterable[Row]) -> None:
-    """Adds rows with one write, so that a kill leaves all of them or none."""
+    """Adds rows with one write: a kill in the middle of it cuts the last of them."""
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:

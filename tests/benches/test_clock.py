@@ -61,3 +61,19 @@ def test_a_queue_that_ran_empty_is_told(asked):
     asked.host = 60.0
     clock.queued(lambda: None)
     assert asked.log.count("fill") == asked.clock.MOST
+
+
+def test_a_table_of_a_gpu_has_replayed_graphs_beside_the_calls(asked):
+    import loss
+
+    row = dict(
+        missing=None, package="torch", version="2", skips_dw=True, ours=False, how="one call"
+    )
+    row |= dict(terms="CE+KL", keeps="-", teacher_mib=0.0, mib=1.0, x_floor=2.0, accuracy=[])
+    plain = row | dict(contender="a rival", ms=dict(median=4.0))
+    graph = plain | dict(contender="ours", ms_graph=dict(median=3.0), x_floor_graph=1.5)
+    head, _, *lines = loss.table([plain, graph]).splitlines()
+    assert "| time | to floor | graph | to floor | memory |" in head
+    assert "| 4.00 ms | 2.00 | 3.00 ms | 1.50 | 1 MiB |" in lines[1]
+    assert "| 4.00 ms | 2.00 | - | - | 1 MiB |" in lines[0]
+    assert "graph" not in loss.table([plain])
