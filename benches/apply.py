@@ -1,10 +1,12 @@
 """Makes launch rows, plots and the documents' tables of what benches/gpu.sh has measured.
 
-    python benches/apply.py FILE    writes kernels/measured.py, rows in benches/results, plots in
-                                    benches/plots, and tables in docs/
+    python benches/apply.py DIR    writes kernels/measured.py, rows in benches/results, plots in
+                                   benches/plots, and tables in docs/
 
-benches/gpu.py says what FILE holds. The table of a device stands between markers of its own; where
-a page has none yet, it is added at the end of its section. Figures of the interpreter are refused.
+DIR is what benches/gpu.sh had as --output (or its gpu.jsonl); benches/gpu.py says what it holds. A
+campaign that was cut short is applied as far as it came. The table of a device stands between
+markers of its own; where a page has none yet, it is added at the end of its section. Figures of the
+interpreter are refused.
 Exit codes: 0 all went well, 1 a table could not be made, 2 bad input.
 """
 
@@ -21,45 +23,40 @@ import shutil
 import statistics
 import sys
 import textwrap
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rows import INTERPRETER, Row, append, plans_of, provenance, read
+
 ROOT = Path(__file__).resolve().parent.parent
-INTERPRETER = "interpreter"  # the device of a rehearsal: its figures are nobody's
 LOSS_PAGE, LOSS_SECTION = "docs/performance.md", "The loss beside its rivals"
 REAL_PAGE, REAL_SECTION = "docs/memory.md", "Measured at the real size"
+REAL_KINDS = ("made", "real", "real step")
 CHANGED = (LOSS_PAGE, REAL_PAGE, "kernels/measured.py", "benches/results/loss.jsonl")
-Row = dict[str, Any]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="the results of benches/gpu.sh")
+    parser.add_argument("results", type=Path, metavar="DIR", help="what benches/gpu.sh has made")
     parser.add_argument(
-        "--into", type=Path, default=ROOT, metavar="DIR", help="a tree other than this one"
+        "--into", type=Path, default=ROOT, metavar="TREE", help="instead of this one: a copy"
     )
     parser.add_argument(
         "--no-plots", action="store_true", help="draw nothing (matplotlib is not needed then)"
     )
+    parser.add_argument("--commit", metavar="NAME", help="of rows that do not know theirs")
     given = parser.parse_args()
-    return apply(given.file, given.into, not given.no_plots)
+    path = given.results / "gpu.jsonl" if given.results.is_dir() else given.results
+    if not given.into.exists():
+        copy(given.into)
+    return apply(path, given.into, not given.no_plots, given.commit)
 
 
 def stop(sentence: str) -> int:
     print(f"apply.py: {sentence}", file=sys.stderr)
     return 2
-
-
-def append(output: Path, rows: Iterable[Row]) -> None:
-    with output.open("a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def copy(tree: Path) -> Path:
@@ -70,9 +67,12 @@ def copy(tree: Path) -> Path:
     return tree
 
 
-def apply(path: Path, into: Path, draw: bool) -> int:
+def apply(path: Path, into: Path, draw: bool, commit: str | None = None) -> int:
     """Puts results into a tree: launch rows, rows of the loss bench, plots and the device's
-    tables. Says what it leaves as it is. Returns the exit code."""
+    tables. Says what it leaves as it is. Returns the exit code.
+
+    commit: that of the copy without git's history in which the rows were measured
+    """
     import loss
 
     if not path.is_file():
@@ -91,6 +91,12 @@ def apply(path: Path, into: Path, draw: bool) -> int:
             f"{path} is a rehearsal, whose figures are the interpreter's: measure on a GPU, or "
             "name a copy with --into."
         )
+    if commit is None and any(r.get("commit") == "unknown" for r in rows):
+        return stop(
+            f"{path} was measured in a copy without git's history: say with --commit what it was."
+        )
+    rows = [r | dict(commit=commit) if r.get("commit") == "unknown" else r for r in rows]
+    machine = next(r for r in rows if r["kind"] == "run")
     if draw and importlib.util.find_spec("matplotlib") is None:
         return stop("The plots need matplotlib: pip install 'fastsiu[bench]', or give --no-plots.")
     launch_rows(machine, rows, into / "kernels" / "measured.py")
@@ -127,9 +133,7 @@ def apply(path: Path, into: Path, draw: bool) -> int:
     if not drawn:
         print("No plots: " + ("the shapes are none that are drawn." if draw else "--no-plots."))
     images = "".join(f"\n![{p.stem.replace('_', ' ')}](../benches/plots/{p.name})" for p in drawn)
-    how = (
-        "As above, on a GPU with a cold L2: `benches/gpu.sh`, then `python benches/apply.py FILE`."
-    )
+    how = "As above, on a GPU with a cold L2: `benches/gpu.sh`, then `python benches/apply.py DIR`."
     text = f"{loss.tables(device, whole=machine['quick']).strip()}\n{images}"
     table(
         into / LOSS_PAGE,
@@ -145,7 +149,9 @@ def apply(path: Path, into: Path, draw: bool) -> int:
 def real_rows(rows: list[Row], into: Path) -> None:
     """Puts rows of benches/real.py into its results, and makes the device's table. A device on
     which no variant ran gets no table."""
-    import real as bench_real
+    if not any(r["kind"] in REAL_KINDS for r in rows):
+        return
+    import real as bench_real  # it needs the whole package, which the loss does not
 
     path, newest = into / "benches" / "results" / "real.jsonl", bench_real.newest(rows, None)
     if not any(r["kind"] != "made" and not r.get("missing") for r in newest):
@@ -158,7 +164,7 @@ def real_rows(rows: list[Row], into: Path) -> None:
     how = (
         "LLaVA-1.5-7B with random weights, from load to saved adapter, seconds by stage: "
         "`benches/gpu.sh --only real`, then "
-        "`python benches/apply.py FILE`; `benches/real.py` says what differs from a run "
+        "`python benches/apply.py DIR`; `benches/real.py` says what differs from a run "
         "with real weights."
     )
     device = newest[-1]["device"]
@@ -214,31 +220,9 @@ def launch_rows(machine: Row, rows: list[Row], path: Path) -> None:
                 f"{path} has no assignment to {name} alone in its paragraph: restore the file."
             )
     path.write_text(source, encoding="utf-8")
-    print(f"{path}: {len(tuned)} launch rows, {len(against_tiled(rows))} choices of backend")
-
-
-def provenance(row: Row) -> str:
-    return f"measured {row['date'][:10]} on {row['device']}, commit {row['commit']}"
-
-
-def plans_of(rows: list[Row]) -> dict[tuple, tuple]:
-    """Entries of measured.PLANS from rows of kind `tune`."""
-    plans, show = {}, lambda ms: " / ".join(f"{x:.3f}" for x in ms)
-    for r in rows:
-        if r["kind"] == "tune":
-            why = (
-                f"{provenance(r)}, [{r['N']}, {r['V']}] D {' / '.join(map(str, r['D']))}: "
-                f"{show(r['ms'])} ms, "
-            )
-            why += f"the predicted row {show(r['predicted_ms'])}"
-            plans[r["target"], r["dtype"], r["N"]] = (
-                tuple(r["sums"]),
-                tuple(r["product"]),
-                r["waves"],
-                r["chunk"],
-                why,
-            )
-    return plans
+    print(
+        f"{path}: {len(plans_of(tuned))} launch rows, {len(against_tiled(rows))} choices of backend"
+    )
 
 
 def against_tiled(rows: list[Row]) -> dict[tuple[str, int], list[float]]:
@@ -297,10 +281,6 @@ def table(page: Path, command: str, device: str, text: str, section: str, how: s
         whole += f"\n{after}" if after else ""
     page.write_text(whole, encoding="utf-8")
     print(f"{page}: the table of {device}, {section}")
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Tests, tunes and measures on this machine's GPU in at most nine minutes, without network, into one
-# results file (gpu.py says more). --quick rehearses it on a CPU.
+# Tests, measures and tunes on this machine's GPU in at most nine minutes, without network, into the
+# folder --output (gpu.py says more). --quick rehearses it on a CPU, without a limit of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-exec timeout --kill-after=5 535 "${PYTHON:-python3}" benches/gpu.py "$@"
+limit=(timeout --kill-after=5 535)
+[[ " $* " != *" --quick "* ]] || limit=()
+exec "${limit[@]}" "${PYTHON:-python3}" benches/gpu.py "$@"

@@ -11,8 +11,9 @@ bare GEMMs being the floor.
 
 time       forward and backward, all contenders interleaved round by round in one process after a
 warm-up that pays for
-           compilation; ratios are to the floor of the same run. On a GPU with a cold L2, and `hot`
-           without flushing it.
+           compilation; ratios are to the floor of the same run. On a GPU behind a full queue
+           (clock.py) with a cold L2; `hot` without flushing it; `graph` replayed, where a graph can
+           hold it; `host` is what Python takes until the last kernel is launched.
 memory     peak above what was resident before the call, the gradient included. On a CPU the
 kernel's high-water mark in a fresh
            process for each contender, so that no allocator's cache hides anything.
@@ -42,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clock import Clock, captured
 from rivals import FLOOR, TWO_CALLS, Contender, Problem, Step, contenders
 
 import fastsiu
@@ -61,13 +63,14 @@ FULL: list[Shape] = [
 ]
 OVER_N: list[Shape] = [(N, 32000, 1024, "bfloat16") for N in (16, 64, 256, 1024, 4096)]
 OVER_V: list[Shape] = [(256, V, 1024, "bfloat16") for V in (8000, 32000, 64000, 128000, 256000)]
-# What rivals publish for GPUs: the first with all contenders (gpu.py), and with it all N at one
-# head before the next head.
+# What rivals publish for GPUs, all N at one head before the next head; first of all where the goal
+# on GPUs is.
 PEERS: list[Shape] = [
     (N, V, D, "bfloat16")
-    for V, D in ((151936, 1024), (151936, 2048), (262144, 1152), (128256, 4096), (32000, 2048))
-    for N in (256, 1024, 64, 128, 512, 2048)
+    for V, D in ((151936, 2048), (151936, 1024), (128256, 4096), (262144, 1152), (32000, 2048))
+    for N in (64, 256, 1024, 128, 512, 2048)
 ]
+GOAL = PEERS[:3]
 STUDY: list[Shape] = [(64, 32000, 1024, "bfloat16"), (64, 32000, 1024, "float32")]
 LEVELS, FINE_LEVELS = (1e-1, 1e-2, 1e-3), (1e1, 1e0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 ALPHA, BETA = 0.9, 0.75
@@ -224,6 +227,7 @@ def times(
     """Interleaved: every round visits every contender, in turning order. At least 3 rounds, fewer
     than `rounds` for the slow."""
     steps, plan, results = {}, {}, {}
+    clock = Clock() if p.head.is_cuda else None
     torch.compiler.reset()
     for c in found:
         reason = c.why_missing(p)
@@ -232,42 +236,46 @@ def times(
                 steps[c.name] = c.build(p, ALPHA, BETA)
                 run(steps[c.name], p.hidden)
                 run(steps[c.name], p.hidden)
-                plan[c.name] = max(3, min(rounds, int(seconds / timed(steps[c.name], p))))
+                plan[c.name] = max(3, min(rounds, int(seconds / timed(steps[c.name], p, clock)[0])))
         except Exception as error:
             reason = f"It fails: {sentence(error)}"
-        results[c.name] = dict(missing=reason) if reason else dict(missing=None, cold=[], hot=[])
-    flush = torch.empty(2**28, dtype=torch.uint8, device=p.head.device) if p.head.is_cuda else None
+        results[c.name] = dict(missing=reason) if reason else dict(missing=None, ms=[])
     for number in range(max(plan.values(), default=0)):
         names = [n for n in plan if number < plan[n]]
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            if flush is not None:
-                flush.zero_()
-            results[name]["cold"].append(timed(steps[name], p))
-            if flush is not None:
-                results[name]["hot"].append(timed(steps[name], p))
+            cold, host, full = timed(steps[name], p, clock)
+            results[name]["ms"].append(cold)
+            if clock is not None:
+                hot = clock.queued(lambda name=name: run(steps[name], p.hidden), hot=True)
+                results[name].setdefault("ms_hot", []).append(hot.seconds)
+                results[name].setdefault("ms_host", []).append(host)
+                results[name]["full"] = full and hot.full and results[name].get("full", True)
+    for c in found if clock is not None else []:
+        if c.graphs and not results[c.name]["missing"]:  # last: a failed one may leave traces
+            results[c.name] |= replayed(steps[c.name], p, clock, plan[c.name])
     for r in results.values():
-        for key in ("cold", "hot"):
-            ms = [1e3 * s for s in r.pop(key, [])]
-            if ms:
-                spread = dict(
-                    median=statistics.median(ms), min=min(ms), max=max(ms), rounds=len(ms)
-                )
-                r["ms" if key == "cold" else "ms_hot"] = spread
+        for key in [key for key, value in r.items() if isinstance(value, list)]:
+            ms = [1e3 * s for s in r[key]]
+            r[key] = dict(median=statistics.median(ms), min=min(ms), max=max(ms), rounds=len(ms))
     return results
 
 
-def timed(step: Step, p: Problem) -> float:
-    if p.head.is_cuda:
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        first.record()
-        run(step, p.hidden)
-        last.record()
-        torch.cuda.synchronize()
-        return first.elapsed_time(last) / 1e3
+def timed(step: Step, p: Problem, clock: Clock | None) -> tuple[float, float, bool]:
+    """(seconds, of these or beside them the host's, whether a GPU's queue was full)"""
+    if clock is not None:
+        return clock.queued(lambda: run(step, p.hidden))
     start = time.perf_counter()
     run(step, p.hidden)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, 0.0, False
+
+
+def replayed(step: Step, p: Problem, clock: Clock, rounds: int) -> dict[str, Any]:
+    """{"ms_graph": seconds of each round} or {"graph_missing": why}"""
+    try:
+        replay = captured(lambda: run(step, p.hidden))
+        return {"ms_graph": [clock.queued(replay).seconds for _ in range(rounds)]}
+    except RuntimeError as error:
+        return {"graph_missing": sentence(error)}
 
 
 def memory(c: Contender, shape: Shape, device: str) -> dict[str, Any]:
@@ -345,7 +353,7 @@ def bench(
     timing = times(found, p, seconds, rounds)
     here = [c for c in found if not timing[c.name]["missing"]]
     errors = accuracy(here, shape, levels, device=device) if levels else {}
-    floor = timing.get(FLOOR, {}).get("ms", {}).get("median")
+    floor = timing.get(FLOOR, {})
     rows = []
     for c in found:
         row = dict(
@@ -356,10 +364,16 @@ def bench(
             accuracy=errors.get(c.name),
         )
         if not row["missing"]:
-            row["x_floor"] = row["ms"]["median"] / floor if floor else None
+            row["x_floor"] = ratio(row, floor, "ms")
+            if "ms_graph" in row:
+                row["x_floor_graph"] = ratio(row, floor, "ms_graph")
             row |= memory(c, shape, device) if with_memory else {}
         rows.append(row)
     return rows
+
+
+def ratio(row: dict[str, Any], floor: dict[str, Any], key: str) -> float | None:
+    return row[key]["median"] / floor[key]["median"] if key in floor else None
 
 
 def study(
@@ -433,12 +447,12 @@ def kept(c: Contender, p: Problem) -> float:
 
 
 def commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
+    """What git says of this tree; "unknown" in a copy without its history, or without git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except FileNotFoundError:
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
@@ -492,6 +506,10 @@ def table(rows: Rows) -> str:
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     show = lambda x, form: "-" if x is None else format(x, form)
+    graphs = any("ms_graph" in r for r in rows)
+    if graphs:
+        head[5:5] = ["graph", "to floor"]
+        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in sorted((r for r in rows if not r["missing"]), key=lambda r: r["ms"]["median"]):
         name = f"**{row['contender']}**" if row["ours"] else row["contender"]
         name += "" if row["package"] in ("torch", "fastsiu") else f" {row['version']}"
@@ -504,6 +522,9 @@ def table(rows: Rows) -> str:
             show(row["x_floor"], ".2f"),
             f"{row['mib']:.0f} MiB" if row.get("mib") is not None else "-",
         ]
+        if graphs:
+            ms = f"{milliseconds(row['ms_graph']['median'])} ms" if "ms_graph" in row else "-"
+            cells[5:5] = [ms, show(row.get("x_floor_graph"), ".2f")]
         cells += [show(at(row, level, "grad_error"), ".1e") for level in LEVELS] + [
             show(at(row, 1e-3, "cosine"), ".4f")
         ]

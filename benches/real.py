@@ -1,7 +1,7 @@
 """LLaVA-1.5-7B with random weights, from load to saved adapter, and one optimisation step at that
 size: time and memory on a GPU.
 
-    benches/gpu.sh --only real                what nine minutes allow, as a step of the GPU bench;
+    benches/gpu.sh --only real                what its time allows, as a step of the GPU bench;
                                               benches/apply.py makes a table of it
     benches/gpu.sh --only real --variants "nf4 in 8 GB" "one step"
     python benches/real.py                    every variant on this machine's GPU; appends to

@@ -78,6 +78,7 @@ class Contender:
     skips_dw: bool = True  # False: differentiates the frozen head all the same
     masks: bool = False
     compiles: bool = False  # its first call compiles
+    graphs: bool = False  # a CUDA graph can hold it: it asks the GPU for no number in the middle
     ours: bool = False
     missing: Callable[[Problem], str | None] = lambda problem: None
 
@@ -141,7 +142,7 @@ def floors() -> list[Contender]:
         return None if p.bf16 and not p.head.is_cuda else "It is the floor itself here."
 
     return [
-        Contender(FLOOR, "torch", exact, terms="GEMM", keeps="-", fp32_logits=True),
+        Contender(FLOOR, "torch", exact, terms="GEMM", keeps="-", fp32_logits=True, graphs=True),
         Contender(
             "two GEMMs delivering bf16", "torch", bare, terms="GEMM", keeps="-", missing=narrow
         ),
@@ -167,6 +168,7 @@ def ours() -> list[Contender]:
 
         missing = lambda p, backend=backend: fastsiu.why_not(backend, p.hidden, p.head)
         same = dict(package="fastsiu", fp32_logits=True, masks=True, ours=True, missing=missing)
+        same["graphs"] = backend in ("tiled", "triton")
         found.append(Contender(f"fastsiu {backend}", build=build, keeps="statistics", **same))
         if backend != "reference":
             found.append(
@@ -203,6 +205,35 @@ def dense(
     return alpha * F.nll_loss(log_q, labels) + beta * kl.sum(-1).mean()
 
 
+def mixed(p: Problem, alpha: Any, beta: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """alpha CE + beta KL = (alpha + beta) CE(mixed) - beta H(P): the mixed target [N, V] in the
+    head's dtype, its mean entropy and the teacher's []. All of them are kept between steps."""
+    log_p = (p.teacher_hidden.float() @ p.head.float().T).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1).mean()
+    target = log_p.exp_().mul_(beta / (alpha + beta))
+    del log_p
+    target[torch.arange(len(target), device=target.device), p.labels] += alpha / (alpha + beta)
+    target = target.to(p.head.dtype)
+    own = sum(torch.special.entr(row.float()).sum() for row in target) / len(target)
+    return target, own, entropy
+
+
+def cached(p: Problem, alpha: Any, beta: Any, ce: Step) -> Step:
+    """J. Chang's KL cache trick: with lse = CE + <h, W_y>, alpha CE + beta KL needs no more than
+    somebody's mean CE."""
+    t, W = p.teacher_hidden.float() @ p.head.float().T, p.head.float()
+    m = t.softmax(-1) @ W
+    # [N, D], []
+    toward, negentropy = (
+        W[p.labels] - m,
+        ((p.teacher_hidden.float() * m).sum(-1) - t.logsumexp(-1)).mean(),
+    )
+    del t, W
+    return lambda h: (
+        (alpha + beta) * ce(h).float() + beta * ((h.float() * toward).sum(-1).mean() + negentropy)
+    )
+
+
 def plain_torch() -> list[Contender]:
     def eager(wide: bool) -> Callable[..., Step]:
         return lambda p, alpha, beta: (
@@ -230,34 +261,14 @@ def plain_torch() -> list[Contender]:
         return build
 
     def targets(p: Problem, alpha: Any, beta: Any) -> Step:
-        """alpha CE + beta KL = (alpha + beta) CE(mixed target) - beta H(P); target and entropy are
-        kept between steps."""
-        log_p = (p.teacher_hidden.float() @ p.head.float().T).log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1).mean()
-        target = log_p.exp_().mul_(beta / (alpha + beta))
-        del log_p
-        target[torch.arange(len(target), device=target.device), p.labels] += alpha / (alpha + beta)
-        target = target.to(p.head.dtype)
+        target, _, entropy = mixed(p, alpha, beta)
         return lambda h: (
             (alpha + beta) * F.linear_cross_entropy(h, p.head, target).float() - beta * entropy
         )
 
     def chang(p: Problem, alpha: Any, beta: Any) -> Step:
-        """J. Chang's KL cache trick: with lse = CE + <h, W_y>, alpha CE + beta KL needs no more
-        than somebody's CE. Torch's own advice is to chunk where N >= D."""
-        run = torch_ce(p, chunked=len(p.hidden) >= p.hidden.shape[1])
-        t, W = p.teacher_hidden.float() @ p.head.float().T, p.head.float()
-        m = t.softmax(-1) @ W
-        # [N, D], []
-        mixed, negentropy = (
-            W[p.labels] - m,
-            ((p.teacher_hidden.float() * m).sum(-1) - t.logsumexp(-1)).mean(),
-        )
-        del t, W
-        return lambda h: (
-            (alpha + beta) * run(h).float()
-            + beta * ((h.float() * mixed).sum(-1).mean() + negentropy)
-        )
+        # torch's own advice is to chunk where N >= D
+        return cached(p, alpha, beta, torch_ce(p, len(p.hidden) >= p.hidden.shape[1]))
 
     def narrow(p: Problem) -> str | None:
         return None if p.bf16 else "With fp32 inputs its logits are fp32 anyway."
@@ -270,9 +281,15 @@ def plain_torch() -> list[Contender]:
         )
 
     return [
-        Contender("eager", "torch", eager(False), masks=True),
+        Contender("eager", "torch", eager(False), masks=True, graphs=True),
         Contender(
-            "eager, fp32 logits", "torch", eager(True), masks=True, fp32_logits=True, missing=narrow
+            "eager, fp32 logits",
+            "torch",
+            eager(True),
+            masks=True,
+            fp32_logits=True,
+            graphs=True,
+            missing=narrow,
         ),
         Contender("torch.compile", "torch", compiled(False), masks=True, compiles=True),
         Contender(
@@ -348,6 +365,17 @@ def packages() -> list[Contender]:
         target = (p.teacher_hidden.float() @ p.head.float().T).softmax(-1).to(p.head.dtype)
         return lambda h: alpha * ce(h) + beta * kl(h, p.head, target, p.labels)
 
+    def liger_mixed(p: Problem, alpha: Any, beta: Any) -> Step:
+        """CE and KL in one of its calls, which gives KL(mixed || student)."""
+        from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss
+
+        kl, (target, own, entropy) = LigerFusedLinearKLDivLoss(), mixed(p, alpha, beta)
+        rest = (alpha + beta) * own - beta * entropy
+        return lambda h: (alpha + beta) * kl(h, p.head, target, p.labels) + rest
+
+    def liger_cached(p: Problem, alpha: Any, beta: Any) -> Step:
+        return cached(p, alpha, beta, liger_ce(p))
+
     def liger_ce_alone(p: Problem, alpha: Any, beta: Any) -> Step:
         ce = liger_ce(p)
         return lambda h: alpha * ce(h)
@@ -397,6 +425,14 @@ def packages() -> list[Contender]:
             else "Triton kernels need a GPU: the interpreter on a CPU times nothing."
         )
 
+    def kldiv(p: Problem) -> str | None:
+        """Its file is looked for: importing Liger would need triton and transformers."""
+        found = importlib.util.find_spec("liger_kernel")
+        folders = found.submodule_search_locations if found else ()
+        if not any((Path(f) / "transformers/fused_linear_kl_div.py").is_file() for f in folders):
+            return "This liger-kernel has no LigerFusedLinearKLDivLoss: 0.8.5 has it."
+        return gpu(p)
+
     def needs(*names: str) -> Callable[[Problem], str | None]:
         absent = lambda: [name for name in names if importlib.util.find_spec(name) is None]
         return lambda p: f"It imports {absent()[0]}, which is not installed." if absent() else None
@@ -420,6 +456,22 @@ def packages() -> list[Contender]:
             liger_kldiv,
             how=TWO_CALLS,
             keeps="probabilities",
+            missing=kldiv,
+        ),
+        Contender(
+            "Liger KLDiv (mixed target)",
+            "liger-kernel",
+            liger_mixed,
+            how="one call on the mixed target",
+            keeps="probabilities",
+            missing=kldiv,
+        ),
+        Contender(
+            "KL cache trick (Liger's CE)",
+            "liger-kernel",
+            liger_cached,
+            how="CE and a product",
+            keeps="one [N, D]",
             missing=gpu,
         ),
         Contender("Liger FLCE", "liger-kernel", liger_ce_alone, terms="CE", keeps="-", missing=gpu),

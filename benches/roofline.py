@@ -2,24 +2,28 @@
 was measured.
 
     python benches/roofline.py               all GPUs and shapes: CE + KL with a frozen head,
-    forward and backward python benches/roofline.py --gpu "RTX 4090" H200 --shape 256,151936,2048
-    64,32000,1024,float32
+                                             forward and backward
+    python benches/roofline.py --gpu "RTX 4090" H200 --shape 256,151936,2048 64,32000,1024,float32
     python benches/roofline.py --general     a head that trains, a teacher with a head of its own
     python benches/roofline.py --json FILE   the same rows, with the assumptions, as JSON
 
-floor      each product once at the data sheet's peak, or each weight moved once at its bandwidth,
-whichever takes longer:
-           max(4 N V D / peak, bytes of W / bandwidth); with a training head 8 N V D, and W, the
-           teacher's W and dW.
-predicted  from the launch row that triton_launch.py chooses, and the rates assumed below.
-measured   the newest "fastsiu triton" of results/loss.jsonl on that GPU at that shape, cold L2.
-share      floor / time
+floor         each product once at the data sheet's peak, or each weight moved once at its
+              bandwidth, whichever takes longer:
+              max(4 N V D / peak, bytes of W / bandwidth); with a training head 8 N V D, and W, the
+              teacher's W and dW.
+two products  the products that the vendor's library would compute one after the other, at what it
+              reaches: no loss, but what the benches on a GPU call the floor.
+predicted     a call from Python: its own time or the GPU's, whichever is longer. The GPU's follows
+              from the launch row that triton_launch.py chooses: what a step of each loop multiplies
+              and loads, whether the compiled loop loads ahead (PIPELINED), bytes, small kernels.
+on the GPU    the same without the host, as a replayed graph.
+measured      the newest "fastsiu triton" of results/loss.jsonl on that GPU at that shape, cold L2.
+Below the table stands what is predicted to be slower than 80 % of two products, and why.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -28,8 +32,6 @@ from typing import Any, NamedTuple
 
 import torch
 from loss import FULL, PEERS, RESULTS, Shape
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastsiu.kernels import tiled
 from fastsiu.kernels.triton_launch import general_launch, triton_launch
@@ -64,21 +66,40 @@ GPUS = {
 }
 
 # Assumed, not measured: what is reached of a data sheet's figure.
-MATMUL = 0.7  # of the peak: on an H200 torch's own products reach 0.8, 788 TFLOP/s
+VENDOR = {"sm_90": 0.8}  # of the peak, by the vendor's products: 788 TFLOP/s on an H200
+OURS = {"sm_90": 0.85}  # of that, by a Triton loop that waits for nothing
+USUALLY = (0.9, 0.95)  # the same of the others
+NARROW = 0.63  # of the peak, by what wgmma cannot do: below 64 rows
 COPY = 0.9  # of the bandwidth: 4.3 of an H200's 4.8 TB/s in a copy
 L2_RATE = 32  # bytes per clock and multiprocessor: half of the 64 that its port takes
 L2_KEPT = 0.5  # of the L2 holds what the next kernel reads again; the rest is passed through
-# s of Python for a torch operation, for a Triton launch (triton_launch.py, CHUNK)
-HOST_OPERATION, HOST_LAUNCH = (
-    5e-6,
-    25e-6,
-)
+LATENCY = 700  # clocks from a load to its data
 DEVICE_OPERATION = 2e-6  # s of the GPU for a kernel however small
-# torch operations: of loss.py, forward and backward, and of _visit, _sorted and _add in
-# triton_sweep.py
-OUTSIDE = 66 + 36
-OUTSIDE_GENERAL = 66 + 115  # the same with triton_general.py, without what it does for each chunk
+HOST_LAUNCH = 25e-6  # s of Python for a Triton launch (triton_launch.py, CHUNK)
 
+
+class Around(NamedTuple):
+    """What a call does beside its launches for each chunk, forward and backward. Counted and timed
+    with the kernels left out; tests/triton/test_roofline.py counts again.
+
+    kernels: of torch, casts included; more: with each further slice of held-out rows; host: s of
+    Python for each kernel, plans and checks included
+    """
+
+    kernels: int
+    more: int
+    host: float
+
+
+# 4.8 ms of CPU time for 272 operations (Xeon, 2 cores, torch 2.11, triton 3.6)
+FROZEN, GENERAL = Around(272, 8, 18e-6), Around(211, 0, 18e-6)
+MORE_GENERAL = 10  # with each chunk
+# Does the compiled loop load ahead? As Triton's intermediate code says (async_wait, number of
+# buffers); tests/triton/test_roofline.py reads it again. The product waits for every load, since
+# where it loads from comes out of a list.
+PIPELINED = dict(sums=True, product=False, pair=True, outer=False)
+
+HELD = 17  # the teacher's 16 columns and the label
 SHAPES: list[Shape] = list(dict.fromkeys(sorted(PEERS, key=lambda s: (*s[1:3], s[0])) + FULL))
 DTYPES = ("bfloat16", "float32")
 
@@ -91,28 +112,67 @@ def up(a: int, b: int) -> int:
     return -(-a // b)
 
 
+class Pipe(NamedTuple):
+    """A kernel's loop: flops and bytes of a step, the rows of its tile, its stages, and whether it
+    loads ahead."""
+
+    flops: float
+    bytes: float
+    rows: int
+    stages: int
+    ahead: bool
+
+    def reached(self, gpu: GPU, peak: float) -> tuple[float, str]:
+        """(fraction of the peak, what bounds it). One program at a time has the multiprocessor."""
+        per_clock = peak / (gpu.units * gpu.clock * 1e9)
+        wide = gpu.target != "sm_90" or self.rows >= 64
+        multiply = self.flops / per_clock / (vendor(gpu) * ours(gpu) if wide else NARROW)
+        load = self.bytes / L2_RATE
+        # of the stages one is being multiplied, where the tensor cores read registers
+        buffers = self.stages if gpu.target == "sm_90" and wide else self.stages - 1
+        if not self.ahead:
+            clocks = multiply + load + LATENCY
+            return self.flops / per_clock / clocks, "waiting for loads"
+        times = {"matmul": multiply, "L2": load, "waiting for loads": LATENCY / max(1, buffers)}
+        by = max(times, key=times.__getitem__)
+        return self.flops / per_clock / times[by], by
+
+
+def vendor(gpu: GPU) -> float:
+    return VENDOR.get(gpu.target, USUALLY[0])
+
+
+def ours(gpu: GPU) -> float:
+    return OURS.get(gpu.target, USUALLY[1])
+
+
 class Cost(NamedTuple):
     """Of one kernel. busy: the fraction of the multiprocessors that work, on average until the last
     one is done; each runs one program at a time, as benches/compile_kernels.py predicts for nearly
     all rows."""
 
+    kernel: str
     flops: float
     dram: float  # bytes
     l2: float = 0.0  # bytes from or to it, those that go on to memory included
     busy: float = 1.0
+    pipe: Pipe | None = None
 
     def seconds(self, gpu: GPU, peak: float) -> dict[str, float]:
-        return {
-            "matmul": self.flops / (MATMUL * peak * self.busy),
+        reached, by = self.pipe.reached(gpu, peak) if self.pipe else (1.0, "matmul")
+        times = {
             "memory": self.dram / (COPY * gpu.bandwidth * 1e9),
             "L2": self.l2 / (L2_RATE * gpu.clock * 1e9 * gpu.units * self.busy),
         }
+        times[by] = max(times.get(by, 0.0), self.flops / (reached * peak * self.busy))
+        return times
 
 
 class Work(NamedTuple):
     costs: list[Cost]  # one after the other
     launches: int  # of Triton kernels
     operations: int  # of torch
+    host: float  # s of Python for these
 
 
 # --------------------------------------------------------------------------------------------------
@@ -134,6 +194,9 @@ def frozen(shape: Shape, gpu: GPU) -> Work:
     parts = up(splits, group)
     again = up(blocks, gpu.units)  # row blocks that do not run at the same time read W again
     costs = []
+    step, stages = plan.product.BLOCK_V, (plan.sums.num_stages, plan.product.num_stages)
+    sums_pipe = pipe("sums", (BLOCK_N, BLOCK_V, BLOCK_D), BLOCK_N + BLOCK_V, E, stages[0])
+    product_pipe = pipe("product", (BLOCK_N, BLOCK, step), BLOCK_N + BLOCK, E, stages[1])
     for first in range(0, tiles, room):
         n = min(room, tiles - first)
         columns = min(n * BLOCK_V, V - first * BLOCK_V)
@@ -144,10 +207,12 @@ def frozen(shape: Shape, gpu: GPU) -> Work:
         waves = up(blocks * up(n, share), gpu.units)
         costs.append(
             Cost(
+                "sums",
                 flops=2 * logits * up(D, BLOCK_D) * BLOCK_D,
                 dram=again * W + N * D * E + p + 4 * N * n,
                 l2=blocks * W + n * N * D * E + p,
                 busy=blocks * n / (gpu.units * waves * share),
+                pipe=sums_pipe,
             )
         )
         # product_kernel: W again, unless the chunk's W and e are still in L2; e once per slice of
@@ -157,27 +222,34 @@ def frozen(shape: Shape, gpu: GPU) -> Work:
         partial = 2 * 4 * parts * N * D
         costs.append(
             Cost(
+                "product",
                 flops=2 * logits * slices * BLOCK,
                 dram=partial
                 + (0 if W + p <= kept else again * W + (1 if p <= kept else waves) * p),
                 l2=partial + blocks * W + slices * p,
                 busy=blocks * slices * n / (gpu.units * waves * most),
+                pipe=product_pipe,
             )
         )
     # combine_kernel: partials, and product read and written
-    costs.append(Cost(0, dram=4 * (parts + 2) * N * D))
-    # tiled.shared: gathers the held-out rows of W twice, in slices of 8 GATHERED numbers, and
-    # multiplies them in fp32.
-    operations, touched = around(N, D, name)
-    least = 2 * N * HELD * D * E + (2 * E + 8) * N * D  # these rows; h, h_t, m and dh
-    costs.append(
-        Cost(
-            0,
-            dram=least if min(8 * tiled.GATHERED, N * HELD * D) * (E + 4) <= kept else touched,
-            l2=touched,
-        )
-    )
-    return Work(costs, launches=len(range(0, tiles, room)) * 2 + 1, operations=operations + OUTSIDE)
+    costs.append(Cost("combine", 0, dram=4 * (parts + 2) * N * D))
+    # The held-out rows of W are gathered twice, in slices of GATHERED numbers, and multiplied in
+    # fp32: a slice that does not stay in L2 goes to memory and back.
+    gathered = N * HELD * D
+    spilled = min(8 * tiled.GATHERED, gathered) * (E + 4) > kept
+    least = 2 * gathered * E + (2 * E + 8) * N * D  # these rows; h, h_t, m and dh
+    touched = least + 4 * 4 * gathered
+    costs.append(Cost("held-out rows", 0, dram=touched if spilled else least, l2=touched))
+    operations = FROZEN.kernels + FROZEN.more * (up(gathered, 8 * tiled.GATHERED) - 1)
+    chunks = len(range(0, tiles, room))
+    return Work(costs, 2 * chunks + 1, operations, operations * FROZEN.host)
+
+
+def pipe(kernel: str, tile: tuple[int, int, int], loaded: int, E: int, stages: int) -> Pipe:
+    """The loop of a product of `tile` rows and columns, in steps of its third number, which loads
+    so many of it."""
+    rows, columns, depth = tile
+    return Pipe(2 * rows * columns * depth, loaded * depth * E, rows, stages, PIPELINED[kernel])
 
 
 def trained(shape: Shape, gpu: GPU) -> Work:
@@ -203,6 +275,11 @@ def trained(shape: Shape, gpu: GPU) -> Work:
     )
     room, again = min(max(1, plan.chunk // BLOCK_V), tiles), up(blocks, gpu.units)
     splits = min(plan.product_splits, room)
+    tile, step = (BLOCK_N, 2 * BLOCK_V, BLOCK_D), plan.product.BLOCK_V  # both logits of a tile
+    pair_pipe = pipe("pair", tile, 2 * (BLOCK_N + BLOCK_V), E, plan.pair.num_stages)
+    stages = plan.product.num_stages, plan.outer.num_stages
+    product_pipe = pipe("product", (BLOCK_N, BLOCK, step), BLOCK_N + BLOCK, E, stages[0])
+    outer_pipe = pipe("outer", (OUTER_V, OUTER_D, OUTER_N), OUTER_V + OUTER_D, E, stages[1])
     # flops of z and t, whole tiles
     pairs = lambda n: 2 * 2 * blocks * BLOCK_N * n * BLOCK_V * up(D, BLOCK_D) * BLOCK_D
     # normalise_kernel: both heads once, which the row blocks of a split read side by side out of
@@ -210,10 +287,12 @@ def trained(shape: Shape, gpu: GPU) -> Work:
     W, share = V * D * E, up(tiles, min(plan.splits, tiles))
     costs = [
         Cost(
+            "normalise",
             flops=pairs(tiles),
             dram=2 * again * W + 2 * N * D * E,
             l2=2 * blocks * W + 2 * tiles * N * D * E,
             busy=blocks * tiles / (gpu.units * up(blocks * up(tiles, share), gpu.units) * share),
+            pipe=pair_pipe,
         )
     ]
     for first in range(0, tiles, room):
@@ -224,10 +303,12 @@ def trained(shape: Shape, gpu: GPU) -> Work:
         # two fp64.
         costs.append(
             Cost(
+                "coefficient",
                 flops=pairs(n),
                 dram=2 * again * W + 2 * N * D * E + p + 16 * N * n,
                 l2=2 * blocks * W + 2 * n * N * D * E + p,
                 busy=blocks * n / (gpu.units * up(blocks * n, gpu.units)),
+                pipe=pair_pipe,
             )
         )
         # product_kernel: as in `frozen`, one split after the other.
@@ -235,11 +316,13 @@ def trained(shape: Shape, gpu: GPU) -> Work:
         partial = 2 * 4 * splits * N * D
         costs.append(
             Cost(
+                "product",
                 flops=2 * blocks * BLOCK_N * n * BLOCK_V * slices * BLOCK,
                 dram=partial
                 + (0 if 2 * W + p <= kept else again * W + (1 if p <= kept else waves) * p),
                 l2=partial + blocks * W + slices * p,
                 busy=blocks * slices * n / (gpu.units * waves * share),
+                pipe=product_pipe,
             )
         )
         # outer_kernel: dx once per slice of OUTER_D, out of memory if a chunk of it does not fit,
@@ -249,64 +332,17 @@ def trained(shape: Shape, gpu: GPU) -> Work:
         waves = up(wide * outer_slices, gpu.units)
         costs.append(
             Cost(
+                "outer",
                 flops=2 * up(N, OUTER_N) * OUTER_N * wide * OUTER_V * outer_slices * OUTER_D,
                 dram=(1 if p <= kept else min(waves, outer_slices)) * p + N * D * E + W,
                 l2=outer_slices * p + wide * N * D * E + W,
                 busy=wide * outer_slices / (gpu.units * waves),
+                pipe=outer_pipe,
             )
         )
     chunks = len(range(0, tiles, room))
-    return Work(costs, launches=1 + 3 * chunks, operations=OUTSIDE_GENERAL + 10 * chunks)
-
-
-# --------------------------------------------------------------------------------------------------
-# counting torch
-
-HELD = 17  # the teacher's 16 and the label
-
-
-class Tally(TorchDispatchMode):
-    """Counts the operations that do something, views and allocations aside, and the bytes that they
-    read and write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations, self.bytes = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out, result = func(*args, **(kwargs or {})), func._schema.returns
-        alias = result[0].alias_info if result else None
-        if (alias is None or alias.is_write) and "empty" not in func.__name__:
-            self.operations += 1
-            # a gather does not read all of W
-            moved = (out, out) if "index_select" in func.__name__ else (args, kwargs, out)
-            self.bytes += sum(
-                x.numel() * x.element_size()
-                for x in tree_leaves(moved)
-                if isinstance(x, torch.Tensor)
-            )
-        return out
-
-
-def given(N: int, V: int, D: int, dtype: torch.dtype, device: str) -> tuple:
-    """hidden, head, labels, teacher and both weights, all zeros: what `tiled.shared` takes."""
-    zeros = functools.partial(torch.zeros, device=device)
-    double, y = functools.partial(zeros, dtype=torch.float64), zeros(N, dtype=torch.int64)
-    head = tiled.Head(zeros(V, D, dtype=dtype), None, 1.0, None)
-    top, h = zeros(N, HELD - 1, dtype=torch.int64), zeros(N, D, dtype=dtype)
-    teacher = tiled.Teacher(
-        h, zeros(N, D), zeros(N), double(N), top, double(N, HELD - 1), head, None, False, 1.0
-    )
-    return h, head, y, teacher, zeros(N), zeros(N)
-
-
-@functools.lru_cache
-def around(N: int, D: int, dtype: str) -> tuple[int, int]:
-    """Operations and bytes of `tiled.shared` without its sweep, on tensors without data."""
-    problem = given(N, 2 * HELD, D, getattr(torch, dtype), "meta")
-    with Tally() as tally:
-        tiled.shared(*problem, True, False, 1, lambda *sweep: None)
-    return tally.operations, tally.bytes
+    operations = GENERAL.kernels + MORE_GENERAL * chunks
+    return Work(costs, 1 + 3 * chunks, operations, operations * GENERAL.host)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -336,23 +372,41 @@ def ridge(gpu: GPU, training: bool = False, reads: int = 1) -> float:
     return reads * times["memory"] / times["matmul"]
 
 
+def two_products(shape: Shape, gpu: GPU) -> float:
+    """Seconds of the vendor's two products one after the other: logits and their product with W."""
+    N, V, D, dtype = shape
+    E = getattr(torch, dtype).itemsize
+    multiply = 2 * N * V * D / (vendor(gpu) * peak(gpu, dtype))
+    move = (V * D + N * V + N * D) * E / (COPY * gpu.bandwidth * 1e9)
+    return 2 * (max(multiply, move) + DEVICE_OPERATION)
+
+
 def predict(shape: Shape, gpu: GPU, training: bool = False) -> dict[str, Any]:
-    """ms, what bounds it, and what is done for it. The host runs ahead of the GPU, so that the
-    slower of the two counts."""
+    """ms of a call and of the GPU alone, what bounds it, and what is done for it. The host runs
+    ahead of the GPU, so that the slower of the two counts.
+
+    parts: [what bounds it, kernel, ms], the longest first
+    """
     work = (trained if training else frozen)(shape, gpu)
-    slowest: dict[str, float] = {}
+    parts: dict[tuple[str, str], float] = {}
     for cost in work.costs:
         by, seconds = max(cost.seconds(gpu, peak(gpu, shape[3])).items(), key=lambda item: item[1])
-        slowest[by] = slowest.get(by, 0.0) + seconds
+        parts[by, cost.kernel] = parts.get((by, cost.kernel), 0.0) + 1e3 * seconds
     kernels = work.operations + work.launches
-    slowest["small kernels"] = kernels * DEVICE_OPERATION
-    device = sum(slowest.values())
-    host = work.operations * HOST_OPERATION + work.launches * HOST_LAUNCH
-    by = "host" if host > device else max(slowest, key=slowest.__getitem__)
+    parts["small kernels", ""] = 1e3 * kernels * DEVICE_OPERATION
+    device = sum(parts.values())
+    host = 1e3 * (work.host + work.launches * HOST_LAUNCH)
+    bounds = sorted({by for by, _ in parts})
+    taken = {by: sum(ms for (other, _), ms in parts.items() if other == by) for by in bounds}
     total = lambda key: sum(getattr(cost, key) for cost in work.costs)
     done = dict(flops=total("flops"), dram=total("dram"), l2=total("l2"), kernels=kernels)
     return dict(
-        ms=1e3 * max(device, host), by=by, device_ms=1e3 * device, host_ms=1e3 * host, **done
+        ms=max(device, host),
+        by="host" if host > device else max(taken, key=taken.__getitem__),
+        device_ms=device,
+        host_ms=host,
+        parts=[[*key, ms] for key, ms in sorted(parts.items(), key=lambda item: -item[1])],
+        **done,
     )
 
 
@@ -376,6 +430,7 @@ def rows(
             times = floor(shape, gpu, training)
             least, by = 1e3 * max(times.values()), max(times, key=times.__getitem__)
             predicted = predict(shape, gpu, training)
+            two = None if training else 1e3 * two_products(shape, gpu)
             found.append(
                 dict(
                     gpu=name,
@@ -384,7 +439,10 @@ def rows(
                     floor_ms=least,
                     floor_by=by,
                     predicted=predicted,
+                    two_products_ms=two,
                     predicted_share=least / predicted["ms"],
+                    predicted_of_two=two and two / predicted["ms"],
+                    device_of_two=two and two / predicted["device_ms"],
                     measured_ms=ms,
                     measured_share=None if ms is None else least / ms,
                 )
@@ -436,26 +494,15 @@ def ridges(gpus: Sequence[str], training: bool) -> str:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    lines = [
-        [
-            "GPU",
-            "N, V, D",
-            "dtype",
-            "floor, ms",
-            "by",
-            "TFLOP done",
-            "GB, memory",
-            "GB, L2",
-            "kernels",
-            "predicted, ms",
-            "by",
-            "predicted share",
-            "measured, ms",
-            "measured share",
-        ]
-    ]
+    head = ["GPU", "N, V, D", "dtype", "floor, ms", "by", "two products, ms", "predicted, ms", "by"]
+    head += ["share of the floor", "of two products", "on the GPU, ms", "of two products"]
+    lines = [[*head, "measured, ms", "share of the floor"]]
     for r in found:
-        p, never = r["predicted"], r["measured_ms"] is None
+        p, never, share = (
+            r["predicted"],
+            r["measured_ms"] is None,
+            lambda x: x and percent(x) or "-",
+        )
         lines.append(
             [
                 r["gpu"],
@@ -463,13 +510,13 @@ def table(found: list[dict[str, Any]]) -> str:
                 r["dtype"],
                 short(r["floor_ms"]),
                 r["floor_by"],
-                short(p["flops"] / 1e12),
-                short(p["dram"] / 1e9),
-                short(p["l2"] / 1e9),
-                str(p["kernels"]),
+                short(r["two_products_ms"]) if r["two_products_ms"] else "-",
                 short(p["ms"]),
                 p["by"],
                 percent(r["predicted_share"]),
+                share(r["predicted_of_two"]),
+                short(p["device_ms"]),
+                share(r["device_of_two"]),
                 "not measured" if never else short(r["measured_ms"]),
                 "-" if never else percent(r["measured_share"]),
             ]
@@ -477,12 +524,65 @@ def table(found: list[dict[str, Any]]) -> str:
     return markdown(lines)
 
 
+# Where a user is likely to be, and from how many tokens on: what is slower here is named.
+JUDGED, FROM, BAR = ("H100", "RTX 4090", "RTX 3090"), 64, 0.8
+
+
+def slow(found: list[dict[str, Any]]) -> str:
+    """A line for each GPU, dtype and reason: what is predicted below BAR of two products."""
+    judged = [r for r in found if r["gpu"] in JUDGED and r["N"] >= FROM and r["two_products_ms"]]
+    if not judged:
+        return ""
+    late = [r for r in judged if r["predicted_of_two"] < BAR]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for r in late:
+        groups.setdefault((r["gpu"], r["dtype"], r["predicted"]["by"]), []).append(r)
+    lines = []
+    for (gpu, dtype, _), some in groups.items():
+        shares = sorted({percent(r["predicted_of_two"]) for r in some}, key=lambda x: float(x[:-2]))
+        sizes = ", ".join(map(str, sorted({r["N"] for r in some})))
+        lines.append(
+            f"- {gpu}, {dtype}, N {sizes}: {' to '.join([shares[0], shares[-1]][: len(shares)])}. "
+            f"{reason(some)}."
+        )
+    head = f"Predicted below {percent(BAR)} of two products, on {', '.join(JUDGED)} from N = {FROM}"
+    if not lines:
+        return f"{head}: nothing."
+    return "\n".join([f"{head}: {len(late)} of {len(judged)} shapes.", "", *lines])
+
+
+def reason(some: list[dict[str, Any]]) -> str:
+    """Why the slowest of some rows, which have the same bound, takes so long."""
+    slowest = min(some, key=lambda r: r["predicted_of_two"])
+    p, gpu = slowest["predicted"], GPUS[slowest["gpu"]]
+    if p["by"] == "host":
+        return f"Python takes {p['host_ms']:.2g} ms for {p['device_ms']:.2g} ms of work on the GPU"
+    mine = [(kernel, ms) for by, kernel, ms in p["parts"] if by == p["by"]]
+    share = percent(sum(ms for _, ms in mine) / p["ms"])
+    if p["by"] == "small kernels":
+        return f"{p['kernels']} small kernels: {share} of the time"
+    where = f"{' and '.join(kernel for kernel, _ in mine)}: {share} of the time"
+    if p["by"] == "matmul":
+        reached = percent(p["flops"] / (peak(gpu, slowest["dtype"]) * p["ms"] / 1e3))
+        return f"Multiplying in {where}, at {reached} of the peak on average"
+    return {
+        "memory": "Memory",
+        "L2": "The L2's bandwidth, for tiles that small,",
+        "waiting for loads": "Loads that the loop waits for",
+    }[p["by"]] + f" in {where}"
+
+
 ASSUMED = dict(
-    matmul=MATMUL,
+    vendor=VENDOR | {"others": USUALLY[0]},
+    ours_of_vendor=OURS | {"others": USUALLY[1]},
+    narrow=NARROW,
+    pipelined=PIPELINED,
+    latency_clocks=LATENCY,
     copy=COPY,
     l2_bytes_per_clock_and_unit=L2_RATE,
     l2_kept=L2_KEPT,
-    host_operation_s=HOST_OPERATION,
+    frozen=FROZEN._asdict(),
+    general=GENERAL._asdict(),
     host_launch_s=HOST_LAUNCH,
     device_operation_s=DEVICE_OPERATION,
 )
@@ -538,7 +638,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    print(ridges(gpus, options.general), table(found), sep="\n\n")
+    parts = [ridges(gpus, options.general), table(found), slow(found)]
+    print(*filter(None, parts), sep="\n\n")
     return 0
 
 

@@ -144,7 +144,38 @@ def test_plots_of_a_gpu_stand_beside_the_others(editor, tree, tmp_path):
 def test_an_incomplete_device_gets_no_table(editor, tree, tmp_path, capsys):
     assert editor.apply(synthetic(tmp_path / "results", shapes=SHAPES[:1]), tree, False) == 1
     assert (tree / LOSS).read_bytes() == (ROOT / LOSS).read_bytes()
-    assert "N=64, V=151936, D=1024, bfloat16" in capsys.readouterr().err
+    assert "N=64, V=151936, D=2048, bfloat16" in capsys.readouterr().err
+
+
+def test_a_campaign_that_was_cut_short_is_applied_as_far_as_it_came(editor, tree, tmp_path, capsys):
+    """Killed in the middle of a row, at the first shape."""
+    results = synthetic(tmp_path / "results")
+    lines = results.read_text().splitlines(keepends=True)
+    end = next(i for i, line in enumerate(lines) if '"kind": "shape"' in line)
+    results.write_text("".join([*lines[:end], lines[end][:100]]))
+    assert editor.apply(results, tree, False) == 1
+    found = runpy.run_path(str(tree / "kernels/measured.py"))
+    assert {N for *_, N in found["PLANS"]} == {64, 256} and not found["BACKENDS"]
+    assert (tree / LOSS).read_bytes() == (ROOT / LOSS).read_bytes()
+    assert "left as they are" in capsys.readouterr().err
+
+
+def test_rows_from_a_copy_without_history_get_their_commit(editor, tree, tmp_path, capsys):
+    results = synthetic(tmp_path / "results")
+    results.write_text(results.read_text().replace("0123abc", "unknown"))
+    assert editor.apply(results, tree, False) == 2 and "--commit" in capsys.readouterr().err
+    assert editor.apply(results, tree, False, "4567def") == 0
+    source = (tree / "kernels/measured.py").read_text()
+    assert "commit 4567def" in source and "unknown" not in source
+
+
+def test_a_folder_of_results_goes_into_a_copy(editor, tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    synthetic(tmp_path / "results/gpu.jsonl")
+    given = ["apply.py", tmp_path / "results", "--into", tmp_path / "copy", "--no-plots"]
+    monkeypatch.setattr(sys, "argv", [*map(str, given)])
+    assert editor.main() == 0
+    assert "--of 'Synthetic GPU' -->" in (tmp_path / "copy" / LOSS).read_text()
 
 
 def test_the_launch_file_in_the_tree_holds_only_what_a_gpu_measured():

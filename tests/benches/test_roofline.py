@@ -3,6 +3,7 @@ shape, and as printed."""
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,10 +49,16 @@ def test_one_chunk_by_hand():
     work = roofline.frozen((64, 2048, 256, "bfloat16"), gpu)
     sums, product, combine, gather = work.costs
     W, e, h = 2048 * 256 * 2, 64 * 2048 * 2, 64 * 256 * 2
-    assert sums == roofline.Cost(2 * 64 * 2048 * 256, W + h + e + 4 * 64 * 16, W + 16 * h + e, 1.0)
-    assert product == roofline.Cost(
-        2 * 64 * 2048 * 256, 2 * 8 * 64 * 256 * 4, 2 * 8 * 64 * 256 * 4 + W + 2 * e, 1.0
+    assert sums[:5] == ("sums", 2 * 64 * 2048 * 256, W + h + e + 4 * 64 * 16, W + 16 * h + e, 1.0)
+    assert product[:4] == (
+        "product",
+        2 * 64 * 2048 * 256,
+        2 * 8 * 64 * 256 * 4,
+        2 * 8 * 64 * 256 * 4 + W + 2 * e,
     )
+    assert product.busy == 1.0
+    # tiles of 64 x 128 in steps of 64, both ways
+    assert sums.pipe[:4] == product.pipe[:4] == (2 * 64 * 128 * 64, (64 + 128) * 64 * 2, 64, 3)
     assert combine.dram == 10 * 64 * 256 * 4 and work.launches == 3
     # 64 rows of 17 are 17 / 32 of W
     assert gather.dram == 2 * 17 * W / 32 + 12 * 64 * 256 and gather.l2 > gather.dram
@@ -65,12 +72,53 @@ def test_one_chunk_of_the_general_path_by_hand():
     work = roofline.trained((64, 2048, 256, "bfloat16"), GPUS["RTX 4070"]._replace(units=16))
     W, dx, h, product = 2048 * 256 * 2, 64 * 2048 * 2, 64 * 256 * 2, 2 * 64 * 2048 * 256
     partial = 2 * 8 * 64 * 256 * 4
-    assert work.launches == 4 and work.costs == [
-        roofline.Cost(2 * product, 2 * W + 2 * h, 2 * W + 2 * 32 * h, 1.0),
-        roofline.Cost(2 * product, 2 * W + 2 * h + dx + 16 * 64 * 32, 2 * W + 2 * 32 * h + dx, 1.0),
-        roofline.Cost(product, partial, partial + W + 2 * dx, 1.0),
-        roofline.Cost(product, dx + h + W, 4 * dx + 16 * h + W, 1.0),
+    assert work.launches == 4 and [cost[:5] for cost in work.costs] == [
+        ("normalise", 2 * product, 2 * W + 2 * h, 2 * W + 2 * 32 * h, 1.0),
+        (
+            "coefficient",
+            2 * product,
+            2 * W + 2 * h + dx + 16 * 64 * 32,
+            2 * W + 2 * 32 * h + dx,
+            1.0,
+        ),
+        ("product", product, partial, partial + W + 2 * dx, 1.0),
+        ("outer", product, dx + h + W, 4 * dx + 16 * h + W, 1.0),
     ]
+
+
+def test_what_a_loop_reaches_by_hand():
+    """128 x 128 x 64 in bf16 on an H100: 2,097,152 flops, of which a multiprocessor does 4096 a
+    clock; 32 KiB loaded at 32 bytes a clock take 1024 clocks, multiplying at 0.8 * 0.85 takes
+    753."""
+    gpu = GPUS["H100"]._replace(bf16=4096 * 132 * 1.83e9 / 1e12)
+    peak = roofline.peak(gpu, "bfloat16")
+    loop = roofline.Pipe(2 * 128 * 128 * 64, 256 * 64 * 2, 128, 4, True)
+    reached, by = loop.reached(gpu, peak)
+    assert by == "L2" and reached == pytest.approx(512 / 1024)
+    # nothing at once
+    reached, by = loop._replace(ahead=False).reached(gpu, peak)
+    assert by == "waiting for loads"
+    assert reached == pytest.approx(512 / (512 / 0.68 + 1024 + 700))
+    # twice the rows: half the loads for each flop
+    reached, by = roofline.Pipe(2 * 256 * 128 * 64, 384 * 64 * 2, 256, 4, True).reached(gpu, peak)
+    assert by == "L2" and reached == pytest.approx(1024 / 1536)
+    # below 64 rows there is no wgmma, and a buffer less: 62 clocks at 0.63, 700 / 3 of latency
+    reached, by = roofline.Pipe(2 * 16 * 64 * 64, 80 * 64 * 2, 16, 4, True).reached(gpu, peak)
+    assert by == "L2" and reached == pytest.approx(32 / 320)
+    reached, by = roofline.Pipe(2 * 16 * 64 * 64, 80 * 64, 16, 4, True).reached(gpu, peak)
+    assert by == "waiting for loads" and reached == pytest.approx(32 / (700 / 3))
+
+
+def test_two_products_by_hand():
+    """What an H100 reaches: 3.0 TB/s and 791 TFLOP/s. At 64 rows W moves twice; at 1024 it
+    multiplies."""
+    gpu = GPUS["H100"]
+    W = 151_936 * 2048 * 2
+    few = roofline.two_products((64, 151_936, 2048, "bfloat16"), gpu)
+    assert few == pytest.approx(2 * (W + 2 * 64 * (151_936 + 2048)) / 3.015e12, rel=0.02)
+    assert few == pytest.approx(0.43e-3, rel=0.02)
+    many = roofline.two_products((1024, 151_936, 2048, "bfloat16"), gpu)
+    assert many == pytest.approx(4 * 1024 * 151_936 * 2048 / 791.5e12, rel=0.01)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -83,7 +131,7 @@ def test_no_prediction_is_faster_than_its_floor(training):
             assert p["flops"] >= (12 if training else 4) * N * V * D
             assert (
                 p["dram"] >= (5 if training else 1) * V * D * (4 if dtype == "float32" else 2)
-                and p["kernels"] > 100
+                and p["device_ms"] <= p["ms"] >= p["host_ms"]
             )
             work = (roofline.trained if training else roofline.frozen)(shape, gpu)
             assert all(0 < cost.busy <= 1 for cost in work.costs), (gpu, shape)
@@ -115,7 +163,30 @@ def test_a_changed_launch_row_changes_the_prediction(monkeypatch):
     after = roofline.predict(shape, gpu)
     assert after["kernels"] > before["kernels"] and after["host_ms"] > before["host_ms"]
     # it gathers in slices
-    assert roofline.around(1024, 2048, "bfloat16")[0] > roofline.around(16, 64, "bfloat16")[0]
+    few, many = (roofline.frozen((N, 32_000, 2048, "bfloat16"), gpu).operations for N in (16, 1024))
+    assert many > few == roofline.FROZEN.kernels
+
+
+def test_what_is_slow_is_named_with_its_reason(monkeypatch, capsys):
+    shapes = ("64,151936,2048", "16,151936,2048", "1024,151936,2048")
+    given = ["--gpu", "H100", "H200", "--shape", *shapes]
+    _, printed, _ = run(capsys, *given)
+    assert "Predicted below 80 % of two products" in printed and "2 of 2 shapes" in printed
+    assert "- H100, bfloat16, N 64, 1024: " in printed and "Python takes" in printed
+    assert "- H200" not in printed
+    monkeypatch.setattr(roofline, "FROZEN", roofline.Around(4, 0, 0.0))
+    _, printed, _ = run(capsys, *given)
+    assert "Loads that the loop waits for in product: " in printed and "Python" not in printed
+    monkeypatch.setitem(roofline.PIPELINED, "product", True)
+    _, printed, _ = run(capsys, *given)
+    assert "1 of 2 shapes" in printed and "- H100, bfloat16, N 1024: " in printed
+    assert "The L2's bandwidth, for tiles that small, in sums and product" in printed
+    monkeypatch.setattr(roofline, "L2_RATE", 64)
+    monkeypatch.setattr(roofline, "OURS", {"sm_90": 1.0})
+    _, printed, _ = run(capsys, *given)
+    assert "from N = 64: nothing." in printed
+    _, printed, _ = run(capsys, *given, "--general")
+    assert "of two products, on" not in printed
 
 
 def test_measured_rows_are_picked_up(tmp_path, capsys):
@@ -154,7 +225,7 @@ def test_measured_rows_are_picked_up(tmp_path, capsys):
     )
     first, second = (line for line in printed.splitlines() if "256, 32000, 2048" in line)
     floor = 4 * 256 * 32000 * 2048 / (GPUS["H200"].bf16 * 1e12)
-    assert code == 0 and "predicted, ms" in printed and "predicted share" in printed
+    assert code == 0 and "predicted, ms" in printed and "of two products" in printed
     assert first.endswith(f"| 2 | {roofline.percent(floor / 2e-3)} |") and second.endswith(
         "| not measured | - |"
     )
@@ -165,6 +236,16 @@ def test_measured_rows_are_picked_up(tmp_path, capsys):
         capsys, "--gpu", "h200", "--shape", "256,32000,2048", "--results", results, "--general"
     )
     assert "not measured" in printed  # the bench's head is frozen
+
+
+def test_the_readme_says_what_is_predicted():
+    text = " ".join((BENCHES.parent / "README.md").read_text().split())
+    shape = (64, 151_936, 2048, "bfloat16")
+    for name in ("RTX 4090", "H100"):
+        gpu = GPUS[name]
+        share = 1e3 * roofline.two_products(shape, gpu) / roofline.predict(shape, gpu)["ms"]
+        said = re.search(rf"(\d+ %)[^%]* on an {name}", text)
+        assert said and said[1] == f"{100 * share:.0f} %", (name, share)
 
 
 @pytest.mark.parametrize(

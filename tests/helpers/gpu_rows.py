@@ -8,7 +8,7 @@ from typing import Any
 
 from fastsiu.kernels.triton_launch import Blocks
 
-SHAPES = [[256, 151936, 1024, "bfloat16"], [64, 151936, 1024, "bfloat16"]]
+SHAPES = [[256, 151936, 2048, "bfloat16"], [64, 151936, 2048, "bfloat16"]]
 WIDE, STEP = Blocks(64, 256, 32, 8, 2), Blocks(64, 128, 64, 8, 2)  # rows that nobody predicts
 
 
