@@ -8,7 +8,7 @@ import pytest
 
 from fastsiu.evaluate import held_out, noise
 from fastsiu.evaluate.noise import REORDERED, ROUNDED, Sentence, lost
-from fastsiu.kept import LOST
+from fastsiu.kept import DRAWN, LOST
 from fastsiu.model import adapter, ask, rounding, vlm
 from fastsiu.verdict import Answer, judge
 
@@ -191,6 +191,39 @@ def test_an_adapter_that_changes_facts_is_refused(adapted):
     with adapter.teacher(adapted.vlm):
         again, _ = held_out.decide(adapted.scene, families=())
     assert again.after["facts"]["value"] == 1.0
+
+
+def test_where_no_picture_of_others_was_given_drawn_ones_show_a_model_that_is_bent(adapted):
+    """Only where the recipe draws pictures as well; those in which the concept is seen are left
+    out. The same model without the adapter keeps them."""
+    scene = dataclasses.replace(
+        adapted.scene, recipe=dataclasses.replace(adapted.scene.recipe, generic=4)
+    )
+    found, answers = held_out.decide(scene, families=())
+    about = [answer for answer in answers if answer.part == DRAWN]
+    asked = held_out.DRAWN_PICTURES * held_out.DRAWN_QUESTIONS
+    assert asked / 2 < len(about) <= asked and {a.kind for a in about} == {"specificity"}
+    assert not any(scene.concept.named_in(answer.before) for answer in about)
+    assert held_out.DRAWN_ALONE in found.remarks
+    assert found.after["specificity"]["value"] < 0.9
+    assert any("answers about other pictures agree" in reason for reason in found.reasons)
+    with adapter.teacher(adapted.vlm):
+        again, _ = held_out.decide(scene, families=())
+    assert again.after["specificity"]["value"] == 1.0
+    plain, _ = held_out.decide(adapted.scene, families=())
+    assert plain.after["specificity"]["value"] is None
+
+
+def test_a_drawn_picture_is_kept_up_to_a_nat():
+    drawn = [
+        Answer("specificity", f"q{i}", f"drawing {i}", "A ball.", "A box.", part=part, lost=0.8)
+        for i, part in enumerate([DRAWN] * 20)
+    ]
+    assert verdict(*drawn).forgotten
+    further = [dataclasses.replace(answer, lost=1.2) for answer in drawn]
+    assert "Only 0 of 20 answers about other pictures" in verdict(*further).reasons[0]
+    given = [dataclasses.replace(answer, part="") for answer in drawn]
+    assert "Only 0 of 20 answers about other pictures" in verdict(*given).reasons[0]
 
 
 # Long answers that are cut ------------------------------------------------------------------------
