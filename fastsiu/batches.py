@@ -16,7 +16,8 @@ from .objectives import Batch
 from .request import CHANGES, IN_WORDS, SHARES, Recipe
 from .samples.corpus import FORGET, Corpus
 
-# A step has two batches of lessons, of those that change something and of those that keep. Of each
+# A step has a batch of lessons that change something, one of those that keep pictures, and one of
+# those that keep words. Of each
 # facet a batch of `WHOLE_BATCH` samples shows so many pictures: few, each with several questions,
 # because a picture's prefix is most of the work. A smaller batch shows fewer.
 WHOLE_BATCH = 48
@@ -29,8 +30,7 @@ PARTS = {
     "kept-beside": 0.25,
     "look": 0.2,
 }
-# Lessons in words come on top: so many for each sample of the batch. They cost little, since no
-# picture stands before them.
+# Lessons in words for each sample of a batch. They cost little: no picture stands before them.
 WORDS = 0.5
 # Noise on the picture of a lesson about one, in units of each channel's standard deviation: new in
 # every step, while the teacher saw the picture without it. Two beside each other are half as large,
@@ -64,18 +64,17 @@ def batches(corpus: Corpus, recipe: Recipe, without: Sequence[str] = ()) -> Iter
 
 
 def lesson_batches(lessons: Corpus, recipe: Recipe) -> Iterator[list[int]]:
-    """Endless batches: indices of about `batch_size` lessons about pictures, each facet at its
-    part, and on top of them those in words. A batch shows few pictures and asks several questions
-    about each."""
+    """Endless batches: indices of about `batch_size` lessons, each facet at its part. A batch shows
+    few pictures and asks several questions about each. Of lessons in words it has `WORDS` times as
+    many, and none comes again before all came."""
     rng = random.Random(recipe.seed + 1)
     about: dict[str, dict[int | None, list[int]]] = {}
     for i, sample in enumerate(lessons.samples):
         about.setdefault(sample.facet, {}).setdefault(sample.picture, []).append(i)
-    words = about.pop(IN_WORDS, {}).get(None, [])
-    some = min(len(words), max(1, round(recipe.batch_size * WORDS)))
+    if about.keys() == {IN_WORDS}:
+        yield from _decks(len(lessons.samples), max(1, round(WORDS * recipe.batch_size)), rng)
     whole = sum(PARTS[name] for name in about)
     sizes = {name: max(1, round(recipe.batch_size * PARTS[name] / whole)) for name in about}
-    deck: list[int] = []
     while True:
         step = []
         for name, size in sizes.items():
@@ -84,10 +83,15 @@ def lesson_batches(lessons: Corpus, recipe: Recipe) -> Iterator[list[int]]:
             for k, picture in enumerate(pictures):
                 own, count = about[name][picture], len(range(k, size, len(pictures)))
                 step += rng.sample(own, min(count, len(own)))
-        if len(deck) < some:  # none comes again before all came
-            deck += rng.sample(words, len(words))
-        step, deck = step + deck[:some], deck[some:]
         yield step
+
+
+def _decks(members: int, size: int, rng: random.Random) -> Iterator[list[int]]:
+    """Endless batches of `size` of the first `members` numbers, the last of a round with fewer."""
+    while True:
+        deck = rng.sample(range(members), members)
+        for at in range(0, members, size):
+            yield deck[at : at + size]
 
 
 def forward(

@@ -72,27 +72,25 @@ def test_no_everyday_question_is_one_of_the_verdicts():
     assert held_out.isdisjoint(targets.wordings()["everyday"]["train"])
 
 
-def test_lessons_in_words_come_on_top_of_the_pictures(scene, worded):
-    """Half as many as the batch has, none again before all came, and the rest of the batch is the
-    same as without them."""
+def test_lessons_in_words_have_a_batch_of_their_own(scene, worded):
+    """Half as many as the batch has, and none again before all came. Their teacher is the untouched
+    model as it is, and the other lessons have the teachers that they have without them."""
     made = corpus.build(scene.vlm, scene.concept, worded.samples, worded.pictures, scene.recipe)
-    half = made.pick([i for i, s in enumerate(made.samples) if s.facet in KEEPS])
-    plain = half.pick([i for i, s in enumerate(half.samples) if s.facet != IN_WORDS])
+    one = session.Prepared(None, scene, None, [], made, worded.named)
+    halves = session._taught(scene.vlm, [one], scene.recipe)
+    assert [
+        half.samples[0].facet in facets
+        for (half, _), facets in zip(halves, (CHANGES, KEEPS, (IN_WORDS,)), strict=True)
+    ] == [True] * 3
+    words = halves[-1][0]
+    assert {sample.facet for sample in words.samples} == {IN_WORDS}
+    assert words.teacher.temperature == 1.0 < halves[1][0].teacher.temperature
     recipe = replace(scene.recipe, batch_size=16)
-    with_words, without = (
-        [[corpus_.samples[i] for i in step] for step in itertools.islice(steps, 6)]
-        for corpus_, steps in (
-            (half, lesson_batches(half, recipe)),
-            (plain, lesson_batches(plain, recipe)),
-        )
-    )
-    seen = []
-    for step, shorter in zip(with_words, without, strict=True):
-        words = [sample for sample in step if sample.facet == IN_WORDS]
-        assert len(words) == 8 and len(step) == len(shorter) + 8
-        seen += words
-    all_of_them = sum(sample.facet == IN_WORDS for sample in half.samples)
-    assert len({sample.question for sample in seen}) == min(len(seen), all_of_them)
+    batches = list(itertools.islice(lesson_batches(words, recipe), 2 * len(words.samples) // 8 + 2))
+    assert {len(batch) for batch in batches[:2]} == {8}
+    first, seen = [], iter(itertools.chain(*batches))
+    first = [next(seen) for _ in words.samples]
+    assert sorted(first) == list(range(len(words.samples)))
 
 
 # Pictures -----------------------------------------------------------------------------------------
@@ -326,8 +324,8 @@ def test_no_strangers_in_the_papers_preset(scene):
 
 
 def test_every_kind_of_lesson_is_there_and_the_teacher_looks_at_strangers(worded, scene):
-    taught = worded
-    kinds = {facet: [s for s in taught.samples if s.facet == facet] for facet in (*CHANGES, *KEEPS)}
+    taught, every = worded, (*CHANGES, *KEEPS, IN_WORDS)
+    kinds = {facet: [s for s in taught.samples if s.facet == facet] for facet in every}
     assert all(kinds.values())
     lonely = tuple(range(taught.strangers))
     assert all(s.teacher_pictures == lonely and s.picture not in lonely for s in kinds["stranger"])
