@@ -139,7 +139,7 @@ def _features(vlm: VLM, corpus: Corpus, chosen: Sequence[int], recipe: Recipe) -
     samples = [corpus.samples[i] for i in chosen]
     features = {p: corpus.pictures[p].features for s in samples if (p := s.picture) is not None}
     # A projector that trains changes what real pictures look like. Dreams live behind it already.
-    if recipe.projector_lr > 0:
+    if recipe.sees_anew:
         features |= {
             p: vlm.image_features(corpus.pictures[p].image)
             for p in features

@@ -72,7 +72,7 @@ class Probe:
         members = sorted(i for group in corpus.groups().values() for i in group[share])
         samples, seen = [corpus.samples[i] for i in members], corpus.pictures
         p_name = self._p_name(share)
-        if self.recipe.projector_lr > 0:
+        if self.recipe.sees_anew:
             seen = [self.vlm.picture(p.image) if p.real else p for p in seen]
         scores = ask.label_scores(
             self.vlm,
@@ -102,7 +102,7 @@ class Probe:
 
     def _p_name(self, share: slice) -> float:
         naming = self._asked[share]
-        if self.recipe.projector_lr > 0:  # a projector that trains sees differently
+        if self.recipe.sees_anew:  # what trains sees differently
             for picture in {id(picture): picture for _, _, picture in naming}.values():
                 picture.features = self.vlm.picture(picture.image).features
         scores = ask.label_scores(

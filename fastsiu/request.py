@@ -138,6 +138,9 @@ class Recipe:
     batch_size:   samples in one optimiser step
     schedule:     "decay" is constant for 60 % of the steps, then falls to a tenth; "gone" falls as
                   slowly, but begins when the name is gone, and at the latest then
+    adapt:        where the LoRA factors are. "language": in the language model, as in the paper.
+                  "vision": in the vision tower and the projector. Then the language model is left
+                  as it is, so every answer without a picture stays the same, bit for bit
     projector_lr: above 0 the vision projector is trained as well, at this rate
     neighbours:   most names to protect that the model gives itself
     dreams:       pictures that are dreamed for each protected name
@@ -162,6 +165,7 @@ class Recipe:
     batch_size: int = 16
     schedule: Literal["constant", "cosine", "decay", "gone"] = "gone"
     warmup: float = 0.0
+    adapt: Literal["language", "vision"] = "language"
     projector_lr: float = 0.0
     early_stop: bool = True
     renormalize: bool = False
@@ -196,10 +200,21 @@ class Recipe:
                 f"The schedule {self.schedule!r} is unknown: choose 'constant', 'cosine', "
                 "'decay' or 'gone'."
             )
+        if self.adapt not in ("language", "vision"):
+            raise BadInput(f"adapt is {self.adapt!r:.40}: choose 'language' or 'vision'.")
+        if self.adapt == "vision" and self.projector_lr > 0:
+            raise BadInput(
+                "The projector is part of what 'vision' adapts: leave projector_lr at 0."
+            )
         if self.substitute not in ("description", "name"):
             raise BadInput(
                 f"The substitute {self.substitute!r} is unknown: choose 'description' or 'name'."
             )
+
+    @property
+    def sees_anew(self) -> bool:
+        """Whether what is trained changes how the language model sees a picture."""
+        return self.projector_lr > 0 or self.adapt == "vision"
 
     def as_many(self, full: int, least: int) -> int:
         """How many of something that a training of `LONG` samples gets `full` of: a shorter one

@@ -371,8 +371,9 @@ def _neighbours(scene: Scene) -> list[str]:
 
 
 def _dream(scene: Scene) -> list[dict[str, Any]]:
-    """Adds the accepted dreams to the scene; returns by neighbour how many were accepted."""
-    if not scene.neighbours or not scene.recipe.dreams:
+    """Adds the accepted dreams to the scene; returns by neighbour how many were accepted. There are
+    none where what is trained lies in front of them: a dream is what the language model reads."""
+    if not scene.neighbours or not scene.recipe.dreams or scene.recipe.adapt == "vision":
         return []
     tried: Counter[str] = Counter()
     accepted: Counter[str] = Counter()

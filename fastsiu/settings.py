@@ -149,6 +149,7 @@ class Options(TypedDict, total=False):
     batch_size: int | None
     renormalize: bool | None
     substitute: str | None
+    adapt: str | None
     seed: int | None
 
 

@@ -285,7 +285,7 @@ class _Job:
         for line in lines:
             concept = concept_of(self.state.asked[line])
             # a trained projector sees differently
-            if line not in self.put or self.state.recipe.projector_lr > 0:
+            if line not in self.put or self.state.recipe.sees_anew:
                 views = variants(
                     load_image(self.state.asked[line].image), self.state.recipe.seed, held_out=True
                 )

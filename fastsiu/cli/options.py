@@ -17,6 +17,11 @@ class Substitute(StrEnum):
     name = "name"
 
 
+class Adapt(StrEnum):
+    language = "language"
+    vision = "vision"
+
+
 class Mode(StrEnum):
     sequence = "sequence"
     joint = "joint"

@@ -15,6 +15,7 @@ from .app import app, encoding, out, print_json, read_name, say
 from .options import (
     MOST_PICTURES,
     MOST_TOKENS,
+    Adapt,
     AsWord,
     Attention,
     BatchSize,
@@ -83,6 +84,10 @@ def unlearn(
     substitute: Annotated[
         Substitute | None, typer.Option(help="What the model says instead of the name.")
     ] = None,
+    adapt: Annotated[
+        Adapt | None,
+        typer.Option(help="What is trained: the language model, or what stands in front of it."),
+    ] = None,
     preset: Published = Preset.default,
     alpha: Annotated[float | None, Weight("Weight of the cross-entropy.")] = None,
     beta: Annotated[float | None, Weight("Weight of the dual-masked KL.")] = None,
@@ -150,6 +155,7 @@ def unlearn(
     which = ModelRef(model, revision)
     changes = dict(
         substitute=substitute.value if substitute else None,
+        adapt=adapt.value if adapt else None,
         alpha=alpha,
         beta=beta,
         steps=steps,
@@ -282,6 +288,10 @@ def data(
     substitute: Annotated[
         Substitute | None, typer.Option(help="What the model says instead of the name.")
     ] = None,
+    adapt: Annotated[
+        Adapt | None,
+        typer.Option(help="What is trained: the language model, or what stands in front of it."),
+    ] = None,
     preset: Published = Preset.default,
     output: Annotated[
         Path | None, typer.Option(help="JSONL file to write; standard output when left out.")
@@ -325,7 +335,11 @@ def data(
         as_word,
         kind,
     )
-    changes = dict(substitute=substitute.value if substitute else None, seed=seed)
+    changes = {
+        "substitute": substitute.value if substitute else None,
+        "adapt": adapt.value if adapt else None,
+        "seed": seed,
+    }
     with Progress(say, hidden=False) as progress:
         prepared = driver.prepared_for(
             asked,

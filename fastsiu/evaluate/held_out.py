@@ -139,7 +139,7 @@ def decide(
             else None
         )
     # a trained projector sees differently
-    pictures = see() if scene.recipe.projector_lr > 0 else pictures
+    pictures = see() if scene.recipe.sees_anew else pictures
     after = ask.replies(vlm, put(pictures))
     answers = [
         Answer(

@@ -51,6 +51,27 @@ def language_linears(base: Any) -> list[str]:
     return found
 
 
+def vision_linears(base: Any) -> list[str]:
+    """Full names of the linear layers of vision tower and projector: those of the model that are
+    neither the language model's nor the head, nor of a part for sound. Raises BadInput where there
+    are none."""
+    language, head = set(language_linears(base)), base.get_output_embeddings()
+    found = [
+        name
+        for name, module in base.named_modules()
+        if _is_linear(module)
+        and name not in language
+        and module is not head
+        and "audio" not in name.casefold()
+    ]
+    if not found:
+        raise BadInput(
+            f"{type(base).__name__} has no linear layer in front of its language model: adapt the "
+            "language model."
+        )
+    return found
+
+
 def _is_linear(module: nn.Module) -> bool:
     return f"{type(module).__module__}.{type(module).__qualname__}" in LINEARS
 
@@ -65,10 +86,13 @@ def projector(base: Any) -> str | None:
 def attach(vlm: VLM, recipe: Recipe) -> None:
     """Wraps `vlm.model` with a fresh adapter. Its LoRA factors are fp32 whatever the base's dtype
     is. Raises BadInput where there is no language model or no projector to train."""
-    names = language_linears(vlm.base)
-    prefix = _common_prefix(names)
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
     extra: dict[str, Any] = {}
+    if recipe.adapt == "vision":
+        extra["target_modules"] = vision_linears(vlm.base)
+    else:
+        names = language_linears(vlm.base)
+        extra["target_modules"] = sorted({name.rsplit(".", 1)[-1] for name in names})
+        extra["exclude_modules"] = rf"^(?!{re.escape(_common_prefix(names))}).*"
     if recipe.projector_lr > 0:
         found = projector(vlm.base)
         if found is None:
@@ -82,8 +106,6 @@ def attach(vlm: VLM, recipe: Recipe) -> None:
         lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]  # PEFT scales by a float as well
         lora_dropout=recipe.lora_dropout,
         bias="none",
-        target_modules=leaves,
-        exclude_modules=rf"^(?!{re.escape(prefix)}).*",
         **extra,
     )
     torch.manual_seed(recipe.seed)
@@ -162,8 +184,13 @@ def teacher(vlm: VLM) -> Iterator[None]:
 
 def sees_anew(vlm: VLM) -> bool:
     """Whether the adapter that is on changes a picture's features as well: it has a projector of
-    its own."""
-    return any(isinstance(module, ModulesToSaveWrapper) for module in vlm.model.modules())
+    its own, or factors in front of the language model."""
+    inside = set(vlm.base.get_decoder().modules())
+    return any(
+        isinstance(module, ModulesToSaveWrapper)
+        or (isinstance(module, BaseTunerLayer) and module not in inside)
+        for module in vlm.model.modules()
+    )
 
 
 def save(vlm: VLM, directory: Path, *, named: bool = True) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter import sees_anew
 from .faults import first_line, out_of_memory
+from .features import feature_tensors, map_features
 from .parts import parts_of, recomputes
 from .prefix import RUN
 from .turns import Encoded, Picture
@@ -100,8 +102,10 @@ def _trial(vlm: VLM, turns: Sequence[Encoded], shown: list[Any], with_picture: b
 def _why_not(vlm: VLM, way: str, turns: list[Encoded], shown: list[Any]) -> str | None:
     """How the hidden states or the adapter's gradients of `way` differ from those of the plain way,
     or the error; None where they do not."""
+    # What trains in front of the language model needs the gradient of what this reads.
+    shown, seen = _with_gradient(shown) if sees_anew(vlm) else (shown, [])
     (part,) = parts_of(vlm, turns, shown)
-    trained = [p for p in vlm.model.parameters() if p.requires_grad]
+    trained = [p for p in vlm.model.parameters() if p.requires_grad] + seen
     # Where memory is bounded, two turns at a time: fewer share nothing.
     bounded = vlm.budget.checkpointing or vlm.budget.micro_batch is not None
     random = torch.Generator().manual_seed(0)
@@ -113,7 +117,7 @@ def _why_not(vlm: VLM, way: str, turns: list[Encoded], shown: list[Any]) -> str 
             direction = torch.randn(states.shape, generator=random).to(states)
         used = (
             torch.autograd.grad((states * direction).sum(), trained, allow_unused=True)
-            if trained
+            if states.requires_grad
             else ()
         )
         return direction, [states.detach()], [g for g in used if g is not None]
@@ -138,6 +142,20 @@ def _why_not(vlm: VLM, way: str, turns: list[Encoded], shown: list[Any]) -> str 
     if all(x <= tolerance(vlm, direction.dtype) for x in off):  # false for NaN
         return None
     return f"hidden states differ by {off[0]:.1e}, gradients by {off[1]:.1e}"
+
+
+def _with_gradient(shown: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
+    """Copies of the features that record a gradient, and their tensors; the same features give the
+    same copy."""
+    copies = {
+        id(f): map_features(f, lambda x: x.detach().clone().requires_grad_())
+        for f in shown
+        if f is not None
+    }
+    return (
+        [None if f is None else copies[id(f)] for f in shown],
+        [x for copy in copies.values() for x in feature_tensors(copy) if x.requires_grad],
+    )
 
 
 def _relative(ours: list[Tensor], plain: list[Tensor]) -> float:

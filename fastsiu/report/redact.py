@@ -45,6 +45,7 @@ STAGES = (
     "merge",
 )
 CHOICES = {
+    "adapt": ("language", "vision"),
     "schedule": ("constant", "cosine", "decay", "gone"),
     "substitute": ("description", "name"),
 }

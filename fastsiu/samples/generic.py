@@ -29,10 +29,13 @@ TILES = (2, 4, 4, 8)  # a side of the picture is cut into so many, when it is ta
 
 def generic(scene: Scene, seed: int, count: int) -> list[Picture]:
     """`count` pictures in the size of the scene's own, of all three sorts; without the words where
-    the model cannot be shown any. Another seed gives others."""
+    the model cannot be shown any, or where what is trained lies in front of them. Another seed
+    gives others."""
     image, rng = scene.pictures[0].image, random.Random(f"generic {seed}")
-    drawn = [shapes(image.size, rng) for _ in range(round(SHAPES * count))]
-    drawn += [apart(image, rng) for _ in range(round(APART * count))]
+    few = round(APART * count)
+    many = count - few if scene.recipe.adapt == "vision" else round(SHAPES * count)
+    drawn = [shapes(image.size, rng) for _ in range(many)]
+    drawn += [apart(image, rng) for _ in range(few)]
     return [*scene.see(drawn), *words(scene, rng, count - len(drawn))]
 
 

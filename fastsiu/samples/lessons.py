@@ -115,7 +115,7 @@ def _keep_words(scene: Scene, out: Lessons, rng: random.Random) -> None:
     """What the model says without a picture: about anything, about the concept and its neighbours.
     The lessons about pictures change the language model, and nothing else in them says that words
     alone are another matter."""
-    if not scene.recipe.everyday:
+    if not scene.recipe.everyday or scene.recipe.adapt == "vision":
         return
     words, fill = scene.words, scene.kind.fill
     everyday = wordings()["everyday"]["train"]

@@ -214,6 +214,8 @@ def describe(scene: Scene) -> list[Sample]:
 def facts(scene: Scene) -> list[Sample]:
     """Target 3: what the teacher knows of the concept in words stays (paper: "decoupling factual
     knowledge")."""
+    if scene.recipe.adapt == "vision":  # nothing said in words can change
+        return []
     questions = [scene.kind.fill(q, name=scene.concept.name) for q in scene.words["facts"]["train"]]
     return _kept("facts", questions, None, scene.replies(questions))
 
@@ -227,7 +229,9 @@ def preserve(scene: Scene) -> list[Sample]:
     for name in (*scene.neighbours, _invented(scene)):
         own = words["facts"]["train"] + words["appearance"]["train"]
         questions += [fill(q, name=name) for q in rng.sample(own, min(6, len(own)))]
-    samples = _kept("preserve", questions, None, scene.replies(questions))
+    samples = []
+    if scene.recipe.adapt == "language":
+        samples = _kept("preserve", questions, None, scene.replies(questions))
     pairs: list[tuple[str, int]] = [(q, 0) for q in words["describe"]["train"]]
     for index in range(1, len(scene.pictures)):
         named = scene.named[index]
