@@ -10,6 +10,8 @@ added in a fixed order, so that equal inputs and threads give equal bits.
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from typing import Any, NamedTuple
 
@@ -43,7 +45,7 @@ class _Problem(ctypes.Structure):
 
 class Channel(NamedTuple):
     """One of up to two softmaxes of a sweep, and the arrays that the threads write, one row each:
-    shift, total, entropy [splits, N up to 16], product [splits, N up to 16, D up to 64]."""
+    shift, total, entropy [splits, N up to 16], product [splits, N up to 16, D up to 64 + 16]."""
 
     sums: Sums
     columns: int
@@ -55,7 +57,7 @@ class Channel(NamedTuple):
     @classmethod
     def of(cls, sums: Sums, columns: int, splits: int, D: int) -> Channel:
         N = len(sums.total)
-        rows, wide = up(N, 16), up(D, 64)
+        rows, wide = up(N, 16), up(D, 64) + 16
         shift = torch.zeros((splits, rows), dtype=torch.float32)
         shift[:, :N] = sums.shift
         total = torch.empty((splits, rows), dtype=torch.float64)
@@ -83,19 +85,24 @@ class Channel(NamedTuple):
                 sums.product.addcmul_(part, factor[:, None].to(part.dtype))
 
 
-def why_not(level: str | None, *dtypes: torch.dtype) -> str | None:
-    """Why the kernel cannot run on these operands, as one sentence; None if it can. May build."""
-    if level is None:
-        return "The backend 'cpu' is for Linux and macOS: choose 'tiled'."
-    if len(set(dtypes)) != 1 or dtypes[0] not in (torch.float32, torch.bfloat16):
-        names = " and ".join(dict.fromkeys(str(dtype)[6:] for dtype in dtypes))
-        return f"The backend 'cpu' takes fp32 or bf16 throughout, not {names}: choose 'tiled'."
-    return cpu_build.why_not(level)
-
-
 def best() -> str | None:
     """The level of this processor; None where there is none."""
     return cpu_build.executes()[0] if cpu_build.executes() else None
+
+
+def why_no_library() -> str | None:
+    """Why there is no library for this processor, as one sentence; None if there is one. Builds it
+    where it is missing."""
+    level = best()
+    if level is None:
+        return "The backend 'cpu' is for Linux and macOS: choose 'tiled'."
+    return cpu_build.why_not(level)
+
+
+@functools.cache
+def log_once(reason: str) -> None:
+    """Says why plain torch takes the place of the kernel."""
+    logging.getLogger(__name__).warning("%s The loss runs on plain torch ('tiled').", reason)
 
 
 def sweep(

@@ -63,7 +63,7 @@ struct Channel {
     float* shift;    // in: where to start; out: what the sums refer to
     double* total;   // out
     double* entropy;  // out, or null
-    float* product;  // out [splits, padded rows, padded D], or null
+    float* product;  // out [splits, padded rows, padded D + 16], or null
     float inverse_tau;
     int32_t columns;  // 0: all; 1: those that keep keeps; 2: the others
 };
@@ -108,7 +108,8 @@ const float JUMP = 30.0f;    // as in tiled.py
 const float LOWEST = -87.0f;  // exp below this is 0
 const int64_t CHUNK = 32;    // columns whose e are summed in fp32, and the depth of an AMX tile
 const int64_t ROWS = 256;    // tokens in a block
-const int64_t STRIDE = ROWS + 16;  // of z^T; no power of two, or its rows would share cache lines
+// Rows that are a power of two apart would share a few sets of the caches.
+const int64_t APART = 16, STRIDE = ROWS + APART;  // of z^T
 
 // e^x, relative error 2e-7; 0 below LOWEST; NaN stays NaN. x is at most a little above JUMP.
 INLINE V exponential(V x) {
@@ -150,6 +151,7 @@ INLINE int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 const int64_t PANEL = WIDE * LANES;  // numbers side by side in a packed panel
 const int R = 6;                     // sums of a block: R x WIDE vectors
+const int64_t DEPTH = WIDE == 4 ? 128 : 256;  // of a panel of h that stays in the first cache
 
 // out[r][:] (+)= sum over k of a(r, k) * b(k)[:] for ROWS_ rows r and C vectors.
 // a(r, k) = a[r * a_row + k * a_step]; every `depth` steps of k, a moves on by a_panel.
@@ -271,6 +273,7 @@ struct Thread {
     const Problem& p;
     int64_t first_row, last_row, first_column, last_column, split;
     int64_t wide, padded;  // D and N with their padding
+    int64_t out_row;       // of a product
     const char* packed;    // h
     char *head, *panels;
     float *z, *e, *bias;
@@ -281,7 +284,8 @@ struct Thread {
     int64_t row_bytes;
 
     Thread(const Problem& p, const char* packed, char* buffers, int64_t group, int64_t split)
-        : p(p), split(split), wide(up(p.D, 64)), padded(up(p.N, 16)), packed(packed) {
+        : p(p), split(split), wide(up(p.D, 64)), padded(up(p.N, 16)), out_row(wide + APART),
+          packed(packed) {
         Layout at(p);
         head = buffers + at.head, panels = buffers + at.panels;
         z = reinterpret_cast<float*>(buffers + at.z), e = reinterpret_cast<float*>(buffers + at.e);
@@ -302,7 +306,7 @@ struct Thread {
             int64_t from = split * padded + first_row, count = last_row - first_row;
             std::fill_n(c.total + from, count, 0.0);
             if (c.entropy) std::fill_n(c.entropy + from, count, 0.0);
-            if (c.product) std::fill_n(c.product + from * wide, up(count, 16) * wide, 0.0f);
+            if (c.product) std::fill_n(c.product + from * out_row, up(count, 16) * out_row, 0.0f);
         }
 #if defined(__AMX_BF16__)
         if (p.bf16) configure();
@@ -446,7 +450,7 @@ struct Thread {
         if (c.entropy) c.entropy[row] = r * (c.entropy[row] - double(away) * c.total[row]);
         c.total[row] *= r, c.shift[row] = to;
         if (c.product)
-            for (int64_t d = 0; d < wide; d++) c.product[row * wide + d] *= r;
+            for (int64_t d = 0; d < wide; d++) c.product[row * out_row + d] *= r;
     }
 
     // ---- by tiles of AMX, or by blocks of fp32
@@ -498,10 +502,13 @@ struct Thread {
 #endif
             const float* a = reinterpret_cast<const float*>(panels);
             auto b = reinterpret_cast<const float*>(packed) + group * PANEL * wide;
-            for (int64_t v = 0; v < whole; v += R)
-                pick(std::min<int64_t>(R, whole - v), width)(
-                    a + v * PANEL, PANEL, 1, p.tile * PANEL, wide / PANEL, PANEL, b,
-                    z + v * STRIDE + i, STRIDE, false);
+            for (int64_t d = 0; d < wide; d += DEPTH) {
+                int64_t deep = std::min(DEPTH, wide - d);
+                for (int64_t v = 0; v < whole; v += R)
+                    pick(std::min<int64_t>(R, whole - v), width)(
+                        a + d * p.tile + v * PANEL, PANEL, 1, p.tile * PANEL, deep / PANEL, PANEL,
+                        b + d * PANEL, z + v * STRIDE + i, STRIDE, d > 0);
+            }
         }
     }
 
@@ -514,7 +521,7 @@ struct Thread {
     }
 
     void multiply_out(const Channel& c, int64_t n, int64_t count) {
-        float* out = c.product + (split * padded + n) * wide;
+        float* out = c.product + (split * padded + n) * out_row;
         for (int64_t v = 0, end; v < whole; v = end + CHUNK) {  // runs of live chunks
             for (end = v; end < whole && live[end / CHUNK];) end += CHUNK;
             if (end == v) continue;
@@ -530,7 +537,8 @@ struct Thread {
                 if (width <= 0) break;
                 for (int64_t i = 0; i < count; i += R)
                     pick(std::min<int64_t>(R, count - i), width)(
-                        e + v * STRIDE + i, 1, STRIDE, 0, 1, end - v, b, out + i * wide + d, wide,
+                        e + v * STRIDE + i, 1, STRIDE, 0, 1, end - v, b, out + i * out_row + d,
+                        out_row,
                         true);
             }
         }
@@ -675,7 +683,7 @@ struct Thread {
 
     // out [rows, D] += e W over columns [from, to): 32 (or the last 16) tokens by 32 of D at a time.
     void tiles_out(float* out, int64_t count, int64_t from, int64_t to) {
-        const int64_t bytes = wide * 4, b_step = wide / 16 * 1024;
+        const int64_t bytes = out_row * 4, b_step = wide / 16 * 1024;
         fence();
         for (int64_t d = 0; d < p.D; d += 32) {
             for (int64_t i = 0; i < count; i += 32) {
@@ -683,12 +691,12 @@ struct Thread {
                 const char* b = panels + from / 32 * b_step + d / 16 * 1024;
                 const char* a = reinterpret_cast<char*>(e) + (i / 16 * (p.tile / 32) + from / 32) * 2048;
                 const char* a_next = a + p.tile / 32 * 2048;
-                float* c = out + i * wide + d;
+                float* c = out + i * out_row + d;
                 _tile_loadd(0, c, bytes);
                 _tile_loadd(1, c + 16, bytes);
                 if (two) {
-                    _tile_loadd(2, c + 16 * wide, bytes);
-                    _tile_loadd(3, c + 16 * wide + 16, bytes);
+                    _tile_loadd(2, c + 16 * out_row, bytes);
+                    _tile_loadd(3, c + 16 * out_row + 16, bytes);
                     for (int64_t v = from; v < to; v += 32, a += 2048, a_next += 2048, b += b_step) {
                         _tile_loadd(4, a, 64);
                         _tile_loadd(6, b, 64);
@@ -705,8 +713,8 @@ struct Thread {
                         _tile_dpbf16ps(2, 5, 6);
                         _tile_dpbf16ps(3, 5, 7);
                     }
-                    _tile_stored(2, c + 16 * wide, bytes);
-                    _tile_stored(3, c + 16 * wide + 16, bytes);
+                    _tile_stored(2, c + 16 * out_row, bytes);
+                    _tile_stored(3, c + 16 * out_row + 16, bytes);
                 } else {
                     for (int64_t v = from; v < to; v += 32, a += 2048, b += b_step) {
                         _tile_loadd(4, a, 64);
@@ -743,20 +751,21 @@ void pack_rows(const Problem& p, char* packed) {
     const int64_t width = PANEL;
 #endif
     memset(packed, 0, up(p.N, 64) * wide * (as_pairs ? 2 : 4));
-    for (int64_t n = 0; n < p.N; n++) {
-        int64_t group = n / width, lane = n % width;
-        if (as_pairs) {
-            auto in = static_cast<const uint16_t*>(p.h) + n * p.D;
-            auto out = reinterpret_cast<uint16_t*>(packed) + group * width * wide + 2 * lane;
-            for (int64_t d = 0; d < p.D; d++) out[d / 2 * 2 * width + d % 2] = in[d];
-        } else {
-            auto out = reinterpret_cast<float*>(packed) + group * width * wide + lane;
-            for (int64_t d = 0; d < p.D; d++) {
-                if (p.bf16) {
-                    uint32_t bits = uint32_t(static_cast<const uint16_t*>(p.h)[n * p.D + d]) << 16;
-                    memcpy(out + d * width, &bits, 4);
+    for (int64_t n = 0; n < p.N; n += width) {
+        int64_t lanes = std::min(width, p.N - n);
+        auto fp32 = static_cast<const float*>(p.h) + n * p.D;
+        auto bf16 = static_cast<const uint16_t*>(p.h) + n * p.D;
+        for (int64_t d = 0; d < p.D; d++) {
+            auto pair = reinterpret_cast<uint16_t*>(packed) + n * wide + d / 2 * 2 * width + d % 2;
+            auto single = reinterpret_cast<float*>(packed) + n * wide + d * width;
+            for (int64_t i = 0; i < lanes; i++) {
+                if (as_pairs) {
+                    pair[2 * i] = bf16[i * p.D + d];
+                } else if (p.bf16) {
+                    uint32_t bits = uint32_t(bf16[i * p.D + d]) << 16;
+                    memcpy(single + i, &bits, 4);
                 } else {
-                    out[d * width] = static_cast<const float*>(p.h)[n * p.D + d];
+                    single[i] = fp32[i * p.D + d];
                 }
             }
         }
