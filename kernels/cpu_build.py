@@ -21,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).parent / "cpu" / "sweep.cpp"
+SOURCE = Path(__file__).resolve().parent / "cpu" / "sweep.cpp"
 FLAGS = "-std=c++17 -O3 -fPIC -shared -fvisibility=hidden -ffp-contract=fast -pthread"
 # Level -> (what the processor must have, as Linux names it; the compiler's flags), best first.
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
@@ -55,6 +55,11 @@ def executes() -> tuple[str, ...]:
                 has = set(line.split(":", 1)[1].split())
                 break
     return tuple(level for level, (needs, _) in LEVELS.items() if has.issuperset(needs))
+
+
+def compiles() -> tuple[str, ...]:
+    """The levels that a compiler for this kind of processor knows, executed here or not."""
+    return tuple(LEVELS) if platform.machine() in ("x86_64", "AMD64") else ("portable",)
 
 
 def build(directory: Path, levels: tuple[str, ...]) -> list[Path]:
