@@ -154,7 +154,8 @@ const int R = 6;                     // sums of a block: R x WIDE vectors
 const int64_t DEPTH = WIDE == 4 ? 128 : 256;  // of a panel of h that stays in the first cache
 
 // out[r][:] (+)= sum over k of a(r, k) * b(k)[:] for ROWS_ rows r and C vectors.
-// a(r, k) = a[r * a_row + k * a_step]; every `depth` steps of k, a moves on by a_panel.
+// a(r, k) = a[r * a_row + k * a_step]; every `depth` steps of k, a moves on by a_panel. `out` joins
+// last: its roundings are those of a number per call, not of one per k.
 template <int ROWS_, int C>
 void block(const float* a, int64_t a_row, int64_t a_step, int64_t a_panel, int64_t panels,
            int64_t depth, const float* b, float* out, int64_t out_row, bool add) {
@@ -162,7 +163,7 @@ void block(const float* a, int64_t a_row, int64_t a_step, int64_t a_panel, int64
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS_; r++)
 #pragma GCC unroll 8
-        for (int c = 0; c < C; c++) sum[r][c] = add ? load(out + r * out_row + c * LANES) : V{};
+        for (int c = 0; c < C; c++) sum[r][c] = V{};
     for (int64_t p = 0; p < panels; p++, a += a_panel) {
         const float* x = a;
         for (int64_t k = 0; k < depth; k++, x += a_step, b += PANEL) {
@@ -180,7 +181,10 @@ void block(const float* a, int64_t a_row, int64_t a_step, int64_t a_panel, int64
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS_; r++)
 #pragma GCC unroll 8
-        for (int c = 0; c < C; c++) store(out + r * out_row + c * LANES, sum[r][c]);
+        for (int c = 0; c < C; c++) {
+            float* at = out + r * out_row + c * LANES;
+            store(at, add ? load(at) + sum[r][c] : sum[r][c]);
+        }
 }
 
 typedef void (*Block)(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, const float*, float*,
