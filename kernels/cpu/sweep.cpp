@@ -566,7 +566,7 @@ struct Thread {
         _tile_loadconfig(&config);
     }
 
-    // W of the tile in pairs of columns: [columns / 32][D / 16] tiles [16][16][2].
+    // W of the tile in pairs of columns: [D / 32][columns / 32][2] tiles [16][16][2].
     void pack_tiles() {
         alignas(64) uint16_t order[2][32];
         for (int k = 0; k < 16; k++)
@@ -575,8 +575,8 @@ struct Thread {
         const __m512i first = _mm512_load_si512(order[0]), second = _mm512_load_si512(order[1]);
         for (int64_t v = 0; v < whole; v += 2) {
             const char *a = rows + v * row_bytes, *b = a + row_bytes;
-            char* out = panels + v / 32 * (wide / 16) * 1024 + v % 32 / 2 * 64;
-            for (int64_t d = 0; d < wide; d += 32, out += 2048) {
+            char* out = panels + v / 32 * 2048 + v % 32 / 2 * 64;
+            for (int64_t d = 0; d < wide; d += 32, out += p.tile / 32 * 2048) {
                 __m512i x = _mm512_loadu_si512(a + 2 * d), y = _mm512_loadu_si512(b + 2 * d);
                 _mm512_store_si512(out, _mm512_permutex2var_epi16(x, first, y));
                 _mm512_store_si512(out + 1024, _mm512_permutex2var_epi16(x, second, y));
@@ -687,12 +687,12 @@ struct Thread {
 
     // out [rows, D] += e W over columns [from, to): 32 (or the last 16) tokens by 32 of D at a time.
     void tiles_out(float* out, int64_t count, int64_t from, int64_t to) {
-        const int64_t bytes = out_row * 4, b_step = wide / 16 * 1024;
+        const int64_t bytes = out_row * 4;
         fence();
         for (int64_t d = 0; d < p.D; d += 32) {
             for (int64_t i = 0; i < count; i += 32) {
                 const bool two = i + 16 < count;
-                const char* b = panels + from / 32 * b_step + d / 16 * 1024;
+                const char* b = panels + (d / 32 * (p.tile / 32) + from / 32) * 2048;
                 const char* a = reinterpret_cast<char*>(e) + (i / 16 * (p.tile / 32) + from / 32) * 2048;
                 const char* a_next = a + p.tile / 32 * 2048;
                 float* c = out + i * out_row + d;
@@ -701,7 +701,7 @@ struct Thread {
                 if (two) {
                     _tile_loadd(2, c + 16 * out_row, bytes);
                     _tile_loadd(3, c + 16 * out_row + 16, bytes);
-                    for (int64_t v = from; v < to; v += 32, a += 2048, a_next += 2048, b += b_step) {
+                    for (int64_t v = from; v < to; v += 32, a += 2048, a_next += 2048, b += 2048) {
                         _tile_loadd(4, a, 64);
                         _tile_loadd(6, b, 64);
                         _tile_dpbf16ps(0, 4, 6);
@@ -720,7 +720,7 @@ struct Thread {
                     _tile_stored(2, c + 16 * out_row, bytes);
                     _tile_stored(3, c + 16 * out_row + 16, bytes);
                 } else {
-                    for (int64_t v = from; v < to; v += 32, a += 2048, b += b_step) {
+                    for (int64_t v = from; v < to; v += 32, a += 2048, b += 2048) {
                         _tile_loadd(4, a, 64);
                         _tile_loadd(5, a + 1024, 64);
                         _tile_loadd(6, b, 64);
