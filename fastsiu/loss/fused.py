@@ -223,10 +223,9 @@ def chosen(
     if backend != "auto":
         return plan._replace(backend=backend, why="asked for")
     if plan.backend == "cpu":
-        options = LossOptions(head_bias=head_bias)
-        if reason := _left_to_tiled(hidden, head_weight, teacher, options) or _cpu_library(
-            log=True
-        ):
+        reason = _left_to_tiled(hidden, head_weight, teacher, LossOptions(head_bias=head_bias))
+        reason = reason or _cpu_library(log=True)
+        if reason is not None:
             return plan._replace(backend="tiled", why=reason)
     if plan.backend == "reference" and torch.compiler.is_compiling():
         return plan._replace(
