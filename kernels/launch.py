@@ -37,7 +37,7 @@ TILE_BYTES = 2**24
 
 # Where the C++ is at least 1.1 times as fast as tiled: (level, dtype of all operands) -> why.
 CPU: dict[tuple[str | None, torch.dtype], str] = {
-    ("amx", torch.bfloat16): "bf16 products by AMX (measured 2026-11-29: 4 to 5 times tiled)",
+    ("amx", torch.bfloat16): "bf16 products by AMX (measured 2026-11-29: 3 to 5 times tiled)",
 }
 
 

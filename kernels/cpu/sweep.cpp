@@ -1,7 +1,7 @@
 // The sweep of tiled.py in cache blocks: the sums of a softmax over the whole vocabulary and their
 // products with the head.
 //
-//     e = exp(z / tau - shift)    total = sum e    entropy = -sum e log e    product = sum e dz/dx W
+//     e = exp(z / tau - shift)   total = sum e   entropy = -sum e log e   product = sum e dz/dx W
 //
 // For each tile of columns (rows of W) and each block of rows (tokens):
 //
@@ -10,8 +10,8 @@
 //     softmax       e of one channel, its sums, in fp32 over 32 columns and in fp64 beyond
 //     multiply_out  product [rows, D] += e W
 //
-// z is transposed so that the lanes of a vector are tokens: no sum crosses lanes. A tile of W is read
-// from memory once and packed once for all rows.
+// z is transposed so that the lanes of a vector are tokens: no sum crosses lanes. A tile of W is
+// read from memory once and packed once for all rows.
 //
 // The file is compiled once for each level of the processor, into a library of its own; the flags
 // decide what is below:
@@ -20,9 +20,9 @@
 //     AVX2          of 8, with FMA
 //     AVX-512       of 16
 //     AVX-512-BF16  bf16 only: z by dot products of bf16 pairs, which deliver fp32
-//     AMX           bf16 only: both products by tiles. e goes in two bf16 parts: one part would leave
-//                   8 bits of it, and a product that is a small difference from the teacher's needs
-//                   more (notes/held-out-columns.md)
+//     AMX           bf16 only: both products by tiles. e goes in two bf16 parts: one part would
+//                   leave 8 bits of it, and a product that is a small difference from the
+//                   teacher's needs more (notes/held-out-columns.md)
 //
 // Elsewhere a bf16 head is widened to fp32 as it is packed. Products of bf16 are exact in fp32, so
 // every level sums the same terms, in another order.
@@ -58,7 +58,7 @@
 
 extern "C" {
 
-// One online softmax of tiled.Sums. Arrays are [splits, padded rows], so that each thread has its own.
+// One online softmax of tiled.Sums. Arrays are [splits, padded rows]: each thread has its own.
 struct Channel {
     float* shift;    // in: where to start; out: what the sums refer to
     double* total;   // out
@@ -151,6 +151,7 @@ INLINE int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 const int64_t PANEL = WIDE * LANES;  // numbers side by side in a packed panel
 const int R = 6;                     // sums of a block: R x WIDE vectors
+const int64_t WIDTH = 256;           // of a product that is written at a time
 const int64_t DEPTH = WIDE == 4 ? 128 : 256;  // of a panel of h that stays in the first cache
 
 // out[r][:] (+)= sum over k of a(r, k) * b(k)[:] for ROWS_ rows r and C vectors.
@@ -187,8 +188,8 @@ void block(const float* a, int64_t a_row, int64_t a_step, int64_t a_panel, int64
         }
 }
 
-typedef void (*Block)(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, const float*, float*,
-                      int64_t, bool);
+typedef void (*Block)(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, const float*,
+                      float*, int64_t, bool);
 
 template <int C>
 Block block_of(int64_t rows) {
@@ -265,7 +266,7 @@ struct Layout {
         panels = take(p.tile * wide * 4);                 // the same, packed
         z = take(p.tile * STRIDE * 4);
         e = take(p.tile * STRIDE * 4);
-        small = take(2 * p.tile * 4 + p.tile);            // offsets of columns, and what is live
+        small = take(p.tile * 4 + p.tile / CHUNK);        // which columns the channel takes
         bytes = place;
     }
 };
@@ -280,7 +281,7 @@ struct Thread {
     int64_t out_row;       // of a product
     const char* packed;    // h
     char *head, *panels;
-    float *z, *e, *bias;
+    float *z, *e, *outside;  // outside [tile]: -inf at columns that the channel leaves out, else 0
     uint8_t* live;         // [tile / CHUNK]: does the channel sum over a column of this chunk?
     // the tile at hand
     int64_t start, columns, whole;  // whole: columns with their padding
@@ -293,8 +294,8 @@ struct Thread {
         Layout at(p);
         head = buffers + at.head, panels = buffers + at.panels;
         z = reinterpret_cast<float*>(buffers + at.z), e = reinterpret_cast<float*>(buffers + at.e);
-        bias = reinterpret_cast<float*>(buffers + at.small);
-        live = reinterpret_cast<uint8_t*>(bias + 2 * p.tile);
+        outside = reinterpret_cast<float*>(buffers + at.small);
+        live = reinterpret_cast<uint8_t*>(outside + p.tile);
         int64_t blocks = up(p.N, 64) / 64, chunks = up(p.V, CHUNK) / CHUNK;
         first_row = blocks * group / p.row_groups * 64;
         last_row = std::min(p.N, blocks * (group + 1) / p.row_groups * 64);
@@ -363,7 +364,7 @@ struct Thread {
         }
     }
 
-    // z^T = scale * (W h^T + bias), capped; -inf where a row leaves a column out, and in the padding.
+    // z^T = scale * (W h^T + bias), capped; -inf where a row leaves a column out, and as padding.
     void transform(int64_t n, int64_t count) {
         int64_t width = up(count, LANES);
         if (p.bias || p.scale != 1 || p.softcap != 0) {
@@ -378,8 +379,9 @@ struct Thread {
         }
         for (int64_t v = columns; v < whole; v++) std::fill_n(z + v * STRIDE, width, -INFINITY);
         const int64_t *begin = p.held_column, *end = begin + p.held;
-        for (auto at = std::lower_bound(begin, end, start); at < end && *at < start + columns; at++) {
-            int64_t row = p.held_row[at - begin] - n;
+        begin = std::lower_bound(begin, end, start);
+        for (auto at = begin; at < end && *at < start + columns; at++) {
+            int64_t row = p.held_row[at - p.held_column] - n;
             if (row >= 0 && row < count) z[(*at - start) * STRIDE + row] = -INFINITY;
         }
     }
@@ -388,14 +390,14 @@ struct Thread {
         return v < columns && (c.columns == 0 || (p.keep[start + v] != 0) == (c.columns == 1));
     }
 
-    // Fills `live` and the bias of the channel: 0 on its columns, -inf on others. Is there any?
+    // Fills `live` and `outside`. Does the channel take any column of the tile?
     bool mark(const Channel& c) {
         bool any = false;
         for (int64_t v = 0; v < whole; v += CHUNK) {
             bool here = c.columns == 0;
             for (int64_t i = 0; i < CHUNK && c.columns != 0; i++) {
                 bool on = has(c, v + i);
-                bias[v + i] = on ? 0.0f : -INFINITY, here |= on;
+                outside[v + i] = on ? 0.0f : -INFINITY, here |= on;
             }
             live[v / CHUNK] = here, any |= here;
         }
@@ -406,7 +408,7 @@ struct Thread {
     INLINE V logits(const Channel& c, int64_t v, int64_t i) const {
         V x = load(z + v * STRIDE + i);
         if (c.inverse_tau != 1) x = x * c.inverse_tau;
-        return c.columns == 0 || bias[v] == 0 ? x : all(-INFINITY);
+        return c.columns == 0 || outside[v] == 0 ? x : all(-INFINITY);
     }
 
     template <bool ENTROPY>
@@ -422,7 +424,10 @@ struct Thread {
             store(top, greater(greater(most[0], most[1]), greater(most[2], most[3])));
             for (int j = 0; j < LANES; j++) {
                 shift[j] = j < lanes ? c.shift[at + j] : 0.0f;
-                if (j < lanes && top[j] > shift[j] + JUMP) rescale(c, at + j, top[j]), shift[j] = top[j];
+                if (j < lanes && top[j] > shift[j] + JUMP) {
+                    rescale(c, at + j, top[j]);
+                    shift[j] = top[j];
+                }
             }
             V reference = load(shift);
             for (int64_t v = 0; v < whole; v += CHUNK) {
@@ -521,7 +526,8 @@ struct Thread {
 #if defined(__AMX_BF16__)
         if (p.bf16) return keep_e_tiles(chunk, v, i);
 #endif
-        for (int64_t j = 0; j < CHUNK; j++) store(e + (v + j) * STRIDE + i, load(chunk + j * LANES));
+        for (int64_t j = 0; j < CHUNK; j++)
+            store(e + (v + j) * STRIDE + i, load(chunk + j * LANES));
     }
 
     void multiply_out(const Channel& c, int64_t n, int64_t count) {
@@ -535,23 +541,23 @@ struct Thread {
                 continue;
             }
 #endif
-            for (int64_t d = 0; d < wide; d += PANEL) {
-                auto b = reinterpret_cast<const float*>(panels) + (d / PANEL * p.tile + v) * PANEL;
-                int64_t width = std::min(PANEL, p.D - d);
-                if (width <= 0) break;
+            // By WIDTH numbers of D: with fewer, each row of the product costs a page; with more, a
+            // strip of W does not stay in the second cache.
+            for (int64_t first = 0; first < p.D; first += WIDTH)
                 for (int64_t i = 0; i < count; i += R)
-                    pick(std::min<int64_t>(R, count - i), width)(
-                        e + v * STRIDE + i, 1, STRIDE, 0, 1, end - v, b, out + i * out_row + d,
-                        out_row,
-                        true);
-            }
+                    for (int64_t d = first; d < std::min(p.D, first + WIDTH); d += PANEL)
+                        pick(std::min<int64_t>(R, count - i), p.D - d)(
+                            e + v * STRIDE + i, 1, STRIDE, 0, 1, end - v,
+                            reinterpret_cast<const float*>(panels) +
+                                (d / PANEL * p.tile + v) * PANEL,
+                            out + i * out_row + d, out_row, true);
         }
     }
 
 #if defined(__AMX_BF16__)
     // ---- AMX. A tile is 1 KiB: 16 rows of 16 fp32 or of 32 bf16. _tile_dpbf16ps(c, a, b) adds
-    // a [16, 32] times b [32, 16] to c [16, 16]; b's rows lie in pairs, [16][16][2]. Four sums c, and two
-    // tiles each of a and b, fill the eight tile registers.
+    // a [16, 32] times b [32, 16] to c [16, 16]; b's rows lie in pairs, [16][16][2]. Four sums c,
+    // and two tiles each of a and b, fill the eight tile registers.
 
     // Trap: to GCC 12 the tile instructions touch no memory, so that it moves stores across them.
     static INLINE void fence() { asm volatile("" : : : "memory"); }
@@ -668,7 +674,8 @@ struct Thread {
         __m512i high[16], low[16];
 #pragma GCC unroll 16
         for (int k = 0; k < 16; k++) {
-            __m512i a = _mm512_load_si512(chunk + 32 * k), b = _mm512_load_si512(chunk + 32 * k + 16);
+            __m512i a = _mm512_load_si512(chunk + 32 * k);
+            __m512i b = _mm512_load_si512(chunk + 32 * k + 16);
             __m512i a_high = _mm512_and_si512(a, upper), b_high = _mm512_and_si512(b, upper);
             high[k] = _mm512_or_si512(_mm512_srli_epi32(a_high, 16), b_high);
             __m512 a_low = _mm512_sub_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(a_high));
@@ -685,7 +692,7 @@ struct Thread {
         }
     }
 
-    // out [rows, D] += e W over columns [from, to): 32 (or the last 16) tokens by 32 of D at a time.
+    // out [rows, D] += e W over columns [from, to): 32 (or the last 16) tokens by 32 of D.
     void tiles_out(float* out, int64_t count, int64_t from, int64_t to) {
         const int64_t bytes = out_row * 4;
         fence();
@@ -693,7 +700,8 @@ struct Thread {
             for (int64_t i = 0; i < count; i += 32) {
                 const bool two = i + 16 < count;
                 const char* b = panels + (d / 32 * (p.tile / 32) + from / 32) * 2048;
-                const char* a = reinterpret_cast<char*>(e) + (i / 16 * (p.tile / 32) + from / 32) * 2048;
+                const char* a = reinterpret_cast<char*>(e);
+                a += (i / 16 * (p.tile / 32) + from / 32) * 2048;
                 const char* a_next = a + p.tile / 32 * 2048;
                 float* c = out + i * out_row + d;
                 _tile_loadd(0, c, bytes);

@@ -1,6 +1,6 @@
-// Runs kernels/cpu/sweep.cpp, which is compiled into this program, against loops in fp64. Built with
-// the sanitizers of addresses and undefined behaviour by test_cpu.py; and since these do not see what
-// the tile instructions of AMX read, h and W end at a page that nobody may read.
+// Runs kernels/cpu/sweep.cpp, which is compiled into this program, against loops in fp64.
+// test_cpu.py builds it with the sanitizers of addresses and undefined behaviour. These do not see
+// what the tile instructions of AMX read, so h and W end at a page that nobody may read.
 //
 // Exit code 0: every number as near as rounding allows. It prints how many problems it has run.
 
@@ -23,7 +23,8 @@ int64_t below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 
 // Bytes whose end is the end of the readable memory.
 char* guarded(int64_t bytes) {
     int64_t page = sysconf(_SC_PAGESIZE), whole = up(bytes, page);
-    void* at = mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    const int may = PROT_READ | PROT_WRITE, how = MAP_PRIVATE | MAP_ANONYMOUS;
+    void* at = mmap(nullptr, whole + page, may, how, -1, 0);
     if (at == MAP_FAILED) abort();
     mprotect(static_cast<char*>(at) + whole, page, PROT_NONE);
     return static_cast<char*>(at) + whole - bytes;
@@ -70,7 +71,8 @@ double worst(const Shape& s) {
     std::vector<int64_t> column, row;
     for (auto& [v, n] : held) column.push_back(v), row.push_back(n);
 
-    p.h = h, p.W = W, p.bias = s.bias ? bias.data() : nullptr, p.keep = s.mask ? keep.data() : nullptr;
+    p.h = h, p.W = W;
+    p.bias = s.bias ? bias.data() : nullptr, p.keep = s.mask ? keep.data() : nullptr;
     p.held_column = column.data(), p.held_row = row.data();
     p.N = s.N, p.V = s.V, p.D = s.D, p.held = s.N, p.tile = s.tile, p.bf16 = s.bf16;
     p.W_row = s.transposed ? 1 : s.D, p.W_column = s.transposed ? s.V : 1;
@@ -142,18 +144,23 @@ double worst(const Shape& s) {
 int main() {
     if (fastsiu_prepare()) return 3;
     int failed = 0, problems = 0;
-    const int64_t sizes[][3] = {{1, 3, 1}, {5, 61, 7}, {17, 97, 64}, {40, 300, 96}, {65, 200, 130}, {270, 130, 33}};
+    const int64_t sizes[][3] = {{1, 3, 1},    {5, 61, 7},     {17, 97, 64},
+                                {40, 300, 96}, {65, 200, 130}, {270, 130, 33}};
     for (auto& size : sizes) {
         for (int kind = 0; kind < 12; kind++) {
-            Shape s = {size[0], size[1], size[2], kind % 2 ? 32 : 96, 1 + kind % 3 % 2, 1 + kind / 2 % 3,
-                       kind % 2 == 0, kind % 3 == 0, kind % 4 > 1, false, kind != 5, kind == 7 || kind == 8,
-                       kind == 1 || kind == 10 ? 3.0f : 0.0f, kind == 4 ? 2.0f : 1.0f};
-            s.row_groups = int(std::min<int64_t>(s.row_groups, up(s.N, 64) / 64));
+            Shape s = {};
+            s.N = size[0], s.V = size[1], s.D = size[2], s.tile = kind % 2 ? 32 : 96;
+            s.row_groups = int(std::min<int64_t>(1 + kind % 3 % 2, up(s.N, 64) / 64));
+            s.splits = 1 + kind / 2 % 3;
+            s.bf16 = kind % 2 == 0, s.bias = kind % 3 == 0, s.mask = kind % 4 > 1;
+            s.product = kind != 5, s.transposed = kind == 7 || kind == 8;
+            s.softcap = kind == 1 || kind == 10 ? 3.0f : 0.0f, s.tau = kind == 4 ? 2.0f : 1.0f;
             s.apart = s.mask && s.tau == 1;
             double off = worst(s);
             problems++;
             if (off <= 2e-5) continue;
-            printf("N=%ld V=%ld D=%ld kind %d: off by %g\n", long(s.N), long(s.V), long(s.D), kind, off);
+            printf("N=%ld V=%ld D=%ld kind %d: off by %g\n", long(s.N), long(s.V), long(s.D), kind,
+                   off);
             failed++;
         }
     }
