@@ -11,8 +11,8 @@ from .triton_launch import measured_backend
 
 
 class Launch(NamedTuple):
-    """backend: "reference", "tiled" or "triton"; tile: vocabulary columns at a time; why: the
-    reason for the backend, and where its figure comes from."""
+    """backend: "reference", "tiled", "triton" or "cpu"; tile: vocabulary columns at a time; why:
+    the reason for the backend, and where its figure comes from."""
 
     backend: str
     tile: int
@@ -35,6 +35,11 @@ SMALL_LOGITS, SMALL_HEAD = 2**17, 2**20  # N * V and V * D
 #     [2048, 16,000] D 1024 bf16  569  552  569  561  577
 TILE_BYTES = 2**24
 
+# Where the C++ is at least 1.1 times as fast as tiled: (level, dtype of all operands) -> why.
+CPU: dict[tuple[str | None, torch.dtype], str] = {
+    ("amx", torch.bfloat16): "bf16 products by AMX (measured 2026-11-29: 3 to 5 times tiled)",
+}
+
 
 def launch(
     N: int, V: int, D: int, dtype: torch.dtype, device: str, target: str | None = None
@@ -43,13 +48,19 @@ def launch(
 
     dtype   of the head
     device  its type: "cpu", "cuda", ...
-    target  the GPU's name in triton_launch.TARGETS; None where the Triton kernels cannot run
+    target  the GPU's name in triton_launch.TARGETS, or the CPU's level in cpu_build.LEVELS; None
+            where neither kernel can run
     """
     element = 8 if dtype == torch.float64 else 4
     tile = max(256, min(V, TILE_BYTES // (element * max(N + D, 1)) // 64 * 64))
     known = "measured 2026-11-21" if device == "cpu" else "predicted from the CPU's figures"
     if device == "cpu" and N * V <= SMALL_LOGITS and V * D <= SMALL_HEAD:
         return Launch("reference", tile, f"few logits and a small head ({known})")
+    if device == "cpu":
+        faster_cpu = CPU.get((target, dtype))
+        if faster_cpu is None:
+            return Launch("tiled", tile, f"tiles of {TILE_BYTES >> 20} MiB ({known})")
+        return Launch("cpu", tile, faster_cpu)
     if device == "mps":
         return Launch(
             "reference", tile, "mps has no fp64, of which tiled keeps a few numbers per row"

@@ -135,3 +135,26 @@ def test_what_was_tested_is_what_is_asked_for():
         Requirement(line).name for name in ("test", "trainers", "plot") for line in extras[name]
     ]
     assert {*oldest} == {*newest} == {one.name for one in asked} | {*tools} - {"fastsiu"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torch_is_there", [False, True])
+def test_the_cpu_kernel_is_built_ahead_where_torch_is_at_hand(torch_is_there, tmp_path):
+    copy, built = tmp_path / "source", tmp_path / "built"
+    copy.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    leave = shutil.ignore_patterns("__pycache__", "demo", "*.so")
+    shutil.copytree(ROOT / "kernels", copy / "kernels", ignore=leave)
+    shutil.copytree(ROOT / "fastsiu", copy / "fastsiu", ignore=leave, symlinks=True)
+    (copy / "fastsiu" / "demo").mkdir()
+    (copy / "fastsiu" / "demo" / "__init__.py").touch()
+    hide = "" if torch_is_there else "sys.modules['torch'] = None; "
+    command = f"sys.argv = ['setup.py', '-q', 'build_py', '-d', {str(built)!r}]"
+    run(f"import runpy, sys; {hide}{command}; runpy.run_path('setup.py')", copy)
+    files = {path.name for path in (built / "fastsiu" / "kernels" / "cpu").iterdir()}
+    assert "sweep.cpp" in files
+    libraries = {name for name in files if name.endswith(".so")}
+    if shutil.which("ninja") and (shutil.which("c++") or shutil.which("g++")):
+        assert ("sweep_portable.so" in libraries) == torch_is_there
+    assert files - libraries == {"sweep.cpp"} and bool(libraries) <= torch_is_there

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 import torch
 from torch import Tensor, nn
 
-from ..kernels import reference, triton_launch
+from ..kernels import cpu_sweep, reference, triton_launch
 from ..kernels.launch import Launch, launch
 from ..kernels.reference import accumulation
 from ..kernels.tiled import Head, same
@@ -160,10 +160,13 @@ def fused_dmk_ce(
     alpha, beta = float(alpha), float(beta)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}: choose 'mean', 'sum' or 'none'.")
-    if reason := why_not(backend, hidden, head_weight, teacher):
+    softcap = head.softcap
+    if reason := why_not(
+        backend, hidden, head_weight, teacher, head_bias=head.bias, logit_softcap=softcap
+    ):
         raise ValueError(reason)
 
-    plan = chosen(hidden, head_weight, backend, teacher)
+    plan = chosen(hidden, head_weight, backend, teacher, head.bias)
     theirs = () if teacher is None else (teacher.hidden, teacher.head_weight)
     wide = accumulation(hidden, head_weight, head.bias, *theirs)
     used = labels != ignore_index
@@ -190,7 +193,7 @@ def fused_dmk_ce(
             temperature=tau,
             ignore_index=ignore_index,
             tile=plan.tile,
-            fused=plan.backend == "triton",
+            backend=plan.backend,
         )
         rows, parts = _tiled(hidden, head, labels, teacher, u, w, options, return_parts)
     loss = rows if reduction == "none" else rows.sum()
@@ -198,7 +201,11 @@ def fused_dmk_ce(
 
 
 def chosen(
-    hidden: Tensor, head_weight: Tensor, backend: str = "auto", teacher: TeacherCache | None = None
+    hidden: Tensor,
+    head_weight: Tensor,
+    backend: str = "auto",
+    teacher: TeacherCache | None = None,
+    head_bias: Tensor | None = None,
 ) -> Launch:
     """What fused_dmk_ce runs on these tensors: backend, vocabulary tile, and the reason for the
     choice."""
@@ -209,10 +216,17 @@ def chosen(
         dtypes |= {teacher.hidden.dtype, teacher.head_weight.dtype}
     if hidden.device.type == "cuda" and len(dtypes) == 1 and len(hidden):
         target = _target(hidden.device, hidden.dtype)
+    elif hidden.device.type == "cpu":
+        target = _cpu_level()
     V, D = head_weight.shape
     plan = launch(len(hidden), V, D, head_weight.dtype, hidden.device.type, target)
     if backend != "auto":
         return plan._replace(backend=backend, why="asked for")
+    if plan.backend == "cpu":
+        reason = _left_to_tiled(hidden, head_weight, teacher, LossOptions(head_bias=head_bias))
+        reason = reason or _cpu_library(log=True)
+        if reason is not None:
+            return plan._replace(backend="tiled", why=reason)
     if plan.backend == "reference" and torch.compiler.is_compiling():
         return plan._replace(
             backend="tiled", why="one operation to the compiler, where the reference is many"
@@ -224,6 +238,52 @@ def chosen(
 def _target(device: torch.device, dtype: torch.dtype) -> str | None:
     """The GPU's name in triton_launch.TARGETS; None where the Triton kernels cannot run."""
     return triton_launch.target_of(device) if triton_launch.why_not(device, dtype) is None else None
+
+
+@torch.compiler.assume_constant_result
+def _cpu_level() -> str | None:
+    return cpu_sweep.best()
+
+
+@torch.compiler.assume_constant_result
+def _cpu_library(log: bool = False) -> str | None:
+    """Why "cpu" has no library on this machine; None if it has one."""
+    reason = cpu_sweep.why_no_library()
+    if log and reason is not None:
+        cpu_sweep.log_once(reason)
+    return reason
+
+
+def _left_to_tiled(
+    hidden: Tensor, head_weight: Tensor, teacher: TeacherCache | None, options: LossOptions
+) -> str | None:
+    """What of these "cpu" has no code for, as one sentence; None if it has it all."""
+    bias, softcap = options.get("head_bias"), options.get("logit_softcap")
+    tensors = {"hidden": hidden, "head_weight": head_weight}
+    if teacher is not None:
+        bias = teacher.head_bias if bias is None else bias
+        softcap = teacher.logit_softcap
+        tensors |= {"the teacher's states": teacher.hidden, "its head": teacher.head_weight}
+    dtypes = {x.dtype for x in tensors.values()}
+    wide = bias is not None and bias.dtype == torch.float64
+    if hidden.device.type != "cpu":
+        return f"The backend 'cpu' does not run on {hidden.device}: choose 'auto'."
+    if len(dtypes) > 1 or wide or hidden.dtype not in (torch.float32, torch.bfloat16):
+        found = ", ".join(f"{name} in {str(x.dtype)[6:]}" for name, x in tensors.items())
+        return f"The backend 'cpu' takes fp32 or bf16 throughout, not {found}: choose 'tiled'."
+    if torch.is_grad_enabled() and (
+        head_weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return "The backend 'cpu' has no gradient for a head that trains: choose 'tiled'."
+    if teacher is None:
+        return None
+    if softcap is not None:
+        return "The backend 'cpu' has no softcap beside a teacher: choose 'tiled'."
+    real = type(hidden) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    one_head = same(head_weight, teacher.head_weight) if real else True
+    if real and not (one_head and same(bias, teacher.head_bias)):
+        return "The backend 'cpu' needs one head for student and teacher: choose 'tiled'."
+    return None
 
 
 @torch.compiler.assume_constant_result
@@ -245,18 +305,16 @@ def why_not(
     "tiled"      goes through the vocabulary in tiles and holds no [N, V] tensor; the same dtypes,
                  any device that has fp64
     "triton"     forms the tiles in its own kernels, on a GPU
-    "auto"       chooses among these, see `chosen`; "triton" for 16 bit on a GPU
+    "cpu"        C++ for fp32 and bf16: one frozen head of student and teacher without a softcap, or
+                 no teacher; the first call compiles it, once on a machine
+    "auto"       chooses among these, see `chosen`; "triton" for 16 bit on a GPU, "cpu" for bf16
+                 where the processor multiplies it in tiles (AMX)
 
-    Every backend takes every option and teacher, so these change nothing today.
+    Only "cpu" leaves some options and teachers to "tiled".
     """
     if backend not in BACKENDS:
         return (
             f"The backend {backend!r} is unknown: choose one of {', '.join(map(repr, BACKENDS))}."
-        )
-    if backend == "cpu":
-        return (
-            f"The backend {backend!r} is not in this version: choose 'auto', 'tiled' or "
-            "'reference'."
         )
     if backend == "tiled" and hidden.device.type == "mps":
         return (
@@ -271,6 +329,8 @@ def why_not(
             )
     if backend == "triton":
         return _triton_why_not(hidden.device, hidden.dtype, head_weight.dtype)
+    if backend == "cpu":
+        return _left_to_tiled(hidden, head_weight, teacher, options) or _cpu_library()
     return None
 
 

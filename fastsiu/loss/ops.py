@@ -2,7 +2,7 @@
 is behind them.
 
 An operator chooses between the shared path and the general one (README.md of kernels/), and between
-plain torch and Triton.
+plain torch, Triton and C++.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-from ..kernels import general, tiled
+from ..kernels import cpu_sweep, general, tiled
 from ..kernels.launch import narrow
 from ..kernels.tiled import same
 
@@ -49,7 +49,7 @@ class Options(NamedTuple):
     temperature: float
     ignore_index: int
     tile: int  # vocabulary columns at a time
-    fused: bool  # in Triton
+    backend: str  # "tiled", "triton" or "cpu"
 
     def head(self, given: Operands) -> tiled.Head:
         return tiled.Head(given.head_weight, given.head_bias, self.logit_scale, self.logit_softcap)
@@ -73,7 +73,7 @@ _TENSORS = (
 )
 _OPTIONS = (
     "bool renormalize, float logit_scale, float? logit_softcap, float temperature, "
-    "SymInt ignore_index, SymInt tile, bool fused"
+    "SymInt ignore_index, SymInt tile, str backend"
 )
 
 
@@ -85,7 +85,7 @@ def weighed(weight: Tensor, x: Tensor) -> Tensor:
 # Trap: torch.compile's caches on disk know an operator by its name and not by its schema. A new
 # schema takes a new name.
 @library.custom_op(
-    "fastsiu::dmk_ce_v3",
+    "fastsiu::dmk_ce_v4",
     mutates_args=(),
     schema=f"({_TENSORS}, *, {_OPTIONS}, bool ahead, bool trains, bool entropy) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -154,7 +154,7 @@ def _(
 
 
 @library.custom_op(
-    "fastsiu::dmk_ce_backward_v3",
+    "fastsiu::dmk_ce_backward_v4",
     mutates_args=(),
     schema=f"(Tensor lse, {_TENSORS}, *, {_OPTIONS}, bool need_h, bool need_W, bool need_b) "
     "-> (Tensor, Tensor, Tensor)",
@@ -225,8 +225,10 @@ def _still(hidden: Tensor, teacher: tiled.Teacher | None, one_head: bool) -> Ten
 
 def _sweep(given: Operands, how: Options) -> tuple[int, Callable[..., None]]:
     """The tile and the sweep of the shared path."""
-    if not how.fused:
+    if how.backend == "tiled":
         return how.tile, tiled.sweep
+    if how.backend == "cpu":
+        return min(how.tile, cpu_sweep.tile_of(given.hidden.shape[1])), cpu_sweep.sweep
     from ..kernels import triton_sweep  # not every machine has triton
 
     return triton_sweep.chunk(given.hidden, given.head_weight), triton_sweep.sweep
@@ -238,8 +240,10 @@ def _general(
     Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]],
     Callable[..., tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]],
 ]:
-    """Both passes of the general path, `normalise` and `differentiate`, with their tile."""
-    if not how.fused:
+    """Both passes of the general path, `normalise` and `differentiate`, with their tile. "cpu" has
+    none of its own: `fused.why_not` refuses it, or, where a compiler traced the call and saw no
+    tensors, plain torch runs."""
+    if how.backend != "triton":
         tile = narrow(how.tile)
         return partial(general.normalise, tile=tile), partial(general.differentiate, tile=tile)
     from ..kernels import triton_general  # not every machine has triton
