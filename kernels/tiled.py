@@ -13,7 +13,7 @@ probabilities covers only the small remaining columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import reduce
 from typing import NamedTuple
 
@@ -398,13 +398,13 @@ def shared(
     gradient: bool,
     entropy: bool,
     tile: int,
-    sweep: Callable[..., None] = sweep,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """CE, KL and entropy [N] fp64, and d(u CE + w KL)/dh [N, D] if `gradient`.
 
-    y      [N] int64, legal columns; u is 0 where the label is ignored
-    sweep  visits the whole vocabulary, N * V * D flops and more; the rest of this function is
-           N * k * D at most
+    y: [N] int64, legal columns; u is 0 where the label is ignored
+
+    `sweep` visits the whole vocabulary, N * V * D flops and more; the rest of this function is
+    N * k * D at most.
     """
     dtype = working_dtype(h, head.weight, head.bias)
     tau = 1.0 if teacher is None else teacher.tau

@@ -1,14 +1,11 @@
-"""The loss as operators that torch knows: opaque to the compiler, with a gradient, whatever backend
-is behind them.
+"""The loss in plain torch as operators that torch knows: opaque to the compiler, with a gradient.
 
-An operator chooses between the shared path and the general one (README.md of kernels/), and between
-plain torch and Triton.
+An operator chooses between the shared path and the general one (README.md of kernels/). Triton has
+its own (triton_ops.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +46,6 @@ class Options(NamedTuple):
     temperature: float
     ignore_index: int
     tile: int  # vocabulary columns at a time
-    fused: bool  # in Triton
 
     def head(self, given: Operands) -> tiled.Head:
         return tiled.Head(given.head_weight, given.head_bias, self.logit_scale, self.logit_softcap)
@@ -73,7 +69,7 @@ _TENSORS = (
 )
 _OPTIONS = (
     "bool renormalize, float logit_scale, float? logit_softcap, float temperature, "
-    "SymInt ignore_index, SymInt tile, bool fused"
+    "SymInt ignore_index, SymInt tile"
 )
 
 
@@ -85,7 +81,7 @@ def weighed(weight: Tensor, x: Tensor) -> Tensor:
 # Trap: torch.compile's caches on disk know an operator by its name and not by its schema. A new
 # schema takes a new name.
 @library.custom_op(
-    "fastsiu::dmk_ce_v3",
+    "fastsiu::dmk_ce_v4",
     mutates_args=(),
     schema=f"({_TENSORS}, *, {_OPTIONS}, bool ahead, bool trains, bool entropy) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -114,19 +110,17 @@ def tiled_dmk_ce(
     dh, lse = None, u.new_zeros((2, len(hidden)), dtype=torch.float64)
     with torch.autocast(hidden.device.type, enabled=False):
         if one_head and not trains and (teacher is None or how.logit_softcap is None):
-            tile, visit = _sweep(given, how)
-            ce, kl, H, dh = tiled.shared(
-                hidden, head, y, teacher, u, w, ahead, entropy, tile, visit
-            )
+            ce, kl, H, dh = tiled.shared(hidden, head, y, teacher, u, w, ahead, entropy, how.tile)
         else:
-            normalise, differentiate = _general(how)
-            with_kl = teacher is not None and not ahead
-            ce, kl, H, lse_1, lse_q = normalise(hidden, head, y, teacher, with_kl, entropy)
+            tile, with_kl = narrow(how.tile), teacher is not None and not ahead
+            ce, kl, H, lse_1, lse_q = general.normalise(
+                hidden, head, y, teacher, with_kl, entropy, tile
+            )
             still = _still(hidden, teacher, one_head)
             if ahead:
                 moving = w if still is None else w.masked_fill(still, 0)
-                kl, dh, _, _ = differentiate(
-                    hidden, head, y, teacher, u, moving, lse_1, lse_q, True, False, False
+                kl, dh, _, _ = general.differentiate(
+                    hidden, head, y, teacher, u, moving, lse_1, lse_q, True, False, False, tile
                 )
             if still is not None:
                 kl = kl.masked_fill(still, 0)
@@ -154,7 +148,7 @@ def _(
 
 
 @library.custom_op(
-    "fastsiu::dmk_ce_backward_v3",
+    "fastsiu::dmk_ce_backward_v4",
     mutates_args=(),
     schema=f"(Tensor lse, {_TENSORS}, *, {_OPTIONS}, bool need_h, bool need_W, bool need_b) "
     "-> (Tensor, Tensor, Tensor)",
@@ -172,10 +166,10 @@ def tiled_dmk_ce_backward(
     still = _still(hidden, teacher, _one_head(given))
     w = w if still is None else w.masked_fill(still, 0)
     y = given.labels.masked_fill(given.labels == how.ignore_index, 0)
-    _, differentiate = _general(how)
+    tile = narrow(how.tile)
     with torch.autocast(hidden.device.type, enabled=False):
-        _, dh, dW, db = differentiate(
-            hidden, head, y, teacher, given.u, w, lse[0], lse[1], need_h, need_W, need_b
+        _, dh, dW, db = general.differentiate(
+            hidden, head, y, teacher, given.u, w, lse[0], lse[1], need_h, need_W, need_b, tile
         )
     return (
         _gradient(hidden, False) if dh is None else dh.to(hidden.dtype),
@@ -221,30 +215,6 @@ def _still(hidden: Tensor, teacher: tiled.Teacher | None, one_head: bool) -> Ten
     if teacher is None or not one_head or not teacher.whole:
         return None
     return (hidden == teacher.hidden).all(1)
-
-
-def _sweep(given: Operands, how: Options) -> tuple[int, Callable[..., None]]:
-    """The tile and the sweep of the shared path."""
-    if not how.fused:
-        return how.tile, tiled.sweep
-    from ..kernels import triton_sweep  # not every machine has triton
-
-    return triton_sweep.chunk(given.hidden, given.head_weight), triton_sweep.sweep
-
-
-def _general(
-    how: Options,
-) -> tuple[
-    Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]],
-    Callable[..., tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]],
-]:
-    """Both passes of the general path, `normalise` and `differentiate`, with their tile."""
-    if not how.fused:
-        tile = narrow(how.tile)
-        return partial(general.normalise, tile=tile), partial(general.differentiate, tile=tile)
-    from ..kernels import triton_general  # not every machine has triton
-
-    return triton_general.normalise, triton_general.differentiate
 
 
 # --------------------------------------------------------------------------------------------------

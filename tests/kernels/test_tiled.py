@@ -275,10 +275,10 @@ def test_opcheck(kind):
     run, _ = step(kind, 5, 300, 6)
     with Calls() as calls:
         run().backward()
-    assert {c[0]._opname for c in calls.seen} >= {"dmk_ce_v3"}
+    assert {c[0]._opname for c in calls.seen} >= {"dmk_ce_v4"}
     for op, args, kwargs in calls.seen:
         args = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args]
-        if op._opname == "dmk_ce_v3":
+        if op._opname == "dmk_ce_v4":
             args[0].requires_grad_()
             args[1].requires_grad_(kind == "trains")
         library.opcheck(op, tuple(args), kwargs)

@@ -17,9 +17,8 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 import triton.language as tl  # noqa: E402
 
-import fastsiu.loss.fused  # noqa: E402
 from fastsiu import TeacherCache, fused_dmk_ce  # noqa: E402
-from fastsiu.kernels import tiled, triton_launch, triton_sweep  # noqa: E402
+from fastsiu.kernels import tiled, triton_launch, triton_rows, triton_sweep, triton_tiles  # noqa: E402
 from fastsiu.kernels.tiled import Head, Sums  # noqa: E402
 
 torch.set_num_threads(1)
@@ -190,7 +189,7 @@ def test_options(name, dtype):
 @pytest.mark.parametrize("units", [1, 3, 40])
 @pytest.mark.parametrize("tile", [64, 200, 10**6])
 def test_any_number_of_splits(monkeypatch, units, tile):
-    monkeypatch.setattr(triton_sweep, "_units", lambda device: units)
+    monkeypatch.setattr(triton_sweep, "units_of", lambda device: units)
     dtype = DTYPES[0]
     # rows whose reference moves in some splits and rows where it stays
     start = torch.linspace(-150, 10, 21)
@@ -326,7 +325,7 @@ def test_tanh(dtype, near, eps):
     @triton.jit
     def kernel(x_ptr, y_ptr, NEAR: tl.constexpr):
         at = tl.arange(0, 4096)
-        tl.store(y_ptr + at, triton_sweep.tanh(tl.load(x_ptr + at), NEAR))
+        tl.store(y_ptr + at, triton_tiles.tanh(tl.load(x_ptr + at), NEAR))
 
     x = torch.cat(
         [
@@ -346,20 +345,16 @@ def test_tanh(dtype, near, eps):
 
 @pytest.fixture
 def through(monkeypatch):
-    """fused_dmk_ce(backend="tiled") goes through the Triton sweep, in chunks of 128 columns; counts
-    the calls."""
+    """The loss goes through `triton_rows.frozen`, a few tiles per chunk; counts what it visits."""
     calls = []
+    real = triton_rows.visit
 
-    def sweep(*given):
-        calls.append(given)
-        return triton_sweep.sweep(*given)
+    def visit(*given, **options):
+        calls.append(options)
+        return real(*given, **options)
 
-    shared = tiled.shared
-    monkeypatch.setattr(tiled, "shared", lambda *given: shared(*given[:9], sweep))
-    real = fastsiu.loss.fused.launch
-    monkeypatch.setattr(
-        fastsiu.loss.fused, "launch", lambda *given: real(*given)._replace(tile=128)
-    )
+    monkeypatch.setattr(triton_rows, "visit", visit)
+    monkeypatch.setattr(triton_launch, "CHUNK", 4096)
     return calls
 
 
@@ -444,7 +439,7 @@ def check(c, through, size=1.0):
     """fp64 to 1e-10; else within twice the error of plain torch and the rounding of fp32 numbers of
     `size` and of the result."""
     dtype = c["h"].dtype
-    got, want = run(c, "tiled"), run(c, "reference", F64)
+    got, want = run(c, "triton"), run(c, "reference", F64)
     assert len(through) == 1
     theirs = {} if dtype == F64 else plain(c)
     for name, x in got.items():
@@ -504,7 +499,7 @@ def test_towering_dropped_columns(through, dtype):
 def test_a_bias_of_minus_infinity(through, dtype):
     c = case(9, 151, 16, dtype, bias=True, teacher=False)
     c["b"][c["y"].max() + 1 :] = -torch.inf
-    got = run(c, "tiled")
+    got = run(c, "triton")
     finite = dict(c, b=c["b"].double().clamp(min=-1e6))
     want = run(finite, "reference", F64)
     assert all(
@@ -526,7 +521,7 @@ def test_logits_of_ten_thousand(through, dtype, renormalize):
 def test_an_unmoved_row_is_exactly_zero(through, dtype):
     c = case(9, 300, 16, dtype, bias=True, alpha=0.0)
     still = torch.arange(9, device=DEVICE) % 3 != 0
-    got = run(dict(c, h=torch.where(still[:, None], c["ht"], c["h"])), "tiled")
+    got = run(dict(c, h=torch.where(still[:, None], c["ht"], c["h"])), "triton")
     assert (
         (got["kl"][still] == 0).all()
         and (got["h"][still] == 0).all()
@@ -549,7 +544,7 @@ def test_gradcheck(through, name, reduction):
             c["ht"], c["W"], head_bias=c["b"], **c["head"], **c["teacher"]
         )
     loss = lambda h: fused_dmk_ce(
-        h, c["W"], c["y"], teacher, head_bias=c["b"], **c["head"], **c["loss"], backend="tiled"
+        h, c["W"], c["y"], teacher, head_bias=c["b"], **c["head"], **c["loss"], backend="triton"
     )
     assert torch.autograd.gradcheck(loss, c["h"].requires_grad_())
     assert through
@@ -558,8 +553,8 @@ def test_gradcheck(through, name, reduction):
 def test_without_a_gradient_there_is_no_product(through):
     c = case(5, 151, 16, DTYPES[0])
     teacher = TeacherCache.from_hidden(c["ht"], c["W"], **c["head"], **c["teacher"])
-    value = fused_dmk_ce(c["h"], c["W"], c["y"], teacher, **c["loss"], backend="tiled")
-    assert all(one.product is None for one in through[0][5])
+    value = fused_dmk_ce(c["h"], c["W"], c["y"], teacher, **c["loss"], backend="triton")
+    assert not through[0]["product"]
     assert abs(value.item() - run(c, "reference")["loss"].item()) < 1e-6
 
 
@@ -586,16 +581,24 @@ def test_every_plan_is_one_that_the_kernels_take(target):
                 )
 
 
+def forget():
+    for cached in (triton_launch._capability, triton_launch._target):
+        cached.cache_clear()
+
+
 def test_what_cannot_run_is_refused_in_one_sentence(monkeypatch):
     assert triton_launch.why_not(torch.device(DEVICE), BF16, F32) is None
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     assert "TRITON_INTERPRET=1" in triton_launch.why_not(torch.device("cpu"), BF16)
     assert "does not run on 'mps'" in triton_launch.why_not(torch.device("mps"), BF16)
+    forget()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert "fp64" in triton_launch.why_not(torch.device("cuda"), BF16, F64)
     assert (
         triton_launch.target_of(torch.device("cuda")) == "sm_86"
         and triton_launch.why_not(torch.device("cuda"), BF16) is None
     )
+    forget()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "8.0" in triton_launch.why_not(torch.device("cuda"), BF16)
+    forget()
