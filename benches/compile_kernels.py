@@ -40,12 +40,12 @@ from triton.compiler import ASTSource
 
 from fastsiu.kernels import triton_pairs, triton_rows, triton_sweep, triton_tiles
 from fastsiu.kernels.triton_launch import (
-    HEAVY,
     SHARED_LIMIT,
     TARGETS,
     TMA,
     Blocks,
     general_rows,
+    heaviest,
     rows,
 )
 
@@ -176,7 +176,7 @@ def jobs(target: str):
             given = dict(BLOCK_N=b.BLOCK_N, BLOCK_V=b.BLOCK_V, BLOCK_D=b.BLOCK_D, ROUND=False)
             given |= FORWARD | dict(EPS=0.0, JUMP=30.0, P_SCALE=1.0, HELD=32, FIRST=False) | dot
             for variant, flags in VARIANTS.items():
-                if variant == "everything" and b.BLOCK_N > HEAVY:
+                if variant == "everything" and b.BLOCK_N > heaviest(target):
                     continue
                 widest = (variant, b) == ("gradient", sums_rows[-1])
                 for layout in layouts(target, dtype, widest):

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -28,7 +27,7 @@ from .triton_pairs import (
     settle_kernel,
 )
 from .triton_rows import Weights, factors, prepare_kernel
-from .triton_sweep import describable, dtypes, on, operands_of, up
+from .triton_sweep import describable, dtypes, on, operands_of, power_of_2, up
 from .triton_tiles import ALL, DROPPED, KEPT, NONE, product_kernel
 
 
@@ -117,7 +116,7 @@ def forward(
             IGNORED=weights.ignore_index, TEACHER=False, STILL=stands,
             MASKED=mask is not None, CLEAN=trains, HAS_BIAS=head.bias is not None,
             HAS_SOFTCAP=head.softcap is not None, CHANNELS=channels, K=0, HELD=1,
-            ACC=options["ACC"], BLOCK_D=min(512, triton.next_power_of_2(D)), num_warps=4,
+            ACC=options["ACC"], BLOCK_D=min(512, power_of_2(D)), num_warps=4,
         )  # fmt: skip
         normalise_kernel[(blocks, splits)](
             *tensors, numbers[1], start,
@@ -129,7 +128,7 @@ def forward(
             labels, z, still, u, w, shift, total, entropies, masses[0], masses[1], *numbers,
             lse, rows, ce, kl, H, N, splits, TAU=tau, IGNORED=weights.ignore_index,
             KL=taught is not None, STILL=stands, ENTROPY=entropy, CHANNELS=channels, APART=apart,
-            HELD=1, SPLITS=triton.next_power_of_2(splits),
+            HELD=1, SPLITS=power_of_2(splits),
         )  # fmt: skip
         found = Settled(clean, u, w, lse, still)
         dh = None
@@ -159,7 +158,8 @@ def backward(
     dW = W.new_empty(W.shape) if need_W else None
     db = head.bias.new_empty(head.bias.shape) if need_b and head.bias is not None else None
     if N == 0:
-        return dh, *(None if x is None else x.zero_() for x in (dW, db))
+        dW, db = (None if x is None else x.zero_() for x in (dW, db))
+        return dh, dW, db
     tau = 1.0 if teacher is None else teacher.tau
     bound = abs(head.scale) * max(1.0, tau) if dtypes(h, W)[0] == torch.float16 else None
     labels = labels.contiguous()
@@ -248,7 +248,7 @@ def _differentiate(
             )  # fmt: skip
     if dh is not None and parts is not None:
         rows, kl = with_kl or (u, u)
-        size = min(512, triton.next_power_of_2(D))
+        size = min(512, power_of_2(D))
         gather_kernel[(N, up(D, size))](
             parts, unit, dh, folded, lse, C, lse_t, still, w, rows, kl, N, D, splits,
             TAU=tau, KL=wanted, STILL=stands, UNIT=has_unit,

@@ -92,21 +92,21 @@ SUMS = {
     "rdna": (Blocks(16, 128, 64, 4, 2), Blocks(64, 64, 64, 8, 2), Blocks(128, 64, 64, 8, 2)),
     # no matrix instructions: fp32 must not become TF32, and `tiled` should be faster
     "fp32": (Blocks(16, 32, 32, 8, 2),),
-    "fp32 hopper": (Blocks(16, 32, 16, 4, 2),),
+    "fp32 hopper": (Blocks(16, 32, 16, 8, 2),),
     "interpreter": (Blocks(16, 64, 64, 1, 1),),
 }
 PRODUCT = {
     "ampere": (
-        Blocks(16, 64, 128, 4, 4),
+        Blocks(16, 64, 128, 8, 4),
         Blocks(32, 32, 128, 4, 4),
-        Blocks(64, 64, 128, 8, 3),
+        Blocks(64, 64, 128, 8, 4),
         Blocks(128, 32, 128, 8, 4),
     ),
     "hopper": (
         Blocks(16, 64, 128, 4, 4),
         Blocks(32, 32, 128, 4, 4),
         Blocks(64, 64, 128, 8, 4),
-        Blocks(128, 64, 128, 8, 3),
+        Blocks(128, 64, 128, 8, 4),
     ),
     "cdna": (
         Blocks(16, 64, 128, 4, 2),
@@ -116,7 +116,7 @@ PRODUCT = {
     ),
     "rdna": (Blocks(16, 32, 128, 4, 2), Blocks(64, 32, 128, 8, 2), Blocks(128, 32, 64, 8, 2)),
     "fp32": (Blocks(16, 32, 32, 4, 2),),
-    "fp32 hopper": (Blocks(16, 32, 32, 4, 2),),
+    "fp32 hopper": (Blocks(16, 32, 64, 4, 2),),
     "interpreter": (Blocks(16, 32, 64, 1, 1),),
 }
 FAMILY = dict(
@@ -130,7 +130,12 @@ FAMILY = dict(
     gfx1100="rdna",
     interpreter="interpreter",
 )
-HEAVY = 64  # most rows of a block where a second Sums or a softcap needs registers: 128 spill
+# Most rows of a block where a second Sums or a softcap needs registers: more spill.
+HEAVY = dict(ampere=32, hopper=64, cdna=64, rdna=64, interpreter=64)
+
+
+def heaviest(target: str) -> int:
+    return HEAVY[FAMILY[target]]
 
 
 def _family(target: str, dtype: torch.dtype) -> str:
@@ -192,7 +197,7 @@ def _planned(
     choices = [
         pair
         for pair in zip(*rows(target, dtype), strict=True)
-        if not heavy or pair[0].BLOCK_N <= HEAVY
+        if not heavy or pair[0].BLOCK_N <= heaviest(target)
     ]
     sums, product = next((pair for pair in choices if pair[0].BLOCK_N >= N), choices[-1])
     return plan_of(sums, product, WAVES, most, N, V, D, dtype, units, f"predicted for {target}")

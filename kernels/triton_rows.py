@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .tiled import Head, Teacher
-from .triton_sweep import NOWHERE, Channel, dtypes, on, operands_of, up, visit
+from .triton_sweep import NOWHERE, Channel, dtypes, on, operands_of, power_of_2, up, visit
 from .triton_tiles import ALL, DROPPED, KEPT, tanh
 
 LOWEST = tl.constexpr(-1e30)  # in place of a reference of -inf, whose differences would be NaN
@@ -431,7 +431,7 @@ def frozen(
     elif mask is not None:
         channels.append(Channel(DROPPED, 1.0, entropy))
     K = 0 if teacher is None else teacher.top.shape[1]
-    HELD, BLOCK_D = triton.next_power_of_2(K + 1), min(256, triton.next_power_of_2(D))
+    HELD, BLOCK_D = power_of_2(K + 1), min(256, power_of_2(D))
     held = h.new_empty((N, HELD), dtype=torch.int32)
     z, dz = h.new_empty((2, N, HELD), dtype=acc).unbind(0)
     start, still = h.new_empty((len(channels) + 1, N), dtype=acc), h.new_empty(N, dtype=torch.int8)
@@ -466,6 +466,6 @@ def frozen(
             rows, ce, kl, H, h if dh is None else dh,
             N, D, splits, found.reached.shape[1], *W.stride(),
             TAU=tau, P_SCALE=found.scale, ENTROPY=entropy, GRADIENT=gradient,
-            APART=mask is not None and tau == 1, SPLITS=triton.next_power_of_2(splits), **shared,
+            APART=mask is not None and tau == 1, SPLITS=power_of_2(splits), **shared,
         )  # fmt: skip
     return rows, ce, kl, H, dh

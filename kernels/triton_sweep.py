@@ -118,15 +118,17 @@ def visit(
     half = torch.float16 if fine and dot == torch.bfloat16 else dot
     # fp16 is scaled to reach down to 2^-39. Unscaled, exp(11) overflows and exp(-17) vanishes.
     P_SCALE, JUMP = (2.0**15, 0.0) if half == torch.float16 else (1.0, 30.0)
-    shifts = h.new_empty((3, C, splits, N), dtype=acc)  # before and after a chunk; reached
-    sums = h.new_empty((2, C, splits, N), dtype=torch.float64)
+    shift = h.new_empty((C, splits, N), dtype=acc)  # before a chunk
+    new_shift = h.new_empty((C, splits, N), dtype=acc)  # and after it
+    wanted = any(one.entropy for one in channels)
+    total = h.new_empty((C, splits, N), dtype=torch.float64)
+    entropy = h.new_empty((C, splits, N), dtype=torch.float64) if wanted else total
     p = h.new_empty((C, N, room * BLOCK_V) if product else (1, 1, BLOCK_V), dtype=half)
     m = h.new_empty((C, room, N) if product else (1, 1, 1), dtype=acc)
-    runs = h.new_empty((C, blocks, 2 * room + 3 * splits), dtype=torch.int32)
-    count = runs.view(-1)
-    run = count[C * blocks * splits :]
+    run = h.new_empty((C, blocks, 2 * (room + splits)), dtype=torch.int32)
+    count = h.new_empty((C, blocks, splits), dtype=torch.int32)
     parts = h.new_empty((C, product_splits, N, D), dtype=acc) if product else None
-    reached = shifts[2].view(-1)[: C * product_splits * N].view(C, product_splits, N)
+    reached = h.new_empty((C, product_splits, N), dtype=acc)
 
     interpreted = device.type == "cpu"
     wide, DOT, HALF = operands_of(interpreted, acc, dot, half)
@@ -155,11 +157,11 @@ def visit(
     mask = h if keep is None else keep.contiguous().view(torch.int8)
     with on(device):
         for first in range(0, all_tiles, room):
-            tiles, shift, new_shift = min(room, all_tiles - first), shifts[0], shifts[1]
-            if (first // room) % 2:
+            tiles = min(room, all_tiles - first)
+            if first:
                 shift, new_shift = new_shift, shift
             sums_kernel[(blocks, splits)](
-                h_tiles, W_tiles, bias, mask, held, start, shift, new_shift, sums[0], sums[1], p, m,
+                h_tiles, W_tiles, bias, mask, held, start, shift, new_shift, total, entropy, p, m,
                 run, count,
                 N, V, D, first, tiles, room, *h.stride(), *W.stride(), *p.stride()[:2],
                 FIRST=first == 0, TMA=tma, **options,
@@ -172,7 +174,7 @@ def visit(
                     BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, BLOCK_K=K, BLOCK_D=PRODUCT_D,
                     num_warps=product_warps, num_stages=product_stages,
                 )  # fmt: skip
-    return Visited(new_shift, sums[0], sums[1], parts, reached, P_SCALE)
+    return Visited(new_shift, total, entropy, parts, reached, P_SCALE)
 
 
 def sweep(
@@ -196,7 +198,7 @@ def sweep(
     if 0 in h.shape:
         return
     taken = torch.where(valid, held, NOWHERE).int().sort(1).values
-    room = triton.next_power_of_2(held.shape[1])
+    room = power_of_2(held.shape[1])
     taken = torch.nn.functional.pad(taken, (0, room - held.shape[1]), value=NOWHERE).contiguous()
     for i in range(0, len(sums), 2):
         some = sums[i : i + 2]
@@ -239,6 +241,11 @@ def chunk(h: Tensor, W: Tensor) -> int:
 
 def up(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def power_of_2(x: int) -> int:
+    """The smallest that is not below x. Triton's own takes 2 us."""
+    return 1 << (x - 1).bit_length()
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

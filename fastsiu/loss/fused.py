@@ -424,6 +424,9 @@ def _triton(
     weights: of CE and KL; factors: for each what `triton_ops.factor` returns
     """
     (alpha, ce_number, ce_mean), (beta, kl_number, kl_mean) = factors
+    ce_number, kl_number = (
+        None if x is None else x.to(hidden.device) for x in (ce_number, kl_number)
+    )
     graph = torch.is_grad_enabled()
     trains = graph and (
         head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)

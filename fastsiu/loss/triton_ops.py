@@ -167,7 +167,8 @@ class Loss(torch.autograd.Function):
         if g is None or not (ctx.how.ahead or ctx.how.trains):
             return None, None, None, None, *none
         if ctx.how.ahead:
-            return None, _scaled(*ctx.saved_tensors, g, ctx.dtype), None, None, *none
+            (dh,) = ctx.saved_tensors
+            return None, _scaled(dh, g, ctx.dtype), None, None, *none
         from ..kernels.triton_general import Settled
 
         saved = ctx.saved_tensors
