@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import triton_vendor
 from .tiled import Head, Teacher
 from .triton_sweep import NOWHERE, Channel, dtypes, on, operands_of, power_of_2, up, visit
 from .triton_tiles import ALL, DROPPED, KEPT, tanh
@@ -407,12 +408,15 @@ def frozen(
     weights: Weights,
     gradient: bool,
     entropy: bool,
+    vendor: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """u CE + w KL, CE, KL and entropy of the rows, [N], and d(sum u CE + w KL)/dh [N, D] if
     `gradient`; fp32 (fp64 for fp64).
 
     `tiled.shared` with the weights of the rows: one frozen head of student and teacher, without a
     softcap where there is a teacher. Rows whose weights are both 0 may hold anything.
+
+    vendor: with the products of torch (triton_vendor.py)
     """
     (N, D), device, W = h.shape, h.device, head.weight
     acc = dtypes(h, W)[1]
@@ -458,7 +462,8 @@ def frozen(
             NEAR=0.03 if acc == torch.float64 else 0.3, TAU_1=tau, CLEAN=False,
             HAS_BIAS=head.bias is not None, ACC=wide, **shared,
         )  # fmt: skip
-        found = visit(h, head, held, start, mask, channels, product=gradient, fine=taught)
+        go = triton_vendor.visit if vendor else visit
+        found = go(h, head, held, start, mask, channels, product=gradient, fine=taught)
         splits, parts = found.m.shape[1], h if found.parts is None else found.parts
         finish_kernel[(N, up(D, BLOCK_D) if gradient else 1)](
             W, keep, labels, top, p, m, C, lse, z, dz, drift, still, u, w,

@@ -165,7 +165,8 @@ def fused_dmk_ce(
         raise ValueError(reason)
 
     plan = chosen(hidden, head_weight, backend, teacher)
-    if plan.backend == "triton":
+    vendor = plan.backend == "tiled" and _vendor(hidden, head, teacher)
+    if plan.backend == "triton" or vendor:
         mean = reduction == "mean"
         weights = (
             triton_ops.factor(alpha, ce_denominator, "ce_denominator", mean),
@@ -173,7 +174,7 @@ def fused_dmk_ce(
         )
         rows, parts = _triton(
             hidden, head, labels, teacher, tau, (ce_weight, kl_weight), weights, ignore_index,
-            return_parts,
+            return_parts, vendor,
         )  # fmt: skip
         loss = rows if reduction == "none" else rows.sum()
         return (loss, Parts(*(x.float() for x in parts))) if return_parts else loss
@@ -408,6 +409,23 @@ def _tiled(
     return rows, (ce, kl, entropies)
 
 
+def _vendor(hidden: Tensor, head: Head, teacher: TeacherCache | None) -> bool:
+    """Does `tiled` go through triton_vendor.py? On a GPU where Triton runs, in 16 bit, for one
+    frozen head of both."""
+    if hidden.device.type != "cuda" or hidden.dtype.itemsize != 2 or not len(hidden):
+        return False
+    if hidden.dtype != head.weight.dtype or _target(hidden.device, hidden.dtype) is None:
+        return False
+    if torch.is_grad_enabled() and (
+        head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    ):
+        return False
+    t = teacher
+    return t is None or (
+        head.softcap is None and same(head.weight, t.head_weight) and same(head.bias, t.head_bias)
+    )
+
+
 def _triton(
     hidden: Tensor,
     head: Head,
@@ -418,6 +436,7 @@ def _triton(
     factors: tuple[tuple[float, Tensor | None, bool], tuple[float, Tensor | None, bool]],
     ignore_index: int,
     entropy: bool,
+    vendor: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Rows u * CE + w * KL [N] with a graph, and (CE, KL, entropy).
 
@@ -454,6 +473,7 @@ def _triton(
             ahead=graph and hidden.requires_grad and not trains,
             trains=trains,
             entropy=entropy,
+            vendor=vendor,
         ),
     )
     return rows, (parts[0], parts[1], parts[2])

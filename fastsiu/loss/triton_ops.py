@@ -50,6 +50,7 @@ class Options(NamedTuple):
                       pass for an upstream gradient of 1, which then scales it row by row
     trains            the head's gradients are wanted in the backward pass
     entropy           without it the entropy is 0
+    vendor            with the products of torch, for one frozen head of both
     """
 
     alpha: float
@@ -64,6 +65,7 @@ class Options(NamedTuple):
     ahead: bool
     trains: bool
     entropy: bool
+    vendor: bool
 
 
 def factor(
@@ -120,7 +122,14 @@ def _forward(
     )  # fmt: skip
     if one_head and not how.trains and (teacher is None or how.logit_softcap is None):
         return *triton_rows.frozen(
-            given.hidden, head, given.labels, teacher, weights, how.ahead, how.entropy
+            given.hidden,
+            head,
+            given.labels,
+            teacher,
+            weights,
+            how.ahead,
+            how.entropy,
+            how.vendor,
         ), None
     return triton_general.forward(
         given.hidden, head, given.labels, teacher, weights, one_head, how.ahead, how.trains,
@@ -188,7 +197,7 @@ _TENSORS = (
 _OPTIONS = (
     "float alpha, float beta, bool ce_mean, bool kl_mean, bool renormalize, float logit_scale, "
     "float? logit_softcap, float temperature, SymInt ignore_index, bool ahead, bool trains, "
-    "bool entropy"
+    "bool entropy, bool vendor"
 )
 
 

@@ -18,8 +18,16 @@ if not INTERPRETED and not torch.cuda.is_available():
 import triton.language as tl  # noqa: E402
 
 from fastsiu import TeacherCache, fused_dmk_ce  # noqa: E402
-from fastsiu.kernels import tiled, triton_launch, triton_rows, triton_sweep, triton_tiles  # noqa: E402
+from fastsiu.kernels import (  # noqa: E402
+    tiled,
+    triton_launch,
+    triton_rows,
+    triton_sweep,
+    triton_tiles,
+    triton_vendor,
+)
 from fastsiu.kernels.tiled import Head, Sums  # noqa: E402
+from fastsiu.loss import fused  # noqa: E402
 
 torch.set_num_threads(1)
 # numpy, in branches that tl.where does not take
@@ -435,11 +443,11 @@ def plain(c):
     return {k: x.double() for k, x in dict(loss=loss.detach(), **parts._asdict(), h=h.grad).items()}
 
 
-def check(c, through, size=1.0):
+def check(c, through, size=1.0, backend="triton"):
     """fp64 to 1e-10; else within twice the error of plain torch and the rounding of fp32 numbers of
     `size` and of the result."""
     dtype = c["h"].dtype
-    got, want = run(c, "triton"), run(c, "reference", F64)
+    got, want = run(c, backend), run(c, "reference", F64)
     assert len(through) == 1
     theirs = {} if dtype == F64 else plain(c)
     for name, x in got.items():
@@ -485,6 +493,20 @@ def test_the_loss(through, name, N, V, D, dtype):
 @pytest.mark.parametrize("N, V, D", [(1, 3, 8), (37, 151, 96), (3, 1003, 33)])
 def test_the_loss_in_other_shapes(through, N, V, D):
     check(case(N, V, D, DTYPES[0], bias=True, keep=mask(V, 0.5), renormalize=True), through)
+
+
+@pytest.mark.parametrize("name", ["softcap", "kl", "renormalised", "temperature", "near"])
+def test_the_vendors_products_give_the_same(monkeypatch, name):
+    """Chunks of 64 columns, e in fp16, and a reference that moves."""
+    options = LOSSES[name]
+    if "keep" in options:
+        options = options | dict(keep=mask(300, options["keep"]))
+    c, seen = case(19, 300, 16, BF16, **options), []
+    real = triton_vendor.visit
+    visit = lambda *given, **more: (seen.append(1), real(*given, **more, tile=64))[1]
+    monkeypatch.setattr(triton_vendor, "visit", visit)
+    monkeypatch.setattr(fused, "_vendor", lambda *given: True)
+    check(c, seen, backend="tiled")
 
 
 @every_dtype
