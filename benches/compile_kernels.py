@@ -38,7 +38,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsiu.kernels import triton_pairs, triton_rows, triton_sweep, triton_tiles
+from fastsiu.kernels import triton_pairs, triton_rows, triton_sweep, triton_tiles, triton_vendor
 from fastsiu.kernels.triton_launch import (
     SHARED_LIMIT,
     TARGETS,
@@ -258,6 +258,10 @@ def row_jobs(dtype: str):
          dict(p_ptr="fp64")),
         ("finish", "tau", 8, triton_rows.finish_kernel, finish | dict(TAU=2.0, APART=False),
          dict(p_ptr="fp64")),
+        ("epilogue", "", 8, triton_vendor.epilogue_kernel,
+         FORWARD | dict(FIRST=False, COLUMNS=2, TAU=2.0, ENTROPY=True, PRODUCT=True, JUMP=0.0,
+                        P_SCALE=2.0**15, HAS_BIAS=True, HAS_SOFTCAP=False, HELD=32, ROUND=False,
+                        BLOCK=2048, BLOCK_D=1024), dict(p_ptr="fp16")),
         ("settle", "", 4, triton_pairs.settle_kernel,
          settle | dict(APART=True, HELD=1, SPLITS=256), {}),
         ("gather", "", 4, triton_pairs.gather_kernel, gather, {}),
@@ -361,7 +365,7 @@ def nvidia_usage(target: str, made) -> tuple[int, int]:
         return registers, sum(map(int, re.findall(r"(\d+) bytes spill stores", said)))
 
 
-ROWS = ("combine", "weights", "prepare", "finish", "settle", "fold", "gather", "bias")
+ROWS = ("combine", "weights", "prepare", "finish", "settle", "fold", "gather", "bias", "epilogue")
 
 
 def wrong(target: str, kernel: str, b: Blocks, dtype: str, layout: str, f: dict) -> list[str]:

@@ -60,7 +60,8 @@ SHARED_LIMIT = dict(  # bytes per block
     gfx1100=65_536,
 )
 # Which load tiles by descriptor. Predicted to be faster: no addresses in registers, no masks.
-TMA = ("sm_90", "sm_100", "sm_120")
+# sm_120 has descriptors as well; with them the product of 64 rows spills.
+TMA = ("sm_90", "sm_100")
 # Bytes of a chunk's probabilities. A chunk costs two launches, some 50 us of Python. Chunks so
 # small that their head rows stay in L2 for the product would cost more in launches than they save
 # in bytes (50 chunks at [64, 151,936] with D 4096).

@@ -233,12 +233,6 @@ def _add(one: Sums, found: Visited, channel: int) -> None:
         )
 
 
-def chunk(h: Tensor, W: Tensor) -> int:
-    """The `tile` for `sweep`: vocabulary columns per chunk."""
-    (N, D), V, (dot, _) = h.shape, len(W), dtypes(h, W)
-    return triton_launch.triton_launch(N, V, D, dot, target_of(h.device), units_of(h.device)).chunk
-
-
 def up(a: int, b: int) -> int:
     return -(-a // b)
 

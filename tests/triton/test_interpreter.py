@@ -271,6 +271,18 @@ def test_two_sweeps_are_bitwise_equal(dtype):
         )
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_tiles_by_descriptor_are_tiles_by_pointer(monkeypatch, dtype):
+    made = problem(19, 300, 24, dtype)
+    keep = mask(300, 0.5)
+    pointers = sums_of(triton_sweep.sweep, *made, F32, keep=keep)
+    monkeypatch.setattr(triton_launch, "TMA", ("interpreter",))
+    assert triton_sweep.describable(made[0]) and triton_sweep.describable(made[1].weight)
+    described = sums_of(triton_sweep.sweep, *made, F32, keep=keep)
+    for a, b in zip(pointers, described, strict=True):
+        assert all(torch.equal(getattr(a, x), getattr(b, x)) for x in ("total", "product"))
+
+
 def test_sums_are_added_to():
     h, head, held, valid = problem(5, 151, 16, DTYPES[0])
     once, twice = (Sums(torch.zeros(5, device=DEVICE), 1.0, DTYPES[0], 16, True) for _ in range(2))
