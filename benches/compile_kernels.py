@@ -1,12 +1,21 @@
 """Compiles every Triton kernel and every launch row to machine code for every GPU, on a machine
-without one.
+without one, and reads how the loops around matrix instructions are pipelined.
 
     python benches/compile_kernels.py [--target sm_86 ...] [--results FILE]
 
 Prints registers, spills, shared memory, matrix instructions and predicted occupancy. Fails on a
 spill, on shared memory above the target's limit (101,376 B on sm_86, 89 and 120), and on 16 bit
-operands without matrix instructions. Figures are for aligned tensors with unit strides; the widest
-row of each kernel is compiled for odd strides as well: it must compile and may spill.
+operands without matrix instructions. On NVIDIA, 16 bit, it also fails where an innermost loop with
+matrix instructions
+
+    waits for all copies in flight (async_wait num = 0), or copies nothing ahead
+    has fewer buffers in shared memory than stages - 1: with one wait per step one of them is free
+    allocates shared memory from registers, which is a way through it that no copy needs
+    waits for all its wgmma (pendings = 0)
+
+Figures are for aligned tensors with unit strides: by pointers and, where the GPU has it, by tensor
+descriptors (tma). The widest row of each kernel is compiled for odd strides as well: it must
+compile and may spill.
 """
 
 from __future__ import annotations
@@ -29,10 +38,18 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsiu.kernels import triton_general, triton_sweep
-from fastsiu.kernels.triton_launch import HEAVY, SHARED_LIMIT, TARGETS, Blocks, general_rows, rows
+from fastsiu.kernels import triton_pairs, triton_rows, triton_sweep, triton_tiles, triton_vendor
+from fastsiu.kernels.triton_launch import (
+    SHARED_LIMIT,
+    TARGETS,
+    TMA,
+    Blocks,
+    general_rows,
+    heaviest,
+    rows,
+)
 
-ALIGNED, ODD = "aligned", "odd strides"
+ALIGNED, DESCRIBED, ODD = "aligned", "tma", "odd strides"
 # per multiprocessor
 THREADS = dict(sm_80=2048, sm_86=1536, sm_89=1536, sm_90=2048, sm_100=2048, sm_120=1536)
 # its shared memory
@@ -41,34 +58,21 @@ CAPACITY = dict(
 )
 NVIDIA_BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 MATRIX = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma_\w+|v_wmma_\w+)"
-POINTERS = dict(
-    bias_ptr="fp32",
-    keep_ptr="i8",
-    held_ptr="i32",
-    cuts_ptr="i32",
-    shift_ptr="fp32",
-    new_shift_ptr="fp32",
-    start_ptr="fp32",
-    total_ptr="fp64",
-    entropy_ptr="fp64",
-    m_ptr="fp32",
-    list_ptr="i32",
-    count_ptr="i32",
-    part_ptr="fp32",
-    factor_ptr="fp32",
-    product_ptr="fp32",
-    bias_t_ptr="fp32",
-    lse_ptr="fp32",
-    lse_q_ptr="fp32",
-    lse_t_ptr="fp32",
-    label_ptr="i64",
-    u_ptr="fp32",
-    w_ptr="fp32",
-    C_ptr="fp32",
-    unit_ptr="fp32",
-    db_ptr="fp32",
-    mass_ptr="fp64",
-    gap_ptr="fp64",
+POINTERS = (
+    dict.fromkeys(
+        "bias_ptr bias_t_ptr start_ptr shift_ptr new_shift_ptr m_ptr part_ptr reached_ptr "
+        "factor_ptr product_ptr u_ptr w_ptr C_ptr unit_ptr db_ptr ce_weight_ptr kl_weight_ptr "
+        "ce_number_ptr kl_number_ptr g_ptr z_ptr dz_ptr drift_ptr m_rest_ptr rows_ptr ce_ptr "
+        "kl_ptr H_ptr dh_ptr".split(),
+        "fp32",
+    )
+    | dict.fromkeys(
+        "total_ptr entropy_ptr lse_ptr lse_q_ptr lse_t_ptr mass_ptr gap_ptr folded_ptr".split(),
+        "fp64",
+    )
+    | dict.fromkeys("held_ptr run_ptr count_ptr".split(), "i32")
+    | dict.fromkeys("label_ptr top_ptr".split(), "i64")
+    | dict.fromkeys("keep_ptr still_ptr".split(), "i8")
 )
 # What users run: the loss alone with its entropy; CE + KL at temperature 1 with the gradient; and
 # all options at once.
@@ -90,6 +94,7 @@ VARIANTS = {
 }
 # The general path: a softcap with a frozen head that both share, and a training head beside a
 # teacher with its own.
+FORWARD = dict(SCALE=1.0, SOFTCAP=30.0, NEAR=0.3)
 BESIDE = dict(
     TAU=1.0,
     HAS_BIAS=False,
@@ -99,22 +104,16 @@ BESIDE = dict(
     SAME_HEAD=True,
     MASKED=True,
 )
-APART = dict(
-    TAU=2.0,
-    HAS_BIAS=True,
-    HAS_BIAS_T=True,
-    HAS_SOFTCAP=True,
-    TEACHER=True,
-    SAME_HEAD=False,
-    MASKED=True,
-)
+APART = BESIDE | dict(TAU=2.0, HAS_BIAS=True, HAS_BIAS_T=True, SAME_HEAD=False)
 ONE = dict(
     COLUMNS_0=1, TAU_0=1.0, ENTROPY_0=True, COLUMNS_1=0, TAU_1=1.0, ENTROPY_1=False, JUMP=30.0
 )
 TWO = ONE | dict(COLUMNS_1=2, TAU_1=2.0)
+LITTLE = dict(RENORMALIZE=False, NEED_B=False, UNIT=False, STILL=True, NEED_KL=True, ROUND=False)
+MUCH = dict(RENORMALIZE=True, NEED_B=True, UNIT=True, STILL=False, NEED_KL=False, ROUND=False)
 PAIRS = {
-    "shared": (BESIDE | ONE, BESIDE | dict(RENORMALIZE=False, NEED_B=False, ROUND=False)),
-    "everything": (APART | TWO, APART | dict(RENORMALIZE=True, NEED_B=True, ROUND=False)),
+    "shared": (BESIDE | ONE, BESIDE | LITTLE),
+    "everything": (APART | TWO, APART | MUCH),
 }
 
 
@@ -125,25 +124,46 @@ def gpu(target: str) -> GPUTarget:
 
 
 def source(kernel, constants: dict, dtype: str, layout: str, **pointers: str) -> ASTSource:
-    """Signature by argument name: pointers, int32, and constants; where aligned, everything but N
-    and its like divides by 16."""
-    names, aligned = kernel.arg_names, layout == ALIGNED
+    """Signature by argument name: pointers, descriptors, int32, fp32 and constants; where aligned,
+    everything but N and its like divides by 16.
+
+    pointers: the type of what a pointer points to, or a descriptor's, by the argument's name
+    """
+    names, aligned = kernel.arg_names, layout != ODD
     if aligned:
         constants = constants | {
             name: 1
             for name in names
             if name in ("stride_hd", "stride_wd", "stride_htd", "stride_wtd")
         }
-    kind = lambda name: (
-        "*" + (POINTERS | pointers).get(name, dtype) if name.endswith("_ptr") else "i32"
-    )
+
+    def kind(name: str) -> str:
+        if not name.endswith("_ptr"):
+            return "fp32" if name in ("alpha", "beta", "bound") else "i32"
+        found = (POINTERS | pointers).get(name, dtype)
+        return found if found.startswith("tensordesc") else "*" + found
+
     signature = {name: "constexpr" if name in constants else kind(name) for name in names}
     free = {p.name for p in kernel.params if p.do_not_specialize}
     divides = [
-        i for i, name in enumerate(names) if aligned and name not in constants and name not in free
+        i
+        for i, name in enumerate(names)
+        if aligned
+        and name not in constants
+        and name not in free
+        and signature[name][:2] in ("*f", "*b", "*i", "i3")
     ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in divides}
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def tile(dtype: str, *shape: int) -> str:
+    return f"tensordesc<{dtype}[{', '.join(map(str, shape))}]>"
+
+
+def layouts(target: str, dtype: str, widest: bool) -> list[str]:
+    found = [ALIGNED] + [DESCRIBED] * (target in TMA and dtype != "fp32")
+    return found + [ODD] * widest
 
 
 def jobs(target: str):
@@ -152,104 +172,110 @@ def jobs(target: str):
     for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         dot = dict(ACC=tl.float32, DOT=tl.bfloat16 if dtype == "bf16" else tl.float32)
         sums_rows, product_rows = rows(target, torch_dtype)
-        for blocks in sums_rows:
-            given = dict(
-                BLOCK_N=blocks.BLOCK_N,
-                BLOCK_V=blocks.BLOCK_V,
-                BLOCK_D=blocks.BLOCK_D,
-                ROUND=False,
-                NEAR=0.3,
-                **dot,
-            )
-            given |= dict(SCALE=1.0, SOFTCAP=30.0, EPS=0.0, JUMP=30.0, P_SCALE=1.0)
+        for b in sums_rows:
+            given = dict(BLOCK_N=b.BLOCK_N, BLOCK_V=b.BLOCK_V, BLOCK_D=b.BLOCK_D, ROUND=False)
+            given |= FORWARD | dict(EPS=0.0, JUMP=30.0, P_SCALE=1.0, HELD=32, FIRST=False) | dot
             for variant, flags in VARIANTS.items():
-                if variant == "everything" and blocks.BLOCK_N > HEAVY:
+                if variant == "everything" and b.BLOCK_N > heaviest(target):
                     continue
-                layouts = (
-                    (ALIGNED, ODD)
-                    if (variant, blocks) == ("gradient", sums_rows[-1])
-                    else (ALIGNED,)
-                )
-                for layout in layouts:
-                    yield (
-                        "sums",
-                        variant,
-                        blocks,
-                        dtype,
-                        layout,
-                        source(triton_sweep.sums_kernel, given | flags, dtype, layout),
-                    )
-            if dtype == "bf16":
-                flags = (
-                    given | VARIANTS["gradient"] | dict(DOT=tl.float16, JUMP=0.0, P_SCALE=2.0**15)
-                )
-                yield (
-                    "sums",
-                    "gradient",
-                    blocks,
-                    "fp16",
-                    ALIGNED,
-                    source(triton_sweep.sums_kernel, flags, "fp16", ALIGNED),
-                )
-        for blocks, wide in zip(product_rows, sums_rows, strict=True):
-            given = dict(
-                BLOCK_N=blocks.BLOCK_N,
-                BLOCK_V=wide.BLOCK_V,
-                BLOCK_K=blocks.BLOCK_V,
-                BLOCK_D=blocks.BLOCK_D,
-                **dot,
-            )
-            for layout in (ALIGNED, ODD) if blocks == product_rows[-1] else (ALIGNED,):
-                yield (
-                    "product",
-                    "",
-                    blocks,
-                    dtype,
-                    layout,
-                    source(triton_sweep.product_kernel, given, dtype, layout),
-                )
-            if dtype == "bf16":  # with a teacher: probabilities in fp16, the head's tile converted
-                given = given | dict(DOT=tl.float16)
-                code = source(triton_sweep.product_kernel, given, dtype, ALIGNED, p_ptr="fp16")
-                yield "product", "fp16 e", blocks, dtype, ALIGNED, code
+                widest = (variant, b) == ("gradient", sums_rows[-1])
+                for layout in layouts(target, dtype, widest):
+                    made = given | flags | dict(TMA=layout == DESCRIBED)
+                    types = {}
+                    if dtype == "bf16":  # with a teacher
+                        made |= dict(JUMP=0.0, P_SCALE=2.0**15)
+                        types["p_ptr"] = "fp16"
+                    if layout == DESCRIBED:
+                        types |= dict(h_ptr=tile(dtype, b.BLOCK_N, b.BLOCK_D))
+                        types |= dict(W_ptr=tile(dtype, b.BLOCK_V, b.BLOCK_D))
+                    code = source(triton_tiles.sums_kernel, made, dtype, layout, **types)
+                    yield "sums", variant, b, dtype, layout, code
+        for b, wide in zip(product_rows, sums_rows, strict=True):
+            given = dict(BLOCK_N=b.BLOCK_N, BLOCK_V=wide.BLOCK_V, BLOCK_K=b.BLOCK_V)
+            given |= dict(BLOCK_D=b.BLOCK_D, FIRST=False, ALL_LIVE=False) | dot
+            yield from products(target, "", b, dtype, given, b == product_rows[-1])
         yield from general_jobs(target, dtype, general_rows(target, torch_dtype), dot)
+        yield from row_jobs(dtype)
     combine = source(triton_sweep.combine_kernel, dict(BLOCK_D=512), "fp32", ALIGNED)
     yield "combine", "", Blocks(1, 0, 512, 4, 2), "fp32", ALIGNED, combine
 
 
+def products(target: str, variant: str, b: Blocks, dtype: str, given: dict, widest: bool):
+    """The product with e in the head's dtype and, for bf16, in fp16 with the head's tile
+    converted: with a teacher."""
+    for e in [dtype] + ["fp16"] * (dtype == "bf16" and not given["ALL_LIVE"]):
+        for layout in layouts(target, dtype, widest and e == dtype):
+            types, made = dict(p_ptr=e), given | dict(TMA=layout == DESCRIBED)
+            if e == "fp16":
+                made |= dict(DOT=tl.float16)
+            if layout == DESCRIBED:
+                types |= dict(p_ptr=tile(e, b.BLOCK_N, b.BLOCK_V))
+                types |= dict(W_ptr=tile(dtype, b.BLOCK_V, b.BLOCK_D))
+            code = source(triton_tiles.product_kernel, made, dtype, layout, **types)
+            yield "product", variant or ("fp16 e" if e != dtype else ""), b, dtype, layout, code
+
+
 def general_jobs(target: str, dtype: str, found: tuple, dot: dict):
-    """As jobs; the product is the same kernel, in these blocks too."""
-    pairs, _, outer = found
-    for blocks in pairs:
-        given = dict(
-            BLOCK_N=blocks.BLOCK_N,
-            BLOCK_V=blocks.BLOCK_V,
-            BLOCK_D=blocks.BLOCK_D,
-            NEAR=0.3,
-            SCALE=1.0,
-            SOFTCAP=30.0,
-        )
+    """As jobs, for triton_general.py."""
+    pairs, product_rows, outer = found
+    for b in pairs:
+        given = dict(BLOCK_N=b.BLOCK_N, BLOCK_V=b.BLOCK_V, BLOCK_D=b.BLOCK_D) | FORWARD
         given |= dict(DOT_T=dot["DOT"]) | dot
         for variant, (first, second) in PAIRS.items():
             for layout in (
-                (ALIGNED, ODD) if (variant, blocks) == ("everything", pairs[-1]) else (ALIGNED,)
+                (ALIGNED, ODD) if (variant, b) == ("everything", pairs[-1]) else (ALIGNED,)
             ):
-                made = source(triton_general.normalise_kernel, given | first, dtype, layout)
-                yield "normalise", variant, blocks, dtype, layout, made
-                made = source(triton_general.coefficient_kernel, given | second, dtype, layout)
-                yield "coefficient", variant, blocks, dtype, layout, made
-    given = (
-        dict(BLOCK_K=outer.BLOCK_N, BLOCK_V=outer.BLOCK_V, BLOCK_D=outer.BLOCK_D, ROUND=False) | dot
-    )
+                made = source(triton_pairs.normalise_kernel, given | first, dtype, layout)
+                yield "normalise", variant, b, dtype, layout, made
+                made = source(triton_pairs.coefficient_kernel, given | second, dtype, layout)
+                yield "coefficient", variant, b, dtype, layout, made
+    for b, wide in zip(product_rows, pairs, strict=True):
+        given = dict(BLOCK_N=b.BLOCK_N, BLOCK_V=wide.BLOCK_V, BLOCK_K=b.BLOCK_V)
+        given |= dict(BLOCK_D=b.BLOCK_D, FIRST=False, ALL_LIVE=True) | dot
+        yield from products(target, "all live", b, dtype, given, False)
+    given = dict(BLOCK_K=outer.BLOCK_N, BLOCK_V=outer.BLOCK_V, BLOCK_D=outer.BLOCK_D)
+    given |= dict(ROUND=False, UNIT=False) | dot
     for layout in (ALIGNED, ODD):
-        yield (
-            "outer",
-            "",
-            outer,
-            dtype,
-            layout,
-            source(triton_general.outer_kernel, given, dtype, layout),
-        )
+        code = source(triton_pairs.outer_kernel, given, dtype, layout, dW_ptr=dtype)
+        yield "outer", "", outer, dtype, layout, code
+
+
+def row_jobs(dtype: str):
+    """The kernels of single rows, with every option."""
+    one = dict(IGNORED=-100, STILL=True, MASKED=True, TEACHER=True, SOFTCAP=30.0)
+    one |= dict(CHANNELS=2, SCALE=1.0, HAS_SOFTCAP=False, K=16, HELD=32, BLOCK_D=256)
+    prepare = one | dict(NEAR=0.3, TAU_1=2.0, CLEAN=False, HAS_BIAS=True, ACC=tl.float32)
+    general = dict(TEACHER=False, CLEAN=True, HAS_SOFTCAP=True, K=0, HELD=1, BLOCK_D=512)
+    finish = one | dict(P_SCALE=2.0**15, ENTROPY=True, GRADIENT=True, SPLITS=256)
+    settle = dict(TAU=1.0, IGNORED=-100, KL=True, STILL=True, ENTROPY=True, CHANNELS=2)
+    gather = dict(TAU=1.0, KL=True, STILL=True, UNIT=True, ROUND=False, BLOCK_D=512)
+    weights = dict(IGNORED=-100, CE_BY=1, KL_BY=2, HAS_CE_WEIGHT=True, HAS_KL_WEIGHT=True)
+    made = [
+        ("prepare", "", 8, triton_rows.prepare_kernel, prepare, dict(p_ptr="fp64", m_ptr="fp32")),
+        ("prepare", "general", 4, triton_rows.prepare_kernel, prepare | general,
+         dict(p_ptr="fp64", m_ptr="fp32")),
+        ("finish", "apart", 8, triton_rows.finish_kernel, finish | dict(TAU=1.0, APART=True),
+         dict(p_ptr="fp64")),
+        ("finish", "tau", 8, triton_rows.finish_kernel, finish | dict(TAU=2.0, APART=False),
+         dict(p_ptr="fp64")),
+        ("epilogue", "", 8, triton_vendor.epilogue_kernel,
+         FORWARD | dict(FIRST=False, COLUMNS=2, TAU=2.0, ENTROPY=True, PRODUCT=True, JUMP=0.0,
+                        P_SCALE=2.0**15, HAS_BIAS=True, HAS_SOFTCAP=False, HELD=32, ROUND=False,
+                        BLOCK=2048, BLOCK_D=1024), dict(p_ptr="fp16")),
+        ("settle", "", 4, triton_pairs.settle_kernel,
+         settle | dict(APART=True, HELD=1, SPLITS=256), {}),
+        ("gather", "", 4, triton_pairs.gather_kernel, gather, {}),
+    ]  # fmt: skip
+    if dtype == "fp32":
+        made += [
+            ("weights", "", 4, triton_rows.weights_kernel,
+             weights | dict(TEACHER=True, HAS_G=True, UNIT=True, BLOCK=1024), {}),
+            ("fold", "", 4, triton_pairs.fold_kernel, dict(FIRST=False, BLOCK_N=16, BLOCK=128), {}),
+            ("bias", "", 4, triton_pairs.bias_kernel, dict(UNIT=True, ROUND=False, BLOCK=1024), {}),
+        ]  # fmt: skip
+    for name, variant, warps, kernel, given, types in made:
+        blocks = Blocks(1, 0, given.get("BLOCK_D", 0), warps, 3)
+        yield name, variant, blocks, dtype, ALIGNED, source(kernel, given, dtype, ALIGNED, **types)
 
 
 def figures(target: str, blocks: Blocks, made) -> dict:
@@ -280,7 +306,40 @@ def figures(target: str, blocks: Blocks, made) -> dict:
         occupancy = fit * blocks.num_warps / (4 * (8 if wave64 else 16))
     matrix = len(re.findall(MATRIX, text))
     found = dict(registers=registers, spilled=spilled, shared=shared, matrix=matrix)
-    return found | dict(blocks_per_unit=fit, occupancy=round(occupancy, 2))
+    found |= dict(blocks_per_unit=fit, occupancy=round(occupancy, 2))
+    return found | (pipeline(made.asm["ttgir"]) if "cubin" in made.asm else {})
+
+
+DOT = re.compile(r"ttng\.warp_group_dot |ttng\.tc_gen5_mma |= tt\.dot ")
+
+
+def pipeline(ir: str) -> dict:
+    """Of the innermost loops with a matrix product: smallest wait of asynchronous copies and of
+    wgmma, copies issued, allocations from registers; and the fewest buffers of a ring."""
+    lines, loops, open_ = ir.splitlines(), [], []
+    for i, line in enumerate(lines):
+        indent = len(line) - len(line.lstrip())
+        if "scf.for" in line and line.rstrip().endswith("{"):
+            open_.append((indent, i))
+        elif open_ and indent == open_[-1][0] and line.lstrip().startswith("}"):
+            _, start = open_.pop()
+            loops.append("\n".join(lines[start : i + 1]))
+    inner = [x for x in loops if DOT.search(x) and x.count("scf.for") == 1]
+    if not inner:
+        return {}
+    each = lambda pattern: [list(map(int, re.findall(pattern, x))) for x in inner]
+    waits = [n for one in each(r"async_wait [^{]*\{num = (\d+)") for n in one]
+    rings = re.findall(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x(?:bf16|f16)", ir)
+    pendings = [max(one, default=None) for one in each(r"pendings = (\d+)")]
+    pendings = [n for n in pendings if n is not None]
+    copies = [len(re.findall(r"async_copy_global_to_local|async_tma_copy", x)) for x in inner]
+    return dict(
+        waits=min(waits, default=None),
+        copies=min(copies),
+        buffers=min(map(int, rings), default=0),
+        from_registers=sum(x.count("ttg.local_alloc %") for x in inner),
+        pending=min(pendings, default=None),
+    )
 
 
 def nvidia_usage(target: str, made) -> tuple[int, int]:
@@ -306,14 +365,31 @@ def nvidia_usage(target: str, made) -> tuple[int, int]:
         return registers, sum(map(int, re.findall(r"(\d+) bytes spill stores", said)))
 
 
-def wrong(target: str, kernel: str, dtype: str, layout: str, f: dict) -> list[str]:
+ROWS = ("combine", "weights", "prepare", "finish", "settle", "fold", "gather", "bias", "epilogue")
+
+
+def wrong(target: str, kernel: str, b: Blocks, dtype: str, layout: str, f: dict) -> list[str]:
     if layout == ODD:
         return []
     found = [f"spills {f['spilled']} B"] if f["spilled"] else []
     if f["shared"] > SHARED_LIMIT[target]:
         found.append(f"{f['shared']:,} B of shared memory, at most {SHARED_LIMIT[target]:,}")
-    if dtype != "fp32" and kernel != "combine" and not f["matrix"]:
+    if dtype == "fp32" or kernel in ROWS:
+        return found
+    if not f["matrix"]:
         found.append("no matrix instructions")
+    if not target.startswith("sm_"):
+        return found
+    if not f.get("copies"):
+        return [*found, "a loop copies nothing ahead"]
+    if f["waits"] == 0:
+        found.append("waits for all copies")
+    if f["buffers"] < max(2, b.num_stages - 1):
+        found.append(f"{f['buffers']} buffers for {b.num_stages} stages")
+    if f["from_registers"]:
+        found.append(f"{f['from_registers']} allocations from registers in a loop")
+    if f["pending"] == 0:
+        found.append("waits for all wgmma")
     return found
 
 
@@ -325,7 +401,7 @@ def compile_all(target: str) -> tuple[list[str], list[dict], int]:
         options = dict(num_warps=blocks.num_warps, num_stages=blocks.num_stages)
         try:
             f = figures(target, blocks, triton.compile(code, target=gpu(target), options=options))
-            faults = wrong(target, kernel, dtype, layout, f)
+            faults = wrong(target, kernel, blocks, dtype, layout, f)
         except (
             Exception
         ) as error:  # a row that a compiler cannot take is a failure to be reported with the others
@@ -346,7 +422,10 @@ def compile_all(target: str) -> tuple[list[str], list[dict], int]:
             line += f"{f['registers']:>4} {f['spilled']:>5} {f['shared']:>7,} {f['matrix']:>6} "
             line += f"{f['blocks_per_unit']:>4}"
             line += f" {f['occupancy']:>9}"
-        note = f"  ({layout})" if layout == ODD else ""
+            keys = ("waits", "copies", "buffers", "from_registers", "pending")
+            told = ["-" if f.get(key) is None else str(f[key]) for key in keys]
+            line += "  " + " ".join(f"{x:>2}" for x in told)
+        note = f"  ({layout})" if layout != ALIGNED else ""
         lines.append(f"{line}{note}{'  FAILS: ' if faults else ''}{'; '.join(faults)}")
         record = dict(target=target, kernel=kernel, variant=variant, dtype=dtype, layout=layout)
         records.append(record | blocks._asdict() | (f or {}))
@@ -370,7 +449,7 @@ def main() -> int:
     failures, records, began = 0, [], time.time()
     print(
         f"{'target':8} {'kernel':11} {'variant':10} dtype  N    V    D warps stages  reg spill  "
-        "shared matrix  fit occupancy"
+        "shared matrix  fit occupancy  waits copies buffers from_registers pending"
     )
     with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
         for lines, found, failed in pool.map(compile_all, given.target):

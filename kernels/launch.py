@@ -52,7 +52,9 @@ def launch(
             where neither kernel can run
     """
     element = 8 if dtype == torch.float64 else 4
-    tile = max(256, min(V, TILE_BYTES // (element * max(N + D, 1)) // 64 * 64))
+    # a GPU multiplies bf16 as it is: no head rows beside the logits
+    rows = N if device == "cuda" and dtype == torch.bfloat16 else N + D
+    tile = max(256, min(V, TILE_BYTES // (element * max(rows, 1)) // 64 * 64))
     known = "measured 2026-11-21" if device == "cpu" else "predicted from the CPU's figures"
     if device == "cpu" and N * V <= SMALL_LOGITS and V * D <= SMALL_HEAD:
         return Launch("reference", tile, f"few logits and a small head ({known})")

@@ -4,6 +4,7 @@ measured.py wins over a predicted one; `why` says which it is."""
 from __future__ import annotations
 
 import shutil
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,9 @@ SHARED_LIMIT = dict(  # bytes per block
     gfx942=65_536,
     gfx1100=65_536,
 )
+# Which load tiles by descriptor. Predicted to be faster: no addresses in registers, no masks.
+# sm_120 has descriptors as well; with them the product of 64 rows spills.
+TMA = ("sm_90", "sm_100")
 # Bytes of a chunk's probabilities. A chunk costs two launches, some 50 us of Python. Chunks so
 # small that their head rows stay in L2 for the product would cost more in launches than they save
 # in bytes (50 chunks at [64, 151,936] with D 4096).
@@ -86,24 +90,24 @@ SUMS = {
         Blocks(64, 128, 64, 8, 2),
         Blocks(128, 128, 32, 8, 2),
     ),
-    "rdna": (Blocks(16, 128, 64, 4, 2), Blocks(64, 64, 64, 8, 2), Blocks(128, 64, 64, 8, 2)),
+    "rdna": (Blocks(16, 128, 64, 4, 2), Blocks(64, 64, 64, 8, 2)),
     # no matrix instructions: fp32 must not become TF32, and `tiled` should be faster
     "fp32": (Blocks(16, 32, 32, 8, 2),),
-    "fp32 hopper": (Blocks(16, 32, 16, 4, 2),),
+    "fp32 hopper": (Blocks(16, 32, 16, 8, 2),),
     "interpreter": (Blocks(16, 64, 64, 1, 1),),
 }
 PRODUCT = {
     "ampere": (
-        Blocks(16, 64, 128, 4, 4),
+        Blocks(16, 64, 128, 8, 4),
         Blocks(32, 32, 128, 4, 4),
-        Blocks(64, 64, 128, 8, 3),
+        Blocks(64, 64, 128, 8, 4),
         Blocks(128, 32, 128, 8, 4),
     ),
     "hopper": (
         Blocks(16, 64, 128, 4, 4),
         Blocks(32, 32, 128, 4, 4),
         Blocks(64, 64, 128, 8, 4),
-        Blocks(128, 64, 128, 8, 3),
+        Blocks(128, 64, 128, 8, 4),
     ),
     "cdna": (
         Blocks(16, 64, 128, 4, 2),
@@ -111,9 +115,9 @@ PRODUCT = {
         Blocks(64, 64, 128, 8, 2),
         Blocks(128, 32, 128, 8, 2),
     ),
-    "rdna": (Blocks(16, 32, 128, 4, 2), Blocks(64, 32, 128, 8, 2), Blocks(128, 32, 64, 8, 2)),
+    "rdna": (Blocks(16, 32, 128, 4, 2), Blocks(64, 32, 128, 8, 2)),
     "fp32": (Blocks(16, 32, 32, 4, 2),),
-    "fp32 hopper": (Blocks(16, 32, 32, 4, 2),),
+    "fp32 hopper": (Blocks(16, 32, 64, 4, 2),),
     "interpreter": (Blocks(16, 32, 64, 1, 1),),
 }
 FAMILY = dict(
@@ -127,7 +131,12 @@ FAMILY = dict(
     gfx1100="rdna",
     interpreter="interpreter",
 )
-HEAVY = 64  # most rows of a block where a second Sums or a softcap needs registers: 128 spill
+# Most rows of a block where a second Sums or a softcap needs registers: more spill.
+HEAVY = dict(ampere=32, hopper=64, cdna=64, rdna=64, interpreter=64)
+
+
+def heaviest(target: str) -> int:
+    return HEAVY[FAMILY[target]]
 
 
 def _family(target: str, dtype: torch.dtype) -> str:
@@ -160,9 +169,28 @@ def triton_launch(
     units   multiprocessors; None: the target's in UNITS
     heavy   two Sums, or a softcap
     """
-    units = units or UNITS.get(target, 2)
     # plans are measured with one Sums; two need more registers
     row = None if heavy else nearest(measured.PLANS, target, dtype, N)
+    return _planned(row, N, V, D, dtype, target, units or UNITS.get(target, 2), heavy, CHUNK)
+
+
+@lru_cache(maxsize=4096)
+def _planned(
+    row: tuple | None,
+    N: int,
+    V: int,
+    D: int,
+    dtype: torch.dtype,
+    target: str,
+    units: int,
+    heavy: bool,
+    most: int,
+) -> Plan:
+    """`triton_launch`, once for each shape: `split` tries hundreds of numbers, some 200 us.
+
+    row   of measured.PLANS
+    most  bytes of a chunk without one
+    """
     if row:
         blocks, product_blocks, waves, chunk, why = row
         sums, product = Blocks(*blocks), Blocks(*product_blocks)
@@ -170,10 +198,10 @@ def triton_launch(
     choices = [
         pair
         for pair in zip(*rows(target, dtype), strict=True)
-        if not heavy or pair[0].BLOCK_N <= HEAVY
+        if not heavy or pair[0].BLOCK_N <= heaviest(target)
     ]
     sums, product = next((pair for pair in choices if pair[0].BLOCK_N >= N), choices[-1])
-    return plan_of(sums, product, WAVES, CHUNK, N, V, D, dtype, units, f"predicted for {target}")
+    return plan_of(sums, product, WAVES, most, N, V, D, dtype, units, f"predicted for {target}")
 
 
 def plan_of(
@@ -229,6 +257,8 @@ def nearest(
     table: dict[tuple[str, str, int], tuple], target: str, dtype: torch.dtype, N: int
 ) -> tuple | None:
     """The entry with the smallest measured N that is not below N, else the one with the largest."""
+    if not table:
+        return None
     keys = sorted(key for key in table if key[:2] == (target, str(dtype).removeprefix("torch.")))
     if not keys:
         return None
@@ -237,17 +267,41 @@ def nearest(
 
 def target_of(device: torch.device) -> str:
     """The device's name in TARGETS, or the nearest one below it; "interpreter" for a CPU."""
-    if device.type != "cuda":
-        return "interpreter"
+    return "interpreter" if device.type != "cuda" else _target(device)
+
+
+@cache
+def _target(device: torch.device) -> str:
     if torch.version.hip:
         name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
         if name in TARGETS:
             return name
         return "gfx942" if name.startswith("gfx9") else "gfx1100"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = _capability(device)
     known = [t for t in TARGETS if t.startswith("sm_")]  # ascending
     older = [t for t in known if int(t[3:]) <= 10 * major + minor]
     return older[-1] if older else "sm_80"
+
+
+@cache
+def units_of(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 in the interpreter."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _compiler() -> bool:
+    """Is there a C compiler, with which Triton builds its launcher? A search through PATH."""
+    import triton
+
+    return bool(triton.knobs.build.cc or shutil.which("gcc") or shutil.which("clang"))
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def why_not(device: torch.device, *dtypes: torch.dtype) -> str | None:
@@ -264,18 +318,12 @@ def why_not(device: torch.device, *dtypes: torch.dtype) -> str | None:
         )
     if device.type not in ("cpu", "cuda"):
         return f"The backend 'triton' does not run on {device.type!r}: choose 'tiled'."
-    if device.type == "cuda" and not (
-        triton.knobs.build.cc or shutil.which("gcc") or shutil.which("clang")
-    ):
+    if device.type == "cuda" and not _compiler():
         return (
             "The backend 'triton' needs a C compiler, with which it builds its launcher: "
             "install gcc, or choose 'tiled'."
         )
-    if (
-        device.type == "cuda"
-        and not torch.version.hip
-        and torch.cuda.get_device_capability(device) < (8, 0)
-    ):
+    if device.type == "cuda" and not torch.version.hip and _capability(device) < (8, 0):
         return "The backend 'triton' needs compute capability 8.0 or higher: choose 'tiled'."
     if torch.float64 in dtypes and not interpreted:
         return "The backend 'triton' takes fp64 only in Triton's interpreter: choose 'tiled'."
@@ -343,7 +391,13 @@ def general_launch(
     N: int, V: int, D: int, dtype: torch.dtype, target: str, units: int | None = None
 ) -> GeneralPlan:
     """The plan of triton_general.py; arguments as `triton_launch`."""
-    units = units or UNITS.get(target, 2)
+    return _generally_planned(N, V, D, dtype, target, units or UNITS.get(target, 2), CHUNK)
+
+
+@lru_cache(maxsize=4096)
+def _generally_planned(
+    N: int, V: int, D: int, dtype: torch.dtype, target: str, units: int, most: int
+) -> GeneralPlan:
     pairs, products, outer = general_rows(target, dtype)
     pair, product = next(
         (both for both in zip(pairs, products, strict=True) if both[0].BLOCK_N >= N),
@@ -351,7 +405,7 @@ def general_launch(
     )
     up = lambda a, b: -(-a // b)
     blocks = up(N, pair.BLOCK_N)
-    chunk = _columns(N, V, pair.BLOCK_V, CHUNK, dtype)
+    chunk = _columns(N, V, pair.BLOCK_V, most, dtype)
     splits = split(blocks, WAVES * units, up(V, pair.BLOCK_V))
     product_splits = min(
         chunk // pair.BLOCK_V,

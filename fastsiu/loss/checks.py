@@ -167,22 +167,31 @@ def check_teacher(hidden: Tensor, head_weight: Tensor, teacher: TeacherCache) ->
         )
 
 
-def inverse(denominator: float | Tensor, like: Tensor, name: str) -> Tensor:
+def device_number(denominator: float | Tensor, name: str) -> tuple[float, Tensor | None]:
+    """(its value, None) for a denominator that the host knows, else (0, the number on its device).
+    Raises ValueError for what is no finite number of at least 0, as far as the host can see it."""
+    if not isinstance(denominator, Tensor):
+        _check_number(denominator, name)
+        return float(denominator), None
+    if denominator.numel() != 1:
+        raise ValueError(f"{name} must be one number, but has shape {list(denominator.shape)}.")
+    if (
+        type(denominator) is Tensor
+        and denominator.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    ):
+        _check_number(float(denominator), name)
+        return float(denominator), None
+    return 0.0, denominator.detach().reshape(())
+
+
+def inverse(denominator: float | Tensor, like: Tensor, name: str) -> float | Tensor:
     """1 / denominator, or 0 where the denominator is 0; decided on the device, without a sync.
     Raises ValueError for what is no finite number of at least 0, as far as the host can see it."""
-    if isinstance(denominator, Tensor):
-        if denominator.numel() != 1:
-            raise ValueError(f"{name} must be one number, but has shape {list(denominator.shape)}.")
-        if (
-            type(denominator) is Tensor
-            and denominator.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-        ):
-            _check_number(float(denominator), name)
-        d = denominator.detach().reshape(()).to(like.device, like.dtype)
-    else:
-        _check_number(denominator, name)
-        d = like.new_tensor(float(denominator))
+    known, number = device_number(denominator, name)
+    if number is None:
+        return 0.0 if known == 0 else 1.0 / known
+    d = number.to(like.device, like.dtype)
     return torch.where(d == 0, 0.0, 1.0 / torch.where(d == 0, 1.0, d))
 
 

@@ -18,6 +18,7 @@ from ..kernels import cpu_sweep, reference, triton_launch
 from ..kernels.launch import Launch, launch
 from ..kernels.reference import accumulation
 from ..kernels.tiled import Head, same
+from . import triton_ops
 from .checks import Default, check_rows, check_teacher, check_types, inverse, settled_head
 from .head import check_head
 from .ops import Operands, Options, tiled_dmk_ce, weighed
@@ -167,6 +168,19 @@ def fused_dmk_ce(
         raise ValueError(reason)
 
     plan = chosen(hidden, head_weight, backend, teacher, head.bias)
+    vendor = plan.backend == "tiled" and _vendor(hidden, head, teacher)
+    if plan.backend == "triton" or vendor:
+        mean = reduction == "mean"
+        weights = (
+            triton_ops.factor(alpha, ce_denominator, "ce_denominator", mean),
+            triton_ops.factor(beta, kl_denominator, "kl_denominator", mean),
+        )
+        rows, parts = _triton(
+            hidden, head, labels, teacher, tau, (ce_weight, kl_weight), weights, ignore_index,
+            return_parts, vendor,
+        )  # fmt: skip
+        loss = rows if reduction == "none" else rows.sum()
+        return (loss, Parts(*(x.float() for x in parts))) if return_parts else loss
     theirs = () if teacher is None else (teacher.hidden, teacher.head_weight)
     wide = accumulation(hidden, head_weight, head.bias, *theirs)
     used = labels != ignore_index
@@ -454,3 +468,73 @@ def _tiled(
         *given, **options._asdict(), ahead=ahead, trains=trains, entropy=entropy
     )
     return rows, (ce, kl, entropies)
+
+
+def _vendor(hidden: Tensor, head: Head, teacher: TeacherCache | None) -> bool:
+    """Does `tiled` go through triton_vendor.py? On a GPU where Triton runs, in 16 bit, for one
+    frozen head of both."""
+    if hidden.device.type != "cuda" or hidden.dtype.itemsize != 2 or not len(hidden):
+        return False
+    if hidden.dtype != head.weight.dtype or _target(hidden.device, hidden.dtype) is None:
+        return False
+    if torch.is_grad_enabled() and (
+        head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    ):
+        return False
+    t = teacher
+    return t is None or (
+        head.softcap is None and same(head.weight, t.head_weight) and same(head.bias, t.head_bias)
+    )
+
+
+def _triton(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    teacher: TeacherCache | None,
+    temperature: float,
+    weights: tuple[Tensor | None, Tensor | None],
+    factors: tuple[tuple[float, Tensor | None, bool], tuple[float, Tensor | None, bool]],
+    ignore_index: int,
+    entropy: bool,
+    vendor: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Rows u * CE + w * KL [N] with a graph, and (CE, KL, entropy).
+
+    weights: of CE and KL; factors: for each what `triton_ops.factor` returns
+    """
+    (alpha, ce_number, ce_mean), (beta, kl_number, kl_mean) = factors
+    ce_number, kl_number = (
+        None if x is None else x.to(hidden.device) for x in (ce_number, kl_number)
+    )
+    graph = torch.is_grad_enabled()
+    trains = graph and (
+        head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    )
+    t, none = teacher, (None,) * 9
+    given = triton_ops.Operands(
+        hidden, head.weight, head.bias, labels, *weights, ce_number, kl_number,
+        *(none if t is None else (
+            t.hidden, t.m_rest, t.C, t.lse, t.top, t.p_top, t.head_weight, t.head_bias,
+            t.vocab_keep,
+        )),
+    )  # fmt: skip
+    rows, *parts = triton_ops.triton_dmk_ce(
+        given,
+        triton_ops.Options(
+            alpha=alpha,
+            beta=beta,
+            ce_mean=ce_mean,
+            kl_mean=kl_mean,
+            renormalize=t is not None and t.renormalize,
+            logit_scale=head.scale,
+            logit_softcap=head.softcap,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            ahead=graph and hidden.requires_grad and not trains,
+            trains=trains,
+            entropy=entropy,
+            vendor=vendor,
+        ),
+    )
+    return rows, (parts[0], parts[1], parts[2])

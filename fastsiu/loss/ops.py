@@ -1,14 +1,12 @@
-"""The loss as operators that torch knows: opaque to the compiler, with a gradient, whatever backend
-is behind them.
+"""The loss in plain torch as operators that torch knows: opaque to the compiler, with a gradient.
 
 An operator chooses between the shared path and the general one (README.md of kernels/), and between
-plain torch, Triton and C++.
+plain torch and C++. Triton has its own (triton_ops.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +47,7 @@ class Options(NamedTuple):
     temperature: float
     ignore_index: int
     tile: int  # vocabulary columns at a time
-    backend: str  # "tiled", "triton" or "cpu"
+    backend: str  # "tiled" or "cpu"
 
     def head(self, given: Operands) -> tiled.Head:
         return tiled.Head(given.head_weight, given.head_bias, self.logit_scale, self.logit_softcap)
@@ -119,14 +117,15 @@ def tiled_dmk_ce(
                 hidden, head, y, teacher, u, w, ahead, entropy, tile, visit
             )
         else:
-            normalise, differentiate = _general(how)
-            with_kl = teacher is not None and not ahead
-            ce, kl, H, lse_1, lse_q = normalise(hidden, head, y, teacher, with_kl, entropy)
+            tile, with_kl = narrow(how.tile), teacher is not None and not ahead
+            ce, kl, H, lse_1, lse_q = general.normalise(
+                hidden, head, y, teacher, with_kl, entropy, tile
+            )
             still = _still(hidden, teacher, one_head)
             if ahead:
                 moving = w if still is None else w.masked_fill(still, 0)
-                kl, dh, _, _ = differentiate(
-                    hidden, head, y, teacher, u, moving, lse_1, lse_q, True, False, False
+                kl, dh, _, _ = general.differentiate(
+                    hidden, head, y, teacher, u, moving, lse_1, lse_q, True, False, False, tile
                 )
             if still is not None:
                 kl = kl.masked_fill(still, 0)
@@ -172,10 +171,10 @@ def tiled_dmk_ce_backward(
     still = _still(hidden, teacher, _one_head(given))
     w = w if still is None else w.masked_fill(still, 0)
     y = given.labels.masked_fill(given.labels == how.ignore_index, 0)
-    _, differentiate = _general(how)
+    tile = narrow(how.tile)
     with torch.autocast(hidden.device.type, enabled=False):
-        _, dh, dW, db = differentiate(
-            hidden, head, y, teacher, given.u, w, lse[0], lse[1], need_h, need_W, need_b
+        _, dh, dW, db = general.differentiate(
+            hidden, head, y, teacher, given.u, w, lse[0], lse[1], need_h, need_W, need_b, tile
         )
     return (
         _gradient(hidden, False) if dh is None else dh.to(hidden.dtype),
@@ -225,30 +224,9 @@ def _still(hidden: Tensor, teacher: tiled.Teacher | None, one_head: bool) -> Ten
 
 def _sweep(given: Operands, how: Options) -> tuple[int, Callable[..., None]]:
     """The tile and the sweep of the shared path."""
-    if how.backend == "tiled":
-        return how.tile, tiled.sweep
     if how.backend == "cpu":
         return min(how.tile, cpu_sweep.tile_of(given.hidden.shape[1])), cpu_sweep.sweep
-    from ..kernels import triton_sweep  # not every machine has triton
-
-    return triton_sweep.chunk(given.hidden, given.head_weight), triton_sweep.sweep
-
-
-def _general(
-    how: Options,
-) -> tuple[
-    Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]],
-    Callable[..., tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]],
-]:
-    """Both passes of the general path, `normalise` and `differentiate`, with their tile. "cpu" has
-    none of its own: `fused.why_not` refuses it, or, where a compiler traced the call and saw no
-    tensors, plain torch runs."""
-    if how.backend != "triton":
-        tile = narrow(how.tile)
-        return partial(general.normalise, tile=tile), partial(general.differentiate, tile=tile)
-    from ..kernels import triton_general  # not every machine has triton
-
-    return triton_general.normalise, triton_general.differentiate
+    return how.tile, tiled.sweep
 
 
 # --------------------------------------------------------------------------------------------------

@@ -18,9 +18,8 @@ from fastsiu.loss.fused import chosen
 def test_a_tile_fits_its_budget_and_the_vocabulary(N, V, D, dtype, device):
     plan = launch(N, V, D, dtype, device)
     assert 0 < plan.tile <= max(V, 256) and 64 <= narrow(plan.tile) <= max(plan.tile, 64)
-    assert (
-        plan.tile == 256 or plan.tile * (N + D) * (8 if dtype == torch.float64 else 4) <= TILE_BYTES
-    )
+    rows = N if device == "cuda" and dtype == torch.bfloat16 else N + D
+    assert plan.tile == 256 or plan.tile * rows * (8 if dtype == torch.float64 else 4) <= TILE_BYTES
     assert plan == launch(N, V, D, dtype, device) and ("measured" in plan.why) == (device == "cpu")
 
 

@@ -13,6 +13,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 from fastsiu import TeacherCache, fused_dmk_ce  # noqa: E402
 from fastsiu.kernels import general, tiled, triton_general, triton_launch  # noqa: E402
+from fastsiu.kernels.triton_rows import Weights  # noqa: E402
 
 torch.set_num_threads(1)
 # numpy, in branches that tl.where does not take
@@ -207,7 +208,7 @@ def test_it_is_the_triton_kernels_that_run(monkeypatch):
 @pytest.mark.parametrize("units", [1, 3, 40])
 @pytest.mark.parametrize("bytes_of_a_chunk", [1, 2**16])
 def test_any_number_of_splits_and_chunks(monkeypatch, units, bytes_of_a_chunk):
-    monkeypatch.setattr(triton_general, "_units", lambda device: units)
+    monkeypatch.setattr(triton_general, "units_of", lambda device: units)
     monkeypatch.setattr(triton_launch, "CHUNK", bytes_of_a_chunk)
     check(case(21, 700, 40, DTYPES[0], keep=0.6, bias=True, own=24))
 
@@ -280,10 +281,9 @@ def test_tiny_weights_survive_fp16(dtype):
             teacher = tiled.Teacher(
                 t.hidden, t.m_rest, t.C, t.lse, t.top, t.p_top, head, t.vocab_keep, False, 1.0
             )
-            y = c["y"].clamp_min(0)
-            *_, lse, lse_q = triton_general.normalise(c["h"], head, y, teacher, True, False)
-            _, dh, *_ = triton_general.differentiate(
-                c["h"], head, y, teacher, u, w, lse, lse_q, True, False, False
+            one = Weights(1.0, 1.0, u, w, None, None, False, False, -100)
+            *_, dh, _ = triton_general.forward(
+                c["h"], head, c["y"], teacher, one, True, True, False, False
             )
             exact = run(d, "reference", F64)["h"]
         else:

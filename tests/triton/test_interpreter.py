@@ -17,10 +17,17 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 import triton.language as tl  # noqa: E402
 
-import fastsiu.loss.fused  # noqa: E402
 from fastsiu import TeacherCache, fused_dmk_ce  # noqa: E402
-from fastsiu.kernels import tiled, triton_launch, triton_sweep  # noqa: E402
+from fastsiu.kernels import (  # noqa: E402
+    tiled,
+    triton_launch,
+    triton_rows,
+    triton_sweep,
+    triton_tiles,
+    triton_vendor,
+)
 from fastsiu.kernels.tiled import Head, Sums  # noqa: E402
+from fastsiu.loss import fused  # noqa: E402
 
 torch.set_num_threads(1)
 # numpy, in branches that tl.where does not take
@@ -190,7 +197,7 @@ def test_options(name, dtype):
 @pytest.mark.parametrize("units", [1, 3, 40])
 @pytest.mark.parametrize("tile", [64, 200, 10**6])
 def test_any_number_of_splits(monkeypatch, units, tile):
-    monkeypatch.setattr(triton_sweep, "_units", lambda device: units)
+    monkeypatch.setattr(triton_sweep, "units_of", lambda device: units)
     dtype = DTYPES[0]
     # rows whose reference moves in some splits and rows where it stays
     start = torch.linspace(-150, 10, 21)
@@ -264,31 +271,17 @@ def test_two_sweeps_are_bitwise_equal(dtype):
         )
 
 
-def test_sums_are_added_to():
-    h, head, held, valid = problem(5, 151, 16, DTYPES[0])
-    once, twice = (Sums(torch.zeros(5, device=DEVICE), 1.0, DTYPES[0], 16, True) for _ in range(2))
-    for one, times in ((once, 1), (twice, 2)):
-        for _ in range(times):
-            triton_sweep.sweep(h, head, held, valid, None, [one], None, 64)
-    for name in ("total", "entropy", "product"):
-        torch.testing.assert_close(getattr(twice, name), 2 * getattr(once, name))
-
-
-def test_columns_of_minus_infinity_take_no_part():
-    h, head, held, valid = problem(5, 300, 16, DTYPES[0])
-    bias = head.bias.masked_fill(mask(300, 0.6, seed=1), -torch.inf)
-    compare((h, head._replace(bias=bias), held, valid), DTYPES[0], keep=mask(300, 0.5), tau=2.0)
-    nothing = torch.full_like(head.bias, -torch.inf)
-    for one in sums_of(
-        triton_sweep.sweep,
-        h,
-        head._replace(bias=nothing),
-        held,
-        valid,
-        DTYPES[0],
-        keep=mask(300, 0.5),
-    ):
-        assert (one.total == 0).all() and (one.product == 0).all() and (one.entropy == 0).all()
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_tiles_by_descriptor_are_tiles_by_pointer(monkeypatch, dtype):
+    made = problem(19, 300, 24, dtype)
+    keep = mask(300, 0.5)
+    pointers = sums_of(triton_sweep.sweep, *made, F32, keep=keep)
+    monkeypatch.setattr(triton_launch, "TMA", ("interpreter",))
+    assert triton_sweep.describable(made[0]) and triton_sweep.describable(made[1].weight)
+    described = sums_of(triton_sweep.sweep, *made, F32, keep=keep)
+    for a, b in zip(pointers, described, strict=True):  # sums of D numbers in another order
+        torch.testing.assert_close(a.total, b.total, rtol=1e-5, atol=0)
+        assert (a.product - b.product).norm() <= 2**-11 * a.product.norm()
 
 
 @pytest.mark.parametrize("reference", [-100.0, -12.0, 0.0, 20.0])
@@ -326,7 +319,7 @@ def test_tanh(dtype, near, eps):
     @triton.jit
     def kernel(x_ptr, y_ptr, NEAR: tl.constexpr):
         at = tl.arange(0, 4096)
-        tl.store(y_ptr + at, triton_sweep.tanh(tl.load(x_ptr + at), NEAR))
+        tl.store(y_ptr + at, triton_tiles.tanh(tl.load(x_ptr + at), NEAR))
 
     x = torch.cat(
         [
@@ -346,20 +339,16 @@ def test_tanh(dtype, near, eps):
 
 @pytest.fixture
 def through(monkeypatch):
-    """fused_dmk_ce(backend="tiled") goes through the Triton sweep, in chunks of 128 columns; counts
-    the calls."""
+    """The loss goes through `triton_rows.frozen`, a few tiles per chunk; counts what it visits."""
     calls = []
+    real = triton_rows.visit
 
-    def sweep(*given):
-        calls.append(given)
-        return triton_sweep.sweep(*given)
+    def visit(*given, **options):
+        calls.append(options)
+        return real(*given, **options)
 
-    shared = tiled.shared
-    monkeypatch.setattr(tiled, "shared", lambda *given: shared(*given[:9], sweep))
-    real = fastsiu.loss.fused.launch
-    monkeypatch.setattr(
-        fastsiu.loss.fused, "launch", lambda *given: real(*given)._replace(tile=128)
-    )
+    monkeypatch.setattr(triton_rows, "visit", visit)
+    monkeypatch.setattr(triton_launch, "CHUNK", 4096)
     return calls
 
 
@@ -440,11 +429,11 @@ def plain(c):
     return {k: x.double() for k, x in dict(loss=loss.detach(), **parts._asdict(), h=h.grad).items()}
 
 
-def check(c, through, size=1.0):
+def check(c, through, size=1.0, backend="triton"):
     """fp64 to 1e-10; else within twice the error of plain torch and the rounding of fp32 numbers of
     `size` and of the result."""
     dtype = c["h"].dtype
-    got, want = run(c, "tiled"), run(c, "reference", F64)
+    got, want = run(c, backend), run(c, "reference", F64)
     assert len(through) == 1
     theirs = {} if dtype == F64 else plain(c)
     for name, x in got.items():
@@ -492,6 +481,20 @@ def test_the_loss_in_other_shapes(through, N, V, D):
     check(case(N, V, D, DTYPES[0], bias=True, keep=mask(V, 0.5), renormalize=True), through)
 
 
+@pytest.mark.parametrize("name", ["softcap", "kl", "renormalised", "temperature", "near"])
+def test_the_vendors_products_give_the_same(monkeypatch, name):
+    """Chunks of 64 columns, e in fp16, and a reference that moves."""
+    options = LOSSES[name]
+    if "keep" in options:
+        options = options | dict(keep=mask(300, options["keep"]))
+    c, seen = case(19, 300, 16, BF16, **options), []
+    real = triton_vendor.visit
+    visit = lambda *given, **more: (seen.append(1), real(*given, **more, tile=64))[1]
+    monkeypatch.setattr(triton_vendor, "visit", visit)
+    monkeypatch.setattr(fused, "_vendor", lambda *given: True)
+    check(c, seen, backend="tiled")
+
+
 @every_dtype
 def test_towering_dropped_columns(through, dtype):
     """A dropped column a hundred nats above all kept ones: only the cross-entropy sees it."""
@@ -504,7 +507,7 @@ def test_towering_dropped_columns(through, dtype):
 def test_a_bias_of_minus_infinity(through, dtype):
     c = case(9, 151, 16, dtype, bias=True, teacher=False)
     c["b"][c["y"].max() + 1 :] = -torch.inf
-    got = run(c, "tiled")
+    got = run(c, "triton")
     finite = dict(c, b=c["b"].double().clamp(min=-1e6))
     want = run(finite, "reference", F64)
     assert all(
@@ -526,7 +529,7 @@ def test_logits_of_ten_thousand(through, dtype, renormalize):
 def test_an_unmoved_row_is_exactly_zero(through, dtype):
     c = case(9, 300, 16, dtype, bias=True, alpha=0.0)
     still = torch.arange(9, device=DEVICE) % 3 != 0
-    got = run(dict(c, h=torch.where(still[:, None], c["ht"], c["h"])), "tiled")
+    got = run(dict(c, h=torch.where(still[:, None], c["ht"], c["h"])), "triton")
     assert (
         (got["kl"][still] == 0).all()
         and (got["h"][still] == 0).all()
@@ -549,7 +552,7 @@ def test_gradcheck(through, name, reduction):
             c["ht"], c["W"], head_bias=c["b"], **c["head"], **c["teacher"]
         )
     loss = lambda h: fused_dmk_ce(
-        h, c["W"], c["y"], teacher, head_bias=c["b"], **c["head"], **c["loss"], backend="tiled"
+        h, c["W"], c["y"], teacher, head_bias=c["b"], **c["head"], **c["loss"], backend="triton"
     )
     assert torch.autograd.gradcheck(loss, c["h"].requires_grad_())
     assert through
@@ -558,8 +561,8 @@ def test_gradcheck(through, name, reduction):
 def test_without_a_gradient_there_is_no_product(through):
     c = case(5, 151, 16, DTYPES[0])
     teacher = TeacherCache.from_hidden(c["ht"], c["W"], **c["head"], **c["teacher"])
-    value = fused_dmk_ce(c["h"], c["W"], c["y"], teacher, **c["loss"], backend="tiled")
-    assert all(one.product is None for one in through[0][5])
+    value = fused_dmk_ce(c["h"], c["W"], c["y"], teacher, **c["loss"], backend="triton")
+    assert not through[0]["product"]
     assert abs(value.item() - run(c, "reference")["loss"].item()) < 1e-6
 
 
@@ -586,16 +589,24 @@ def test_every_plan_is_one_that_the_kernels_take(target):
                 )
 
 
+def forget():
+    for cached in (triton_launch._capability, triton_launch._target):
+        cached.cache_clear()
+
+
 def test_what_cannot_run_is_refused_in_one_sentence(monkeypatch):
     assert triton_launch.why_not(torch.device(DEVICE), BF16, F32) is None
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     assert "TRITON_INTERPRET=1" in triton_launch.why_not(torch.device("cpu"), BF16)
     assert "does not run on 'mps'" in triton_launch.why_not(torch.device("mps"), BF16)
+    forget()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert "fp64" in triton_launch.why_not(torch.device("cuda"), BF16, F64)
     assert (
         triton_launch.target_of(torch.device("cuda")) == "sm_86"
         and triton_launch.why_not(torch.device("cuda"), BF16) is None
     )
+    forget()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "8.0" in triton_launch.why_not(torch.device("cuda"), BF16)
+    forget()
