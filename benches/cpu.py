@@ -52,22 +52,24 @@ def environment(level: str) -> dict[str, str]:
     return os.environ | dict(zip(names, HOLD[level], strict=True))
 
 
-def measure(level: str, threads: int, shapes: list[loss.Shape], dry: bool) -> None:
+def measure(
+    level: str, threads: int, shapes: list[loss.Shape], dry: bool, rivals: bool = True
+) -> None:
     """All shapes at one level, in this process, which `environment` has prepared."""
     torch.set_num_threads(threads)
     executes = cpu_build.executes()
     best = level == executes[0]
-    found = [c for c in contenders() if best or c.name in OURS]
+    found = [c for c in contenders() if (best and rivals) or c.name in OURS]
     with mock.patch.object(cpu_build, "executes", lambda: executes[executes.index(level) :]):
         for shape in shapes:
-            rows = loss.bench(shape, found, levels=KL, with_memory=best)
+            rows = loss.bench(shape, found, levels=KL, with_memory=best and rivals)
             rows = [row | dict(kind="cpu", level=level) for row in rows]
             if not dry:
                 RESULTS.parent.mkdir(exist_ok=True)
                 with RESULTS.open("a", encoding="utf-8") as stream:
                     stream.writelines(json.dumps(row) + "\n" for row in rows)
             print(table(rows), flush=True)
-            if best:
+            if best and rivals:
                 print(loss.table(rows) + "\n", flush=True)
 
 
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--shapes", nargs="+", type=loss.parse_shape, default=SHAPES)
     parser.add_argument("--dry", action="store_true", help="append nothing")
+    parser.add_argument("--ours", action="store_true", help="without the rivals, some minutes")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -117,7 +120,7 @@ def main() -> None:
         text = RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else ""
         print(table([json.loads(line) for line in text.splitlines()]))
     elif given.here:
-        measure(given.levels[0], given.threads[0], given.shapes, given.dry)
+        measure(given.levels[0], given.threads[0], given.shapes, given.dry, not given.ours)
     else:
         shapes = [",".join(map(str, shape)) for shape in given.shapes]
         for level in given.levels:
@@ -125,6 +128,7 @@ def main() -> None:
                 command = [sys.executable, __file__, "--here", "--levels", level]
                 command += ["--threads", str(threads), "--shapes", *shapes]
                 command += ["--dry"] if given.dry else []
+                command += ["--ours"] if given.ours else []
                 subprocess.run(command, env=environment(level), check=True)
 
 
