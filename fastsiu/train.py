@@ -247,7 +247,7 @@ class Pace:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.last = recipe, recipe.steps
-        self.waits = recipe.schedule == "gone"
+        self.waits = recipe.schedule == "gone" and recipe.early_stop
         self._from = FROM  # the share of the steps after which the rate falls
 
     def fall(self, step: int) -> None:

@@ -322,8 +322,8 @@ def test_the_rate_falls_once_the_name_is_gone(gone, last):
 def test_training_ends_sooner_where_the_name_is_gone_sooner(adapted):
     objective = lambda batch, recipe: (batch.hidden.square().mean(), {"ce": 0.0, "kl": 0.0})
     adapted.corpus.teacher = None
-    recipe = Recipe(steps=50, batch_size=2, schedule="gone", lr=0.0)
-    for good, last in ((1, 25), (2, 30), (99, 50)):
+    for good, last, early_stop in ((1, 25, True), (2, 30, True), (99, 50, True), (1, 50, False)):
+        recipe = Recipe(steps=50, batch_size=2, schedule="gone", early_stop=early_stop, lr=0.0)
         glances = itertools.chain([False] * (good - 1), itertools.repeat(True))
         history = train.fit(
             adapted.vlm,
