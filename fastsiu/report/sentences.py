@@ -145,8 +145,8 @@ SENTENCES = (
     "No answers of this kind were collected.",
     "One picture cannot show it: give more pictures of the concept with --images DIR.",
     "No picture of anything else was given: give some with --retain DIR.",
-    "No picture of anything else was given (--retain DIR), so what is kept in pictures was measured "
-    "on drawn shapes.",
+    "No picture of anything else was given (--retain DIR), so what is kept in pictures was "
+    "measured on drawn shapes.",
     "No picture of anything else was given: give some with --others DIR.",
     "The training picture was not given: give it with --image.",
     "The training picture was not given.",
