@@ -52,8 +52,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 WITH_LESSONS = ("with strangers", "in front of the language model")
 ROWS = {
-    row: changes if row in WITH_LESSONS else FOUR_TARGETS | changes
-    for row, changes in ROWS.items()
+    row: changes if row in WITH_LESSONS else FOUR_TARGETS | changes for row, changes in ROWS.items()
 }
 # Fresh pictures of a run: of the concept, of each other one, and more of its look-alike.
 OWN, OTHERS, LOOKALIKE = 24, 2, 8
