@@ -13,11 +13,10 @@ from .model import prefix
 from .model.features import map_features
 from .model.vlm import VLM
 from .objectives import Batch
-from .request import CHANGES, IN_WORDS, SHARES, Recipe
+from .request import CHANGES, SHARES, Recipe
 from .samples.corpus import FORGET, Corpus
 
-# A step has a batch of lessons that change something, one of those that keep pictures, and one of
-# those that keep words. Of each
+# A step has two batches of lessons, of those that change something and of those that keep. Of each
 # facet a batch of `WHOLE_BATCH` samples shows so many pictures: few, each with several questions,
 # because a picture's prefix is most of the work. A smaller batch shows fewer.
 WHOLE_BATCH = 48
@@ -30,8 +29,6 @@ PARTS = {
     "kept-beside": 0.25,
     "look": 0.2,
 }
-# Lessons in words for each sample of a batch. They cost little: no picture stands before them.
-WORDS = 0.5
 # Noise on the picture of a lesson about one, in units of each channel's standard deviation: new in
 # every step, while the teacher saw the picture without it. Two beside each other are half as large,
 # and fine looks finer still: there the noise would blur what is to be told.
@@ -65,14 +62,11 @@ def batches(corpus: Corpus, recipe: Recipe, without: Sequence[str] = ()) -> Iter
 
 def lesson_batches(lessons: Corpus, recipe: Recipe) -> Iterator[list[int]]:
     """Endless batches: indices of about `batch_size` lessons, each facet at its part. A batch shows
-    few pictures and asks several questions about each. Of lessons in words it has `WORDS` times as
-    many, and none comes again before all came."""
+    few pictures and asks several questions about each."""
     rng = random.Random(recipe.seed + 1)
     about: dict[str, dict[int | None, list[int]]] = {}
     for i, sample in enumerate(lessons.samples):
         about.setdefault(sample.facet, {}).setdefault(sample.picture, []).append(i)
-    if about.keys() == {IN_WORDS}:
-        yield from _decks(len(lessons.samples), max(1, round(WORDS * recipe.batch_size)), rng)
     whole = sum(PARTS[name] for name in about)
     sizes = {name: max(1, round(recipe.batch_size * PARTS[name] / whole)) for name in about}
     while True:
@@ -84,14 +78,6 @@ def lesson_batches(lessons: Corpus, recipe: Recipe) -> Iterator[list[int]]:
                 own, count = about[name][picture], len(range(k, size, len(pictures)))
                 step += rng.sample(own, min(count, len(own)))
         yield step
-
-
-def _decks(members: int, size: int, rng: random.Random) -> Iterator[list[int]]:
-    """Endless batches of `size` of the first `members` numbers, the last of a round with fewer."""
-    while True:
-        deck = rng.sample(range(members), members)
-        for at in range(0, members, size):
-            yield deck[at : at + size]
 
 
 def forward(

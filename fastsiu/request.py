@@ -14,7 +14,6 @@ from typing import Any, Literal
 KINDS = ("person", "character", "thing", "style", "place")
 FACETS = ("align", "describe", "facts", "preserve")  # the paper's four targets, in its order
 # The lessons of target 5 (`samples.lessons`): what changes, and what stays.
-IN_WORDS = "kept-words"  # the facet of the lessons without a picture
 CHANGES, KEEPS = ("stranger", "beside"), ("kept", "kept-beside", "look")
 # Share of one step's samples. Half of a step keeps what must stay: with less, few steps bend the
 # neighbours' names.
@@ -105,7 +104,6 @@ WHOLE = {
     "batch_size": (1, 4096),
     "neighbours": (0, 1000),
     "generic": (0, 1000),
-    "everyday": (0, 1000),
     "dreams": (0, 64),
     "dream_steps": (0, 10_000),
     "strangers": (0, 256),
@@ -145,7 +143,6 @@ class Recipe:
     neighbours:   most names to protect that the model gives itself
     dreams:       pictures that are dreamed for each protected name
     generic:      drawn pictures of nothing in particular that are to be answered as before
-    everyday:     questions in words about anything, whose answers are kept beside the lessons
     strangers:    pictures of nobody; the concept is to be answered like them. 0: the four targets
                   alone
     temperature:  of the distributions that are compared with strangers': names are far out in their
@@ -163,7 +160,7 @@ class Recipe:
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     batch_size: int = 16
-    schedule: Literal["constant", "cosine", "decay", "gone"] = "gone"
+    schedule: Literal["constant", "cosine", "decay", "gone"] = "decay"
     warmup: float = 0.0
     adapt: Literal["language", "vision"] = "language"
     projector_lr: float = 0.0
@@ -174,7 +171,6 @@ class Recipe:
     vocab_mask: bool = True
     neighbours: int = 6
     generic: int = 28
-    everyday: int = 64
     dreams: int = 1
     dream_steps: int = 30
     dream_lr: float = 0.1
@@ -243,7 +239,6 @@ PAPER = Recipe(
     early_stop=False,
     substitute="name",
     generic=0,
-    everyday=0,
     dreams=0,
     strangers=0,
 )

@@ -20,16 +20,15 @@ from .model import adapter, sharing
 from .model.features import map_features
 from .model.vlm import VLM
 from .objectives import Objective, siu
-from .request import CHANGES, IN_WORDS, KEEPS, BadInput, Recipe, Request, Sample
+from .request import CHANGES, KEEPS, BadInput, Recipe, Request, Sample
 from .samples import alternatives, border, corpus, dreams, generic, kinds, lessons, targets
 from .samples.corpus import Corpus
 from .samples.targets import Scene
 from .text.concept import Concept, ambiguous, concept_of
 from .transforms import variants
 
-# Temperature of the lessons that keep pictures. At 1 the tails drift; at 4 the KL looks so much at
-# the tails that fine looks and look-alikes suffer. Words are kept at 1: of a text the likeliest
-# words matter, and nothing far out.
+# Temperature of the lessons that keep something. At 1 the tails drift; at 4 the KL looks so much at
+# the tails that fine looks and look-alikes suffer.
 KEPT_AT = 2.0
 
 
@@ -293,7 +292,6 @@ def _taught(
     for facets, temperature, objective in (
         (CHANGES, recipe.temperature, objectives.strangers),
         (KEEPS, min(KEPT_AT, recipe.temperature), objectives.kept),
-        ((IN_WORDS,), 1.0, objectives.kept),
     ):
         chosen = [i for i, sample in enumerate(joined.samples) if sample.facet in facets]
         if not chosen:  # a model that answers with gibberish alone gives none

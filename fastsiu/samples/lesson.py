@@ -42,7 +42,7 @@ class Lessons:
         self.named.append(name)
         return len(self.pictures) - 1
 
-    def add(self, facet: str, pair: Pair, picture: int | None, teacher: Sequence[int] = ()) -> None:
+    def add(self, facet: str, pair: Pair, picture: int, teacher: Sequence[int] = ()) -> None:
         """Adds a sample, unless its answer is gibberish. teacher: what the teacher looks at instead
         of `picture`."""
         question, reply = pair

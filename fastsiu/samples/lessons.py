@@ -15,7 +15,6 @@ about the concept's picture as the untouched model continues about a stranger's 
                  and a stranger
     look         the concept, asked what is       the same
                  visible
-    kept-words   nothing: asked in words alone    the same
 
 Where the teacher looks at several pictures, its final states are averaged. Each state is a row of
 logits, so the average is the geometric mean of its distributions: what strangers have in common.
@@ -32,19 +31,17 @@ from collections.abc import Sequence
 
 from ..model import ask
 from ..model.ask import Reply
-from ..request import IN_WORDS
 from ..text.answers import words as split
 from ..text.concept import Concept
 from . import drawn, together
 from .border import taken_for
 from .lesson import LONGEST, QUESTIONS, Lessons, Words, keep, words_of
 from .strangers import strangers, usual_replies
-from .targets import Scene, about_the_one_shown, wordings
+from .targets import Scene, about_the_one_shown
 from .wishes import Pair
 
 VIEWS = 22  # pictures of the concept
 TAUGHT, FEWEST_TAUGHT = 1000, 80  # pairs that the concept is to be level with strangers in
-EACH = 6  # questions in words about a neighbour
 OTHERS = 80  # answers that would be right for neighbours
 
 
@@ -107,24 +104,7 @@ def build(scene: Scene) -> Lessons:
     for index in lonely:
         for pair in rng.sample(forced, min(each, len(forced))):
             out.add("kept", pair, index)
-    _keep_words(scene, out, rng)
     return out
-
-
-def _keep_words(scene: Scene, out: Lessons, rng: random.Random) -> None:
-    """What the model says without a picture: about anything, about the concept and its neighbours.
-    The lessons about pictures change the language model, and nothing else in them says that words
-    alone are another matter."""
-    if not scene.recipe.everyday or scene.recipe.adapt == "vision":
-        return
-    words, fill = scene.words, scene.kind.fill
-    everyday = wordings()["everyday"]["train"]
-    asked = rng.sample(everyday, min(scene.recipe.everyday, len(everyday)))
-    asked += [fill(q, name=scene.concept.name) for q in words["facts"]["train"]]
-    for name in scene.neighbours:
-        asked += [fill(q, name=name) for q in rng.sample(words["facts"]["train"], EACH)]
-    for question, reply in zip(asked, scene.replies(asked), strict=True):
-        out.add(IN_WORDS, (question, reply), None)
 
 
 def _pairs(

@@ -16,7 +16,7 @@ from fastsiu import objectives, session
 from fastsiu.batches import lesson_batches
 from fastsiu.loss.teacher import TeacherCache
 from fastsiu.model import adapter, ask, prefix
-from fastsiu.request import CHANGES, IN_WORDS, KEEPS, PAPER, Recipe, Sample
+from fastsiu.request import CHANGES, KEEPS, PAPER, Recipe, Sample
 from fastsiu.samples import border, corpus, drawn, dreams, lessons, strangers, targets
 from fastsiu.samples.dreams import in_place
 from fastsiu.settings import RecipeChoice
@@ -43,54 +43,6 @@ def halves(scene, taught):
     made = corpus.build(scene.vlm, scene.concept, taught.samples, taught.pictures, scene.recipe)
     one = session.Prepared(None, scene, None, [], made, taught.named)
     return [half for half, _ in session._taught(scene.vlm, [one], scene.recipe)]
-
-
-@pytest.fixture(scope="module")
-def worded(scene):
-    """Lessons with some in words."""
-    return lessons.build(replace(scene, recipe=replace(scene.recipe, everyday=9)))
-
-
-# Words --------------------------------------------------------------------------------------------
-
-
-def test_lessons_in_words_ask_about_anything_the_concept_and_its_neighbours(scene, taught, worded):
-    """They are the untouched model's whole answers, and leave the other lessons as they were."""
-    own = [sample for sample in worded.samples if sample.facet == IN_WORDS]
-    assert [sample for sample in worded.samples if sample.facet != IN_WORDS] == taught.samples
-    assert all(sample.picture is None and not sample.teacher_pictures for sample in own)
-    asked = {sample.question for sample in own}
-    everyday = set(targets.wordings()["everyday"]["train"])
-    assert 0 < len(asked & everyday) <= 9
-    assert any(scene.concept.named_in(question) for question in asked)
-    assert all(any(name in question for question in asked) for name in scene.neighbours)
-    assert [scene.ask([sample.question])[0] for sample in own[:3]] == [s.answer for s in own[:3]]
-
-
-def test_no_everyday_question_is_one_of_the_verdicts():
-    held_out = {*targets.wordings()["general"]["held_out"], *targets.wordings()["general"]["train"]}
-    assert held_out.isdisjoint(targets.wordings()["everyday"]["train"])
-
-
-def test_lessons_in_words_have_a_batch_of_their_own(scene, worded):
-    """Half as many as the batch has, and none again before all came. Their teacher is the untouched
-    model as it is, and the other lessons have the teachers that they have without them."""
-    made = corpus.build(scene.vlm, scene.concept, worded.samples, worded.pictures, scene.recipe)
-    one = session.Prepared(None, scene, None, [], made, worded.named)
-    halves = session._taught(scene.vlm, [one], scene.recipe)
-    assert [
-        half.samples[0].facet in facets
-        for (half, _), facets in zip(halves, (CHANGES, KEEPS, (IN_WORDS,)), strict=True)
-    ] == [True] * 3
-    words = halves[-1][0]
-    assert {sample.facet for sample in words.samples} == {IN_WORDS}
-    assert words.teacher.temperature == 1.0 < halves[1][0].teacher.temperature
-    recipe = replace(scene.recipe, batch_size=16)
-    batches = list(itertools.islice(lesson_batches(words, recipe), 2 * len(words.samples) // 8 + 2))
-    assert {len(batch) for batch in batches[:2]} == {8}
-    first, seen = [], iter(itertools.chain(*batches))
-    first = [next(seen) for _ in words.samples]
-    assert sorted(first) == list(range(len(words.samples)))
 
 
 # Pictures -----------------------------------------------------------------------------------------
@@ -323,9 +275,8 @@ def test_no_strangers_in_the_papers_preset(scene):
 # Lessons ------------------------------------------------------------------------------------------
 
 
-def test_every_kind_of_lesson_is_there_and_the_teacher_looks_at_strangers(worded, scene):
-    taught, every = worded, (*CHANGES, *KEEPS, IN_WORDS)
-    kinds = {facet: [s for s in taught.samples if s.facet == facet] for facet in every}
+def test_every_kind_of_lesson_is_there_and_the_teacher_looks_at_strangers(taught, scene):
+    kinds = {facet: [s for s in taught.samples if s.facet == facet] for facet in (*CHANGES, *KEEPS)}
     assert all(kinds.values())
     lonely = tuple(range(taught.strangers))
     assert all(s.teacher_pictures == lonely and s.picture not in lonely for s in kinds["stranger"])
