@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 import torch
 from loss import FULL, PEERS, RESULTS, Shape
 
-from fastsiu.kernels import tiled
 from fastsiu.kernels.triton_launch import general_launch, triton_launch
 
 
@@ -74,30 +73,31 @@ COPY = 0.9  # of the bandwidth: 4.3 of an H200's 4.8 TB/s in a copy
 L2_RATE = 32  # bytes per clock and multiprocessor: half of the 64 that its port takes
 L2_KEPT = 0.5  # of the L2 holds what the next kernel reads again; the rest is passed through
 LATENCY = 700  # clocks from a load to its data
+ROWS_AT_ONCE = 2  # programs of a per-row kernel on a multiprocessor: 128 registers, 256 threads
 DEVICE_OPERATION = 2e-6  # s of the GPU for a kernel however small
-HOST_LAUNCH = 25e-6  # s of Python for a Triton launch (triton_launch.py, CHUNK)
+HOST_LAUNCH = 25e-6  # s that Triton takes for a launch (triton_launch.py, CHUNK)
 
 
 class Around(NamedTuple):
-    """What a call does beside its launches for each chunk, forward and backward. Counted and timed
-    with the kernels left out; tests/triton/test_roofline.py counts again.
+    """What a call does beside its launches for each chunk, forward and backward.
+    tests/triton/test_roofline.py counts again.
 
-    kernels: of torch, casts included; more: with each further slice of held-out rows; host: s of
-    Python for each kernel, plans and checks included
+    launches: of Triton's per-row kernels; kernels: of torch; host: s of Python, without what Triton
+    takes for a launch
     """
 
+    launches: int
     kernels: int
-    more: int
     host: float
 
 
-# 4.8 ms of CPU time for 272 operations (Xeon, 2 cores, torch 2.11, triton 3.6)
-FROZEN, GENERAL = Around(272, 8, 18e-6), Around(211, 0, 18e-6)
-MORE_GENERAL = 10  # with each chunk
+# Python: CPU time of a step at [16, 64] with the kernels left out, 0.18 to 0.20 ms for the forward
+# pass of either, 0.29 and 0.38 ms with the backward pass (Xeon, 2 busy cores, torch 2.13, triton
+# 3.6, 2026-11-29), rounded.
+FROZEN, GENERAL = Around(3, 3, 3e-4), Around(6, 2, 4e-4)
 # Does the compiled loop load ahead? As Triton's intermediate code says (async_wait, number of
-# buffers); tests/triton/test_roofline.py reads it again. The product waits for every load, since
-# where it loads from comes out of a list.
-PIPELINED = dict(sums=True, product=False, pair=True, outer=False)
+# buffers); tests/triton/test_roofline.py reads it again.
+PIPELINED = dict(sums=True, product=True, pair=True, outer=True)
 
 HELD = 17  # the teacher's 16 columns and the label
 SHAPES: list[Shape] = list(dict.fromkeys(sorted(PEERS, key=lambda s: (*s[1:3], s[0])) + FULL))
@@ -113,8 +113,8 @@ def up(a: int, b: int) -> int:
 
 
 class Pipe(NamedTuple):
-    """A kernel's loop: flops and bytes of a step, the rows of its tile, its stages, and whether it
-    loads ahead."""
+    """A kernel's loop: flops and bytes of a step, the rows of its sums as the matrix instructions
+    see them, its stages, and whether it loads ahead."""
 
     flops: float
     bytes: float
@@ -149,7 +149,7 @@ def ours(gpu: GPU) -> float:
 class Cost(NamedTuple):
     """Of one kernel. busy: the fraction of the multiprocessors that work, on average until the last
     one is done; each runs one program at a time, as benches/compile_kernels.py predicts for nearly
-    all rows."""
+    all rows. waits: loads outside of `pipe` that are waited for, one after the other."""
 
     kernel: str
     flops: float
@@ -157,12 +157,14 @@ class Cost(NamedTuple):
     l2: float = 0.0  # bytes from or to it, those that go on to memory included
     busy: float = 1.0
     pipe: Pipe | None = None
+    waits: int = 0
 
     def seconds(self, gpu: GPU, peak: float) -> dict[str, float]:
         reached, by = self.pipe.reached(gpu, peak) if self.pipe else (1.0, "matmul")
         times = {
             "memory": self.dram / (COPY * gpu.bandwidth * 1e9),
             "L2": self.l2 / (L2_RATE * gpu.clock * 1e9 * gpu.units * self.busy),
+            "waiting for loads": self.waits * LATENCY / (gpu.clock * 1e9),
         }
         times[by] = max(times.get(by, 0.0), self.flops / (reached * peak * self.busy))
         return times
@@ -180,23 +182,35 @@ class Work(NamedTuple):
 
 
 def frozen(shape: Shape, gpu: GPU) -> Work:
-    """`triton_sweep.sweep` for one Sums with a product, chunk by chunk, and `tiled.shared` around
-    it."""
+    """`triton_rows.frozen` with a teacher at temperature 1: `triton_sweep.visit` for one channel
+    with a product, chunk by chunk, between the kernels for the rows."""
     N, V, D, name = shape
     dtype = getattr(torch, name)
     E = dtype.itemsize  # of h and W, and of e
     plan, kept = triton_launch(N, V, D, dtype, gpu.target, gpu.units), L2_KEPT * gpu.l2 * 1e6
     (BLOCK_N, BLOCK_V, BLOCK_D, *_), BLOCK = plan.sums, plan.product.BLOCK_D
     blocks, tiles, slices = up(N, BLOCK_N), up(V, BLOCK_V), up(D, BLOCK)
-    room = min(max(1, plan.chunk // BLOCK_V), tiles)  # these four as in _visit
+    room = min(max(1, plan.chunk // BLOCK_V), tiles)  # these four as in visit
     splits = min(plan.splits, room)
     group = up(splits, min(plan.product_splits, splits))
     parts = up(splits, group)
     again = up(blocks, gpu.units)  # row blocks that do not run at the same time read W again
-    costs = []
     step, stages = plan.product.BLOCK_V, (plan.sums.num_stages, plan.product.num_stages)
-    sums_pipe = pipe("sums", (BLOCK_N, BLOCK_V, BLOCK_D), BLOCK_N + BLOCK_V, E, stages[0])
-    product_pipe = pipe("product", (BLOCK_N, BLOCK, step), BLOCK_N + BLOCK, E, stages[1])
+    sums_pipe = pipe("sums", (BLOCK_N, BLOCK_V, BLOCK_D), E, stages[0])
+    product_pipe = pipe("product", (BLOCK, BLOCK_N, step), E, stages[1])  # W^T p^T
+    # prepare_kernel: a program per row reads h, h_t, m and its held-out rows of W, a piece after
+    # the other. A row of W that many rows hold out comes from memory once.
+    piece = min(256, 1 << (D - 1).bit_length())
+    pieces, held, rows = up(D, piece), HELD * N * D * E, (2 * E + 4) * N * D
+    costs = [
+        Cost(
+            "prepare",
+            0,
+            dram=min(held, V * D * E) + rows,
+            l2=held + rows,
+            waits=(2 + pieces) * waves_of(N, gpu),
+        )
+    ]
     for first in range(0, tiles, room):
         n = min(room, tiles - first)
         columns = min(n * BLOCK_V, V - first * BLOCK_V)
@@ -216,10 +230,11 @@ def frozen(shape: Shape, gpu: GPU) -> Work:
             )
         )
         # product_kernel: W again, unless the chunk's W and e are still in L2; e once per slice of
-        # BLOCK_D, out of L2 for the slices that run at once; the partial sums are read and written.
+        # BLOCK_D, out of L2 for the slices that run at once; partial sums are written, and read
+        # before that in all but the first chunk.
         most = min(group * share, n)
         waves = up(blocks * slices * up(n, group * share), gpu.units)
-        partial = 2 * 4 * parts * N * D
+        partial = (2 if first else 1) * 4 * parts * N * D
         costs.append(
             Cost(
                 "product",
@@ -231,30 +246,36 @@ def frozen(shape: Shape, gpu: GPU) -> Work:
                 pipe=product_pipe,
             )
         )
-    # combine_kernel: partials, and product read and written
-    costs.append(Cost("combine", 0, dram=4 * (parts + 2) * N * D))
-    # The held-out rows of W are gathered twice, in slices of GATHERED numbers, and multiplied in
-    # fp32: a slice that does not stay in L2 goes to memory and back.
-    gathered = N * HELD * D
-    spilled = min(8 * tiled.GATHERED, gathered) * (E + 4) > kept
-    least = 2 * gathered * E + (2 * E + 8) * N * D  # these rows; h, h_t, m and dh
-    touched = least + 4 * 4 * gathered
-    costs.append(Cost("held-out rows", 0, dram=touched if spilled else least, l2=touched))
-    operations = FROZEN.kernels + FROZEN.more * (up(gathered, 8 * tiled.GATHERED) - 1)
+    # finish_kernel: a program per row and piece of D reads all splits' sums, the partial products,
+    # m and the held-out rows of W again, and writes dh in fp32; torch scales it into h's dtype.
+    rows = (4 * parts + 4 + 4 + 4 + E) * N * D
+    costs.append(
+        Cost(
+            "finish",
+            0,
+            dram=min(held, V * D * E) + rows,
+            l2=held + rows + 12 * splits * N * pieces,
+            waits=(2 + parts) * waves_of(N * pieces, gpu),
+        )
+    )
     chunks = len(range(0, tiles, room))
-    return Work(costs, 2 * chunks + 1, operations, operations * FROZEN.host)
+    return Work(costs, FROZEN.launches + 2 * chunks, FROZEN.kernels, FROZEN.host)
 
 
-def pipe(kernel: str, tile: tuple[int, int, int], loaded: int, E: int, stages: int) -> Pipe:
-    """The loop of a product of `tile` rows and columns, in steps of its third number, which loads
-    so many of it."""
+def waves_of(programs: int, gpu: GPU) -> int:
+    """Of a per-row kernel."""
+    return up(programs, ROWS_AT_ONCE * gpu.units)
+
+
+def pipe(kernel: str, tile: tuple[int, int, int], E: int, stages: int) -> Pipe:
+    """The loop of a product of `tile` rows and columns, in steps of its third number."""
     rows, columns, depth = tile
-    return Pipe(2 * rows * columns * depth, loaded * depth * E, rows, stages, PIPELINED[kernel])
+    loaded = (rows + columns) * depth * E
+    return Pipe(2 * rows * columns * depth, loaded, rows, stages, PIPELINED[kernel])
 
 
 def trained(shape: Shape, gpu: GPU) -> Work:
-    """`triton_general.normalise` in the forward and `differentiate`, by h and W, in the backward
-    pass. The teacher's head is a frozen copy."""
+    """`triton_general.forward`, and `backward` by h and W. The teacher's head is a frozen copy."""
     N, V, D, name = shape
     dtype = getattr(torch, name)
     E, plan, kept = (
@@ -273,19 +294,22 @@ def trained(shape: Shape, gpu: GPU) -> Work:
         up(D, BLOCK),
         up(D, OUTER_D),
     )
-    room, again = min(max(1, plan.chunk // BLOCK_V), tiles), up(blocks, gpu.units)
-    splits = min(plan.product_splits, room)
-    tile, step = (BLOCK_N, 2 * BLOCK_V, BLOCK_D), plan.product.BLOCK_V  # both logits of a tile
-    pair_pipe = pipe("pair", tile, 2 * (BLOCK_N + BLOCK_V), E, plan.pair.num_stages)
+    room, again = min(max(1, plan.chunk // BLOCK_V), tiles, 65_535), up(blocks, gpu.units)
+    splits, step = min(plan.product_splits, room), plan.product.BLOCK_V
+    # two heads: the logits of student and teacher have a loop each
+    pair_pipe = pipe("pair", (BLOCK_N, BLOCK_V, BLOCK_D), E, plan.pair.num_stages)
     stages = plan.product.num_stages, plan.outer.num_stages
-    product_pipe = pipe("product", (BLOCK_N, BLOCK, step), BLOCK_N + BLOCK, E, stages[0])
-    outer_pipe = pipe("outer", (OUTER_V, OUTER_D, OUTER_N), OUTER_V + OUTER_D, E, stages[1])
+    product_pipe = pipe("product", (BLOCK, BLOCK_N, step), E, stages[0])
+    outer_pipe = pipe("outer", (OUTER_V, OUTER_D, OUTER_N), E, stages[1])
     # flops of z and t, whole tiles
     pairs = lambda n: 2 * 2 * blocks * BLOCK_N * n * BLOCK_V * up(D, BLOCK_D) * BLOCK_D
     # normalise_kernel: both heads once, which the row blocks of a split read side by side out of
     # L2; h and h_t once per tile.
     W, share = V * D * E, up(tiles, min(plan.splits, tiles))
+    # prepare_kernel reads h and the label's row of W, and writes h.
+    pieces, rows = up(D, min(512, 1 << (D - 1).bit_length())), 3 * N * D * E
     costs = [
+        Cost("prepare", 0, dram=rows, l2=rows, waits=(2 + pieces) * waves_of(N, gpu)),
         Cost(
             "normalise",
             flops=pairs(tiles),
@@ -293,19 +317,18 @@ def trained(shape: Shape, gpu: GPU) -> Work:
             l2=2 * blocks * W + 2 * tiles * N * D * E,
             busy=blocks * tiles / (gpu.units * up(blocks * up(tiles, share), gpu.units) * share),
             pipe=pair_pipe,
-        )
+        ),
     ]
     for first in range(0, tiles, room):
         n = min(room, tiles - first)
         columns = min(n * BLOCK_V, V - first * BLOCK_V)
         W, p, share = columns * D * E, N * columns * E, up(n, splits)
-        # coefficient_kernel: the same again, a program per tile; stores dx and, per tile and row,
-        # two fp64.
+        # coefficient_kernel: the same again, a program per tile; stores dx.
         costs.append(
             Cost(
                 "coefficient",
                 flops=pairs(n),
-                dram=2 * again * W + 2 * N * D * E + p + 16 * N * n,
+                dram=2 * again * W + 2 * N * D * E + p,
                 l2=2 * blocks * W + 2 * n * N * D * E + p,
                 busy=blocks * n / (gpu.units * up(blocks * n, gpu.units)),
                 pipe=pair_pipe,
@@ -313,7 +336,7 @@ def trained(shape: Shape, gpu: GPU) -> Work:
         )
         # product_kernel: as in `frozen`, one split after the other.
         waves = up(blocks * slices * up(n, share), gpu.units)
-        partial = 2 * 4 * splits * N * D
+        partial = (2 if first else 1) * 4 * splits * N * D
         costs.append(
             Cost(
                 "product",
@@ -340,9 +363,11 @@ def trained(shape: Shape, gpu: GPU) -> Work:
                 pipe=outer_pipe,
             )
         )
+    # gather_kernel: dh from the partial products
+    rows, waits = (4 * splits + E) * N * D, splits * waves_of(N * pieces, gpu)
+    costs.append(Cost("gather", 0, dram=rows, l2=rows, waits=waits))
     chunks = len(range(0, tiles, room))
-    operations = GENERAL.kernels + MORE_GENERAL * chunks
-    return Work(costs, 1 + 3 * chunks, operations, operations * GENERAL.host)
+    return Work(costs, GENERAL.launches + 3 * chunks, GENERAL.kernels, GENERAL.host)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -568,7 +593,7 @@ def reason(some: list[dict[str, Any]]) -> str:
     return {
         "memory": "Memory",
         "L2": "The L2's bandwidth, for tiles that small,",
-        "waiting for loads": "Loads that the loop waits for",
+        "waiting for loads": "Loads that are waited for",
     }[p["by"]] + f" in {where}"
 
 
@@ -578,6 +603,7 @@ ASSUMED = dict(
     narrow=NARROW,
     pipelined=PIPELINED,
     latency_clocks=LATENCY,
+    rows_at_once=ROWS_AT_ONCE,
     copy=COPY,
     l2_bytes_per_clock_and_unit=L2_RATE,
     l2_kept=L2_KEPT,

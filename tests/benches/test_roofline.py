@@ -47,23 +47,31 @@ def test_one_chunk_by_hand():
     of L2 hold W (1 MB) and e (262 kB)."""
     gpu = GPUS["RTX 4070"]._replace(units=16)
     work = roofline.frozen((64, 2048, 256, "bfloat16"), gpu)
-    sums, product, combine, gather = work.costs
+    prepare, sums, product, finish = work.costs
     W, e, h = 2048 * 256 * 2, 64 * 2048 * 2, 64 * 256 * 2
     assert sums[:5] == ("sums", 2 * 64 * 2048 * 256, W + h + e + 4 * 64 * 16, W + 16 * h + e, 1.0)
     assert product[:4] == (
         "product",
         2 * 64 * 2048 * 256,
-        2 * 8 * 64 * 256 * 4,
-        2 * 8 * 64 * 256 * 4 + W + 2 * e,
+        8 * 64 * 256 * 4,
+        8 * 64 * 256 * 4 + W + 2 * e,
     )
     assert product.busy == 1.0
-    # tiles of 64 x 128 in steps of 64, both ways
-    assert sums.pipe[:4] == product.pipe[:4] == (2 * 64 * 128 * 64, (64 + 128) * 64 * 2, 64, 3)
-    assert combine.dram == 10 * 64 * 256 * 4 and work.launches == 3
-    # 64 rows of 17 are 17 / 32 of W
-    assert gather.dram == 2 * 17 * W / 32 + 12 * 64 * 256 and gather.l2 > gather.dram
+    # tiles of 64 x 128 and of 128 x 64 in steps of 64
+    assert sums.pipe[:4] == (2 * 64 * 128 * 64, (64 + 128) * 64 * 2, 64, 3)
+    assert product.pipe[:4] == (*sums.pipe[:2], 128, 4)
+    # 64 rows of 17 are 17 / 32 of W; h, h_t and m in fp32
+    assert prepare.dram == prepare.l2 == 17 * W / 32 + 8 * 64 * 256
+    # the same, 8 partial products, m and dh, and dh scaled; 12 bytes for each split and row
+    assert finish.dram == 17 * W / 32 + 64 * 256 * (8 * 4 + 4 + 4 + 4 + 2)
+    assert finish.l2 == finish.dram + 12 * 16 * 64
+    # Two programs at once on 16 units are two waves. D is one piece; row numbers come before it,
+    # and a row's factors before those.
+    assert (prepare.waits, finish.waits) == (2 * 3, 2 * (2 + 8))
+    assert prepare.seconds(gpu, 1.0)["waiting for loads"] == pytest.approx(6 * 700 / 2.475e9)
+    assert work.launches == 5 and work.operations == 3
     # then W and e are read again
-    small = roofline.frozen((64, 2048, 256, "bfloat16"), gpu._replace(l2=1.0)).costs[1]
+    small = roofline.frozen((64, 2048, 256, "bfloat16"), gpu._replace(l2=1.0)).costs[2]
     assert small.dram == product.dram + W + e and small.l2 == product.l2
 
 
@@ -71,19 +79,29 @@ def test_one_chunk_of_the_general_path_by_hand():
     """The same with 32 tiles of 64, in two waves; dW has 16 by 4 tiles of 128 x 64, in four."""
     work = roofline.trained((64, 2048, 256, "bfloat16"), GPUS["RTX 4070"]._replace(units=16))
     W, dx, h, product = 2048 * 256 * 2, 64 * 2048 * 2, 64 * 256 * 2, 2 * 64 * 2048 * 256
-    partial = 2 * 8 * 64 * 256 * 4
-    assert work.launches == 4 and [cost[:5] for cost in work.costs] == [
+    partial = 8 * 64 * 256 * 4
+    assert work.launches == 9 and [cost[:5] for cost in work.costs] == [
+        ("prepare", 0, 3 * h, 3 * h, 1.0),
         ("normalise", 2 * product, 2 * W + 2 * h, 2 * W + 2 * 32 * h, 1.0),
         (
             "coefficient",
             2 * product,
-            2 * W + 2 * h + dx + 16 * 64 * 32,
+            2 * W + 2 * h + dx,
             2 * W + 2 * 32 * h + dx,
             1.0,
         ),
         ("product", product, partial, partial + W + 2 * dx, 1.0),
         ("outer", product, dx + h + W, 4 * dx + 16 * h + W, 1.0),
+        ("gather", 0, partial + h, partial + h, 1.0),
     ]
+
+
+def test_a_further_chunk_reads_the_partial_products_again(monkeypatch):
+    gpu, launch = GPUS["RTX 4070"]._replace(units=16), roofline.triton_launch
+    monkeypatch.setattr(roofline, "triton_launch", lambda *a: launch(*a)._replace(chunk=1024))
+    work = roofline.frozen((64, 2048, 256, "bfloat16"), gpu)
+    _, _, first, _, second, _ = work.costs
+    assert second.dram == 2 * first.dram and work.launches == 3 + 2 * 2
 
 
 def test_what_a_loop_reaches_by_hand():
@@ -162,22 +180,22 @@ def test_a_changed_launch_row_changes_the_prediction(monkeypatch):
     monkeypatch.setattr(roofline, "triton_launch", lambda *a: launch(*a)._replace(chunk=8 * 128))
     after = roofline.predict(shape, gpu)
     assert after["kernels"] > before["kernels"] and after["host_ms"] > before["host_ms"]
-    # it gathers in slices
-    few, many = (roofline.frozen((N, 32_000, 2048, "bfloat16"), gpu).operations for N in (16, 1024))
-    assert many > few == roofline.FROZEN.kernels
 
 
 def test_what_is_slow_is_named_with_its_reason(monkeypatch, capsys):
     shapes = ("64,151936,2048", "16,151936,2048", "1024,151936,2048")
     given = ["--gpu", "H100", "H200", "--shape", *shapes]
+    # as if Python took milliseconds, and the product's loop waited for each load
+    monkeypatch.setattr(roofline, "FROZEN", roofline.FROZEN._replace(host=2e-3))
+    monkeypatch.setitem(roofline.PIPELINED, "product", False)
     _, printed, _ = run(capsys, *given)
     assert "Predicted below 80 % of two products" in printed and "2 of 2 shapes" in printed
-    assert "- H100, bfloat16, N 64, 1024: " in printed and "Python takes" in printed
+    assert "- H100, bfloat16, N 64: " in printed and "Python takes" in printed
     assert "- H200" not in printed
-    monkeypatch.setattr(roofline, "FROZEN", roofline.Around(4, 0, 0.0))
+    monkeypatch.setattr(roofline, "FROZEN", roofline.FROZEN._replace(host=0.0))
     _, printed, _ = run(capsys, *given)
-    assert "Loads that the loop waits for in product: " in printed and "Python" not in printed
-    monkeypatch.setitem(roofline.PIPELINED, "product", True)
+    assert "Loads that are waited for in product" in printed and "Python" not in printed
+    monkeypatch.undo()
     _, printed, _ = run(capsys, *given)
     assert "1 of 2 shapes" in printed and "- H100, bfloat16, N 1024: " in printed
     assert "The L2's bandwidth, for tiles that small, in sums and product" in printed
