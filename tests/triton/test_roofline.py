@@ -1,5 +1,5 @@
-"""What benches/roofline.py says of the kernels is what they are: how many a call launches, and
-which loops load ahead."""
+"""What benches/roofline_model.py says of the kernels is what they are: how many a call launches,
+and which loops load ahead."""
 
 import collections
 import json
@@ -24,7 +24,7 @@ from fastsiu import TeacherCache, fused_dmk_ce  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benches"))
-import roofline  # noqa: E402
+import roofline_model as model  # noqa: E402
 
 # what launches nothing
 VIEWS = set(
@@ -70,8 +70,8 @@ def launched(monkeypatch, training: bool) -> tuple[int, int]:
 @pytest.mark.parametrize("training", [False, True])
 def test_the_prediction_counts_what_a_call_launches(monkeypatch, training):
     kernels, launches = launched(monkeypatch, training)
-    work = (roofline.trained if training else roofline.frozen)(
-        (64, 3000, 64, "bfloat16"), roofline.GPUS["H100"]
+    work = (model.trained if training else model.frozen)(
+        (64, 3000, 64, "bfloat16"), model.GPUS["H100"]
     )
     assert (work.operations, work.launches) == (kernels, launches)
 
@@ -105,6 +105,6 @@ def test_a_loop_that_loads_ahead_is_told_from_one_that_does_not(target):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     loops = json.loads(done.stdout.splitlines()[-1])
-    assert loops.keys() == roofline.PIPELINED.keys()
+    assert loops.keys() == model.PIPELINED.keys()
     for kernel, ahead in loops.items():
-        assert set(ahead) == {roofline.PIPELINED[kernel]}, (kernel, ahead)
+        assert set(ahead) == {model.PIPELINED[kernel]}, (kernel, ahead)
