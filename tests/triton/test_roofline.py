@@ -1,5 +1,5 @@
-"""What benches/roofline.py says of the kernels is what they are: how many a call launches, and
-which loops load ahead."""
+"""What benches/roofline_model.py says of the kernels is what they are: how many a call launches,
+and which loops load ahead."""
 
 import collections
 import json
@@ -24,7 +24,7 @@ from fastsiu import TeacherCache, fused_dmk_ce  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benches"))
-import roofline  # noqa: E402
+import roofline_model as model  # noqa: E402
 
 # what launches nothing
 VIEWS = set(
@@ -42,11 +42,15 @@ def launched(monkeypatch, training: bool) -> tuple[int, int]:
         interpreter.GridExecutor, "__call__", lambda *given, **options: launches.append(1)
     )
     h, W = torch.zeros(64, 64, dtype=torch.bfloat16), torch.ones(3000, 64, dtype=torch.bfloat16)
-    teacher, y = TeacherCache.from_hidden(h, W), torch.zeros(64, dtype=torch.int64)
+    # labels on a CPU are read to check them, a parameter's are not: as on a GPU
+    y = torch.nn.Parameter(torch.zeros(64, dtype=torch.int64), requires_grad=False)
+    teacher = TeacherCache.from_hidden(h, W)
+    # on a GPU 63 of 64 calls read nothing of the head
+    monkeypatch.setattr(TeacherCache, "head_changed", lambda self, **options: False)
     head = W.clone().requires_grad_() if training else W
 
     def once():
-        x = h.clone().requires_grad_()
+        x, head.grad = h.detach().requires_grad_(), None
         fused_dmk_ce(x, head, y, teacher, backend="triton").backward()
 
     once()
@@ -66,12 +70,10 @@ def launched(monkeypatch, training: bool) -> tuple[int, int]:
 @pytest.mark.parametrize("training", [False, True])
 def test_the_prediction_counts_what_a_call_launches(monkeypatch, training):
     kernels, launches = launched(monkeypatch, training)
-    work = (roofline.trained if training else roofline.frozen)(
-        (64, 3000, 64, "bfloat16"), roofline.GPUS["H100"]
+    work = (model.trained if training else model.frozen)(
+        (64, 3000, 64, "bfloat16"), model.GPUS["H100"]
     )
-    # composites on a GPU, such as a sort, are several kernels more
-    assert work.operations == pytest.approx(kernels, rel=0.1), (kernels, work.operations)
-    assert work.launches == launches
+    assert (work.operations, work.launches) == (kernels, launches)
 
 
 CODE = """
@@ -80,12 +82,14 @@ sys.path.insert(0, {benches!r})
 import compile_kernels as ck, triton
 found = {{}}
 for kernel, variant, blocks, dtype, layout, source in ck.jobs({target!r}):
-    wanted = kernel in ("sums", "product") and (dtype, layout) == ("bf16", ck.ALIGNED)
-    if wanted and blocks.BLOCK_N == 64:
+    named = dict(normalise="pair", coefficient="pair")
+    named |= {{kernel: kernel for kernel in ("sums", "product", "outer")}}
+    wanted = kernel in named and (dtype, layout) == ("bf16", ck.ALIGNED)
+    if wanted and (blocks.BLOCK_N == 64 or kernel == "outer"):
         options = dict(num_warps=blocks.num_warps, num_stages=blocks.num_stages)
         made = triton.compile(source, target=ck.gpu({target!r}), options=options).asm["ttgir"]
         waits = [int(n) for n in re.findall(r"async_wait [^{{]*\\{{num = (\\d+)", made)]
-        found.setdefault(kernel, []).append(any(waits))
+        found.setdefault(named[kernel], []).append(any(waits))
 print(json.dumps(found))
 """
 
@@ -100,5 +104,7 @@ def test_a_loop_that_loads_ahead_is_told_from_one_that_does_not(target):
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    for kernel, ahead in json.loads(done.stdout.splitlines()[-1]).items():
-        assert set(ahead) == {roofline.PIPELINED[kernel]}, (kernel, ahead)
+    loops = json.loads(done.stdout.splitlines()[-1])
+    assert loops.keys() == model.PIPELINED.keys()
+    for kernel, ahead in loops.items():
+        assert set(ahead) == {model.PIPELINED[kernel]}, (kernel, ahead)
