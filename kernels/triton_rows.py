@@ -265,7 +265,7 @@ def finish_kernel(
     z_label = tl.sum(tl.where(j == K, x, 0.0), 0)
 
     # cross-entropy, over the whole vocabulary at temperature 1
-    log_apart = log_0 * 0 - float("inf")
+    log_apart = u * 0 - float("inf")  # log_0 may be -inf, and times 0 NaN
     if APART:
         log_apart = log_1
     lse = log_sum(z, log_0, log_apart)
