@@ -142,13 +142,13 @@ def fit(
             on_step(history[-1])
         if recipe.early_stop and not lessons and good >= max(GOOD_ENOUGH, look.shares):
             break
-        if step >= pace.last:
-            break
         if watch is not None:
             vlm.model.eval()
             if watch(step):
                 break
             _training_mode(vlm, recipe)
+        if step >= pace.last:
+            break
     vlm.model.eval()
     return history
 
