@@ -92,7 +92,7 @@ def name_of(level: str) -> str:
 
 
 @functools.cache
-def library(level: str) -> ctypes.CDLL:
+def load(level: str) -> ctypes.CDLL:
     """The loaded library of a level; builds it where there is none yet.
 
     Raises CannotBuild, with one sentence, where that is not possible.
@@ -109,7 +109,7 @@ def library(level: str) -> ctypes.CDLL:
 def why_not(level: str) -> str | None:
     """Why the library of a level cannot be had, as one sentence; None if it is loaded now."""
     try:
-        library(level)
+        load(level)
     except CannotBuild as error:
         return str(error)
     except OSError as error:

@@ -121,7 +121,7 @@ def sweep(
     tile   columns at a time, rounded up to 32
     level  one of `cpu_build.executes()`; the processor's best by default
     """
-    library = cpu_build.library(level or cpu_build.executes()[0])
+    code = cpu_build.load(level or cpu_build.executes()[0])
     N, (V, D) = len(h), head.weight.shape
     if N == 0:
         return
@@ -143,9 +143,9 @@ def sweep(
         h.dtype == torch.bfloat16, row_groups, splits, len(channels),
         head.scale, head.softcap or 0.0, (_Channel * 2)(*(c.struct() for c in channels)),
     )  # fmt: skip
-    room = torch.empty(library.fastsiu_workspace(ctypes.byref(problem)) + 63, dtype=torch.uint8)
+    room = torch.empty(code.fastsiu_workspace(ctypes.byref(problem)) + 63, dtype=torch.uint8)
     problem.workspace = up(room.data_ptr(), 64)
-    if library.fastsiu_sweep(ctypes.byref(problem)):
+    if code.fastsiu_sweep(ctypes.byref(problem)):
         raise RuntimeError("The system gives the CPU kernel no threads: torch.set_num_threads(1).")
     for channel in channels:
         channel.add()

@@ -308,7 +308,7 @@ def test_a_machine_without_a_compiler_goes_on_with_tiled(monkeypatch, caplog, tm
     # beside this source lies no library that setup.py has built
     monkeypatch.setattr(cpu_build, "SOURCE", tmp_path / "sweep.cpp")
     monkeypatch.setattr(cpu_sweep, "best", lambda: "amx")
-    caches = (cpu_build.library, cpu_build.why_not, cpu_sweep.log_once)
+    caches = (cpu_build.load, cpu_build.why_not, cpu_sweep.log_once)
     for one in caches:
         one.cache_clear()
     h, W, y, _, teacher = problem(256, 600, 64, BF16)
