@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # what a type checker reads; at run time `__getattr__` loads the same names
     from .driver import Result as Result
     from .facade import unlearn as unlearn
+    from .loss.backend import why_not as why_not
     from .loss.fused import DMKCELoss as DMKCELoss
     from .loss.fused import fused_dmk_ce as fused_dmk_ce
-    from .loss.fused import why_not as why_not
     from .loss.rows import RowIndex as RowIndex
     from .loss.rows import head_of as head_of
     from .loss.rows import no_logits as no_logits
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # what a type checker reads; at run time `__getattr__` loads 
 _PUBLIC = {
     "fused_dmk_ce": "loss.fused",
     "DMKCELoss": "loss.fused",
-    "why_not": "loss.fused",
+    "why_not": "loss.backend",
     "TeacherCache": "loss.teacher",
     "no_logits": "loss.rows",
     "supervised_rows": "loss.rows",

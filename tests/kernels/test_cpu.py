@@ -13,7 +13,7 @@ import torch
 from fastsiu import TeacherCache, fused_dmk_ce, why_not
 from fastsiu.kernels import cpu_build, cpu_sweep, tiled
 from fastsiu.kernels.launch import CPU
-from fastsiu.loss.fused import chosen
+from fastsiu.loss.backend import chosen
 
 ROOT = Path(__file__).parents[2]
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64

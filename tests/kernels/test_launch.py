@@ -6,7 +6,7 @@ import torch
 from fastsiu import fused_dmk_ce
 from fastsiu.kernels import measured
 from fastsiu.kernels.launch import TILE_BYTES, launch, narrow
-from fastsiu.loss.fused import chosen
+from fastsiu.loss.backend import chosen
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ def small_tiles():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fastsiu.kernels.launch, "launch", launch)
-        patch.setattr(fastsiu.loss.fused, "launch", launch)
-        assert fastsiu.loss.fused.chosen(torch.ones(1, 2), torch.ones(129, 2), "tiled").tile == 64
+        patch.setattr(fastsiu.loss.backend, "launch", launch)
+        assert fastsiu.loss.backend.chosen(torch.ones(1, 2), torch.ones(129, 2), "tiled").tile == 64
         yield
 
 

@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("triton")
 
 from fastsiu import TeacherCache, fused_dmk_ce, why_not
-from fastsiu.loss.fused import chosen
+from fastsiu.loss.backend import chosen
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float32 if DEVICE == "cuda" else torch.float64

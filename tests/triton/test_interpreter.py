@@ -491,7 +491,7 @@ def test_the_vendors_products_give_the_same(monkeypatch, name):
     real = triton_vendor.visit
     visit = lambda *given, **more: (seen.append(1), real(*given, **more, tile=64))[1]
     monkeypatch.setattr(triton_vendor, "visit", visit)
-    monkeypatch.setattr(fused, "_vendor", lambda *given: True)
+    monkeypatch.setattr(fused, "by_vendor", lambda *given: True)
     check(c, seen, backend="tiled")
 
 
