@@ -158,7 +158,7 @@ class Work(NamedTuple):
 
 
 def frozen(shape: Shape, gpu: GPU) -> Work:
-    """`triton_rows.frozen` with a teacher at temperature 1: `triton_sweep.visit` for one channel
+    """`triton_frozen.frozen` with a teacher at temperature 1: `triton_sweep.visit` for one channel
     with a product, chunk by chunk, between the kernels for the rows."""
     N, V, D, name = shape
     dtype = getattr(torch, name)

@@ -1,7 +1,7 @@
 """`tiled.sweep` in Triton, and the launches behind it: sums_kernel and product_kernel of
 triton_tiles.py over the whole vocabulary, one chunk of columns at a time.
 
-`visit` is what the loss calls (triton_rows.py); `sweep` adds what it finds to Sums, for the tuner
+`visit` is what the loss calls (triton_frozen.py); `sweep` adds what it finds to Sums, for the tuner
 and for comparison with `tiled.sweep`.
 """
 

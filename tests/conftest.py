@@ -77,16 +77,11 @@ def gathered(cast, demo_dir) -> SimpleNamespace:
 @pytest.fixture
 def adapted(gathered):
     """`gathered` with an adapter on whose weights are far from zero."""
-    import torch
+    import calls
 
     from fastsiu.model import adapter
 
-    adapter.attach(gathered.vlm, gathered.recipe)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in gathered.vlm.model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
+    calls.bent(gathered.vlm, gathered.recipe, 0.15)
     yield gathered
     adapter.detach(gathered.vlm)
 

@@ -104,6 +104,7 @@ def decide(
     """
     drawings = [] if rest else drawn(scene)
     asked = questions(scene, more, rest) + drawings
+    of_drawings = {id(shown) for _, _, shown in drawings}
     vlm, images = scene.vlm, {id(shown[1]): shown[1] for _, _, shown in asked if shown}
 
     def see() -> dict[int, Picture]:
@@ -117,8 +118,8 @@ def decide(
         before = ask.replies(vlm, put(pictures))
         # A drawing in which the untouched model sees what is to be forgotten shows nothing.
         sound = [
-            not (one in drawings and scene.forgotten_in(reply.text))
-            for one, reply in zip(asked, before, strict=True)
+            not (id(shown) in of_drawings and scene.forgotten_in(reply.text))
+            for (_, _, shown), reply in zip(asked, before, strict=True)
         ]
         asked, before = list(compress(asked, sound)), list(compress(before, sound))
         kept = noise.Kept(vlm, [kind in KEPT for kind, _, _ in asked], put(pictures), before)
@@ -148,7 +149,7 @@ def decide(
             shown[0] if shown else None,
             b.text,
             a.text,
-            part=DRAWN if (kind, q, shown) in drawings else part(kind, q, scene.concept),
+            part=DRAWN if id(shown) in of_drawings else part(kind, q, scene.concept),
             cut=(not b.closed, not a.closed),
             lost=lost,
             noise=floor,

@@ -113,7 +113,7 @@ def _forward(
     given: Operands, how: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Any]:
     """Rows, CE, KL, entropy, dh if `ahead`, and the state of the backward pass if `trains`."""
-    from ..kernels import triton_general, triton_rows  # not every machine has triton
+    from ..kernels import triton_frozen, triton_general, triton_rows  # not every machine has triton
 
     head, teacher, one_head = _parts(given, how)
     weights = triton_rows.Weights(
@@ -121,7 +121,7 @@ def _forward(
         given.kl_denominator, how.ce_mean, how.kl_mean, how.ignore_index,
     )  # fmt: skip
     if one_head and not how.trains and (teacher is None or how.logit_softcap is None):
-        return *triton_rows.frozen(
+        return *triton_frozen.frozen(
             given.hidden,
             head,
             given.labels,

@@ -6,14 +6,28 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastsiu import driver, several
 from fastsiu import merge as merging
 from fastsiu.compare import run as comparison
 from fastsiu.evaluate import run, suite_job, suite_run
 from fastsiu.facade import unlearn as unlearn
+from fastsiu.model import adapter
+from fastsiu.model.vlm import VLM
 from fastsiu.request import Recipe, Request
 from fastsiu.settings import Chosen, RecipeChoice, choose_recipe, sort_options
 from fastsiu.text.concept import Concept
+
+
+def bent(vlm: VLM, recipe: Recipe, scale: float) -> None:
+    """Puts an adapter on whose weights are far from zero; whoever calls takes it off again."""
+    adapter.attach(vlm, recipe)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in vlm.model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
 def path(value: Any) -> Path | None:

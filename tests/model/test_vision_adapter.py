@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import calls
 import pytest
 import torch
 from peft import PeftModel
@@ -23,12 +24,7 @@ QUESTIONS = ("What is two plus three?", "Tell me the capital of France.", "Who a
 def seeing(gathered):
     """The shared scene with an adapter in front of the language model, far from zero."""
     scene = replace(gathered.scene, recipe=replace(gathered.recipe, adapt="vision"))
-    adapter.attach(gathered.vlm, scene.recipe)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in gathered.vlm.model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    calls.bent(gathered.vlm, scene.recipe, 0.3)
     yield scene
     adapter.detach(gathered.vlm)
 

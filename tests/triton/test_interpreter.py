@@ -20,8 +20,8 @@ import triton.language as tl  # noqa: E402
 from fastsiu import TeacherCache, fused_dmk_ce  # noqa: E402
 from fastsiu.kernels import (  # noqa: E402
     tiled,
+    triton_frozen,
     triton_launch,
-    triton_rows,
     triton_sweep,
     triton_tiles,
     triton_vendor,
@@ -339,15 +339,15 @@ def test_tanh(dtype, near, eps):
 
 @pytest.fixture
 def through(monkeypatch):
-    """The loss goes through `triton_rows.frozen`, a few tiles per chunk; counts what it visits."""
+    """The loss goes through `triton_frozen`, a few tiles per chunk; counts what it visits."""
     calls = []
-    real = triton_rows.visit
+    real = triton_frozen.visit
 
     def visit(*given, **options):
         calls.append(options)
         return real(*given, **options)
 
-    monkeypatch.setattr(triton_rows, "visit", visit)
+    monkeypatch.setattr(triton_frozen, "visit", visit)
     monkeypatch.setattr(triton_launch, "CHUNK", 4096)
     return calls
 

@@ -13,7 +13,7 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("run TRITON_INTERPRET=1 pytest tests/triton", allow_module_level=True)
 
 from fastsiu import TeacherCache, fused_dmk_ce  # noqa: E402
-from fastsiu.kernels import triton_general, triton_launch, triton_rows, triton_sweep  # noqa: E402
+from fastsiu.kernels import triton_frozen, triton_general, triton_launch, triton_rows, triton_sweep  # noqa: E402
 
 N, V, D = 16, 600, 64
 FROZEN, GENERAL = 8, 14  # forward and backward together, at one chunk of columns
@@ -57,7 +57,7 @@ class Operations(TorchDispatchMode):
 def launched(monkeypatch):
     """Counts launches in place of running the kernels."""
     seen = Counter()
-    for module in (triton_general, triton_rows, triton_sweep):
+    for module in (triton_frozen, triton_general, triton_rows, triton_sweep):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
 
             class Counted:
