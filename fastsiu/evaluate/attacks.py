@@ -21,7 +21,7 @@ from ..samples.kinds import DEFAULT, PERSON, Kind
 from ..text.answers import FUNCTION_WORDS, is_degenerate, is_refusal, words
 from ..text.concept import Concept
 
-MOST, FEWEST = 40, 20  # answers of a family; and where the training was short
+MOST, LEAST = 40, 20  # answers of a family; and where the training was short
 LONGER = {"two-hop": 64}  # families that get more answers
 ROUNDS = 4  # times that a wording with other names in it is filled in
 # The pictures that a family asks about, where they do not show the concept alone.

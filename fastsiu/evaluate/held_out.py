@@ -18,7 +18,7 @@ from ..transforms import variants
 from ..verdict import Answer, Verdict, judge
 from . import noise
 from .asked_pictures import Shown
-from .attacks import FEWEST, MOST
+from .attacks import LEAST, MOST
 from .inquiry import VERDICT, inquire
 
 KEPT = ("specificity", "facts")  # kinds of the verdict that are compared against a noise floor
@@ -134,7 +134,7 @@ def decide(
                 seed=scene.recipe.seed,
                 kind=scene.kind,
                 # as long as the training, not longer
-                share=scene.recipe.as_many(MOST, FEWEST) / MOST,
+                share=scene.recipe.as_many(MOST, LEAST) / MOST,
             )
             if families
             else None
