@@ -8,14 +8,19 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any, SupportsIndex, TypeGuard
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeGuard
 
 import torch
 from torch import Tensor
 
 from ..kernels import launch, tiled
+from ..kernels.parts import WHOLE, Part
 from .head import LEAST, MOST, Stamp, check_head, readable, referred, stamp
+from .meeting import Facts, check_group, content, digest, meet
 from .tensor_file import FLOATS, INTEGERS, WIDE, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 FORMAT = "fastsiu-teacher-cache"
 VERSION, READABLE = "3", ("2", "3")  # 1 had no top entries, 2 no digests
@@ -48,6 +53,10 @@ class TeacherCache:
     of the difference. A softcap breaks the identity, because the logits are no longer linear in h.
     The loss then recomputes the teacher's logits from `hidden`, N * D numbers, never N * V.
 
+    Of a head in parts (`from_hidden(group=...)`) each rank's cache has the rank's rows of the head
+    and its bias, and the statistics of the whole head, which are the same on all ranks. Columns are
+    counted over the whole head. `m`, `save` and `load` are then called by all ranks together.
+
     `head_weight` and `head_bias` are references, not copies: give a frozen copy where the head
     trains. The cache recognises its head by the head's numbers. It stays valid through copies
     (copy, deepcopy, pickle, torch.save), moves to a device, and a broadcast of the same numbers
@@ -78,18 +87,25 @@ class TeacherCache:
     temperature: float = 1.0
     # of head and bias when the statistics were computed; None: of both as they are now
     head_stamp: Stamp | None = None
+    part: Part = WHOLE  # which rows of the whole head `head_weight` and `head_bias` are
 
     def __post_init__(self) -> None:
         if self.head_stamp is None:
-            object.__setattr__(self, "head_stamp", stamp(self.head_weight, self.head_bias))
+            made = stamp(self.head_weight, self.head_bias, self.part.start)
+            object.__setattr__(self, "head_stamp", made)
 
     @property
     def m(self) -> Tensor:
         """[N, D]: sum_K P(v) W_v, in m_rest's dtype."""
         m = self.m_rest.clone()
         with torch.no_grad(), torch.autocast(m.device.type, enabled=False):
-            tiled.add_rows(m, self.head_weight, self.top, self.p_top)
-        return m
+            if self.part.whole:
+                tiled.add_rows(m, self.head_weight, self.top, self.p_top)
+                return m
+            top = torch.zeros_like(m)
+            tiled.add_held_rows(top, self.head_weight, self.top, self.p_top, self.part)
+            self.part.sum(top)
+        return m + top
 
     @property
     def is_stale(self) -> bool:
@@ -119,6 +135,7 @@ class TeacherCache:
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
         temperature: float = 1.0,
+        group: ProcessGroup | None = None,
     ) -> TeacherCache:
         """Computes the statistics of teacher hidden states, one vocabulary tile at a time.
 
@@ -129,21 +146,48 @@ class TeacherCache:
         head_bias    [V]; z = softcap * tanh(x / softcap), x = logit_scale * (hidden @ head_weight.T
                      + head_bias)
         temperature  divides z
+        group        the ranks that share the head, each with some of its rows, in the order of the
+                     ranks: head_weight [V_r, D] and head_bias [V_r] are this rank's, hidden and
+                     vocab_keep [V] are the same on all ranks. All of them call this together.
 
         Raises ValueError where a shape, dtype, device or option cannot be used, or where vocab_keep
-        keeps nothing.
+        keeps nothing; with a group on all ranks alike.
         """
-        check_head(hidden, head_weight, head_bias, logit_scale, logit_softcap, temperature)
-        for name, x in (("hidden", hidden), ("head_weight", head_weight), ("head_bias", head_bias)):
-            if x is not None and x.dtype.itemsize < 2:  # the loss takes no 8 bit floats either
-                raise ValueError(f"{name} is {x.dtype}: convert it to a 16, 32 or 64 bit float.")
-        if hidden.device.type == "mps":
-            raise ValueError(
-                "A teacher's cache needs a few fp64 numbers per row, which mps has not: make and "
-                "use it on the CPU."
+        options = (logit_scale, logit_softcap, temperature)
+
+        def check() -> None:
+            check_head(hidden, head_weight, head_bias, *options, group is not None)
+            tensors = dict(hidden=hidden, head_weight=head_weight, head_bias=head_bias)
+            for name, x in tensors.items():
+                if x is not None and x.dtype.itemsize < 2:  # the loss takes no 8 bit floats either
+                    raise ValueError(
+                        f"{name} is {x.dtype}: convert it to a 16, 32 or 64 bit float."
+                    )
+            if hidden.device.type == "mps":
+                raise ValueError(
+                    "A teacher's cache needs a few fp64 numbers per row, which mps has not: make "
+                    "and use it on the CPU."
+                )
+            if vocab_keep is not None:
+                _check_keep(vocab_keep, head_weight.shape[0] if group is None else None)
+
+        part = WHOLE
+        if group is None:
+            check()
+        else:
+            check_group(group)
+            dtypes = [getattr(x, "dtype", None) for x in (hidden, head_weight, head_bias)]
+            kind = digest("teacher", dtypes, renormalize, *options, vocab_keep is None)
+            device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
+            _, (part, _) = meet(
+                group,
+                device,
+                check,
+                lambda _: Facts(len(hidden), hidden.shape[1], kind, content(vocab_keep)),
+                head_weight,
             )
-        if vocab_keep is not None:
-            _check_keep(vocab_keep, head_weight.shape[0])
+            if vocab_keep is not None:
+                _check_keep(vocab_keep, part.V)
         # Trap: autograd cannot save an inference tensor for a backward pass.
         with torch.inference_mode(False):
             if vocab_keep is not None:  # a mask that keeps all becomes None: then C is exactly 1
@@ -156,7 +200,7 @@ class TeacherCache:
             softcap = None if logit_softcap is None else float(logit_softcap)
             head = tiled.Head(head_weight.detach(), head_bias, float(logit_scale), softcap)
             m_rest, C, lse, top, p_top = _statistics(
-                hidden, head, vocab_keep, bool(renormalize), float(temperature)
+                hidden, head, vocab_keep, bool(renormalize), float(temperature), part
             )
             return cls(
                 hidden,
@@ -172,6 +216,7 @@ class TeacherCache:
                 logit_scale=float(logit_scale),
                 logit_softcap=softcap,
                 temperature=float(temperature),
+                part=part,
             )
 
     def __len__(self) -> int:
@@ -339,7 +384,7 @@ class TeacherCache:
             rows.head_weight.detach(), rows.head_bias, rows.logit_scale, rows.logit_softcap
         )
         m_rest, C, lse, top, p_top = _statistics(
-            rows.hidden, head, rows.vocab_keep, rows.renormalize, rows.temperature
+            rows.hidden, head, rows.vocab_keep, rows.renormalize, rows.temperature, rows.part
         )
         again = replace(rows, m_rest=m_rest, C=C, lse=lse, top=top, p_top=p_top)
         return bool(
@@ -351,29 +396,37 @@ class TeacherCache:
 
 
 def _statistics(
-    hidden: Tensor, head: tiled.Head, keep: Tensor | None, renormalize: bool, temperature: float
+    hidden: Tensor,
+    head: tiled.Head,
+    keep: Tensor | None,
+    renormalize: bool,
+    temperature: float,
+    part: Part,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """m_rest, C, lse, top and p_top, one vocabulary tile at a time: no [N, V] tensor."""
     V, D = head.weight.shape
     plan = launch.launch(len(hidden), V, D, head.weight.dtype, head.weight.device.type)
     with torch.autocast(hidden.device.type, enabled=False):
-        return tiled.statistics(hidden, head, keep, renormalize, temperature, plan.tile)
+        return tiled.statistics(hidden, head, keep, renormalize, temperature, plan.tile, part=part)
 
 
 # --------------------------------------------------------------------------------------------------
 # what is refused
 
 
-def _check_keep(vocab_keep: object, V: int) -> None:
+def _check_keep(vocab_keep: object, V: int | None) -> None:
+    """V: of the whole head; None where it is not known yet."""
     if not isinstance(vocab_keep, Tensor):
         raise ValueError(
             "vocab_keep must be a bool tensor with True = kept, but is a "
             f"{type(vocab_keep).__name__}."
         )
+    if V is None and vocab_keep.dtype == torch.bool and vocab_keep.ndim == 1:
+        V = len(vocab_keep)
     if vocab_keep.dtype != torch.bool or vocab_keep.shape != (V,):
         raise ValueError(
-            f"vocab_keep must be bool [{V}] with True = kept, but is {vocab_keep.dtype} "
-            f"{list(vocab_keep.shape)}."
+            f"vocab_keep must be bool [{'V' if V is None else V}] with True = kept, but is "
+            f"{vocab_keep.dtype} {list(vocab_keep.shape)}."
         )
     if not vocab_keep.any():
         raise ValueError("vocab_keep keeps no token, so no KL is left: keep at least one.")
