@@ -64,11 +64,18 @@ class Part:
         """Columns of the whole head, counted from this rank's first row."""
         return columns if self.group is None else columns - self.start
 
-    def mine(self, mask: Tensor | None) -> Tensor | None:
-        """This rank's entries of a mask [V]."""
-        if mask is None or self.group is None:
-            return mask
-        return mask[self.start : self.start + self.rows]
+    def mine(self, x: Tensor | None) -> Tensor | None:
+        """This rank's entries of a mask or bias [V]."""
+        return x if x is None or self.group is None else x[self.start : self.start + self.rows]
+
+    def all_rows(self, x: Tensor) -> Tensor:
+        """A bias [V] from the entries [rows] of each rank."""
+        if self.group is None:
+            return x
+        everything = x.new_zeros(self.V)
+        everything[self.start : self.start + self.rows] = x
+        self.sum(everything)
+        return everything
 
     def sum(self, x: Tensor) -> None:
         """x becomes the sum over the ranks, bit for bit the same on each."""

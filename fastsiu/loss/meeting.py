@@ -85,20 +85,20 @@ def meet(
 ) -> tuple[Found, Seat]:
     """What `check` found on this rank, and the rank's seat. All ranks of the group call this.
 
-    check   raises ValueError for arguments that cannot be used
+    check   raises ValueError or OSError for what cannot be used
     facts   what all ranks must have alike
     shared  do student and teacher have one head, as far as this rank's rows can tell?
 
     Raises ValueError on all ranks if one of them refuses or has other facts.
     """
-    problem: ValueError | None = None
+    problem: ValueError | OSError | None = None
     rows = head_weight.shape[0] if isinstance(head_weight, Tensor) and head_weight.ndim else 0
     here, one_head = Facts(), -1
     try:
         found = check()
         here = facts(found)
         one_head = int(shared(found)) if rows else -1  # a rank without rows cannot tell
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         problem = error
     key = (rows, here.D, here.kind, one_head)
     if device.type != "cpu" and problem is None and key in _met.get(group, {}):
@@ -145,6 +145,31 @@ def _compare(every: list[Facts]) -> None:
                 f"Rank {rank} of the group has other labels, or another vocab_keep, than rank 0: "
                 "ranks that share a head work on the same rows, so give them the same batch."
             )
+
+
+def by_first(part: Part, device: torch.device, action: Callable[[], None]) -> None:
+    """Does something on the first rank of a head in parts, for all of them; a whole head's process
+    does it itself. Raises OSError on all ranks where the first one fails."""
+    if part.group is None:
+        return action()
+    problem: OSError | None = None
+    if part.first:
+        try:
+            action()
+        except OSError as error:
+            problem = error
+    failed = any(x for (x,) in _exchange(part.group, device, (int(problem is not None),)))
+    if problem is not None:
+        raise problem
+    if failed:
+        raise OSError("Rank 0 of the group could not write the file: see its message.")
+
+
+def added(part: Part, number: int, device: torch.device) -> int:
+    """The sum of an int64 over the ranks, modulo 2^64."""
+    x = torch.tensor(number, dtype=torch.int64, device=device)
+    part.sum(x)
+    return int(x)
 
 
 def _exchange(
