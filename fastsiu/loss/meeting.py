@@ -81,13 +81,14 @@ def meet(
     check: Callable[[], Found],
     facts: Callable[[Found], Facts],
     head_weight: object,
-    shared: Callable[[Found], bool] = lambda _: True,
+    shared: Callable[[Found], bool] | None = None,
 ) -> tuple[Found, Seat]:
     """What `check` found on this rank, and the rank's seat. All ranks of the group call this.
 
     check   raises ValueError or OSError for what cannot be used
     facts   what all ranks must have alike
-    shared  do student and teacher have one head, as far as this rank's rows can tell?
+    shared  do student and teacher have one head, as far as this rank's rows can tell? Given by
+            the loss alone, whose later calls of one kind do not meet on a GPU
 
     Raises ValueError on all ranks if one of them refuses or has other facts.
     """
@@ -97,11 +98,13 @@ def meet(
     try:
         found = check()
         here = facts(found)
-        one_head = int(shared(found)) if rows else -1  # a rank without rows cannot tell
+        if shared is not None and rows:  # a rank without rows cannot tell
+            one_head = int(shared(found))
     except (ValueError, OSError) as error:
         problem = error
     key = (rows, here.D, here.kind, one_head)
-    if device.type != "cpu" and problem is None and key in _met.get(group, {}):
+    seldom = shared is not None and device.type != "cpu"
+    if seldom and problem is None and key in _met.get(group, {}):
         return found, _met[group][key]
     every = _exchange(group, device, (int(problem is not None), rows, one_head, *here))
     if problem is not None:
@@ -119,7 +122,7 @@ def meet(
         raise ValueError("The head has no rows on any rank of the group: give each rank its part.")
     part = Part(group, sum(counts[:rank]), counts[rank], sum(counts))
     seat = Seat(part, 0 not in told)
-    if device.type != "cpu":
+    if seldom:
         _met.setdefault(group, {})[key] = seat
     return found, seat
 
