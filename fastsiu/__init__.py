@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # what a type checker reads; at run time `__getattr__` loads 
     from .loss.backend import why_not as why_not
     from .loss.fused import DMKCELoss as DMKCELoss
     from .loss.fused import fused_dmk_ce as fused_dmk_ce
+    from .loss.model_head import head_of as head_of
     from .loss.rows import RowIndex as RowIndex
-    from .loss.rows import head_of as head_of
     from .loss.rows import no_logits as no_logits
     from .loss.rows import supervised_rows as supervised_rows
     from .loss.teacher import TeacherCache as TeacherCache
@@ -36,7 +36,7 @@ _PUBLIC = {
     "no_logits": "loss.rows",
     "supervised_rows": "loss.rows",
     "RowIndex": "loss.rows",
-    "head_of": "loss.rows",
+    "head_of": "loss.model_head",
     "unlearn": "facade",
     "Result": "driver",
     "Request": "request",

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .parts import WHOLE, Part
 from .tiled import (
     Head,
     Sums,
@@ -19,8 +20,9 @@ from .tiled import (
     accumulate,
     dropped_in_tiles,
     entropy_of,
+    held_logits,
+    meet,
     native,
-    row_logits,
     spread,
     tiles,
     working_dtype,
@@ -48,7 +50,8 @@ def gap(z: Tensor, t: Tensor, P: Tensor, tau: float) -> Tensor:
 
 
 def probabilities(t: Tensor, start: int, teacher: Teacher) -> Tensor:
-    """P of a tile, 0 on dropped columns. The argument t is t / tau."""
+    """P of a tile whose first column is `start` of the whole head, 0 on dropped columns. The
+    argument t is t / tau."""
     P = minus(t, teacher.lse).exp_()
     if teacher.keep is None:
         return P
@@ -71,6 +74,15 @@ def divergence(gaps: Tensor, mass: Tensor, lse_q: Tensor, teacher: Teacher) -> T
     return teacher.tau**2 * kl.masked_fill(none, 0.0)
 
 
+def added(gaps: Tensor, mass: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    """Both [N] over all ranks' columns."""
+    if part.whole:
+        return gaps, mass
+    both = torch.stack([gaps, mass])
+    part.sum(both)
+    return both[0], both[1]
+
+
 @torch.no_grad()
 def normalise(
     h: Tensor,
@@ -80,30 +92,33 @@ def normalise(
     with_kl: bool,
     entropy: bool,
     tile: int,
+    part: Part = WHOLE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """CE, KL (0 unless `with_kl`), entropy, and two logsumexps, all [N] fp64: of z over V at
     temperature 1, and of Q over its own columns at tau."""
     dtype = working_dtype(h, head.weight, head.bias)
-    z_label = row_logits(h, head, y[:, None], dtype)[0][:, 0].double()
+    z_label = held_logits(h, head, y[:, None], dtype, part)[0][:, 0].double()
     tau = 1.0 if teacher is None else teacher.tau
     mask = teacher.keep if teacher is not None and teacher.renormalize else None
     within = z_label if mask is None else z_label.masked_fill(~mask[y], -torch.inf)
     ones, kl = Sums(within, 1.0, dtype, 0, entropy), torch.zeros_like(z_label)
     sums, mass = [ones] if tau == 1 else [ones, Sums(within, tau, dtype)], torch.zeros_like(z_label)
     apart = Sums(z_label, 1.0, dtype, 0, entropy) if mask is not None and tau == 1 else None
-    cuts = dropped_in_tiles(mask, len(head.weight), tile)
+    cuts = dropped_in_tiles(part.mine(mask), len(head.weight), tile)
     for (start, W, z, _, t), dropped in zip(
         pairs(h, head, teacher if with_kl else None, tile, dtype), cuts, strict=True
     ):
         if t is not None and teacher is not None:
-            P = probabilities(t, start, teacher)
+            P = probabilities(t, part.start + start, teacher)
             mass += P.sum(1)
             kl += gap(z, t, P, tau)
         spread(z, W, None, sums, dropped, apart)
     everything = [ones] if apart is None else [ones, apart]
+    meet(sums if apart is None else [*sums, apart], part)
     lse = torch.logsumexp(torch.stack([x.log_total() for x in everything]), 0)
     lse_q = sums[-1].log_total()
     if with_kl and teacher is not None:
+        kl, mass = added(kl, mass, part)
         kl = divergence(kl, mass, lse_q, teacher)
     return lse - z_label, kl, entropy_of(everything, lse), lse, lse_q
 
@@ -122,9 +137,12 @@ def differentiate(
     need_W: bool,
     need_b: bool,
     tile: int,
+    part: Part = WHOLE,
+    need_kl: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """KL [N] fp64, and d(sum u CE + w KL) by h, W and b where needed. Each tile's dz is complete
-    before it is multiplied."""
+    before it is multiplied. In a head in parts KL and dh are those of the whole head, dW and db
+    those of the rank's rows."""
     dtype, (N, D) = working_dtype(h, head.weight, head.bias), h.shape
     tau, u = 1.0 if teacher is None else teacher.tau, u.to(dtype)[:, None]
     dh = h.new_zeros((N, D), dtype=dtype) if need_h else None
@@ -139,16 +157,17 @@ def differentiate(
         C, w = teacher.C.to(dtype)[:, None], (w.to(dtype) * tau)[:, None]
     for start, W, z, slope, t in pairs(h, head, teacher, tile, dtype):
         columns = slice(start, start + len(W))
+        first = part.start + start
         dz = minus(z, lse).exp_().mul_(u)
         if teacher is not None and t is not None:
-            P = probabilities(t, start, teacher)
+            P = probabilities(t, first, teacher)
             mass += P.sum(1)
             kl += gap(z, t, P, tau)
             Q = minus(z.div_(tau), lse_q).exp_()
             if teacher.renormalize and teacher.keep is not None:
-                Q.masked_fill_(~teacher.keep[columns], 0.0)
+                Q.masked_fill_(~teacher.keep[first : first + len(W)], 0.0)
             dz.add_(Q.mul_(C).sub_(P).mul_(w))
-        here = (y - start)[:, None]
+        here = (y - first)[:, None]
         dz.scatter_add_(1, here.clamp(0, len(W) - 1), -u * ((here >= 0) & (here < len(W))))
         if slope is not None:
             dz.mul_(slope)
@@ -163,7 +182,9 @@ def differentiate(
         if db is not None:
             db[columns] = dz.sum(0)
     if dh is not None:
+        part.sum(dh)
         dh *= head.scale
-    if teacher is not None:
+    if teacher is not None and need_kl:
+        kl, mass = added(kl, mass, part)
         kl = divergence(kl, mass, lse_q, teacher)
     return kl, dh, dW, db

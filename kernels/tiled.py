@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .parts import WHOLE, Part
+
 # A logit may lie this many nats above the softmax's reference before the sums are rescaled; exp(30)
 # is far from 2^127.
 JUMP = 30.0
@@ -128,6 +130,23 @@ class Sums:
         return self.share(lse) * ((lse - self.shift.double()) * self.total + self.entropy)
 
 
+def meet(sums: list[Sums], part: Part) -> None:
+    """Makes shift, total and entropy those of all ranks' columns. Each product stays the rank's
+    own, and refers to the common shift."""
+    if part.whole:
+        return
+    shift = torch.stack([x.shift for x in sums])
+    part.max(shift)
+    for x, common in zip(sums, shift, strict=True):
+        x.rescale(common)
+    totals = torch.stack([y for x in sums for y in (x.total, x.entropy) if y is not None])
+    part.sum(totals)
+    found = iter(totals)
+    for x in sums:
+        x.total = next(found)
+        x.entropy = None if x.entropy is None else next(found)
+
+
 def entropy_of(sums: list[Sums], lse: Tensor) -> Tensor:
     """[N] fp64: the entropy of the softmax whose columns these sums share, lse [N] its
     normaliser."""
@@ -198,7 +217,7 @@ def tiles(
     (N, D), V = h.shape, len(head.weight)
     keep_bits = native(h, head.weight) and dtype == torch.float32
     x = h if keep_bits else h.to(dtype)
-    tile = min(tile, V)
+    tile = max(1, min(tile, V))  # a rank's part of a head may have no row
     z_buffer = h.new_empty((N, tile), dtype=dtype)
     W_buffer = (
         None if keep_bits or head.weight.dtype == dtype else h.new_empty((tile, D), dtype=dtype)
@@ -242,7 +261,8 @@ def sweep(
 ) -> None:
     """Adds the whole vocabulary to all `sums`, without each row's columns held [N, k] where valid.
 
-    The last of `sums` also leaves out the columns that `keep` [V] drops; `apart` gets those.
+    The last of `sums` also leaves out the columns that `keep` [V] drops; `apart` gets those. In a
+    head in parts the vocabulary is the rank's own rows, and columns outside of them change nothing.
     """
     cuts = dropped_in_tiles(keep, len(head.weight), tile)
     for (start, W, z, slope), dropped in zip(
@@ -287,6 +307,35 @@ def row_logits(
     return z, dz * head.scale
 
 
+def held_logits(
+    h: Tensor,
+    head: Head,
+    columns: Tensor,
+    dtype: torch.dtype,
+    part: Part,
+    moved: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`row_logits` at columns [N, k] of the whole head, each from the rank that has its row."""
+    if part.whole:
+        return row_logits(h, head, columns, dtype, moved)
+    pair = h.new_zeros((1 if moved is None else 2, *columns.shape), dtype=dtype)
+    if part.rows:
+        at = part.local(columns).clamp(0, part.rows - 1)
+        found = torch.stack(row_logits(h, head, at, dtype, moved)[: len(pair)])
+        pair = found.masked_fill(~part.owns(columns), 0.0)
+    part.sum(pair)
+    return pair[0], pair[1] if moved is not None else torch.zeros_like(pair[0])
+
+
+def add_held_rows(total: Tensor, W: Tensor, columns: Tensor, factors: Tensor, part: Part) -> None:
+    """`add_rows` of those columns [N, k] of the whole head that this rank has."""
+    if part.whole:
+        add_rows(total, W, columns, factors)
+    elif part.rows:
+        at = part.local(columns).clamp(0, part.rows - 1)
+        add_rows(total, W, at, factors.masked_fill(~part.owns(columns), 0.0))
+
+
 def add_rows(total: Tensor, W: Tensor, columns: Tensor, factors: Tensor) -> None:
     """total [N, D] += sum_j factors[:, j] * W[columns[:, j]]"""
     wide = total.dtype if exact(total.device) else torch.float64
@@ -309,7 +358,7 @@ def hold_out(z: Tensor, columns: Tensor, valid: Tensor, start: int) -> None:
 
 def dropped_in_tiles(keep: Tensor | None, V: int, tile: int) -> list[Tensor | None]:
     """For each tile its dropped columns, counted from its start; None where it keeps all."""
-    starts = range(0, V, min(tile, V))
+    starts = range(0, V, max(1, min(tile, V)))
     if keep is None:
         return [None] * len(starts)
     dropped = (~keep).nonzero()[:, 0]
@@ -352,12 +401,13 @@ def statistics(
     tau: float,
     tile: int,
     held_out: int = 16,
+    part: Part = WHOLE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """m, C, lse, top and p of a Teacher, in two sweeps: the first looks for the top entries, the
     second leaves them out."""
-    N, (V, D) = len(hidden), head.weight.shape
+    N, D, V = len(hidden), head.weight.shape[1], part.vocabulary(head.weight)
     dtype = working_dtype(hidden, head.weight, head.bias)
-    cuts = dropped_in_tiles(keep, V, tile)
+    cuts = dropped_in_tiles(part.mine(keep), len(head.weight), tile)
     k = min(held_out, V if keep is None else int(keep.sum()))
     best = hidden.new_full((N, k), -torch.inf, dtype=dtype)
     top = torch.zeros((N, k), dtype=torch.int64, device=hidden.device)
@@ -366,20 +416,25 @@ def statistics(
             z.index_fill_(1, dropped, -torch.inf)
         value, index = z.topk(min(k, len(W)), dim=1)
         best, order = torch.cat([best, value], 1).topk(k, dim=1)
-        top = torch.cat([top, index + start], 1).gather(1, order)
+        top = torch.cat([top, index + (part.start + start)], 1).gather(1, order)
+    if not part.whole:
+        best, order = part.together(best).topk(k, dim=1)
+        top = part.together(top).gather(1, order)
     valid = best > -torch.inf  # a row with fewer finite kept logits than k holds placeholders
-    z = row_logits(hidden, head, top, dtype)[0].double().masked_fill(~valid, -torch.inf)
+    z = held_logits(hidden, head, top, dtype, part)[0].double().masked_fill(~valid, -torch.inf)
     sums, others = Sums(z.amax(1), tau, dtype, D), Sums(z.amax(1), tau, dtype)
     for (start, W, tile_z, _), dropped in zip(tiles(hidden, head, tile, dtype), cuts, strict=True):
-        hold_out(tile_z, top, valid, start)
+        hold_out(tile_z, part.local(top), valid, start)
         # m is no gradient: no slope
         spread(tile_z, W, None, [sums], dropped, None if renormalize else others)
+    meet([sums] if keep is None or renormalize else [sums, others], part)
     kept = torch.logaddexp(torch.logsumexp(z / tau, 1), sums.log_total())
     lse = torch.logaddexp(kept, others.log_total())
     C = torch.ones_like(lse) if renormalize or keep is None else torch.exp(kept - lse)
     result = torch.float64 if torch.float64 in (hidden.dtype, head.weight.dtype) else torch.float32
     assert sums.product is not None
     m = sums.product * sums.share(lse).to(dtype)[:, None]
+    part.sum(m)
     return m.to(result), C.to(result), lse, top, torch.exp(z / tau - lse[:, None])
 
 
@@ -399,12 +454,14 @@ def shared(
     entropy: bool,
     tile: int,
     sweep: Callable[..., None] = sweep,
+    part: Part = WHOLE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """CE, KL and entropy [N] fp64, and d(u CE + w KL)/dh [N, D] if `gradient`.
 
     y      [N] int64, legal columns; u is 0 where the label is ignored
     sweep  visits the whole vocabulary, N * V * D flops and more; the rest of this function is
            N * k * D at most
+    part   of the head, where it is in parts; the result is that of the whole head
     """
     dtype = working_dtype(h, head.weight, head.bias)
     tau = 1.0 if teacher is None else teacher.tau
@@ -419,7 +476,7 @@ def shared(
         own = ~((teacher.top == y[:, None]) & massive).any(1)
         valid = torch.cat([massive, own[:, None]], 1)
         moved = h.to(dtype) - teacher.hidden.to(dtype)
-    z, dz = row_logits(h, head, held, dtype, moved)
+    z, dz = held_logits(h, head, held, dtype, part, moved)
     z = z.double().masked_fill(~valid, -torch.inf)
 
     mask = teacher.keep if teacher is not None and teacher.renormalize else None
@@ -430,8 +487,9 @@ def shared(
     ones = Sums(reference, 1.0, dtype, width, entropy)
     sums = [ones] if tau == 1 else [ones, Sums(reference, tau, dtype, width)]
     apart = Sums(reference, 1.0, dtype, width, entropy) if mask is not None and tau == 1 else None
-    sweep(h, head, held, valid, mask, sums, apart, tile)
+    sweep(h, head, part.local(held), valid, part.mine(mask), sums, apart, tile)
     everything = [ones] if apart is None else [ones, apart]
+    meet(sums if apart is None else [*sums, apart], part)
 
     # Cross-entropy, over the whole vocabulary at temperature 1.
     lse = torch.logsumexp(
@@ -470,8 +528,10 @@ def shared(
         factor[:, -1] += w * C * torch.exp(label - log_S)
         if dh is not None:
             dh += sums[-1].scaled_product(w * C * sums[-1].share(teacher.lse + log_S))
-            dh -= teacher.m.to(dtype) * w.to(dtype)[:, None]
+            if part.first:
+                dh -= teacher.m.to(dtype) * w.to(dtype)[:, None]
     if dh is not None:
-        add_rows(dh, head.weight, held, factor)
+        add_held_rows(dh, head.weight, held, factor, part)
+        part.sum(dh)
         dh *= head.scale
     return ce, kl, H, dh

@@ -7,7 +7,7 @@ machine: the GPU, the processor, a compiler.
 
 from __future__ import annotations
 
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from ..kernels import cpu_sweep, triton_launch
 from ..kernels.launch import Launch, launch
 from ..kernels.tiled import Head, same
 from .teacher import TeacherCache
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 BACKENDS = ("auto", "reference", "tiled", "triton", "cpu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -36,6 +39,7 @@ class LossOptions(TypedDict, total=False):
     temperature: float
     ignore_index: int
     reduction: str
+    group: ProcessGroup | None
 
 
 def chosen(
@@ -165,7 +169,8 @@ def why_not(
     "auto"       chooses among these, see `chosen`; "triton" for 16 bit on a GPU, "cpu" for bf16
                  where the processor multiplies it in tiles (AMX)
 
-    Only "cpu" leaves some options and teachers to "tiled".
+    Only "cpu" leaves some options and teachers to "tiled". A head in parts (`group`, or a teacher
+    that has one) is computed by "tiled" alone, on CPU and GPU, and "auto" is then "tiled".
     """
     if backend not in BACKENDS:
         return (
@@ -182,6 +187,12 @@ def why_not(
                 f"The backend {backend!r} does not take {name} in {x.dtype}: convert it to a "
                 "16, 32 or 64 bit float."
             )
+    in_parts = options.get("group") is not None or (teacher is not None and not teacher.part.whole)
+    if in_parts and backend not in ("auto", "tiled"):
+        return (
+            f"The backend {backend!r} has no code for a head in parts (group): choose 'tiled', or "
+            "give the whole head."
+        )
     if backend == "triton":
         return _triton_why_not(hidden.device, hidden.dtype, head_weight.dtype)
     if backend == "cpu":

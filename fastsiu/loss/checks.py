@@ -104,16 +104,16 @@ def _settled_bias(
 
 def check_rows(
     hidden: Tensor,
-    head_weight: Tensor,
     labels: Tensor,
     ignore_index: int,
     weights: Mapping[str, Tensor | None],
+    V: int | None,
 ) -> None:
     """Raises ValueError where labels or weights do not fit the N rows of hidden.
 
-    weights: ce_weight and kl_weight by their names
+    weights: ce_weight and kl_weight by their names; V: of the whole head, None where not known yet
     """
-    N, V = hidden.shape[0], head_weight.shape[0]
+    N = hidden.shape[0]
     if labels.shape != (N,) or labels.dtype != torch.int64:
         raise ValueError(
             f"labels must be int64 [{N}], one per row of hidden, but are {labels.dtype} "
@@ -124,6 +124,18 @@ def check_rows(
             raise ValueError(
                 f"{name} is on {x.device} but hidden on {hidden.device}: move one of them."
             )
+    if V is not None:
+        check_labels(labels, ignore_index, V)
+    for name, x in weights.items():
+        if x is not None and (x.shape != (N,) or x.is_complex()):
+            raise ValueError(
+                f"{name} must be bool or float [{N}], one per row of hidden, but is {x.dtype} "
+                f"{list(x.shape)}."
+            )
+
+
+def check_labels(labels: Tensor, ignore_index: int, V: int) -> None:
+    """Raises ValueError where the CPU sees a label that is no token of the vocabulary."""
     # Reading labels on a GPU would stall it, and fake tensors have none. An index out of range then
     # fails an assertion in the kernel.
     if labels.device.type == "cpu" and type(labels) is Tensor and not torch.compiler.is_compiling():
@@ -132,12 +144,6 @@ def check_rows(
             raise ValueError(
                 f"labels hold {int(wrong[0])}, which is neither in 0..{V - 1} nor "
                 f"ignore_index={ignore_index}."
-            )
-    for name, x in weights.items():
-        if x is not None and (x.shape != (N,) or x.is_complex()):
-            raise ValueError(
-                f"{name} must be bool or float [{N}], one per row of hidden, but is {x.dtype} "
-                f"{list(x.shape)}."
             )
 
 

@@ -9,7 +9,7 @@ Per row, with student Q, teacher P, kept vocabulary K (Eq. 2-5 of arXiv 2405.125
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,23 @@ from ..kernels.reference import accumulation
 from ..kernels.tiled import Head, same
 from . import triton_ops
 from .backend import LossOptions, by_vendor, chosen, why_not
-from .checks import Default, check_rows, check_teacher, check_types, inverse, settled_head
+from .checks import (
+    Default,
+    check_labels,
+    check_rows,
+    check_teacher,
+    check_types,
+    inverse,
+    settled_head,
+)
 from .head import check_head
+from .in_parts import Asked, dmk_ce_in_parts, group_of, seat_of
+from .meeting import Seat
 from .ops import Operands, Options, tiled_dmk_ce, weighed
 from .teacher import TeacherCache
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Parts(NamedTuple):
@@ -99,6 +112,7 @@ def fused_dmk_ce(
     reduction: str = "mean",
     backend: str = "auto",
     return_parts: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Parts]:
     """alpha * CE + beta * dual-masked KL at N supervised positions (arXiv 2405.12523, Eq. 2-5).
 
@@ -122,33 +136,51 @@ def fused_dmk_ce(
     reduction       "mean"; "sum" without denominators; "none", [N], alpha * a * CE + beta * k * KL
     backend         "auto" or one of those of `why_not`
     return_parts    return (loss, Parts)
+    group           the ranks that share the head, each with some of its rows: head_weight [V_r, D]
+                    and head_bias [V_r] are this rank's. Its default is the teacher's. Everything
+                    else is the same on all ranks, which call this and backward together; labels
+                    count over the whole head. Loss and the gradient by hidden are those of the
+                    whole head, on each rank; gradients by head_weight and head_bias are the rank's
+                    rows. Not inside torch.compile: the call breaks the graph.
 
     The loss is fp32, fp64 for fp64 inputs; gradients reach hidden, head_weight and head_bias in
     their own dtypes. A zero denominator gives 0 and zero gradients. A row whose weights are both 0
     may hold anything, NaN too. Raises ValueError, one sentence, for anything that cannot be
     honoured.
     """
-    check_types(labels, teacher, ce_weight, kl_weight, alpha, beta)
-    head, tau = settled_head(
-        head_weight, teacher, head_bias, logit_scale, logit_softcap, temperature
-    )
-    check_head(hidden, head_weight, head.bias, head.scale, head.softcap, tau)
-    check_rows(
-        hidden, head_weight, labels, ignore_index, dict(ce_weight=ce_weight, kl_weight=kl_weight)
-    )
-    if teacher is not None:
-        check_teacher(hidden, head_weight, teacher)
+
+    def checked(V: int | None) -> tuple[Head, float]:
+        check_types(labels, teacher, ce_weight, kl_weight, alpha, beta)
+        head, tau = settled_head(
+            head_weight, teacher, head_bias, logit_scale, logit_softcap, temperature
+        )
+        in_parts = group is not None
+        check_head(hidden, head_weight, head.bias, head.scale, head.softcap, tau, in_parts)
+        weights = dict(ce_weight=ce_weight, kl_weight=kl_weight)
+        check_rows(hidden, labels, ignore_index, weights, V)
+        if teacher is not None:
+            check_teacher(hidden, head_weight, teacher)
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction is {reduction!r}: choose 'mean', 'sum' or 'none'.")
+        if reason := why_not(
+            backend, hidden, head_weight, teacher, head_bias=head.bias, logit_softcap=head.softcap,
+            group=group,
+        ):  # fmt: skip
+            raise ValueError(reason)
+        return head, tau
+
+    group, seat = group_of(group, teacher), None
+    if group is None:
+        head, tau = checked(head_weight.shape[0] if isinstance(head_weight, Tensor) else None)
+    else:
+        settings = (reduction, return_parts, ignore_index)
+        (head, tau), seat = seat_of(group, checked, hidden, head_weight, labels, teacher, settings)
+        check_labels(labels, ignore_index, seat.part.V)
+        backend = "tiled"
     alpha, beta = float(alpha), float(beta)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction is {reduction!r}: choose 'mean', 'sum' or 'none'.")
-    softcap = head.softcap
-    if reason := why_not(
-        backend, hidden, head_weight, teacher, head_bias=head.bias, logit_softcap=softcap
-    ):
-        raise ValueError(reason)
 
     plan = chosen(hidden, head_weight, backend, teacher, head.bias)
-    vendor = plan.backend == "tiled" and by_vendor(hidden, head, teacher)
+    vendor = plan.backend == "tiled" and seat is None and by_vendor(hidden, head, teacher)
     if plan.backend == "triton" or vendor:
         mean = reduction == "mean"
         weights = (
@@ -189,7 +221,7 @@ def fused_dmk_ce(
             tile=plan.tile,
             backend=plan.backend,
         )
-        rows, parts = _tiled(hidden, head, labels, teacher, u, w, options, return_parts)
+        rows, parts = _tiled(hidden, head, labels, teacher, u, w, options, return_parts, seat)
     loss = rows if reduction == "none" else rows.sum()
     return (loss, Parts(*(x.detach().float() for x in parts))) if return_parts else loss
 
@@ -286,6 +318,7 @@ def _tiled(
     w: Tensor,
     options: Options,
     entropy: bool,
+    seat: Seat | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Rows u * CE + w * KL [N] with a graph, and (CE, KL, entropy)."""
     trains = torch.is_grad_enabled() and (
@@ -310,6 +343,9 @@ def _tiled(
         t_bias=None if t is None or t.head_bias is None else t.head_bias.detach(),
         t_keep=None if t is None else t.vocab_keep,
     )
+    if seat is not None:
+        rows, *parts = dmk_ce_in_parts(given, options, Asked(ahead, trains, entropy), seat)
+        return rows, (parts[0], parts[1], parts[2])
     rows, ce, kl, entropies, *_ = tiled_dmk_ce(
         *given, **options._asdict(), ahead=ahead, trains=trains, entropy=entropy
     )

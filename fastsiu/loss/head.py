@@ -30,9 +30,10 @@ def check_head(
     logit_scale: object,
     logit_softcap: object,
     temperature: object,
+    in_parts: bool = False,
 ) -> None:
     """Raises ValueError, one sentence each, where hidden states and head do not fit, or where an
-    option of the head is out of range."""
+    option of the head is out of range. in_parts: head_weight may have no rows."""
     for name, x in (("hidden", hidden), ("head_weight", head_weight), ("head_bias", head_bias)):
         if not isinstance(x, Tensor) and not (x is None and name == "head_bias"):
             raise ValueError(f"{name} must be a tensor, but is a {type(x).__name__}.")
@@ -48,7 +49,7 @@ def check_head(
             f"hidden has D={hidden.shape[1]} but head_weight has D={D}: both must come from one "
             "model."
         )
-    if V == 0 or D == 0:
+    if (V == 0 and not in_parts) or D == 0:
         raise ValueError(
             f"head_weight is {list(head_weight.shape)}: a head needs at least one token and one "
             "feature."
@@ -100,18 +101,20 @@ class Stamp:
     `seen` is neither copied nor pickled, because a copy is other memory. All rows of a cache share
     one stamp.
 
-    kind  shape and dtype of weight and bias
-    sums  [K] int64, on the CPU; None where there are no numbers (meta and fake tensors)
+    kind   shape and dtype of weight and bias
+    sums   [K] int64, on the CPU; None where there are no numbers (meta and fake tensors)
+    first  which row of the whole head the first one is: the stamps of a head's parts add up to the
+           stamp of the whole
     """
 
-    def __init__(self, kind: Kind, sums: Tensor | None) -> None:
-        self.kind, self.sums = kind, sums
+    def __init__(self, kind: Kind, sums: Tensor | None, first: int = 0) -> None:
+        self.kind, self.sums, self.first = kind, sums, first
         # for each device, the memory that held this head when it was last read there
         self.seen: dict[torch.device, tuple[Memory | None, Memory | None]] = {}
         self.calls = 0
 
-    def __reduce__(self) -> tuple[type[Stamp], tuple[Kind, Tensor | None]]:
-        return Stamp, (self.kind, self.sums)
+    def __reduce__(self) -> tuple[type[Stamp], tuple[Kind, Tensor | None, int]]:
+        return Stamp, (self.kind, self.sums, self.first)
 
     def words(self) -> tuple[str, str, str]:
         """Shape, dtype and digest of the weight for a file. The digest does not depend on the
@@ -144,21 +147,22 @@ class Stamp:
                 return (
                     False  # a graph's capture can read no number; calls outside of it are checked
                 )
-            if not torch.equal(_sums(weight, bias), self.sums):
+            if not torch.equal(_sums(weight, bias, self.first), self.sums):
                 return True
             self.seen[device] = now
         elif device.type == "cpu":
             share = self.calls % len(self.sums)
-            parts = _rows(weight, bias, slice(share, None, len(self.sums)))
+            parts = _rows(weight, bias, slice(share, None, len(self.sums)), self.first)
             return sum(int(x.sum()) for x in parts) % 2**64 != int(self.sums[share]) % 2**64
         return False
 
 
-def stamp(weight: Tensor, bias: Tensor | None) -> Stamp:
-    """The stamp of a head as it is now. Reads all of it once, a piece at a time."""
+def stamp(weight: Tensor, bias: Tensor | None, first: int = 0) -> Stamp:
+    """The stamp of a head, or of its rows from `first` on, as it is now. Reads all of it once, a
+    piece at a time."""
     if not readable(weight):
-        return Stamp(_kind(weight, bias), None)
-    now = Stamp(_kind(weight, bias), _sums(weight, bias))
+        return Stamp(_kind(weight, bias), None, first)
+    now = Stamp(_kind(weight, bias), _sums(weight, bias, first), first)
     now.seen[weight.device] = _memory(weight), _memory(bias)
     return now
 
@@ -190,7 +194,7 @@ def _memory(x: Tensor | None) -> Memory | None:
     return x.data_ptr(), x.stride(), None if x.is_inference() else x._version
 
 
-def _odd(i: Tensor) -> Tensor:
+def odd(i: Tensor) -> Tensor:
     """Pseudo-random odd int64, the same on every device. Products wrap."""
     x = i * -0x61C8864680B583EB
     x = (x ^ (x >> 31)) * -0x3B314601E57A13AD
@@ -208,10 +212,11 @@ def _bits(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _rows(weight: Tensor, bias: Tensor | None, rows: slice) -> Iterator[Tensor]:
-    """For the rows v of a slice, r_v * sum_d c_d * bits(W_vd): [n] int64 for each piece."""
+def _rows(weight: Tensor, bias: Tensor | None, rows: slice, first: int) -> Iterator[Tensor]:
+    """For the rows v of a slice, r_v * sum_d c_d * bits(W_vd): [n] int64 for each piece. r counts
+    from `first`."""
     V, D = weight.shape
-    columns = _odd(torch.arange(D + 1, device=weight.device))
+    columns = odd(torch.arange(D + 1, device=weight.device))
     start, _, step = rows.indices(V)
     # a piece stays in the cache
     most = max(1, (2**16 if weight.device.type == "cpu" else 2**22) // max(D, 1)) * step
@@ -220,16 +225,17 @@ def _rows(weight: Tensor, bias: Tensor | None, rows: slice) -> Iterator[Tensor]:
         sums = (_bits(weight[piece]) * columns[:D]).sum(1)
         if bias is not None:
             sums += _bits(bias[piece]) * columns[D]
-        yield sums.mul_(_odd(torch.arange(-1 - at, -1 - piece.stop, -step, device=weight.device)))
+        number = torch.arange(-1 - at, -1 - piece.stop, -step, device=weight.device)
+        yield sums.mul_(odd(number - first))
 
 
-def _sums(weight: Tensor, bias: Tensor | None) -> Tensor:
+def _sums(weight: Tensor, bias: Tensor | None, first: int) -> Tensor:
     V, D = weight.shape
     K = shares(V, D)
     # Allocate all rows at once. Many small tensors would lie between the large ones that are freed
     # and allocated again.
     rows, at = torch.zeros(V + -V % K, dtype=torch.int64, device=weight.device), 0
-    for part in _rows(weight, bias, slice(0, None, 1)):
+    for part in _rows(weight, bias, slice(0, None, 1), first):
         rows[at : at + len(part)] = part
         at += len(part)
     return rows.view(-1, K).sum(0).cpu()

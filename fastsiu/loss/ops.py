@@ -14,6 +14,7 @@ from torch import Tensor, library
 
 from ..kernels import cpu_sweep, general, tiled
 from ..kernels.launch import narrow
+from ..kernels.parts import WHOLE, Part
 from ..kernels.tiled import same
 
 
@@ -75,6 +76,9 @@ _OPTIONS = (
 )
 
 
+NO_SECOND = "fused_dmk_ce has no second derivative: use backend='reference' for create_graph=True."
+
+
 def weighed(weight: Tensor, x: Tensor) -> Tensor:
     """weight * x, 0 where the weight is 0 whatever x is."""
     return torch.where(weight == 0, 0.0, weight * x)
@@ -104,28 +108,53 @@ def tiled_dmk_ce(
     gradient inside the sum over rows, so the backward pass computes its gradients.
     """
     given, how = Operands(*tensors), Options(**options)
+    return forward(given, how, one_head(given), ahead, trains, entropy, WHOLE)
+
+
+def forward(
+    given: Operands,
+    how: Options,
+    shared: bool,
+    ahead: bool,
+    trains: bool,
+    entropy: bool,
+    part: Part,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `tiled_dmk_ce` returns. shared: student and teacher have one head; part: of the head
+    that the operands hold."""
     head, teacher = how.head(given), how.teacher(given)
     hidden, u, w = given.hidden, given.u, given.w
     ignored = given.labels == how.ignore_index
     y = given.labels.masked_fill(ignored, 0)
-    one_head = _one_head(given)
     dh, lse = None, u.new_zeros((2, len(hidden)), dtype=torch.float64)
     with torch.autocast(hidden.device.type, enabled=False):
-        if one_head and not trains and (teacher is None or how.logit_softcap is None):
+        if shared and not trains and (teacher is None or how.logit_softcap is None):
             tile, visit = _sweep(given, how)
             ce, kl, H, dh = tiled.shared(
-                hidden, head, y, teacher, u, w, ahead, entropy, tile, visit
+                hidden, head, y, teacher, u, w, ahead, entropy, tile, visit, part
             )
         else:
             tile, with_kl = narrow(how.tile), teacher is not None and not ahead
             ce, kl, H, lse_1, lse_q = general.normalise(
-                hidden, head, y, teacher, with_kl, entropy, tile
+                hidden, head, y, teacher, with_kl, entropy, tile, part
             )
-            still = _still(hidden, teacher, one_head)
+            still = _still(hidden, teacher, shared)
             if ahead:
                 moving = w if still is None else w.masked_fill(still, 0)
                 kl, dh, _, _ = general.differentiate(
-                    hidden, head, y, teacher, u, moving, lse_1, lse_q, True, False, False, tile
+                    hidden,
+                    head,
+                    y,
+                    teacher,
+                    u,
+                    moving,
+                    lse_1,
+                    lse_q,
+                    True,
+                    False,
+                    False,
+                    tile,
+                    part,
                 )
             if still is not None:
                 kl = kl.masked_fill(still, 0)
@@ -166,16 +195,30 @@ def tiled_dmk_ce_backward(
     lse: [2, N] fp64, both logsumexps as the forward operator returned them
     """
     given, how = Operands(*tensors), Options(**options)
+    return backward(lse, given, how, one_head(given), (need_h, need_W, need_b), WHOLE)
+
+
+def backward(
+    lse: Tensor,
+    given: Operands,
+    how: Options,
+    shared: bool,
+    needs: tuple[bool, bool, bool],
+    part: Part,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `tiled_dmk_ce_backward` returns; needs: of dh, dW and db."""
+    need_h, need_W, need_b = needs
     head, teacher = how.head(given), how.teacher(given)
     hidden, w = given.hidden, given.w
-    still = _still(hidden, teacher, _one_head(given))
+    still = _still(hidden, teacher, shared)
     w = w if still is None else w.masked_fill(still, 0)
     y = given.labels.masked_fill(given.labels == how.ignore_index, 0)
     tile = narrow(how.tile)
     with torch.autocast(hidden.device.type, enabled=False):
         _, dh, dW, db = general.differentiate(
-            hidden, head, y, teacher, given.u, w, lse[0], lse[1], need_h, need_W, need_b, tile
-        )
+            hidden, head, y, teacher, given.u, w, lse[0], lse[1], need_h, need_W, need_b, tile,
+            part, False,
+        )  # fmt: skip
     return (
         _gradient(hidden, False) if dh is None else dh.to(hidden.dtype),
         _gradient(given.head_weight, False) if dW is None else dW,
@@ -207,17 +250,17 @@ def _like_bias(given: Operands) -> Tensor:
     return given.hidden[:, 0] if given.head_bias is None else given.head_bias
 
 
-def _one_head(given: Operands) -> bool:
+def one_head(given: Operands) -> bool:
     """Do student and teacher share weight and bias? True without a teacher."""
     return given.t_hidden is None or (
         same(given.head_weight, given.t_weight) and same(given.head_bias, given.t_bias)
     )
 
 
-def _still(hidden: Tensor, teacher: tiled.Teacher | None, one_head: bool) -> Tensor | None:
+def _still(hidden: Tensor, teacher: tiled.Teacher | None, shared: bool) -> Tensor | None:
     """Rows [N] that have neither KL nor its gradient, because the state has not moved and C is 1;
     None where C may differ from 1 or the heads differ."""
-    if teacher is None or not one_head or not teacher.whole:
+    if teacher is None or not shared or not teacher.whole:
         return None
     return (hidden == teacher.hidden).all(1)
 
@@ -247,9 +290,7 @@ def _setup(
 
 def _backward(ctx: Any, g: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        raise RuntimeError(
-            "fused_dmk_ce has no second derivative: use backend='reference' for create_graph=True."
-        )
+        raise RuntimeError(NO_SECOND)
     none = (None,) * (len(Operands._fields) - 3)
     if g is None:
         return None, None, None, *none

@@ -18,11 +18,11 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .model_head import output_layer
 from .tensor_file import INTEGERS, read_tensors, write_tensors
 
 FORMAT = "fastsiu-row-index"
@@ -56,11 +56,12 @@ def no_logits(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             "DataParallel runs copies of the head, whose inputs are lost: use one GPU a process "
             "(torchrun)."
         )
-    head = _head(model)
+    head = output_layer(model)
     kept = _Kept()
 
     def keep(hidden: Tensor) -> Tensor:
-        kept["hidden"] = hidden
+        # a tensor-parallel head gets a DTensor, the same on all ranks
+        kept["hidden"] = hidden.full_tensor() if hasattr(hidden, "full_tensor") else hidden
         return hidden
 
     # accelerate puts its own forward on the instance: restore it, do not delete it
@@ -254,145 +255,6 @@ def supervised_rows(
     if index is None or sample_ids is None:
         return rows
     return replace(rows, teacher=index.find(sample_ids, rows))
-
-
-class Head(NamedTuple):
-    """What turns hidden states into logits: `hidden @ weight.T + bias`."""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-
-
-def head_of(model: nn.Module, *, frozen: bool = False) -> Head:
-    """The weight [V, D] and bias [V] that the model's head applies now, as `fused_dmk_ce` has to be
-    given them.
-
-    plain or tied linear   its own parameters; where they are frozen, they are also the teacher's
-                           and the loss takes its fast path
-    PEFT LoRA on the head  weight + sum of scale * B @ A over the active adapters, fp32 (fp64), with
-                           a graph to A and B. Call this in each step, because each call computes
-                           it. The head trains, so the loss takes its general path.
-    PEFT modules_to_save   the active adapter's trainable copy
-    adapters disabled      the base's, so that a teacher that runs inside `disable_adapter()` gets
-                           its own head
-    sharded (DTensor)      gathered, on all ranks at once; keep the result where the head is frozen
-
-    frozen: for the teacher's cache: detached, and copied where the parameter trains, so that
-            training does not move the teacher
-
-    A scale or softcap after the head is not in the weight: give it to the loss. Raises ValueError
-    where no such weight exists: a head that is quantised, no linear layer, offloaded or
-    partitioned, another kind of adapter, LoRA with dropout in training or merged into its base.
-    """
-    weight, bias = _linear(_head(model))
-    if frozen:
-        return Head(_frozen(weight), None if bias is None else _frozen(bias))
-    return Head(weight, bias)
-
-
-def _frozen(x: Tensor) -> Tensor:
-    return x.detach().clone() if x.requires_grad else x.detach()
-
-
-def _head(model: Any) -> nn.Module:
-    inner = model
-    while not hasattr(inner, "get_output_embeddings") and isinstance(
-        getattr(inner, "module", None), nn.Module
-    ):
-        inner = inner.module  # DDP, FSDP1, DeepSpeed, DataParallel
-    try:
-        head = inner.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        head = None
-    if not isinstance(head, nn.Module):
-        raise ValueError(
-            f"{type(inner).__name__} has no output embeddings: give the model with its "
-            "language-modelling head."
-        )
-    return head
-
-
-def _linear(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    if type(head).__module__.startswith("peft."):
-        return _adapted(head)
-    # Quantised layers override forward; FSDP2's and torch's parametrised subclasses inherit it.
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise ValueError(
-            f"The head is a {type(head).__name__}, not a plain linear layer: load the model with "
-            "a plain head."
-        )
-    return _full(head.weight, 2), None if head.bias is None else _full(head.bias, 1)
-
-
-def _adapted(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    from peft.tuners.lora import Linear as LoraLinear
-    from peft.utils import ModulesToSaveWrapper
-
-    if isinstance(head, ModulesToSaveWrapper):
-        active = [] if head.disable_adapters else head.active_adapters
-        if not active or any(name not in head.modules_to_save for name in active):
-            return _linear(head.original_module)
-        return _linear(head.modules_to_save[active[0]])
-    if not isinstance(head, LoraLinear) or type(head).forward is not LoraLinear.forward:
-        kind = f"{type(head).__module__.removeprefix('peft.tuners.')}.{type(head).__name__}"
-        raise ValueError(
-            f"The adapter on the head is PEFT's {kind}, whose effective weight is not known here: "
-            "adapt the head with plain LoRA or modules_to_save, or leave it out of target_modules."
-        )
-    if head.merged:
-        raise ValueError(
-            "The head's adapter is merged into its base, which is the teacher's too: call "
-            "unmerge_adapter() first."
-        )
-    weight, bias = _linear(head.base_layer)
-    if bias is None and any(head.lora_bias.values()):
-        bias = weight.new_zeros(weight.shape[0])  # the teacher's, so that both have one
-    if head.disable_adapters:
-        return weight, bias
-    for name in head.active_adapters:
-        if name not in head.lora_A:
-            continue
-        if name in head.lora_variant:
-            variant = head.lora_variant[name]
-            kind = variant.__name__ if isinstance(variant, type) else type(variant).__name__
-            raise ValueError(
-                f"The adapter {name!r} on the head is a {kind}: adapt the head with plain "
-                "LoRA, or leave it out."
-            )
-        dropout = head.lora_dropout[name]
-        if getattr(dropout, "p", 0) > 0 and dropout.training:
-            raise ValueError(
-                f"The adapter {name!r} on the head has dropout {dropout.p}, which no weight can "
-                "show: set it to 0."
-            )
-        A, B = _full(head.lora_A[name].weight, 2), _full(head.lora_B[name].weight, 2)
-        scale = head.scaling[name]
-        wide = torch.float64 if torch.float64 in (weight.dtype, A.dtype, B.dtype) else torch.float32
-        # bf16 would round the small difference away
-        with torch.autocast(weight.device.type, enabled=False):
-            weight = weight.to(wide) + scale * (B.to(wide) @ A.to(wide))
-            if head.lora_bias[name]:
-                assert bias is not None  # zeros at least, from above
-                bias = bias.to(wide) + scale * _full(head.lora_B[name].bias, 1).to(wide)
-    return weight, bias
-
-
-def _full(x: Any, ndim: int) -> Tensor:
-    """A parameter as one plain float tensor on a device. Raises ValueError where it is none."""
-    if hasattr(x, "full_tensor"):
-        x = x.full_tensor()
-    if type(x) not in (Tensor, nn.Parameter) or not x.dtype.is_floating_point:
-        raise ValueError(
-            f"The head's weight is quantised ({type(x).__name__}, {x.dtype}): load the model "
-            "with a plain head."
-        )
-    if x.is_meta or x.ndim != ndim:
-        where = "offloaded" if x.is_meta else f"partitioned, here {list(x.shape)}"
-        raise ValueError(
-            f"The head's weight is {where}: keep the head on a device, or gather it before this "
-            "call."
-        )
-    return x
 
 
 def _integers(sample_ids: Tensor | Sequence[int], B: int) -> list[int]:

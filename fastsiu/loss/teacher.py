@@ -3,24 +3,23 @@ training step."""
 
 from __future__ import annotations
 
-import json
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any, SupportsIndex, TypeGuard
+from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from ..kernels import launch, tiled
-from .head import LEAST, MOST, Stamp, check_head, readable, referred, stamp
-from .tensor_file import FLOATS, INTEGERS, WIDE, read_tensors, write_tensors
+from ..kernels.parts import WHOLE, Part
+from .head import Stamp, check_head, referred, stamp
+from .meeting import Facts, check_group, content, digest, meet
+from .teacher_file import read_cache, write_cache
 
-FORMAT = "fastsiu-teacher-cache"
-VERSION, READABLE = "3", ("2", "3")  # 1 had no top entries, 2 no digests
-STATISTICS = ("hidden", "m_rest", "C", "lse", "top", "p_top")
-OPTIONS = ("renormalize", "logit_scale", "logit_softcap", "temperature")
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +46,10 @@ class TeacherCache:
     teacher C (Q W) and m are nearly equal, and rounded probabilities would leave no correct digit
     of the difference. A softcap breaks the identity, because the logits are no longer linear in h.
     The loss then recomputes the teacher's logits from `hidden`, N * D numbers, never N * V.
+
+    Of a head in parts (`from_hidden(group=...)`) each rank's cache has the rank's rows of the head
+    and its bias, and the statistics of the whole head, which are the same on all ranks. Columns are
+    counted over the whole head. `m`, `save` and `load` are then called by all ranks together.
 
     `head_weight` and `head_bias` are references, not copies: give a frozen copy where the head
     trains. The cache recognises its head by the head's numbers. It stays valid through copies
@@ -78,18 +81,25 @@ class TeacherCache:
     temperature: float = 1.0
     # of head and bias when the statistics were computed; None: of both as they are now
     head_stamp: Stamp | None = None
+    part: Part = WHOLE  # which rows of the whole head `head_weight` and `head_bias` are
 
     def __post_init__(self) -> None:
         if self.head_stamp is None:
-            object.__setattr__(self, "head_stamp", stamp(self.head_weight, self.head_bias))
+            made = stamp(self.head_weight, self.head_bias, self.part.start)
+            object.__setattr__(self, "head_stamp", made)
 
     @property
     def m(self) -> Tensor:
         """[N, D]: sum_K P(v) W_v, in m_rest's dtype."""
         m = self.m_rest.clone()
         with torch.no_grad(), torch.autocast(m.device.type, enabled=False):
-            tiled.add_rows(m, self.head_weight, self.top, self.p_top)
-        return m
+            if self.part.whole:
+                tiled.add_rows(m, self.head_weight, self.top, self.p_top)
+                return m
+            top = torch.zeros_like(m)
+            tiled.add_held_rows(top, self.head_weight, self.top, self.p_top, self.part)
+            self.part.sum(top)
+        return m + top
 
     @property
     def is_stale(self) -> bool:
@@ -100,10 +110,10 @@ class TeacherCache:
     def head_changed(self, *, whole: bool = False) -> bool:
         """What one call of the loss sees of `is_stale`: it reads a part of the head unless
         `whole`."""
-        return self._stamp.differs(self.head_weight, self.head_bias, whole=whole)
+        return self.stamp.differs(self.head_weight, self.head_bias, whole=whole)
 
     @property
-    def _stamp(self) -> Stamp:
+    def stamp(self) -> Stamp:
         assert self.head_stamp is not None  # since __post_init__
         return self.head_stamp
 
@@ -119,6 +129,7 @@ class TeacherCache:
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
         temperature: float = 1.0,
+        group: ProcessGroup | None = None,
     ) -> TeacherCache:
         """Computes the statistics of teacher hidden states, one vocabulary tile at a time.
 
@@ -129,21 +140,48 @@ class TeacherCache:
         head_bias    [V]; z = softcap * tanh(x / softcap), x = logit_scale * (hidden @ head_weight.T
                      + head_bias)
         temperature  divides z
+        group        the ranks that share the head, each with some of its rows, in the order of the
+                     ranks: head_weight [V_r, D] and head_bias [V_r] are this rank's, hidden and
+                     vocab_keep [V] are the same on all ranks. All of them call this together.
 
         Raises ValueError where a shape, dtype, device or option cannot be used, or where vocab_keep
-        keeps nothing.
+        keeps nothing; with a group on all ranks alike.
         """
-        check_head(hidden, head_weight, head_bias, logit_scale, logit_softcap, temperature)
-        for name, x in (("hidden", hidden), ("head_weight", head_weight), ("head_bias", head_bias)):
-            if x is not None and x.dtype.itemsize < 2:  # the loss takes no 8 bit floats either
-                raise ValueError(f"{name} is {x.dtype}: convert it to a 16, 32 or 64 bit float.")
-        if hidden.device.type == "mps":
-            raise ValueError(
-                "A teacher's cache needs a few fp64 numbers per row, which mps has not: make and "
-                "use it on the CPU."
+        options = (logit_scale, logit_softcap, temperature)
+
+        def check() -> None:
+            check_head(hidden, head_weight, head_bias, *options, group is not None)
+            tensors = dict(hidden=hidden, head_weight=head_weight, head_bias=head_bias)
+            for name, x in tensors.items():
+                if x is not None and x.dtype.itemsize < 2:  # the loss takes no 8 bit floats either
+                    raise ValueError(
+                        f"{name} is {x.dtype}: convert it to a 16, 32 or 64 bit float."
+                    )
+            if hidden.device.type == "mps":
+                raise ValueError(
+                    "A teacher's cache needs a few fp64 numbers per row, which mps has not: make "
+                    "and use it on the CPU."
+                )
+            if vocab_keep is not None:
+                _check_keep(vocab_keep, head_weight.shape[0] if group is None else None)
+
+        part = WHOLE
+        if group is None:
+            check()
+        else:
+            check_group(group)
+            dtypes = [getattr(x, "dtype", None) for x in (hidden, head_weight, head_bias)]
+            kind = digest("teacher", dtypes, renormalize, *options, vocab_keep is None)
+            device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
+            _, (part, _) = meet(
+                group,
+                device,
+                check,
+                lambda _: Facts(len(hidden), hidden.shape[1], kind, content(vocab_keep)),
+                head_weight,
             )
-        if vocab_keep is not None:
-            _check_keep(vocab_keep, head_weight.shape[0])
+            if vocab_keep is not None:
+                _check_keep(vocab_keep, part.V)
         # Trap: autograd cannot save an inference tensor for a backward pass.
         with torch.inference_mode(False):
             if vocab_keep is not None:  # a mask that keeps all becomes None: then C is exactly 1
@@ -156,7 +194,7 @@ class TeacherCache:
             softcap = None if logit_softcap is None else float(logit_softcap)
             head = tiled.Head(head_weight.detach(), head_bias, float(logit_scale), softcap)
             m_rest, C, lse, top, p_top = _statistics(
-                hidden, head, vocab_keep, bool(renormalize), float(temperature)
+                hidden, head, vocab_keep, bool(renormalize), float(temperature), part
             )
             return cls(
                 hidden,
@@ -172,6 +210,7 @@ class TeacherCache:
                 logit_scale=float(logit_scale),
                 logit_softcap=softcap,
                 temperature=float(temperature),
+                part=part,
             )
 
     def __len__(self) -> int:
@@ -243,91 +282,33 @@ class TeacherCache:
         return replace(self._with_rows(move), vocab_keep=keep, head_weight=weight, head_bias=bias)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes everything except the head to one safetensors file."""
-        tensors = {k: getattr(self, k) for k in (*STATISTICS, "vocab_keep", "head_bias")}
-        head = dict(zip(("head", "head_dtype", "head_digest"), self._stamp.words(), strict=True))
-        options = {"options": json.dumps({k: getattr(self, k) for k in OPTIONS})}
-        present = {k: x for k, x in tensors.items() if x is not None}
-        write_tensors(path, present, FORMAT, VERSION, head | options)
+        """Writes everything except the head to one safetensors file. Of a head in parts all ranks
+        call this, and the first one writes the file, which is that of the whole head."""
+        write_cache(self, path)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], *, head_weight: Tensor) -> TeacherCache:
+    def load(
+        cls,
+        path: str | PathLike[str],
+        *,
+        head_weight: Tensor,
+        group: ProcessGroup | None = None,
+    ) -> TeacherCache:
         """Reads a saved cache onto the head's device.
 
         head_weight  [V, D], the head that the cache was built with. In the same dtype every bit of
                      it is compared; in another dtype three rows are computed again.
+        group        the ranks that share the head, each with some of its rows, as in `from_hidden`.
+                     A file may be read by other ranks than those that wrote it, or by one process.
 
         Raises FileNotFoundError where there is no file. Raises ValueError for another file, version
         or head, and for a file that is damaged in any way: the file holds a digest of everything in
         it. A file of version 2 holds none: there load refuses impossible numbers and computes three
         rows again.
         """
-        if (
-            not isinstance(head_weight, Tensor)
-            or head_weight.ndim != 2
-            or not head_weight.dtype.is_floating_point
-        ):
-            raise ValueError(
-                "head_weight must be a two-dimensional float tensor: pass the teacher's own head."
-            )
-        if not readable(head_weight):
-            raise ValueError(
-                f"head_weight on {head_weight.device} has no numbers: load the model onto a "
-                "device first."
-            )
-        file = read_tensors(
-            path,
-            FORMAT,
-            READABLE,
-            "a teacher cache",
-            "TeacherCache.save",
-            dict(hidden=FLOATS, m_rest=WIDE, C=WIDE, lse=WIDE[1:], top=INTEGERS, p_top=WIDE[1:]),
-            dict(vocab_keep=("BOOL",), head_bias=FLOATS),
-        )
-        damaged = ValueError(f"{path} is damaged: build the cache again.")
-        try:
-            shape, options = json.loads(file.metadata["head"]), json.loads(file.metadata["options"])
-        except (KeyError, ValueError, RecursionError) as error:
-            raise damaged from error
-        if shape != list(head_weight.shape):
-            short = isinstance(shape, list) and len(str(shape)) < 40
-            written = f"of shape {shape}, " if short else ""
-            raise ValueError(
-                f"{path} was built with another head than the one given: pass the teacher's own, "
-                f"{written}and not {list(head_weight.shape)}."
-            )
-        if not _possible_options(options) or not _possible(file.tensors, options, head_weight):
-            raise damaged
-        with torch.inference_mode(False):
-            t = {k: x.to(head_weight.device, copy=True) for k, x in file.tensors.items()}
-            softcap = options["logit_softcap"]
-            cache = cls(
-                t["hidden"],
-                t["m_rest"],
-                t["C"],
-                t["lse"],
-                t["top"],
-                t["p_top"],
-                head_weight=referred(head_weight),
-                vocab_keep=t.get("vocab_keep"),
-                renormalize=bool(options["renormalize"]),
-                head_bias=t.get("head_bias"),
-                logit_scale=float(options["logit_scale"]),
-                logit_softcap=None if softcap is None else float(softcap),
-                temperature=float(options["temperature"]),
-            )
-        stamped = tuple(file.metadata.get(key) for key in ("head", "head_dtype", "head_digest"))
-        if file.version != "2" and None in stamped:
-            raise damaged
-        comparable = file.version != "2" and stamped[1] == str(head_weight.dtype)
-        if not (cache._stamp.words() == stamped if comparable else cache._comes_out_again()):
-            raise ValueError(
-                f"{path} was built with another head than the one given: pass the teacher's own "
-                "head."
-            )
-        return cache
+        return read_cache(cls, path, head_weight, group)
 
-    def _comes_out_again(self) -> bool:
+    def comes_out_again(self) -> bool:
         """Do three rows give the same statistics again? m is a weighted sum of head rows, so it
         recognises the head."""
         N = len(self)
@@ -339,7 +320,7 @@ class TeacherCache:
             rows.head_weight.detach(), rows.head_bias, rows.logit_scale, rows.logit_softcap
         )
         m_rest, C, lse, top, p_top = _statistics(
-            rows.hidden, head, rows.vocab_keep, rows.renormalize, rows.temperature
+            rows.hidden, head, rows.vocab_keep, rows.renormalize, rows.temperature, rows.part
         )
         again = replace(rows, m_rest=m_rest, C=C, lse=lse, top=top, p_top=p_top)
         return bool(
@@ -351,84 +332,37 @@ class TeacherCache:
 
 
 def _statistics(
-    hidden: Tensor, head: tiled.Head, keep: Tensor | None, renormalize: bool, temperature: float
+    hidden: Tensor,
+    head: tiled.Head,
+    keep: Tensor | None,
+    renormalize: bool,
+    temperature: float,
+    part: Part,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """m_rest, C, lse, top and p_top, one vocabulary tile at a time: no [N, V] tensor."""
     V, D = head.weight.shape
     plan = launch.launch(len(hidden), V, D, head.weight.dtype, head.weight.device.type)
     with torch.autocast(hidden.device.type, enabled=False):
-        return tiled.statistics(hidden, head, keep, renormalize, temperature, plan.tile)
+        return tiled.statistics(hidden, head, keep, renormalize, temperature, plan.tile, part=part)
 
 
 # --------------------------------------------------------------------------------------------------
 # what is refused
 
 
-def _check_keep(vocab_keep: object, V: int) -> None:
+def _check_keep(vocab_keep: object, V: int | None) -> None:
+    """V: of the whole head; None where it is not known yet."""
     if not isinstance(vocab_keep, Tensor):
         raise ValueError(
             "vocab_keep must be a bool tensor with True = kept, but is a "
             f"{type(vocab_keep).__name__}."
         )
+    if V is None and vocab_keep.dtype == torch.bool and vocab_keep.ndim == 1:
+        V = len(vocab_keep)
     if vocab_keep.dtype != torch.bool or vocab_keep.shape != (V,):
         raise ValueError(
-            f"vocab_keep must be bool [{V}] with True = kept, but is {vocab_keep.dtype} "
-            f"{list(vocab_keep.shape)}."
+            f"vocab_keep must be bool [{'V' if V is None else V}] with True = kept, but is "
+            f"{vocab_keep.dtype} {list(vocab_keep.shape)}."
         )
     if not vocab_keep.any():
         raise ValueError("vocab_keep keeps no token, so no KL is left: keep at least one.")
-
-
-def _possible_options(options: object) -> TypeGuard[dict[str, Any]]:
-    """Can these be a cache's options? Names, types and ranges."""
-    if not isinstance(options, dict) or set(options) != set(OPTIONS):
-        return False
-    if type(options["renormalize"]) is not bool:
-        return False
-    numbers = [options[k] for k in OPTIONS[1:] if k != "logit_softcap" or options[k] is not None]
-    return all(type(x) in (int, float) and LEAST <= x <= MOST for x in numbers)
-
-
-def _possible(t: Mapping[str, Tensor], options: Mapping[str, Any], head_weight: Tensor) -> bool:
-    """Can these tensors be a cache of this head? Shapes, dtypes, ranges; everything but whether the
-    numbers are right."""
-    (V, D), keep = head_weight.shape, t.get("vocab_keep")
-    hidden, N = t["hidden"], t["hidden"].shape[0] if t["hidden"].ndim else -1
-    if t["C"].dtype != t["m_rest"].dtype:
-        return False
-    if hidden.dtype == torch.float64 and t["C"].dtype != torch.float64:
-        return False
-    if keep is not None and (
-        keep.shape != (V,) or int(keep.view(torch.uint8).amax()) > 1 or not keep.any()
-    ):
-        return False
-    k = min(16, V if keep is None else int(keep.sum()))
-    shapes: dict[str, tuple[int, ...]] = dict(
-        hidden=(N, D), m_rest=(N, D), C=(N,), lse=(N,), top=(N, k), p_top=(N, k), head_bias=(V,)
-    )
-    if any(t[name].shape != shape for name, shape in shapes.items() if name in t):
-        return False
-    if N == 0:
-        return True
-    top, p, C = t["top"], t["p_top"], t["C"].double()
-    if int(top.min()) < 0 or int(top.max()) >= V:
-        return False
-    # A loss with weight 0 may have states that are not finite; the statistics of such a row are not
-    # finite either.
-    whole = hidden.to(t["C"].dtype).isfinite().all(1)
-    finite = (
-        t["lse"].isfinite() & C.isfinite() & t["m_rest"].isfinite().all(1) & p.isfinite().all(1)
-    )
-    if (whole & ~finite).any() or (~whole & t["lse"].isfinite()).any():
-        return False
-    top, p, C = top[whole], p[whole], C[whole]
-    whole_vocabulary = keep is None or options["renormalize"]
-    if (C < 0).any() or (C > 1 + 1e-3).any() or (whole_vocabulary and (C != 1).any()):
-        return False
-    if (p < 0).any() or (p.sum(1) > C + 1e-3).any():
-        return False
-    if keep is not None and ((p > 0) & ~keep[top]).any():
-        return False
-    # a column without mass may be a placeholder
-    ordered = top.masked_fill(p <= 0, -1).sort(1).values
-    return not bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any())

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastsiu import RowIndex, TeacherCache, fused_dmk_ce, supervised_rows
-from fastsiu.loss import teacher as files
+from fastsiu.loss import teacher_file as files
 
 torch.set_num_threads(1)
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsiu import TeacherCache, fused_dmk_ce
 from fastsiu.loss import head as heads
-from fastsiu.loss import teacher as module
+from fastsiu.loss import teacher_file as module
 from fastsiu.loss.head import shares, stamp
 
 torch.set_num_threads(1)
