@@ -290,6 +290,18 @@ def head_of(model: nn.Module, *, frozen: bool = False) -> Head:
     return Head(weight, bias)
 
 
+def base_head_of(model: nn.Module) -> Head:
+    """The weight and bias of the head under its adapters, which is the teacher's where an adapter
+    trains and the base is frozen. No adapter has to be switched off for it.
+
+    Raises ValueError as `head_of` does.
+    """
+    head = _head(model)
+    while type(head).__module__.startswith("peft."):
+        head = getattr(head, "original_module", None) or head.base_layer
+    return Head(*_linear(head))
+
+
 def _frozen(x: Tensor) -> Tensor:
     return x.detach().clone() if x.requires_grad else x.detach()
 
