@@ -18,7 +18,7 @@ from peft import LoraConfig
 
 from . import images, objectives, train
 from .look import Probe
-from .model import adapter, sharing
+from .model import adapter, placement, sharing
 from .model.features import map_features
 from .model.vlm import VLM
 from .objectives import Objective, siu
@@ -139,6 +139,7 @@ def prepare(
 
     Raises BadInput where the model does not recognise the concept.
     """
+    placement.check_trains(loaded.placed)
     with adapter.teacher(loaded):
         scene = Scene(
             loaded, concept_of(request), recipe, [loaded.picture(picture)], others=list(others)

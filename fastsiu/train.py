@@ -204,7 +204,7 @@ def _step_backward(
 def _attempt(vlm: VLM, work: Sequence[Work], recipe: Recipe) -> Losses | None:
     """The losses of a step, with the gradients; None where memory did not suffice, and then the
     random generators are as they were. One batch's graph is gone before the next one's is built."""
-    devices = [vlm.device] if vlm.device.type == "cuda" else []
+    devices = [device for device in vlm.devices if device.type == "cuda"]
     state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
     try:
         losses = []

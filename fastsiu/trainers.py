@@ -83,6 +83,9 @@ class UnlearningTrainer(Trainer):
         step = StepShares(loaded, recipe, list(steps), shares)
         if args.max_steps <= 0:
             args.max_steps = recipe.steps
+        # Every share reaches every factor, where they are all behind the pictures' features.
+        if args.ddp_find_unused_parameters is None and lora is None and not recipe.sees_anew:
+            args.ddp_find_unused_parameters = False
         super().__init__(model=step, args=args, **options)
         _check_alike(self, step)
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:

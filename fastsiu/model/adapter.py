@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..request import BadInput, NumericFailure, Recipe
+from . import placement
 from .adapter_files import LORA_FIELDS, check_directory, check_patterns
 from .faults import first_line
 from .vlm import VLM
@@ -89,6 +90,7 @@ def attach(vlm: VLM, recipe: Recipe, lora: LoraConfig | None = None) -> None:
 
     lora: the adapter; that of the recipe when left out
     """
+    placement.check_trains(vlm.placed)
     config = _config_of(vlm, recipe) if lora is None else lora
     torch.manual_seed(recipe.seed)
     with _not_ours():
@@ -226,9 +228,10 @@ def load(vlm: VLM, directory: Path) -> None:
     """Puts a stored adapter on. A projector that it has trained is in fp32, as after `attach`.
 
     Raises BadInput where the directory holds no adapter, or one for another architecture (PEFT only
-    warns of what finds no place), and NumericFailure for NaN or infinity in it. The model is then
-    as it was.
+    warns of what finds no place), or where layers of the model wait off their device, and
+    NumericFailure for NaN or infinity in it. The model is then as it was.
     """
+    placement.check_adapts(vlm.placed)
     found = check_directory(directory)
     check_patterns(vlm.base, found, directory)
     # names of earlier releases, as PEFT maps them
