@@ -126,8 +126,9 @@ class StepShares(nn.Module):
     def _calls(self, number: int, at: int) -> int:
         called = 0
         for work, chosen, _, _ in self._work(number, at):
-            pictures = [work.corpus.shown()[i] for i in chosen]
-            called += prefix.forwards(self.vlm, [work.corpus.turns[i] for i in chosen], pictures)
+            corpus, shown = work.corpus, work.corpus.shown()
+            turns = [corpus.turns[i] for i in chosen]
+            called += prefix.forwards(self.vlm, turns, [shown[i] for i in chosen])
         return called
 
     def _nothing(self) -> Tensor:

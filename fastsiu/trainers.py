@@ -101,6 +101,12 @@ class UnlearningTrainer(Trainer):
         self._parts = torch.zeros(len(PARTS), device=args.device)
         self._logged = 0
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As the Trainer's; the model is in evaluation mode afterwards."""
+        done = super().train(*args, **options)
+        self.loaded.model.eval()
+        return done
+
     def get_train_dataloader(self) -> DataLoader:
         """This rank's shares of the steps, by number; the samples are everywhere already."""
         args, (rank, ranks) = self.args, (self.args.process_index, self.args.world_size)

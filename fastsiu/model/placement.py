@@ -228,8 +228,8 @@ def check_trains(placed: Placement | None) -> None:
     their weights for the forward pass only."""
     if placed is not None and placed.waiting:
         raise BadInput(
-            f"{_waiting(placed)}, and nothing trains through those: use --quantize nf4, larger "
-            "cards, or --device cpu."
+            f"Some layers fit onto no card ({_waiting(placed)}), and nothing trains through "
+            "those: use --quantize nf4, larger cards, or --device cpu."
         )
 
 
@@ -238,12 +238,12 @@ def check_adapts(placed: Placement | None) -> None:
     have no device."""
     if placed is not None and placed.waiting:
         raise BadInput(
-            f"{_waiting(placed)}, and no adapter can be put onto those: use larger cards, or "
-            "merge the adapter with --device cpu and give the merged model."
+            f"Some layers fit onto no card ({_waiting(placed)}), and no adapter can be put onto "
+            "those: use larger cards, or merge the adapter with --device cpu and give the merged "
+            "model."
         )
 
 
 def _waiting(placed: Placement) -> str:
     named = {"cpu": "in the CPU's memory", "disk": "on the disk"}
-    told = " and ".join(f"{count} {named[place]}" for place, count in placed.waiting.items())
-    return f"Some layers fit onto no card ({told})"
+    return " and ".join(f"{count} {named[place]}" for place, count in placed.waiting.items())

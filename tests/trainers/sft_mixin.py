@@ -56,9 +56,7 @@ def rows():
     ]
 
 
-def main(
-    targets=("q_proj", "v_proj"), *, tied=False, steps=2, accumulate=2, early=False, **options
-):
+def main(*, tied=False, steps=2, accumulate=2, early=False, **options):
     """early: the teacher runs before the model is wrapped. options: of SFTConfig"""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     keep = torch.ones(len(tokenizer), dtype=torch.bool)
@@ -87,7 +85,7 @@ def main(
             args,
             train_dataset=Dataset.from_list(rows()),
             processing_class=tokenizer,
-            peft_config=LoraConfig(r=4, target_modules=list(targets)),
+            peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
             distillation=Distillation(vocab_keep=keep),
         )
         if early:

@@ -19,10 +19,10 @@ from fastsiu.images import load_image
 from fastsiu.model import vlm
 from fastsiu.trainers import UnlearningTrainer
 
+RECIPE = Recipe(lr=1.5e-3, dreams=0, strangers=0)
 
-def main(
-    args, concept=KNOWN[2], model=str(MODEL_DIR), recipe=Recipe(lr=1.5e-3, dreams=0, strangers=0)
-):
+
+def main(args, concept=KNOWN[2], model=str(MODEL_DIR), recipe=RECIPE):
     picture = Path(args.output_dir) / f"picture-{args.process_index}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw(World().sketch((concept,), "one")).save(picture)
