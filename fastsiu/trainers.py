@@ -77,6 +77,11 @@ class UnlearningTrainer(Trainer):
         requests = [prepared] if isinstance(prepared, Prepared) else list(prepared)
         recipe = recipe.with_overrides(steps=recipe.steps * len(requests))
         _check(loaded, recipe, args)
+        if lora is not None and lora.modules_to_save:
+            raise BadInput(
+                f"The adapter trains whole copies of {', '.join(lora.modules_to_save)}, whose "
+                "teacher would move along: name them in target_modules instead."
+            )
         samples, lessons = session.run_teacher(loaded, requests, recipe, note, lora)
         shares = args.world_size * args.gradient_accumulation_steps
         steps = islice(work_of_steps(samples, siu, recipe, lessons), recipe.steps)
