@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .model import prefix
-from .model.features import map_features
+from .model.features import feature_tensors, map_features
 from .model.vlm import VLM
 from .objectives import Batch
 from .request import CHANGES, SHARES, Recipe
@@ -81,16 +81,22 @@ def lesson_batches(lessons: Corpus, recipe: Recipe) -> Iterator[list[int]]:
 
 
 def forward(
-    vlm: VLM, corpus: Corpus, chosen: Sequence[int], recipe: Recipe, micro_batch: int | None = None
+    vlm: VLM,
+    corpus: Corpus,
+    chosen: Sequence[int],
+    recipe: Recipe,
+    micro_batch: int | None = None,
+    noise: Mapping[int, Sequence[Tensor]] | None = None,
 ) -> Batch:
     """The supervised rows of some samples. Each picture's prefix is computed once, and no logits
     are.
 
     micro_batch: the most samples in one forward, for less memory; the batch and its gradients are
                  the same (`prefix`)
+    noise:       of `draw_noise`, where the samples are a share of a step; drawn here when left out
     """
     device, samples = vlm.device, [corpus.samples[i] for i in chosen]
-    features = _features(vlm, corpus, chosen, recipe)
+    features = _features(vlm, corpus, chosen, recipe, noise)
     shown = [None if s.picture is None else features[s.picture] for s in samples]
     rows = torch.tensor([row for i in chosen for row in corpus.rows(i)], device=device)
     sample = torch.tensor(
@@ -119,7 +125,33 @@ def forward(
     )
 
 
-def _features(vlm: VLM, corpus: Corpus, chosen: Sequence[int], recipe: Recipe) -> dict[int, Any]:
+def draw_noise(
+    vlm: VLM, corpus: Corpus, chosen: Sequence[int], generator: torch.Generator
+) -> dict[int, list[Tensor]]:
+    """The noise on the pictures of a whole step, by `Sample.picture`: for each tensor of the
+    picture's features one of its shape. Every share of the step then has the noise that the whole
+    step would have, whatever its samples are."""
+    drawn: dict[int, list[Tensor]] = {}
+    for p in _noisy_pictures(corpus, chosen):
+        for x in feature_tensors(corpus.pictures[p].features):
+            new = torch.randn(x.shape, dtype=x.dtype, device=vlm.device, generator=generator)
+            drawn.setdefault(p, []).append(new)
+    return drawn
+
+
+def _noisy_pictures(corpus: Corpus, chosen: Sequence[int]) -> list[int]:
+    samples = [corpus.samples[i] for i in chosen]
+    noisy = [p for s in samples if s.facet in NOISY and (p := s.picture) is not None]
+    return list(dict.fromkeys(noisy))
+
+
+def _features(
+    vlm: VLM,
+    corpus: Corpus,
+    chosen: Sequence[int],
+    recipe: Recipe,
+    noise: Mapping[int, Sequence[Tensor]] | None,
+) -> dict[int, Any]:
     """The image features of the chosen samples' pictures on the model's device, by
     `Sample.picture`; those of `NOISY` facets with noise."""
     samples = [corpus.samples[i] for i in chosen]
@@ -133,10 +165,12 @@ def _features(vlm: VLM, corpus: Corpus, chosen: Sequence[int], recipe: Recipe) -
         }
     features = {p: map_features(seen, lambda x: x.to(vlm.device)) for p, seen in features.items()}
 
-    def noisy(x: Tensor) -> Tensor:
-        return x + NOISE * x.reshape(-1, x.shape[-1]).std(0) * torch.randn_like(x)
+    for p in _noisy_pictures(corpus, chosen):
+        given = None if noise is None else iter(noise[p])
 
-    noised = [p for s in samples if s.facet in NOISY and (p := s.picture) is not None]
-    for p in dict.fromkeys(noised):
+        def noisy(x: Tensor, given: Iterator[Tensor] | None = given) -> Tensor:
+            drawn = torch.randn_like(x) if given is None else next(given)
+            return x + NOISE * x.reshape(-1, x.shape[-1]).std(0) * drawn
+
         features[p] = map_features(features[p], noisy)
     return features

@@ -21,7 +21,7 @@ from .evaluate.attacks import not_asked
 from .guards.strict_json import read_json
 from .images import list_images, read_bytes
 from .merge_verdict import FORMS, Verifier, free
-from .model import adapter, adapter_files, decode, source, vlm
+from .model import adapter, adapter_files, decode, placement, source, vlm
 from .model.fold import fold, save
 from .report.redact import MODEL, redacted
 from .request import BadInput, Recipe, Request
@@ -89,7 +89,10 @@ def merge(
     Raises BadInput (nothing is written) and NumericFailure where the merged weights overflow.
     """
     listener, folder, forms = listener or Listener(), Path(adapter_dir), _forms(verify)
-    name, dtype, device = model.name, settings.dtype, settings.device
+    name, dtype = model.name, settings.dtype
+    device, said = placement.settled(settings.device)
+    if said:
+        listener.note(said)
     told, sealed = _json(folder / "report.json"), adapter_files.manifest_of(folder)
     redact = redact or bool(told.get("redacted"))
     told = {} if told.get("redacted") else told

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,20 @@ FAR = 1.0  # nats: a token is far where the teacher gives it a probability below
 NPO_BETA = 0.1  # the inverse temperature of all published runs
 
 
+class Whole(NamedTuple):
+    """What the means of a whole step divide by, where a batch is one share of the step: counts of
+    rows, over all ranks and micro-batches.
+
+    tokens: all supervised rows
+    kept:   those with K_S = 1
+    far:    those that cost the teacher more than `FAR`; 0 where the objective does not ask
+    """
+
+    tokens: int
+    kept: int
+    far: int = 0
+
+
 @dataclass
 class Batch:
     """The N supervised rows of one batch.
@@ -41,6 +55,8 @@ class Batch:
                  it is False at the tokens of the name
     head_weight  [V, D]
     head_options keywords that describe the head (`fused_dmk_ce`)
+    whole        where the batch is a share of a step: what `siu`, `strangers` and `kept` divide by,
+                 so that the shares' losses add up to the step's
 
     What other methods than SIU need to know of each row:
 
@@ -60,6 +76,7 @@ class Batch:
     forget: Tensor
     decoupled: Tensor
     pictured: Tensor
+    whole: Whole | None = None
 
     @property
     def untouched(self) -> TeacherCache:
@@ -75,7 +92,7 @@ Objective = Callable[[Batch, Recipe], tuple[Tensor, dict[str, float]]]
 
 def siu(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
     """alpha * mean CE + beta * mean DMK over the tokens with K_S = 1 (paper Eq. 2-5)."""
-    teacher = batch.teacher if recipe.beta else None
+    teacher, whole = batch.teacher if recipe.beta else None, batch.whole
     loss, parts = fused_dmk_ce(
         batch.hidden,
         batch.head_weight,
@@ -84,12 +101,16 @@ def siu(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
         alpha=recipe.alpha,
         beta=recipe.beta,
         kl_weight=batch.kl_weight if teacher is not None else None,
+        ce_denominator=None if whole is None else whole.tokens,
+        kl_denominator=None if whole is None else whole.kept,
         return_parts=True,
         **batch.head_options,
     )
     kept = batch.kl_weight.float()
-    kl = float((parts.kl * kept).sum() / kept.sum().clamp_min(1)) if teacher is not None else 0.0
-    return loss, {"ce": float(parts.ce.mean()), "kl": kl}
+    count = kept.sum() if whole is None else kept.new_tensor(whole.kept)
+    kl = float((parts.kl * kept).sum() / count.clamp_min(1)) if teacher is not None else 0.0
+    ce = parts.ce.mean() if whole is None else parts.ce.sum() / whole.tokens
+    return loss, {"ce": float(ce), "kl": kl}
 
 
 def strangers(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
@@ -102,11 +123,12 @@ def strangers(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
     it, and so does the distance. It pulls the name to a stranger's level from either side: a name
     below that level would be a tell, too.
     """
-    nats = _nll(batch)
-    kl = _mean(_kl(batch), torch.ones_like(batch.kl_weight))
-    with torch.no_grad():
-        wanted = _nats(batch, batch.untouched.hidden)
-    distance = _mean(F.smooth_l1_loss(nats, wanted, reduction="none"), wanted > FAR)
+    nats, whole = _nll(batch), batch.whole
+    every = torch.ones_like(batch.kl_weight)
+    kl = _mean(_kl(batch), every, None if whole is None else whole.tokens)
+    wanted = untouched_nats(batch.untouched, batch.labels, batch.head_options)
+    off = F.smooth_l1_loss(nats, wanted, reduction="none")
+    distance = _mean(off, wanted > FAR, None if whole is None else whole.far)
     return kl + recipe.level * distance, _parts(distance, kl)
 
 
@@ -172,8 +194,7 @@ def npo(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
     2404.05868, with its retain loss). Q(y) and P(y) are the probabilities of the whole answer, P
     the untouched model's."""
     nll = _nll(batch)
-    with torch.no_grad():
-        untouched = _nats(batch, batch.untouched.hidden)
+    untouched = untouched_nats(batch.untouched, batch.labels, batch.head_options)
     log_ratio = _sums(untouched - nll, batch.sample)
     answers = _sums(batch.forget.to(nll.dtype), batch.sample) > 0
     loss = _mean(2 / NPO_BETA * F.softplus(NPO_BETA * log_ratio), answers)
@@ -246,18 +267,22 @@ def safeeraser_po(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float
 
 def _nll(batch: Batch) -> Tensor:
     """What each row's label costs the student, in nats: [N] with graph."""
-    return _nats(batch, batch.hidden)
-
-
-def _nats(batch: Batch, hidden: Tensor) -> Tensor:
-    """What each row's label costs at the final states `hidden` [N, D], in nats: [N]."""
     return fused_dmk_ce(
-        hidden,
+        batch.hidden,
         batch.head_weight,
         batch.labels,
         alpha=1.0,
         reduction="none",
         **batch.head_options,
+    )
+
+
+@torch.no_grad()
+def untouched_nats(teacher: TeacherCache, labels: Tensor, head_options: dict[str, Any]) -> Tensor:
+    """What each label [N] costs the teacher, under its own head, in nats: [N]."""
+    options = head_options | {"head_bias": teacher.head_bias}
+    return fused_dmk_ce(
+        teacher.hidden, teacher.head_weight, labels, alpha=1.0, reduction="none", **options
     )
 
 
@@ -275,9 +300,12 @@ def _kl(batch: Batch) -> Tensor:
     )
 
 
-def _mean(values: Tensor, chosen: Tensor) -> Tensor:
-    """The mean of the values at the chosen rows (bool); 0 where no row is chosen."""
-    return values[chosen].sum() / chosen.sum().clamp_min(1)
+def _mean(values: Tensor, chosen: Tensor, count: int | None = None) -> Tensor:
+    """The mean of the values at the chosen rows (bool); 0 where no row is chosen.
+
+    count: divides in place of the number of chosen rows: that of a whole step
+    """
+    return values[chosen].sum() / (chosen.sum().clamp_min(1) if count is None else max(1, count))
 
 
 def _sums(values: Tensor, sample: Tensor) -> Tensor:

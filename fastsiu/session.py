@@ -14,9 +14,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from peft import LoraConfig
+
 from . import images, objectives, train
 from .look import Probe
-from .model import adapter, sharing
+from .model import adapter, placement, sharing
 from .model.features import map_features
 from .model.vlm import VLM
 from .objectives import Objective, siu
@@ -137,6 +139,7 @@ def prepare(
 
     Raises BadInput where the model does not recognise the concept.
     """
+    placement.check_trains(loaded.placed)
     with adapter.teacher(loaded):
         scene = Scene(
             loaded, concept_of(request), recipe, [loaded.picture(picture)], others=list(others)
@@ -191,12 +194,7 @@ def learn(
     recipe = recipe.with_overrides(steps=recipe.steps * len(prepared))
     listener.stage("Running the teacher")
     with timed(seconds, "teacher"):
-        samples = corpus.join([_samples_beside(one, prepared) for one in prepared])
-        adapter.detach(loaded)
-        adapter.attach(loaded, recipe)
-        sharing.plan_sharing(loaded, samples.turns, samples.shown(), listener.note)
-        corpus.run_teacher(loaded, samples, recipe)
-        taught = _taught(loaded, prepared, recipe)
+        samples, taught = run_teacher(loaded, prepared, recipe, listener.note)
     listener.stage("Training")
     with timed(seconds, "train"):
         probe = Probe([one.scene for one in prepared], samples)
@@ -216,6 +214,27 @@ def learn(
         finally:
             loaded.model.eval()
     return samples, history
+
+
+def run_teacher(
+    loaded: VLM,
+    prepared: Sequence[Prepared],
+    recipe: Recipe,
+    note: Callable[[str], None],
+    lora: LoraConfig | None = None,
+) -> tuple[Corpus, list[tuple[Corpus, Objective]]]:
+    """Puts a fresh adapter on and runs the teacher, with the adapter off, over all samples of
+    `prepared`. Returns the samples of the four targets, and the lessons as `train.fit` takes them.
+
+    note: gets a sentence for each way of sharing prefixes that is not exact on the model
+    lora: the adapter; the recipe's when left out
+    """
+    samples = corpus.join([_samples_beside(one, prepared) for one in prepared])
+    adapter.detach(loaded)
+    adapter.attach(loaded, recipe, lora)
+    sharing.plan_sharing(loaded, samples.turns, samples.shown(), note)
+    corpus.run_teacher(loaded, samples, recipe)
+    return samples, _taught(loaded, prepared, recipe)
 
 
 def _samples_beside(own: Prepared, prepared: Sequence[Prepared]) -> Corpus:

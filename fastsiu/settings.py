@@ -7,7 +7,7 @@ and said before anything is loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypedDict
@@ -17,8 +17,8 @@ from PIL.Image import Image
 
 from .guards.strict_json import read_json
 from .images import load_image
-from .model import plan, source, vlm
-from .model.memory import Layout
+from .model import placement, plan, source, vlm
+from .model.memory import GB, Layout
 from .request import PAPER, BadInput, Recipe
 from .session import Listener
 
@@ -73,9 +73,11 @@ class RecipeChoice:
 class Settings:
     """How a run is computed. None: chosen, by the memory limit where there is one.
 
-    device:        "cpu", "cuda", "cuda:1" ...; the first GPU where there is one
+    device:        "cpu", "cuda", "cuda:1" ...; "auto": over all GPUs; the first GPU where there is
+                   one
     dtype:         "auto" (as stored), "bfloat16", "float16" or "float32"
-    memory:        GB that the run may take; the settings that are left out are chosen to fit
+    memory:        GB that the run may take, on each of several devices; the settings that are left
+                   out are chosen to fit
     quantize:      "nf4" or "int8": the language model's weights in 4 or 8 bits
     attention:     "sdpa", "flash_attention_2" or "eager"
     checkpointing: whether a layer's activations are computed twice
@@ -253,9 +255,19 @@ def choose_layout(
 
     Raises BadInput where an option makes no sense or, under a limit, nothing fits.
     """
-    source.check_device(settings.device)
+    device, said = placement.settled(settings.device)
+    if said:
+        listener.note(said)
+    room = _room(settings) if device == placement.AUTO else {}
+    device = next(iter(room), device)
+    source.check_device(device)
     first_gpu = "cuda" if torch.cuda.is_available() else "cpu"
-    asked = Layout(dtype=settings.dtype, device=settings.device or first_gpu, **settings.given)
+    asked = Layout(
+        dtype=settings.dtype,
+        device=device or first_gpu,
+        room=tuple(room.items()),
+        **settings.given,
+    )
     source.check_options(settings.dtype, asked.quantize, asked.attention, asked.optimizer)
     if settings.memory is None:
         return asked
@@ -278,6 +290,11 @@ def choose_layout(
     return planned.chosen.settings
 
 
+def _room(settings: Settings) -> dict[str, int]:
+    """Bytes for weights on each device, for "auto"."""
+    return placement.room(None if settings.memory is None else round(settings.memory * GB))
+
+
 def deciding(layout: Layout) -> dict[str, Any]:
     """Those settings that decide the result, as the manifest and the digest of a request have them;
     those left alone are not."""
@@ -290,16 +307,20 @@ def load(model: ModelRef, layout: Layout, room: vlm.Budget, listener: Listener) 
     """The model, with a progress line for each of its parts."""
     listener.stage("Loading the model")
     with listener.loading() as bars:
-        return vlm.load(
+        loaded = vlm.load(
             model.name,
             revision=model.revision,
-            device=layout.device,
+            device=placement.AUTO if layout.room else layout.device,
+            room=dict(layout.room) if layout.room else None,
             dtype=layout.dtype,
             quantize=layout.quantize,
             attention=layout.attention,
             budget=room,
             bars=bars,
         )
+    if loaded.placed is not None:
+        listener.note(loaded.placed.sentence)
+    return loaded
 
 
 def plan_for(
@@ -318,19 +339,24 @@ def plan_for(
     """
     name, revision = model.name, model.revision
     chosen, _ = choose_recipe(name, recipe, revision)
-    device = settings.device or "cuda"
+    device, said = placement.settled(settings.device or "cuda")
+    room = _room(settings) if device == placement.AUTO else {}
+    device = next(iter(room), device)
+    assert device is not None
     try:
         torch.device(device)
     except RuntimeError as error:
-        raise BadInput(f"There is no device {device!r}: choose cuda or cpu.") from error
+        raise BadInput(f"There is no device {device!r}: choose cuda, cpu or auto.") from error
     given = {**settings.given, "dtype": settings.dtype, "device": device}
+    if room:
+        given["room"] = tuple(room.items())
     config = work = None
     if image is not None:
         picture = load_image(image)
         source.check_directory(name)
         config, processor, revision = source.describe(name, revision)
         work = plan.workload_of(config, processor, picture)
-    return plan.plan(
+    made = plan.plan(
         name,
         settings.memory,
         Layout(**given),
@@ -341,3 +367,4 @@ def plan_for(
         image_tokens=image_tokens,
         fixed=frozenset(given),
     )
+    return replace(made, assumed=[*made.assumed, said]) if said else made

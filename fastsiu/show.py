@@ -372,6 +372,8 @@ def plan_table(console: Console, plan: Plan) -> None:
         f"{work.suffix}. {' '.join(plan.assumed)}",
         soft_wrap=True,
     )
+    if plan.placed is not None:
+        console.print(plan.placed.sentence, soft_wrap=True)
     console.print(plan.sentence, soft_wrap=True)
 
 

@@ -4,7 +4,7 @@ says when the training may stop."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -88,26 +88,17 @@ def fit(
     Raises NumericFailure on a loss or a gradient that is not finite, OutOfMemory where one sample
     at a time does not fit either.
     """
-    named = [(n, p) for n, p in vlm.model.named_parameters() if p.requires_grad]
-    slow = [p for n, p in named if "lora_" not in n]
-    fast = [p for n, p in named if "lora_" in n]
-    groups: list[dict[str, Any]] = [{"params": fast, "lr": recipe.lr}]
-    if slow:
-        groups.append({"params": slow, "lr": recipe.projector_lr})
-    optimiser = _optimiser(groups, vlm.budget.optimizer)
+    groups = parameter_groups(vlm, recipe)
+    trained = [p for group in groups for p in group["params"]]
+    optimiser = optimiser_of(groups, vlm.budget.optimizer)
     pace = Pace(recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, pace.factor)
     history: list[Step] = []
     look, good = probe(), 0
-    _training_mode(vlm, recipe)
+    training_mode(vlm, recipe)
     torch.manual_seed(recipe.seed)
-    # With lessons, these alone keep the pictures of others.
-    first = batches(corpus, recipe, ("preserve-picture",) if lessons else ())
-    further = [lesson_batches(taught, recipe) for taught, _ in lessons]
-    for step in range(1, recipe.steps + 1):
-        work = [Work(corpus, next(first), objective)]
-        for (taught, how), chosen in zip(lessons, further, strict=True):
-            work.append(Work(taught, next(chosen), how))
+    steps = work_of_steps(corpus, objective, recipe, lessons)
+    for step, work in zip(range(1, recipe.steps + 1), steps, strict=False):
         losses = _step_backward(vlm, work, recipe, optimiser, say)
         loss, parts = losses[0]
         for further_loss, _ in losses[1:]:
@@ -116,7 +107,7 @@ def fit(
             raise NumericFailure(
                 f"The loss is {loss.item()} at step {step}: lower --lr or use --dtype float32."
             )
-        norm = torch.nn.utils.clip_grad_norm_(fast + slow, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         if not torch.isfinite(norm):
             raise NumericFailure(
                 f"The gradient is not finite at step {step}: lower --lr or use --dtype float32."
@@ -127,12 +118,12 @@ def fit(
             vlm.model.eval()
             if gone():
                 pace.fall(step)
-            _training_mode(vlm, recipe)
+            training_mode(vlm, recipe)
         due = step % CHECK_EVERY == 0 and not lessons  # with lessons no look can end the training
         if due or step == pace.last:
             vlm.model.eval()
             look = probe()
-            _training_mode(vlm, recipe)
+            training_mode(vlm, recipe)
             good = good + 1 if look.enough else 0
         strange = sum(part["kl"] for _, part in losses[1:])
         history.append(
@@ -146,14 +137,40 @@ def fit(
             vlm.model.eval()
             if watch(step):
                 break
-            _training_mode(vlm, recipe)
+            training_mode(vlm, recipe)
         if step >= pace.last:
             break
     vlm.model.eval()
     return history
 
 
-def _training_mode(vlm: VLM, recipe: Recipe) -> None:
+def work_of_steps(
+    corpus: Corpus,
+    objective: Objective,
+    recipe: Recipe,
+    lessons: Sequence[tuple[Corpus, Objective]],
+) -> Iterator[list[Work]]:
+    """Endless steps, each with a batch of the corpus and a batch of each of the lessons."""
+    # With lessons, these alone keep the pictures of others.
+    first = batches(corpus, recipe, ("preserve-picture",) if lessons else ())
+    further = [lesson_batches(taught, recipe) for taught, _ in lessons]
+    for chosen in first:
+        work = [Work(corpus, chosen, objective)]
+        for (taught, how), own in zip(lessons, further, strict=True):
+            work.append(Work(taught, next(own), how))
+        yield work
+
+
+def parameter_groups(vlm: VLM, recipe: Recipe) -> list[dict[str, Any]]:
+    """What trains, with its rates: the factors of LoRA, and a projector where it trains."""
+    named = [(n, p) for n, p in vlm.model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for n, p in named if "lora_" in n], "lr": recipe.lr}]
+    if slow := [p for n, p in named if "lora_" not in n]:
+        groups.append({"params": slow, "lr": recipe.projector_lr})
+    return groups
+
+
+def training_mode(vlm: VLM, recipe: Recipe) -> None:
     """Training mode only where the adapter has dropout or layers checkpoint, which they do in no
     other mode. The model's own dropout stays off."""
     vlm.model.train(recipe.lora_dropout > 0 or vlm.budget.checkpointing)
@@ -187,7 +204,7 @@ def _step_backward(
 def _attempt(vlm: VLM, work: Sequence[Work], recipe: Recipe) -> Losses | None:
     """The losses of a step, with the gradients; None where memory did not suffice, and then the
     random generators are as they were. One batch's graph is gone before the next one's is built."""
-    devices = [vlm.device] if vlm.device.type == "cuda" else []
+    devices = [device for device in vlm.devices if device.type == "cuda"]
     state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
     try:
         losses = []
@@ -217,7 +234,7 @@ def _use_less(vlm: VLM, samples: int, recipe: Recipe, say: Callable[[str], None]
     elif not vlm.budget.checkpointing:
         checkpoint_layers(vlm.base)
         vlm.budget = replace(vlm.budget, checkpointing=True)
-        _training_mode(vlm, recipe)
+        training_mode(vlm, recipe)
         say("Out of memory: going on with one sample at a time and activation checkpointing.")
     else:
         raise OutOfMemory(
@@ -228,7 +245,8 @@ def _use_less(vlm: VLM, samples: int, recipe: Recipe, say: Callable[[str], None]
         torch.cuda.empty_cache()
 
 
-def _optimiser(groups: list[dict[str, Any]], name: str) -> torch.optim.Optimizer:
+def optimiser_of(groups: list[dict[str, Any]], name: str) -> torch.optim.Optimizer:
+    """The optimiser of a `Budget.optimizer`, without weight decay."""
     if name == "adamw":
         return torch.optim.AdamW(groups, weight_decay=0.0)
     # the extra [quant]; nothing else here needs it

@@ -87,7 +87,8 @@ Model = Annotated[
 Image = Annotated[Path, typer.Option(help="The one picture.")]
 OneImage = Annotated[Path | None, typer.Option("--image", help="The one picture.")]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the first GPU when there is one.")
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1 ..., auto (over all GPUs); the first GPU if left out."),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]

@@ -385,7 +385,7 @@ def plan(
             help="Tokens of a picture, where the configuration does not say.",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    device: Annotated[str, typer.Option(help="cuda, cpu or auto.")] = "cuda",
     json: Annotated[
         bool, typer.Option("--json", help="Print JSON, sizes in bytes, instead of the table.")
     ] = False,

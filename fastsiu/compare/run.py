@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluate.suite import Subject, Suite, read
+from ..model import placement
 from ..request import BadInput
 from ..session import Listener
 from ..settings import EMBEDDED, ModelRef, RecipeChoice, Settings, choose_recipe
@@ -203,6 +204,9 @@ def compare(
                 f"{one.slug} has {len(one.further)} pictures besides the training picture: the "
                 "search and the test need at least one each."
             )
+    device, said = placement.settled(settings.device)
+    if said:
+        listener.note(said)
     recipe, _ = choose_recipe(model.name, RecipeChoice(changes={"steps": search.steps}))
     # A run is looked at as it goes, which needs a constant rate. Lessons from strangers are no part
     # of any of these methods.
@@ -216,7 +220,7 @@ def compare(
     slugs, rates = [s.slug for s in subjects], [recipe.lr * x for x in search.lrs]
     with contextlib.nullcontext(scratch) if scratch is not None else Staging(Path.cwd()) as folder:
         bench = trials.Assignment(
-            suite, model.name, settings.device, settings.dtype, recipe, search.floor, folder
+            suite, model.name, device, settings.dtype, recipe, search.floor, folder
         )
         pool = Pool(bench, processes)
         try:

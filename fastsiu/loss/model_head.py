@@ -76,6 +76,16 @@ def head_of(model: nn.Module, *, frozen: bool = False, parts: bool = False) -> H
     return HeadPart(weight, bias, None if rows is None else rows.group)
 
 
+def base_head_of(model: nn.Module) -> Head:
+    """The weight and bias of the head under its adapters, which is the teacher's where an adapter
+    trains and the base is frozen. No adapter has to be switched off for it.
+
+    Raises ValueError as `head_of` does.
+    """
+    head = output_layer(model)
+    return Head(*_linear(_base(head), _Reading(None, _owned_by_fsdp(model, head))))
+
+
 def _frozen(x: Tensor, copied: bool) -> Tensor:
     if x.requires_grad or copied:
         return x.detach().clone()

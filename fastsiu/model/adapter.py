@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..request import BadInput, NumericFailure, Recipe
+from . import placement
 from .adapter_files import LORA_FIELDS, check_directory, check_patterns
 from .faults import first_line
 from .vlm import VLM
@@ -83,9 +84,26 @@ def projector(base: Any) -> str | None:
     return names[0] if names else None
 
 
-def attach(vlm: VLM, recipe: Recipe) -> None:
+def attach(vlm: VLM, recipe: Recipe, lora: LoraConfig | None = None) -> None:
     """Wraps `vlm.model` with a fresh adapter. Its LoRA factors are fp32 whatever the base's dtype
-    is. Raises BadInput where there is no language model or no projector to train."""
+    is. Raises BadInput where there is no language model or no projector to train.
+
+    lora: the adapter; that of the recipe when left out
+    """
+    placement.check_trains(vlm.placed)
+    config = _config_of(vlm, recipe) if lora is None else lora
+    torch.manual_seed(recipe.seed)
+    with _not_ours():
+        vlm.model = get_peft_model(vlm.base, config)
+    for parameter in vlm.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for _, wrapper in _copies(vlm):
+        _between(wrapper)
+    vlm.model.eval()
+
+
+def _config_of(vlm: VLM, recipe: Recipe) -> LoraConfig:
     extra: dict[str, Any] = {}
     if recipe.adapt == "vision":
         extra["target_modules"] = vision_linears(vlm.base)
@@ -101,22 +119,13 @@ def attach(vlm: VLM, recipe: Recipe) -> None:
                 "projector alone."
             )
         extra["modules_to_save"] = [found.rsplit(".", 1)[-1]]
-    config = LoraConfig(
+    return LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]  # PEFT scales by a float as well
         lora_dropout=recipe.lora_dropout,
         bias="none",
         **extra,
     )
-    torch.manual_seed(recipe.seed)
-    with _not_ours():
-        vlm.model = get_peft_model(vlm.base, config)
-    for parameter in vlm.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    for _, wrapper in _copies(vlm):
-        _between(wrapper)
-    vlm.model.eval()
 
 
 def _copies(vlm: VLM) -> list[tuple[str, ModulesToSaveWrapper]]:
@@ -193,17 +202,24 @@ def sees_anew(vlm: VLM) -> bool:
     )
 
 
-def save(vlm: VLM, directory: Path, *, named: bool = True) -> None:
+def save(
+    vlm: VLM,
+    directory: Path,
+    *,
+    named: bool = True,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Writes a standard PEFT adapter, readable by `peft.PeftModel.from_pretrained`.
 
     named: the configuration names the model
+    state: what trains, by its name in `vlm.model`, where the model holds a part of it only
     """
     config = vlm.model.peft_config["default"]
     # For a directory its last part alone: its place is nobody's business.
     name = Path(vlm.name).name if Path(vlm.name).is_dir() else vlm.name
     config.base_model_name_or_path = name if named else ""
     config.revision = vlm.revision
-    vlm.model.save_pretrained(directory, save_embedding_layers=False)
+    vlm.model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
     # PEFT's template says nothing true about this adapter
     (directory / "README.md").unlink(missing_ok=True)
 
@@ -212,9 +228,10 @@ def load(vlm: VLM, directory: Path) -> None:
     """Puts a stored adapter on. A projector that it has trained is in fp32, as after `attach`.
 
     Raises BadInput where the directory holds no adapter, or one for another architecture (PEFT only
-    warns of what finds no place), and NumericFailure for NaN or infinity in it. The model is then
-    as it was.
+    warns of what finds no place), or where layers of the model wait off their device, and
+    NumericFailure for NaN or infinity in it. The model is then as it was.
     """
+    placement.check_adapts(vlm.placed)
     found = check_directory(directory)
     check_patterns(vlm.base, found, directory)
     # names of earlier releases, as PEFT maps them

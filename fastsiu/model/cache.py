@@ -34,6 +34,8 @@ def fork(cache: Any, pictures: int, rows: Tensor, spend: bool = False) -> Any:
     spend:    nobody needs `cache` any more: it loses its layers one by one, so that only one layer
               exists twice. Otherwise it stays as it is, for the next batch.
 
+    Each layer's part lies on its layer's device.
+
     Transformers' own reordering would copy the prefix of every layer n times at once. For one
     picture a view is enough: each layer concatenates, and so copies, when its turn comes. Recurrent
     states are small, and layers write them in place: they are copied.
@@ -48,12 +50,12 @@ def fork(cache: Any, pictures: int, rows: Tensor, spend: bool = False) -> Any:
                 spread = (
                     value.expand(len(rows), *value.shape[1:])
                     if one
-                    else value.index_select(0, rows)
+                    else value.index_select(0, rows.to(value.device))
                 )
                 setattr(layer, name, spread)
             elif isinstance(value, dict):
                 states = {
-                    k: v.index_select(0, rows) if isinstance(v, Tensor) else v
+                    k: v.index_select(0, rows.to(v.device)) if isinstance(v, Tensor) else v
                     for k, v in value.items()
                 }
                 setattr(layer, name, states)

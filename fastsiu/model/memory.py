@@ -23,7 +23,8 @@ class Layout:
     ask_batch:     questions in one forward that trains nothing
     optimizer:     one of `source.OPTIMIZERS`
     attention:     one of `source.ATTENTION`; None: the model's own choice
-    device:        as torch names it
+    device:        as torch names it; over several devices the first
+    room:          over several devices the bytes for weights on each; empty: one device
     """
 
     dtype: str = "bfloat16"
@@ -34,6 +35,7 @@ class Layout:
     optimizer: str = "adamw"
     attention: str | None = None
     device: str = "cuda"
+    room: tuple[tuple[str, int], ...] = ()
 
     @property
     def sparing(self) -> bool:

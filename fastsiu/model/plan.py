@@ -15,6 +15,7 @@ from PIL import Image
 from ..request import BadInput, Recipe
 from . import source
 from .memory import GB, Estimate, Layout
+from .placement import OUTSIDE, Placement, place
 from .simulation import Simulation
 from .turns import Picture
 from .vlm import VLM
@@ -34,6 +35,8 @@ class Plan:
     memory:  bytes; None without a limit
     assumed: what the configuration does not say, in sentences
     chosen:  the first estimate that fits into `memory`; None where none does
+    placed:  for several devices, what goes where under the chosen settings or, where none fits, the
+             most sparing ones; `memory` is then that of all together
     """
 
     model: str
@@ -42,6 +45,7 @@ class Plan:
     assumed: list[str]
     estimates: list[Estimate]
     chosen: Estimate | None = None
+    placed: Placement | None = None
 
     @property
     def sentence(self) -> str:
@@ -75,7 +79,7 @@ class Plan:
             "assumed": self.assumed,
             "workload": asdict(self.work),
             "estimates": estimates,
-        }
+        } | ({} if self.placed is None else {"placed": self.placed.as_dict()})
 
 
 def plan(
@@ -116,8 +120,10 @@ def plan(
     assumed: list[str] = []
     if work is None:
         work, assumed = workload(config, image_tokens)
+    cards = [device for device, _ in settings.room if device not in OUTSIDE]
+    placed: Placement | None = None
     limit, model = (
-        None if memory is None else round(memory * GB),
+        None if memory is None else round(memory * GB) * max(1, len(cards)),
         Path(model).name if Path(model).is_dir() else model,
     )
     simulation = Simulation(config, recipe or Recipe(), work)
@@ -131,9 +137,23 @@ def plan(
             continue
         for step in (*steps, last):
             estimates.append(simulation.within(step, limit))
-            if limit is None or estimates[-1].peak <= limit:
-                return Plan(model, limit, work, assumed, estimates, estimates[-1])
-    return Plan(model, limit, work, assumed, estimates)
+            placed = _placed(config, estimates[-1], cards)
+            fits = placed is None or not placed.waiting
+            if fits and (limit is None or estimates[-1].peak <= limit):
+                return Plan(model, limit, work, assumed, estimates, estimates[-1], placed)
+    return Plan(model, limit, work, assumed, estimates, None, placed)
+
+
+def _placed(config: Any, estimate: Estimate, cards: list[str]) -> Placement | None:
+    """What goes where; None for one device. Beside its weights each card keeps room for its part of
+    what a run needs."""
+    settings = estimate.settings
+    if not cards:
+        return None
+    beside = (estimate.peak - estimate.weights) // len(cards)
+    room = {d: max(0, size - beside) if d in cards else size for d, size in settings.room}
+    base = source.on_meta(config, dtype=source.DTYPES[settings.dtype])
+    return place(base, room, settings.quantize)
 
 
 def ladder(settings: Layout, fixed: frozenset[str], batch_size: int) -> Iterator[Layout]:

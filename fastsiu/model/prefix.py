@@ -77,6 +77,19 @@ def supervised_states(
     return torch.cat([states[i] for i in range(len(turns))])
 
 
+def forwards(vlm: VLM, turns: Sequence[Encoded], shown: Sequence[Any]) -> int:
+    """How many times `supervised_states` calls the model, all turns at once.
+
+    shown: for each turn what it shows, None where it shows no picture; pictures that are one object
+           are one picture
+    """
+    called = 0
+    for part in parts_of(vlm, turns, list(shown)):
+        way = part.cheapest(None)
+        called += len(part.packed_rows(None)) if way == "packed" else 1 if way == "plain" else 2
+    return called
+
+
 def _bounded(run: Callable[[], Any], bounded: bool) -> Any:
     """run(). Where memory is bounded, the backward pass builds its graph again, with the same
     dropout."""

@@ -31,7 +31,8 @@ from ..request import BadInput, Recipe
 from . import source
 from .faults import first_line
 from .memory import GB, Estimate, Layout
-from .skeleton import at_rest, fake_mode, largest_weight, materialise, skeleton, stack
+from .placement import stack
+from .skeleton import at_rest, fake_mode, largest_weight, materialise, skeleton
 from .workload import Workload
 
 # Context, loaded kernels, cuBLAS workspace and the allocator's fragments on an NVIDIA card.

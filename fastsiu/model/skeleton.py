@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from functools import cache
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from ..request import BadInput, Recipe
+from ..request import Recipe
 from . import adapter, source
 from .memory import Layout
+from .placement import quantised_bytes
 from .vlm import VLM, checkpoint_layers
 
 
@@ -68,34 +68,6 @@ class _Unpack(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         return g @ g.new_empty(ctx.shape), None, None
-
-
-def quantised_bytes(shape: torch.Size, kind: str) -> int:
-    """Bytes of a weight [out, in]. nf4: 4 bits, a scale for each 64, itself in 8 bits with an fp32
-    scale for each 256 of them, and two code tables; int8: 8 bits and an fp32 scale for each row."""
-    n = math.prod(shape)
-    if kind == "int8":
-        return n + 4 * shape[0]
-    scales = math.ceil(n / 64)
-    return math.ceil(n / 2) + scales + 4 * math.ceil(scales / 256) + 4 * (16 + 256 + 1)
-
-
-def stack(base: Any) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The language model's layers, its longest list of modules: (owner, attribute, layers). Raises
-    BadInput where it has no list."""
-    decoder = base.get_decoder()
-    lists = [
-        (owner, name, child)
-        for owner in decoder.modules()
-        for name, child in owner.named_children()
-        if isinstance(child, nn.ModuleList) and len(child)
-    ]
-    if not lists:
-        raise BadInput(
-            f"{type(base).__name__} keeps no list of layers, so its memory cannot be estimated: "
-            "give another model."
-        )
-    return max(lists, key=lambda owned: len(owned[2]))
 
 
 def at_rest(base: Any) -> tuple[int, int]:

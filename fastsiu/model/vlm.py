@@ -14,9 +14,10 @@ import functools
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -27,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..loss.rows import no_logits
 from ..request import BadInput, NumericFailure
-from . import source
+from . import placement, source
 from .cache import as_keyword, cache_of
 from .faults import first_line, of_the_device, told_as_the_models_fault
 from .features import READ, crossed, features_entry, join_features, read_key
@@ -75,6 +76,8 @@ class VLM(Turns):
     decodes:   by whether a prompt has a picture: why answers may not grow on a shared prefix, ""
                where they may; `decode.why_not` fills it
     aside:     settings of the model's generation_config that no answer follows
+    placed:    where its layers lie, for a model over several devices; None for one device
+    offload:   the directory of the layers that wait on the disk, as long as the model is there
     """
 
     name: str
@@ -88,6 +91,8 @@ class VLM(Turns):
     decodes: dict[bool, str] = field(default_factory=dict)
     budget: Budget = field(default_factory=Budget)
     aside: tuple[str, ...] = ()
+    placed: placement.Placement | None = None
+    offload: Any = field(default=None, repr=False)
 
     @functools.cached_property
     def entry(self) -> str:
@@ -98,6 +103,12 @@ class VLM(Turns):
     @property
     def device(self) -> torch.device:
         return self.head_weight.device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """All devices of its weights, the head's first."""
+        all_of_them = (p.device for p in self.base.parameters() if not p.is_meta)
+        return list(dict.fromkeys([self.device, *all_of_them]))
 
     @property
     def head_weight(self) -> Tensor:
@@ -239,15 +250,18 @@ def load(
     attention: str | None = None,
     budget: Budget | None = None,
     bars: bool = False,
+    room: Mapping[str, int] | None = None,
 ) -> VLM:
     """Loads a hub id or a directory, weight by weight, straight to its device. Code that comes with
     a model is never run.
 
+    device:    "auto": over all accelerators (`placement`); the one device where there is one only
     dtype:     "auto": as stored on an accelerator, fp32 on a CPU
     quantize:  "nf4" or "int8": the language model's linear layers; all else (head, embeddings,
                vision tower) stays in `dtype`
     attention: "sdpa", "flash_attention_2" or "eager"; the model's own choice when left out
     bars:      transformers may draw its progress on stderr: bytes of a download, weights loaded
+    room:      bytes for weights on each device, for "auto"; what is free there when left out
 
     Raises BadInput for a missing directory, a directory without model or processor, a model that
     takes no pictures or no image features, a model whose forward fails on plain text or on a
@@ -256,6 +270,11 @@ def load(
     """
     source.check_directory(name)
     source.check_options(dtype, quantize, attention, budget.optimizer if budget else "adamw")
+    if device == placement.AUTO and room is None:
+        device, _ = placement.settled(device)
+        room = placement.room() if device == placement.AUTO else None
+    spread = room if device == placement.AUTO else None
+    device = next(iter(spread)) if spread else device
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     place = source.check_device(device)
     budget = budget or Budget()
@@ -263,7 +282,8 @@ def load(
     for package in ("transformers", "bitsandbytes"):
         logging.getLogger(package).setLevel(logging.ERROR)
     with progress_bars(bars):
-        base, processor, revision = _read(name, revision, place, dtype, quantize, attention)
+        read = _read(name, revision, place, dtype, quantize, attention, spread)
+    base, processor, revision = read.base, read.processor, read.revision
     base.eval()
     for module in base.modules():
         # bitsandbytes on a CPU with AVX512-BF16: the first forward of such a layer in eval mode
@@ -277,6 +297,7 @@ def load(
     base.requires_grad_(False)
     check_finite(base, name)
     vlm = VLM(name, revision, base, base, processor, budget=budget)
+    vlm.placed, vlm.offload = read.placed, read.offload
     vlm.aside = set_aside(base, vlm.tokenizer.eos_token_id)
     if vlm.tokenizer.pad_token_id is None:
         vlm.tokenizer.pad_token = vlm.tokenizer.eos_token
@@ -309,6 +330,16 @@ def check_finite(module: nn.Module, name: str) -> None:
                 )
 
 
+class _Read(NamedTuple):
+    """revision: the commit. The rest as `VLM` has it."""
+
+    base: Any
+    processor: Any
+    revision: str | None
+    placed: placement.Placement | None
+    offload: Any
+
+
 def _read(
     name: str,
     revision: str | None,
@@ -316,20 +347,29 @@ def _read(
     dtype: str,
     quantize: str | None,
     attention: str | None,
-) -> tuple[Any, Any, str | None]:
-    """(model, processor, commit). Raises BadInput where transformers cannot load either, and where
-    the files lack weights."""
+    spread: Mapping[str, int] | None,
+) -> _Read:
+    """The parts of a model. Raises BadInput where transformers cannot load them, and where the
+    files lack weights."""
     config, processor, revision = source.describe(name, revision)
     wanted = source.DTYPES[source.dtype_name(config, dtype, place.type)]
     extra: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if quantize is not None:
         extra["quantization_config"] = source.quantisation(config, quantize, wanted)
+    placed = offload = None
+    where: dict[str, Any] = {"": place}
+    if spread is not None:
+        placed = placement.place(source.on_meta(config, dtype=wanted), spread, quantize)
+        where = dict(placed.where)
+        if "disk" in placed.weights:
+            offload = tempfile.TemporaryDirectory(prefix="fastsiu-")
+            extra["offload_folder"] = offload.name
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name,
             revision=revision,
             dtype=wanted,
-            device_map={"": place},
+            device_map=where,
             output_loading_info=True,
             use_safetensors=True,
             **NO_CODE,
@@ -348,7 +388,7 @@ def _read(
         raise BadInput(
             f"{name} lacks {len(missing)} of its weights, {missing[0]} among them: check the files."
         )
-    return base, processor, revision
+    return _Read(base, processor, revision, placed, offload)
 
 
 @contextlib.contextmanager
