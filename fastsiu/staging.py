@@ -41,11 +41,8 @@ JOIN = ".fastsiu.join"  # in an output that several processes share (`claims`)
 LONG_AGO = 86_400.0  # seconds
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 OTHER_FILE = "name another file"
+# files of a directory that holds several results
 MARKS = ("suite.json", "matrix.json", "requests.json")
-    "suite.json",
-    "matrix.json",
-    "requests.json",
-)  # files of a directory that holds several results
 _PARTIAL = re.compile(re.escape(PREFIX) + r"([0-9a-f]{8})-\d+-[0-9a-f]{8}")
 _CLAIMED = re.compile(re.escape(CLAIM) + r"[0-9a-f]{16}")
 # of earlier versions, which do not tell whose they are

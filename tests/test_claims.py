@@ -211,6 +211,8 @@ def test_a_long_sleep_of_the_one_who_looks_steals_nothing(tmp_path, monkeypatch)
         assert other.take("a") is None
     claim.abandon()
     now[0] += 10
+    assert other.take("a") is None
+    now[0] += 10
     stolen = other.take("a")
     assert stolen.number == 1 and stolen.held and not claim.held
 
@@ -232,13 +234,18 @@ def test_a_failure_is_written_once_and_tried_again_by_the_next_run_alone(tmp_pat
     assert last.did == [UNITS[3]] and begin(tmp_path).failure(UNITS[3]) is None
 
 
+def stops_at(worker: Claims, key: str) -> bool:
+    claim = worker.take(key)
+    if claim is not None:
+        claim.abandon()
+    return claim is not None
+
+
 def test_a_unit_that_stops_every_worker_fails_after_three(tmp_path):
     pace = Pace(beat=0.01, patience=0.05, pause=0.01)
     for number in range(3):
         worker = begin(tmp_path, pace)
-        until(
-            lambda w=worker: (claim := w.take(UNITS[0])) is not None and (claim.abandon() or True)
-        )
+        until(lambda w=worker: stops_at(w, UNITS[0]))
         assert len(claims.at_work(tmp_path / "out")) == number + 1
     share = joining.work_off(begin(tmp_path, pace), UNITS[:1], Stub(tmp_path), Listener())
     assert share.failed == UNITS[:1] and notes(tmp_path, "began") == []
