@@ -15,6 +15,7 @@ from typing import Any
 from transformers.utils import cached_file
 
 from . import output as outputs
+from .evaluate.asked_pictures import Shown
 from .evaluate.attacks import not_asked
 from .evaluate.held_out import decide
 from .images import list_images, load_directory, load_image, read_bytes
@@ -92,21 +93,16 @@ def unlearn(
         with timed(seconds, "load"):
             room = budget(layout, chosen.batch_size, settings.limited)
             loaded = load(model, layout, room, listener)
-        try:
-            with vlm.threads(loaded):
-                trained = forget(
-                    loaded, request, chosen, picture, listener=listener, seconds=seconds
-                )
-                listener.stage("Asking again, with the adapter on and off")
-                with timed(seconds, "verdict"):
-                    verdict, answers = decide(trained.scene, more, rest)
-            told = report_of(request, chosen, model.name, verdict, answers, trained)
-            sealed = Sealed(chosen, origins, digest, weights, decides)
-            written = write(destination, loaded, [request], [told], sealed)[0]
-        finally:
-            adapter.detach(loaded)
-        return Result(
-            verdict.forgotten, written["reasons"], written, destination, notes=written["caveats"]
+        sealed = Sealed(chosen, origins, digest, weights, decides)
+        return unlearn_on(
+            loaded,
+            request,
+            (picture, more, rest),
+            model.name,
+            sealed,
+            destination,
+            listener=listener,
+            seconds=seconds,
         )
 
 
@@ -125,6 +121,42 @@ class Sealed:
     digest: str
     weights: dict[str, str] | None
     settings: dict[str, Any]
+
+
+def unlearn_on(
+    loaded: vlm.VLM,
+    request: Request,
+    pictures: tuple[Any, Sequence[Shown], Sequence[Shown]],
+    name: str,
+    sealed: Sealed,
+    destination: Path,
+    *,
+    listener: Listener,
+    seconds: dict[str, float],
+) -> Result:
+    """`unlearn` on a model that is loaded; the model is untouched afterwards.
+
+    pictures: the training picture, more of the concept, and pictures of anything else
+    name:     of the model, as it was asked for
+    seconds:  of the stages before; the others are added
+    """
+    picture, more, rest = pictures
+    try:
+        with vlm.threads(loaded):
+            trained = forget(
+                loaded, request, sealed.recipe, picture, listener=listener, seconds=seconds
+            )
+            listener.stage("Asking again, with the adapter on and off")
+            with timed(seconds, "verdict"):
+                verdict, answers = decide(trained.scene, more, rest)
+        told = report_of(request, sealed.recipe, name, verdict, answers, trained)
+        listener.stage("Writing the output")
+        written = write(destination, loaded, [request], [told], sealed)[0]
+    finally:
+        adapter.detach(loaded)
+    return Result(
+        verdict.forgotten, written["reasons"], written, destination, notes=written["caveats"]
+    )
 
 
 def write(

@@ -54,6 +54,7 @@ __all__ = [
     "check_shown",
     "digest_file",
     "digest_model",
+    "holds",
     "manifest",
     "random_directory",
     "read_report",
@@ -267,7 +268,26 @@ def check_shown(redact: bool, embed_image: bool) -> None:
         )
 
 
+def holds(output: Path, digest: str) -> bool:
+    """Whether `output` is a result of this request; its files are not read again, as
+    `check_destination` does. Raises BadInput where it is anything else."""
+    try:
+        os.lstat(output)
+    except FileNotFoundError:
+        return False
+    _sealed(output, digest)
+    return True
+
+
 def _existing(output: Path, digest: str) -> Literal["same"]:
+    shown = repr(str(output))
+    for name, what in changed(output, _sealed(output, digest)).items():
+        raise BadInput(f"The output {shown} was changed ({name!r} {what}): {OTHER}.")
+    return "same"
+
+
+def _sealed(output: Path, digest: str) -> dict[str, Any]:
+    """The manifest of what exists at `output`. Raises BadInput unless it is of this request."""
     shown = repr(str(output))
     if not output.is_dir():
         raise BadInput(f"The output {shown} exists and is not a directory: {OTHER}.")
@@ -287,9 +307,7 @@ def _existing(output: Path, digest: str) -> Literal["same"]:
         sealed["request"].encode("utf-8", "replace"), keyed(digest, key).encode()
     ):
         raise BadInput(f"The output {shown} holds the result of another request: {OTHER}.")
-    for name, what in changed(output, sealed).items():
-        raise BadInput(f"The output {shown} was changed ({name!r} {what}): {OTHER}.")
-    return "same"
+    return sealed
 
 
 def _absolute(output: str | Path) -> Path:

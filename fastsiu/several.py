@@ -16,15 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import driver, session
 from . import output as outputs
 from .evaluate.held_out import decide
 from .images import load_directory, load_image
+from .joining import FAILURES
 from .model import adapter, ask, vlm
 from .model.memory import budget
-from .request import BadInput, NumericFailure, OutOfMemory
+from .request import BadInput
 from .request_file import read_requests
 from .samples.kinds import wordings
 from .session import Listener, Prepared, Trained
@@ -42,14 +41,6 @@ from .several_state import Mode, Outcome, State
 from .text.concept import Concept, concept_of
 from .transforms import variants
 from .verdict import EFFICACY
-
-# of one request; the others go on
-FAILURES = (
-    BadInput,
-    NumericFailure,
-    OutOfMemory,
-    torch.OutOfMemoryError,
-)
 
 
 @dataclass

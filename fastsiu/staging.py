@@ -5,6 +5,11 @@ Every verb that writes does so under a name of random digits, and puts the resul
 rename. The name tells which program it belongs to (".fastsiu.partial-"), never what it is about. A
 lock says that its run is alive. The lock of a killed process is free, and the next run in the same
 place removes everything there that has no lock.
+
+A lock counts on the machine that it was taken on: on many network file systems no other machine
+sees it. So the name also tells on which machine it was made (`here`, a digest that names nobody).
+What another machine has made, or this one before it was last started, goes when nothing in it was
+written for a day (`LONG_AGO`), and no sooner.
 """
 
 from __future__ import annotations
@@ -18,7 +23,9 @@ import secrets
 import shutil
 import stat
 import sys
+import uuid
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -30,11 +37,16 @@ except ImportError:  # Windows: the user removes there what a killed run leaves
     fcntl = None  # type: ignore[assignment]  # every use first compares it with None
 
 PREFIX, CLAIM = ".fastsiu.partial-", ".fastsiu.claim-"
+JOIN = ".fastsiu.join"  # in an output that several processes share (`claims`)
+LONG_AGO = 86_400.0  # seconds
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 OTHER_FILE = "name another file"
-MARKS = ("suite.json", "matrix.json")  # files of a directory that holds several results
-_PARTIAL = re.compile(re.escape(PREFIX) + r"(\d+)-[0-9a-f]{8}")
+# files of a directory that holds several results
+MARKS = ("suite.json", "matrix.json", "requests.json")
+_PARTIAL = re.compile(re.escape(PREFIX) + r"([0-9a-f]{8})-\d+-[0-9a-f]{8}")
 _CLAIMED = re.compile(re.escape(CLAIM) + r"[0-9a-f]{16}")
-_FORMER = re.compile(r"\.fastsiu-[0-9a-f]{12}\.partial-(\d+)-[0-9a-f]{8}")  # of earlier versions
+# of earlier versions, which do not tell whose they are
+_FORMER = re.compile(r"(\.fastsiu\.partial-|\.fastsiu-[0-9a-f]{12}\.partial-)\d+-[0-9a-f]{8}")
 
 
 class Staging:
@@ -112,16 +124,18 @@ def leftovers(place: Path) -> list[Path]:
             left.append(entry)
         elif entry.is_dir():
             own = [inner for inner in _entries(entry) if is_ours(inner.name)]
-            several = any((entry / mark).is_file() for mark in MARKS)
+            several = entry.name == JOIN or any((entry / mark).is_file() for mark in MARKS)
             nothing_else = len(own) == len(_entries(entry))  # killed before it wrote a mark
             if own and (several or nothing_else):
                 left += [inner for inner in own if not inner.is_symlink()]
+            if several and not (entry / JOIN).is_symlink():
+                left += [i for i in _entries(entry / JOIN) if is_ours(i.name) and i.is_file()]
     return left
 
 
 def is_ours(name: str) -> bool:
     """Whether a name in a directory belongs to an unfinished run of this program."""
-    return bool(_PARTIAL.fullmatch(name) or _CLAIMED.fullmatch(name))
+    return any(pattern.fullmatch(name) for pattern in (_PARTIAL, _CLAIMED, _FORMER))
 
 
 def check_writable(path: Path, remedy: str) -> None:
@@ -189,6 +203,8 @@ def claim(place: Path, key: str, *, wait: bool = False) -> Iterator[bool]:
             continue
         break
     try:
+        if mine:
+            os.pwrite(handle, here().encode(), 0)
         yield mine
     finally:
         if mine:
@@ -270,7 +286,35 @@ def _locked_file(place: Path) -> tuple[Path, int]:
 
 
 def _random_name() -> str:
-    return f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    return f"{PREFIX}{here()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+@cache
+def here() -> str:
+    """Eight hex digits for this machine since it was last started; containers on it share them, as
+    they share its locks."""
+    try:
+        machine = BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:  # not Linux
+        machine = f"{uuid.getnode():x}"
+    return hashlib.sha256(f"fastsiu {machine}".encode()).hexdigest()[:8]
+
+
+def is_from_here(path: Path) -> bool:
+    """Whether this machine has made a leftover since it was last started."""
+    try:
+        return _maker(path) == here()
+    except OSError:  # removed meanwhile, or not readable
+        return False
+
+
+def _maker(path: Path) -> str:
+    """`here` of the machine that made a leftover; "" where nothing tells it."""
+    if match := _PARTIAL.fullmatch(path.name):
+        return match[1]
+    if _CLAIMED.fullmatch(path.name):
+        return path.read_bytes()[:8].decode("ascii", "replace")
+    return ""
 
 
 def _entries(place: Path) -> list[Path]:
@@ -327,29 +371,30 @@ def _opened_if_dead(path: Path) -> Iterator[int | None]:
         yield None
         return
     try:
-        yield handle if _is_dead(handle, path.name) else None
+        yield handle if _is_dead(handle, path) else None
     finally:
         os.close(handle)
 
 
-def _is_dead(handle: int, name: str) -> bool:
-    """Whether the lock of a leftover is free. Process ids say less: they come again, and two
-    containers do not see each other's. On a file system without locks the id decides."""
+def _is_dead(handle: int, path: Path) -> bool:
+    """Whether the run of a leftover has ended: its lock is free, on the machine that took it.
+    Everywhere else, and on a file system without locks, age alone tells. Process ids say nothing:
+    they come again, and neither containers nor machines see each other's."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
     except BlockingIOError:
         return False
     except OSError:
-        match = _PARTIAL.fullmatch(name) or _FORMER.fullmatch(name)
-        return match is not None and not _runs(int(match[1]))
+        return _is_old(path)
+    return is_from_here(path) or _is_old(path)
 
 
-def _runs(pid: int) -> bool:
+def _is_old(path: Path) -> bool:
+    """Whether nothing in a leftover was written for `LONG_AGO`, by the clock of its file system:
+    clocks of machines differ."""
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
+        newest = max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
+        with _aside(path.parent, b"") as now:
+            return now.stat().st_mtime - newest > LONG_AGO
+    except OSError:  # removed meanwhile, or a place that cannot be written
         return False
-    except OSError:
-        return True
-    return True

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import manifest, staging
+from . import claims, manifest, staging
+from .claims import Pace
 from .guards.strict_json import read_json
 from .manifest import KEY, LOADABLE, MANIFEST, REPORT
 from .request import BadInput
@@ -23,11 +24,13 @@ TABLES = {
     "suite.json": "fastsiu suite evaluation 1",
     "compare.json": "fastsiu comparison 1",
     "matrix.json": None,
+    "requests.json": "fastsiu requests 1",
 }
 BESIDE = {
     "suite.json": ("report.md",),
     "compare.json": ("compare.md", "compare.png", "compare.svg"),
     "matrix.json": (),
+    "requests.json": (),
 }
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 OF_EVALUATION = (REPORT, "untouched.json")  # JSON that no loader reads
@@ -50,12 +53,16 @@ class Found:
     """The result of `survey`.
 
     dead:    leftovers of killed runs
-    alive:   unfinished results of runs that are at work
+    alive:   unfinished results of runs that are at work, and claims of workers that are
+    unknown: those among `alive` that this machine has not made, or not since it was last started
+    stopped: claims of workers that have stopped (`claims`)
     results: directories with a result
     """
 
     dead: list[Path] = field(default_factory=list)
     alive: list[Path] = field(default_factory=list)
+    unknown: list[Path] = field(default_factory=list)
+    stopped: list[Path] = field(default_factory=list)
     results: list[Path] = field(default_factory=list)
 
 
@@ -86,8 +93,17 @@ def verify(directory: Path, model: Path | None = None) -> Checked:
     return checked
 
 
-def survey(directory: Path) -> Found:
-    """The files that can be purged. Raises BadInput where `directory` is no directory."""
+def claimed(directory: Path) -> list[Path]:
+    """The claims of workers that share an output, in a directory and in the outputs in it."""
+    if not directory.is_dir():
+        return []
+    places = [directory, *(p for p in _entries(directory) if p.is_dir() and not p.is_symlink())]
+    return [path for place in places for path in claims.at_work(place)]
+
+
+def survey(directory: Path, pace: Pace = Pace()) -> Found:
+    """The files that can be purged. Where there are claims (`claimed`), it watches their heartbeats
+    for `pace.patience` seconds. Raises BadInput where `directory` is no directory."""
     if not directory.is_dir():
         raise BadInput(
             f"There is no directory {directory}: give the one that runs were started in, or an "
@@ -98,7 +114,12 @@ def survey(directory: Path) -> Found:
     results = (
         [directory] if _is_result(directory) else [p for p in _entries(directory) if _is_result(p)]
     )
-    return Found(dead, [path for path in left if path not in dead], results)
+    alive = [path for path in left if path not in dead]
+    unknown = [path for path in alive if not staging.is_from_here(path)]
+    taken = claimed(directory)
+    stopped = claims.stopped(taken, pace)
+    beating = [path for path in taken if path not in stopped]
+    return Found(dead, [*alive, *beating], unknown, stopped, results)
 
 
 def remove(result: Path) -> list[Path]:
@@ -117,6 +138,7 @@ def remove(result: Path) -> list[Path]:
         for place in _entries(result):
             if not place.is_symlink() and (place / MANIFEST).is_file() and _is_result(place):
                 remove(place)
+        files = [*claims.files(result), *files]  # the table last
     root = result.resolve()
     for path in files:
         # a directory in it may be a link to elsewhere

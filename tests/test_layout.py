@@ -17,6 +17,7 @@ FLOORS = (
     ("kernels",),
     ("loss",),
     ("staging", "manifest", "process", "request_file"),
+    ("claims",),
     ("model",),
     ("family", "kept", "verdict", "objectives"),
     ("samples",),
@@ -30,14 +31,15 @@ FLOORS = (
     ("output", "upkeep"),
     ("settings",),
     ("driver", "facade"),
+    ("joining",),  # processes that share an output
     ("progress",),
     ("merge_verdict", "evaluate.eval_files"),
     ("several_state",),
-    ("several", "merge", "evaluate.run"),  # verbs with a story of their own
-    ("evaluate.suite_job", "evaluate.suite_table", "evaluate.suite_run"),
+    ("several", "independent", "merge", "evaluate.run"),  # verbs with a story of their own
+    ("evaluate.suite_job", "evaluate.suite_table", "evaluate.suite_run", "evaluate.suite_join"),
     ("compare",),
     ("show",),
-    ("show_samples",),
+    ("show_samples", "show_joined"),
     ("demo",),
     ("cli",),
     ("__main__",),

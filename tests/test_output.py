@@ -1,6 +1,7 @@
 """The output is complete or absent: refusals, the no-op, failures, and a real kill -9 at many
 moments."""
 
+import errno
 import json
 import os
 import shutil
@@ -331,25 +332,22 @@ def holder(tmp_path):
 @pytest.mark.skipif(staging.fcntl is None, reason="needs file locks")
 def test_the_next_run_removes_what_killed_runs_left_whatever_they_wrote(tmp_path, holder):
     """Of any output, with any process id: what is dead has no lock."""
-    for name in (
-        f"{staging.PREFIX}{os.getppid()}-00000000",
-        ".fastsiu-0123456789ab.partial-1-00000000",
-    ):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "f").write_text("x")
-    (tmp_path / f"{staging.PREFIX}1-11111111").write_text("a file")
+    dead = f"{staging.PREFIX}{staging.here()}-"
+    (tmp_path / f"{dead}{os.getppid()}-00000000").mkdir()
+    (tmp_path / f"{dead}{os.getppid()}-00000000" / "f").write_text("x")
+    (tmp_path / f"{dead}1-11111111").write_text("a file")
     kept = [
         ".fastsiu.partial-x",
         ".other.partial-1-00000000",
-        f"{staging.PREFIX}1-00000000.txt",
+        f"{dead}1-00000000.txt",
         ".fastsiu.claim-notes",
     ]
     for name in kept:  # not ours
         (tmp_path / name).mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "precious").write_text("x")
-    (tmp_path / f"{staging.PREFIX}1-22222222").symlink_to(tmp_path / "elsewhere")
-    kept += ["elsewhere", f"{staging.PREFIX}1-22222222"]
+    (tmp_path / f"{dead}1-22222222").symlink_to(tmp_path / "elsewhere")
+    kept += ["elsewhere", f"{dead}1-22222222"]
     with Transaction(tmp_path / "out") as own:
         alive = {p.name for p in tmp_path.iterdir()} - set(kept) - {own.name}
         assert len(alive) == 2  # the other process's staging directory and claim
@@ -362,9 +360,52 @@ def test_the_next_run_removes_what_killed_runs_left_whatever_they_wrote(tmp_path
     assert (tmp_path / "elsewhere" / "precious").read_text() == "x"
 
 
+OTHERS = (f"{staging.PREFIX}00000000-1-00000000", f"{staging.PREFIX}1-00000000")
+OF_EARLIER_VERSIONS = ".fastsiu-0123456789ab.partial-1-00000000"
+
+
+@pytest.mark.skipif(staging.fcntl is None, reason="needs file locks")
+@pytest.mark.parametrize("locks", [True, False])
+@pytest.mark.parametrize("name", [*OTHERS, OF_EARLIER_VERSIONS])
+def test_what_another_machine_is_at_stays_for_a_day(tmp_path, monkeypatch, name, locks):
+    """Its lock looks free from here, and its process id is none of ours."""
+    if not locks:
+        monkeypatch.setattr(
+            staging.fcntl, "flock", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "no"))
+        )
+    old, young = tmp_path / name, tmp_path / "young"
+    (old / "deep").mkdir(parents=True)
+    (old / "deep" / "f").write_text("x")
+    past = time.time() - staging.LONG_AGO - 60
+    os.utime(old, (past, past))
+    assert staging.sweep(tmp_path) == [] and not staging.is_dead(old)  # a file in it is young
+    for path in (old / "deep" / "f", old / "deep"):
+        os.utime(path, (past, past))
+    assert staging.sweep(tmp_path) == [old] and not young.exists()
+
+
+@pytest.mark.skipif(staging.fcntl is None, reason="needs file locks")
+def test_a_claim_of_another_machine_stays_for_a_day(tmp_path):
+    path = tmp_path / f"{staging.CLAIM}0123456789abcdef"
+    path.write_bytes(b"00000000")
+    assert staging.sweep(tmp_path) == [] and not staging.is_from_here(path)
+    past = time.time() - staging.LONG_AGO - 60
+    os.utime(path, (past, past))
+    assert staging.sweep(tmp_path) == [path]
+
+
+@pytest.mark.skipif(staging.fcntl is None, reason="needs file locks")
+def test_on_a_file_system_without_locks_nothing_young_is_removed(tmp_path, monkeypatch):
+    path = tmp_path / f"{staging.PREFIX}{staging.here()}-999999999-00000000"
+    path.mkdir()
+    refuse = lambda *a: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "no"))
+    monkeypatch.setattr(staging.fcntl, "flock", refuse)
+    assert staging.sweep(tmp_path) == []
+
+
 @pytest.mark.skipif(staging.fcntl is None, reason="needs file locks")
 def test_what_is_left_in_a_directory_of_several_results_is_found_from_beside_it(tmp_path):
-    name = f"{staging.PREFIX}1-00000000"
+    name = f"{staging.PREFIX}{staging.here()}-1-00000000"
     for folder in ("suite", "other"):
         (tmp_path / folder / name).mkdir(parents=True)
     (tmp_path / "suite" / "suite.json").write_text("{}")

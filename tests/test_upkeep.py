@@ -182,8 +182,8 @@ def place(tmp_path):
         tmp_path / "several",
         {"matrix.json": b'{"mode": "sequence", "order": [], "matrix": [], "requests": []}'},
     )
-    put(tmp_path / f"{staging.PREFIX}1-00000000", {"f": b"x"})
-    put(tmp_path / "suite" / f"{staging.PREFIX}1-00000000", {"f": b"x"})
+    put(tmp_path / f"{staging.PREFIX}{staging.here()}-1-00000000", {"f": b"x"})
+    put(tmp_path / "suite" / f"{staging.PREFIX}{staging.here()}-1-00000000", {"f": b"x"})
     put(tmp_path / "mine", {"thesis.tex": b"x", "manifest.json": b'{"name": "an app"}'})
     put(
         tmp_path / "given",
@@ -289,7 +289,7 @@ def test_purge_of_no_directory(call, tmp_path):
 
 
 def test_the_formats_are_those_that_are_written():
-    from fastsiu import several_state
+    from fastsiu import independent, several_state
     from fastsiu.compare import run as compare
     from fastsiu.evaluate import suite_job, suite_table
 
@@ -297,8 +297,9 @@ def test_the_formats_are_those_that_are_written():
         suite_table.SUITE: suite_job.FORMAT,
         "compare.json": compare.FORMAT,
         several_state.MATRIX: None,
+        independent.TABLE: independent.FORMAT,
     }
-    assert staging.MARKS == (suite_table.SUITE, several_state.MATRIX)
+    assert staging.MARKS == (suite_table.SUITE, several_state.MATRIX, independent.TABLE)
     assert {"mode", "order", "matrix", "requests"} == set(several_state.SHAPE)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -20,8 +20,10 @@ from .options import (
     Concept,
     ConceptFile,
     Device,
+    DryRun,
     Dtype,
     EmbedImage,
+    Join,
     KindMeasured,
     MaxNewTokens,
     Memory,
@@ -38,6 +40,9 @@ from .options import (
     Steps,
     finite,
 )
+
+if TYPE_CHECKING:
+    from ..evaluate.suite_job import SuiteOptions
 
 
 @app.command(name="eval")
@@ -200,6 +205,8 @@ def suite(
         int | None,
         typer.Option(min=1, max=MOST_PROCESSES, help="Concepts at once, a model each (1)."),
     ] = None,
+    join: Join = False,
+    dry_run: DryRun = False,
     untouched: Annotated[
         Path | None,
         typer.Option(help="An earlier --output of the same exams."),
@@ -235,24 +242,35 @@ def suite(
     from ..show import suite_table
 
     changes = dict(steps=steps, lr=lr, rank=rank, batch_size=batch_size, seed=seed)
+    options = SuiteOptions(
+        tuple(concepts or ()),
+        unlearn,
+        adapters,
+        adapter,
+        2 if per_other is None else per_other,
+        limit,
+        untouched,
+        max_new_tokens,
+    )
+    objects: dict[str, Any] = dict(
+        model=ModelRef(model, revision),
+        recipe=RecipeChoice(preset.value, changes),
+        settings=Settings(device, dtype, memory, quantize, attention),
+        output=output,
+    )
+    if join or dry_run:
+        if processes is not None:
+            raise BadInput(
+                "--processes belongs to one run alone: start the command with --join as often as "
+                "there shall be processes."
+            )
+        _joined(directory, options, objects, dry_run, json)
     with Progress(say, hidden=json) as progress:
         evaluated = evaluate_suite(
             directory,
-            SuiteOptions(
-                tuple(concepts or ()),
-                unlearn,
-                adapters,
-                adapter,
-                2 if per_other is None else per_other,
-                limit,
-                untouched,
-                max_new_tokens,
-            ),
-            model=ModelRef(model, revision),
-            recipe=RecipeChoice(preset.value, changes),
-            settings=Settings(device, dtype, memory, quantize, attention),
+            options,
+            **objects,
             processes=processes or 1,
-            output=output,
             listener=progress.listener,
         )
     if json:
@@ -260,6 +278,35 @@ def suite(
     else:
         suite_table(out, evaluated)
     raise typer.Exit(evaluated.exit_code)
+
+
+def _joined(
+    directory: Path, options: SuiteOptions, objects: dict[str, Any], dry_run: bool, json: bool
+) -> NoReturn:
+    """objects: what `join_suite` takes"""
+    from ..evaluate import suite_join
+    from ..progress import Progress
+    from ..show import suite_table
+    from ..show_joined import forecast_lines, share_lines
+
+    if dry_run:
+        if objects["output"] is None:
+            raise BadInput("--dry-run looks at what is done: give --output DIR.")
+        found = suite_join.forecast(directory, options, **objects)
+        if json:
+            print_json(found.as_dict())
+        else:
+            forecast_lines(out, found)
+        raise typer.Exit(0)
+    with Progress(say, hidden=json) as progress:
+        joined = suite_join.join_suite(directory, options, **objects, listener=progress.listener)
+    if json:
+        print_json(joined.evaluated.report if joined.evaluated else {"worker": vars(joined.share)})
+    else:
+        if joined.evaluated is not None:
+            suite_table(out, joined.evaluated)
+        share_lines(out, joined.share, joined.of, joined.output)
+    raise typer.Exit(joined.exit_code)
 
 
 @app.command()

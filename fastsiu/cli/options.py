@@ -25,6 +25,7 @@ class Adapt(StrEnum):
 class Mode(StrEnum):
     sequence = "sequence"
     joint = "joint"
+    independent = "independent"
 
 
 class Preset(StrEnum):
@@ -130,6 +131,14 @@ Redact = Annotated[
     ),
 ]
 EmbedImage = Annotated[bool, typer.Option("--embed-image", help="Show the picture in report.html.")]
+Join = Annotated[
+    bool,
+    typer.Option("--join", help="Share --output with every other process that has --join."),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="How long what is left takes, from what is done in --output."),
+]
 Seed = Annotated[
     int | None, typer.Option(min=0, max=WHOLE["seed"][1], help="Seed of everything random.")
 ]

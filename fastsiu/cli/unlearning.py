@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -23,9 +23,11 @@ from .options import (
     Concept,
     ConceptFile,
     Device,
+    DryRun,
     Dtype,
     EmbedImage,
     Image,
+    Join,
     Kind,
     MaxNewTokens,
     Memory,
@@ -58,8 +60,10 @@ def unlearn(
     ] = None,
     mode: Annotated[
         Mode | None,
-        typer.Option(help="With --request: one after another (default), or all at once."),
+        typer.Option(help="With --request: one after another, all at once, or each by itself."),
     ] = None,
+    join: Join = False,
+    dry_run: DryRun = False,
     model: Model = None,
     revision: Revision = None,
     output: Annotated[
@@ -139,6 +143,11 @@ def unlearn(
         raise BadInput(
             "--mode is about several requests: give them in a file with --request, or leave it out."
         )
+    if (join or dry_run) and mode is not Mode.independent:
+        raise BadInput(
+            f"--{'join' if join else 'dry-run'} is about requests that do not depend on each "
+            "other: add --mode independent and a file with --request, or leave it out."
+        )
     if request is None and (image is None or concept is None):
         raise BadInput(
             "There is nothing to forget: give --image and --concept, or several of them in a "
@@ -171,6 +180,9 @@ def unlearn(
         device, dtype, memory, quantize, attention, checkpointing, micro_batch, optimizer
     )
     shown = ReportOptions(redact, embed_image)
+    if request is not None and mode is Mode.independent:
+        objects = dict(model=which, recipe=recipe, settings=settings, report=shown, output=output)
+        _independent(request, join, dry_run, quiet, json, objects)
     if request is not None:
         from ..several import unlearn_several
 
@@ -219,6 +231,37 @@ def unlearn(
     elif not quiet:
         summary(out, result)
     raise typer.Exit(0 if result.forgotten else 1)
+
+
+def _independent(
+    request: Path, join: bool, dry_run: bool, quiet: bool, json: bool, objects: dict[str, Any]
+) -> NoReturn:
+    """objects: what `unlearn_each` takes"""
+    from .. import independent
+    from ..progress import Progress
+    from ..show_joined import forecast_lines, requests_table
+
+    if dry_run:
+        if objects["output"] is None:
+            raise BadInput("--dry-run looks at what is done: give --output DIR.")
+        found = independent.forecast(request, **objects)
+        if json:
+            print_json(found.as_dict())
+        else:
+            forecast_lines(out, found)
+        raise typer.Exit(0)
+    with Progress(say, hidden=quiet or json) as progress:
+        each = independent.unlearn_each(
+            request,
+            **objects,
+            sharing=independent.Sharing(join),
+            listener=progress.listener,
+        )
+    if json:
+        print_json(each.as_dict())
+    elif not quiet:
+        requests_table(out, each)
+    raise typer.Exit(each.exit_code)
 
 
 @app.command()

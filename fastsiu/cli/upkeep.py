@@ -47,8 +47,15 @@ def purge(
     """Remove what killed runs left in a directory, and with --all its results; nothing that FastSIU
     has not written."""
     from .. import upkeep
+    from ..claims import Pace
     from ..staging import sweep_one
 
+    if taken := upkeep.claimed(directory):
+        say.print(
+            f"Watching the heartbeats of {len(taken)} claims, for {Pace().patience:.0f} s where "
+            "one has stopped.",
+            soft_wrap=True,
+        )
     found = upkeep.survey(directory)
     if everything and found.alive:
         raise BadInput(
@@ -68,12 +75,21 @@ def purge(
     removed = [path for path in found.dead if sweep_one(path)]
     for path in removed:
         out.print(f"Removed {path}, left by a killed run.", soft_wrap=True)
+    for path in found.stopped:
+        path.unlink(missing_ok=True)
+        out.print(f"Removed {path}, the claim of a worker that has stopped.", soft_wrap=True)
     for path in found.alive:
-        out.print(f"Kept {path}: its run is at work.", soft_wrap=True)
+        why = (
+            "another machine may be at work on it, or this one was before it was last started; "
+            "untouched for a day it can go."
+            if path in found.unknown
+            else "its run is at work."
+        )
+        out.print(f"Kept {path}: {why}", soft_wrap=True)
     for path in found.results if everything else []:
         kept = upkeep.remove(path)
         out.print(f"Removed the result {path}.", soft_wrap=True)
         for other in kept:
             out.print(f"  Kept {other}, which FastSIU has not written.", soft_wrap=True)
-    if not removed and not (everything and found.results):
+    if not (removed or found.stopped) and not (everything and found.results):
         out.print(f"Nothing to remove in {directory}.", soft_wrap=True)

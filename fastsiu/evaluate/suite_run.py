@@ -6,8 +6,8 @@ training picture, or with an adapter that is there already. OUT/SLUG is written 
 and never again, so that an interrupted run goes on with the concept in progress; OUT/suite.json and
 OUT/report.md are drawn from what is there, after each concept.
 
-Several runs may share an output: each concept is claimed by one of them (`staging.claim`), and who
-dies gives it back.
+Several runs on one machine may share an output: each concept is claimed by one of them
+(`staging.claim`), and who dies gives it back. `suite_join` is for many machines.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ import torch
 from .. import output as outputs
 from .. import process, session, staging
 from ..images import load_image
+from ..joining import FAILURES
 from ..model import adapter, adapter_files, source, vlm
-from ..request import BadInput, NumericFailure, OutOfMemory, Request
+from ..request import BadInput, OutOfMemory, Request
 from ..session import Listener
 from ..settings import (
     ModelRef,
@@ -48,13 +49,6 @@ from .suite_job import FORMAT, Job, SuiteOptions, cached, manifest
 from .suite_table import Outcome, done_already, is_there, outcome_of, write_table
 
 PAUSE = 0.5  # seconds between two looks at what another run is at
-# of one concept; the others go on
-FAILURES = (
-    BadInput,
-    NumericFailure,
-    OutOfMemory,
-    torch.OutOfMemoryError,
-)
 
 
 @dataclass
@@ -97,11 +91,34 @@ def evaluate_suite(
     outcome.
     """
     listener = listener or Listener()
+    if processes < 1:
+        raise BadInput("--processes must be at least 1: give a larger number.")
+    job, subjects = job_of(directory, options, model, recipe, settings, output, listener)
+    done = done_already(job)
+    todo = [subject for subject in subjects if subject.slug not in done]
+    resumed = [subject.slug for subject in subjects if subject.slug in done]
+    if resumed:
+        listener.note(f"Done already: {', '.join(resumed)}.")
+    failed = _work_off(job, done, todo, processes, listener)
+    report = write_table(job, done, failed)
+    outcomes = [failed.get(s.slug) or outcome_of(s, done[s.slug]) for s in subjects]
+    return Evaluated(outcomes, report, job.output, len(resumed))
+
+
+def job_of(
+    directory: str | Path,
+    options: SuiteOptions,
+    model: ModelRef,
+    recipe: RecipeChoice,
+    settings: Settings,
+    output: str | Path | None,
+    listener: Listener,
+) -> tuple[Job, list[suite.Subject]]:
+    """What every process needs to know, and the concepts that are asked for. Raises BadInput as
+    `evaluate_suite` does; nothing is loaded and nothing written."""
     options.check()
     if not options.unlearn and not recipe.is_default:
         raise BadInput("The recipe's options are about training: add --unlearn, or leave them out.")
-    if processes < 1:
-        raise BadInput("--processes must be at least 1: give a larger number.")
     given = suite.read(directory)
     listener.stage("Reading the pictures")
     suite.check(given)
@@ -141,15 +158,7 @@ def evaluate_suite(
         if place is not None and job.weights is not None:  # a hub model's are not here yet
             adapter_files.check_belongs(place, model.name, None, job.weights)
         cached(job, subject)  # of another exam: said now
-    done = done_already(job)
-    todo = [subject for subject in subjects if subject.slug not in done]
-    resumed = [subject.slug for subject in subjects if subject.slug in done]
-    if resumed:
-        listener.note(f"Done already: {', '.join(resumed)}.")
-    failed = _work_off(job, done, todo, processes, listener)
-    report = write_table(job, done, failed)
-    outcomes = [failed.get(s.slug) or outcome_of(s, done[s.slug]) for s in subjects]
-    return Evaluated(outcomes, report, destination, len(resumed))
+    return job, subjects
 
 
 def _work_off(
@@ -314,6 +323,7 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
                 families=besides.families,
             )
             report |= besides.told
+            listener.stage(f"{subject.slug}: writing the output")
             transaction = outputs.Transaction(job.output / subject.slug)
             with transaction as folder:
                 if job.options.unlearn:

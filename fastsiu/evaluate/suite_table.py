@@ -41,20 +41,28 @@ def is_there(job: Job, subject: suite.Subject) -> bool:
 def done_already(job: Job) -> dict[str, dict[str, Any]]:
     """The reports of the suite's concepts that are complete. Raises BadInput where the output holds
     anything else."""
-    if not _begun(job.output):
-        try:
-            outputs.check_destination(job.output, "")  # absent or empty, or it raises
-            return {}
-        except BadInput:
-            if not _begun(job.output):  # else another run began between the two looks
-                raise
-    staging.sweep(job.output)
-    staging.check_writable(job.output / SUITE, outputs.OTHER)
+    if not begin(job):
+        return {}
     return {
         s.slug: outputs.read_report(job.output / s.slug)
         for s in job.given.subjects
         if is_there(job, s)
     }
+
+
+def begin(job: Job) -> bool:
+    """Whether the output was begun already. Raises BadInput where it holds anything else, or cannot
+    be written."""
+    if not _begun(job.output):
+        try:
+            outputs.check_destination(job.output, "")  # absent or empty, or it raises
+            return False
+        except BadInput:
+            if not _begun(job.output):  # else another run began between the two looks
+                raise
+    staging.sweep(job.output)
+    staging.check_writable(job.output / SUITE, outputs.OTHER)
+    return True
 
 
 def _begun(place: Path) -> bool:

@@ -422,7 +422,7 @@ def test_what_a_dead_run_was_at_is_taken_over(stubbed, tmp_path):
         left = [p for p in output.iterdir() if p.name.startswith(staging.CLAIM)]
         data = left[0].read_bytes()
     left[0].write_bytes(data)
-    (output / f"{staging.PREFIX}1-00000000").mkdir()
+    (output / f"{staging.PREFIX}{staging.here()}-1-00000000").mkdir()
     ended = call(output, 1)
     assert notes == ["a", "b", "c"] and ended[0].exit_code == 0 and ended[0].resumed == 1
     assert sorted(os.listdir(output)) == ["a", "b", "c", "report.md", "suite.json"]

@@ -1,0 +1,311 @@
+"""Who does which unit of work, where several processes share one output directory.
+
+It works on one machine and on many, and needs neither file locks nor clocks that agree. What the
+workers tell each other lies in OUT/.fastsiu.join/:
+
+    settings        SHA-256 of what all workers must have been given alike
+    UNIT.0, UNIT.1  the claims on a unit: who has it, and how often the heartbeat came
+    UNIT.failed     why a unit failed
+    WORKER.done     a JSON line for each unit that a worker has finished, with its seconds
+
+UNIT is a digest of the unit's key and WORKER is random, so that no file is named after a concept.
+
+A claim is a file that its owner creates (O_EXCL: the file server lets one process win). The claim
+with the highest number counts. The owner writes a new heartbeat into it every `Pace.beat` seconds.
+A worker that sees the same heartbeat for `Pace.patience` seconds of its own clock steals the unit:
+it creates the claim with the next number. An owner that stood still and wakes up finds a higher
+number than its own, and discards its work. The last word has the rename that puts a finished output
+in place: it fails where an output is there already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import staging
+from .request import BadInput
+
+SETTINGS = "settings"
+_CLAIM = re.compile(r"([0-9a-f]{16})\.(\d{1,6})")
+_FAILED = re.compile(r"[0-9a-f]{16}\.failed")
+_DONE = re.compile(r"[0-9a-f]{16}\.done")
+
+
+class ClaimLost(Exception):
+    """Another worker has taken the unit over, because this one stood still."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds, and a count.
+
+    beat:     between two heartbeats of an owner
+    patience: without a heartbeat, after which a claim is stolen; several times `beat`
+    pause:    between two looks of a worker that waits for others
+    owners:   as many owners may stop at one unit; then it counts as failed, because it may be what
+              stops them
+    """
+
+    beat: float = 10.0
+    patience: float = 45.0
+    pause: float = 2.0
+    owners: int = 3
+
+
+class Mark(NamedTuple):
+    """A claim as others see it. content: the owner and its last heartbeat."""
+
+    number: int
+    content: bytes
+
+    @property
+    def owner(self) -> str:
+        return self.content[:16].decode("ascii", "replace")
+
+
+class _Watch(NamedTuple):
+    mark: Mark
+    looked: float  # time.monotonic() of the last look
+    unchanged: float  # seconds
+
+
+class Claims:
+    """One worker's side of a shared output directory.
+
+    place: the output directory; `open` makes the directory below it
+    """
+
+    def __init__(self, place: Path, pace: Pace = Pace()) -> None:
+        self.place, self.pace = place / staging.JOIN, pace
+        self.owner = secrets.token_hex(8)
+        self._watched: dict[str, _Watch] = {}
+
+    def open(self, digest: str) -> None:
+        """Joins the work.
+
+        digest: of what all workers must have been given alike
+
+        Raises BadInput where the directory is shared by workers that were given something else.
+        """
+        self.place.mkdir(mode=0o700, exist_ok=True)
+        path = self.place / SETTINGS
+        try:
+            staging.new_file(path, digest.encode() + b"\n")
+        except FileExistsError:
+            if path.read_text(encoding="ascii", errors="replace").strip() != digest:
+                raise BadInput(
+                    f"{self.place.parent} is shared by runs with another model or other options: "
+                    "give the same ones, or choose another --output."
+                ) from None
+
+    def take(self, key: str) -> Claim | None:
+        """The claim on a unit; None where another worker has it, or has been faster.
+
+        A claim of a worker that has stopped is taken over after `Pace.patience` seconds, in which
+        `take` must be called again and again.
+        """
+        unit = unit_of(key)
+        old = _latest(self.place, unit)
+        if old is not None and not self._has_stopped(unit, old):
+            return None
+        number = 0 if old is None else old.number + 1
+        path = self.place / f"{unit}.{number}"
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return None
+        claim = Claim(self, unit, number, handle)
+        claim.beat()
+        if old is not None and _read(self.place / f"{unit}.{old.number}") != old.content:
+            claim.release()  # its owner has woken up, or has finished, while it was robbed
+            return None
+        return claim
+
+    def _has_stopped(self, unit: str, mark: Mark) -> bool:
+        """Whether a heartbeat has been missing for too long, by this process's own clock."""
+        now, seen = time.monotonic(), self._watched.get(unit)
+        if seen is None or seen.mark != mark:
+            self._watched[unit] = _Watch(mark, now, 0.0)
+            return False
+        # A longer gap may mean that this process stood still, and the owner with it.
+        unchanged = seen.unchanged + min(now - seen.looked, self.pace.beat)
+        self._watched[unit] = _Watch(mark, now, unchanged)
+        return unchanged >= self.pace.patience
+
+    def fail(self, key: str, failure: dict[str, Any]) -> None:
+        """Writes down why a unit failed; whoever has its claim may."""
+        text = json.dumps(failure, ensure_ascii=False) + "\n"
+        staging.write(
+            self.place / f"{unit_of(key)}.failed", text.encode("utf-8", "backslashreplace")
+        )
+
+    def failure(self, key: str) -> dict[str, Any] | None:
+        """What `fail` has written; None where nothing is there, or not yet all of it."""
+        content = _read(self.place / f"{unit_of(key)}.failed")
+        try:
+            found = json.loads(content) if content else None
+        except ValueError:  # its writer was killed
+            return None
+        return found if isinstance(found, dict) else None
+
+    def mend(self, key: str) -> None:
+        """Takes back what `fail` has written: the unit is done after all."""
+        (self.place / f"{unit_of(key)}.failed").unlink(missing_ok=True)
+
+    def log(self, key: str, seconds: float) -> None:
+        """Writes down that this worker has finished a unit, and how long that took."""
+        line = json.dumps({"unit": unit_of(key), "seconds": round(seconds, 3)}) + "\n"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        with open(os.open(self.place / f"{self.owner}.done", flags, 0o600), "ab") as file:
+            file.write(line.encode())
+
+
+class Claim:
+    """A unit that this worker has, until `release` or `abandon`.
+
+    number:  how many owners have stopped at it before
+    trouble: what kept the last heartbeat from being written; None where nothing did
+    """
+
+    def __init__(self, claims: Claims, unit: str, number: int, handle: int) -> None:
+        self.number, self.trouble = number, None
+        self.trouble: OSError | None
+        self._claims, self._unit, self._handle = claims, unit, handle
+        self._beats, self._ended = 0, threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def keep(self) -> None:
+        """Begins to send heartbeats, from a thread of its own."""
+        self._thread = threading.Thread(target=self._send, daemon=True)
+        self._thread.start()
+
+    def _send(self) -> None:
+        while not self._ended.wait(self._claims.pace.beat):
+            try:
+                self.beat()
+                self.trouble = None
+            except OSError as error:  # the next one may pass; without any the claim is stolen
+                self.trouble = error
+
+    def beat(self) -> None:
+        """Writes one heartbeat. Raises OSError."""
+        self._beats += 1
+        os.pwrite(self._handle, f"{self._claims.owner} {self._beats:012d}\n".encode(), 0)
+        os.fsync(self._handle)
+
+    @property
+    def held(self) -> bool:
+        """Whether no other worker has taken the unit over."""
+        latest = _latest(self._claims.place, self._unit)
+        return latest is not None and (latest.number, latest.owner) == (
+            self.number,
+            self._claims.owner,
+        )
+
+    def check(self) -> None:
+        """Raises ClaimLost where another worker has taken the unit over."""
+        if not self.held:
+            raise ClaimLost(self._unit)
+
+    def release(self) -> None:
+        """Gives the unit back: it is done, or another worker shall do it."""
+        mine = self.held
+        self.abandon()
+        if mine:  # the highest number goes last, so that it counts until the others are gone
+            for number, path in sorted(_numbered(self._claims.place, self._unit)):
+                if number <= self.number:
+                    path.unlink(missing_ok=True)
+
+    def abandon(self) -> None:
+        """Ends the heartbeats and leaves the claim, as a worker that dies does."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+def unit_of(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def _latest(place: Path, unit: str) -> Mark | None:
+    for number, path in sorted(_numbered(place, unit), reverse=True):
+        content = _read(path)
+        if content is not None:
+            return Mark(number, content)
+    return None
+
+
+def _numbered(place: Path, unit: str) -> list[tuple[int, Path]]:
+    found = ((_CLAIM.fullmatch(name), name) for name in os.listdir(place))
+    return [(int(m[2]), place / name) for m, name in found if m is not None and m[1] == unit]
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+# What lies there, for those who only look ---------------------------------------------------------
+
+
+def at_work(place: Path) -> list[Path]:
+    """The claims in an output directory, of workers that are at work and of those that stopped."""
+    folder = place / staging.JOIN
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(folder / name for name in names if _CLAIM.fullmatch(name))
+
+
+def stopped(paths: list[Path], pace: Pace = Pace()) -> list[Path]:
+    """Those claims whose heartbeat stops for `Pace.patience` seconds from now on, which it takes to
+    find out; at once where all of them beat."""
+    before = {path: _read(path) for path in paths}
+    still, end = list(paths), time.monotonic() + pace.patience
+    while still and time.monotonic() < end:
+        time.sleep(min(pace.pause, max(0.0, end - time.monotonic())))
+        still = [path for path in still if _read(path) == before[path]]
+    return still
+
+
+def seconds_of(place: Path) -> dict[str, float]:
+    """The seconds that each finished unit took, by `unit_of` its key, as the workers wrote them."""
+    return {
+        record["unit"]: float(record["seconds"])
+        for path in sorted((place / staging.JOIN).glob("*.done"))
+        if _DONE.fullmatch(path.name)
+        for record in _records(path)
+    }
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # the last line of a worker that was killed
+            continue
+        if isinstance(record, dict) and {"unit", "seconds"} <= set(record):
+            yield record
+
+
+def files(place: Path) -> list[Path]:
+    """All files of the shared work in an output directory; none that anything else has written."""
+    folder = place / staging.JOIN
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    mine = lambda n: n == SETTINGS or any(p.fullmatch(n) for p in (_CLAIM, _FAILED, _DONE))
+    return sorted(path for path in folder.iterdir() if mine(path.name))

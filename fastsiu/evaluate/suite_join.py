@@ -1,0 +1,175 @@
+"""`fastsiu suite DIR --join`: one of several processes, on one machine or on many, that share the
+concepts of a suite and one output directory (`joining`)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import joining, manifest
+from .. import output as outputs
+from ..claims import Claims, Pace, at_work
+from ..guards.strict_json import read_json
+from ..model import vlm
+from ..request import BadInput
+from ..session import Listener
+from ..settings import ModelRef, RecipeChoice, Settings
+from . import suite
+from .suite_job import FORMAT, Job, SuiteOptions
+from .suite_run import Evaluated, job_of, one
+from .suite_table import SUITE, Outcome, begin, outcome_of, write_table
+
+SHAPE = {"concepts": [{"slug": str, "status": str}]}
+
+
+@dataclass
+class Joined:
+    """What `join_suite` returns.
+
+    evaluated: the table of all concepts; None where another worker draws it
+    of:        the number of concepts that are shared
+    """
+
+    share: joining.Share
+    evaluated: Evaluated | None
+    output: Path
+    of: int
+
+    @property
+    def exit_code(self) -> int:
+        """Of `Evaluated` for the worker that has drawn the table, 0 for the others."""
+        return 0 if self.evaluated is None else self.evaluated.exit_code
+
+
+def join_suite(
+    directory: str | Path,
+    options: SuiteOptions = SuiteOptions(),
+    *,
+    model: ModelRef = ModelRef(),
+    recipe: RecipeChoice = RecipeChoice(),
+    settings: Settings = Settings(),
+    output: str | Path | None = None,
+    pace: Pace = Pace(),
+    listener: Listener | None = None,
+) -> Joined:
+    """Takes part in the work on a suite until every concept is done or has failed. Options as in
+    `evaluate_suite`, and BadInput as there; output: the directory that is shared."""
+    listener = listener or Listener()
+    if output is None:
+        raise BadInput("--join needs the directory that the processes share: give --output DIR.")
+    settings = joining.own_card(settings)
+    job, subjects = job_of(directory, options, model, recipe, settings, output, listener)
+    begin(job)
+    job.output.mkdir(mode=0o700, exist_ok=True)
+    if not (job.output / SUITE).is_file():
+        write_table(job, {}, {})
+    claims, work = Claims(job.output, pace), _Concepts(job)
+    claims.open(_digest_of_options(job))
+    keys = [subject.slug for subject in subjects]
+    resumed = sum(map(work.is_done, keys))
+    try:
+        share = joining.work_off(claims, keys, work, listener)
+    finally:
+        work.loaded = None
+    drawn: list[dict[str, Any]] = []
+    share.drew = joining.draw_once(
+        claims,
+        lambda: work.is_drawn(keys),
+        lambda: drawn.append(work.draw(claims)),
+        SUITE,
+    )
+    if not share.drew:
+        return Joined(share, None, job.output, len(keys))
+    done, failed = work.found(claims)
+    outcomes = [failed.get(s.slug) or outcome_of(s, done[s.slug]) for s in subjects]
+    return Joined(share, Evaluated(outcomes, drawn[0], job.output, resumed), job.output, len(keys))
+
+
+def forecast(
+    directory: str | Path,
+    options: SuiteOptions = SuiteOptions(),
+    *,
+    model: ModelRef = ModelRef(),
+    recipe: RecipeChoice = RecipeChoice(),
+    settings: Settings = Settings(),
+    output: str | Path,
+) -> joining.Forecast:
+    """How long the concepts take that are not done in `output`, from those that are. Nothing is
+    loaded and nothing written."""
+    job, subjects = job_of(directory, options, model, recipe, settings, output, Listener())
+    keys = [subject.slug for subject in subjects]
+    return joining.forecast(Claims(job.output), keys, _Concepts(job), len(at_work(job.output)))
+
+
+def _digest_of_options(job: Job) -> str:
+    options = job.options
+    content = {
+        "format": FORMAT,
+        "model": [job.model.name, job.commit, job.weights],
+        "recipe": job.recipe.as_dict() if options.unlearn else None,
+        "settings": job.deciding,
+        "asked": [options.unlearn, options.limit, options.per_other, options.max_new_tokens],
+    }
+    return manifest.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
+
+
+@dataclass
+class _Concepts:
+    """The concepts as units of work, and what is on disk of them (`joining.Units`).
+
+    loaded: the model, once a concept was begun
+    """
+
+    job: Job
+    loaded: vlm.VLM | None = None
+    done: set[str] = field(default_factory=set)
+
+    def is_done(self, slug: str) -> bool:
+        place = self.job.output / slug
+        if slug not in self.done and place.exists():
+            if outputs.holds(place, self.job.digest(self.job.given.subject(slug))):
+                self.done.add(slug)
+        return slug in self.done
+
+    def do(self, slug: str, listener: Listener) -> str:
+        subject = self.job.given.subject(slug)
+        if self.loaded is None:
+            self.loaded = self.job.load(listener)
+        with vlm.threads(self.loaded):
+            one(self.loaded, self.job, subject, listener)
+        return outcome_of(subject, outputs.read_report(self.job.output / slug)).status
+
+    def reason(self, slug: str, error: BaseException) -> str:
+        return str(error).split("\n")[0] or type(error).__name__
+
+    def found(self, claims: Claims) -> tuple[dict[str, dict[str, Any]], dict[str, Outcome]]:
+        """The reports of the concepts that are done, and those that failed, by slug."""
+        done, failed = {}, {}
+        for subject in self.job.given.subjects:
+            if self.is_done(subject.slug):
+                done[subject.slug] = outputs.read_report(self.job.output / subject.slug)
+            elif failure := claims.failure(subject.slug):
+                failed[subject.slug] = _failed(subject, failure)
+        return done, failed
+
+    def draw(self, claims: Claims) -> dict[str, Any]:
+        return write_table(self.job, *self.found(claims))
+
+    def is_drawn(self, keys: list[str]) -> bool:
+        """Whether the table has every concept, and as failed those that have no output."""
+        path = self.job.output / SUITE
+        table = read_json(path, what=str(path), remedy="remove it", shape=SHAPE)
+        stored = {one["slug"]: one["status"] for one in table.get("concepts", [])}
+        return all(
+            stored.get(slug, "failed") != "failed"
+            if self.is_done(slug)
+            else stored.get(slug) == "failed"
+            for slug in keys
+        )
+
+
+def _failed(subject: suite.Subject, failure: dict[str, Any]) -> Outcome:
+    reason, numeric = str(failure.get("reason")), bool(failure.get("numeric"))
+    return Outcome(subject.slug, subject.name, "failed", [reason], numeric)

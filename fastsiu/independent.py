@@ -1,0 +1,353 @@
+"""Many requests from a JSONL file, each by itself: one adapter each, from the untouched model.
+
+DIR/001, DIR/002, ... are complete outputs, each byte for byte the adapter that `fastsiu unlearn`
+makes of that line alone; DIR/requests.json has what became of each. Any number of processes on any
+number of machines may share DIR (`joining`), and a run that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import driver, joining, manifest, staging
+from . import output as outputs
+from .claims import Claims, Pace, at_work
+from .guards.strict_json import read_json
+from .images import load_directory, load_image
+from .model import vlm
+from .model.memory import Layout, budget
+from .report.sentences import sentence
+from .report.words import CONCEPT
+from .request import BadInput, Recipe, Request
+from .request_file import PATHS, read_requests
+from .session import Listener
+from .settings import (
+    ModelRef,
+    RecipeChoice,
+    ReportOptions,
+    Settings,
+    choose_layout,
+    choose_recipe,
+    deciding,
+    load,
+)
+
+TABLE, FORMAT = "requests.json", "fastsiu requests 1"
+SHAPE = {
+    "format": str,
+    "of": int,
+    "requests": [
+        {"line": int, "concept": str, "status": str, "reasons": [str], "output": (str, None)}
+    ],
+}
+
+
+@dataclass
+class Outcome:
+    """What became of one line. status: "forgotten", "not forgotten", "failed" or, where it was not
+    done yet, ""; output: the name of its directory, where there is one."""
+
+    line: int
+    concept: str
+    status: str = ""
+    reasons: list[str] = field(default_factory=list)
+    output: str | None = None
+    numeric: bool = False  # it failed in the computation, not because of what was given
+
+
+@dataclass
+class Each:
+    """What `unlearn_each` returns. outcomes: of all lines, empty where another worker draws the
+    table; resumed: how many lines were done before."""
+
+    outcomes: list[Outcome]
+    output: Path
+    share: joining.Share
+    resumed: int
+    of: int
+
+    @property
+    def forgotten(self) -> bool:
+        return all(o.status == "forgotten" for o in self.outcomes)
+
+    @property
+    def exit_code(self) -> int:
+        """0 all forgotten, and for a worker that has not drawn the table; 1 not all; where every
+        request failed, 2 or 3."""
+        if self.forgotten:
+            return 0
+        failed = [o for o in self.outcomes if o.status == "failed"]
+        if len(failed) < len(self.outcomes):
+            return 1
+        return 3 if any(o.numeric for o in failed) else 2
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "worker": vars(self.share),
+            "requests": [vars(outcome) for outcome in self.outcomes],
+            "forgotten": self.forgotten if self.outcomes else None,
+        }
+
+
+class Sharing(NamedTuple):
+    """join: other workers may be at work in the same directory."""
+
+    join: bool = False
+    pace: Pace = Pace()
+
+
+def unlearn_each(
+    file: str | Path,
+    *,
+    model: ModelRef = ModelRef(),
+    recipe: RecipeChoice = RecipeChoice(),
+    settings: Settings = Settings(),
+    report: ReportOptions = ReportOptions(),
+    output: str | Path | None = None,
+    sharing: Sharing = Sharing(),
+    listener: Listener | None = None,
+) -> Each:
+    """Makes an adapter for each request of a file. Options as in `driver.unlearn`; output: the
+    directory of all outputs.
+
+    Run again, it does what is missing, and where nothing else is missing what had failed. Raises
+    BadInput where the file or the output cannot be used, or another run is at work there and nobody
+    has joined it: then nothing is loaded. What fails later, for one request, is its outcome.
+    """
+    listener = listener or Listener()
+    if sharing.join and output is None:
+        raise BadInput("--join needs the directory that the processes share: give --output DIR.")
+    if sharing.join:
+        settings = joining.own_card(settings)
+    if output is None:
+        output = outputs.random_directory()
+        listener.note(f"Writing to {output}: name it with --output to go on after an interruption.")
+    work = _prepared(Path(file), Path(output), model, recipe, settings, report, listener)
+    claims = Claims(work.output, sharing.pace)
+    work.begin()
+    with nullcontext() if sharing.join else _alone(work.output):
+        claims.open(work.digest_of_options())
+        resumed = sum(map(work.is_done, work.lines))
+        try:
+            share = joining.work_off(claims, list(work.lines), work, listener)
+        finally:
+            work.loaded = None
+        draw = lambda: work.draw(claims)
+        share.drew = joining.draw_once(claims, lambda: work.is_drawn(claims), draw, TABLE)
+        outcomes = [] if sharing.join and not share.drew else work.outcomes(claims)
+    return Each(outcomes, work.output, share, resumed, len(work.lines))
+
+
+def forecast(
+    file: str | Path,
+    *,
+    model: ModelRef = ModelRef(),
+    recipe: RecipeChoice = RecipeChoice(),
+    settings: Settings = Settings(),
+    report: ReportOptions = ReportOptions(),
+    output: str | Path,
+) -> joining.Forecast:
+    """How long the requests take that are not done in `output`, from those that are. Nothing is
+    loaded and nothing written."""
+    place = Path(output)
+    work = _prepared(Path(file), place, model, recipe, settings, report, Listener())
+    return joining.forecast(Claims(place), list(work.lines), work, len(at_work(place)))
+
+
+def _prepared(
+    file: Path,
+    output: Path,
+    model: ModelRef,
+    recipe: RecipeChoice,
+    settings: Settings,
+    report: ReportOptions,
+    listener: Listener,
+) -> Requests:
+    outputs.check_shown(report.redact, report.embed_image)
+    asked = dict(read_requests(file))
+    for number, request in asked.items():
+        for key in PATHS:  # a picture is read by whoever does its request
+            path = getattr(request, key)
+            if path is not None and not path.exists():
+                raise BadInput(f"{file}, line {number}: There is no {path}: mend the line.")
+    chosen, origins = choose_recipe(model.name, recipe, model.revision)
+    weights = outputs.digest_model(model.name) if model.is_directory else None
+    largest = None
+    if settings.limited:  # a plan is for the largest picture
+        images = (load_image(request.image) for request in asked.values())
+        largest = max(images, key=lambda image: image.width * image.height)
+    layout = choose_layout(model, settings, chosen, largest, listener)
+    decides = {"dtype": settings.dtype} | deciding(layout) | report.deciding
+    room = budget(layout, chosen.batch_size, settings.limited)
+    sealed = driver.Sealed(chosen, origins, "", weights, decides)
+    lines = {f"{line:03d}": line for line in asked}
+    return Requests(output, asked, lines, model, sealed, layout, room)
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    with staging.claim(place, TABLE) as mine:
+        if not mine:
+            raise BadInput(
+                f"Another run is at work in {place}: wait for its end, start both with --join, or "
+                "choose another --output."
+            )
+        yield
+
+
+@dataclass
+class Requests:
+    """The requests as units of work, and what is on disk of them (`joining.Units`).
+
+    lines:  key and name of the output -> line
+    sealed: what decides each result; its digest is of no request yet
+    loaded: the model, once a request was begun
+    """
+
+    output: Path
+    asked: dict[int, Request]
+    lines: dict[str, int]
+    model: ModelRef
+    sealed: driver.Sealed
+    layout: Layout
+    room: vlm.Budget
+    loaded: vlm.VLM | None = None
+    done: set[str] = field(default_factory=set)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.sealed.recipe
+
+    def begin(self) -> None:
+        """Makes the directory with an empty table. Raises BadInput where it holds anything else."""
+        path = self.output / TABLE
+        if not path.is_file():
+            try:
+                outputs.check_destination(self.output, "")  # absent or empty, or it raises
+            except BadInput:
+                if not path.is_file():  # else another worker began between the two looks
+                    raise
+            self.output.mkdir(mode=0o700, exist_ok=True)
+            try:
+                staging.new_file(path, self._text([]))
+            except FileExistsError:
+                pass  # another worker's
+        self._table()
+        staging.sweep(self.output)
+
+    def digest_of_options(self) -> str:
+        content = {
+            "format": FORMAT,
+            "recipe": self.recipe.as_dict(),
+            "model": [self.model.name, self.model.revision, self.sealed.weights],
+            "settings": self.sealed.settings,
+        }
+        return manifest.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
+
+    # as units of work
+
+    def is_done(self, key: str) -> bool:
+        if key not in self.done and (self.output / key).exists():
+            if outputs.holds(self.output / key, self.digest(key)):
+                self.done.add(key)
+        return key in self.done
+
+    def digest(self, key: str) -> str:
+        """As `driver.unlearn` has it: of this request alone."""
+        return outputs.request_digest(
+            self.asked[self.lines[key]],
+            self.recipe,
+            self.model.name,
+            self.model.revision,
+            weights=self.sealed.weights,
+            **self.sealed.settings,
+        )
+
+    def do(self, key: str, listener: Listener) -> str:
+        request = self.asked[self.lines[key]]
+        image = load_image(request.image)
+        more, rest = load_directory(request.images), load_directory(request.retain)
+        if self.loaded is None:
+            self.loaded = load(self.model, self.layout, self.room, listener)
+        loaded, shares = self.loaded, self.loaded.shares
+        try:
+            result = driver.unlearn_on(
+                loaded,
+                request,
+                (image, more, rest),
+                self.model.name,
+                driver.Sealed(
+                    self.recipe,
+                    self.sealed.origins,
+                    self.digest(key),
+                    self.sealed.weights,
+                    self.sealed.settings,
+                ),
+                self.output / key,
+                listener=listener,
+                seconds={},
+            )
+        finally:
+            # A training tries which are exact; left so, the last digits of the next request would
+            # depend on the order.
+            loaded.shares = shares
+        return "forgotten" if result.forgotten else "not forgotten"
+
+    def reason(self, key: str, error: BaseException) -> str:
+        """Without the picture's path, and where reports name nobody without a name."""
+        text = str(error).split("\n")[0] or type(error).__name__
+        text = text.replace(str(self.asked[self.lines[key]].image), "its picture")
+        return sentence(text) if self.sealed.settings.get("redact") else text
+
+    # the table
+
+    def outcomes(self, claims: Claims) -> list[Outcome]:
+        """Of every line, as it is on disk now."""
+        hidden = self.sealed.settings.get("redact")
+        found = []
+        for key, line in self.lines.items():
+            one = Outcome(line, CONCEPT if hidden else self.asked[line].concept)
+            if self.is_done(key):
+                report = outputs.read_report(self.output / key)
+                one.status, one.reasons, one.output = report["verdict"], report["reasons"], key
+            elif failure := claims.failure(key):
+                one.status, one.reasons = "failed", [str(failure.get("reason"))]
+                one.numeric = bool(failure.get("numeric"))
+            found.append(one)
+        return found
+
+    def is_drawn(self, claims: Claims) -> bool:
+        """Whether the table has every line, and as failed those that have no output."""
+        stored = {one["line"]: one["status"] for one in self._table()["requests"]}
+        return all(
+            stored.get(line, "") not in ("", "failed")
+            if self.is_done(key)
+            else stored.get(line) == "failed"
+            for key, line in self.lines.items()
+        )
+
+    def draw(self, claims: Claims) -> None:
+        staging.replace_file(self.output / TABLE, self._text(self.outcomes(claims)))
+
+    def _text(self, outcomes: list[Outcome]) -> bytes:
+        content = {
+            "format": FORMAT,
+            "mode": "independent",
+            "of": len(self.lines),
+            "forgotten": sum(o.status == "forgotten" for o in outcomes),
+            "requests": [vars(outcome) for outcome in outcomes],
+        }
+        text = json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+        return text.encode("utf-8", "backslashreplace")
+
+    def _table(self) -> dict[str, Any]:
+        path = self.output / TABLE
+        found = read_json(path, what=str(path), remedy="choose another --output", shape=SHAPE)
+        if found.get("format") != FORMAT or "requests" not in found:
+            raise BadInput(f"{path} is not a table of requests: choose another --output.")
+        return dict(found)

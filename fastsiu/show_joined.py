@@ -1,0 +1,48 @@
+"""What the terminal shows of work that several processes share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .independent import Each
+from .joining import Forecast, Share
+from .show import cell
+
+
+def requests_table(console: Console, each: Each) -> None:
+    """What became of each request, where this worker has drawn the table; then what it did."""
+    if each.outcomes:
+        table = Table(title="One adapter for each request", title_justify="left")
+        for heading in ("line", "concept", "verdict", "output"):
+            table.add_column(heading, overflow="fold")
+        for one in each.outcomes:
+            table.add_row(str(one.line), cell(one.concept), one.status, one.output or "-")
+        console.print(table)
+        for one in each.outcomes:
+            for reason in one.reasons:
+                console.print(f"  line {one.line}: {reason}", soft_wrap=True)
+        if each.resumed:
+            console.print(f"{each.resumed} of {each.of} were done already.")
+        console.print("All forgotten." if each.forgotten else "Not all forgotten.")
+    share_lines(console, each.share, each.of, each.output)
+
+
+def share_lines(console: Console, share: Share, of: int, output: Path) -> None:
+    console.print(share.told(of), soft_wrap=True)
+    if not share.drew:
+        console.print(
+            "The table of all is there; without --join the same command shows it.", soft_wrap=True
+        )
+    console.print(
+        f"Written to {output}. Before you publish it, remove each private.key: whoever holds it "
+        "and one of the pictures can tell that the picture was used.",
+        soft_wrap=True,
+    )
+
+
+def forecast_lines(console: Console, forecast: Forecast) -> None:
+    for line in forecast.told():
+        console.print(line, soft_wrap=True)
