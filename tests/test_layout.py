@@ -31,11 +31,11 @@ FLOORS = (
     ("progress",),
     ("merge_verdict", "evaluate.eval_files"),
     ("several_state",),
-    ("several", "merge", "evaluate.run"),  # verbs with a story of their own
+    ("several", "merge", "audit", "push", "evaluate.run"),  # verbs with a story of their own
     ("evaluate.suite_job", "evaluate.suite_table", "evaluate.suite_run"),
     ("compare",),
     ("show",),
-    ("show_samples",),
+    ("show_samples", "show_deployed"),
     ("demo",),
     ("cli",),
     ("__main__",),
