@@ -85,7 +85,9 @@ def push(
     listener = listener or Listener()
     files = collect(directory, names=names)
     sizes = {name: _size(content) for name, content in sorted(files.items())}
-    notes = [] if b"base_model:" in files[card.NAME] else [LOCAL_BASE]
+    written = files[card.NAME]
+    text = written if isinstance(written, bytes) else written.read_bytes()
+    notes = [] if b"base_model:" in text else [LOCAL_BASE]
     if dry_run:
         return Pushed(hub.repo, None, None, sizes, notes)
     listener.stage(f"Sending {len(files)} files to {hub.repo}")
@@ -215,12 +217,9 @@ def _text(text: str) -> bytes:
 
 def _send(hub: Hub, files: Mapping[str, Path | bytes]) -> tuple[str, str]:
     """One commit with all files; returns the repository's URL and the commit. Raises BadInput."""
-    from huggingface_hub import CommitOperationAdd, HfApi, hf_api
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    # the hub's client is httpx in some releases and httpx2 in others
-    clients = [getattr(hf_api, name, None) for name in ("httpx", "httpx2")]
-    failures = tuple(client.HTTPError for client in clients if client is not None)
     where = "huggingface.co"
     if hub.endpoint is not None:
         where = host_of(hub.endpoint, "--endpoint", "--token-file", "a hub", plain_http=False)
@@ -268,7 +267,7 @@ def _send(hub: Hub, files: Mapping[str, Path | bytes]) -> tuple[str, str]:
         raise BadInput(
             f"The hub at {where} refuses the push ({first_line(error)}): nothing was committed."
         ) from error
-    except (OSError, *failures) as error:
+    except (OSError, *licence.UNREACHED) as error:
         raise BadInput(
             f"The hub at {where} cannot be reached ({first_line(error)}): nothing was committed; "
             "check the network and --endpoint."

@@ -393,3 +393,49 @@ def test_it_must_be_said_what_is_compared(picture, server):
     ):
         with pytest.raises(BadInput, match=told):
             ask(**options)
+
+
+# A real server.
+
+
+@pytest.fixture
+def transformers_serve():
+    """`transformers serve` in this process; gives its base URL."""
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        pytest.skip("pip install 'fastsiu[serve]'")
+    from transformers.cli.serve import Serve
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    served = Serve(device="cpu", dtype="float32", host="127.0.0.1", port=port, non_blocking=True)
+    yield f"http://127.0.0.1:{port}/v1"
+    served.kill_server()
+
+
+@pytest.mark.slow
+def test_transformers_serve_gives_the_answers_that_the_report_has(
+    transformers_serve, trained, cast, demo_dir, tmp_path
+):
+    import shutil
+
+    import calls
+
+    merged = calls.merge(trained.output, tmp_path / "m", model=demo_dir, verify=(), device="cpu")
+    shutil.copytree(demo_dir, tmp_path / "ignored")
+
+    def of(name):
+        return auditing.audit(
+            Request(cast.target, cast.image),
+            adapter_dir=trained.output,
+            server=auditing.Server(Endpoint(transformers_serve), str(name), str(demo_dir)),
+            asking=auditing.Asking(0.05, attacks=False),
+        )
+
+    found = of(merged.output).report["deployed"]
+    assert found["base"]["value"] == 1.0 and found["base"]["n"] >= 20
+    assert found["promised"]["value"] in (1.0, None)
+    assert found["status"] != effect.OTHER_MODEL
+    assert of(tmp_path / "ignored").status == effect.IGNORED

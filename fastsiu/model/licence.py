@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi, metadata_load, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, hf_api, metadata_load, try_to_load_from_cache
 
 from .faults import first_line
 
@@ -17,6 +16,13 @@ from .faults import first_line
 LEGAL = re.compile(r"(licen[cs]e|notice|use[_-]?policy|acceptable[_-]?use|copying)", re.IGNORECASE)
 TERMS = ("license", "license_name", "license_link")  # of a model card
 CARD = "README.md"
+# What the hub's client raises where nobody answers. It is httpx in some releases, httpx2 in others;
+# what the hub answers is an OSError.
+UNREACHED = tuple(
+    client.HTTPError
+    for name in ("httpx", "httpx2")
+    if (client := getattr(hf_api, name, None)) is not None
+)
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
 
 
@@ -67,7 +73,7 @@ def terms_of_hub(name: str, revision: str | None) -> Terms:
         place = lambda file: Path(api.hf_hub_download(name, file, revision=revision))
         files = [place(file) for file in listed if "/" not in file and is_legal(file)]
         return Terms(files, _card(place(CARD)) if CARD in listed else {})
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, ValueError) as error:
+    except (OSError, ValueError, *UNREACHED) as error:
         return Terms(
             [],
             terms_in_cache(name, revision),
