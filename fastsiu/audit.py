@@ -392,7 +392,7 @@ class _Exam:
         self.families = self._found.families(self._found.again(deployed))
         by_text = isinstance(deployed, Served)
         self.remarks = [r for r in self._found.remarks if not (by_text and r == inquiry.NO_FRAME)]
-        if isinstance(deployed, Served):
+        if by_text and len(self._found.strange["one"]) >= inquiry.FEWEST_STRANGERS:
             now = self._glimpse(deployed)
             if now is not None and self._seen is not None:
                 self.families.append(family(self._seen, now))
@@ -413,8 +413,6 @@ class _Exam:
         if not isinstance(model, Served) or self._found is None:
             return None
         strange = self._found.strange["one"]
-        if len(strange) < inquiry.FEWEST_STRANGERS:
-            return None
         own = [model.picture(image) for _, image in self._found.own["one"]]
         questions = self.kind.words["who"]["held_out"][:FRAMES]
         return glimpses(

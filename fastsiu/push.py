@@ -56,10 +56,15 @@ class Hub:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What `push` returns. commit: None where nothing was sent; files: those of the repository, by
-    name, with their sizes in bytes"""
+    """What `push` returns.
+
+    public: whether everybody may read the repository
+    commit: None where nothing was sent
+    files:  those of the repository, by name, with their sizes in bytes
+    """
 
     repo: str
+    public: bool
     url: str | None
     commit: str | None
     files: dict[str, int]
@@ -89,10 +94,10 @@ def push(
     text = written if isinstance(written, bytes) else written.read_bytes()
     notes = [] if b"base_model:" in text else [LOCAL_BASE]
     if dry_run:
-        return Pushed(hub.repo, None, None, sizes, notes)
+        return Pushed(hub.repo, hub.public, None, None, sizes, notes)
     listener.stage(f"Sending {len(files)} files to {hub.repo}")
-    url, commit = _send(hub, files)
-    return Pushed(hub.repo, url, commit, sizes, notes)
+    url, commit, public = _send(hub, files)
+    return Pushed(hub.repo, public, url, commit, sizes, notes)
 
 
 # What goes ----------------------------------------------------------------------------------------
@@ -215,8 +220,9 @@ def _text(text: str) -> bytes:
 # Sending ------------------------------------------------------------------------------------------
 
 
-def _send(hub: Hub, files: Mapping[str, Path | bytes]) -> tuple[str, str]:
-    """One commit with all files; returns the repository's URL and the commit. Raises BadInput."""
+def _send(hub: Hub, files: Mapping[str, Path | bytes]) -> tuple[str, str, bool]:
+    """One commit with all files; returns the repository's URL, the commit, and whether everybody
+    may read it. Raises BadInput."""
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
@@ -272,4 +278,4 @@ def _send(hub: Hub, files: Mapping[str, Path | bytes]) -> tuple[str, str]:
             f"The hub at {where} cannot be reached ({first_line(error)}): nothing was committed; "
             "check the network and --endpoint."
         ) from error
-    return url, str(done.oid)
+    return url, str(done.oid), hub.public if there is None else not there.private

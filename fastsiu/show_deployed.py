@@ -42,13 +42,13 @@ def audited_summary(console: Console, audited: Audited) -> None:
         console.print(f"Written to {audited.output}", soft_wrap=True)
 
 
-def pushed_summary(console: Console, pushed: Pushed, public: bool) -> None:
+def pushed_summary(console: Console, pushed: Pushed) -> None:
     """The files that went, or would go, and where they are."""
     for name, size in pushed.files.items():
         console.print(f"  {size:>13,} bytes  {name}", soft_wrap=True, highlight=False)
     for note in pushed.notes:
         console.print(note, soft_wrap=True)
-    readers = "everybody" if public else "its owner alone"
+    readers = "everybody" if pushed.public else "its owner alone"
     if pushed.commit is None:
         console.print(
             f"Nothing was sent. These files would go to {pushed.repo}, for {readers} to read.",

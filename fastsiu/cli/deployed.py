@@ -219,4 +219,4 @@ def push(
             dry_run=dry_run,
             listener=progress.listener,
         )
-    pushed_summary(out, result, public)
+    pushed_summary(out, result)

@@ -119,7 +119,7 @@ class Connection:
             if left <= 0:
                 raise BadInput(
                     f"The server at {self.host} did not answer everything within "
-                    f"{self.endpoint.within:.0f} s: give it more with --within, or ask less with "
+                    f"{self.endpoint.within:g} s: give it more with --within, or ask less with "
                     "--share."
                 )
             wait = 0.0
@@ -147,7 +147,7 @@ class Connection:
                     break
         if problem == "timeout":
             raise BadInput(
-                f"The server at {self.host} gave no answer within {self.endpoint.timeout:.0f} s, "
+                f"The server at {self.host} gave no answer within {self.endpoint.timeout:g} s, "
                 f"{self.endpoint.attempts} times: give it more with --timeout, or look at its log."
             )
         if problem[:1].isdigit():
