@@ -254,7 +254,7 @@ def test_a_redacted_card_names_nobody():
 def test_a_hostile_name_is_no_markup():
     told = made_report(concept="[x](http://e) <b>|\n---\nlicense: mit")
     text = card.render_card([told], card.Base("m"), merged=False)
-    assert "<b>" not in text and "](http" not in text and errors_of(text) == []
+    assert "<b>" not in text and "http://e" not in text and errors_of(text) == []
     assert text.count("\n---\n") == 1
 
 
