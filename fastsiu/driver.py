@@ -21,6 +21,7 @@ from .evaluate.held_out import decide
 from .images import list_images, load_directory, load_image, read_bytes
 from .model import adapter, adapter_files, ask, decode, source, vlm
 from .model.memory import budget
+from .report import card
 from .report.redact import redacted
 from .request import Recipe, Request
 from .session import Listener, Prepared, Trained, forget, prepare, timed
@@ -188,6 +189,9 @@ def write(
     transaction = outputs.Transaction(destination)
     with transaction as staging:
         adapter.save(loaded, staging, named=named)
+        outputs.write_card(
+            staging, reports, base_of(loaded, written[0]["model"], named), redact=redact
+        )
         for number, (request, report) in enumerate(
             zip(requests[-len(reports) :], reports, strict=True), 1
         ):
@@ -211,6 +215,24 @@ def write(
             )
         )
     return written
+
+
+def base_of(loaded: vlm.VLM, shown: str, named: bool = True) -> card.Base:
+    """The untouched model, for the model card.
+
+    shown: its name in reports
+    named: whether that is its own
+    """
+    if not named:
+        return card.Base(shown)
+    place, revision = adapter.base_of(loaded)
+    of_hub = not place.startswith("./")
+    return card.Base(
+        place if of_hub else shown,
+        place if of_hub else None,
+        revision,
+        adapter.terms_of(loaded),
+    )
 
 
 def prepared_for(

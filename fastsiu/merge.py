@@ -21,8 +21,9 @@ from .evaluate.attacks import not_asked
 from .guards.strict_json import read_json
 from .images import list_images, read_bytes
 from .merge_verdict import FORMS, Verifier, free
-from .model import adapter, adapter_files, decode, placement, source, vlm
-from .model.fold import fold, save
+from .model import adapter, adapter_files, decode, licence, placement, source, vlm
+from .model.fold import SHARD, fold, save
+from .report import card
 from .report.redact import MODEL, redacted
 from .request import BadInput, Recipe, Request
 from .session import Listener, timed
@@ -42,6 +43,19 @@ SHAPE = {  # of what is read of an adapter's report, and of a manifest
     "answers": [{"kind": str, "question": str, "picture": (str, None)}],
     "merge": dict,
 }
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a merged model is written.
+
+    redact: names, questions, answers and file names stay out of what is written; so they do where
+            the adapter's report has none
+    shard:  the largest file of weights, GB of 10**9 bytes
+    """
+
+    redact: bool = False
+    shard: float = SHARD
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,7 @@ def merge(
     retain: str | Path | None = None,
     verify: Sequence[str] = FORMS,
     settings: Settings = Settings(),
-    redact: bool = False,
+    writing: Writing = Writing(),
     listener: Listener | None = None,
 ) -> Merged:
     """Writes the merged model to `output` in one transaction, readable by plain transformers, with
@@ -83,9 +97,6 @@ def merge(
              is asked, no picture is needed
     settings: `device`, and `dtype` of the weights written ("auto": the base's own); merging has no
              other
-    redact:  names, questions, answers and file names stay out of what is written; so they do where
-             the adapter's report has none
-
     Raises BadInput (nothing is written) and NumericFailure where the merged weights overflow.
     """
     listener, folder, forms = listener or Listener(), Path(adapter_dir), _forms(verify)
@@ -94,7 +105,7 @@ def merge(
     if said:
         listener.note(said)
     told, sealed = _json(folder / "report.json"), adapter_files.manifest_of(folder)
-    redact = redact or bool(told.get("redacted"))
+    redact = writing.redact or bool(told.get("redacted"))
     told = {} if told.get("redacted") else told
     about = told | {"kind": told.get("kind") or sealed.get("kind")}
     request = _request(image, concept, aliases, images, retain, about) if forms else None
@@ -122,6 +133,7 @@ def merge(
     adapter_files.check_weights(folder, sealed, weights, name, revision)
     pictures = _pictures(request, redact)
     decides = {"dtype": stored, "verify": forms} | ReportOptions(redact).deciding
+    decides |= {} if writing.shard == SHARD else {"shard": writing.shard}
     digest = _digest(name, revision, weights, own, request, pictures, decides)
     if (
         outputs.check_destination(output, digest, size=_size(name) if weights else outputs.ROOM)
@@ -156,7 +168,18 @@ def merge(
         with timed(seconds, "merge"):
             adapter.load(loaded, folder)
             change = fold(loaded, source.DTYPES[stored])
-            save(loaded, staging, beside, source.DTYPES[stored])
+            # a base on the hub has more files than were fetched to load it
+            terms = licence.terms_in(beside) if Path(name).is_dir() else None
+            terms = terms or licence.terms_of_hub(name, revision)
+            caveats += [terms.problem] if terms.problem else []
+            save(
+                loaded,
+                staging,
+                beside,
+                source.DTYPES[stored],
+                legal=terms.files,
+                shard=writing.shard,
+            )
             del loaded
             free()
         shown = Path(name).name if Path(name).is_dir() else name
@@ -178,6 +201,9 @@ def merge(
                 "seconds": {k: round(v, 3) for k, v in seconds.items()},
             }
             outputs.write_reports(staging, report, redact=redact)
+        outputs.write_card(
+            staging, [report], _base(name, revision, shown, terms), merged=True, redact=redact
+        )
         report = redacted(report) if redact else report
         # A merge is no training: what the recipe and the masks were is in the adapter's own
         # manifest.
@@ -200,6 +226,19 @@ def merge(
     return Merged(
         forgotten, report.get("reasons", []), report, Path(output), notes=report["caveats"]
     )
+
+
+def _base(name: str, revision: str | None, shown: str, terms: licence.Terms) -> card.Base:
+    """The untouched model, for the model card. shown: its name in the report"""
+    if shown == MODEL:
+        return card.Base(shown)
+    place, commit = (name, revision)
+    if Path(name).is_dir():
+        found = licence.place_on_hub(name)
+        if found is None:
+            return card.Base(shown, terms=terms.card)
+        place, commit = found
+    return card.Base(place, place, commit, terms.card)
 
 
 def _report(

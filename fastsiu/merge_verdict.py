@@ -72,7 +72,7 @@ class Verifier:
         self.request, self.seed = request, seed
         self.concept = concept_of(request)
         self.kind = recorded(self.concept, request.kind, told)
-        self.asked = _questions(request, self.concept, self.kind, seed, told)
+        self.asked = questions_of(request, self.concept, self.kind, seed, told)
         names = [d.get("name") for d in told.get("dreams", []) if isinstance(d, dict)]
         self.others = [Concept(name) for name in names if isinstance(name, str) and name.strip()]
         self.untouched: Untouched | None = None
@@ -279,7 +279,7 @@ def _agreement(
     return rate.as_dict()
 
 
-def _questions(
+def questions_of(
     request: Request, concept: Concept, kind: Kind, seed: int, told: Mapping[str, Any]
 ) -> list[tuple[str, str, Shown | None]]:
     """Those of `unlearn`'s verdict, with the same transforms of the picture; what it asked of

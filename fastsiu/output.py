@@ -1,7 +1,8 @@
 """The output directory as one transaction: complete or absent, whatever happens.
 
-It holds the caller's files (the adapter), report.json, report.md, report.html, `private.key` and,
-written last, manifest.json, which says how it came about (`manifest`).
+It holds the caller's files (the adapter), README.md (the model card), report.json, report.md,
+report.html, `private.key` and, written last, manifest.json, which says how it came about
+(`manifest`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hmac
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -37,6 +38,7 @@ from .manifest import (
     request_digest,
     seal,
 )
+from .report import card
 from .report.redact import redacted
 from .report.render import render_html, render_markdown
 from .request import BadInput, NumericFailure
@@ -60,6 +62,7 @@ __all__ = [
     "read_report",
     "request_digest",
     "reserved",
+    "write_card",
     "write_reports",
 ]
 OTHER = "choose another --output"
@@ -257,6 +260,24 @@ def write_reports(
     staging.write(
         folder / "report.html", visible(render_html(report, picture)).encode("utf-8", "replace")
     )
+
+
+def write_card(
+    folder: Path,
+    reports: Sequence[Mapping[str, Any]],
+    base: card.Base,
+    *,
+    merged: bool = False,
+    redact: bool = False,
+) -> None:
+    """Write README.md, the model card. It is for everybody where it names nobody, else for its
+    owner alone, as the reports are.
+
+    reports: of each concept, as they are before anything is left out
+    """
+    shown = [redacted(report) if redact else report for report in reports]
+    text = visible(card.render_card(shown, base, merged=merged)).encode("utf-8", "replace")
+    staging.write(folder / card.NAME, text, mode=0o666 if redact else 0o600)
 
 
 def check_shown(redact: bool, embed_image: bool) -> None:

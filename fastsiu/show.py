@@ -206,7 +206,7 @@ def merged_summary(console: Console, result: Merged) -> None:
         console.print(REMAINS_MERGED, soft_wrap=True)
     for note in (*result.notes, *([] if result.repeated else [f"Written to {result.output}"])):
         console.print(note, soft_wrap=True)
-    named = "" if result.report.get("redacted") else "; report.* holds the name and the answers"
+    named = "" if result.report.get("redacted") else "; README.md and report.* hold the name"
     console.print(
         f"Before you publish it, remove {result.output / KEY}: whoever holds it and one of the "
         "pictures can tell "

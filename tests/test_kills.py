@@ -36,6 +36,7 @@ QUICK = ("unlearn", "suite", "merge", "data")  # whose work a few seconds or a s
 ALLOWED = (
     "report.json",
     "report.md",
+    "README.md",
     "report.html",
     "untouched.json",
     "suite.json",

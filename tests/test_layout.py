@@ -35,11 +35,11 @@ FLOORS = (
     ("progress",),
     ("merge_verdict", "evaluate.eval_files"),
     ("several_state",),
-    ("several", "independent", "merge", "evaluate.run"),  # verbs with a story of their own
+    ("several", "independent", "merge", "audit", "push", "evaluate.run"),  # verbs with a story of their own
     ("evaluate.suite_job", "evaluate.suite_table", "evaluate.suite_run", "evaluate.suite_join"),
     ("compare",),
     ("show",),
-    ("show_samples", "show_joined"),
+    ("show_samples", "show_joined", "show_deployed"),
     ("demo",),
     ("cli",),
     ("__main__",),

@@ -135,6 +135,31 @@ def test_the_report_of_the_weights(plain, trained, demo_dir):
     )
 
 
+def test_licence_notice_and_policy_of_the_base_go_along(copied, tmp_path):
+    directory, model = copied
+    legal = {"LICENSE.txt": "be nice", "Notice": "by us", "USE_POLICY.md": "be good"}
+    for name, text in legal.items():
+        (model / name).write_text(text)
+    (model / "README.md").write_text("---\nlicense: gemma\n---\n# Theirs\n")
+    done = calls.merge(
+        directory, tmp_path / "m", model=model, verify=(), device="cpu", shard=0.0005
+    )
+    assert {name: (done.output / name).read_text() for name in legal} == legal
+    card = (done.output / "README.md").read_text()
+    assert "license: gemma" in card and "library_name: transformers" in card
+    assert "# Theirs" not in card and str(tmp_path) not in card
+    shards = sorted(p.name for p in done.output.glob("*.safetensors"))
+    assert len(shards) > 1 and (done.output / "model.safetensors.index.json").is_file()
+    index = json.loads((done.output / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(shards)
+    assert {p.name for p in done.output.iterdir()} >= {*legal, "manifest.json"}
+    whole = calls.merge(directory, tmp_path / "one", model=model, verify=(), device="cpu")
+    assert [p.name for p in whole.output.glob("*.safetensors")] == ["model.safetensors"]
+    stored = {k: v for name in shards for k, v in load_file(done.output / name).items()}
+    one = load_file(whole.output / "model.safetensors")
+    assert stored.keys() == one.keys() and all(torch.equal(stored[k], one[k]) for k in one)
+
+
 def test_changes_are_counted_by_hand():
     change, weight = Change(), torch.tensor([1.0, 1.0, 4.0, 0.5], dtype=torch.bfloat16)
     delta = torch.tensor([1e-4, 0.5, 0.0, -1e-5])  # bf16 has 3e-3 at 0.5, 8e-3 at 1

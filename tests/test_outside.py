@@ -446,7 +446,7 @@ def test_no_path_stands_in_an_adapter(copied, tmp_path):
     adapter.attach(model, Recipe())
     adapter.save(model, tmp_path / "out")
     text = (tmp_path / "out" / adapter_files.CONFIG).read_text()
-    assert str(tmp_path) not in text and json.loads(text)["base_model_name_or_path"] == "model"
+    assert str(tmp_path) not in text and json.loads(text)["base_model_name_or_path"] == "./model"
 
 
 LAYERS = ["q_proj", "v_proj"]

@@ -339,6 +339,12 @@ def merge(
         str,
         typer.Option(help="Of the weights written: auto (the base's), bfloat16, float16, float32."),
     ] = "auto",
+    max_shard_size: Annotated[
+        float,
+        typer.Option(
+            min=0.001, max=1e4, callback=finite, help="GB of the largest file of weights."
+        ),
+    ] = 5.0,
     json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON instead of the summary.")
     ] = False,
@@ -367,7 +373,7 @@ def merge(
             retain=retain,
             verify=forms,
             settings=Settings(device, dtype),
-            redact=redact,
+            writing=merging.Writing(redact, max_shard_size),
             listener=progress.listener,
         )
     if json:

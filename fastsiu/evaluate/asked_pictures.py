@@ -8,7 +8,7 @@ from itertools import compress
 
 from PIL import Image, ImageFilter, ImageOps
 
-from ..model.vlm import VLM
+from ..model.ask import Model
 from ..samples.drawn import ORDERS, jigsaw, recoloured, shuffled
 from ..samples.kinds import PERSON, Kind
 from ..samples.nobody import shows_nobody
@@ -46,7 +46,7 @@ def candidates(image: Image.Image, seed: int = 0) -> list[Shown]:
 
 
 def strangers(
-    vlm: VLM,
+    vlm: Model,
     image: Image.Image,
     concept: Concept,
     others: Sequence[Concept],

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
+from ..guards.endpoint import host_of, is_local, read_key
 from ..guards.strict_json import parse_json
 from ..request import BadInput
 from ..text.rate import wilson
 
-LOCAL = ("localhost", "127.0.0.1", "::1")
 LONGEST_REPLY = 1_000_000  # bytes
 LONGEST_WAIT = 60.0  # seconds that a server may ask to be left alone
 GIVE_UP = 5  # pairs without any reply, one after the other, after which no more are sent
@@ -284,9 +284,9 @@ def _poster(options: Options) -> Callable[[bytes], bytes]:
     url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
     headers = {"Content-Type": "application/json", "User-Agent": "fastsiu"}
     if options.key_file is not None:
-        headers["Authorization"] = f"Bearer {_key(options.key_file)}"
+        headers["Authorization"] = f"Bearer {read_key(options.key_file, '--judge-key')}"
     # A request to this machine goes to no proxy.
-    direct = [urllib.request.ProxyHandler({})] if urlsplit(url).hostname in LOCAL else []
+    direct = [urllib.request.ProxyHandler({})] if is_local(url) else []
     opener = urllib.request.build_opener(_NoRedirect, *direct)
 
     def post(data: bytes) -> bytes:
@@ -301,41 +301,4 @@ def _poster(options: Options) -> Callable[[bytes], bytes]:
 
 def _host(options: Options) -> str:
     """Host and port. Raises BadInput for a URL that may not be used."""
-    try:
-        parts = urlsplit(options.url)
-        local, named = (
-            parts.hostname in LOCAL,
-            f"{parts.hostname}{f':{parts.port}' if parts.port else ''}",
-        )
-    except ValueError:
-        raise BadInput(
-            "--judge is no URL: give the server's base, such as http://localhost:8000/v1."
-        ) from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BadInput(
-            "--judge is no http:// or https:// URL: give the server's base, such as "
-            "http://localhost:8000/v1."
-        )
-    if parts.username or parts.password or parts.query:
-        raise BadInput(
-            "--judge holds a user, a password or a query, which others can see: put the key into a "
-            "file, --judge-key."
-        )
-    if parts.scheme == "http" and not local and not options.plain_http:
-        raise BadInput(
-            f"http://{named} is read by everybody on the way: use https://, or a judge on this "
-            "machine."
-        )
-    return named
-
-
-def _key(path: Path) -> str:
-    try:
-        key = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        raise BadInput(
-            f"The API key in {path} cannot be read: give a file with the key alone to --judge-key."
-        ) from None
-    if not key or not key.isprintable() or " " in key:
-        raise BadInput(f"{path} holds no API key: write the key into it, in one line.")
-    return key
+    return host_of(options.url, "--judge", "--judge-key", "a judge", plain_http=options.plain_http)

@@ -19,8 +19,9 @@ from PIL import Image
 
 from ..family import Family
 from ..model import ask
+from ..model.served import Served
 from ..model.turns import Picture
-from ..model.vlm import VLM, encoder
+from ..model.vlm import encoder
 from ..samples.kinds import PERSON, Kind
 from ..text.answers import words
 from ..text.articles import agreed
@@ -53,6 +54,10 @@ FEW_STRANGERS = (
 NO_FRAME = "The untouched model gave the name in no answer that it could be scored in."
 # The families that the verdict asks.
 VERDICT = tuple(key for key in attacks.table()["family"] if key != "pictures")
+# Those of them that text alone can ask and answer: no begun answer, no score of given words.
+BY_TEXT = tuple(
+    key for key in VERDICT if key not in ("rank", "likelihood") and not key.startswith("begun-")
+)
 
 
 class Frame(NamedTuple):
@@ -123,7 +128,7 @@ class Inquiry:
         }
         return [sentence for sentence, there in holds.items() if there]
 
-    def again(self, vlm: VLM) -> After:
+    def again(self, vlm: ask.Model) -> After:
         """Asks another model, or the same one with its adapter on, everything about the concept."""
         own, strange = _see(vlm, self.own), _see(vlm, {"one": self.strange["one"]})
         return After(
@@ -156,7 +161,7 @@ class Inquiry:
 
 
 def inquire(
-    vlm: VLM,
+    vlm: ask.Model,
     concept: Concept,
     image: Image.Image,
     *,
@@ -170,6 +175,7 @@ def inquire(
     share: float = 1.0,
 ) -> Inquiry:
     """Asks the untouched model everything. That is the model as it is: an adapter has to be off.
+    A served model can be asked the families of `BY_TEXT` alone.
 
     neighbours: names of others that the model knows
     more:       further pictures of the concept alone
@@ -238,7 +244,7 @@ def inquire(
 
 
 def _told(
-    vlm: VLM, concept: Concept, neighbours: Sequence[str], seen: Sequence[Picture], kind: Kind
+    vlm: ask.Model, concept: Concept, neighbours: Sequence[str], seen: Sequence[Picture], kind: Kind
 ) -> dict[str, frozenset[str]]:
     """By template, what the model tells of the concept in words, does not tell of most others, and
     does not see in the pictures."""
@@ -260,12 +266,12 @@ def _told(
     return attacks.facts(concept, told[0], told[1:], visible)
 
 
-def _see(vlm: VLM, pictures: Mapping[str, Sequence[Shown]]) -> dict[str, list[Picture]]:
+def _see(vlm: ask.Model, pictures: Mapping[str, Sequence[Shown]]) -> dict[str, list[Picture]]:
     return {sheet: [vlm.picture(image) for _, image in shown] for sheet, shown in pictures.items()}
 
 
 def _put(
-    vlm: VLM, asked: Sequence[tuple[Attack, int]], seen: Mapping[str, Sequence[Picture]]
+    vlm: ask.Model, asked: Sequence[tuple[Attack, int]], seen: Mapping[str, Sequence[Picture]]
 ) -> list[str]:
     pairs = [(attack.question, seen[attack.sheet][index]) for attack, index in asked]
     return ask.answers(
@@ -273,7 +279,7 @@ def _put(
     )
 
 
-def _frames(vlm: VLM, concept: Concept, picture: Picture, kind: Kind) -> list[Frame]:
+def _frames(vlm: ask.Model, concept: Concept, picture: Picture, kind: Kind) -> list[Frame]:
     """Naming questions that the model answers with the name, with its own words up to there: those
     with the commonest words first."""
     naming = attacks.table(kind.name)["family"]["naming"]["questions"]
@@ -289,12 +295,16 @@ def _frames(vlm: VLM, concept: Concept, picture: Picture, kind: Kind) -> list[Fr
 
 
 def _scores(
-    vlm: VLM,
+    vlm: ask.Model,
     frames: Sequence[Frame],
     names: Sequence[str],
     own: Sequence[Picture],
     strange: Sequence[Picture],
 ) -> Scores:
+    if isinstance(vlm, Served):
+        if frames:
+            raise ValueError("a served model scores no given words: ask it families of BY_TEXT")
+        return Scores([], [])
     rows = [(frame, name, picture) for picture in own for frame in frames for name in names]
     rows += [(frame, names[0], picture) for picture in strange for frame in frames]
     shown = [picture for _, _, picture in rows]
@@ -316,7 +326,7 @@ def _scores(
 
 
 def _unlikely(
-    vlm: VLM, concept: Concept, frames: Sequence[Frame], nobody: Sequence[Shown]
+    vlm: ask.Model, concept: Concept, frames: Sequence[Frame], nobody: Sequence[Shown]
 ) -> list[Shown]:
     """The strangers to whom the name is an unlikely answer."""
     scores = _scores(vlm, frames, [concept.name], [], _see(vlm, {"one": nobody})["one"]).strange

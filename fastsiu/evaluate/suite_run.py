@@ -28,6 +28,7 @@ import torch
 
 from .. import output as outputs
 from .. import process, session, staging
+from ..driver import base_of
 from ..images import load_image
 from ..joining import FAILURES
 from ..model import adapter, adapter_files, source, vlm
@@ -328,6 +329,8 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
             with transaction as folder:
                 if job.options.unlearn:
                     adapter.save(loaded, folder)
+                    whole = [report | (extra or {})]
+                    outputs.write_card(folder, whole, base_of(loaded, job.shown))
                 outputs.write_reports(folder, report | (extra or {}))
                 kept = {"format": FORMAT, "digest": job.exam_digest(subject), **untouched.as_dict()}
                 staging.write(

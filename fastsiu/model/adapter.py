@@ -19,8 +19,9 @@ from torch import nn
 
 from ..request import BadInput, NumericFailure, Recipe
 from . import placement
-from .adapter_files import LORA_FIELDS, check_directory, check_patterns
+from .adapter_files import ADAPTER, CONFIG, LORA_FIELDS, check_directory, check_patterns
 from .faults import first_line
+from .licence import place_on_hub, terms_in, terms_in_cache
 from .vlm import VLM
 
 # What LoRA adapts, by exact class: some routers subclass Linear and return tuples. By name, so that
@@ -211,17 +212,36 @@ def save(
 ) -> None:
     """Writes a standard PEFT adapter, readable by `peft.PeftModel.from_pretrained`.
 
-    named: the configuration names the model
+    named: the configuration names the model: a hub model by its id and commit, also where it was
+           loaded from the hub's cache by its path. A directory's place is nobody's business, and
+           its last part alone could be the id of a stranger's model: it has "./" before it, which
+           no id has.
     state: what trains, by its name in `vlm.model`, where the model holds a part of it only
     """
     config = vlm.model.peft_config["default"]
-    # For a directory its last part alone: its place is nobody's business.
-    name = Path(vlm.name).name if Path(vlm.name).is_dir() else vlm.name
+    name, revision = base_of(vlm)
     config.base_model_name_or_path = name if named else ""
-    config.revision = vlm.revision
+    config.revision = revision if named else None
     vlm.model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
     # PEFT's template says nothing true about this adapter
     (directory / "README.md").unlink(missing_ok=True)
+    # safetensors writes for the owner alone; an adapter is published and served by others
+    (directory / ADAPTER).chmod((directory / CONFIG).stat().st_mode)
+
+
+def base_of(vlm: VLM) -> tuple[str, str | None]:
+    """How others are told of the base: (id, commit) of a hub model, ("./NAME", None) of a
+    directory."""
+    if not Path(vlm.name).is_dir():
+        return vlm.name, vlm.revision
+    return place_on_hub(vlm.name) or (f"./{Path(vlm.name).absolute().name}", None)
+
+
+def terms_of(vlm: VLM) -> dict[str, str]:
+    """What the base's own card says of its licence, as far as it is on this machine."""
+    if Path(vlm.name).is_dir():
+        return terms_in(Path(vlm.name)).card
+    return terms_in_cache(vlm.name, vlm.revision)
 
 
 def load(vlm: VLM, directory: Path) -> None:

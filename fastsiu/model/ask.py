@@ -18,10 +18,12 @@ from ..text.answers import first_sentence
 from . import decode
 from .faults import out_of_memory
 from .prefix import supervised_states
+from .served import Served
 from .turns import Encoded, Picture, collate
 from .vlm import VLM
 
 Question = tuple[str, Picture | None]
+Model = VLM | Served  # what can be asked: loaded here, or served elsewhere
 FEW = 3  # prompts from which on it is worth trying what is exact on a model
 ROWS = 256  # supervised positions whose logits exist at a time
 
@@ -59,14 +61,14 @@ class Score(NamedTuple):
     behind: Tensor
 
 
-def answers(vlm: VLM, questions: Sequence[Question], **options: Any) -> list[str]:
+def answers(vlm: Model, questions: Sequence[Question], **options: Any) -> list[str]:
     """The texts of `replies`, with its options."""
     return [reply.text for reply in replies(vlm, questions, **options)]
 
 
 @torch.no_grad()
 def replies(
-    vlm: VLM,
+    vlm: Model,
     questions: Sequence[Question],
     *,
     begin: Sequence[str] | None = None,
@@ -83,13 +85,19 @@ def replies(
 
     Answers grow on shared prefixes (`decode`) where that is exact and the model's generation_config
     sets nothing else than `decode.Rules` knows; otherwise transformers' `generate` answers. Where a
-    batch does not fit into memory, smaller ones go on (`fitting`).
+    batch does not fit into memory, smaller ones go on (`fitting`). A served model is asked through
+    its server, one question at a time.
 
-    Raises BadInput for a question that cannot be encoded and for a generation_config that
-    transformers refuses, OutOfMemory where one question does not fit.
+    Raises BadInput for a question that cannot be encoded, for a generation_config that transformers
+    refuses and for a server without answers, OutOfMemory where one question does not fit, and
+    ValueError where a served model is to begin with given words or to leave tokens out.
     """
     if not questions:
         return []
+    if isinstance(vlm, Served):
+        if suppress or any(begin or ()):
+            raise ValueError("a served model takes neither the first words of an answer nor tokens")
+        return [Reply(*said) for said in vlm.replies(questions, max_new_tokens=max_new_tokens)]
     begins = list(begin) if begin is not None else [""] * len(questions)
     turns = _prompts(vlm, questions, begins)
     rules = decode.rules(vlm, suppress)

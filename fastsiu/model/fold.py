@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..request import BadInput, NumericFailure
 from . import adapter, adapter_files, vlm
 
 # Files beside a model's weights that are copied as they are: processor, tokenizer, chat template,
-# generation_config, licence, and the hyper-parameters that this model needs when it is to forget
+# generation_config, and the hyper-parameters that this model needs when it is to forget
 # something else.
 BESIDE = (
     "preprocessor_config.json",
@@ -36,9 +37,8 @@ BESIDE = (
     "additional_chat_templates/*",
     "generation_config.json",
     "fastsiu.json",
-    "LICENSE*",
-    "NOTICE*",
 )
+SHARD = 5.0  # GB of 10**9 bytes, the largest file of weights: what the hub and copying tools like
 
 
 @dataclass
@@ -167,9 +167,21 @@ def _check_all_is_folded(loaded: vlm.VLM) -> None:
         )
 
 
-def save(loaded: vlm.VLM, directory: Path, beside: Path, dtype: torch.dtype) -> None:
+def save(
+    loaded: vlm.VLM,
+    directory: Path,
+    beside: Path,
+    dtype: torch.dtype,
+    *,
+    legal: Sequence[Path] = (),
+    shard: float = SHARD,
+) -> None:
     """Weights in safetensors shards with their configuration, and what stands beside the base's
-    own, byte for byte."""
+    own, byte for byte.
+
+    legal: the publisher's licence, notice and use policy
+    shard: the largest file of weights, GB of 10**9 bytes
+    """
     base = loaded.base.to(dtype)
     for config in (base.config, *(getattr(base.config, key) for key in base.config.sub_configs)):
         if config is not None and config.dtype is not None:
@@ -177,7 +189,7 @@ def save(loaded: vlm.VLM, directory: Path, beside: Path, dtype: torch.dtype) -> 
     # Written strictly, it would refuse what published models hold; theirs is copied.
     base.generation_config = GenerationConfig()
     with vlm.progress_bars(False):
-        base.save_pretrained(directory)
+        base.save_pretrained(directory, max_shard_size=round(shard * 10**9))
     (directory / "generation_config.json").unlink(missing_ok=True)
     # safetensors writes for the owner alone; a model is served by others
     for shard in directory.glob("*.safetensors"):
@@ -189,3 +201,5 @@ def save(loaded: vlm.VLM, directory: Path, beside: Path, dtype: torch.dtype) -> 
             target = directory / path.relative_to(beside)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
+    for path in legal:
+        shutil.copyfile(path, directory / path.name)

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..evaluate.effect import STATUSES
 from ..evaluate.eval_report import FORMAT
 from ..request import FACETS, Recipe
 from ..request import KINDS as CONCEPT_KINDS
@@ -52,6 +53,7 @@ CHOICES = {
 CHANGE = ("largest", "relative", "matrices", "of", "weights", "unchanged")
 ORIGINS = ("default", "model width", "model directory", "preset paper", "command line")
 SIDES = ("untouched", "unlearned", "strangers")  # of a family
+DEPLOYED = ("unchanged", "elsewhere", "base", "promised")  # rates of an audit
 INSIDE_SIDES = ("untouched", "unlearned", "control")  # of an attack from inside
 
 Clean = Callable[[Any], Any]  # from a value of a report to what may be told of it
@@ -137,6 +139,12 @@ def _family(family: Any) -> dict[str, Any]:
     }
 
 
+def _deployed(found: Any) -> dict[str, Any]:
+    """What an audit found, without the sentences, which are among the reasons."""
+    rates = {key: _rate((found or {}).get(key)) for key in DEPLOYED}
+    return {"status": _one_of(STATUSES)((found or {}).get("status")), **rates}
+
+
 def _headline(family: Any) -> Any:
     return family and _family(family)
 
@@ -209,6 +217,7 @@ _SCHEMA: dict[str, Clean] = {
     "kind": _one_of(CONCEPT_KINDS),
     "kind_from": _one_of(KIND_ORIGINS),
     "verdict": _one_of(VERDICTS),
+    "deployed": _deployed,
     "reasons": _each(sentence),
     "caveats": _each(sentence),
     "thresholds": _only(THRESHOLDS, _number),

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 from PIL import Image
 
@@ -57,6 +57,11 @@ def render_html(report: Mapping[str, Any], picture: Image.Image | None = None) -
 def render_markdown(report: Mapping[str, Any]) -> str:
     """The same in Markdown; the text of names and answers cannot become markup."""
     return _ENVIRONMENT.get_template("report.md.j2").render(**_context(report))
+
+
+def template(name: str) -> Template:
+    """A template of this folder, with the filters that keep others' text from being markup."""
+    return _ENVIRONMENT.get_template(name)
 
 
 def _context(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -223,6 +223,35 @@ SENTENCES = (
     "Specificity was measured on the retained pictures, which were trained on in other wordings.",
     "The model does not name ... in its picture (it says ...): give a picture and a name that it "
     "recognises.",
+    "The adapter is not in effect: # of # answers in which the untouched model gives the name are "
+    "still its own, word for word.",
+    "Another model or another revision answers, or unlearning has damaged all else: only # of # "
+    "answers that have nothing to do with the look are the untouched model's (at least # % is "
+    "required).",
+    "The untouched model is not the one that was unlearned: only # of # of its answers are those "
+    "in the report (at least # % is required).",
+    "Another result of unlearning answers: only # of # answers that unlearning changed are those "
+    "in the report (at least # % is required).",
+    "The report says forgotten, and what is deployed has not forgotten.",
+    "Another revision of the base is served: the server says ..., and the adapter was made for "
+    "....",
+    "A server takes no begun answer and scores no given name: begun-name, begun-fact and rank were "
+    "not asked.",
+    "The server gives no log-probabilities, so how likely the name is was not compared.",
+    "Only one of the two models tells log-probabilities here, so how likely the name is was not "
+    "compared.",
+    "How likely the name is was read from the # likeliest tokens that the server tells.",
+    "The untouched model was asked on this machine: rounding alone may turn some answers of a "
+    "server that computes in another dtype.",
+    "No --adapter was given, so what the deployed model was to answer is not known: its answers "
+    "were compared with the untouched model's alone.",
+    "What a server answers at another time, or under another name, was not asked.",
+    "The licence of ... could not be fetched (...): add it before you pass the model on.",
+    "The server does not say which revision it serves.",
+    "The untouched model gives the name in no answer.",
+    "No question was asked that has nothing to do with the look.",
+    "No report says what the model was to answer.",
+    "The report holds no answer to compare with.",
     "Answers were made by transformers' generate, one length at a time: ...",
     "Answers of the untouched model alone were made by transformers' generate, so that rounding "
     "may tell them from those of the unlearned model: ...",

@@ -12,12 +12,11 @@ from typing import Any
 
 from ..model import ask
 from ..model.turns import Picture
-from ..model.vlm import VLM
 from ..text.answers import is_degenerate
 
 
 def shows_nobody(
-    vlm: VLM,
+    vlm: ask.Model,
     pictures: Sequence[Picture],
     questions: Sequence[str],
     names_somebody: Callable[[str], bool],

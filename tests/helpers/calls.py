@@ -102,8 +102,9 @@ def evaluate_suite(directory: Any, **options: Any) -> suite_run.Evaluated:
 
 
 def merge(adapter_dir: Any, output: Any, **options: Any) -> merging.Merged:
-    names = ("image", "concept", "aliases", "images", "retain", "verify", "redact", "listener")
+    names = ("image", "concept", "aliases", "images", "retain", "verify", "listener")
     given = take(options, *names)
+    given["writing"] = merging.Writing(**fields_of(options, merging.Writing))
     chosen = sorted_without(options, "recipe", "report")
     return merging.merge(adapter_dir, output, **chosen, **given)
 

@@ -1,0 +1,524 @@
+"""The story behind `fastsiu audit`: is a deployed model the one that was promised, and has it
+forgotten?
+
+Nothing is trained. The verdict's questions and the attacks that need no weights go to the untouched
+model and to the deployed one: a model that a server answers for, somebody's adapter, or somebody's
+merged directory. What a server answers is compared with the untouched model's answers, because
+servers have been seen to ignore adapters without a word (`evaluate.effect`).
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import output as outputs
+from .evaluate import effect, eval_files, held_out, inquiry, noise
+from .evaluate.attacks import not_asked
+from .evaluate.exam import evenly
+from .evaluate.glimpses import Glimpses, family, glimpses
+from .family import Family
+from .guards.strict_json import read_json
+from .images import load_directory, load_image, read_bytes
+from .merge_verdict import questions_of
+from .model import adapter, adapter_files, ask, decode
+from .model.ask import Question, Reply
+from .model.served import Connection, Endpoint, Served
+from .report.redact import redacted
+from .request import BadInput, Recipe, Request, check_kind
+from .samples.kinds import Kind, recorded
+from .session import Listener
+from .settings import ModelRef, ReportOptions, Settings, choose_layout
+from .text.concept import Concept, concept_of
+from .verdict import Answer, judge
+
+SHAPE = {  # of what is read of an adapter's report
+    "concept": str,
+    "redacted": bool,
+    "verdict": (str, None),
+    "dreams": [dict],
+    "answers": [
+        {"kind": str, "question": str, "picture": (str, None), "before": str, "after": str}
+    ],
+}
+FEWEST = 8  # questions of each kind of the verdict, however small the share
+FRAMES = 4  # naming questions in whose answers a name is looked for among the likeliest tokens
+BY_TEXT_ALONE = (
+    "A server takes no begun answer and scores no given name: begun-name, begun-fact and rank were "
+    "not asked."
+)
+NO_LIKELIHOOD = "The server gives no log-probabilities, so how likely the name is was not compared."
+ONE_SIDE = (
+    "Only one of the two models tells log-probabilities here, so how likely the name is was not "
+    "compared."
+)
+GLIMPSED = "How likely the name is was read from the # likeliest tokens that the server tells."
+ELSEWHERE = (
+    "The untouched model was asked on this machine: rounding alone may turn some answers of a "
+    "server that computes in another dtype."
+)
+NO_PROMISE = (
+    "No --adapter was given, so what the deployed model was to answer is not known: its answers "
+    "were compared with the untouched model's alone."
+)
+MOMENT = "What a server answers at another time, or under another name, was not asked."
+UNNAMED = "The server does not say which revision it serves."
+
+
+@dataclass(frozen=True)
+class Server:
+    """Whom a server answers for.
+
+    name:      the deployed model's name there
+    untouched: the untouched model's name there; None: it is loaded here
+    """
+
+    endpoint: Endpoint
+    name: str
+    untouched: str | None = None
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How much is asked.
+
+    share:   of the verdict's questions of each kind, and of each attack's
+    attacks: whether anything tries to get the name or the facts back
+    """
+
+    share: float = 1.0
+    attacks: bool = True
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What `audit` returns. status: of `effect.STATUSES`; report: report.json"""
+
+    status: str
+    report: dict[str, Any]
+    output: Path | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.status == effect.FORGOTTEN else 1
+
+
+def audit(
+    request: Request,
+    *,
+    model: ModelRef = ModelRef(),
+    adapter_dir: Path | None = None,
+    base: ModelRef | None = None,
+    server: Server | None = None,
+    asking: Asking = Asking(),
+    settings: Settings = Settings(),
+    report: ReportOptions = ReportOptions(),
+    output: Path | None = None,
+    listener: Listener | None = None,
+) -> Audited:
+    """Asks the deployed model and the untouched one, and says what is deployed.
+
+    request:     what was to be forgotten; `protect` has names of others that the model knows, else
+                 the adapter's report says them
+    model:       without a server: the merged model, or the one that the adapter belongs to
+    adapter_dir: without a server: the adapter that is audited. With one: the --output of the
+                 unlearning, whose report and manifest say what was promised; where the untouched
+                 model is loaded here, the promise is asked of the adapter itself
+    base:        the untouched model where `model` is merged, or where a server has it under no name
+    output:      a directory for the report in one transaction; nothing is written without
+
+    Raises BadInput (the input cannot be used, or the server gives no answers; nothing is written)
+    and NumericFailure.
+    """
+    listener = listener or Listener()
+    check_kind(request.kind)
+    _check(adapter_dir, base, server)
+    outputs.check_shown(report.redact, report.embed_image)
+    image = load_image(request.image)
+    more = load_directory(request.images)
+    promise = Promise.of(adapter_dir)
+    concept = concept_of(request)
+    kind = recorded(concept, request.kind or promise.sealed.get("kind"), promise.told)
+    names = list(request.protect) or promise.others
+    asked = questions_of(request, concept, kind, promise.seed, promise.told)
+    asked += [
+        ("facts", q, None)
+        for name in names
+        for q in (kind.fill(t, name=name) for t in kind.words["facts"]["held_out"])
+        if all(q != question for _, question, _ in asked)
+    ]
+    asked = _thinned(asked, asking.share)
+    connection = None if server is None else Connection(server.endpoint)
+    if output is not None:
+        outputs.check_destination(output, "")
+    exam = _Exam(asked, image, more, concept, kind, names, promise.seed, asking, listener)
+
+    def here(ref: ModelRef) -> eval_files.Loadable:
+        return eval_files.Loadable(
+            ref, choose_layout(ref, settings, Recipe(), None, listener), listener
+        )
+
+    said: list[Reply] | None = None
+    if connection is not None and server is not None:
+        deployed = Served(connection, server.name)
+        _greet(deployed, listener)
+        if server.untouched is not None:
+            first = Served(connection, server.untouched)
+            _greet(first, listener)
+            exam.first(first, inquiry.BY_TEXT)
+        else:
+            with here(base or ModelRef()).loaded() as loaded:
+                exam.first(loaded, inquiry.BY_TEXT)
+                if adapter_dir is not None:
+                    exam.caveats += _belongs(adapter_dir, loaded)
+                    adapter.load(loaded, adapter_dir)
+                    listener.stage("Asking the adapter what it promises")
+                    said = exam.put(loaded)
+            exam.caveats.append(ELSEWHERE)
+        exam.again(deployed)
+        exam.caveats += [*([BY_TEXT_ALONE] if asking.attacks else []), MOMENT]
+    elif adapter_dir is not None:
+        with here(model).loaded() as loaded:
+            exam.caveats += [adapter.DROPPABLE, *_belongs(adapter_dir, loaded)]
+            exam.first(loaded, inquiry.VERDICT)
+            adapter.load(loaded, adapter_dir)
+            exam.again(loaded)
+    else:
+        with here(base or ModelRef()).loaded() as loaded:
+            exam.first(loaded, inquiry.VERDICT)
+        del loaded
+        gc.collect()  # there may be room for one only
+        with here(model).loaded() as loaded:
+            exam.again(loaded)
+    answers = exam.answers
+    verdict = judge(
+        answers,
+        concept,
+        others=[Concept(name) for name in names],
+        reasons_for_null=held_out.NULL,
+        families=exam.families,
+        remarks=exam.remarks,
+        noise=exam.way,
+    )
+    promised = promise.answers
+    if said is not None:
+        promised = {
+            (a.question, a.picture): (a.before, now.text)
+            for a, now in zip(answers, said, strict=True)
+        }
+    found = effect.effect(
+        answers,
+        concept,
+        verdict.forgotten,
+        promised if server is not None else None,
+        promise.forgotten if server is not None else None,
+        _revision(server, connection, promise.sealed, exam.caveats),
+    )
+    if server is not None and adapter_dir is None:
+        exam.caveats.append(NO_PROMISE)
+    shown = server.name if server is not None else model.name
+    told = {
+        "concept": request.concept,
+        "aliases": list(request.aliases),
+        **({} if request.as_word is None else {"as_word": request.as_word}),
+        **kind.told(request.concept),
+        "model": Path(shown).name if Path(shown).is_dir() else shown,
+        "adapter": server is None and adapter_dir is not None,
+        "verdict": "forgotten" if verdict.forgotten else "not forgotten",
+        "reasons": [*found.reasons, *verdict.reasons],
+        "deployed": found.as_dict(),
+        "before": verdict.before,
+        "after": verdict.after,
+        "thresholds": verdict.thresholds,
+        "noise": verdict.noise,
+        "families": verdict.families,
+        "headline": verdict.headline,
+        "not_asked": not_asked(),
+        "answers": [a.as_dict() for a in answers],
+        "caveats": [*verdict.remarks, *exam.caveats],
+    }
+    if output is not None:
+        told = _write(output, told, request, report, image)
+    return Audited(found.status, told, output)
+
+
+# What was promised --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What the --output of an unlearning says of the model that is deployed; empty for an adapter
+    without report and manifest."""
+
+    told: Mapping[str, Any] = field(default_factory=dict)
+    sealed: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, directory: Path | None) -> Promise:
+        """Raises BadInput where there is no adapter, or one that was changed."""
+        if directory is None:
+            return cls()
+        sealed = adapter_files.manifest_of(directory)
+        adapter_files.check_files(directory, sealed)
+        path, told = directory / outputs.REPORT, {}
+        if path.is_file():
+            told = dict(
+                read_json(path, what=str(path), remedy="restore it or remove it", shape=SHAPE)
+            )
+        return cls(told, sealed)
+
+    @property
+    def seed(self) -> int:
+        return int(self.sealed.get("seeds", {}).get("recipe", 0))
+
+    @property
+    def others(self) -> list[str]:
+        """Names of others that the untouched model knows."""
+        named = [dream.get("name") for dream in self.told.get("dreams", [])]
+        return [name for name in named if isinstance(name, str) and name.strip()]
+
+    @property
+    def answers(self) -> dict[tuple[str, str | None], tuple[str, str]] | None:
+        """By question and picture, what both models answered; None where no report says it."""
+        given = self.told.get("answers")
+        if not given:
+            return None
+        return {(a["question"], a["picture"]): (a["before"], a["after"]) for a in given}
+
+    @property
+    def forgotten(self) -> bool | None:
+        verdict = self.told.get("verdict")
+        return None if verdict is None else verdict == "forgotten"
+
+
+def _revision(
+    server: Server | None,
+    connection: Connection | None,
+    sealed: Mapping[str, Any],
+    caveats: list[str],
+) -> str:
+    """The sentence for a server that names another revision than the manifest; "" where it names
+    the same, or none (which becomes a caveat)."""
+    wanted = (sealed.get("model") or {}).get("revision")
+    if server is None or connection is None or not wanted:
+        return ""
+    for name in (server.name, server.untouched):
+        called = connection.called.get(name or "", "")
+        told = re.search(r"@([0-9a-f]{7,40})$", called)
+        if told and not wanted.startswith(told[1]):
+            return (
+                f"Another revision of the base is served: the server says {called!r}, and the "
+                f"adapter was made for {wanted!r}."
+            )
+        if told:
+            return ""
+    caveats.append(UNNAMED)
+    return ""
+
+
+# Asking -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Exam:
+    """The questions, and what both models answered.
+
+    asked: (kind of the verdict, question, picture)
+    names: of others that the model knows
+    """
+
+    asked: list[tuple[str, str, held_out.Shown | None]]
+    image: Any
+    more: Sequence[held_out.Shown]
+    concept: Concept
+    kind: Kind
+    names: list[str]
+    seed: int
+    asking: Asking
+    listener: Listener
+    before: list[Reply] = field(default_factory=list)
+    after: list[Reply] = field(default_factory=list)
+    caveats: list[str] = field(default_factory=list)
+    families: list[Family] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    way: str = ""
+    _kept: noise.Kept | None = None
+    _lost: list[float | None] = field(default_factory=list)
+    _found: inquiry.Inquiry | None = None
+    _seen: Glimpses | None = None
+
+    def first(self, untouched: ask.Model, families: Sequence[str]) -> None:
+        """Asks the untouched model everything."""
+        self.listener.stage(f"Asking the untouched model {len(self.asked)} questions")
+        put = self._put(untouched)
+        self.before = ask.replies(untouched, put)
+        if not isinstance(untouched, Served) and families == inquiry.VERDICT:
+            self.caveats += decode.remarks(untouched)
+            compared = [kind in held_out.KEPT for kind, _, _ in self.asked]
+            self._kept = noise.Kept(untouched, compared, put, self.before)
+            self.way = self._kept.way
+        if not self.asking.attacks:
+            return
+        self.listener.stage("Asking the untouched model in other ways")
+        self._found = inquiry.inquire(
+            untouched,
+            self.concept,
+            self.image,
+            neighbours=self.names,
+            more=self.more,
+            families=families,
+            seed=self.seed,
+            kind=self.kind,
+            share=self.asking.share,
+        )
+        self._seen = self._glimpse(untouched)
+
+    def again(self, deployed: ask.Model) -> None:
+        """Asks the deployed model the same."""
+        self.listener.stage(f"Asking the deployed model {len(self.asked)} questions")
+        put = self._put(deployed)
+        self.after = ask.replies(deployed, put)
+        if self._kept is not None and not isinstance(deployed, Served):
+            self._lost = self._kept.again(deployed, put)
+        if self._found is None:
+            return
+        self.listener.stage("Trying to get it back")
+        self.families = self._found.families(self._found.again(deployed))
+        by_text = isinstance(deployed, Served)
+        self.remarks = [r for r in self._found.remarks if not (by_text and r == inquiry.NO_FRAME)]
+        if by_text and len(self._found.strange["one"]) >= inquiry.FEWEST_STRANGERS:
+            now = self._glimpse(deployed)
+            if now is not None and self._seen is not None:
+                self.families.append(family(self._seen, now))
+                self.remarks.append(GLIMPSED.replace("#", "20"))
+            else:
+                self.remarks.append(NO_LIKELIHOOD if now is None else ONE_SIDE)
+
+    def put(self, model: ask.Model) -> list[Reply]:
+        """Further answers to the verdict's questions."""
+        return ask.replies(model, self._put(model))
+
+    def _put(self, model: ask.Model) -> list[Question]:
+        images = {id(shown[1]): shown[1] for _, _, shown in self.asked if shown}
+        seen = {key: model.picture(image) for key, image in images.items()}
+        return [(q, seen[id(shown[1])] if shown else None) for _, q, shown in self.asked]
+
+    def _glimpse(self, model: ask.Model) -> Glimpses | None:
+        if not isinstance(model, Served) or self._found is None:
+            return None
+        strange = self._found.strange["one"]
+        own = [model.picture(image) for _, image in self._found.own["one"]]
+        questions = self.kind.words["who"]["held_out"][:FRAMES]
+        return glimpses(
+            model, self.concept, questions, own, [model.picture(image) for _, image in strange]
+        )
+
+    @property
+    def answers(self) -> list[Answer]:
+        """Both models' answers, as the verdict takes them."""
+        nothing: list[float | None] = [None] * len(self.asked)
+        floor = self._kept.floor if self._kept is not None else nothing
+        return [
+            Answer(
+                kind,
+                q,
+                shown and shown[0],
+                b.text,
+                a.text,
+                part=held_out.part(kind, q, self.concept),
+                cut=(not b.closed, not a.closed),
+                lost=lost,
+                noise=by_noise,
+            )
+            for (kind, q, shown), b, a, lost, by_noise in zip(
+                self.asked, self.before, self.after, self._lost or nothing, floor, strict=True
+            )
+        ]
+
+
+def _thinned(
+    asked: list[tuple[str, str, held_out.Shown | None]], share: float
+) -> list[tuple[str, str, held_out.Shown | None]]:
+    """That share of the questions of each kind at even distances, at least `FEWEST` of them."""
+    kept: list[tuple[str, str, held_out.Shown | None]] = []
+    for kind in dict.fromkeys(kind for kind, _, _ in asked):
+        own = [one for one in asked if one[0] == kind]
+        kept += evenly(own, max(FEWEST, round(share * len(own))))
+    return kept
+
+
+def _greet(served: Served, listener: Listener) -> None:
+    """One question, so that a wrong name or URL is told before anything long begins."""
+    listener.stage(f"Asking {served.connection.host} for {served.name}")
+    ask.replies(served, [("Hello.", None)], max_new_tokens=1)
+
+
+def _belongs(directory: Path, loaded: Any) -> list[str]:
+    return adapter_files.check_belongs(directory, loaded.name, loaded.revision)
+
+
+def _check(adapter_dir: Path | None, base: ModelRef | None, server: Server | None) -> None:
+    """Raises BadInput where it is not said which two models are compared."""
+    if server is not None:
+        if (server.untouched is None) == (base is None):
+            raise BadInput(
+                "A served model is compared with the untouched one: give the name that the server "
+                "has for it with --untouched, or load it here with --base."
+            )
+        if server.untouched == server.name:
+            raise BadInput(
+                f"--model and --untouched are both {server.name}: give the names of two models."
+            )
+        return
+    if adapter_dir is not None and base is not None:
+        raise BadInput(
+            "--adapter and --base exclude each other: the untouched model is --model without the "
+            "adapter."
+        )
+    if adapter_dir is None and base is None:
+        raise BadInput(
+            "There is nothing to compare: give --url for a served model, --adapter for an adapter, "
+            "or --base for the untouched model of a merged one."
+        )
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def _write(
+    destination: Path,
+    told: dict[str, Any],
+    request: Request,
+    options: ReportOptions,
+    image: Any,
+) -> dict[str, Any]:
+    """Reports and manifest in one transaction; returns the report as it was written. An audit is
+    of a moment, so it is never taken as done already."""
+    written = redacted(told) if options.redact else told
+    transaction = outputs.Transaction(destination)
+    with transaction as staging:
+        outputs.write_reports(
+            staging,
+            told,
+            redact=options.redact,
+            picture=image if options.embed_image else None,
+        )
+        made = outputs.manifest(
+            recipe=Recipe(),
+            model_id=written["model"],
+            revision=None,
+            weights={},
+            digest=secrets.token_hex(32),
+            key=transaction.key,
+            pictures={"image": read_bytes(request.image)},
+            masks={},
+            settings=options.deciding,
+        )
+        transaction.commit({k: v for k, v in made.items() if k not in eval_files.NOT_ASKED})
+    return written

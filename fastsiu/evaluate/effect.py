@@ -1,0 +1,153 @@
+"""What the answers of a deployed model tell of it: is the unlearning in effect, and is it the model
+that was promised? Pure.
+
+Servers have been seen to ignore an adapter without a word (vLLM issue 55193). Then every answer is
+the untouched model's. Another base, or another revision of it, answers differently also where
+unlearning changes nothing. So the same questions go to both models, and each kind of answer tells
+one of the two apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..family import percent
+from ..kept import LOST, is_kept
+from ..text.answers import same_beginning
+from ..text.rate import Rate
+from ..verdict import Answer, Named, gives
+
+# Share of the answers in which the untouched model gives the name that an adapter out of effect
+# leaves as they are. All of them with equal rounding; a server that rounds otherwise turns a few.
+UNCHANGED = 0.90
+# Below this share of answers that have nothing to do with the look, it is not the same model. The
+# verdict demands more (`verdict.FACTS`): between the two, unlearning has cost something.
+SAME_MODEL = 0.50
+# Share of the answers changed by unlearning that have to be as the report has them.
+AS_PROMISED = 0.50
+
+FORGOTTEN, REMAINS = "forgotten", "not forgotten"
+IGNORED, OTHER_MODEL, OTHER_RESULT = "not in effect", "wrong revision", "not as promised"
+STATUSES = (FORGOTTEN, REMAINS, IGNORED, OTHER_MODEL, OTHER_RESULT)
+
+NO_NAMING = "The untouched model gives the name in no answer."
+NOTHING_ELSE = "No question was asked that has nothing to do with the look."
+NO_PROMISE = "No report says what the model was to answer."
+NOT_TOLD = "The report holds no answer to compare with."
+
+# (question, label of the picture) -> answers of the untouched and of the unlearned model
+Promised = Mapping[tuple[str, str | None], tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What is deployed.
+
+    status:    of `STATUSES`
+    reasons:   sentences for every status but the first two, which the verdict explains
+    unchanged: of the answers in which the untouched model gives the name, those that are its own
+    elsewhere: of the answers that have nothing to do with the look, those that are the untouched
+               model's
+    base:      of the answers in the report, those that the untouched model still gives
+    promised:  of the answers that unlearning changed, those that are as the report has them
+    """
+
+    status: str
+    reasons: list[str] = field(default_factory=list)
+    unchanged: Rate = field(default_factory=lambda: Rate(None, reason=NO_NAMING))
+    elsewhere: Rate = field(default_factory=lambda: Rate(None, reason=NOTHING_ELSE))
+    base: Rate = field(default_factory=lambda: Rate(None, reason=NO_PROMISE))
+    promised: Rate = field(default_factory=lambda: Rate(None, reason=NO_PROMISE))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The entry `deployed` of report.json."""
+        names = ("unchanged", "elsewhere", "base", "promised")
+        return {"status": self.status} | {name: getattr(self, name).as_dict() for name in names}
+
+
+def effect(
+    answers: Sequence[Answer],
+    concept: Named,
+    forgotten: bool,
+    promised: Promised | None = None,
+    said_forgotten: bool | None = None,
+    revision: str = "",
+) -> Effect:
+    """What is deployed, from the answers of the untouched model (`before`) and of the deployed one
+    (`after`).
+
+    forgotten:      the verdict on the same answers
+    promised:       the answers that the report of the unlearning has; None without a report
+    said_forgotten: whether that report says forgotten; None where it does not
+    revision:       a sentence where the server itself names another revision, "" otherwise
+    """
+    naming = [
+        a
+        for a in answers
+        if a.kind in ("efficacy", "generality") and gives(concept, a.before, a.keywords)
+    ]
+    aside = [a for a in answers if a.kind in ("specificity", "facts")]
+    told = [(a, promised[place]) for a in answers if promised and (place := _place(a)) in promised]
+    changed = [(a, said) for a, said in told if a in naming and not same_beginning(*said)]
+
+    unchanged = _rate([same_beginning(a.before, a.after, a.cut) for a in naming], NO_NAMING)
+    elsewhere = _rate([is_kept(a, LOST) for a in aside], NOTHING_ELSE)
+    nothing = NO_PROMISE if promised is None else NOT_TOLD
+    base = _rate([same_beginning(was, a.before) for a, (was, _) in told], nothing)
+    # what the report itself says that unlearning cost: then it needs no other model
+    cost = _rate([same_beginning(*said) for a, said in told if a in aside], nothing)
+    kept = _rate([same_beginning(now, a.after) for a, (_, now) in changed], nothing)
+
+    found = lambda status, *reasons: Effect(
+        status, [r for r in reasons if r], unchanged, elsewhere, base, kept
+    )
+    if revision:
+        return found(OTHER_MODEL, revision)
+    if _below(base, SAME_MODEL):
+        return found(
+            OTHER_MODEL,
+            f"The untouched model is not the one that was unlearned: only {_count(base)} of its "
+            f"answers are those in the report (at least {percent(SAME_MODEL)} is required).",
+        )
+    if _below(elsewhere, SAME_MODEL) and not _below(cost, SAME_MODEL):
+        return found(
+            OTHER_MODEL,
+            "Another model or another revision answers, or unlearning has damaged all else: only "
+            f"{_count(elsewhere)} answers that have nothing to do with the look are the untouched "
+            f"model's (at least {percent(SAME_MODEL)} is required).",
+        )
+    if unchanged.value is not None and unchanged.value >= UNCHANGED:
+        return found(
+            IGNORED,
+            f"The adapter is not in effect: {_count(unchanged)} answers in which the untouched "
+            "model gives the name are still its own, word for word.",
+        )
+    if _below(kept, AS_PROMISED):
+        return found(
+            OTHER_RESULT,
+            f"Another result of unlearning answers: only {_count(kept)} answers that unlearning "
+            f"changed are those in the report (at least {percent(AS_PROMISED)} is required).",
+        )
+    if said_forgotten and not forgotten:
+        return found(
+            OTHER_RESULT, "The report says forgotten, and what is deployed has not forgotten."
+        )
+    return found(FORGOTTEN if forgotten else REMAINS)
+
+
+def _place(answer: Answer) -> tuple[str, str | None]:
+    return answer.question, answer.picture
+
+
+def _rate(kept: Sequence[bool], reason: str) -> Rate:
+    return Rate.of(sum(kept), len(kept)) if kept else Rate(None, reason=reason)
+
+
+def _below(rate: Rate, least: float) -> bool:
+    return rate.value is not None and rate.value < least
+
+
+def _count(rate: Rate) -> str:
+    return f"{round((rate.value or 0.0) * rate.n)} of {rate.n}"
