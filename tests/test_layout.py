@@ -31,7 +31,12 @@ FLOORS = (
     ("progress",),
     ("merge_verdict", "evaluate.eval_files"),
     ("several_state",),
-    ("several", "merge", "evaluate.run"),  # verbs with a story of their own
+    (
+        "several",
+        "merge",
+        "evaluate.run",
+        "evaluate.benchmarks.run",
+    ),  # verbs with a story of their own
     ("evaluate.suite_job", "evaluate.suite_table", "evaluate.suite_run"),
     ("compare",),
     ("show",),

@@ -21,7 +21,7 @@ from .. import __version__
 from ..guards.terminal import streams
 from ..request import BadInput, NumericFailure, OutOfMemory
 from ..staging import disk_full
-from . import evidence, unlearning, upkeep  # noqa: F401  they put their verbs into the application
+from . import benchmarks, evidence, unlearning, upkeep  # noqa: F401  they put their verbs into the application
 from .app import app, say
 
 
