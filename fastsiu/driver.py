@@ -101,7 +101,7 @@ def unlearn(
                 with timed(seconds, "verdict"):
                     verdict, answers = decide(trained.scene, more, rest)
             told = report_of(request, chosen, model.name, verdict, answers, trained)
-            sealed = Sealed(chosen, origins, digest, weights, decides)
+            sealed = Sealed(chosen, origins, digest, weights, decides, report.run)
             written = write(destination, loaded, [request], [told], sealed)[0]
         finally:
             adapter.detach(loaded)
@@ -118,6 +118,7 @@ class Sealed:
     digest:  of the request and all that decides its result
     weights: SHA-256 of the model's files by name, where it is a directory
     settings: what else decides the result
+    run:     the text of run.toml; "" for none
     """
 
     recipe: Recipe
@@ -125,6 +126,7 @@ class Sealed:
     digest: str
     weights: dict[str, str] | None
     settings: dict[str, Any]
+    run: str = ""
 
 
 def write(
@@ -156,6 +158,7 @@ def write(
     transaction = outputs.Transaction(destination)
     with transaction as staging:
         adapter.save(loaded, staging, named=named)
+        outputs.write_run(staging, sealed.run)
         for number, (request, report) in enumerate(
             zip(requests[-len(reports) :], reports, strict=True), 1
         ):

@@ -72,7 +72,7 @@ def merge(
     retain: str | Path | None = None,
     verify: Sequence[str] = FORMS,
     settings: Settings = Settings(),
-    redact: bool = False,
+    report: ReportOptions = ReportOptions(),
     listener: Listener | None = None,
 ) -> Merged:
     """Writes the merged model to `output` in one transaction, readable by plain transformers, with
@@ -83,15 +83,15 @@ def merge(
              is asked, no picture is needed
     settings: `device`, and `dtype` of the weights written ("auto": the base's own); merging has no
              other
-    redact:  names, questions, answers and file names stay out of what is written; so they do where
-             the adapter's report has none
+    report:  `redact` and `run`; a merged model's report shows no picture. Names also stay out of
+             what is written where the adapter's report has none
 
     Raises BadInput (nothing is written) and NumericFailure where the merged weights overflow.
     """
     listener, folder, forms = listener or Listener(), Path(adapter_dir), _forms(verify)
     name, dtype, device = model.name, settings.dtype, settings.device
     told, sealed = _json(folder / "report.json"), adapter_files.manifest_of(folder)
-    redact = redact or bool(told.get("redacted"))
+    redact = report.redact or bool(told.get("redacted"))
     told = {} if told.get("redacted") else told
     about = told | {"kind": told.get("kind") or sealed.get("kind")}
     request = _request(image, concept, aliases, images, retain, about) if forms else None
@@ -162,7 +162,7 @@ def merge(
         ):
             shown, weights = MODEL, {f"{n:03d}": sha for n, sha in enumerate(weights.values(), 1)}
         figures = {"model": shown, "weights": change.as_dict(), "caveats": caveats}
-        report: dict[str, Any] = figures
+        told_now: dict[str, Any] = figures
         if verifier:
             with timed(seconds, "verdict"):
                 rows = [verifier.row(form, kept, stored) for form in forms]
@@ -170,12 +170,14 @@ def merge(
                 *decode.told(*verifier.slow),
                 *(verifier.inquiry.remarks if verifier.inquiry else []),
             ]
-            report = {
+            told_now = {
                 **_report(rows, request, figures),
                 "seconds": {k: round(v, 3) for k, v in seconds.items()},
             }
-            outputs.write_reports(staging, report, redact=redact)
-        report = redacted(report) if redact else report
+            outputs.write_reports(staging, told_now, redact=redact)
+        # An adapter without names makes an output without them, whatever the command line says.
+        outputs.write_run(staging, report.run if redact == report.redact else "")
+        written = redacted(told_now) if redact else told_now
         # A merge is no training: what the recipe and the masks were is in the adapter's own
         # manifest.
         made = outputs.manifest(
@@ -193,9 +195,9 @@ def merge(
         if about["kind"]:
             made["kind"] = about["kind"]
         transaction.commit({**made, "adapter": {"sha256": own}, "merge": change.as_dict()})
-    forgotten = report["verdict"] == "forgotten" if verifier else None
+    forgotten = written["verdict"] == "forgotten" if verifier else None
     return Merged(
-        forgotten, report.get("reasons", []), report, Path(output), notes=report["caveats"]
+        forgotten, written.get("reasons", []), written, Path(output), notes=written["caveats"]
     )
 
 

@@ -63,7 +63,8 @@ __all__ = [
 ]
 OTHER = "choose another --output"
 ROOM = 32 * 2**20  # bytes: an output takes at least so many, adapter and reports
-PRIVATE = ("report.*", "untouched.json")  # files with names and answers, for their owner alone
+RUN = "run.toml"  # repeats the run: `fastsiu --config`
+PRIVATE = ("report.*", "untouched.json", RUN)  # files with names and answers, for their owner alone
 
 
 def random_directory(base: str | Path = ".") -> Path:
@@ -256,6 +257,12 @@ def write_reports(
     staging.write(
         folder / "report.html", visible(render_html(report, picture)).encode("utf-8", "replace")
     )
+
+
+def write_run(folder: Path, run: str) -> None:
+    """Writes run.toml, for its owner alone; nothing where its text is empty."""
+    if run:
+        staging.write(folder / RUN, run.encode("utf-8"))
 
 
 def check_shown(redact: bool, embed_image: bool) -> None:

@@ -25,8 +25,8 @@ TABLES = {
     "matrix.json": None,
 }
 BESIDE = {
-    "suite.json": ("report.md",),
-    "compare.json": ("compare.md", "compare.png", "compare.svg"),
+    "suite.json": ("report.md", "run.toml"),
+    "compare.json": ("compare.md", "compare.png", "compare.svg", "run.toml"),
     "matrix.json": (),
 }
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")

@@ -28,7 +28,7 @@ FLOORS = (
     ("output", "upkeep"),
     ("settings",),
     ("driver", "facade"),
-    ("progress",),
+    ("progress", "experiment_log"),
     ("merge_verdict", "evaluate.eval_files"),
     ("several_state",),
     (

@@ -11,6 +11,7 @@ import typer
 from ..request import BadInput
 from ..staging import check_new
 from .app import app, out, print_json, read_name, say
+from .config import as_toml
 from .options import (
     MOST_PICTURES,
     MOST_PROCESSES,
@@ -23,6 +24,7 @@ from .options import (
     Dtype,
     EmbedImage,
     KindMeasured,
+    Log,
     MaxNewTokens,
     Memory,
     Model,
@@ -42,6 +44,7 @@ from .options import (
 
 @app.command(name="eval")
 def evaluate(
+    context: typer.Context,
     concept: Concept = None,
     concept_file: ConceptFile = None,
     model: Model = None,
@@ -148,7 +151,7 @@ def evaluate(
             adapter_dir=adapter,
             base=base,
             settings=Settings(device, dtype, quantize=quantize, attention=attention),
-            report=ReportOptions(redact, embed_image),
+            report=ReportOptions(redact, embed_image, as_toml(context, redact)),
             extras=evaluation.Extras(attacks, judged_by, lmms_eval, max_new_tokens),
             untouched=untouched,
             output=output,
@@ -163,6 +166,7 @@ def evaluate(
 
 @app.command()
 def suite(
+    context: typer.Context,
     directory: Annotated[
         Path, typer.Argument(help="Directory with many concepts (docs/suite.md).")
     ],
@@ -216,6 +220,7 @@ def suite(
     quantize: Quantize = None,
     attention: Attention = None,
     max_new_tokens: MaxNewTokens = 64,
+    log: Log = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print report.json instead of the table.")
     ] = False,
@@ -227,15 +232,24 @@ def suite(
 
         say.print(suites.told(suites.read(directory)), soft_wrap=True)
         return
+    if log is not None and (not unlearn or (processes or 1) > 1):
+        raise BadInput(
+            "--log is about the training of one process: add --unlearn and leave --processes out, "
+            "or leave --log out."
+        )
 
     from ..evaluate.suite_job import SuiteOptions
     from ..evaluate.suite_run import evaluate_suite
+    from ..experiment_log import logged
     from ..progress import Progress
     from ..settings import ModelRef, RecipeChoice, Settings
     from ..show import suite_table
 
     changes = dict(steps=steps, lr=lr, rank=rank, batch_size=batch_size, seed=seed)
-    with Progress(say, hidden=json) as progress:
+    with (
+        Progress(say, hidden=json) as progress,
+        logged(progress.listener, log) as listener,
+    ):
         evaluated = evaluate_suite(
             directory,
             SuiteOptions(
@@ -253,7 +267,8 @@ def suite(
             settings=Settings(device, dtype, memory, quantize, attention),
             processes=processes or 1,
             output=output,
-            listener=progress.listener,
+            run=as_toml(context),
+            listener=listener,
         )
     if json:
         print_json(evaluated.report)
@@ -264,6 +279,7 @@ def suite(
 
 @app.command()
 def merge(
+    context: typer.Context,
     adapter: Annotated[Path, typer.Option(help="An --output directory of `unlearn`.")],
     output: Annotated[Path, typer.Option(help="Directory to write the merged model to.")],
     model: Model = None,
@@ -305,7 +321,7 @@ def merge(
 
     from .. import merge as merging
     from ..progress import Progress
-    from ..settings import ModelRef, Settings
+    from ..settings import ModelRef, ReportOptions, Settings
     from ..show import merged_summary
 
     with Progress(say, hidden=json) as progress:
@@ -320,7 +336,7 @@ def merge(
             retain=retain,
             verify=forms,
             settings=Settings(device, dtype),
-            redact=redact,
+            report=ReportOptions(redact, run=as_toml(context, redact)),
             listener=progress.listener,
         )
     if json:
@@ -332,6 +348,7 @@ def merge(
 
 @app.command()
 def compare(
+    context: typer.Context,
     output: Annotated[
         Path | None, typer.Option(help="Directory to write; fastsiu-<random>/ when left out.")
     ] = None,
@@ -410,7 +427,7 @@ def compare(
             scratch=folder,
             listener=progress.listener,
         )
-    notes = comparison.write(report, directory)
+    notes = comparison.write(report, directory, as_toml(context))
     if json:
         print_json(report)
     else:

@@ -86,11 +86,13 @@ def evaluate_suite(
     settings: Settings = Settings(),
     processes: int = 1,
     output: str | Path | None = None,
+    run: str = "",
     listener: Listener | None = None,
 ) -> Evaluated:
     """Evaluates a model on the concepts of a suite, each from beginning to end.
 
     processes: each with a copy of the model and one thread
+    run:       the text of run.toml; "" for none
 
     Run again, it does what is missing. Raises BadInput where the suite, a picture or the output
     cannot be used: then nothing is loaded. What fails later, for one concept, is that concept's
@@ -148,6 +150,8 @@ def evaluate_suite(
         listener.note(f"Done already: {', '.join(resumed)}.")
     failed = _work_off(job, done, todo, processes, listener)
     report = write_table(job, done, failed)
+    if run:
+        staging.replace_file(destination / outputs.RUN, run.encode("utf-8"))
     outcomes = [failed.get(s.slug) or outcome_of(s, done[s.slug]) for s in subjects]
     return Evaluated(outcomes, report, destination, len(resumed))
 

@@ -141,8 +141,21 @@ def _parquet() -> Any:
     return pyarrow.parquet
 
 
-@functools.lru_cache(maxsize=8)
 def _opened(path: Path) -> Any:
+    """The open table. What is remembered belongs to one state of the file."""
+    return _open(path, _state(path))
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _damaged(path, error) from error
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=8)
+def _open(path: Path, state: tuple[int, int, int]) -> Any:
     parquet = _parquet()
     try:
         return parquet.ParquetFile(path)
@@ -157,9 +170,13 @@ def _group(path: Path, group: int, columns: tuple[str, ...]) -> list[dict[str, A
         raise _damaged(path, error) from error
 
 
-@functools.lru_cache(maxsize=2)
 def _pictures(path: Path, group: int, column: str) -> list[Any]:
     """A column of one group of rows: a few hundred pictures at a time."""
+    return _column(path, _state(path), group, column)
+
+
+@functools.lru_cache(maxsize=2)
+def _column(path: Path, state: tuple[int, int, int], group: int, column: str) -> list[Any]:
     return [row[column] for row in _group(path, group, (column,))]
 
 
