@@ -1,4 +1,4 @@
-"""Training as curves in an experiment tracker: trackio, wandb or TensorBoard, on this machine alone.
+"""Training as curves in an experiment tracker: trackio, wandb or TensorBoard, on this machine.
 
 Only numbers are logged, redacted or not: no name, question, answer, picture, path or command
 line.

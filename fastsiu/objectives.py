@@ -155,6 +155,13 @@ def po(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
     return forget + _mean(nll, ~batch.forget), _parts(forget)
 
 
+def descent(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
+    """The mean NLL of all tokens: what SMFA (arXiv 2511.20196) minimises twice, with refusals and
+    retained answers and with the latter alone, before it compares the two (`compare.sculpting`)."""
+    loss = _nll(batch).mean()
+    return loss, _parts(loss)
+
+
 def ga(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
     """-NLL_f: gradient ascent (TOFU, arXiv 2401.06121). It has no lower bound: the number of steps
     ends it."""

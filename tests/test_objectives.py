@@ -108,6 +108,7 @@ KL_R, NLL_D = (
 FORMULAS = {
     "siu_as_released": by_release,
     "po": lambda c: NLL_F(c) + NLL_R(c),
+    "descent": lambda c: sum(c.nll) / len(c.nll),
     "ga": lambda c: -NLL_F(c),
     "ga_kl": lambda c: -NLL_F(c) + KL_R(c),
     "ga_mismatch_kl": lambda c: (

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from ..request import MISMATCH, SHARES, Recipe, Request, Sample
 from ..samples import corpus
 from ..samples.corpus import Corpus
 from ..text.concept import Concept
+from . import sculpting
 from .saliency import saliency
 
 REFUSALS = (
@@ -55,6 +57,7 @@ class Method:
     mismatch:  each forgotten question is trained on a second time, with an answer to another
                question
     noise:     the teacher sees noise in the place of the concept's picture
+    sculpt:    what conflicts with a training on D_r alone is taken out of the weights
     """
 
     about: str
@@ -64,6 +67,7 @@ class Method:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     mismatch: bool = False
     noise: bool = False
+    sculpt: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -80,6 +84,7 @@ METHODS: dict[str, Method] = {
         "what the authors' trainer computes", objectives.siu_as_released, "own"
     ),
     "po": Method("preference optimisation: refusals", objectives.po, "refusal"),
+    "smfa": Method("refusals, sculpted by an anchor", objectives.descent, "refusal", sculpt=True),
     "ga": Method("gradient ascent", objectives.ga, retain="none"),
     "ga-kl": Method("gradient ascent + KL", objectives.ga_kl),
     "ga-mismatch-kl": Method(
@@ -249,11 +254,13 @@ def fit(
     def timed(step: int) -> bool:
         nonlocal watched
         started = time.perf_counter()
-        done = watch(step)
+        with sculpting.put_on(loaded, anchor) if method.sculpt else nullcontext():
+            done = watch(step)
         watched += time.perf_counter() - started
         return done
 
     started = time.perf_counter()
+    anchor = sculpting.anchor_of(loaded, made, recipe) if method.sculpt else {}
     adapter.attach(loaded, recipe)
     try:
         if not loaded.shares:

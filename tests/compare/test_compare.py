@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastsiu import batches
-from fastsiu.compare import front, methods, trials
+from fastsiu.compare import front, methods, sculpting, trials
 from fastsiu.compare import run as compare
 from fastsiu.compare.trials import Point
 from fastsiu.evaluate.exam import Question
@@ -311,6 +311,35 @@ def test_the_noised_teacher_sees_noise_only_where_something_is_forgotten(materia
     for i, sample in enumerate(made.samples):
         ours, theirs = (c.teacher[slice(c.first[i], c.first[i] + 1)].hidden for c in (made, plain))
         assert torch.allclose(ours, theirs, atol=1e-5) != (sample.facet in corpus.FORGET), i
+
+
+def test_a_sculpted_change_lacks_what_conflicts_and_outweighs():
+    generator = torch.Generator().manual_seed(0)
+    forget, anchor = (torch.randn(7, 5, generator=generator) for _ in range(2))
+    anchor = 0.1 * anchor  # the norms are taken out
+    for k in (0.0, 1.0, 3.0):
+        found = sculpting.sculpted(forget, anchor, k)
+        rho = float(forget.square().sum().sqrt() / anchor.square().sum().sqrt())
+        for f, a, ours in zip(forget.flatten(), anchor.flatten(), found.flatten(), strict=True):
+            gone = f * a < 0 and k * rho * abs(a) < abs(f)
+            assert ours == (0 if gone else f)
+        assert 0 < int((found == 0).sum()) < 35
+    assert torch.equal(sculpting.sculpted(forget, torch.zeros(7, 5)), forget)
+    assert torch.equal(sculpting.sculpted(forget, forget), forget)
+
+
+def test_the_sculpted_weights_are_on_only_in_the_block(adapted):
+    vlm = adapted.vlm
+    layers = sculpting._layers(vlm)
+    anchor = {name: -sculpting._change(layer) for name, layer in layers}
+    before = [layer.get_base_layer().weight.clone() for _, layer in layers]
+    with sculpting.put_on(vlm, anchor, k=0.0):  # all of it conflicts: the untouched model
+        for (_, layer), weight in zip(layers, before, strict=True):
+            whole = layer.get_base_layer().weight + sculpting._change(layer)
+            assert torch.allclose(whole, weight, atol=1e-5)
+            assert not torch.equal(layer.get_base_layer().weight, weight)
+    for (_, layer), weight in zip(layers, before, strict=True):
+        assert torch.equal(layer.get_base_layer().weight, weight)
 
 
 def test_steps_hold_the_same_number_of_samples_to_forget(material, gathered):

@@ -252,6 +252,18 @@ DAMAGE = {
         lambda r: edited(first_entity(r), lambda d: d[1]["conversations"].pop()),
         "entry 2.*one question and its answer",
     ),
+    "mlubench with an id twice": (
+        "mlubench",
+        lambda r: edited(first_entity(r), lambda d: d[1].update(id="0")),
+        "'0' twice",
+    ),
+    "mlubench with a question twice": (
+        "mlubench",
+        lambda r: edited(
+            r / "Tasks" / "TaskB" / "taskB_forget.json", lambda d: d.append({**d[0], "id": "x"})
+        ),
+        "entry 7: .* comes twice",
+    ),
     "mlubench with a request for nobody": (
         "mlubench",
         lambda r: edited(first_entity(r), lambda d: d.pop()),
