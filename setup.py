@@ -50,6 +50,7 @@ setup(
         "fastsiu.model",
         "fastsiu.samples",
         "fastsiu.evaluate",
+        "fastsiu.evaluate.benchmarks",
         "fastsiu.evaluate.deep",
         "fastsiu.compare",
         "fastsiu.report",

@@ -13,7 +13,7 @@ from .model import prefix
 from .model.features import feature_tensors, map_features
 from .model.vlm import VLM
 from .objectives import Batch
-from .request import CHANGES, SHARES, Recipe
+from .request import CHANGES, MISMATCH, SHARES, Recipe
 from .samples.corpus import FORGET, Corpus
 
 # A step has two batches of lessons, of those that change something and of those that keep. Of each
@@ -122,6 +122,7 @@ def forward(
         forget=by_row([s.facet in (*FORGET, *CHANGES) for s in samples]),
         decoupled=by_row([corpus.decoupled(i) for i in chosen]),
         pictured=by_row([s.picture is not None for s in samples]),
+        mismatched=by_row([s.origin == MISMATCH for s in samples]),
     )
 
 

@@ -94,7 +94,7 @@ def unlearn(
         with timed(seconds, "load"):
             room = budget(layout, chosen.batch_size, settings.limited)
             loaded = load(model, layout, room, listener)
-        sealed = Sealed(chosen, origins, digest, weights, decides)
+        sealed = Sealed(chosen, origins, digest, weights, decides, report.run)
         return unlearn_on(
             loaded,
             request,
@@ -115,6 +115,7 @@ class Sealed:
     digest:  of the request and all that decides its result
     weights: SHA-256 of the model's files by name, where it is a directory
     settings: what else decides the result
+    run:     the text of run.toml; "" for none
     """
 
     recipe: Recipe
@@ -122,6 +123,7 @@ class Sealed:
     digest: str
     weights: dict[str, str] | None
     settings: dict[str, Any]
+    run: str = ""
 
 
 def unlearn_on(
@@ -192,6 +194,7 @@ def write(
         outputs.write_card(
             staging, reports, base_of(loaded, written[0]["model"], named), redact=redact
         )
+        outputs.write_run(staging, sealed.run)
         for number, (request, report) in enumerate(
             zip(requests[-len(reports) :], reports, strict=True), 1
         ):

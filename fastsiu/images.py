@@ -59,8 +59,11 @@ def load_image(path: str | Path) -> Image.Image:
     of another format, above `MAX_PIXELS` pixels (WEBP: `MAX_WEBP_PIXELS`) or `MAX_BYTES` bytes,
     with one side more than `MAX_ASPECT` times the other, or with negative or undefined brightness.
     """
-    path = Path(path)
-    data = read_bytes(path)
+    return picture_of(read_bytes(path), Path(path))
+
+
+def picture_of(data: bytes, path: Path) -> Image.Image:
+    """The picture that a file holds, as `load_image`. path: what a sentence calls it."""
     if not data:
         raise BadInput(f"The picture {str(path)!r} is empty (0 bytes): copy or download it again.")
     try:

@@ -130,6 +130,8 @@ def unlearn_each(
     work = _prepared(Path(file), Path(output), model, recipe, settings, report, listener)
     claims = Claims(work.output, sharing.pace)
     work.begin()
+    if report.run:
+        staging.replace_file(work.output / outputs.RUN, report.run.encode("utf-8"))
     with nullcontext() if sharing.join else _alone(work.output):
         claims.open(work.digest_of_options())
         resumed = sum(map(work.is_done, work.lines))

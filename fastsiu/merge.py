@@ -52,10 +52,12 @@ class Writing:
     redact: names, questions, answers and file names stay out of what is written; so they do where
             the adapter's report has none
     shard:  the largest file of weights, GB of 10**9 bytes
+    run:    the text of run.toml, the file that repeats the merge; no such file where it is empty
     """
 
     redact: bool = False
     shard: float = SHARD
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def merge(
         ):
             shown, weights = MODEL, {f"{n:03d}": sha for n, sha in enumerate(weights.values(), 1)}
         figures = {"model": shown, "weights": change.as_dict(), "caveats": caveats}
-        report: dict[str, Any] = figures
+        told_now: dict[str, Any] = figures
         if verifier:
             with timed(seconds, "verdict"):
                 rows = [verifier.row(form, kept, stored) for form in forms]
@@ -196,15 +198,17 @@ def merge(
                 *decode.told(*verifier.slow),
                 *(verifier.inquiry.remarks if verifier.inquiry else []),
             ]
-            report = {
+            told_now = {
                 **_report(rows, request, figures),
                 "seconds": {k: round(v, 3) for k, v in seconds.items()},
             }
-            outputs.write_reports(staging, report, redact=redact)
+            outputs.write_reports(staging, told_now, redact=redact)
         outputs.write_card(
-            staging, [report], _base(name, revision, shown, terms), merged=True, redact=redact
+            staging, [told_now], _base(name, revision, shown, terms), merged=True, redact=redact
         )
-        report = redacted(report) if redact else report
+        # An adapter without names makes an output without them, whatever the command line says.
+        outputs.write_run(staging, writing.run if redact == writing.redact else "")
+        written = redacted(told_now) if redact else told_now
         # A merge is no training: what the recipe and the masks were is in the adapter's own
         # manifest.
         made = outputs.manifest(
@@ -222,9 +226,9 @@ def merge(
         if about["kind"]:
             made["kind"] = about["kind"]
         transaction.commit({**made, "adapter": {"sha256": own}, "merge": change.as_dict()})
-    forgotten = report["verdict"] == "forgotten" if verifier else None
+    forgotten = written["verdict"] == "forgotten" if verifier else None
     return Merged(
-        forgotten, report.get("reasons", []), report, Path(output), notes=report["caveats"]
+        forgotten, written.get("reasons", []), written, Path(output), notes=written["caveats"]
     )
 
 

@@ -8,6 +8,8 @@ the batch or by the vocabulary. In their formulas
     NLL_f  is the mean NLL of the tokens of the answers to forget (D_f)
     NLL_r  that of the answers to retain (D_r)
     NLL_d  that of the decoupled answers: those of D_r to a question of D_f about another picture
+    NLL_m  that of the mismatched answers: those of D_r's answers to a question of D_f about the
+           concept's picture; they are no part of D_r
     KL_r   the mean of KL(untouched || model) over the tokens of D_r
 """
 
@@ -64,6 +66,8 @@ class Batch:
     forget       [N] bool: its answer is to be forgotten or replaced
     decoupled    [N] bool: its answer is retained, to a question of D_f about another picture
     pictured     [N] bool: its sample has a picture
+    mismatched   [N] bool: its answer is one of D_r's, to a question of D_f about the concept's
+                 picture; None where there are none
     """
 
     hidden: Tensor
@@ -77,6 +81,12 @@ class Batch:
     decoupled: Tensor
     pictured: Tensor
     whole: Whole | None = None
+    mismatched: Tensor | None = None
+
+    @property
+    def retained(self) -> Tensor:
+        """[N] bool: its answer is one of D_r."""
+        return ~self.forget if self.mismatched is None else ~self.forget & ~self.mismatched
 
     @property
     def untouched(self) -> TeacherCache:
@@ -167,6 +177,13 @@ def po(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
     return forget + _mean(nll, ~batch.forget), _parts(forget)
 
 
+def descent(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
+    """The mean NLL of all tokens: what SMFA (arXiv 2511.20196) minimises twice, with refusals and
+    retained answers and with the latter alone, before it compares the two (`compare.sculpting`)."""
+    loss = _nll(batch).mean()
+    return loss, _parts(loss)
+
+
 def ga(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
     """-NLL_f: gradient ascent (TOFU, arXiv 2401.06121). It has no lower bound: the number of steps
     ends it."""
@@ -179,6 +196,35 @@ def ga_kl(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
     the pictures."""
     forget, kept = _mean(_nll(batch), batch.forget), _mean(_kl(batch), ~batch.forget)
     return kept - forget, _parts(forget, kept)
+
+
+def ga_mismatch_kl(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
+    """-0.5 NLL_f + NLL_m + KL_r: ascent with random mismatch and KL, which Gundavarapu et al.
+    (arXiv 2405.15152) take over from LLMU (Yao et al., arXiv 2310.10683).
+
+    The weights are the defaults of LLMU's released trainer; those of Gundavarapu et al. could not
+    be read. That trainer's last part is the cross-entropy of P and Q: the same gradient as
+    KL(P || Q)."""
+    nll = _nll(batch)
+    forget, kept = _mean(nll, batch.forget), _mean(_kl(batch), batch.retained)
+    none = torch.zeros_like(batch.forget)
+    mismatch = _mean(nll, none if batch.mismatched is None else batch.mismatched)
+    return mismatch + kept - 0.5 * forget, _parts(forget, kept)
+
+
+def vgid(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
+    """KL_f + KL_r: distillation from a teacher that sees noise in the place of the concept's
+    picture (Vgid, arXiv 2606.00105); both weights 1, as released (github.com/JackChen-seu/VGID).
+    KL_f is the mean of KL(teacher || model) over the tokens of D_f, the teacher's side of which is
+    computed on the noise.
+
+    The paper also gives the teacher a context in words that tells it to refuse. The released code
+    leaves that context empty and the paper's wording could not be read, so there is none here. The
+    released KL divides by the batch and covers prompt and picture; here it is a mean over answers'
+    tokens."""
+    kl = _kl(batch)
+    forget, kept = _mean(kl, batch.forget), _mean(kl, ~batch.forget)
+    return forget + kept, _parts(_mean(_nll(batch), batch.forget), forget + kept)
 
 
 def graddiff(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:

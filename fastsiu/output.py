@@ -67,7 +67,8 @@ __all__ = [
 ]
 OTHER = "choose another --output"
 ROOM = 32 * 2**20  # bytes: an output takes at least so many, adapter and reports
-PRIVATE = ("report.*", "untouched.json")  # files with names and answers, for their owner alone
+RUN = "run.toml"  # repeats the run: `fastsiu --config`
+PRIVATE = ("report.*", "untouched.json", RUN)  # files with names and answers, for their owner alone
 
 
 def random_directory(base: str | Path = ".") -> Path:
@@ -278,6 +279,12 @@ def write_card(
     shown = [redacted(report) if redact else report for report in reports]
     text = visible(card.render_card(shown, base, merged=merged)).encode("utf-8", "replace")
     staging.write(folder / card.NAME, text, mode=0o666 if redact else 0o600)
+
+
+def write_run(folder: Path, run: str) -> None:
+    """Writes run.toml, for its owner alone; nothing where its text is empty."""
+    if run:
+        staging.write(folder / RUN, run.encode("utf-8"))
 
 
 def check_shown(redact: bool, embed_image: bool) -> None:

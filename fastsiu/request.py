@@ -15,6 +15,7 @@ KINDS = ("person", "character", "thing", "style", "place")
 FACETS = ("align", "describe", "facts", "preserve")  # the paper's four targets, in its order
 # The lessons of target 5 (`samples.lessons`): what changes, and what stays.
 CHANGES, KEEPS = ("stranger", "beside"), ("kept", "kept-beside", "look")
+MISMATCH = "mismatch"  # `Sample.origin` of an answer to another question (`compare`)
 # Share of one step's samples. Half of a step keeps what must stay: with less, few steps bend the
 # neighbours' names.
 SHARES = {
@@ -255,7 +256,8 @@ class Sample:
                pictures or dreams
     specified: character spans (start, end) of `answer` that contradict what the teacher knows; the
                KL skips the tokens there (the paper's token mask, Eq. 2)
-    origin:    where the answer came from: "teacher", "built", "dream", "retain", "data" or "lesson"
+    origin:    where the answer came from: "teacher", "built", "dream", "retain", "data", "lesson"
+               or `MISMATCH`
     closed:    the answer is whole; False where the teacher was cut short, and then the end of the
                turn is not trained
     teacher_pictures: the pictures that the teacher sees in place of `picture`; its final states for

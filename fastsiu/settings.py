@@ -112,10 +112,13 @@ class ReportOptions:
 
     redact:      names, questions, answers and file names stay out of everything written
     embed_image: report.html shows the training picture
+    run:         the text of run.toml, the file that repeats the run; no such file where it is
+                 empty
     """
 
     redact: bool = False
     embed_image: bool = False
+    run: str = ""
 
     @property
     def deciding(self) -> dict[str, bool]:

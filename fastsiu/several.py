@@ -128,7 +128,7 @@ def unlearn_several(
         loaded = load(model, layout, room, listener)
         try:
             with vlm.threads(loaded), state.alone():
-                _Job(state, loaded, origins, listener).run(done, todo)
+                _Job(state, loaded, origins, listener, report.run).run(done, todo)
         finally:
             adapter.detach(loaded)
     return Several([state.outcomes[line] for line in asked], state.matrix, state.output, len(done))
@@ -139,6 +139,7 @@ class _Job:
     """Trains what is missing, on a model that is loaded.
 
     origins: where each hyper-parameter came from
+    repeats: the text of run.toml; "" for none
     put:     what the matrix asks about each line's picture
     """
 
@@ -146,6 +147,7 @@ class _Job:
     loaded: vlm.VLM
     origins: dict[str, str]
     listener: Listener
+    repeats: str = ""
     put: dict[int, list[ask.Question]] = field(default_factory=dict)
 
     def run(self, done: list[int], todo: list[int]) -> None:
@@ -262,7 +264,12 @@ class _Job:
             requests,
             reports,
             driver.Sealed(
-                self.state.recipe, self.origins, digest, self.state.weights, self.state.settings
+                self.state.recipe,
+                self.origins,
+                digest,
+                self.state.weights,
+                self.state.settings,
+                self.repeats,
             ),
         )
         for line in order[-len(reports) :]:

@@ -333,6 +333,24 @@ def suite_table(console: Console, evaluated: Evaluated) -> None:
     )
 
 
+def benchmark_table(console: Console, report: dict[str, Any]) -> None:
+    """A benchmark's own metrics, then why some have no value."""
+    who = [name for name in ("untouched", "unlearned") if name in report["answers"]]
+    table = Table("set", "metric", title=f"{report['benchmark']}: {report['model']}")
+    for name in who:
+        table.add_column(name, justify="right")
+    missing: dict[str, list[str]] = {}
+    for row in report["table"]:
+        table.add_row(cell(row["set"]), cell(row["metric"]), *(_metric(row[n]) for n in who))
+        if row[who[-1]]["value"] is None:
+            missing.setdefault(row[who[-1]]["reason"], []).append(row["metric"])
+    console.print(table)
+    for reason, names in missing.items():
+        console.print(f"Not measured ({', '.join(dict.fromkeys(names))}): {reason}", soft_wrap=True)
+    for note in report["notes"]:
+        console.print(note, soft_wrap=True)
+
+
 def _metric(one: dict[str, Any]) -> str:
     if one["value"] is None:
         return "-"

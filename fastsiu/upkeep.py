@@ -27,8 +27,8 @@ TABLES = {
     "requests.json": "fastsiu requests 1",
 }
 BESIDE = {
-    "suite.json": ("report.md",),
-    "compare.json": ("compare.md", "compare.png", "compare.svg"),
+    "suite.json": ("report.md", "run.toml"),
+    "compare.json": ("compare.md", "compare.png", "compare.svg", "run.toml"),
     "matrix.json": (),
     "requests.json": (),
 }

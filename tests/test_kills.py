@@ -34,6 +34,7 @@ sys.path.append(str(Path(__file__).parent / "helpers"))
 VERBS = ("unlearn", "request", "eval", "suite", "compare", "merge", "data", "demo")
 QUICK = ("unlearn", "suite", "merge", "data")  # whose work a few seconds or a stub can stand for
 ALLOWED = (
+    "run.toml",
     "report.json",
     "report.md",
     "README.md",

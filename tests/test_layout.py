@@ -32,10 +32,18 @@ FLOORS = (
     ("settings",),
     ("driver", "facade"),
     ("joining",),  # processes that share an output
-    ("progress",),
+    ("progress", "experiment_log"),
     ("merge_verdict", "evaluate.eval_files"),
     ("several_state",),
-    ("several", "independent", "merge", "audit", "push", "evaluate.run"),  # verbs with a story of their own
+    (  # verbs with a story of their own
+        "several",
+        "independent",
+        "merge",
+        "audit",
+        "push",
+        "evaluate.run",
+        "evaluate.benchmarks.run",
+    ),
     ("evaluate.suite_job", "evaluate.suite_table", "evaluate.suite_run", "evaluate.suite_join"),
     ("compare",),
     ("show",),

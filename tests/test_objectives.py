@@ -30,6 +30,7 @@ STEP = [
     (False, False, True, [True] * 4 + [False]),
     (True, False, False, [True, False, True]),
 ]
+MISMATCHED = 4  # the sample whose answer belongs to another question
 
 
 @pytest.fixture
@@ -97,6 +98,7 @@ def by_release(case):
     return case.nll.mean() + mean(case.kl, read, ~case.batch.pictured) / V
 
 
+MISMATCH = lambda case: case.batch.sample == MISMATCHED
 F, N = (lambda case: case.batch.forget), (lambda case: ~case.batch.kl_weight)
 NLL_F, NLL_R = (lambda case: mean(case.nll, F(case))), (lambda case: mean(case.nll, ~F(case)))
 KL_R, NLL_D = (
@@ -106,8 +108,13 @@ KL_R, NLL_D = (
 FORMULAS = {
     "siu_as_released": by_release,
     "po": lambda c: NLL_F(c) + NLL_R(c),
+    "descent": lambda c: sum(c.nll) / len(c.nll),
     "ga": lambda c: -NLL_F(c),
     "ga_kl": lambda c: -NLL_F(c) + KL_R(c),
+    "ga_mismatch_kl": lambda c: (
+        -0.5 * NLL_F(c) + mean(c.nll, MISMATCH(c)) + mean(c.kl, ~F(c), ~MISMATCH(c))
+    ),
+    "vgid": lambda c: mean(c.kl, F(c)) + KL_R(c),
     "graddiff": lambda c: -NLL_F(c) + NLL_R(c),
     "npo": by_npo,
     "fttp": lambda c: -mean(c.nll, F(c), N(c)) + mean(c.nll, F(c), ~N(c)),
@@ -124,6 +131,8 @@ def grad(loss, case):
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_an_objective_is_its_formula(case, name):
+    if name == "ga_mismatch_kl":
+        case.batch.mismatched = MISMATCH(case)
     loss, parts = getattr(objectives, name)(case.batch, Recipe())
     expected = FORMULAS[name](case)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-10) and loss.shape == ()
@@ -204,6 +213,11 @@ def test_a_step_without_a_part_has_none_of_it(case):
     case.batch.decoupled = torch.zeros_like(case.batch.decoupled)
     found = objectives.safeeraser_gd(case.batch, Recipe())[0]
     assert found.item() == pytest.approx((-NLL_F(case) + 0.5 * NLL_R(case)).item(), rel=1e-10)
+
+
+def test_without_a_mismatched_answer_there_is_no_such_part(case):
+    found = objectives.ga_mismatch_kl(case.batch, Recipe())[0]
+    assert found.item() == pytest.approx((-0.5 * NLL_F(case) + KL_R(case)).item(), rel=1e-10)
 
 
 # What the loop gives them -------------------------------------------------------------------------

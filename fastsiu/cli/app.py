@@ -13,7 +13,6 @@ from ..guards.terminal import Terminal, as_json
 from ..request import BadInput
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -30,6 +29,10 @@ def root(
     debug: Annotated[
         bool, typer.Option("--debug", help="Print the traceback of an internal failure.")
     ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML file with the options of a verb; before or behind the verb."),
+    ] = None,
 ) -> None:
     """Make a vision-language model forget how one concept looks: one image, one name, one GPU or
     none."""

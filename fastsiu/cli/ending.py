@@ -21,7 +21,7 @@ from .. import __version__
 from ..guards.terminal import streams
 from ..request import BadInput, NumericFailure, OutOfMemory
 from ..staging import disk_full
-from . import deployed, evidence, unlearning, upkeep  # noqa: F401  they put their verbs into the application
+from . import benchmarks, config, deployed, evidence, unlearning, upkeep  # noqa: F401  with their verbs
 from .app import app, say
 
 
@@ -54,7 +54,17 @@ def _run(arguments: list[str]) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     state = {"debug": False}
     try:
-        result: Any = app(arguments, standalone_mode=False, prog_name="fastsiu", obj=state)
+        arguments, file = config.split(arguments)
+        filled: dict[str, Any] = {}
+        if file is not None:
+            arguments, filled = config.defaults(typer.main.get_command(app), arguments, file)
+        result: Any = app(
+            arguments,
+            standalone_mode=False,
+            prog_name="fastsiu",
+            obj=state,
+            default_map=filled,
+        )
         if result == 130:  # what Typer makes of an interrupt
             raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
@@ -67,7 +77,10 @@ def _run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         say.print("fastsiu: interrupted; what was not finished was not written.")
         return 130
-    except SystemExit as error:  # what Typer makes of a broken pipe, of a process of ours as well
+    except SystemExit as error:
+        if error.code in (0, None):  # completion ends so
+            return 0
+        # what Typer makes of a broken pipe, of a process of ours as well
         return _failed(error.__context__ or error, state["debug"])
     except Exception as error:
         # torch's, where no retry could help; torch may not be imported yet

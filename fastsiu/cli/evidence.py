@@ -11,6 +11,7 @@ import typer
 from ..request import BadInput
 from ..staging import check_new
 from .app import app, out, print_json, read_name, say
+from .config import as_toml
 from .options import (
     MOST_PICTURES,
     MOST_PROCESSES,
@@ -25,6 +26,7 @@ from .options import (
     EmbedImage,
     Join,
     KindMeasured,
+    Log,
     MaxNewTokens,
     Memory,
     Model,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 @app.command(name="eval")
 def evaluate(
+    context: typer.Context,
     concept: Concept = None,
     concept_file: ConceptFile = None,
     model: Model = None,
@@ -153,7 +156,7 @@ def evaluate(
             adapter_dir=adapter,
             base=base,
             settings=Settings(device, dtype, quantize=quantize, attention=attention),
-            report=ReportOptions(redact, embed_image),
+            report=ReportOptions(redact, embed_image, as_toml(context, redact)),
             extras=evaluation.Extras(attacks, judged_by, lmms_eval, max_new_tokens),
             untouched=untouched,
             output=output,
@@ -168,6 +171,7 @@ def evaluate(
 
 @app.command()
 def suite(
+    context: typer.Context,
     directory: Annotated[
         Path, typer.Argument(help="Directory with many concepts (docs/suite.md).")
     ],
@@ -223,6 +227,7 @@ def suite(
     quantize: Quantize = None,
     attention: Attention = None,
     max_new_tokens: MaxNewTokens = 64,
+    log: Log = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print report.json instead of the table.")
     ] = False,
@@ -234,9 +239,15 @@ def suite(
 
         say.print(suites.told(suites.read(directory)), soft_wrap=True)
         return
+    if log is not None and (not unlearn or join or dry_run or (processes or 1) > 1):
+        raise BadInput(
+            "--log is about the training of one process: add --unlearn and leave --processes, "
+            "--join and --dry-run out, or leave --log out."
+        )
 
     from ..evaluate.suite_job import SuiteOptions
     from ..evaluate.suite_run import evaluate_suite
+    from ..experiment_log import logged
     from ..progress import Progress
     from ..settings import ModelRef, RecipeChoice, Settings
     from ..show import suite_table
@@ -264,14 +275,18 @@ def suite(
                 "--processes belongs to one run alone: start the command with --join as often as "
                 "there shall be processes."
             )
-        _joined(directory, options, objects, dry_run, json)
-    with Progress(say, hidden=json) as progress:
+        _joined(directory, options, objects, as_toml(context), dry_run, json)
+    with (
+        Progress(say, hidden=json) as progress,
+        logged(progress.listener, log) as listener,
+    ):
         evaluated = evaluate_suite(
             directory,
             options,
             **objects,
             processes=processes or 1,
-            listener=progress.listener,
+            run=as_toml(context),
+            listener=listener,
         )
     if json:
         print_json(evaluated.report)
@@ -281,7 +296,12 @@ def suite(
 
 
 def _joined(
-    directory: Path, options: SuiteOptions, objects: dict[str, Any], dry_run: bool, json: bool
+    directory: Path,
+    options: SuiteOptions,
+    objects: dict[str, Any],
+    run: str,
+    dry_run: bool,
+    json: bool,
 ) -> NoReturn:
     """objects: what `join_suite` takes"""
     from ..evaluate import suite_join
@@ -299,7 +319,9 @@ def _joined(
             forecast_lines(out, found)
         raise typer.Exit(0)
     with Progress(say, hidden=json) as progress:
-        joined = suite_join.join_suite(directory, options, **objects, listener=progress.listener)
+        joined = suite_join.join_suite(
+            directory, options, **objects, run=run, listener=progress.listener
+        )
     if json:
         print_json(joined.evaluated.report if joined.evaluated else {"worker": vars(joined.share)})
     else:
@@ -311,6 +333,7 @@ def _joined(
 
 @app.command()
 def merge(
+    context: typer.Context,
     adapter: Annotated[Path, typer.Option(help="An --output directory of `unlearn`.")],
     output: Annotated[Path, typer.Option(help="Directory to write the merged model to.")],
     model: Model = None,
@@ -373,7 +396,7 @@ def merge(
             retain=retain,
             verify=forms,
             settings=Settings(device, dtype),
-            writing=merging.Writing(redact, max_shard_size),
+            writing=merging.Writing(redact, max_shard_size, as_toml(context, redact)),
             listener=progress.listener,
         )
     if json:
@@ -385,6 +408,7 @@ def merge(
 
 @app.command()
 def compare(
+    context: typer.Context,
     output: Annotated[
         Path | None, typer.Option(help="Directory to write; fastsiu-<random>/ when left out.")
     ] = None,
@@ -463,7 +487,7 @@ def compare(
             scratch=folder,
             listener=progress.listener,
         )
-    notes = comparison.write(report, directory)
+    notes = comparison.write(report, directory, as_toml(context))
     if json:
         print_json(report)
     else:

@@ -142,3 +142,7 @@ DryRun = Annotated[
 Seed = Annotated[
     int | None, typer.Option(min=0, max=WHOLE["seed"][1], help="Seed of everything random.")
 ]
+Log = Annotated[
+    str | None,
+    typer.Option(help="Curves of the training, on this machine: trackio, wandb or tensorboard."),
+]

@@ -12,6 +12,7 @@ from ..guards.terminal import json_safe
 from ..request import WHOLE, BadInput, Request
 from ..staging import OTHER_FILE, check_new
 from .app import app, encoding, out, print_json, read_name, say
+from .config import as_toml
 from .options import (
     MOST_PICTURES,
     MOST_TOKENS,
@@ -29,6 +30,7 @@ from .options import (
     Image,
     Join,
     Kind,
+    Log,
     MaxNewTokens,
     Memory,
     MicroBatch,
@@ -52,6 +54,7 @@ from .options import (
 
 @app.command()
 def unlearn(
+    context: typer.Context,
     image: OneImage = None,
     concept: Concept = None,
     concept_file: ConceptFile = None,
@@ -114,6 +117,7 @@ def unlearn(
     optimizer: Optimizer = None,
     redact: Redact = False,
     embed_image: EmbedImage = False,
+    log: Log = None,
     quiet: Annotated[bool, typer.Option(help="Print nothing but errors.")] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print report.json instead of the summary.")
@@ -155,6 +159,7 @@ def unlearn(
         )
 
     from .. import driver
+    from ..experiment_log import logged
     from ..progress import Progress
     from ..settings import DEMO_NOTE, ModelRef, RecipeChoice, ReportOptions, Settings
     from ..show import several_table, summary
@@ -179,14 +184,22 @@ def unlearn(
     settings = Settings(
         device, dtype, memory, quantize, attention, checkpointing, micro_batch, optimizer
     )
-    shown = ReportOptions(redact, embed_image)
+    shown = ReportOptions(redact, embed_image, as_toml(context, redact))
     if request is not None and mode is Mode.independent:
+        if log is not None:
+            raise BadInput(
+                "--log is about one training: leave it out with --mode independent, or leave the "
+                "mode out."
+            )
         objects = dict(model=which, recipe=recipe, settings=settings, report=shown, output=output)
         _independent(request, join, dry_run, quiet, json, objects)
     if request is not None:
         from ..several import unlearn_several
 
-        with Progress(say, hidden=quiet or json) as progress:
+        with (
+            Progress(say, hidden=quiet or json) as progress,
+            logged(progress.listener, log) as listener,
+        ):
             several = unlearn_several(
                 request,
                 mode=(mode or Mode.sequence).value,
@@ -195,7 +208,7 @@ def unlearn(
                 settings=settings,
                 report=shown,
                 output=output,
-                listener=progress.listener,
+                listener=listener,
             )
         if json:
             print_json(several.as_dict())
@@ -214,7 +227,10 @@ def unlearn(
         as_word,
         kind,
     )
-    with Progress(say, hidden=quiet or json) as progress:
+    with (
+        Progress(say, hidden=quiet or json) as progress,
+        logged(progress.listener, log) as listener,
+    ):
         result = driver.unlearn(
             asked,
             model=which,
@@ -222,7 +238,7 @@ def unlearn(
             settings=settings,
             report=shown,
             output=output,
-            listener=progress.listener,
+            listener=listener,
         )
     if json:
         if result.repeated and not quiet:

@@ -8,10 +8,15 @@ model's answers that give the name, or refusals.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
 
 from .. import objectives, session, train
 from ..look import Look
@@ -19,10 +24,11 @@ from ..model import adapter, sharing
 from ..model.turns import Picture
 from ..model.vlm import VLM
 from ..objectives import Objective
-from ..request import SHARES, Recipe, Request, Sample
+from ..request import MISMATCH, SHARES, Recipe, Request, Sample
 from ..samples import corpus
 from ..samples.corpus import Corpus
 from ..text.concept import Concept
+from . import sculpting
 from .saliency import saliency
 
 REFUSALS = (
@@ -48,6 +54,10 @@ class Method:
     retain:    the samples of D_r that it trains on; "decoupled" are those that put a forgotten
                question to another picture
     recipe:    fields that differ from the shared recipe
+    mismatch:  each forgotten question is trained on a second time, with an answer to another
+               question
+    noise:     the teacher sees noise in the place of the concept's picture
+    sculpt:    what conflicts with a training on D_r alone is taken out of the weights
     """
 
     about: str
@@ -55,6 +65,9 @@ class Method:
     answers: Literal["own", "naming", "refusal"] = "naming"
     retain: Literal["all", "decoupled", "no dreams", "none"] = "all"
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    mismatch: bool = False
+    noise: bool = False
+    sculpt: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -71,8 +84,13 @@ METHODS: dict[str, Method] = {
         "what the authors' trainer computes", objectives.siu_as_released, "own"
     ),
     "po": Method("preference optimisation: refusals", objectives.po, "refusal"),
+    "smfa": Method("refusals, sculpted by an anchor", objectives.descent, "refusal", sculpt=True),
     "ga": Method("gradient ascent", objectives.ga, retain="none"),
     "ga-kl": Method("gradient ascent + KL", objectives.ga_kl),
+    "ga-mismatch-kl": Method(
+        "ascent + random mismatch + KL", objectives.ga_mismatch_kl, mismatch=True
+    ),
+    "vgid": Method("teacher under a noised picture", objectives.vgid, noise=True),
     "graddiff": Method("gradient difference", objectives.graddiff),
     "npo": Method("negative preference optimisation", objectives.npo),
     "fttp": Method("ascent on the name's tokens alone", objectives.fttp, retain="none"),
@@ -152,7 +170,34 @@ def samples_of(method: Method, material: Material) -> list[Sample]:
         kept = [s for s in kept if s.picture and s.question in asked]
     elif method.retain == "no dreams":
         kept = [s for s in kept if s.origin != "dream"]
+    if method.noise:  # `pictures_of` puts it behind the others
+        first = [replace(s, teacher_pictures=(len(material.pictures),)) for s in first]
+    if method.mismatch:
+        kept = [*kept, *_mismatched(first, kept, material.recipe.seed)]
     return [*first, *kept]
+
+
+def _mismatched(forget: list[Sample], kept: list[Sample], seed: int) -> list[Sample]:
+    """Each question to forget with the answer to a retained question in words, drawn by the
+    seed. None where nothing is retained in words."""
+    answers = [(s.answer, s.closed) for s in kept if s.picture is None]
+    rng = random.Random(seed)
+    out = []
+    for sample in forget if answers else ():
+        answer, closed = rng.choice(answers)
+        out.append(Sample("preserve", sample.question, answer, 0, (), MISMATCH, closed))
+    return out
+
+
+def pictures_of(loaded: VLM, method: Method, material: Material) -> list[Picture]:
+    """What `Sample.picture` and `Sample.teacher_pictures` count: the material's pictures, behind
+    them for a noised teacher one of the first's size whose every value is drawn from all."""
+    if not method.noise:
+        return material.pictures
+    width, height = material.pictures[0].image.size
+    values = np.random.default_rng(material.recipe.seed).integers(0, 256, (height, width, 3))
+    noise = loaded.picture(Image.fromarray(values.astype(np.uint8)))
+    return [*material.pictures, noise]
 
 
 def recipe_of(method: Method, made: Corpus, material: Material, lr: float, steps: int) -> Recipe:
@@ -186,9 +231,8 @@ def build(loaded: VLM, name: str, material: Material) -> Corpus:
     """The method's samples, encoded, with their teacher."""
     method = METHODS[name]
     recipe = replace(material.recipe, **method.recipe)
-    made = corpus.build(
-        loaded, material.concept, samples_of(method, material), material.pictures, recipe
-    )
+    pictures = pictures_of(loaded, method, material)
+    made = corpus.build(loaded, material.concept, samples_of(method, material), pictures, recipe)
     corpus.run_teacher(loaded, made, recipe_of(method, made, material, 1.0, 1))
     return made
 
@@ -210,11 +254,13 @@ def fit(
     def timed(step: int) -> bool:
         nonlocal watched
         started = time.perf_counter()
-        done = watch(step)
+        with sculpting.put_on(loaded, anchor) if method.sculpt else nullcontext():
+            done = watch(step)
         watched += time.perf_counter() - started
         return done
 
     started = time.perf_counter()
+    anchor = sculpting.anchor_of(loaded, made, recipe) if method.sculpt else {}
     adapter.attach(loaded, recipe)
     try:
         if not loaded.shares:

@@ -25,6 +25,7 @@ from typing import Any
 
 from ..evaluate.suite import Subject, Suite, read
 from ..model import placement
+from ..output import write_run
 from ..request import BadInput
 from ..session import Listener
 from ..settings import EMBEDDED, ModelRef, RecipeChoice, Settings, choose_recipe
@@ -306,9 +307,11 @@ def compare(
     }
 
 
-def write(report: Mapping[str, Any], directory: Path) -> list[str]:
+def write(report: Mapping[str, Any], directory: Path, run: str = "") -> list[str]:
     """DIR/compare.json, compare.md, and compare.png and .svg where matplotlib is installed;
     sentences about what is missing.
+
+    run: the text of run.toml; "" for none
 
     All at once, for their owner alone. Raises BadInput where DIR exists or cannot be written.
     """
@@ -320,6 +323,7 @@ def write(report: Mapping[str, Any], directory: Path) -> list[str]:
     with Staging(directory.parent) as folder:
         for name, content in (("compare.json", text), ("compare.md", drawn.markdown(report))):
             write_file(folder / name, content.encode("utf-8", "replace"))
+        write_run(folder, run)
         notes = drawn.plot(report, folder)
         os.rename(folder, directory)
     return notes

@@ -166,6 +166,7 @@ def write_output(
     settings: dict[str, Any],
     pictures: dict[str, bytes],
     picture: Image.Image | None,
+    run: str = "",
 ) -> dict[str, Any]:
     """Writes reports, untouched.json and manifest to `destination` in one transaction.
 
@@ -176,6 +177,7 @@ def write_output(
     settings: what decides the answers and how the report looks
     pictures: for the manifest, the bytes of each by its label
     picture:  what report.html shows, if anything
+    run:      the text of run.toml; "" for none
 
     Returns the report as it was written. Raises BadInput where nothing can be written there.
     """
@@ -187,6 +189,7 @@ def write_output(
     transaction = outputs.Transaction(destination)
     with transaction as staging:
         outputs.write_reports(staging, report, redact=redact, picture=picture)
+        outputs.write_run(staging, run)
         if not redact:
             write(
                 staging / UNTOUCHED,

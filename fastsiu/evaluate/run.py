@@ -216,6 +216,7 @@ def evaluate(
             decides | report.deciding,
             {} if image is None else {"image": read_bytes(image)},
             load_image(image) if report.embed_image and image is not None else None,
+            report.run,
         )
     return Evaluation(None if after is None else told["verdict"] == "forgotten", told, output)
 

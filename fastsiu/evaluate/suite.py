@@ -69,6 +69,7 @@ class Suite:
 
     questions: put to every subject
     control:   pictures of what no model has seen
+    single:    a concept may have one picture, the training picture
     """
 
     directory: Path
@@ -76,6 +77,7 @@ class Suite:
     subjects: tuple[Subject, ...]
     questions: tuple[Question, ...] = ()
     control: tuple[Path, ...] = ()
+    single: bool = False
 
     def subject(self, wanted: str) -> Subject:
         """The subject with this slug, name or alias. Raises BadInput where there is none."""
@@ -103,8 +105,8 @@ def read(directory: str | Path) -> Suite:
             f"There is no directory {root}: give the directory of a suite, as docs/suite.md "
             "describes it."
         )
-    title = _title(root)
-    subjects = _subjects(root)
+    title, single = _head(root)
+    subjects = _subjects(root, least=1 if single else 2)
     control = _pictures(root, root / "control")
     questions = _questions(root, root / "questions.jsonl", None)
     for subject in subjects:
@@ -113,7 +115,7 @@ def read(directory: str | Path) -> Suite:
                 f"Nothing asks who {subject.slug} is: add a question of kind 'name' to "
                 f"{root / 'questions.jsonl'}."
             )
-    return Suite(root, title, tuple(subjects), questions, control)
+    return Suite(root, title, tuple(subjects), questions, control, single)
 
 
 def check(suite: Suite) -> int:
@@ -139,15 +141,19 @@ def told(suite: Suite) -> str:
     )
 
 
-def _title(root: Path) -> str:
+def _head(root: Path) -> tuple[str, bool]:
+    """The title, and whether a concept may have one picture only."""
     file = root / "suite.json"
-    head = _object(root, file, ("format", "title"))
+    head = _object(root, file, ("format", "title", "single"))
     if head.get("format") != FORMAT:
         raise BadInput(f'{file}: the format is {head.get("format")!r}: write "format": "{FORMAT}".')
-    return _text(file, "title", head.get("title", root.name), MAX_NAME)
+    single = head.get("single", False)
+    if not isinstance(single, bool):
+        raise BadInput(f"{file}: 'single' must be true or false: correct it.")
+    return _text(file, "title", head.get("title", root.name), MAX_NAME), single
 
 
-def _subjects(root: Path) -> list[Subject]:
+def _subjects(root: Path, least: int) -> list[Subject]:
     """Every concept, sorted by slug; no name belongs to two of them."""
     concepts = _within(root, root / "concepts")
     if not concepts.is_dir():
@@ -158,7 +164,7 @@ def _subjects(root: Path) -> list[Subject]:
     for place in sorted(concepts.iterdir()):
         if place.name.startswith(".") or not place.is_dir():
             continue
-        subject = _subject(root, place)
+        subject = _subject(root, place, least)
         for other in subjects:
             for form in (subject.name, *subject.aliases):
                 if other.bears(form):
@@ -174,7 +180,7 @@ def _subjects(root: Path) -> list[Subject]:
     return subjects
 
 
-def _subject(root: Path, place: Path) -> Subject:
+def _subject(root: Path, place: Path, least: int) -> Subject:
     if not _SLUG.fullmatch(place.name):
         raise BadInput(
             f"{str(place)!r}: a concept's directory is named with at most 64 letters, digits, _ "
@@ -189,7 +195,7 @@ def _subject(root: Path, place: Path) -> Subject:
         _names(file, key, record.get(key, [])) for key in ("aliases", "lookalikes")
     )
     images = _pictures(root, place / "images")
-    if len(images) < 2:
+    if len(images) < least:
         raise BadInput(
             f"{place / 'images'} holds {len(images)} pictures: put the training picture and at "
             "least one more there."
@@ -311,7 +317,8 @@ def _text(file: Path, key: str, value: Any, most: int) -> str:
 def write(suite: Suite) -> None:
     """Writes the JSON files of a suite whose pictures lie in its directory already. `read` then
     gives an equal suite."""
-    _dump(suite.directory / "suite.json", [{"format": FORMAT, "title": suite.title}])
+    single = {"single": True} if suite.single else {}
+    _dump(suite.directory / "suite.json", [{"format": FORMAT, "title": suite.title, **single}])
     _dump(suite.directory / "questions.jsonl", map(_record, suite.questions))
     for subject in suite.subjects:
         place = suite.directory / "concepts" / subject.slug

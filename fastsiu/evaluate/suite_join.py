@@ -18,7 +18,7 @@ from ..session import Listener
 from ..settings import ModelRef, RecipeChoice, Settings
 from . import suite
 from .suite_job import FORMAT, Job, SuiteOptions
-from .suite_run import Evaluated, job_of, one
+from .suite_run import Evaluated, job_of, one, write_run
 from .suite_table import SUITE, Outcome, begin, outcome_of, write_table
 
 SHAPE = {"concepts": [{"slug": str, "status": str}]}
@@ -52,6 +52,7 @@ def join_suite(
     settings: Settings = Settings(),
     output: str | Path | None = None,
     pace: Pace = Pace(),
+    run: str = "",
     listener: Listener | None = None,
 ) -> Joined:
     """Takes part in the work on a suite until every concept is done or has failed. Options as in
@@ -65,6 +66,7 @@ def join_suite(
     job.output.mkdir(mode=0o700, exist_ok=True)
     if not (job.output / SUITE).is_file():
         write_table(job, {}, {})
+    write_run(job, run)
     claims, work = Claims(job.output, pace), _Concepts(job)
     claims.open(_digest_of_options(job))
     keys = [subject.slug for subject in subjects]

@@ -81,11 +81,13 @@ def evaluate_suite(
     settings: Settings = Settings(),
     processes: int = 1,
     output: str | Path | None = None,
+    run: str = "",
     listener: Listener | None = None,
 ) -> Evaluated:
     """Evaluates a model on the concepts of a suite, each from beginning to end.
 
     processes: each with a copy of the model and one thread
+    run:       the text of run.toml; "" for none
 
     Run again, it does what is missing. Raises BadInput where the suite, a picture or the output
     cannot be used: then nothing is loaded. What fails later, for one concept, is that concept's
@@ -102,6 +104,7 @@ def evaluate_suite(
         listener.note(f"Done already: {', '.join(resumed)}.")
     failed = _work_off(job, done, todo, processes, listener)
     report = write_table(job, done, failed)
+    write_run(job, run)
     outcomes = [failed.get(s.slug) or outcome_of(s, done[s.slug]) for s in subjects]
     return Evaluated(outcomes, report, job.output, len(resumed))
 
@@ -160,6 +163,12 @@ def job_of(
             adapter_files.check_belongs(place, model.name, None, job.weights)
         cached(job, subject)  # of another exam: said now
     return job, subjects
+
+
+def write_run(job: Job, run: str) -> None:
+    """Writes the text of run.toml beside the table; nothing where it is empty."""
+    if run:
+        staging.replace_file(job.output / outputs.RUN, run.encode("utf-8"))
 
 
 def _work_off(

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from fastsiu import batches
-from fastsiu.compare import front, methods, trials
+from fastsiu.compare import front, methods, sculpting, trials
 from fastsiu.compare import run as compare
 from fastsiu.compare.trials import Point
 from fastsiu.evaluate.exam import Question
 from fastsiu.evaluate.suite import Subject, Suite
-from fastsiu.request import BadInput
+from fastsiu.request import MISMATCH, BadInput
 from fastsiu.samples import corpus
 from fastsiu.text.rate import Rate
 
@@ -266,6 +266,9 @@ def test_all_methods_have_the_same_questions_and_retained_samples(material):
             assert len({s.answer for s in first}) >= 5 and not any(
                 name.named_in(s.answer) for s in first
             ), key
+        mixed = [s for s in rest if s.origin == MISMATCH]
+        rest = [s for s in rest if s.origin != MISMATCH]
+        assert [s.question for s in mixed] == (asked if method.mismatch else []), key
         assert first == own if method.answers == "own" else all(s.picture == 0 for s in first), key
         left = {"all": kept, "none": [], "no dreams": [s for s in kept if s.origin != "dream"]}
         assert rest == left.get(
@@ -283,6 +286,60 @@ def test_all_methods_have_the_same_questions_and_retained_samples(material):
         "mmunlearner",
         "safeeraser-po",
     } <= set(methods.METHODS)
+
+
+def test_a_mismatched_answer_is_one_to_another_question(material, gathered):
+    method = methods.METHODS["ga-mismatch-kl"]
+    samples = methods.samples_of(method, material)
+    mixed = [s for s in samples if s.origin == MISMATCH]
+    said = {s.answer for s in material.samples if s.facet not in corpus.FORGET and not s.picture}
+    assert mixed and all(s.answer in said and s.picture == 0 for s in mixed)
+    assert mixed == [s for s in methods.samples_of(method, material) if s.origin == MISMATCH]
+    made = corpus.build(gathered.vlm, material.concept, samples, material.pictures, material.recipe)
+    corpus.run_teacher(gathered.vlm, made, material.recipe)
+    chosen = [0, samples.index(mixed[0])]
+    batch = batches.forward(gathered.vlm, made, chosen, material.recipe)
+    assert batch.mismatched[batch.sample == 1].all() and not batch.mismatched[batch.forget].any()
+    assert not batch.retained.any()
+
+
+def test_the_noised_teacher_sees_noise_only_where_something_is_forgotten(material, gathered):
+    made = methods.build(gathered.vlm, "vgid", material)
+    plain = methods.build(gathered.vlm, "ga-kl", material)
+    assert len(made.pictures) == len(plain.pictures) + 1
+    assert made.pictures[-1].image.size == material.pictures[0].image.size
+    for i, sample in enumerate(made.samples):
+        ours, theirs = (c.teacher[slice(c.first[i], c.first[i] + 1)].hidden for c in (made, plain))
+        assert torch.allclose(ours, theirs, atol=1e-5) != (sample.facet in corpus.FORGET), i
+
+
+def test_a_sculpted_change_lacks_what_conflicts_and_outweighs():
+    generator = torch.Generator().manual_seed(0)
+    forget, anchor = (torch.randn(7, 5, generator=generator) for _ in range(2))
+    anchor = 0.1 * anchor  # the norms are taken out
+    for k in (0.0, 1.0, 3.0):
+        found = sculpting.sculpted(forget, anchor, k)
+        rho = float(forget.square().sum().sqrt() / anchor.square().sum().sqrt())
+        for f, a, ours in zip(forget.flatten(), anchor.flatten(), found.flatten(), strict=True):
+            gone = f * a < 0 and k * rho * abs(a) < abs(f)
+            assert ours == (0 if gone else f)
+        assert 0 < int((found == 0).sum()) < 35
+    assert torch.equal(sculpting.sculpted(forget, torch.zeros(7, 5)), forget)
+    assert torch.equal(sculpting.sculpted(forget, forget), forget)
+
+
+def test_the_sculpted_weights_are_on_only_in_the_block(adapted):
+    vlm = adapted.vlm
+    layers = sculpting._layers(vlm)
+    anchor = {name: -sculpting._change(layer) for name, layer in layers}
+    before = [layer.get_base_layer().weight.clone() for _, layer in layers]
+    with sculpting.put_on(vlm, anchor, k=0.0):  # all of it conflicts: the untouched model
+        for (_, layer), weight in zip(layers, before, strict=True):
+            whole = layer.get_base_layer().weight + sculpting._change(layer)
+            assert torch.allclose(whole, weight, atol=1e-5)
+            assert not torch.equal(layer.get_base_layer().weight, weight)
+    for (_, layer), weight in zip(layers, before, strict=True):
+        assert torch.equal(layer.get_base_layer().weight, weight)
 
 
 def test_steps_hold_the_same_number_of_samples_to_forget(material, gathered):

@@ -1,0 +1,126 @@
+"""MLUBench (arXiv 2606.12809): 127 entities of 9 classes, 15,414 questions, four requests in turn.
+
+Read is the form of the authors' archive MLUBench.zip (github.com/lihe-maxsize/
+Lifelong_Unlearning_main), with their pictures, which come apart from it, beside its two folders:
+
+    DIR/Entities/variants_NAME_updated.json          LLaVA conversations of one turn
+    DIR/Tasks/TaskA/taskA_forget.json, taskA_retain.json, and B, C, D
+    DIR/downloaded_images/CLASS/ENTITY/*.jpg         as the conversations name them
+
+An id is unique in the file of its entity; in a request the picture and the question tell items
+apart. The archive's questions show 2453 of the paper's 5105 pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ...request import BadInput
+from . import files
+from .form import Asked, Benchmark, Entity, Item, Photo, Row, check_ids
+from .scores import NO_JUDGE, mean_rouge_l
+
+NAME = "MLUBench"
+SOURCE = "arXiv 2606.12809 and its released metrics.py"
+PUBLISHED = {"entities": 127, "items": 15414, "pictures": 5105, "classes": 9}
+TASKS = ("A", "B", "C", "D")
+_NEEDED = {"id": str, "image": str, "conversations": [{"from": str, "value": str}]}
+
+
+def read(root: Path) -> Benchmark:
+    """Every entity and item; the items of a request are in the sets "A forget", "A retain" and so
+    on. Raises BadInput."""
+    place = files.directory(root, "Entities", "the questions of each entity")
+    sets = _sets(root)
+    entities: list[Entity] = []
+    items: list[Item] = []
+    listed = sorted(place.glob("variants_*_updated.json"))
+    if not listed:
+        raise BadInput(f"{place} holds no variants_NAME_updated.json: {files.AGAIN}.")
+    known: set[tuple[str, str]] = set()
+    for file in listed:
+        slug = file.name.removeprefix("variants_").removesuffix("_updated.json")
+        shown: dict[str, Photo] = {}
+        asked = [*_asked(file)]
+        check_ids(str(file), (record["id"] for _, record, _, _ in asked))
+        for where, record, question, answer in asked:
+            image = record["image"]
+            if image not in shown:
+                shown[image] = files.photo(root, image, where)
+            key = (image, question)
+            known.add(key)
+            items.append(
+                Item(
+                    f"{slug}/{record['id']}",
+                    slug,
+                    frozenset(sets.get(key, ())),
+                    "generation",
+                    question,
+                    answer,
+                    shown[image],
+                )
+            )
+        folders = dict.fromkeys(Path(photo.label).parent for photo in shown.values())
+        pictures = tuple(p for folder in folders for p in files.photos(folder))
+        entities.append(Entity(slug, slug.replace("_", " "), pictures))
+    for (image, question), parts in sets.items():
+        if (image, question) not in known:
+            raise BadInput(
+                f"The request {sorted(parts)[0]!r} asks {question!r} about {image!r}, which no "
+                f"file of Entities has: {files.AGAIN}."
+            )
+    return Benchmark(NAME, tuple(entities), tuple(items))
+
+
+def _sets(root: Path) -> dict[tuple[str, str], set[str]]:
+    """For each picture and question the parts of the requests that have it."""
+    out: dict[tuple[str, str], set[str]] = {}
+    files.directory(root, "Tasks", "the requests")
+    for task in TASKS:
+        for part in ("forget", "retain"):
+            file = root / "Tasks" / f"Task{task}" / f"task{task}_{part}.json"
+            for where, record, question, _ in _asked(file):
+                found = out.setdefault((record["image"], question), set())
+                if f"{task} {part}" in found:
+                    raise BadInput(
+                        f"{where}: {question!r} about {record['image']!r} comes twice: "
+                        f"{files.AGAIN}."
+                    )
+                found.add(f"{task} {part}")
+    return out
+
+
+def _asked(file: Path) -> Iterator[tuple[str, dict[str, Any], str, str]]:
+    """(place, record, question, answer) of each conversation."""
+    for number, record in enumerate(files.records(file, _NEEDED), 1):
+        where = f"{file}, entry {number}"
+        turns = record["conversations"]
+        if [turn.get("from") for turn in turns] != ["human", "gpt"]:
+            raise BadInput(
+                f"{where}: the conversation is not one question and its answer: {files.AGAIN}."
+            )
+        question = files.text(where, turns[0]["value"].replace("<image>", ""), "the question")
+        if PurePosixPath(record["image"]).is_absolute():
+            raise BadInput(f"{where}: the picture's path is absolute: {files.AGAIN}.")
+        yield where, record, question, files.text(where, turns[1]["value"], "the answer")
+
+
+def prompt(item: Item) -> str:
+    return item.question
+
+
+def table(asked: Asked) -> list[Row]:
+    """ROUGE-L (F1) of each request's parts. The paper's other metrics are ratings from 0 to 2 by a
+    judge: forget quality (2: nothing is told) and retain quality (2: right)."""
+    out = []
+    for task in TASKS:
+        for part in ("forget", "retain"):
+            pairs = asked.of(f"{task} {part}")
+            if pairs:
+                out.append(Row(f"{task} {part}", "ROUGE-L", mean_rouge_l(pairs, 2, asked.split)))
+                out.append(
+                    Row(f"{task} {part}", f"{part} rating", {"value": None, "reason": NO_JUDGE})
+                )
+    return out

@@ -1,0 +1,117 @@
+"""Training as curves in an experiment tracker: trackio, wandb or TensorBoard, on this machine.
+
+Only numbers are logged, redacted or not: no name, question, answer, picture, path or command
+line.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+from .request import BadInput
+from .session import Listener
+from .train import Step
+
+TRACKERS = ("trackio", "wandb", "tensorboard")
+PROJECT = "fastsiu"
+# With one of these set, trackio sends what it logs to somebody else's machine.
+_SENDS = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
+
+Write = Callable[[dict[str, float], int], None]
+
+
+@contextmanager
+def logged(listener: Listener, tracker: str | None) -> Iterator[Listener]:
+    """A listener that also logs each step's loss, its parts, P(name) and what is retained, until
+    the block ends.
+
+    tracker: of `TRACKERS`; None: the listener as it is
+
+    The steps of several requests are counted on. trackio keeps its runs where it always does, wandb
+    in ./wandb, TensorBoard in ./runs. Raises BadInput for an unknown tracker, for one that is not
+    installed, and where trackio is set up to send.
+    """
+    if tracker is None:
+        yield listener
+        return
+    if tracker not in TRACKERS:
+        raise BadInput(f"The tracker {tracker!r} is unknown: choose {', '.join(TRACKERS)}.")
+    write, close = _OPEN[tracker](f"{PROJECT}-{secrets.token_hex(4)}")
+    count = 0
+
+    def step(taken: Step, ceiling: int) -> None:
+        nonlocal count
+        count += 1
+        values = {k: float(v) for k, v in asdict(taken).items() if k != "step"}
+        write({f"train/{name}": value for name, value in values.items()}, count)
+        listener.step(taken, ceiling)
+
+    try:
+        yield replace(listener, step=step)
+    finally:
+        close()
+
+
+def _missing(tracker: str, error: ImportError) -> BadInput:
+    return BadInput(
+        f"--log {tracker} needs {tracker}, which is not installed ({error}): pip install "
+        "'fastsiu[log]'."
+    )
+
+
+def _trackio(name: str) -> tuple[Write, Callable[[], None]]:
+    if where := next((key for key in _SENDS if os.environ.get(key)), None):
+        raise BadInput(
+            f"{where} is set, and trackio would send the curves away: unset it; `trackio sync` "
+            "can send them later."
+        )
+    try:
+        import trackio
+    except ImportError as error:
+        raise _missing("trackio", error) from error
+    run: Any = trackio.init(PROJECT, name=name, embed=False, auto_log_gpu=False, auto_log_cpu=False)
+    return (lambda values, step: run.log(values, step=step)), run.finish
+
+
+def _wandb(name: str) -> tuple[Write, Callable[[], None]]:
+    try:
+        import wandb
+    except ImportError as error:
+        raise _missing("wandb", error) from error
+    # wandb would store the command line, and with it the name; the host, the user and the code.
+    settings = wandb.Settings(
+        mode="offline",
+        silent=True,
+        console="off",
+        disable_git=True,
+        disable_code=True,
+        save_code=False,
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_disable_machine_info=True,
+        x_save_requirements=False,
+    )
+    run = wandb.init(project=PROJECT, name=name, settings=settings)
+    return (lambda values, step: run.log(values, step=step)), run.finish
+
+
+def _tensorboard(name: str) -> tuple[Write, Callable[[], None]]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise _missing("tensorboard", error) from error
+    writer = SummaryWriter(log_dir=os.path.join("runs", name))  # type: ignore[no-untyped-call]
+
+    def write(values: dict[str, float], step: int) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+
+    return write, writer.close
+
+
+_OPEN = {"trackio": _trackio, "wandb": _wandb, "tensorboard": _tensorboard}

@@ -1,0 +1,227 @@
+"""Runs as files: `--config` fills every verb's options, the command line wins, and every output
+holds the file that repeats it."""
+
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+import typer
+
+from fastsiu import cli
+from fastsiu.cli import config
+from fastsiu.cli.app import app
+from fastsiu.request import BadInput
+
+GROUP = typer.main.get_command(app)
+NEEDED = {
+    "unlearn": [],
+    "eval": [],
+    "suite": ["set"],
+    "merge": ["--adapter", "a", "--output", "o"],
+    "compare": [],
+    "benchmark": ["clear", "set"],
+    "ask": ["Who?"],
+    "data": ["--image", "i.png"],
+    "plan": [],
+    "demo": [],
+    "verify": ["dir"],
+    "purge": ["dir"],
+}
+
+
+def options(verb):
+    return [p for p in GROUP.commands[verb].params if p.name != "help"]
+
+
+def is_flag(parameter) -> bool:
+    return bool(getattr(parameter, "is_flag", False))
+
+
+def is_several(parameter) -> bool:
+    return bool(getattr(parameter, "multiple", False)) or parameter.nargs == -1
+
+
+def context_of(verb, arguments, filled=None):
+    return GROUP.commands[verb].make_context(verb, list(arguments), default_map=filled or {})
+
+
+def test_every_verb_is_tried_here():
+    assert set(NEEDED) == set(GROUP.commands)
+
+
+@pytest.mark.parametrize("verb", NEEDED)
+def test_every_option_of_a_verb_may_stand_in_a_file(verb, tmp_path):
+    file = tmp_path / "run.toml"
+    for parameter in options(verb):
+        key = config._key(parameter)
+        for spelling in {key, key.replace("-", "_")}:
+            value = "true" if is_flag(parameter) else '["1"]' if is_several(parameter) else '"1"'
+            file.write_text(f"{spelling} = {value}\n")
+            arguments, filled = config.defaults(GROUP, [verb], file)
+            found = filled[verb]
+            assert arguments == [verb] and [*found] == [parameter.name], key
+            assert found[parameter.name] in (True, ["1"], "1")
+
+
+def test_the_command_line_wins(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('steps = 7\nseed = 3\nalias = ["A", "B"]\nredact = true\nimage = "x.png"\n')
+    _, filled = config.defaults(GROUP, ["unlearn"], file)
+    context = context_of("unlearn", ["--steps", "9", "--alias", "C"], filled["unlearn"])
+    given = {k: context.params[k] for k in ("steps", "seed", "alias", "redact")}
+    assert given == {"steps": 9, "seed": 3, "alias": ["C"], "redact": True}
+    assert str(context.params["image"]) == "x.png"
+
+
+def test_a_file_may_hold_arguments_and_name_its_verb(tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text(f'verb = "verify"\ndirectory = "{tmp_path}"\n')
+    assert cli.run(["--config", str(file)]) == 2
+    assert str(tmp_path) in "".join(capsys.readouterr().err.split())
+    arguments, filled = config.defaults(GROUP, [], file)
+    assert arguments == ["verify"] and filled == {"verify": {"directory": str(tmp_path)}}
+    with pytest.raises(BadInput, match="is for `fastsiu verify`, not for `fastsiu purge`"):
+        config.defaults(GROUP, ["purge"], file)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("step = 5", "'step' is no option of `fastsiu unlearn`: did you mean 'steps'\\?$"),
+        ("zzz = 5", "`--help` lists"),
+        ("help = true", "is no option"),
+        ("redact = 1", "'redact' must be true or false"),
+        ("steps = true", "'steps' must be a text or a number"),
+        ("steps = [1, 2]", "'steps' must be a text or a number"),
+        ("alias = [1979-05-27]", "'alias' must be .* or a list of them"),
+        ("steps = {a = 1}", "'steps' must be"),
+        ("steps = ", "is no TOML"),
+        ('verb = "unlern"', "did you mean 'unlearn'"),
+    ],
+)
+def test_what_a_file_may_not_hold_is_refused(content, sentence, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(content + "\n")
+    with pytest.raises(BadInput, match=sentence) as refused:
+        config.defaults(GROUP, ["unlearn"], file)
+    assert str(file) in str(refused.value)
+
+
+def test_a_value_out_of_bounds_is_refused_as_on_the_command_line(tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text('image = "x.png"\nconcept = "X"\nsteps = "many"\n')
+    assert cli.run(["unlearn", "--config", str(file)]) == 2
+    assert "'--steps'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["plan", "--config"], "needs a file"),
+        (["plan", "--config", "a", "--config=b"], "2 times"),
+        (["plan", "--config", "nowhere.toml"], "nowhere.toml cannot be read"),
+    ],
+)
+def test_the_option_itself_is_checked(arguments, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(arguments) == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_stands_behind_two_dashes_is_no_option():
+    assert config.split(["ask", "--", "--config", "x"]) == (["ask", "--", "--config", "x"], None)
+
+
+# The file that repeats a run ----------------------------------------------------------------------
+
+GIVEN = {
+    "unlearn": ["--image", "i.png", "--concept", 'Zo "Q" \\ \u202e Ü', "--alias", "A", "--steps"]
+    + ["3", "--no-renormalize", "--lr", "0.001", "--preset", "paper", "--output", "o", "--json"],
+    "eval": ["--concept", "N", "--images", "d", "--judge-key", "key.txt", "--attacks", "all"],
+    "suite": ["set", "--unlearn", "--concepts", "a", "--concepts", "b", "--limit", "2"],
+    "merge": ["--adapter", "a", "--output", "o", "--no-verify"],
+    "compare": ["--seeds", "2"],
+}
+
+
+@pytest.mark.parametrize("verb", GIVEN)
+def test_the_file_repeats_the_run(verb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    before = context_of(verb, GIVEN[verb])
+    text = config.as_toml(before)
+    (tmp_path / "run.toml").write_text(text, encoding="utf-8")
+    assert tomllib.loads(text)["verb"] == verb
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    _, filled = config.defaults(GROUP, [verb], tmp_path / "run.toml")
+    output = ["--output", "o"] if verb == "merge" else []
+    again = context_of(verb, output, filled[verb])
+    for name, value in before.params.items():
+        if name in config.NOT_REPEATED:
+            assert f"{name.replace('_', '-')} =" not in text, name
+        elif isinstance(value, type(tmp_path)):
+            assert again.params[name] == tmp_path / value, name
+        else:
+            assert again.params[name] == value, name
+    assert "key.txt" not in text
+
+
+def test_a_redacted_file_names_nobody(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "canary").mkdir()
+    private = ["--image", "canary.png", "--concept", "canary", "--alias", "canary", "--protect"]
+    private += ["canary", "--images", "canary", "--retain", "canary", "--data", "canary.jsonl"]
+    context = context_of("unlearn", [*private, "--model", "canary", "--steps", "3", "--redact"])
+    text = config.as_toml(context, redact=True)
+    assert "canary" not in text and str(tmp_path) not in text
+    assert "steps = 3" in text and "redact = true" in text
+    assert text.startswith("# Left out, since the output is redacted: image, concept, model, ")
+    hub = context_of("unlearn", ["--model", "owner/name", "--redact"])
+    assert 'model = "owner/name"' in config.as_toml(hub, redact=True)
+
+
+def test_a_name_from_standard_input_is_not_repeated():
+    text = config.as_toml(context_of("unlearn", ["--concept", "-"]))
+    assert "Left out" in text and "concept =" not in text
+
+
+@pytest.mark.slow
+def test_outputs_hold_the_file_for_their_owner_alone(cast, demo_dir, tmp_path, capsys):
+    """Run from a file, then again from the output's own: the same adapter."""
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        f'image = "{cast.image}"\nconcept = "{cast.target}"\nmodel = "{demo_dir}"\n'
+        'preset = "paper"\nsteps = 1\nbatch-size = 4\nrank = 2\n'
+    )
+    first, again, hidden = (tmp_path / name for name in ("first", "again", "hidden"))
+    assert cli.run(["unlearn", "--config", str(file), "--output", str(first)]) in (0, 1)
+    kept = first / "run.toml"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert cli.run(["verify", str(first)]) == 0
+    assert cli.run(["unlearn", "--config", str(kept), "--output", str(again)]) in (0, 1)
+    weights = "adapter_model.safetensors"
+    assert (first / weights).read_bytes() == (again / weights).read_bytes()
+    redacted = ["unlearn", "--config", str(kept), "--redact", "--output", str(hidden)]
+    assert cli.run(redacted) in (0, 1)
+    text = (hidden / "run.toml").read_text()
+    assert cast.target not in text and cast.image.name not in text and "steps = 1" in text
+
+
+# Completion ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_shown(shell, monkeypatch, capsys):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    assert cli.run(["--show-completion", shell]) == 0
+    shown = capsys.readouterr()
+    assert "_FASTSIU_COMPLETE" in shown.out and not shown.err
+
+
+def test_completion_completes_verbs(monkeypatch, capsys):
+    monkeypatch.setenv("_FASTSIU_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "fastsiu unl")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert cli.run([]) == 0
+    assert capsys.readouterr().out.split() == ["unlearn"]
