@@ -53,6 +53,7 @@ setup(
         "fastsiu.evaluate.deep",
         "fastsiu.compare",
         "fastsiu.report",
+        "fastsiu.app",
         "fastsiu.demo",
     ],
     package_dir={"fastsiu.kernels": "kernels"},

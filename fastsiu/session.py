@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from . import images, objectives, train
-from .look import Probe
+from .look import Look, Probe
 from .model import adapter, sharing
 from .model.features import map_features
 from .model.vlm import VLM
@@ -30,6 +30,7 @@ from .transforms import variants
 # Temperature of the lessons that keep something. At 1 the tails drift; at 4 the KL looks so much at
 # the tails that fine looks and look-alikes suffer.
 KEPT_AT = 2.0
+LOOK_EVERY = 8  # steps between two looks for a listener
 
 
 @dataclass
@@ -38,6 +39,8 @@ class Listener:
 
     stage:   gets the name of what begins now
     step:    gets one optimisation step, and how many there are at most
+    look:    gets the number of a step and what the model is like after it, every `LOOK_EVERY`
+             steps. A look takes about as long as two steps and changes nothing; None: none is taken
     note:    gets a sentence that should stay on the screen
     loading: entered while a model is loaded; gives whether transformers may draw its own bars
              (download, weights) on stderr
@@ -47,6 +50,7 @@ class Listener:
     step: Callable[[train.Step, int], None] = lambda step, ceiling: None
     note: Callable[[str], None] = lambda text: None
     loading: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(False)
+    look: Callable[[int, Look], None] | None = None
 
 
 @dataclass
@@ -138,10 +142,7 @@ def prepare(
     Raises BadInput where the model does not recognise the concept.
     """
     with adapter.teacher(loaded):
-        scene = Scene(
-            loaded, concept_of(request), recipe, [loaded.picture(picture)], others=list(others)
-        )
-        scene.kind = kinds.kind_of(loaded, scene.concept, scene.pictures[0], request.kind)
+        scene = introduce(loaded, request, recipe, picture, others)
         check_known(scene, request)
         if scene.kind.note:
             listener.note(scene.kind.note)
@@ -155,6 +156,18 @@ def prepare(
             with timed(seconds, "strangers"):
                 _add_lessons(prepared, listener)
     return prepared
+
+
+def introduce(
+    loaded: VLM, request: Request, recipe: Recipe, picture: Any, others: Sequence[Concept] = ()
+) -> Scene:
+    """The scene of a request before anything is gathered: the picture as the untouched model sees
+    it, and what kind of concept it shows."""
+    scene = Scene(
+        loaded, concept_of(request), recipe, [loaded.picture(picture)], others=list(others)
+    )
+    scene.kind = kinds.kind_of(loaded, scene.concept, scene.pictures[0], request.kind)
+    return scene
 
 
 def _add_lessons(prepared: Prepared, listener: Listener) -> None:
@@ -201,6 +214,13 @@ def learn(
     with timed(seconds, "train"):
         probe = Probe([one.scene for one in prepared], samples)
         on_step = lambda step: listener.step(step, recipe.steps)
+        shown = listener.look
+
+        def watch(step: int) -> bool:
+            if shown is not None and step % LOOK_EVERY == 0:
+                shown(step, probe.whole())
+            return False
+
         try:
             history = train.fit(
                 loaded,
@@ -210,6 +230,7 @@ def learn(
                 probe,
                 on_step,
                 say=listener.note,
+                watch=None if shown is None else watch,
                 lessons=taught,
                 gone=probe.gone,
             )
@@ -307,13 +328,19 @@ def _taught(
 def check_known(scene: Scene, request: Request) -> None:
     """Raises BadInput unless the untouched model names the concept in the picture: there would be
     nothing to forget."""
-    words = scene.words["who"]
-    said = scene.ask(words["train"] + words["held_out"], 0)
-    if not any(scene.concept.named_in(answer) for answer in said):
+    said = who_is_it(scene)
+    if not any(scene.concept.named_in(answer) for _, answer in said):
         raise BadInput(
-            f"The model does not name {request.concept} in {request.image} (it says {said[0]!r}): "
-            "give a picture and a name that it recognises."
+            f"The model does not name {request.concept} in {request.image} (it says "
+            f"{said[0][1]!r}): give a picture and a name that it recognises."
         )
+
+
+def who_is_it(scene: Scene) -> list[tuple[str, str]]:
+    """The questions who or what the picture shows, each with the model's answer."""
+    words = scene.words["who"]
+    questions = words["train"] + words["held_out"]
+    return list(zip(questions, scene.ask(questions, 0), strict=True))
 
 
 def gather(

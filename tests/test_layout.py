@@ -36,6 +36,7 @@ FLOORS = (
     ("compare",),
     ("show",),
     ("show_samples",),
+    ("app",),
     ("demo",),
     ("cli",),
     ("__main__",),
