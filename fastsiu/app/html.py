@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import groupby
 from typing import Any
 
 from ..guards.terminal import visible
@@ -148,9 +149,12 @@ def _scrolled(inner: str, label: str) -> str:
 
 
 def pieces(answer: Sequence[tuple[str, bool, bool]]) -> str:
+    """An answer with its masks. Neighbours of one kind are one piece; the end of the turn, which is
+    a token as well, is not shown."""
     out = []
-    for piece, kept, masked in answer:
-        body = text(piece)
+    shown = (one for one in answer if one[0] != "<end>")
+    for (kept, masked), several in groupby(shown, key=lambda one: one[1:]):
+        body = text("".join(piece for piece, _, _ in several))
         if masked:
             body = f'<mark class="name">{body}</mark>'
         elif not kept:

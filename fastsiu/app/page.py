@@ -52,6 +52,11 @@ def looks() -> dict[str, Any]:
         radius_size="md",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
+    ).set(  # the theme's own is too pale on white
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
     )
     return {"theme": theme, "css": (HERE / "page.css").read_text(encoding="utf-8")}
 

@@ -65,6 +65,12 @@ def test_the_whole_path_on_a_desktop(cast, tmp_path):
         page.locator(".exchange .answer.after p", has_not_text="...").wait_for()
         assert page.locator(".exchange .answer").count() == 2
         fine(visit)
+        page.emulate_media(color_scheme="light")
+        page.reload()
+        visit.wait("Forgotten: in")
+        page.locator(".exchange").wait_for()
+        assert page.get_by_label("Its name").input_value() == cast.target
+        fine(visit)
         archive = page.context.request.get(f"{server.address}/result/adapter.zip").body()
         packed = zipfile.ZipFile(io.BytesIO(archive)).namelist()
         assert {"adapter_model.safetensors", "adapter_config.json", "report.html"} <= set(packed)
