@@ -40,7 +40,7 @@ class Listener:
     stage:   gets the name of what begins now
     step:    gets one optimisation step, and how many there are at most
     look:    gets the number of a step and what the model is like after it, every `LOOK_EVERY`
-             steps. A look takes about as long as two steps and changes nothing; None: none is taken
+             steps. A look takes time and changes nothing; None: none is taken
     note:    gets a sentence that should stay on the screen
     loading: entered while a model is loaded; gives whether transformers may draw its own bars
              (download, weights) on stderr

@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..images import load_image
@@ -50,12 +50,13 @@ class Shown:
     preview: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Visitor:
     """seen, acted: when it last gave a sign of life, and when it last did something
     picture: of what is to be forgotten;  other: the one to ask both models about
     waiting: what it wants forgotten as soon as it is its turn
     message: a sentence for it
+    files:   number of pictures that it gave
     """
 
     place: Path
@@ -65,11 +66,7 @@ class Visitor:
     other: Shown | None = None
     waiting: Asked | None = None
     message: str = ""
-    version: int = 0
-    _files: int = field(default=0, repr=False)
-
-    def tell(self, sentence: str) -> None:
-        self.message, self.version = sentence, self.version + 1
+    files: int = 0
 
 
 class Desk:
@@ -114,7 +111,7 @@ class Desk:
         """Begins the job, or waits for it. Raises BadInput while the visitor's own work goes on."""
         with self._lock:
             visitor.acted = self._clock()
-            visitor.tell("")
+            visitor.message = ""
             if self._owner in (None, visitor):
                 self.job.look(asked)
                 self._owner = visitor
@@ -128,7 +125,7 @@ class Desk:
         with self._lock:
             self._release(visitor)
             self._remove_files(visitor)
-            visitor.tell("")
+            visitor.message = ""
             self._pass_on(self._clock())
 
     def act(self, visitor: Visitor) -> Job:
@@ -149,10 +146,9 @@ class Desk:
             raise BadInput(str(error).replace(repr(str(file)), repr(file.name))) from error
         with self._lock:
             visitor.acted = self._clock()
-            visitor._files += 1
-            visitor.version += 1
+            visitor.files += 1
             visitor.place.mkdir(mode=0o700, parents=True, exist_ok=True)
-            kept = visitor.place / f"picture-{visitor._files}"
+            kept = visitor.place / f"picture-{visitor.files}"
             shutil.move(file, kept)
         image.thumbnail((PREVIEW, PREVIEW))
         small = io.BytesIO()
@@ -179,7 +175,7 @@ class Desk:
             if now - owner.seen > GONE or now - owner.acted > IDLE:
                 self._release(owner)
                 self._remove_files(owner)
-                owner.tell(
+                owner.message = (
                     "Somebody else waited while you were away, so your turn has ended, and your "
                     "pictures and results were removed. You can begin again."
                 )
@@ -187,7 +183,7 @@ class Desk:
             visitor = self._queue.pop(0)
             asked, visitor.waiting = visitor.waiting, None
             visitor.acted, self._owner = now, visitor
-            visitor.tell("")
+            visitor.message = ""
             if asked is not None:
                 self.job.look(asked)
 
@@ -202,4 +198,3 @@ class Desk:
     def _remove_files(self, visitor: Visitor) -> None:
         shutil.rmtree(visitor.place, ignore_errors=True)
         visitor.picture = visitor.other = None
-        visitor.version += 1

@@ -268,7 +268,7 @@ def _chart(
         )
     described = ", ".join(f"{LINES[li['name']]} {li['last_value']:.3g}" for li in data["lines"])
     return (
-        f'<figure><figcaption>{title}</figcaption><svg viewBox="-36 -8 344 142" role="img" '
+        f'<figure><figcaption>{title}</figcaption><svg viewBox="-36 -8 344 150" role="img" '
         f'aria-label="{title}: {described}"><line class="axis" x1="0" y1="0" x2="0" y2="120"/>'
         f'<line class="axis" x1="0" y1="120" x2="300" y2="120"/>'
         f'<text x="-4" y="6" text-anchor="end">{data["high"]:.2g}</text>'

@@ -253,7 +253,7 @@ class _Page:
             try:
                 return action(visitor, *values)
             except BadInput as error:
-                visitor.tell(str(error))
+                visitor.message = str(error)
                 return [gr.skip() for _ in outputs] or None
 
         event(act, list(inputs), list(outputs), **QUIET)
@@ -265,17 +265,17 @@ class _Page:
         """Takes over what was uploaded; the field is empty again."""
         if file is not None:
             visitor.picture = self.desk.keep(visitor, Path(file))
-            visitor.tell("")
+            visitor.message = ""
 
     def take_other(self, visitor: Visitor, file: str | None) -> None:
         if file is not None:
             visitor.other = self.desk.keep(visitor, Path(file))
-            visitor.tell("")
+            visitor.message = ""
 
     def _takes(self, example: Example) -> Callable[[Visitor], list[str]]:
         def take(visitor: Visitor) -> list[str]:
             visitor.picture = self.desk.keep_copy(visitor, example.picture)
-            visitor.tell("")
+            visitor.message = ""
             return [example.name, EMBEDDED]
 
         return take
