@@ -21,6 +21,7 @@ from ..images import load_image
 from ..request import BadInput
 from .job import Asked, Job, View
 
+COOKIE = "fastsiu-visitor"  # has a visitor's key
 # Seconds without a sign of life after which a visitor counts as away. Browsers let a page in the
 # background give one a minute.
 GONE = 150.0

@@ -172,28 +172,22 @@ def _work(target: Callable[..., None], connection: Connection, *options: Any) ->
     target(connection, *options)
 
 
-def serve(connection: Connection, settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
-    """The worker process: imports what is heavy, and does what it is told."""
-    from . import work
-
-    work.serve(connection, settings, recipe)
-
-
 class Job:
     """The one job of a server. All methods return at once, and may be called from any thread.
 
     place:    a directory for its files, which nobody else uses
+    target:   what the worker process runs (`work.serve`, imported there): called with its end of a
+              pipe, `settings` and `recipe`
     settings: keywords of `settings.Settings`
     recipe:   fields of `request.Recipe`
-    target:   what the worker process runs; another one in tests
     """
 
     def __init__(
         self,
         place: Path,
+        target: Callable[..., None],
         settings: Mapping[str, Any] | None = None,
         recipe: Mapping[str, Any] | None = None,
-        target: Callable[..., None] = serve,
     ) -> None:
         self.place = place
         self._options = (dict(settings or {}), dict(recipe or {}))

@@ -15,9 +15,8 @@ import gradio as gr
 
 from ..request import KINDS, BadInput
 from . import html
-from .desk import Desk, Example, Visitor
+from .desk import COOKIE, Desk, Example, Visitor
 from .job import Asked, Phase, View
-from .server import COOKIE
 
 EVERY = 0.6  # seconds between two looks at the job
 EMBEDDED, OTHER = "embedded", "other"

@@ -18,19 +18,17 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.cookies import CookieError, SimpleCookie
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from ..request import BadInput
 from ..staging import Staging
+from .desk import COOKIE, Desk, Example
 from .job import ARCHIVE, RESULT, Job
 
-if TYPE_CHECKING:
-    from .desk import Desk, Example
-
-COOKIE = "fastsiu-visitor"
 LARGEST = "64mb"  # of an uploaded file
 # The page's own scripts are inline, and Gradio compiles templates.
 POLICY = (
@@ -100,9 +98,7 @@ def serve(
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         import uvicorn
 
-        from .desk import Desk
-
-        job = Job(place / "job", settings, recipe)
+        job = Job(place / "job", work, settings, recipe)
         try:
             desk = Desk(job, place / "visitors")
             offered = place / "examples"
@@ -122,6 +118,13 @@ def serve(
             server.run(sockets=[listener])
         finally:
             job.close()
+
+
+def work(connection: Connection, *options: Mapping[str, Any]) -> None:
+    """The worker process. What is heavy is imported there, and not by the server."""
+    from .work import serve
+
+    serve(connection, *options)
 
 
 def application(desk: Desk, examples: Sequence[Example]) -> Any:

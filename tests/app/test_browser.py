@@ -83,7 +83,7 @@ def test_the_whole_path_on_a_desktop(cast, tmp_path):
         stranger = chromium.new_context().request
         assert stranger.get(f"{server.address}/result/report.json").status == 404
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(60) == 0
+        assert server.process.wait(app_browser.PATIENCE) == 0
         assert server.left() == []
 
 

@@ -24,7 +24,7 @@ def until(job: Job, true: Callable[[View], bool], seconds: float = 60) -> View:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    job = Job(tmp_path_factory.mktemp("app") / "job", target=app_worker.serve)
+    job = Job(tmp_path_factory.mktemp("app") / "job", app_worker.serve)
     yield job
     job.close()
 
@@ -158,7 +158,7 @@ def test_questions_to_both_models(job, asked, tmp_path):
 
 
 def test_what_was_made_is_removed_when_it_begins_anew_and_at_the_end(tmp_path, asked):
-    job = Job(tmp_path / "job", target=app_worker.serve)
+    job = Job(tmp_path / "job", app_worker.serve)
     trained(job, asked())
     job.look(asked("Bo"))
     assert not (job.place / RESULT).exists()

@@ -109,7 +109,7 @@ def test_a_port_that_is_taken_is_told(capfd):
 @needs_gradio
 @pytest.mark.slow
 def test_an_end_leaves_nothing_and_a_kill_nothing_after_the_next_start(tmp_path):
-    from app_browser import QUICK, serving
+    from app_browser import PATIENCE, QUICK, serving
 
     with serving([*QUICK, "1"], tmp_path) as first:
         assert first.left()
@@ -121,7 +121,7 @@ def test_an_end_leaves_nothing_and_a_kill_nothing_after_the_next_start(tmp_path)
     with serving([*QUICK, "1"], tmp_path) as second:
         assert not killed[0].exists()
         second.process.send_signal(signal.SIGTERM)
-        assert second.process.wait(60) == 0
+        assert second.process.wait(PATIENCE) == 0
     assert second.left() == []
 
 

@@ -56,7 +56,7 @@ def serving(command: Sequence[str], place: Path | None = None) -> Iterator[Serve
     finally:
         if process.poll() is None:
             process.terminate()
-        process.wait(60)
+        process.wait(PATIENCE)
         process.stdout.close()
 
 

@@ -1,12 +1,34 @@
-"""The app with few steps: `python app_server.py STEPS`. It prints its address."""
+"""The app with few steps: `python app_server.py STEPS`. It prints its address.
+
+A connection to another machine, or the look-up of a name, ends the process at once.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from fastsiu.app import server
 from fastsiu.app.desk import Example
+
+
+HERE = (None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0")
+
+
+def stay(event: str, given: tuple[Any, ...]) -> None:
+    host: Any = None
+    if event == "socket.getaddrinfo":
+        host = given[0]
+    elif event in ("socket.connect", "socket.sendto") and isinstance(given[1], tuple):
+        host = given[1][0]
+    if (host.decode() if isinstance(host, bytes) else host) not in HERE:
+        os.write(2, f"the app would talk to {host}\n".encode())
+        os._exit(77)
+
+
+sys.addaudithook(stay)  # in the worker process as well, which runs this file under another name
 
 
 def examples(place: Path) -> list[Example]:

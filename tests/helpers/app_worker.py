@@ -1,4 +1,4 @@
-"""A worker process for the app that computes nothing: `Job(place, target=app_worker.serve)`.
+"""A worker process for the app that computes nothing: `Job(place, app_worker.serve)`.
 
 The concept's name says how it behaves: "unknown" is not named, "refused" cannot be used, "dies"
 ends the process, and "slow" never ends its training.
