@@ -245,7 +245,8 @@ class _Page:
         inputs: Sequence[Any] = (),
         outputs: Sequence[Any] = (),
     ) -> None:
-        """Does the action for the visitor when the event comes; what cannot be used is told."""
+        """Does the action for the visitor when the event comes; what cannot be used is told, and
+        the outputs are empty then."""
 
         def act(request: gr.Request, *values: Any) -> Any:
             visitor = self._visitor(request)
@@ -253,7 +254,7 @@ class _Page:
                 return action(visitor, *values)
             except BadInput as error:
                 visitor.message = str(error)
-                return [gr.skip() for _ in outputs] or None
+                return [None for _ in outputs] or None
 
         event(act, list(inputs), list(outputs), **QUIET)
 

@@ -178,10 +178,11 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-        if scope["type"] != "http" or not self._may(headers):
+        known = key_of(headers.get("cookie", ""))
+        acts = scope.get("method", "GET") not in ("GET", "HEAD")
+        if scope["type"] != "http" or not self._may(headers) or (acts and not known):
             await _refuse(scope, send)
             return
-        known = key_of(headers.get("cookie", ""))
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -217,7 +218,7 @@ async def _refuse(scope: Message, send: Any) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    text = b"This page answers the machine that it runs on, and no other site."
+    text = b"This page answers browsers of the machine that it runs on, with its own cookie."
     headers = [(b"content-type", b"text/plain")]
     await send({"type": "http.response.start", "status": 403, "headers": headers})
     await send({"type": "http.response.body", "body": text})

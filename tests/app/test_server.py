@@ -20,7 +20,7 @@ needs_gradio = pytest.mark.skipif(
 HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
-def answered(hosts=HOSTS, **headers):
+def answered(hosts=HOSTS, method="GET", **headers):
     """(status, headers) that the guard gives to a request with these headers."""
     sent = []
 
@@ -33,7 +33,7 @@ def answered(hosts=HOSTS, **headers):
 
     given = {"host": "127.0.0.1:7860", **headers}
     pairs = [(name.encode(), value.encode()) for name, value in given.items()]
-    scope = {"type": "http", "headers": pairs}
+    scope = {"type": "http", "method": method, "headers": pairs}
     asyncio.run(server.Guard(inner, hosts)(scope, None, send))
     found = [(k.decode(), v.decode()) for k, v in sent[0]["headers"]]
     return sent[0]["status"], found
@@ -75,6 +75,11 @@ def test_every_browser_gets_a_key_of_its_own_once():
     key = server.key_of(first)
     assert len(key) >= 32
     assert "set-cookie" not in dict(answered(cookie=f"a=b; {server.COOKIE}={key}")[1])
+
+
+def test_nobody_acts_without_a_key():
+    assert answered(method="POST")[0] == 403
+    assert answered(method="POST", cookie=f"{server.COOKIE}=abc")[0] == 200
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])

@@ -130,6 +130,7 @@ class Visit:
         """What axe finds wrong."""
         from axe_playwright_python.sync_playwright import Axe
 
+        self.page.wait_for_function("!document.querySelector('p.loading')")  # Gradio's own
         found = Axe().run(self.page).response["violations"]
         return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
 

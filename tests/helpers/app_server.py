@@ -13,7 +13,6 @@ from typing import Any
 from fastsiu.app import server
 from fastsiu.app.desk import Example
 
-
 HERE = (None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0")
 
 
