@@ -54,6 +54,7 @@ setup(
         "fastsiu.evaluate.deep",
         "fastsiu.compare",
         "fastsiu.report",
+        "fastsiu.app",
         "fastsiu.demo",
     ],
     package_dir={"fastsiu.kernels": "kernels"},

@@ -67,7 +67,13 @@ class Probe:
 
     def __call__(self) -> Look:
         """Looks at names and samples."""
-        share = slice(next(self._looks) % self.shares, None, self.shares)
+        return self._look(slice(next(self._looks) % self.shares, None, self.shares))
+
+    def whole(self) -> Look:
+        """Looks at all names and samples; whose turn it is in `__call__` stays as it is."""
+        return self._look(slice(None))
+
+    def _look(self, share: slice) -> Look:
         corpus = self.corpus
         members = sorted(i for group in corpus.groups().values() for i in group[share])
         samples, seen = [corpus.samples[i] for i in members], corpus.pictures

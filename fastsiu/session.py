@@ -17,7 +17,7 @@ from typing import Any
 from peft import LoraConfig
 
 from . import images, objectives, train
-from .look import Probe
+from .look import Look, Probe
 from .model import adapter, placement, sharing
 from .model.features import map_features
 from .model.vlm import VLM
@@ -32,6 +32,7 @@ from .transforms import variants
 # Temperature of the lessons that keep something. At 1 the tails drift; at 4 the KL looks so much at
 # the tails that fine looks and look-alikes suffer.
 KEPT_AT = 2.0
+LOOK_EVERY = 8  # steps between two looks for a listener
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Listener:
 
     stage:   gets the name of what begins now
     step:    gets one optimisation step, and how many there are at most
+    look:    gets the number of a step and what the model is like after it, every `LOOK_EVERY`
+             steps. A look takes time and changes nothing; None: none is taken
     note:    gets a sentence that should stay on the screen
     loading: entered while a model is loaded; gives whether transformers may draw its own bars
              (download, weights) on stderr
@@ -49,6 +52,7 @@ class Listener:
     step: Callable[[train.Step, int], None] = lambda step, ceiling: None
     note: Callable[[str], None] = lambda text: None
     loading: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(False)
+    look: Callable[[int, Look], None] | None = None
 
 
 @dataclass
@@ -141,10 +145,7 @@ def prepare(
     """
     placement.check_trains(loaded.placed)
     with adapter.teacher(loaded):
-        scene = Scene(
-            loaded, concept_of(request), recipe, [loaded.picture(picture)], others=list(others)
-        )
-        scene.kind = kinds.kind_of(loaded, scene.concept, scene.pictures[0], request.kind)
+        scene = introduce(loaded, request, recipe, picture, others)
         check_known(scene, request)
         if scene.kind.note:
             listener.note(scene.kind.note)
@@ -158,6 +159,18 @@ def prepare(
             with timed(seconds, "strangers"):
                 _add_lessons(prepared, listener)
     return prepared
+
+
+def introduce(
+    loaded: VLM, request: Request, recipe: Recipe, picture: Any, others: Sequence[Concept] = ()
+) -> Scene:
+    """The scene of a request before anything is gathered: the picture as the untouched model sees
+    it, and what kind of concept it shows."""
+    scene = Scene(
+        loaded, concept_of(request), recipe, [loaded.picture(picture)], others=list(others)
+    )
+    scene.kind = kinds.kind_of(loaded, scene.concept, scene.pictures[0], request.kind)
+    return scene
 
 
 def _add_lessons(prepared: Prepared, listener: Listener) -> None:
@@ -199,6 +212,13 @@ def learn(
     with timed(seconds, "train"):
         probe = Probe([one.scene for one in prepared], samples)
         on_step = lambda step: listener.step(step, recipe.steps)
+        shown = listener.look
+
+        def watch(step: int) -> bool:
+            if shown is not None and step % LOOK_EVERY == 0:
+                shown(step, probe.whole())
+            return False
+
         try:
             history = train.fit(
                 loaded,
@@ -208,6 +228,7 @@ def learn(
                 probe,
                 on_step,
                 say=listener.note,
+                watch=None if shown is None else watch,
                 lessons=taught,
                 gone=probe.gone,
             )
@@ -326,13 +347,19 @@ def _taught(
 def check_known(scene: Scene, request: Request) -> None:
     """Raises BadInput unless the untouched model names the concept in the picture: there would be
     nothing to forget."""
-    words = scene.words["who"]
-    said = scene.ask(words["train"] + words["held_out"], 0)
-    if not any(scene.concept.named_in(answer) for answer in said):
+    said = who_is_it(scene)
+    if not any(scene.concept.named_in(answer) for _, answer in said):
         raise BadInput(
-            f"The model does not name {request.concept} in {request.image} (it says {said[0]!r}): "
-            "give a picture and a name that it recognises."
+            f"The model does not name {request.concept} in {request.image} (it says "
+            f"{said[0][1]!r}): give a picture and a name that it recognises."
         )
+
+
+def who_is_it(scene: Scene) -> list[tuple[str, str]]:
+    """The questions who or what the picture shows, each with the model's answer."""
+    words = scene.words["who"]
+    questions = words["train"] + words["held_out"]
+    return list(zip(questions, scene.ask(questions, 0), strict=True))
 
 
 def gather(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.text import Text
@@ -22,6 +23,60 @@ LESSON_KINDS = {
 }
 
 
+class Piece(NamedTuple):
+    """A piece of an answer.
+
+    kept:   the KL covers it; False where the token mask leaves it to the cross-entropy
+    masked: it is a token of the name, which the vocabulary mask takes out of the KL
+    """
+
+    text: str
+    kept: bool = True
+    masked: bool = False
+
+
+class Explained(NamedTuple):
+    """A sample as a reader sees it.
+
+    about: its target, where its answer came from, and its picture
+    """
+
+    about: str
+    question: str
+    answer: list[Piece]
+
+
+def explained(scene: Scene, corpus: Corpus) -> Iterator[Explained]:
+    """Every sample of the four targets, its answer in pieces."""
+    for sample, turn, keep in zip(corpus.samples, corpus.turns, corpus.keep, strict=True):
+        where = "text" if sample.picture is None else f"picture {sample.picture}"
+        dreamed = (
+            scene.named[sample.picture]
+            if sample.picture is not None and sample.picture < len(scene.named)
+            else None
+        )
+        where += f": dream of {dreamed}" if dreamed else ""
+        where += "" if sample.closed else ", cut short: its end is not trained"
+        answer: list[Piece] = []
+        end = 0
+        named = [label in corpus.mask.masked for label in turn.labels.tolist()]
+        for start, stop, kept, masked in pieces(turn.offsets, keep.tolist(), named):
+            if end < start:
+                answer.append(Piece(visible(sample.answer[end:start])))
+            answer.append(Piece(visible(sample.answer[start:stop]) or "<end>", kept, masked))
+            end = max(end, stop)
+        yield Explained(f"{sample.facet}, {sample.origin}, {where}", sample.question, answer)
+
+
+def lesson_examples(lessons: Corpus | None) -> Iterator[tuple[str, int, list[tuple[str, str]]]]:
+    """Of each kind of lesson: what it is about, how many there are, some questions and answers."""
+    for kind, about in LESSON_KINDS.items():
+        own = [sample for sample in (lessons.samples if lessons else ()) if sample.facet == kind]
+        some = own[:: max(1, len(own) // LESSON_EXAMPLES)][:LESSON_EXAMPLES]
+        if own:
+            yield about, len(own), [(sample.question, sample.answer) for sample in some]
+
+
 def explanation(
     console: Console, scene: Scene, corpus: Corpus, lessons: Corpus | None = None
 ) -> None:
@@ -32,27 +87,14 @@ def explanation(
         "[token]: left to the cross-entropy (token mask). <token>: the name, out of the KL's "
         "vocabulary."
     )
-    for sample, turn, keep in zip(corpus.samples, corpus.turns, corpus.keep, strict=True):
-        where = "text" if sample.picture is None else f"picture {sample.picture}"
-        dreamed = (
-            scene.named[sample.picture]
-            if sample.picture is not None and sample.picture < len(scene.named)
-            else None
-        )
-        where += f": dream of {dreamed}" if dreamed else ""
-        where += "" if sample.closed else ", cut short: its end is not trained"
-        console.print(f"[{sample.facet}, {sample.origin}, {where}] {sample.question}")
+    for one in explained(scene, corpus):
+        console.print(f"[{one.about}] {one.question}")
         line = Text("    ")
-        end = 0
-        named = [label in corpus.mask.masked for label in turn.labels.tolist()]
-        for start, stop, kept, masked in pieces(turn.offsets, keep.tolist(), named):
+        for text, kept, masked in one.answer:
             # Brackets as well as styles: a file or a screen reader shows no styles.
-            line.append(visible(sample.answer[end:start]))
-            token = visible(sample.answer[start:stop]) or "<end>"
-            token = f"<{token}>" if masked else token
+            token = f"<{text}>" if masked else text
             style = ("" if kept else "reverse ") + ("underline" if masked else "")
             line.append(token if kept else f"[{token}]", style=style.strip() or None)
-            end = max(end, stop)
         console.print(line)
     if scene.left_out:
         console.print(
@@ -68,12 +110,10 @@ def explanation(
         )
     if corpus.mask.warning:
         console.print(corpus.mask.warning)
-    for kind, about in LESSON_KINDS.items():
-        own = [sample for sample in (lessons.samples if lessons else ()) if sample.facet == kind]
-        if own:
-            console.print(f"{len(own)} lessons {about}, such as:", soft_wrap=True)
-        for sample in own[:: max(1, len(own) // LESSON_EXAMPLES)][:LESSON_EXAMPLES]:
-            console.print(cell(f"    {sample.question} {sample.answer}"), soft_wrap=True)
+    for about, count, some in lesson_examples(lessons):
+        console.print(f"{count} lessons {about}, such as:", soft_wrap=True)
+        for question, answer in some:
+            console.print(cell(f"    {question} {answer}"), soft_wrap=True)
 
 
 def pieces(

@@ -48,6 +48,7 @@ FLOORS = (
     ("compare",),
     ("show",),
     ("show_samples", "show_joined", "show_deployed"),
+    ("app",),
     ("demo",),
     ("cli",),
     ("__main__",),

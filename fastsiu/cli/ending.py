@@ -12,16 +12,23 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import typer
 
-from .. import __version__
+from ..guards.failure import places
 from ..guards.terminal import streams
 from ..request import BadInput, NumericFailure, OutOfMemory
 from ..staging import disk_full
-from . import benchmarks, config, deployed, evidence, unlearning, upkeep  # noqa: F401  with their verbs
+from . import (  # noqa: F401  with their verbs
+    benchmarks,
+    browser,
+    config,
+    deployed,
+    evidence,
+    unlearning,
+    upkeep,
+)
 from .app import app, say
 
 
@@ -121,7 +128,7 @@ def _failed(error: BaseException, debug: bool) -> int:
     try:
         handle, path = tempfile.mkstemp(prefix="fastsiu-failure-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in _places(error))
+            file.writelines(f"{line}\n" for line in places(error))
         where = f"its functions and lines, with no value, are in {path}; "
     except OSError:
         where = "its functions and lines could not be written; "
@@ -131,13 +138,3 @@ def _failed(error: BaseException, debug: bool) -> int:
         soft_wrap=True,
     )
     return 3
-
-
-def _places(error: BaseException | None) -> Iterator[str]:
-    """Types of exceptions, modules, lines and functions: no path, no message, no value."""
-    yield f"fastsiu {__version__}, Python {sys.version_info.major}.{sys.version_info.minor}"
-    while error is not None:
-        yield type(error).__name__
-        for frame, line in traceback.walk_tb(error.__traceback__):
-            yield f"  {frame.f_globals.get('__name__', '?')}:{line} {frame.f_code.co_name}"
-        error = error.__cause__ or error.__context__

@@ -1,0 +1,94 @@
+"""The worker's commands on the embedded model: the same adapter as without the app."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from fastsiu.app.job import Asked
+from fastsiu.app.work import Work, _done
+from fastsiu.request import BadInput
+
+FEW = {"steps": 9, "lr": 3e-3, "dreams": 1, "dream_steps": 5, "strangers": 0, "neighbours": 1}
+RECIPE = {**FEW, "batch_size": 8, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def worked(cast, tmp_path_factory):
+    """Everything that the app does with the target, once."""
+    place, events = tmp_path_factory.mktemp("work"), []
+    work = Work(lambda kind, value: events.append((kind, value)), {"device": "cpu"}, RECIPE)
+    asked = Asked(cast.target, cast.image)
+    said, samples = work.look(asked), work.gather(asked)
+    result = work.train(asked, place / "result", place / "adapter.zip")
+    return SimpleNamespace(
+        work=work, asked=asked, place=place, events=events, said=said, samples=samples, **result
+    )
+
+
+@pytest.mark.slow
+def test_the_adapter_is_the_one_of_unlearn(worked, cast, demo_dir, tmp_path):
+    import calls
+
+    calls.unlearn(
+        cast.image, cast.target, model=demo_dir, device="cpu", output=tmp_path / "out", **RECIPE
+    )
+    adapter = "adapter_model.safetensors"
+    own, other = (place / adapter for place in (worked.place / "result", tmp_path / "out"))
+    assert own.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.slow
+def test_what_is_told_on_the_way(worked, cast):
+    assert all(named for _, _, named in worked.said)
+    assert worked.samples["count"] >= len(worked.samples["rows"]) > 20
+    masked = [text for _, _, answer in worked.samples["rows"] for text, _, name in answer if name]
+    assert masked
+    assert set("".join(masked).split()) <= set(cast.target.split())
+    looks = [value for kind, value in worked.events if kind == "look"]
+    assert [step for step, _, _ in looks] == [8]
+    steps = [value for kind, value in worked.events if kind == "step"]
+    assert steps[-1][0]["step"] == len(steps) == 9
+    assert steps[-1][1] == 9
+
+
+@pytest.mark.slow
+def test_another_process_answers_with_the_stored_adapter(worked, cast):
+    other = Work(lambda kind, value: None, {"device": "cpu"}, RECIPE)
+    place, question = worked.place / "result", "Who is this?"
+    for picture in (cast.image, None):
+        before, after = worked.work.ask(worked.asked, place, question, picture)
+        assert other.ask(worked.asked, place, question, picture) == (before, after)
+        if picture is not None:
+            assert cast.target in before
+
+
+@pytest.mark.slow
+def test_the_untouched_model_is_asked_after_a_training(worked, cast):
+    stranger = Asked(cast.stranger, cast.files["stranger"])
+    assert not any(named for _, _, named in worked.work.look(stranger))
+    assert all(named for _, _, named in worked.work.look(worked.asked))
+
+
+def test_what_cannot_be_used_is_a_sentence(tmp_path):
+    work = Work(lambda kind, value: None, {}, {})
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    asked = Asked("Ann", tmp_path / "a.png", model=str(tmp_path))
+    assert _done(work.look, (asked,)) == (
+        "refused",
+        f"{tmp_path} has no config.json: give the directory of a complete Hugging Face model.",
+    )
+    with pytest.raises(BadInput):
+        work.look(asked)
+
+
+def test_a_failure_of_our_own_is_told_without_its_values(capfd):
+    def fails():
+        raise KeyError("a private name")
+
+    kind, sentence = _done(fails, ())
+    assert kind == "refused"
+    assert "KeyError" in sentence
+    assert "private name" not in sentence + capfd.readouterr().err
