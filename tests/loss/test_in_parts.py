@@ -13,6 +13,7 @@ from head_ranks import CASES, F32, F64, D, N, V
 from fastsiu import TeacherCache, fused_dmk_ce, why_not
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.slow  # the ranks take half a minute
 SIZES = (1, 2, 4)
 
 
