@@ -148,33 +148,34 @@ def fused_dmk_ce(
     may hold anything, NaN too. Raises ValueError, one sentence, for anything that cannot be
     honoured.
     """
+    ranks = group_of(group, teacher)
 
-    def checked(V: int | None) -> tuple[Head, float]:
+    def checked() -> tuple[Head, float]:
         check_types(labels, teacher, ce_weight, kl_weight, alpha, beta)
         head, tau = settled_head(
             head_weight, teacher, head_bias, logit_scale, logit_softcap, temperature
         )
-        in_parts = group is not None
+        in_parts = ranks is not None
         check_head(hidden, head_weight, head.bias, head.scale, head.softcap, tau, in_parts)
         weights = dict(ce_weight=ce_weight, kl_weight=kl_weight)
-        check_rows(hidden, labels, ignore_index, weights, V)
+        check_rows(hidden, labels, ignore_index, weights, None if in_parts else len(head_weight))
         if teacher is not None:
             check_teacher(hidden, head_weight, teacher)
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction is {reduction!r}: choose 'mean', 'sum' or 'none'.")
         if reason := why_not(
             backend, hidden, head_weight, teacher, head_bias=head.bias, logit_softcap=head.softcap,
-            group=group,
+            group=ranks,
         ):  # fmt: skip
             raise ValueError(reason)
         return head, tau
 
-    group, seat = group_of(group, teacher), None
-    if group is None:
-        head, tau = checked(head_weight.shape[0] if isinstance(head_weight, Tensor) else None)
+    seat = None
+    if ranks is None:
+        head, tau = checked()
     else:
         settings = (reduction, return_parts, ignore_index)
-        (head, tau), seat = seat_of(group, checked, hidden, head_weight, labels, teacher, settings)
+        (head, tau), seat = seat_of(ranks, checked, hidden, head_weight, labels, teacher, settings)
         check_labels(labels, ignore_index, seat.part.V)
         backend = "tiled"
     alpha, beta = float(alpha), float(beta)

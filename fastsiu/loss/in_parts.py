@@ -37,7 +37,7 @@ def group_of(group: ProcessGroup | None, teacher: object) -> ProcessGroup | None
 
 def seat_of(
     group: ProcessGroup,
-    checked: Callable[[int | None], tuple[Head, float]],
+    checked: Callable[[], tuple[Head, float]],
     hidden: Tensor,
     head_weight: Tensor,
     labels: Tensor,
@@ -48,7 +48,7 @@ def seat_of(
     ValueError on all ranks where one of them cannot go on."""
 
     def check() -> tuple[Head, float]:
-        found = checked(None)
+        found = checked()
         if teacher is not None:
             _check_same_ranks(group, teacher)
         return found

@@ -13,6 +13,7 @@ from head_ranks import CASES, F32, F64, D, N, V
 from fastsiu import TeacherCache, fused_dmk_ce, why_not
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.slow  # the ranks take half a minute
 SIZES = (1, 2, 4)
 
 
@@ -215,12 +216,18 @@ def test_a_tensor_parallel_model_trains_as_one_process(size, train_head, found):
         torch.testing.assert_close(parameters, trained, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_lora_on_a_head_in_parts(size, found):
+def test_lora_on_a_head_in_parts(found):
     expected = ranks.adapted()
     assert len(expected) == 3
-    for one in found[size]:
+    for one in found[2]:
         torch.testing.assert_close(one["adapted"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tied_head_in_parts(found):
+    expected = ranks.tied()
+    assert "embed.weight" in expected and "lm_head.weight" not in expected
+    for one in found[2]:
+        torch.testing.assert_close(one["tied"], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
