@@ -296,7 +296,7 @@ def base_head_of(model: nn.Module) -> Head:
 
     Raises ValueError as `head_of` does.
     """
-    head = _head(model)
+    head: Any = _head(model)
     while type(head).__module__.startswith("peft."):
         head = getattr(head, "original_module", None) or head.base_layer
     return Head(*_linear(head))
