@@ -119,9 +119,18 @@ class UnlearningMixin(_Mixed):
     loss_is_scaled_for_ga = True  # by the counts of the whole step
 
     def __init__(
-        self, *args: Any, distillation: Distillation | None = None, **options: Any
+        self,
+        model: Any = None,
+        args: Any = None,
+        *rest: Any,
+        distillation: Distillation | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(*args, **options)
+        # Trap: LoRA on the head is used after the model's forward. DDP, where it looks for unused
+        # parameters, takes it for unused at the end of the forward, and fails.
+        if args is not None and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        super().__init__(model, args, *rest, **options)
         if not isinstance(self.model, PeftModel):
             raise BadInput(
                 "The teacher is the model with its adapters off, and this model has none: give a "
@@ -139,7 +148,8 @@ class UnlearningMixin(_Mixed):
         """The untouched model's statistics at every supervised position of the training data."""
         from torch.distributed.fsdp import FSDPModule
 
-        model, training = self.model, self.model.training
+        model: Any = self.model
+        training = model.training
         sharded = isinstance(model, FSDPModule)
         if self.is_fsdp_enabled and not sharded:
             model.to(self.args.device)
@@ -205,6 +215,7 @@ class UnlearningMixin(_Mixed):
         teacher, chosen = self._teacher, self.distillation
         assert teacher is not None
         rows, _, weights = self._supervised(model, inputs, teacher.index)
+        assert rows.teacher is not None  # there is an index
         weight, bias = head_of(model)
         cache = teacher.cache[rows.teacher]
         if not teacher.own_head:  # where the head is now: FSDP gathers it anew

@@ -91,15 +91,11 @@ def room(limit: int | None = None) -> dict[str, int]:
 
     limit: bytes of each accelerator; what is free on it when left out
     """
-    import psutil  # comes with accelerate
+    from accelerate.utils import get_max_memory  # comes with peft
 
-    here = {}
-    for device in accelerators():
-        free = limit
-        if free is None:
-            free = torch.accelerator.get_memory_info(device)[0]
-        here[device] = round(FREE * free)
-    return here | {"cpu": round(FREE * psutil.virtual_memory().available)}
+    free = get_max_memory()  # by number, and "cpu"
+    here = {device: free[i] if limit is None else limit for i, device in enumerate(accelerators())}
+    return {device: round(FREE * size) for device, size in (here | {"cpu": free["cpu"]}).items()}
 
 
 def stack(base: Any) -> tuple[nn.Module, str, nn.ModuleList]:
