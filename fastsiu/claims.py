@@ -302,6 +302,18 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def duration(seconds: float) -> str:
+    """In words, to two units."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    if hours < 1:
+        return f"{int(minutes)} min {int(seconds % 60)} s"
+    if days < 1:
+        return f"{int(hours)} h {int(minutes % 60)} min"
+    return f"{int(days)} d {int(hours % 24)} h"
+
+
 def files(place: Path) -> list[Path]:
     """All files of the shared work in an output directory; none that anything else has written."""
     folder = place / staging.JOIN

@@ -16,9 +16,9 @@ from ..model import vlm
 from ..request import BadInput
 from ..session import Listener
 from ..settings import ModelRef, RecipeChoice, Settings
-from . import suite
+from . import suite, suite_run
 from .suite_job import FORMAT, Job, SuiteOptions
-from .suite_run import Evaluated, job_of, one
+from .suite_run import Evaluated, job_of
 from .suite_table import SUITE, Outcome, begin, outcome_of, write_table
 
 SHAPE = {"concepts": [{"slug": str, "status": str}]}
@@ -138,7 +138,7 @@ class _Concepts:
         if self.loaded is None:
             self.loaded = self.job.load(listener)
         with vlm.threads(self.loaded):
-            one(self.loaded, self.job, subject, listener)
+            suite_run.one(self.loaded, self.job, subject, listener)
         return outcome_of(subject, outputs.read_report(self.job.output / slug)).status
 
     def reason(self, slug: str, error: BaseException) -> str:
