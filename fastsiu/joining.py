@@ -119,6 +119,9 @@ class _Worker:
         try:
             # another worker may have ended between the two looks
             settled = self._is_settled(key) or self._do(key, claim)
+        except BadInput:  # its output is there, and of something else
+            claim.release()
+            raise
         except (Exception, SystemExit):
             claim.abandon()  # another worker tries; `Pace.owners` is how often
             raise

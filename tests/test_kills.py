@@ -40,6 +40,7 @@ ALLOWED = (
     "untouched.json",
     "suite.json",
     "matrix.json",
+    "requests.json",
     "samples.jsonl",
     "compare.json",
     "compare.md",
