@@ -11,7 +11,6 @@ from .independent import Each
 from .joining import Forecast, Share
 from .show import cell
 
-
 FEW = 20  # requests, up to which reasons are shown; DIR/NUMBER/report.md has them for any number
 
 

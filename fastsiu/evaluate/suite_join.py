@@ -146,7 +146,8 @@ class _Concepts:
 
     def found(self, claims: Claims) -> tuple[dict[str, dict[str, Any]], dict[str, Outcome]]:
         """The reports of the concepts that are done, and those that failed, by slug."""
-        done, failed = {}, {}
+        done: dict[str, dict[str, Any]] = {}
+        failed: dict[str, Outcome] = {}
         for subject in self.job.given.subjects:
             if self.is_done(subject.slug):
                 done[subject.slug] = outputs.read_report(self.job.output / subject.slug)
