@@ -251,8 +251,7 @@ def check_line(recipe: Recipe) -> str:
     return (
         f"The count, beside the measured run of {took:.0f} s with 135M weights: "
         f"{flops(MEASURED, counted(recipe)) / 1e12:.0f} TFLOP, so {rate:.0f} GFLOP/s on 2 cores. "
-        "That run stopped early and its pictures have fewer tokens, so the count is above what was "
-        "done."
+        f"The count is for pictures of {IMAGE} tokens and all steps; that run may have had fewer."
     )
 
 
