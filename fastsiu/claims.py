@@ -178,8 +178,8 @@ class Claim:
     """
 
     def __init__(self, claims: Claims, unit: str, number: int, handle: int) -> None:
-        self.number, self.trouble = number, None
-        self.trouble: OSError | None
+        self.number = number
+        self.trouble: OSError | None = None
         self._claims, self._unit, self._handle = claims, unit, handle
         self._beats, self._ended = 0, threading.Event()
         self._thread: threading.Thread | None = None
@@ -200,7 +200,8 @@ class Claim:
     def beat(self) -> None:
         """Writes one heartbeat. Raises OSError."""
         self._beats += 1
-        os.pwrite(self._handle, f"{self._claims.owner} {self._beats:012d}\n".encode(), 0)
+        os.lseek(self._handle, 0, os.SEEK_SET)
+        os.write(self._handle, f"{self._claims.owner} {self._beats:012d}\n".encode())
         os.fsync(self._handle)
 
     @property
@@ -300,6 +301,18 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(record, dict) and {"unit", "seconds"} <= set(record):
             yield record
+
+
+def duration(seconds: float) -> str:
+    """In words, to two units."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    if hours < 1:
+        return f"{int(minutes)} min {int(seconds % 60)} s"
+    if days < 1:
+        return f"{int(hours)} h {int(minutes % 60)} min"
+    return f"{int(days)} d {int(hours % 24)} h"
 
 
 def files(place: Path) -> list[Path]:

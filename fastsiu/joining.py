@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .claims import Claim, ClaimLost, Claims, seconds_of, unit_of
+from .claims import Claim, ClaimLost, Claims, duration, seconds_of, unit_of
 from .request import BadInput, NumericFailure, OutOfMemory
 from .session import Listener
 from .settings import Settings
@@ -119,6 +119,9 @@ class _Worker:
         try:
             # another worker may have ended between the two looks
             settled = self._is_settled(key) or self._do(key, claim)
+        except BadInput:  # its output is there, and of something else
+            claim.release()
+            raise
         except (Exception, SystemExit):
             claim.abandon()  # another worker tries; `Pace.owners` is how often
             raise
@@ -277,18 +280,6 @@ def forecast(claims: Claims, keys: Sequence[str], units: Units, workers: int) ->
     failed = sum(claims.failure(key) is not None for key in keys if key not in there)
     took = [known[unit] for key in done if (unit := unit_of(key)) in known]
     return Forecast(len(keys), len(done), failed, workers, took)
-
-
-def duration(seconds: float) -> str:
-    """In words, to two units."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
-    if hours < 1:
-        return f"{int(minutes)} min {int(seconds % 60)} s"
-    if days < 1:
-        return f"{int(hours)} h {int(minutes % 60)} min"
-    return f"{int(days)} d {int(hours % 24)} h"
 
 
 # Which card ---------------------------------------------------------------------------------------

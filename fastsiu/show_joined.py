@@ -11,6 +11,8 @@ from .independent import Each
 from .joining import Forecast, Share
 from .show import cell
 
+FEW = 20  # requests, up to which reasons are shown; DIR/NUMBER/report.md has them for any number
+
 
 def requests_table(console: Console, each: Each) -> None:
     """What became of each request, where this worker has drawn the table; then what it did."""
@@ -21,7 +23,7 @@ def requests_table(console: Console, each: Each) -> None:
         for one in each.outcomes:
             table.add_row(str(one.line), cell(one.concept), one.status, one.output or "-")
         console.print(table)
-        for one in each.outcomes:
+        for one in each.outcomes if each.of <= FEW else ():
             for reason in one.reasons:
                 console.print(f"  line {one.line}: {reason}", soft_wrap=True)
         if each.resumed:

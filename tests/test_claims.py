@@ -312,3 +312,18 @@ def test_purge_tells_claims_that_beat_from_those_that_stopped(tmp_path):
         alive.abandon()
     assert [p.name for p in found.stopped] == [f"{claims.unit_of('b')}.0"] and dead.held
     assert [p.name for p in found.alive] == [f"{claims.unit_of('a')}.0"]
+
+
+def test_an_output_of_something_else_ends_the_worker_and_leaves_no_claim(tmp_path):
+    work, asked = Stub(tmp_path), []
+
+    def is_done(key):
+        asked.append(key)
+        if len(asked) > 2:
+            raise BadInput("It holds the result of another request.")
+        return False
+
+    work.is_done = is_done
+    with pytest.raises(BadInput, match="another request"):
+        joining.work_off(begin(tmp_path), UNITS[:1], work, Listener())
+    assert claims.at_work(tmp_path / "out") == []

@@ -42,6 +42,7 @@ ALLOWED = (
     "untouched.json",
     "suite.json",
     "matrix.json",
+    "requests.json",
     "samples.jsonl",
     "compare.json",
     "compare.md",

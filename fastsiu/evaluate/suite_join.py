@@ -16,9 +16,9 @@ from ..model import vlm
 from ..request import BadInput
 from ..session import Listener
 from ..settings import ModelRef, RecipeChoice, Settings
-from . import suite
+from . import suite, suite_run
 from .suite_job import FORMAT, Job, SuiteOptions
-from .suite_run import Evaluated, job_of, one, write_run
+from .suite_run import Evaluated, job_of, write_run
 from .suite_table import SUITE, Outcome, begin, outcome_of, write_table
 
 SHAPE = {"concepts": [{"slug": str, "status": str}]}
@@ -140,7 +140,7 @@ class _Concepts:
         if self.loaded is None:
             self.loaded = self.job.load(listener)
         with vlm.threads(self.loaded):
-            one(self.loaded, self.job, subject, listener)
+            suite_run.one(self.loaded, self.job, subject, listener)
         return outcome_of(subject, outputs.read_report(self.job.output / slug)).status
 
     def reason(self, slug: str, error: BaseException) -> str:
@@ -148,7 +148,8 @@ class _Concepts:
 
     def found(self, claims: Claims) -> tuple[dict[str, dict[str, Any]], dict[str, Outcome]]:
         """The reports of the concepts that are done, and those that failed, by slug."""
-        done, failed = {}, {}
+        done: dict[str, dict[str, Any]] = {}
+        failed: dict[str, Outcome] = {}
         for subject in self.job.given.subjects:
             if self.is_done(subject.slug):
                 done[subject.slug] = outputs.read_report(self.job.output / subject.slug)

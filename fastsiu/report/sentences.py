@@ -67,6 +67,8 @@ SENTENCES = (
     "All known names start with the same token, so the first token tells nothing.",
     "No gradient reaches the picture's features in this model.",
     "Not in # steps.",
+    "# workers stopped while they were at it, as a process killed for its memory does: run it "
+    "alone, with less memory.",
     "No picture could be made in which the untouched model recognises nobody: strangers count as 0 "
     "%.",
     "The untouched model told nothing of it in words that it does not say of others, so no fact "

@@ -471,6 +471,94 @@ def test_a_changed_byte_of_a_done_concept_is_told(stubbed, tmp_path):
     )
 
 
+# Runs on several machines -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def joined(small, stubbed):
+    """join_suite without a model, by so many workers: what each returned."""
+    import threading
+
+    from fastsiu.claims import Pace
+    from fastsiu.evaluate import suite_join
+
+    def call(output, workers, **options):
+        found: list[object] = []
+        options = {"limit": 1, "per_other": 1} | options
+        listener = options.pop("listener", None)
+
+        def work():
+            try:
+                found.append(
+                    suite_join.join_suite(
+                        small,
+                        suite_job.SuiteOptions(**options),
+                        settings=settings.Settings("cpu"),
+                        output=output,
+                        pace=Pace(beat=0.05, patience=1.0, pause=0.02),
+                        listener=listener,
+                    )
+                )
+            except BaseException as error:
+                found.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(workers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
+    return call
+
+
+def test_workers_that_joined_do_each_concept_once_and_one_draws_the_table(
+    joined, stubbed, tmp_path
+):
+    notes, call, _ = stubbed
+    ended = joined(tmp_path / "o", 3)
+    assert not [e for e in ended if isinstance(e, BaseException)], ended
+    assert sorted(notes) == ["a", "b", "c"] and [e.exit_code for e in ended] == [0, 0, 0]
+    assert sum(e.share.drew for e in ended) == 1
+    alone = call(tmp_path / "alone", 1)[0]
+    table = json.loads((tmp_path / "o" / "suite.json").read_text())
+    assert table == alone.report
+    # what is done counts, for whoever joins and for a run by itself
+    assert joined(tmp_path / "o", 1)[0].share.did == []
+    assert call(tmp_path / "o", 1)[0].resumed == 3 and len(notes) == 6
+    assert joined(tmp_path / "alone", 1)[0].share.did == []
+
+
+def test_a_failure_is_tried_once_by_all_who_joined(joined, stubbed, tmp_path):
+    notes, _, fails = stubbed
+    fails["slug"] = "b"
+    ended = joined(tmp_path / "o", 3)
+    assert sorted(notes) == ["a", "b", "c"]
+    assert sorted(e.exit_code for e in ended) == [0, 0, 1]  # the verdict is the table's
+    stored = json.loads((tmp_path / "o" / "suite.json").read_text())["concepts"]
+    assert [one["status"] for one in stored] == ["untouched", "failed", "untouched"]
+    fails.clear()
+    assert joined(tmp_path / "o", 1)[0].share.did == ["b"]
+    stored = json.loads((tmp_path / "o" / "suite.json").read_text())["concepts"]
+    assert [one["status"] for one in stored] == ["untouched"] * 3
+
+
+def test_joining_with_other_options_is_refused_and_a_dry_run_counts(
+    joined, small, tmp_path, capsys
+):
+    from fastsiu.cli import run
+
+    joined(tmp_path / "o", 1)
+    error = joined(tmp_path / "o", 1, max_new_tokens=5)[0]
+    assert isinstance(error, BadInput) and "other options" in str(error)
+    assert "give --output DIR" in str(joined(None, 1)[0])
+    command = ["suite", str(small), "--limit", "1", "--per-other", "1"]
+    assert run([*command, "--output", str(tmp_path / "o"), "--dry-run"]) == 0
+    assert "3 of 3 are done, 0 failed, 0 are left" in capsys.readouterr().out
+    assert run([*command, "--join", "--processes", "2"]) == 2
+    assert "start the command with --join" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_second_run_of_the_same_requests_is_told_before_it_trains(cast, tmp_path, monkeypatch):
     from contextlib import nullcontext
     from types import SimpleNamespace
