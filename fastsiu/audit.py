@@ -266,7 +266,7 @@ class Promise:
             return cls()
         sealed = adapter_files.manifest_of(directory)
         adapter_files.check_files(directory, sealed)
-        path, told = directory / outputs.REPORT, {}
+        path, told = directory / outputs.REPORT, dict[str, Any]()
         if path.is_file():
             told = dict(
                 read_json(path, what=str(path), remedy="restore it or remove it", shape=SHAPE)

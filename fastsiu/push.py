@@ -146,7 +146,8 @@ def collect(directory: Path, *, names: bool) -> dict[str, Path | bytes]:
     if edited:
         files[card.NAME] = directory / card.NAME
     else:
-        told = list(shown.values()) or [{"caveats": []} | ({} if names else {"redacted": True})]
+        bare: dict[str, Any] = {} if names else {"redacted": True}
+        told = list(shown.values()) or [bare]  # of a merge that nothing was asked of
         files[card.NAME] = _text(card.render_card(told, base, merged=merged))
     files[MANIFEST] = _json(_resealed(sealed, files, base))
     return files
@@ -273,7 +274,7 @@ def _send(hub: Hub, files: Mapping[str, Path | bytes]) -> tuple[str, str, bool]:
         raise BadInput(
             f"The hub at {where} refuses the push ({first_line(error)}): nothing was committed."
         ) from error
-    except (OSError, *licence.UNREACHED) as error:
+    except licence.UNREACHED as error:
         raise BadInput(
             f"The hub at {where} cannot be reached ({first_line(error)}): nothing was committed; "
             "check the network and --endpoint."

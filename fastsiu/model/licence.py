@@ -16,12 +16,15 @@ from .faults import first_line
 LEGAL = re.compile(r"(licen[cs]e|notice|use[_-]?policy|acceptable[_-]?use|copying)", re.IGNORECASE)
 TERMS = ("license", "license_name", "license_link")  # of a model card
 CARD = "README.md"
-# What the hub's client raises where nobody answers. It is httpx in some releases, httpx2 in others;
-# what the hub answers is an OSError.
-UNREACHED = tuple(
-    client.HTTPError
-    for name in ("httpx", "httpx2")
-    if (client := getattr(hf_api, name, None)) is not None
+# What is raised where the hub does not answer or refuses. Its client is httpx in some releases and
+# httpx2 in others.
+UNREACHED: tuple[type[Exception], ...] = (
+    OSError,
+    *(
+        client.HTTPError
+        for name in ("httpx", "httpx2")
+        if (client := getattr(hf_api, name, None)) is not None
+    ),
 )
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
 
@@ -73,7 +76,7 @@ def terms_of_hub(name: str, revision: str | None) -> Terms:
         place = lambda file: Path(api.hf_hub_download(name, file, revision=revision))
         files = [place(file) for file in listed if "/" not in file and is_legal(file)]
         return Terms(files, _card(place(CARD)) if CARD in listed else {})
-    except (OSError, ValueError, *UNREACHED) as error:
+    except UNREACHED as error:
         return Terms(
             [],
             terms_in_cache(name, revision),

@@ -81,6 +81,9 @@ def metadata(
         tags.append("lora")
     if base.place is not None:
         tags.append(f"base_model:{relation}:{base.place}")
+    more: dict[str, Any] = dict(base.terms)
+    if base.place is not None:
+        more["base_model_relation"] = relation
     data = ModelCardData(
         base_model=base.place,
         library_name="transformers" if merged else "peft",
@@ -88,8 +91,7 @@ def metadata(
         tags=sorted(tags),
         model_name=(title or "fastsiu-result") if results else None,
         eval_results=results or None,
-        **{key: base.terms.get(key) for key in ("license", "license_name", "license_link")},
-        **({"base_model_relation": relation} if base.place is not None else {}),
+        **more,
     )
     return str(data.to_yaml()).strip()
 
