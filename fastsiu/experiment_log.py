@@ -105,11 +105,11 @@ def _tensorboard(name: str) -> tuple[Write, Callable[[], None]]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise _missing("tensorboard", error) from error
-    writer = SummaryWriter(log_dir=os.path.join("runs", name))  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(log_dir=os.path.join("runs", name))
 
     def write(values: dict[str, float], step: int) -> None:
         for key, value in values.items():
-            writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+            writer.add_scalar(key, value, step)
 
     return write, writer.close
 

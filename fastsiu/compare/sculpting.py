@@ -62,7 +62,8 @@ def put_on(vlm: VLM, anchor: dict[str, Tensor], k: float = K) -> Iterator[None]:
     try:
         with torch.no_grad():
             for name, layer in _layers(vlm):
-                weight, change = layer.get_base_layer().weight, _change(layer)
+                weight = layer.get_base_layer().get_parameter("weight")
+                change = _change(layer)
                 before.append((weight, weight.detach().clone()))
                 less = sculpted(change, anchor[name].to(change), k) - change
                 weight.add_(less.to(weight.dtype))
