@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 import app_browser  # noqa: E402
 
-COLOURS = 64  # of a picture's palette, which keeps it small
+COLOURS = 128  # of a picture's palette, which keeps it small
 DESKTOP = {"viewport": {"width": 1280, "height": 860}}
 PHONE = {"viewport": {"width": 390, "height": 844}}
 HIDE = ".scrolled { max-height: 190px !important; } #bar { position: static !important; }"

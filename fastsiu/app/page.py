@@ -18,7 +18,7 @@ from . import html
 from .desk import COOKIE, Desk, Example, Visitor
 from .job import Asked, Phase, View
 
-EVERY = 0.6  # seconds between two looks at the job
+EVERY = 1.0  # seconds between two looks at the job
 EMBEDDED, OTHER = "embedded", "other"
 ANY_KIND = "any"
 HERE = Path(__file__).parent

@@ -117,14 +117,15 @@ def test_stop_reload_and_queue_on_a_phone(cast, tmp_path):
         second.wait("1 person is before you")
         fine(second)
 
+        bar = first.page.locator("#bar")
         first.press("Stop")
+        bar.wait_for(state="hidden")
         first.wait("Stopped. Nothing of it was kept")
-        assert first.page.locator("#bar").is_hidden()
         assert not list(server.place.rglob("adapter_model.safetensors"))
         first.press("Start the training")
-        first.wait("Stop")
+        bar.wait_for()
         first.press("Stop")
-        first.wait("Stopped. Nothing of it was kept")
+        bar.wait_for(state="hidden")
         first.press("Remove all of this and start over")
         second.wait(f"The model knows {cast.target}.")
         assert first.page.get_by_text("The model knows").count() == 0

@@ -117,7 +117,7 @@ def test_a_stop_ends_the_process_and_leaves_nothing(job, asked):
 
 
 def test_after_a_stop_it_can_begin_again(job, asked):
-    job.look(asked("slow"))
+    job.look(asked("endless"))
     job.stop()
     assert job.view.phase is Phase.EMPTY
     assert trained(job, asked()).result is not None
@@ -133,7 +133,7 @@ def test_a_process_that_dies_is_told_and_replaced(job, asked):
 
 
 def test_only_one_thing_goes_on(job, asked):
-    job.look(asked("slow"))
+    job.look(asked("endless"))
     with pytest.raises(BadInput, match="stop it"):
         job.look(asked())
     with pytest.raises(BadInput, match="goes on"):

@@ -6,6 +6,7 @@ A connection to another machine, or the look-up of a name, ends the process at o
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,29 @@ from fastsiu.app import server
 from fastsiu.app.desk import Example
 
 HERE = (None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0")
+resolve, connect = socket.getaddrinfo, socket.socket.connect
 
 
-def stay(event: str, given: tuple[Any, ...]) -> None:
-    host: Any = None
-    if event == "socket.getaddrinfo":
-        host = given[0]
-    elif event in ("socket.connect", "socket.sendto") and isinstance(given[1], tuple):
-        host = given[1][0]
+def stay(host: Any) -> None:
     if (host.decode() if isinstance(host, bytes) else host) not in HERE:
         os.write(2, f"the app would talk to {host}\n".encode())
         os._exit(77)
 
 
-sys.addaudithook(stay)  # in the worker process as well, which runs this file under another name
+def resolving(host: Any, *rest: Any, **options: Any) -> Any:
+    stay(host)
+    return resolve(host, *rest, **options)
+
+
+def connecting(own: socket.socket, address: Any) -> None:
+    if isinstance(address, tuple):
+        stay(address[0])
+    connect(own, address)
+
+
+# In the worker process as well, which runs this file under another name.
+socket.getaddrinfo = resolving
+socket.socket.connect = connecting  # type: ignore[method-assign]
 
 
 def examples(place: Path) -> list[Example]:

@@ -1,7 +1,7 @@
 """A worker process for the app that computes nothing: `Job(place, app_worker.serve)`.
 
 The concept's name says how it behaves: "unknown" is not named, "refused" cannot be used, "dies"
-ends the process, and "slow" never ends its training.
+ends the process, "slow" never ends its training, and "endless" not even its first question.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def serve(connection: Connection, settings: Mapping[str, Any], recipe: Mapping[s
 
 def look(connection: Connection, asked: Any) -> list[tuple[str, str, bool]]:
     connection.send(("stage", "Asking"))
+    while asked.concept == "endless":
+        time.sleep(1)
     name = "a stranger" if asked.concept == "unknown" else asked.concept
     return [("Who is this?", f"This is {name}.", name == asked.concept)]
 
