@@ -96,7 +96,7 @@ SUMS = {
     "rdna": (Blocks(16, 128, 64, 4, 2), Blocks(64, 64, 64, 8, 2)),
     # no matrix instructions: fp32 must not become TF32, and `tiled` should be faster
     "fp32": (Blocks(16, 32, 16, 8, 2),),
-    "fp32 hopper": (Blocks(16, 32, 32, 4, 2),),
+    "fp32 hopper": (Blocks(16, 32, 16, 8, 2),),
     "interpreter": (Blocks(16, 64, 64, 1, 1),),
 }
 PRODUCT = {

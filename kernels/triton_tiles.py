@@ -62,9 +62,7 @@ def times_head(x_rows, W_rows, row, column, offs_d, D, stride_xd, stride_wd, ACC
 def step(x_rows, W_ptr, row, offs_v, offs_d, V, D, stride_xd, stride_wv, stride_wd):
     """x [BLOCK_N, BLOCK_D] and W^T [BLOCK_D, BLOCK_V] of one step"""
     column, unit = offs_v < V, offs_d < D
-    x = tl.load(
-        x_rows + offs_d[None, :] * stride_xd, mask=row[:, None] & unit[None, :], other=0.0
-    )
+    x = tl.load(x_rows + offs_d[None, :] * stride_xd, mask=row[:, None] & unit[None, :], other=0.0)
     at = W_ptr + offs_v.to(tl.int64)[None, :] * stride_wv + offs_d[:, None] * stride_wd
     return x, tl.load(at, mask=unit[:, None] & column[None, :], other=0.0)
 
