@@ -62,8 +62,7 @@ POINTERS = (
     dict.fromkeys(
         "bias_ptr bias_t_ptr start_ptr shift_ptr new_shift_ptr m_ptr part_ptr reached_ptr "
         "factor_ptr product_ptr u_ptr w_ptr C_ptr unit_ptr db_ptr ce_weight_ptr kl_weight_ptr "
-        "ce_number_ptr kl_number_ptr g_ptr z_ptr dz_ptr drift_ptr m_rest_ptr rows_ptr ce_ptr "
-        "kl_ptr H_ptr dh_ptr".split(),
+        "ce_number_ptr kl_number_ptr g_ptr z_ptr m_rest_ptr found_ptr dh_ptr".split(),
         "fp32",
     )
     | dict.fromkeys(
@@ -91,7 +90,10 @@ VARIANTS = {
     "gradient": PLAIN | dict(HAS_BIAS=False, HAS_SOFTCAP=False),
     "everything": PLAIN
     | dict(ENTROPY_0=True, COLUMNS_1=2, TAU_1=2.0, PRODUCT_1=True, HAS_BIAS=True, HAS_SOFTCAP=True),
+    # the gradient with one loop over the steps of all tiles, where the GPU may gain by it
+    "flat": PLAIN | dict(HAS_BIAS=False, HAS_SOFTCAP=False),
 }
+FLAT = {("sm_90", "bf16", 64)}  # target, dtype and rows of a block
 # The general path: a softcap with a frozen head that both share, and a training head beside a
 # teacher with its own.
 FORWARD = dict(SCALE=1.0, SOFTCAP=30.0, NEAR=0.3)
@@ -178,9 +180,12 @@ def jobs(target: str):
             for variant, flags in VARIANTS.items():
                 if variant == "everything" and b.BLOCK_N > heaviest(target):
                     continue
+                flat = variant == "flat"
+                if flat and (target, dtype, b.BLOCK_N) not in FLAT:
+                    continue
                 widest = (variant, b) == ("gradient", sums_rows[-1])
                 for layout in layouts(target, dtype, widest):
-                    made = given | flags | dict(TMA=layout == DESCRIBED)
+                    made = given | flags | dict(TMA=layout == DESCRIBED, FLAT=flat)
                     types = {}
                     if dtype == "bf16":  # with a teacher
                         made |= dict(JUMP=0.0, P_SCALE=2.0**15)
@@ -258,16 +263,16 @@ def row_jobs(dtype: str):
          dict(p_ptr="fp64")),
         ("finish", "tau", 8, triton_rows.finish_kernel, finish | dict(TAU=2.0, APART=False),
          dict(p_ptr="fp64")),
-        ("epilogue", "", 8, triton_vendor.epilogue_kernel,
-         FORWARD | dict(FIRST=False, COLUMNS=2, TAU=2.0, ENTROPY=True, PRODUCT=True, JUMP=0.0,
-                        P_SCALE=2.0**15, HAS_BIAS=True, HAS_SOFTCAP=False, HELD=32, ROUND=False,
-                        BLOCK=2048, BLOCK_D=1024), dict(p_ptr="fp16")),
-        ("settle", "", 4, triton_pairs.settle_kernel,
-         settle | dict(APART=True, HELD=1, SPLITS=256), {}),
-        ("gather", "", 4, triton_pairs.gather_kernel, gather, {}),
     ]  # fmt: skip
-    if dtype == "fp32":
+    if dtype == "fp32":  # these take the same types with any dtype
         made += [
+            ("epilogue", "", 8, triton_vendor.epilogue_kernel,
+             FORWARD | dict(FIRST=False, COLUMNS=2, TAU=2.0, ENTROPY=True, PRODUCT=True, JUMP=0.0,
+                            P_SCALE=2.0**15, HAS_BIAS=True, HAS_SOFTCAP=False, HELD=32,
+                            ROUND=False, BLOCK=2048, BLOCK_D=1024), dict(p_ptr="fp16")),
+            ("settle", "", 4, triton_pairs.settle_kernel,
+             settle | dict(APART=True, HELD=1, SPLITS=256), {}),
+            ("gather", "", 4, triton_pairs.gather_kernel, gather, {}),
             ("weights", "", 4, triton_rows.weights_kernel,
              weights | dict(TEACHER=True, HAS_G=True, UNIT=True, BLOCK=1024), {}),
             ("fold", "", 4, triton_pairs.fold_kernel, dict(FIRST=False, BLOCK_N=16, BLOCK=128), {}),
@@ -314,8 +319,9 @@ DOT = re.compile(r"ttng\.warp_group_dot |ttng\.tc_gen5_mma |= tt\.dot ")
 
 
 def pipeline(ir: str) -> dict:
-    """Of the innermost loops with a matrix product: smallest wait of asynchronous copies and of
-    wgmma, copies issued, allocations from registers; and the fewest buffers of a ring."""
+    """Of the innermost loops with a matrix product (one without may be inside): smallest wait of
+    asynchronous copies and of wgmma, copies issued, allocations from registers; and the fewest
+    buffers of a ring."""
     lines, loops, open_ = ir.splitlines(), [], []
     for i, line in enumerate(lines):
         indent = len(line) - len(line.lstrip())
@@ -324,7 +330,8 @@ def pipeline(ir: str) -> dict:
         elif open_ and indent == open_[-1][0] and line.lstrip().startswith("}"):
             _, start = open_.pop()
             loops.append("\n".join(lines[start : i + 1]))
-    inner = [x for x in loops if DOT.search(x) and x.count("scf.for") == 1]
+    loops = [x for x in loops if DOT.search(x)]
+    inner = [x for x in loops if not any(y in x and y is not x for y in loops)]
     if not inner:
         return {}
     each = lambda pattern: [list(map(int, re.findall(pattern, x))) for x in inner]

@@ -6,6 +6,9 @@ chunk of columns more costs two.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,62 @@ from .tiled import Head, Teacher
 from .triton_rows import Weights, factors, finish_kernel, prepare_kernel
 from .triton_sweep import Channel, dtypes, on, operands_of, power_of_2, up, visit
 from .triton_tiles import ALL, DROPPED, KEPT
+
+
+class Constants(NamedTuple):
+    """What the kernels of single rows are launched with, for one set of options.
+
+    channels         of `visit`
+    HELD             room for a row's held-out columns
+    blocks           of D
+    prepare, finish  constants of the two kernels
+    """
+
+    channels: tuple[Channel, ...]
+    HELD: int
+    blocks: int
+    prepare: dict[str, Any]
+    finish: dict[str, Any]
+
+
+@lru_cache(maxsize=256)
+def _constants(
+    D: int,
+    acc: torch.dtype,
+    interpreted: bool,
+    head: tuple[float, float | None, bool],
+    teacher: tuple[int, float, bool, bool] | None,
+    ignored: int,
+    gradient: bool,
+    entropy: bool,
+) -> Constants:
+    """Made once for each set of arguments.
+
+    head     scale, softcap, and whether there is a bias
+    teacher  the number of its top columns, its temperature, whether C is exactly 1, and whether
+             the softmax of the KL leaves out the columns that are not kept
+    """
+    scale, softcap, has_bias = head
+    K, tau, whole, masked = teacher or (0, 1.0, False, False)
+    # without a softcap the channel of CE at temperature 1 is that of the KL as well
+    columns = KEPT.value if masked else ALL.value
+    channels: tuple[Channel, ...] = (Channel(ALL.value if tau != 1 else columns, 1.0, entropy),)
+    if tau != 1:
+        channels += (Channel(columns, tau, False),)
+    elif masked:
+        channels += (Channel(DROPPED.value, 1.0, entropy),)
+    HELD, BLOCK_D = power_of_2(K + 1), min(256, power_of_2(D))
+    shared: dict[str, Any] = dict(
+        SCALE=scale, SOFTCAP=1.0 if softcap is None else softcap, HAS_SOFTCAP=softcap is not None,
+        IGNORED=ignored, TEACHER=teacher is not None, STILL=whole, MASKED=masked,
+        CHANNELS=len(channels), K=K, HELD=HELD, BLOCK_D=BLOCK_D, num_warps=8,
+    )  # fmt: skip
+    prepare = shared | dict(
+        NEAR=0.03 if acc == torch.float64 else 0.3, TAU_1=tau, CLEAN=False, HAS_BIAS=has_bias,
+        ACC=operands_of(interpreted, acc)[0],
+    )  # fmt: skip
+    finish = shared | dict(TAU=tau, ENTROPY=entropy, GRADIENT=gradient, APART=masked and tau == 1)
+    return Constants(channels, HELD, up(D, BLOCK_D) if gradient else 1, prepare, finish)
 
 
 def frozen(
@@ -25,8 +84,8 @@ def frozen(
     gradient: bool,
     entropy: bool,
     vendor: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """u CE + w KL, CE, KL and entropy of the rows, [N], and d(sum u CE + w KL)/dh [N, D] if
+) -> tuple[Tensor, Tensor | None]:
+    """[4, N]: u CE + w KL, CE, KL and entropy of the rows; and d(sum u CE + w KL)/dh [N, D] if
     `gradient`; fp32 (fp64 for fp64).
 
     `tiled.shared` with the weights of the rows: one frozen head of student and teacher, without a
@@ -36,57 +95,45 @@ def frozen(
     """
     (N, D), device, W = h.shape, h.device, head.weight
     acc = dtypes(h, W)[1]
-    rows, ce, kl, H = h.new_empty((4, N), dtype=acc).unbind(0)
+    made = h.new_empty((4, N), dtype=acc)
     dh = h.new_empty((N, D), dtype=acc) if gradient else None
     if N == 0:
-        return rows, ce, kl, H, dh
-    labels = labels.contiguous()
-    taught, tau = teacher is not None, 1.0 if teacher is None else teacher.tau
-    mask = None if teacher is None or not teacher.renormalize else teacher.keep
-    # without a softcap the channel of CE at temperature 1 is that of the KL as well
-    columns = ALL if mask is None else KEPT
-    channels = [Channel(ALL if tau != 1 else columns, 1.0, entropy)]
-    if tau != 1:
-        channels.append(Channel(columns, tau, False))
-    elif mask is not None:
-        channels.append(Channel(DROPPED, 1.0, entropy))
-    K = 0 if teacher is None else teacher.top.shape[1]
-    HELD, BLOCK_D = power_of_2(K + 1), min(256, power_of_2(D))
-    held = h.new_empty((N, HELD), dtype=torch.int32)
-    z, dz = h.new_empty((2, N, HELD), dtype=acc).unbind(0)
-    start, still = h.new_empty((len(channels) + 1, N), dtype=acc), h.new_empty(N, dtype=torch.int8)
-    drift = start[-1]
+        return made, dh
+    labels, t = labels.contiguous(), teacher
+    mask: Tensor | None = None
+    given: tuple[int, float, bool, bool] | None = None
+    hidden, m, top, p, C, lse = h, h, labels, h, h, h
+    if t is not None:
+        hidden, m, top, p, C, lse = (
+            x.contiguous() for x in (t.hidden, t.m, t.top, t.p, t.C, t.lse)
+        )
+        mask = t.keep if t.renormalize else None
+        given = top.shape[1], t.tau, t.whole, mask is not None
+    fixed = _constants(
+        D, acc, device.type == "cpu", (head.scale, head.softcap, head.bias is not None), given,
+        weights.ignore_index, gradient, entropy,
+    )  # fmt: skip
+    held = h.new_empty((N, fixed.HELD), dtype=torch.int32)
+    z = h.new_empty((2, N, fixed.HELD), dtype=acc)
+    start = h.new_empty((len(fixed.channels) + 1, N), dtype=acc)
+    still = h.new_empty(N, dtype=torch.int8)
     bias = h if head.bias is None else head.bias.contiguous()
     keep = h if mask is None else mask.contiguous().view(torch.int8)
-    hidden, m, top, p, C, lse = (
-        [h, h, labels, h, h, h] if teacher is None else
-        [x.contiguous() for x in (
-            teacher.hidden, teacher.m, teacher.top, teacher.p, teacher.C, teacher.lse)]
-    )  # fmt: skip
-    wide = operands_of(device.type == "cpu", acc)[0]
-    shared = dict(
-        SCALE=head.scale, SOFTCAP=1.0 if head.softcap is None else head.softcap,
-        HAS_SOFTCAP=head.softcap is not None, IGNORED=weights.ignore_index, TEACHER=taught,
-        STILL=teacher is not None and teacher.whole, MASKED=mask is not None,
-        CHANNELS=len(channels), K=K, HELD=HELD, BLOCK_D=BLOCK_D, num_warps=8,
-    )  # fmt: skip
+    strides = W.stride()
     with on(device):
-        u, w, _ = factors(labels, weights, None if teacher is None else C, acc)
+        factor = factors(labels, weights, None if t is None else C, acc)
         prepare_kernel[(N,)](
-            h, W, bias, keep, labels, hidden, m, top, p, held, start, z, dz, drift, still,
-            u, w, h, N, D, *h.stride(), *W.stride(), hidden.stride(0),
-            NEAR=0.03 if acc == torch.float64 else 0.3, TAU_1=tau, CLEAN=False,
-            HAS_BIAS=head.bias is not None, ACC=wide, **shared,
+            h, W, bias, keep, labels, hidden, m, top, p, held, start, z, still,
+            factor, h, N, D, *h.stride(), *strides, hidden.stride(0), **fixed.prepare,
         )  # fmt: skip
         go = triton_vendor.visit if vendor else visit
-        found = go(h, head, held, start, mask, channels, product=gradient, fine=taught)
+        found = go(h, head, held, start, mask, fixed.channels, product=gradient, fine=t is not None)
         splits, parts = found.m.shape[1], h if found.parts is None else found.parts
-        finish_kernel[(N, up(D, BLOCK_D) if gradient else 1)](
-            W, keep, labels, top, p, m, C, lse, z, dz, drift, still, u, w,
+        finish_kernel[(N, fixed.blocks)](
+            W, keep, labels, top, p, m, C, lse, z, start, still, factor,
             found.m, found.total, found.entropy, parts, found.reached,
-            rows, ce, kl, H, h if dh is None else dh,
-            N, D, splits, found.reached.shape[1], *W.stride(),
-            TAU=tau, P_SCALE=found.scale, ENTROPY=entropy, GRADIENT=gradient,
-            APART=mask is not None and tau == 1, SPLITS=power_of_2(splits), **shared,
+            made, h if dh is None else dh,
+            N, D, splits, found.reached.shape[1], *strides,
+            P_SCALE=found.scale, SPLITS=power_of_2(splits), **fixed.finish,
         )  # fmt: skip
-    return rows, ce, kl, H, dh
+    return made, dh

@@ -8,6 +8,7 @@ costs 2 or 3. The kernels are in triton_pairs.py and triton_rows.py.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -57,33 +58,27 @@ def forward(
     gradient: bool,
     trains: bool,
     entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Settled]:
-    """u CE + w KL, CE, KL and entropy of the rows, [N]; d(sum u CE + w KL)/dh [N, D] if `gradient`;
-    and what `backward` needs if the head `trains`.
+) -> tuple[Tensor, Tensor | None, Settled]:
+    """[4, N]: u CE + w KL, CE, KL and entropy of the rows; d(sum u CE + w KL)/dh [N, D] if
+    `gradient`; and what `backward` needs if the head `trains`.
 
     one_head: do student and teacher share weight and bias?
     """
     (N, D), V, device, W = h.shape, len(head.weight), h.device, head.weight
     dot, acc = dtypes(h, W)
-    rows, ce, kl, H = h.new_empty((4, N), dtype=acc).unbind(0)
+    made = h.new_empty((4, N), dtype=acc)
     lse = h.new_empty((2, N), dtype=torch.float64)
     still = h.new_empty(N, dtype=torch.int8)
     if N == 0:
         none = h.new_empty((0, D), dtype=acc) if gradient else None
-        return rows, ce, kl, H, none, Settled(h, rows, rows, lse, still)
+        return made, none, Settled(h, made[0], made[0], lse, still)
     plan = _plan(h, W)
     labels, tau = labels.contiguous(), 1.0 if teacher is None else teacher.tau
     mask = None if teacher is None or not teacher.renormalize else teacher.keep
     stands = teacher is not None and one_head and teacher.whole
     taught = None if gradient else teacher  # with a gradient the second pass has the KL
-    columns: list[Any] = [ALL]
-    if tau != 1:
-        columns.append(ALL if mask is None else KEPT)
-    elif mask is not None:
-        columns = [KEPT, DROPPED]
-    channels, apart = len(columns), mask is not None and tau == 1
-    BLOCK_N, BLOCK_V, BLOCK_D, num_warps, num_stages = plan.pair
-    blocks, tiles = up(N, BLOCK_N), up(V, BLOCK_V)
+    channels, apart = 1 if mask is None and tau == 1 else 2, mask is not None and tau == 1
+    blocks, tiles = up(N, plan.pair.BLOCK_N), up(V, plan.pair.BLOCK_V)
     splits = min(plan.splits, tiles)
 
     clean = h.new_empty((N, D)) if trains else h
@@ -94,24 +89,18 @@ def forward(
         (3, max(channels, 2), splits, N), dtype=torch.float64
     ).unbind(0)
     tensors, strides, options = _pair(
-        clean, head, taught, None if teacher is None else teacher.keep
+        clean, head, taught, None if teacher is None else teacher.keep, plan
     )
     numbers = [h, h] if teacher is None else [teacher.C.contiguous(), teacher.lse.contiguous()]
     bias, keep = tensors[2], tensors[6]
     hidden = h if teacher is None else teacher.hidden.contiguous()
-    for i in range(2):
-        options |= {
-            f"COLUMNS_{i}": columns[i] if i < channels else NONE,
-            f"TAU_{i}": tau if i == 1 and not apart else 1.0,
-            f"ENTROPY_{i}": entropy and (i == 0 or apart),
-        }
     with on(device):
         C = None if teacher is None else numbers[0]
         bound = abs(head.scale) * max(1.0, tau) if gradient and dot == torch.float16 else None
-        u, w, unit = factors(labels, weights, C, acc, bound=bound)
+        factor = factors(labels, weights, C, acc, bound=bound)
         prepare_kernel[(N,)](
-            h, W, bias, keep, labels, hidden, h, labels, h, held, start, z, z, z, still,
-            u, w, clean, N, D, *h.stride(), *W.stride(), hidden.stride(0),
+            h, W, bias, keep, labels, hidden, h, labels, h, held, start, z, still,
+            factor, clean, N, D, *h.stride(), *W.stride(), hidden.stride(0),
             SCALE=head.scale, SOFTCAP=options["SOFTCAP"], NEAR=options["NEAR"], TAU_1=tau,
             IGNORED=weights.ignore_index, TEACHER=False, STILL=stands,
             MASKED=mask is not None, CLEAN=trains, HAS_BIAS=head.bias is not None,
@@ -121,22 +110,22 @@ def forward(
         normalise_kernel[(blocks, splits)](
             *tensors, numbers[1], start,
             shift, total, entropies, masses[0], masses[1], N, V, D, tensors[3].shape[1], tiles,
-            *strides, TAU=tau, JUMP=30.0, **options, BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V,
-            BLOCK_D=BLOCK_D, num_warps=num_warps, num_stages=num_stages,
+            *strides, TAU=tau, JUMP=30.0, **options, **_channels(tau, mask is not None, entropy),
         )  # fmt: skip
         settle_kernel[(N,)](
-            labels, z, still, u, w, shift, total, entropies, masses[0], masses[1], *numbers,
-            lse, rows, ce, kl, H, N, splits, TAU=tau, IGNORED=weights.ignore_index,
+            labels, z, still, factor, shift, total, entropies, masses[0], masses[1], *numbers,
+            lse, made, N, splits, TAU=tau, IGNORED=weights.ignore_index,
             KL=taught is not None, STILL=stands, ENTROPY=entropy, CHANNELS=channels, APART=apart,
             HELD=1, SPLITS=power_of_2(splits),
         )  # fmt: skip
+        u, w, unit = factor.unbind(0)
         found = Settled(clean, u, w, lse, still)
         dh = None
         if gradient:
             dh = h.new_empty((N, D), dtype=acc)
             _differentiate(head, labels, teacher, found, unit, stands, plan, dh, None, None, bound,
-                           (rows, kl))  # fmt: skip
-    return rows, ce, kl, H, dh, found
+                           made)  # fmt: skip
+    return made, dh, found
 
 
 def backward(
@@ -166,7 +155,7 @@ def backward(
     weights = Weights(1.0, 1.0, found.u, found.w, None, None, False, False, NO_LABEL)
     with on(h.device):
         C = None if teacher is None else teacher.C.contiguous()
-        u, w, unit = factors(labels, weights, C, acc, g, bound)
+        u, w, unit = factors(labels, weights, C, acc, g, bound).unbind(0)
         stands = teacher is not None and one_head and teacher.whole
         _differentiate(head, labels, teacher, found._replace(u=u, w=w), unit, stands, _plan(h, W),
                        dh, dW, db, bound, None)  # fmt: skip
@@ -185,28 +174,30 @@ def _differentiate(
     dW: Tensor | None,
     db: Tensor | None,
     bound: float | None,
-    with_kl: tuple[Tensor, Tensor] | None,
+    made: Tensor | None,
 ) -> None:
-    """Writes dh, dW and db where they are not None. with_kl: rows and KL [N], to which the KL is
-    added."""
+    """Writes dh, dW and db where they are not None. made: as `forward` returns it, to which the KL
+    is added."""
     h, u, w, lse, still = found
     (N, D), V, W = h.shape, len(head.weight), head.weight
     dot, acc = dtypes(h, W)
     tau = 1.0 if teacher is None else teacher.tau
-    BLOCK_N, BLOCK_V, BLOCK_D, num_warps, num_stages = plan.pair
+    BLOCK_N, BLOCK_V, *_ = plan.pair
     _, K, PRODUCT_D, product_warps, product_stages = plan.product
     OUTER_N, OUTER_V, OUTER_D, outer_warps, outer_stages = plan.outer
     blocks, all_tiles = up(N, BLOCK_N), up(V, BLOCK_V)
     # tiles of a chunk; at most 65,535, the most programs in a grid's second dimension
     room = min(max(1, plan.chunk // BLOCK_V), all_tiles, 65_535)
     splits = min(plan.product_splits, room)
-    wanted = with_kl is not None and teacher is not None
+    wanted = made is not None and teacher is not None
     dx = h.new_empty((N, up(room * BLOCK_V, OUTER_V) * OUTER_V), dtype=dot)
     parts = None if dh is None else h.new_empty((splits, N, D), dtype=acc)
     partial = h.new_empty((blocks, V) if db is not None else (1, 1), dtype=acc)
     mass, gap = h.new_empty((2, room if wanted else 1, N), dtype=torch.float64).unbind(0)
     folded = h.new_empty((2, N), dtype=torch.float64)
-    tensors, strides, options = _pair(h, head, teacher, None if teacher is None else teacher.keep)
+    tensors, strides, options = _pair(
+        h, head, teacher, None if teacher is None else teacher.keep, plan
+    )
     C, lse_t = [h, h] if teacher is None else [teacher.C.contiguous(), teacher.lse.contiguous()]
     interpreted, has_unit = h.device.type == "cpu", bound is not None
     tma = target_of(h.device) in triton_launch.TMA and describable(W) and describable(dx)
@@ -222,8 +213,6 @@ def _differentiate(
             TAU=tau, RENORMALIZE=teacher is not None and teacher.renormalize,
             NEED_B=db is not None, UNIT=has_unit, STILL=stands, NEED_KL=wanted,
             ROUND=interpreted and dot == torch.bfloat16, **options,
-            BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, BLOCK_D=BLOCK_D, num_warps=num_warps,
-            num_stages=num_stages,
         )  # fmt: skip
         if wanted:
             fold_kernel[(up(N, 16),)](mass, gap, folded, N, tiles, FIRST=first == 0, BLOCK_N=16,
@@ -247,10 +236,10 @@ def _differentiate(
                 num_stages=outer_stages,
             )  # fmt: skip
     if dh is not None and parts is not None:
-        rows, kl = with_kl or (u, u)
         size = min(512, power_of_2(D))
         gather_kernel[(N, up(D, size))](
-            parts, unit, dh, folded, lse, C, lse_t, still, w, rows, kl, N, D, splits,
+            parts, unit, dh, folded, lse, C, lse_t, still, w, u if made is None else made,
+            N, D, splits,
             TAU=tau, KL=wanted, STILL=stands, UNIT=has_unit,
             ROUND=interpreted and dh.dtype == torch.bfloat16, BLOCK_D=size,
         )  # fmt: skip
@@ -271,7 +260,7 @@ def _plan(h: Tensor, W: Tensor) -> GeneralPlan:
 
 
 def _pair(
-    h: Tensor, head: Head, teacher: Teacher | None, keep: Tensor | None
+    h: Tensor, head: Head, teacher: Teacher | None, keep: Tensor | None, plan: GeneralPlan
 ) -> tuple[list[Tensor], list[int], dict[str, Any]]:
     """What normalise_kernel and coefficient_kernel take first: tensors, strides, and constants.
 
@@ -290,18 +279,50 @@ def _pair(
         h if theirs.bias is None else theirs.bias.contiguous(),
         h if keep is None else keep.contiguous().view(torch.int8),
     ]
-    dot, acc = dtypes(h, head.weight)
-    interpreted = h.device.type == "cpu"
-    wide, *dots = operands_of(interpreted, acc, dot, dtypes(ht, theirs.weight)[0])
-    taught = teacher is not None
+    (dot, acc), taught = dtypes(h, head.weight), teacher is not None
     one_head = taught and same(head.weight, theirs.weight) and h.dtype == ht.dtype
-    options = dict(
-        SCALE=head.scale, SOFTCAP=1.0 if head.softcap is None else head.softcap,
-        NEAR=0.03 if acc == torch.float64 else 0.3,
-        HAS_BIAS=head.bias is not None, HAS_BIAS_T=theirs.bias is not None,
-        HAS_SOFTCAP=head.softcap is not None,
-        TEACHER=taught, SAME_HEAD=one_head, MASKED=taught and keep is not None, ACC=wide,
-        DOT=dots[0], DOT_T=dots[1],
+    options = _constants(
+        plan, (head.scale, head.softcap), (head.bias is not None, theirs.bias is not None),
+        (taught, one_head, taught and keep is not None), acc,
+        (dot, dtypes(ht, theirs.weight)[0]), h.device.type == "cpu",
     )  # fmt: skip
     strides = [*h.stride(), *head.weight.stride(), *ht.stride(), *theirs.weight.stride()]
     return tensors, strides, options
+
+
+@lru_cache(maxsize=256)
+def _constants(
+    plan: GeneralPlan,
+    head: tuple[float, float | None],
+    biases: tuple[bool, bool],
+    teacher: tuple[bool, bool, bool],
+    acc: torch.dtype,
+    dots: tuple[torch.dtype, torch.dtype],
+    interpreted: bool,
+) -> dict[str, Any]:
+    """Made once for each set of arguments: head, scale and softcap; biases, of both heads; teacher,
+    TEACHER, SAME_HEAD and MASKED; dots, dtypes of the operands of z and t."""
+    (scale, softcap), (bias, bias_t), (taught, one_head, masked) = head, biases, teacher
+    wide, dot, dot_t = operands_of(interpreted, acc, *dots)
+    BLOCK_N, BLOCK_V, BLOCK_D, num_warps, num_stages = plan.pair
+    return dict(
+        SCALE=scale, SOFTCAP=1.0 if softcap is None else softcap, HAS_SOFTCAP=softcap is not None,
+        NEAR=0.03 if acc == torch.float64 else 0.3, HAS_BIAS=bias, HAS_BIAS_T=bias_t,
+        TEACHER=taught, SAME_HEAD=one_head, MASKED=masked, ACC=wide, DOT=dot, DOT_T=dot_t,
+        BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, BLOCK_D=BLOCK_D, num_warps=num_warps,
+        num_stages=num_stages,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _channels(tau: float, masked: bool, entropy: bool) -> dict[str, Any]:
+    """The same of normalise_kernel's channels. masked: Q has the kept columns only."""
+    columns, apart = [ALL.value, NONE.value], masked and tau == 1
+    if tau != 1:
+        columns[1] = KEPT.value if masked else ALL.value
+    elif masked:
+        columns = [KEPT.value, DROPPED.value]
+    return dict(
+        COLUMNS_0=columns[0], TAU_0=1.0, ENTROPY_0=entropy,
+        COLUMNS_1=columns[1], TAU_1=1.0 if apart else tau, ENTROPY_1=entropy and apart,
+    )  # fmt: skip

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_rows import merged, share
+from .triton_rows import merged, share, tell
 from .triton_tiles import ALL, NONE, add, nearest_bf16, only, times_head, transform
 
 
@@ -292,10 +292,10 @@ def divergence(gap, mass, lse_q, C, lse_t, TAU: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "splits"])
 def settle_kernel(
-    label_ptr, z_ptr, still_ptr, u_ptr, w_ptr,  # [N] int64, [N, HELD], [N] int8, [N], [N]
+    label_ptr, z_ptr, still_ptr, factor_ptr,  # [N] int64, [N, HELD], [N] int8, [2, N]: u and w
     m_ptr, total_ptr, entropy_ptr, mass_ptr, gap_ptr,  # as normalise_kernel left them
     C_ptr, lse_t_ptr,
-    lse_ptr, rows_ptr, ce_ptr, kl_ptr, H_ptr,  # [2, N] fp64, [N] four times
+    lse_ptr, found_ptr,  # [2, N] fp64, [4, N] as finish_kernel's
     N, splits,
     TAU: tl.constexpr, IGNORED: tl.constexpr,
     KL: tl.constexpr,  # normalise_kernel had a teacher
@@ -304,7 +304,8 @@ def settle_kernel(
 ):  # fmt: skip
     """Of a row both logsumexps, CE, KL (0 without), entropy, and u CE + w KL"""
     n = tl.program_id(0).to(tl.int64)
-    u, w = tl.load(u_ptr + n).to(tl.float64), tl.load(w_ptr + n).to(tl.float64)
+    u = tl.load(factor_ptr + n).to(tl.float64)
+    w = tl.load(factor_ptr + N + n).to(tl.float64)
     m_0, total_0, entropy_0, lse = merged(m_ptr, total_ptr, entropy_ptr, n, N, splits, SPLITS,
                                           ENTROPY)  # fmt: skip
     lse_q = lse
@@ -334,13 +335,9 @@ def settle_kernel(
         kl = divergence(gap, mass, lse_q, C, tl.load(lse_t_ptr + n), TAU)
         if STILL:
             kl = tl.where(tl.load(still_ptr + n) != 0, 0.0, kl)
-    loss = tl.where(u == 0, 0.0, u * ce) + tl.where(w == 0, 0.0, w * kl)
     tl.store(lse_ptr + n, lse)
     tl.store(lse_ptr + N + n, lse_q)
-    tl.store(rows_ptr + n, loss.to(rows_ptr.dtype.element_ty))
-    tl.store(ce_ptr + n, ce.to(ce_ptr.dtype.element_ty))
-    tl.store(kl_ptr + n, kl.to(kl_ptr.dtype.element_ty))
-    tl.store(H_ptr + n, H.to(H_ptr.dtype.element_ty))
+    tell(found_ptr, n, N, u, w, ce, kl, H)
 
 
 @triton.jit(do_not_specialize=["N", "tiles"])
@@ -366,7 +363,7 @@ def fold_kernel(mass_ptr, gap_ptr, folded_ptr, N, tiles, FIRST: tl.constexpr,
 @triton.jit(do_not_specialize=["N", "parts"])
 def gather_kernel(
     part_ptr, unit_ptr, dh_ptr,  # [parts, N, D], [], [N, D]
-    folded_ptr, lse_ptr, C_ptr, lse_t_ptr, still_ptr, w_ptr, rows_ptr, kl_ptr,  # for the KL
+    folded_ptr, lse_ptr, C_ptr, lse_t_ptr, still_ptr, w_ptr, found_ptr,  # for the KL
     N, D, parts,
     TAU: tl.constexpr, KL: tl.constexpr, STILL: tl.constexpr, UNIT: tl.constexpr,
     ROUND: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -389,9 +386,9 @@ def gather_kernel(
                         tl.load(lse_t_ptr + n), TAU)  # fmt: skip
         if STILL:
             kl = tl.where(tl.load(still_ptr + n) != 0, 0.0, kl)
-        loss = tl.load(rows_ptr + n).to(tl.float64) + tl.where(w == 0, 0.0, w * kl)
-        tl.store(rows_ptr + n, loss.to(rows_ptr.dtype.element_ty))
-        tl.store(kl_ptr + n, kl.to(kl_ptr.dtype.element_ty))
+        loss = tl.load(found_ptr + n).to(tl.float64) + tl.where(w == 0, 0.0, w * kl)
+        tl.store(found_ptr + n, loss.to(found_ptr.dtype.element_ty))
+        tl.store(found_ptr + 2 * N + n, kl.to(found_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["V", "blocks"])

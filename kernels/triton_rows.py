@@ -51,7 +51,7 @@ def weights_kernel(
     label_ptr, ce_weight_ptr, kl_weight_ptr,  # [N] int64, [N], [N] of any dtype
     ce_number_ptr, kl_number_ptr,  # []
     g_ptr, C_ptr,  # [N]: upstream gradient, and the teacher's mass
-    u_ptr, w_ptr, unit_ptr,  # [N], [N], []
+    factor_ptr,  # [3, N]: u, w, and unit in the last row's first place
     N, alpha, beta, bound, stride_g,
     IGNORED: tl.constexpr,  # the label of rows without CE
     CE_BY: tl.constexpr, KL_BY: tl.constexpr, HAS_CE_WEIGHT: tl.constexpr,
@@ -90,8 +90,8 @@ def weights_kernel(
                     if HAS_G:
                         g = tl.load(g_ptr + n * stride_g, mask=row, other=0).to(tl.float64)
                         a, k = a * g, k * g
-                    tl.store(u_ptr + n, a.to(u_ptr.dtype.element_ty), mask=row)
-                    tl.store(w_ptr + n, k.to(w_ptr.dtype.element_ty), mask=row)
+                    tl.store(factor_ptr + n, a.to(factor_ptr.dtype.element_ty), mask=row)
+                    tl.store(factor_ptr + N + n, k.to(factor_ptr.dtype.element_ty), mask=row)
                     if UNIT:
                         C = a * 0
                         if TEACHER:
@@ -100,7 +100,8 @@ def weights_kernel(
     if UNIT:
         top = (tl.max(most, 0) * bound).to(tl.float32)
         unit = tl.exp2(14.0 - tl.ceil(tl.log2(tl.where(top > 0, top, 1.0))))
-        tl.store(unit_ptr, tl.where(top > 0, unit, 1.0).to(unit_ptr.dtype.element_ty))
+        unit = tl.where(top > 0, unit, 1.0).to(factor_ptr.dtype.element_ty)
+        tl.store(factor_ptr + 2 * N, unit)
 
 
 @triton.jit
@@ -126,9 +127,9 @@ def columns_of(n, label_ptr, top_ptr, p_ptr, IGNORED: tl.constexpr, K: tl.conste
 def prepare_kernel(
     h_ptr, W_ptr, bias_ptr, keep_ptr,  # [N, D], [V, D], [V], [V] int8
     label_ptr, ht_ptr, m_ptr, top_ptr, p_ptr,  # [N] int64, and the teacher's
-    held_ptr, start_ptr,  # for sums_kernel
-    z_ptr, dz_ptr, drift_ptr, still_ptr,  # [N, HELD] twice, [N], [N] int8
-    u_ptr, w_ptr, clean_ptr,  # [N], [N], [N, D]: h without NaN and infinity in rows without weight
+    held_ptr, start_ptr,  # for sums_kernel; drift [N] follows start's channels
+    z_ptr, still_ptr,  # [2, N, HELD]: z and dz; [N] int8
+    factor_ptr, clean_ptr,  # [2, N], [N, D]: h without NaN and infinity in rows without weight
     N, D, stride_hn, stride_hd, stride_wv, stride_wd, stride_tn,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr, TAU_1: tl.constexpr,
     IGNORED: tl.constexpr,
@@ -151,7 +152,7 @@ def prepare_kernel(
         unit = d + offs_d < D
         h = tl.load(h_ptr + n * stride_hn + (d + offs_d) * stride_hd, mask=unit, other=0).to(ACC)
         if CLEAN:
-            weighs = (tl.load(u_ptr + n) != 0) | (tl.load(w_ptr + n) != 0)
+            weighs = (tl.load(factor_ptr + n) != 0) | (tl.load(factor_ptr + N + n) != 0)
             clean = tl.where(weighs, h, tl.where(tl.abs(h) < float("inf"), h, 0.0))
             at = clean_ptr + n * D + d + offs_d
             tl.store(at, clean.to(clean_ptr.dtype.element_ty), mask=unit)
@@ -173,8 +174,8 @@ def prepare_kernel(
         x = SOFTCAP * tanh(x * (1.0 / SOFTCAP), NEAR)
     tl.store(z_ptr + n * HELD + j, x)
     if TEACHER:
-        tl.store(dz_ptr + n * HELD + j, tl.sum(dz, 1) * SCALE)
-        tl.store(drift_ptr + n, tl.sum(drift, 0))
+        tl.store(z_ptr + (N + n) * HELD + j, tl.sum(dz, 1) * SCALE)
+        tl.store(start_ptr + CHANNELS * N + n, tl.sum(drift, 0))
     if STILL:
         tl.store(still_ptr + n, (tl.max(moved, 0) == 0).to(tl.int8))
     inside = held
@@ -207,6 +208,16 @@ def merged(m_ptr, total_ptr, entropy_ptr, n, N, splits, SPLITS: tl.constexpr,
 
 
 @triton.jit
+def tell(found_ptr, n, N, u, w, ce, kl, H):
+    """found [4, N] of row n: u CE + w KL, CE, KL and entropy"""
+    loss = tl.where(u == 0, 0.0, u * ce) + tl.where(w == 0, 0.0, w * kl)
+    tl.store(found_ptr + n, loss.to(found_ptr.dtype.element_ty))
+    tl.store(found_ptr + N + n, ce.to(found_ptr.dtype.element_ty))
+    tl.store(found_ptr + 2 * N + n, kl.to(found_ptr.dtype.element_ty))
+    tl.store(found_ptr + 3 * N + n, H.to(found_ptr.dtype.element_ty))
+
+
+@triton.jit
 def share(m, total, lse):
     """exp(m - lse), the factor from e to a probability; 0 where nothing was added"""
     return tl.where(total > 0, tl.exp(m - lse), 0.0)
@@ -233,9 +244,9 @@ def added(dh, f, part_ptr, reached_ptr, m, n, N, D, offs_d, unit, parts, P_SCALE
 def finish_kernel(
     W_ptr, keep_ptr, label_ptr, top_ptr, p_ptr,
     m_rest_ptr, C_ptr, lse_t_ptr,  # the teacher's [N, D], [N], [N] fp64
-    z_ptr, dz_ptr, drift_ptr, still_ptr, u_ptr, w_ptr,  # as the kernels above left them
+    z_ptr, start_ptr, still_ptr, factor_ptr,  # as the kernels above left them
     m_ptr, total_ptr, entropy_ptr, part_ptr, reached_ptr,  # see triton_sweep.Visited
-    rows_ptr, ce_ptr, kl_ptr, H_ptr, dh_ptr,  # [N] four times, [N, D]
+    found_ptr, dh_ptr,  # [4, N]: u CE + w KL, CE, KL, entropy; [N, D]
     N, D, splits, parts, stride_wv, stride_wd,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TAU: tl.constexpr, P_SCALE: tl.constexpr,
     IGNORED: tl.constexpr,
@@ -249,7 +260,8 @@ def finish_kernel(
     n = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, HELD)
     columns, P, held, is_label, own = columns_of(n, label_ptr, top_ptr, p_ptr, IGNORED, K, HELD)
-    u, w = tl.load(u_ptr + n).to(tl.float64), tl.load(w_ptr + n).to(tl.float64)
+    u = tl.load(factor_ptr + n).to(tl.float64)
+    w = tl.load(factor_ptr + N + n).to(tl.float64)
     m_0, total_0, entropy_0, log_0 = merged(m_ptr, total_ptr, entropy_ptr, n, N, splits, SPLITS,
                                             ENTROPY)  # fmt: skip
     m_1, total_1, entropy_1, log_1 = m_0, total_0, entropy_0, log_0
@@ -285,7 +297,7 @@ def finish_kernel(
     kl, f_m = u * 0, u * 0
     if TEACHER:
         C, lse_t = tl.load(C_ptr + n).to(tl.float64), tl.load(lse_t_ptr + n)
-        shift = tl.load(dz_ptr + n * HELD + j).to(tl.float64) * (1.0 / TAU)
+        shift = tl.load(z_ptr + (N + n) * HELD + j).to(tl.float64) * (1.0 / TAU)
         shift = tl.where(P > 0, shift, 0.0)
         in_support = own
         if MASKED:
@@ -299,7 +311,7 @@ def finish_kernel(
         top = tl.where(P > 0, tl.log(tl.where(P > 0, P, 1.0)) + shift, -float("inf"))
         label = tl.where(in_support, z_label * (1.0 / TAU) - lse_t, -float("inf"))
         log_S = log_sum(top, label, log_q - lse_t)
-        drift = tl.load(drift_ptr + n).to(tl.float64) * (SCALE / TAU)
+        drift = tl.load(start_ptr + CHANNELS * N + n).to(tl.float64) * (SCALE / TAU)
         kl = TAU * TAU * (C * log_S - tl.sum(P * shift, 0) - drift)
         still = w == 0
         if STILL:
@@ -322,11 +334,7 @@ def finish_kernel(
             f_1 = tl.where(still, 0.0, f_1)
     dead = (u == 0) & (w == 0)  # such a row may hold anything
     if tl.program_id(1) == 0:
-        loss = tl.where(u == 0, 0.0, u * ce) + tl.where(w == 0, 0.0, w * kl)
-        tl.store(rows_ptr + n, loss.to(rows_ptr.dtype.element_ty))
-        tl.store(ce_ptr + n, ce.to(ce_ptr.dtype.element_ty))
-        tl.store(kl_ptr + n, kl.to(kl_ptr.dtype.element_ty))
-        tl.store(H_ptr + n, H.to(H_ptr.dtype.element_ty))
+        tell(found_ptr, n, N, u, w, ce, kl, H)
     if GRADIENT:
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         unit = offs_d < D
@@ -376,22 +384,23 @@ def factors(
     acc: torch.dtype,
     g: Tensor | None = None,
     bound: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """u and w [N], the factors of each row's CE and KL, and unit [].
+) -> Tensor:
+    """[3, N]: u and w, the factors of each row's CE and KL; and unit in the first place of the last
+    row.
 
     C      the teacher's; None without one
     g      [N], the upstream gradient
     bound  what multiplies u + (C + 1) w at most in dx; None: nobody reads unit
     """
     (alpha, beta, a, k, ce_number, kl_number, ce_mean, kl_mean, ignored), N = weights, len(labels)
-    u, w, unit = labels.new_empty((3, N), dtype=acc).unbind(0)
+    made = labels.new_empty((3, N), dtype=acc)
     read = lambda x: labels if x is None else (x.view(torch.int8) if x.dtype == torch.bool else x)
     by = lambda number, mean: BY_NUMBER if number is not None else BY_SUM if mean else BY_NOTHING
     weights_kernel[(1,)](
-        labels, read(a), read(k), read(ce_number), read(kl_number), read(g), read(C), u, w, unit,
+        labels, read(a), read(k), read(ce_number), read(kl_number), read(g), read(C), made,
         N, alpha, beta, bound or 0.0, 0 if g is None else g.stride(0),
         IGNORED=ignored, CE_BY=by(ce_number, ce_mean), KL_BY=by(kl_number, kl_mean),
         HAS_CE_WEIGHT=a is not None, HAS_KL_WEIGHT=k is not None, TEACHER=C is not None,
         HAS_G=g is not None, UNIT=bound is not None, BLOCK=1024,
     )  # fmt: skip
-    return u, w, unit
+    return made

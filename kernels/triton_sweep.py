@@ -8,6 +8,7 @@ and for comparison with `tiled.sweep`.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -38,11 +39,11 @@ def combine_kernel(part_ptr, factor_ptr, product_ptr, N, D, splits, BLOCK_D: tl.
 class Channel(NamedTuple):
     """One sum of e = exp(z / tau - m), over some columns.
 
-    columns  ALL, KEPT or DROPPED
+    columns  the value of ALL, KEPT or DROPPED
     entropy  also -sum e log e
     """
 
-    columns: tl.constexpr
+    columns: int
     tau: float
     entropy: bool
 
@@ -54,7 +55,7 @@ class Visited(NamedTuple):
     total    [C, splits, N] fp64
     entropy  [C, splits, N] fp64; not written where a channel wants none
     parts    [C, product splits, N, D] fp32 (fp64), or None
-    reached  [C, product splits, N]: the m that parts refer to
+    reached  [C, product splits, N]: the m that parts refer to; not written without parts
     scale    a factor in parts
     """
 
@@ -66,13 +67,102 @@ class Visited(NamedTuple):
     scale: float
 
 
+class Launches(NamedTuple):
+    """What `visit` launches for one shape and one set of options.
+
+    sums, product         grids of the two kernels
+    tiles, room           of the vocabulary; of a chunk
+    splits, parts, group  pieces of a chunk's columns in sums_kernel, in product_kernel, and how
+                          many of the former make one of the latter
+    e                     dtype of e
+    scale                 P_SCALE
+    first, later          constants of sums_kernel, then of product_kernel: in the first chunk, and
+                          in those after it
+    """
+
+    sums: tuple[int, int]
+    product: tuple[int, int, int]
+    tiles: int
+    room: int
+    splits: int
+    parts: int
+    group: int
+    e: torch.dtype
+    scale: float
+    first: tuple[dict[str, Any], dict[str, Any]]
+    later: tuple[dict[str, Any], dict[str, Any]]
+
+
+@lru_cache(maxsize=256)
+def _launches(
+    plan: Plan,
+    shape: tuple[int, int, int],
+    machine: tuple[int, bool],
+    dots: tuple[torch.dtype, torch.dtype],
+    options: tuple[float, float | None, bool],
+    channels: tuple[Channel, ...],
+    HELD: int,
+    product: bool,
+    fine: bool,
+    tile: int | None,
+    eps: float,
+    tma: bool,
+) -> Launches:
+    """Made once for each set of arguments: the dicts take Python longer than what calls it.
+
+    shape    N, V, D
+    machine  multiprocessors, and whether it is the interpreter
+    dots     dtypes of the operands and of sums
+    options  the head's scale and softcap, and whether it has a bias
+    tma      by tensor descriptors
+    """
+    (N, V, D), (dot, acc), (scale, softcap, has_bias) = shape, dots, options
+    units, interpreted = machine
+    BLOCK_N, BLOCK_V, BLOCK_D, num_warps, num_stages = plan.sums
+    _, K, PRODUCT_D, product_warps, product_stages = plan.product
+    C, blocks, tiles = len(channels), up(N, BLOCK_N), up(V, BLOCK_V)
+    if product:
+        room = min(max(1, (plan.chunk if tile is None else tile) // BLOCK_V), tiles)
+        splits = min(plan.splits, room)
+    else:
+        room, splits = tiles, split(blocks, WAVES * units, tiles)
+    group = up(splits, min(plan.product_splits, splits))
+    parts = up(splits, group)
+
+    half = torch.float16 if fine and dot == torch.bfloat16 else dot
+    # fp16 is scaled to reach down to 2^-39. Unscaled, exp(11) overflows and exp(-17) vanishes.
+    P_SCALE, JUMP = (2.0**15, 0.0) if half == torch.float16 else (1.0, 30.0)
+    wide, DOT, HALF = operands_of(interpreted, acc, dot, half)
+    sums: dict[str, Any] = dict(
+        TMA=tma, FLAT=plan.flat, SCALE=scale, SOFTCAP=1.0 if softcap is None else softcap,
+        EPS=eps, JUMP=JUMP, P_SCALE=P_SCALE, NEAR=0.03 if acc == torch.float64 else 0.3,
+        HAS_BIAS=has_bias, HAS_SOFTCAP=softcap is not None, HELD=HELD, ACC=wide, DOT=DOT,
+        ROUND=interpreted and half == torch.bfloat16,
+        BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, BLOCK_D=BLOCK_D, num_warps=num_warps,
+        num_stages=num_stages,
+    )  # fmt: skip
+    for i in range(2):
+        one = channels[i] if i < C else Channel(NONE.value, 1.0, False)
+        sums[f"COLUMNS_{i}"], sums[f"TAU_{i}"] = one.columns, one.tau
+        sums[f"ENTROPY_{i}"], sums[f"PRODUCT_{i}"] = one.entropy, product and i < C
+    multiply: dict[str, Any] = dict(
+        ALL_LIVE=False, TMA=tma, ACC=wide, DOT=HALF, BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, BLOCK_K=K,
+        BLOCK_D=PRODUCT_D, num_warps=product_warps, num_stages=product_stages,
+    )  # fmt: skip
+    first, later = (
+        (sums | dict(FIRST=first), multiply | dict(FIRST=first)) for first in (True, False)
+    )
+    return Launches((blocks, splits), (blocks, up(D, PRODUCT_D), C * parts), tiles, room, splits,
+                    parts, group, half, P_SCALE, first, later)  # fmt: skip
+
+
 def visit(
     h: Tensor,
     head: Head,
     held: Tensor,
     start: Tensor,
     keep: Tensor | None,
-    channels: list[Channel],
+    channels: tuple[Channel, ...],
     *,
     product: bool,
     fine: bool,
@@ -80,7 +170,8 @@ def visit(
     eps: float = 0.0,
     plan: Plan | None = None,
 ) -> Visited:
-    """Sums one or two channels over the whole vocabulary: z is formed once for both.
+    """Sums one or two channels over the whole vocabulary: z is formed once for both. Launches on
+    the current device.
 
     held   [N, power of 2] int32: each row's columns that no channel sees, ascending, then NOWHERE
     start  [C, N]: m to begin with
@@ -96,85 +187,64 @@ def visit(
            what is exactly 0. Sums are always complete.
     plan   in place of triton_launch's own
     """
-    (N, D), (V, _), device, C = h.shape, head.weight.shape, h.device, len(channels)
-    W = head.weight
-    dot, acc = dtypes(h, W)
+    (N, D), W, device, C = h.shape, head.weight, h.device, len(channels)
+    V, both = W.shape[0], dtypes(h, W)
+    dot, acc = both
     target, units = target_of(device), units_of(device)
     if plan is None:
         heavy = C > 1 or head.softcap is not None
         plan = triton_launch.triton_launch(N, V, D, dot, target, units, heavy)
-    BLOCK_N, BLOCK_V, BLOCK_D, num_warps, num_stages = plan.sums
-    _, K, PRODUCT_D, product_warps, product_stages = plan.product
-    blocks, all_tiles = up(N, BLOCK_N), up(V, BLOCK_V)
-    if product:
-        # tiles of a chunk
-        room = min(max(1, (plan.chunk if tile is None else tile) // BLOCK_V), all_tiles)
-        splits = min(plan.splits, room)
-    else:
-        room, splits = all_tiles, split(blocks, WAVES * units, all_tiles)
-    group = up(splits, min(plan.product_splits, splits))
-    product_splits = up(splits, group)
-
-    half = torch.float16 if fine and dot == torch.bfloat16 else dot
-    # fp16 is scaled to reach down to 2^-39. Unscaled, exp(11) overflows and exp(-17) vanishes.
-    P_SCALE, JUMP = (2.0**15, 0.0) if half == torch.float16 else (1.0, 30.0)
-    shift = h.new_empty((C, splits, N), dtype=acc)  # before a chunk
-    new_shift = h.new_empty((C, splits, N), dtype=acc)  # and after it
-    wanted = any(one.entropy for one in channels)
-    total = h.new_empty((C, splits, N), dtype=torch.float64)
-    entropy = h.new_empty((C, splits, N), dtype=torch.float64) if wanted else total
-    p = h.new_empty((C, N, room * BLOCK_V) if product else (1, 1, BLOCK_V), dtype=half)
-    m = h.new_empty((C, room, N) if product else (1, 1, 1), dtype=acc)
-    run = h.new_empty((C, blocks, 2 * (room + splits)), dtype=torch.int32)
-    count = h.new_empty((C, blocks, splits), dtype=torch.int32)
-    parts = h.new_empty((C, product_splits, N, D), dtype=acc) if product else None
-    reached = h.new_empty((C, product_splits, N), dtype=acc)
-
-    interpreted = device.type == "cpu"
-    wide, DOT, HALF = operands_of(interpreted, acc, dot, half)
-    options: dict[str, Any] = dict(
-        SCALE=head.scale, SOFTCAP=1.0 if head.softcap is None else head.softcap, EPS=eps,
-        JUMP=JUMP, P_SCALE=P_SCALE,
-        NEAR=0.03 if acc == torch.float64 else 0.3, HAS_BIAS=head.bias is not None,
-        HAS_SOFTCAP=head.softcap is not None, HELD=held.shape[1],
-        ACC=wide, DOT=DOT, ROUND=interpreted and half == torch.bfloat16, BLOCK_N=BLOCK_N,
-        BLOCK_V=BLOCK_V, BLOCK_D=BLOCK_D,
-        num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
-    for i in range(2):
-        one = channels[i] if i < C else Channel(NONE, 1.0, False)
-        options[f"COLUMNS_{i}"], options[f"TAU_{i}"] = one.columns, one.tau
-        options[f"ENTROPY_{i}"], options[f"PRODUCT_{i}"] = one.entropy, product and i < C
-    h_tiles, W_tiles, W_steps, p_tiles = h, W, W, p
     tma = target in triton_launch.TMA and describable(h) and describable(W)
+    made = _launches(
+        plan, (N, V, D), (units, device.type == "cpu"), both,
+        (head.scale, head.softcap, head.bias is not None), channels, held.shape[1], product, fine,
+        tile, eps, tma,
+    )  # fmt: skip
+    BLOCK_V, room, splits, parts = plan.sums.BLOCK_V, made.room, made.splits, made.parts
+    blocks = made.sums[0]
+    # m before a chunk, and after it
+    shift = h.new_empty((C, splits, N), dtype=acc)
+    new_shift = h.new_empty((C, splits, N), dtype=acc)
+    total = entropy = h.new_empty((C, splits, N), dtype=torch.float64)
+    if channels[0].entropy or channels[-1].entropy:
+        entropy = h.new_empty((C, splits, N), dtype=torch.float64)
+    products: Tensor | None = None
+    p, m, run, count, reached = h, shift, held, held, shift
+    if product:
+        p = h.new_empty((C, N, room * BLOCK_V), dtype=made.e)
+        m = h.new_empty((C, room, N), dtype=acc)
+        run = h.new_empty((C, blocks, 2 * (room + splits)), dtype=torch.int32)
+        count = h.new_empty((C, blocks, splits), dtype=torch.int32)
+        reached = h.new_empty((C, parts, N), dtype=acc)
+        products = h.new_empty((C, parts, N, D), dtype=acc)
+    h_tiles, W_tiles, W_steps, p_tiles = h, W, W, p
     if tma:
-        h_tiles = TensorDescriptor.from_tensor(h, [BLOCK_N, BLOCK_D])
-        W_tiles = TensorDescriptor.from_tensor(W, [BLOCK_V, BLOCK_D])
+        K, PRODUCT_D = plan.product.BLOCK_V, plan.product.BLOCK_D
+        h_tiles = TensorDescriptor.from_tensor(h, [plan.sums.BLOCK_N, plan.sums.BLOCK_D])
+        W_tiles = TensorDescriptor.from_tensor(W, [BLOCK_V, plan.sums.BLOCK_D])
         W_steps = TensorDescriptor.from_tensor(W, [K, PRODUCT_D])
         if product:
-            p_tiles = TensorDescriptor.from_tensor(p.view(C * N, -1), [BLOCK_N, K])
+            p_tiles = TensorDescriptor.from_tensor(p.view(C * N, -1), [plan.sums.BLOCK_N, K])
     bias = h if head.bias is None else head.bias.contiguous()
     mask = h if keep is None else keep.contiguous().view(torch.int8)
-    with on(device):
-        for first in range(0, all_tiles, room):
-            tiles = min(room, all_tiles - first)
-            if first:
-                shift, new_shift = new_shift, shift
-            sums_kernel[(blocks, splits)](
-                h_tiles, W_tiles, bias, mask, held, start, shift, new_shift, total, entropy, p, m,
-                run, count,
-                N, V, D, first, tiles, room, *h.stride(), *W.stride(), *p.stride()[:2],
-                FIRST=first == 0, TMA=tma, **options,
+    h_strides, W_strides, columns = h.stride(), W.stride(), room * BLOCK_V
+    options = made.first
+    for first in range(0, made.tiles, room):
+        tiles = min(room, made.tiles - first)
+        if first:
+            shift, new_shift, options = new_shift, shift, made.later
+        sums_kernel[made.sums](
+            h_tiles, W_tiles, bias, mask, held, start, shift, new_shift, total, entropy, p, m,
+            run, count,
+            N, V, D, first, tiles, room, *h_strides, *W_strides, N * columns, columns, **options[0],
+        )  # fmt: skip
+        if products is not None:
+            product_kernel[made.product](
+                p_tiles, W_steps, products, run, count, m, start, shift, new_shift, reached,
+                N, V, D, first, tiles, room, splits, parts, made.group, columns, *W_strides,
+                **options[1],
             )  # fmt: skip
-            if parts is not None:
-                product_kernel[(blocks, up(D, PRODUCT_D), C * product_splits)](
-                    p_tiles, W_steps, parts, run, count, m, start, shift, new_shift, reached,
-                    N, V, D, first, tiles, room, splits, product_splits, group, p.stride(1),
-                    *W.stride(), FIRST=first == 0, ALL_LIVE=False, TMA=tma, ACC=wide, DOT=HALF,
-                    BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, BLOCK_K=K, BLOCK_D=PRODUCT_D,
-                    num_warps=product_warps, num_stages=product_stages,
-                )  # fmt: skip
-    return Visited(new_shift, total, entropy, parts, reached, P_SCALE)
+    return Visited(new_shift, total, entropy, products, reached, made.scale)
 
 
 def sweep(
@@ -190,11 +260,11 @@ def sweep(
     plan: Plan | None = None,
 ) -> None:
     """`tiled.sweep`, with its arguments and those of `visit`."""
-    columns = [ALL for _ in sums]
+    columns = [ALL.value for _ in sums]
     if keep is not None:
-        columns[-1] = KEPT
+        columns[-1] = KEPT.value
         if apart is not None:
-            sums, columns = [*sums, apart], [*columns, DROPPED]
+            sums, columns = [*sums, apart], [*columns, DROPPED.value]
     if 0 in h.shape:
         return
     taken = torch.where(valid, held, NOWHERE).int().sort(1).values
@@ -202,14 +272,15 @@ def sweep(
     taken = torch.nn.functional.pad(taken, (0, room - held.shape[1]), value=NOWHERE).contiguous()
     for i in range(0, len(sums), 2):
         some = sums[i : i + 2]
-        channels = [
+        channels = tuple(
             Channel(which, one.tau, one.entropy is not None)
             for one, which in zip(some, columns[i : i + 2], strict=True)
-        ]
+        )
         start = torch.stack([one.shift for one in some]).to(dtypes(h, head.weight)[1])
         product = any(one.product is not None for one in some)
-        found = visit(h, head, taken, start, keep, channels, product=product,
-                      fine=held.shape[1] > 1, tile=tile, eps=eps, plan=plan)  # fmt: skip
+        with on(h.device):
+            found = visit(h, head, taken, start, keep, channels, product=product,
+                          fine=held.shape[1] > 1, tile=tile, eps=eps, plan=plan)  # fmt: skip
         for j, one in enumerate(some):
             _add(one, found, j)
 

@@ -59,6 +59,15 @@ def times_head(x_rows, W_rows, row, column, offs_d, D, stride_xd, stride_wd, ACC
 
 
 @triton.jit
+def step(x_rows, W_ptr, row, offs_v, offs_d, V, D, stride_xd, stride_wv, stride_wd):
+    """x [BLOCK_N, BLOCK_D] and W^T [BLOCK_D, BLOCK_V] of one step"""
+    column, unit = offs_v < V, offs_d < D
+    x = tl.load(x_rows + offs_d[None, :] * stride_xd, mask=row[:, None] & unit[None, :], other=0.0)
+    at = W_ptr + offs_v.to(tl.int64)[None, :] * stride_wv + offs_d[:, None] * stride_wd
+    return x, tl.load(at, mask=unit[:, None] & column[None, :], other=0.0)
+
+
+@triton.jit
 def transform(z, bias_ptr, offs_v, column, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
               NEAR: tl.constexpr,
               HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):  # fmt: skip
@@ -150,6 +159,48 @@ def leave(e, z, top, m, total, j, runs, live, moved, offs_n, offs_j, N, p_ptr, s
     return runs, now
 
 
+@triton.jit
+def use(z, j, first_tile, m_0, total_0, entropy_0, m_1, total_1, entropy_1, runs_0, live_0, runs_1,
+        live_1, offs_n, offs_j, row, N, V, room, bias_ptr, keep_ptr, held_ptr, p_ptr, stride_pc,
+        stride_pn, m_ptr, run_0, run_1,
+        SCALE: tl.constexpr, SOFTCAP: tl.constexpr, EPS: tl.constexpr, JUMP: tl.constexpr,
+        P_SCALE: tl.constexpr, NEAR: tl.constexpr, HAS_BIAS: tl.constexpr,
+        HAS_SOFTCAP: tl.constexpr, HELD: tl.constexpr,
+        COLUMNS_0: tl.constexpr, TAU_0: tl.constexpr, ENTROPY_0: tl.constexpr,
+        PRODUCT_0: tl.constexpr, COLUMNS_1: tl.constexpr, TAU_1: tl.constexpr,
+        ENTROPY_1: tl.constexpr, PRODUCT_1: tl.constexpr, ROUND: tl.constexpr,
+        BLOCK_V: tl.constexpr):  # fmt: skip
+    """Adds tile j of h W^T, complete, to the sums of each channel, and stores its e dz/dx where a
+    product is wanted. Returns the sums, runs and live anew."""
+    offs_v = (first_tile + j) * BLOCK_V + offs_j
+    column = offs_v < V
+    z = transform(z, bias_ptr, offs_v, column, SCALE, SOFTCAP, NEAR, HAS_BIAS, HAS_SOFTCAP)
+    z = tl.where(row[:, None] & column[None, :], z, -float("inf"))
+    z = hold_out(z, held_ptr, offs_n, offs_v, (first_tile + j) * BLOCK_V, row, HELD, BLOCK_V)
+    kept = column
+    if COLUMNS_0 > ALL or COLUMNS_1 > ALL:
+        kept = tl.load(keep_ptr + offs_v, mask=column, other=0) != 0
+    x = only(z, kept, COLUMNS_0) * (1.0 / TAU_0)
+    m = m_0
+    e, top, m_0, total_0, entropy_0 = add(x, m_0, total_0, entropy_0, JUMP, ENTROPY_0)
+    if PRODUCT_0:
+        moved = tl.max((m_0 > m).to(tl.int32), 0)
+        runs_0, live_0 = leave(e, z, top, m_0, total_0, j, runs_0, live_0, moved, offs_n, offs_j, N,
+                               p_ptr, stride_pn, m_ptr, run_0,
+                               SOFTCAP, EPS, P_SCALE, ROUND, HAS_SOFTCAP, BLOCK_V)  # fmt: skip
+    if COLUMNS_1 != NONE:
+        x = only(z, kept, COLUMNS_1) * (1.0 / TAU_1)
+        m = m_1
+        e, top, m_1, total_1, entropy_1 = add(x, m_1, total_1, entropy_1, JUMP, ENTROPY_1)
+        if PRODUCT_1:
+            moved = tl.max((m_1 > m).to(tl.int32), 0)
+            runs_1, live_1 = leave(e, z, top, m_1, total_1, j, runs_1, live_1, moved, offs_n,
+                                   offs_j, N, p_ptr + stride_pc, stride_pn, m_ptr + room * N, run_1,
+                                   SOFTCAP, EPS, P_SCALE, ROUND, HAS_SOFTCAP,
+                                   BLOCK_V)  # fmt: skip
+    return (m_0, total_0, entropy_0, m_1, total_1, entropy_1, runs_0, live_0, runs_1, live_1)
+
+
 @triton.jit(do_not_specialize=["N", "V", "first_tile", "tiles", "room"])
 def sums_kernel(
     h_ptr, W_ptr, bias_ptr, keep_ptr,  # [N, D], [V, D], [V], [V] int8
@@ -164,6 +215,7 @@ def sums_kernel(
     stride_hn, stride_hd, stride_wv, stride_wd, stride_pc, stride_pn,
     FIRST: tl.constexpr,  # the first chunk: there are no sums yet
     TMA: tl.constexpr,  # h and W are tensor descriptors
+    FLAT: tl.constexpr,  # tiles and their steps along D in one loop
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, EPS: tl.constexpr, JUMP: tl.constexpr,
     P_SCALE: tl.constexpr, NEAR: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HELD: tl.constexpr,
@@ -207,44 +259,57 @@ def sums_kernel(
     live_0, runs_1, live_1 = runs_0, runs_0, runs_0
     run_0 = run_ptr + block * 2 * (room + splits) + 2 * first
     run_1 = run_0 + blocks * 2 * (room + splits)
-    for j in range(first, past):
-        offs_v = (first_tile + j) * BLOCK_V + offs_j
-        column = offs_v < V
-        if TMA:
-            z = tl.zeros((BLOCK_N, BLOCK_V), dtype=ACC)
-            for d in range(0, D, BLOCK_D):
+    if FLAT:
+        # One loop over the steps of all tiles: the first loads of a tile run under the end of the
+        # tile before. The pipeline takes it, since what has a loop of its own is inside an if.
+        steps = tl.cdiv(D, BLOCK_D)
+        j, k = first - 1, steps - 1
+        z = tl.zeros((BLOCK_N, BLOCK_V), dtype=ACC)
+        for _ in range(0, (past - first) * steps):
+            k = tl.where(k == steps - 1, 0, k + 1)
+            j += tl.where(k == 0, 1, 0)
+            d = k * BLOCK_D
+            if TMA:
                 x = h_ptr.load([block * BLOCK_N, d])
-                W = W_ptr.load([(first_tile + j) * BLOCK_V, d])
-                z = tl.dot(x.to(DOT), W.T.to(DOT), z, input_precision="ieee", out_dtype=ACC)
-        else:
-            z = times_head(h_ptr + offs_n.to(tl.int64)[:, None] * stride_hn,
-                           W_ptr + offs_v.to(tl.int64)[None, :] * stride_wv,
-                           row, column, offs_d, D, stride_hd, stride_wd, ACC, DOT,
-                           BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
-        z = transform(z, bias_ptr, offs_v, column, SCALE, SOFTCAP, NEAR, HAS_BIAS, HAS_SOFTCAP)
-        z = tl.where(row[:, None] & column[None, :], z, -float("inf"))
-        z = hold_out(z, held_ptr, offs_n, offs_v, (first_tile + j) * BLOCK_V, row, HELD, BLOCK_V)
-        kept = column
-        if COLUMNS_0 > ALL or COLUMNS_1 > ALL:
-            kept = tl.load(keep_ptr + offs_v, mask=column, other=0) != 0
-        x = only(z, kept, COLUMNS_0) * (1.0 / TAU_0)
-        m = m_0
-        e, top, m_0, total_0, entropy_0 = add(x, m_0, total_0, entropy_0, JUMP, ENTROPY_0)
-        if PRODUCT_0:
-            moved = tl.max((m_0 > m).to(tl.int32), 0)
-            runs_0, live_0 = leave(e, z, top, m_0, total_0, j, runs_0, live_0, moved, offs_n,
-                                   offs_j, N, p_ptr, stride_pn, m_ptr, run_0,
-                                   SOFTCAP, EPS, P_SCALE, ROUND, HAS_SOFTCAP, BLOCK_V)  # fmt: skip
-        if COLUMNS_1 != NONE:
-            x = only(z, kept, COLUMNS_1) * (1.0 / TAU_1)
-            m = m_1
-            e, top, m_1, total_1, entropy_1 = add(x, m_1, total_1, entropy_1, JUMP, ENTROPY_1)
-            if PRODUCT_1:
-                moved = tl.max((m_1 > m).to(tl.int32), 0)
-                runs_1, live_1 = leave(e, z, top, m_1, total_1, j, runs_1, live_1, moved, offs_n,
-                                       offs_j, N, p_ptr + stride_pc, stride_pn, m_ptr + room * N,
-                                       run_1, SOFTCAP, EPS, P_SCALE, ROUND, HAS_SOFTCAP,
-                                       BLOCK_V)  # fmt: skip
+                W = W_ptr.load([(first_tile + j) * BLOCK_V, d]).T
+            else:
+                x, W = step(h_ptr + offs_n.to(tl.int64)[:, None] * stride_hn, W_ptr, row,
+                            (first_tile + j) * BLOCK_V + offs_j, d + offs_d, V, D, stride_hd,
+                            stride_wv, stride_wd)  # fmt: skip
+            z = tl.dot(x.to(DOT), W.to(DOT), z, input_precision="ieee", out_dtype=ACC)
+            if k == steps - 1:
+                (m_0, total_0, entropy_0, m_1, total_1, entropy_1,
+                 runs_0, live_0, runs_1, live_1) = use(
+                    z, j, first_tile, m_0, total_0, entropy_0, m_1, total_1, entropy_1,
+                    runs_0, live_0, runs_1, live_1, offs_n, offs_j, row, N, V, room,
+                    bias_ptr, keep_ptr, held_ptr, p_ptr, stride_pc, stride_pn, m_ptr, run_0, run_1,
+                    SCALE, SOFTCAP, EPS, JUMP, P_SCALE, NEAR, HAS_BIAS, HAS_SOFTCAP, HELD,
+                    COLUMNS_0, TAU_0, ENTROPY_0, PRODUCT_0, COLUMNS_1, TAU_1, ENTROPY_1, PRODUCT_1,
+                    ROUND, BLOCK_V)  # fmt: skip
+                z = tl.zeros((BLOCK_N, BLOCK_V), dtype=ACC)
+    else:
+        for j in range(first, past):
+            if TMA:
+                z = tl.zeros((BLOCK_N, BLOCK_V), dtype=ACC)
+                for d in range(0, D, BLOCK_D):
+                    x = h_ptr.load([block * BLOCK_N, d])
+                    W = W_ptr.load([(first_tile + j) * BLOCK_V, d])
+                    z = tl.dot(x.to(DOT), W.T.to(DOT), z, input_precision="ieee", out_dtype=ACC)
+            else:
+                offs_v = (first_tile + j) * BLOCK_V + offs_j
+                column = offs_v < V
+                z = times_head(h_ptr + offs_n.to(tl.int64)[:, None] * stride_hn,
+                               W_ptr + offs_v.to(tl.int64)[None, :] * stride_wv,
+                               row, column, offs_d, D, stride_hd, stride_wd, ACC, DOT,
+                               BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
+            (m_0, total_0, entropy_0, m_1, total_1, entropy_1,
+             runs_0, live_0, runs_1, live_1) = use(
+                z, j, first_tile, m_0, total_0, entropy_0, m_1, total_1, entropy_1,
+                runs_0, live_0, runs_1, live_1, offs_n, offs_j, row, N, V, room,
+                bias_ptr, keep_ptr, held_ptr, p_ptr, stride_pc, stride_pn, m_ptr, run_0, run_1,
+                SCALE, SOFTCAP, EPS, JUMP, P_SCALE, NEAR, HAS_BIAS, HAS_SOFTCAP, HELD,
+                COLUMNS_0, TAU_0, ENTROPY_0, PRODUCT_0, COLUMNS_1, TAU_1, ENTROPY_1, PRODUCT_1,
+                ROUND, BLOCK_V)  # fmt: skip
     tl.store(new_shift_ptr + state, m_0, mask=row)
     tl.store(total_ptr + state, total_0, mask=row)
     if ENTROPY_0:

@@ -116,7 +116,7 @@ def visit(
     held: Tensor,
     start: Tensor,
     keep: Tensor | None,
-    channels: list[Channel],
+    channels: tuple[Channel, ...],
     *,
     product: bool,
     fine: bool,

@@ -364,8 +364,8 @@ def _triton(
     ignore_index: int,
     entropy: bool,
     vendor: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Rows u * CE + w * KL [N] with a graph, and (CE, KL, entropy).
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Rows u * CE + w * KL [N] with a graph; and (CE, KL, entropy) if `entropy`.
 
     weights: of CE and KL; factors: for each what `triton_ops.factor` returns
     """
@@ -385,7 +385,7 @@ def _triton(
             t.vocab_keep,
         )),
     )  # fmt: skip
-    rows, *parts = triton_ops.triton_dmk_ce(
+    return triton_ops.triton_dmk_ce(
         given,
         triton_ops.Options(
             alpha=alpha,
@@ -403,4 +403,3 @@ def _triton(
             vendor=vendor,
         ),
     )
-    return rows, (parts[0], parts[1], parts[2])

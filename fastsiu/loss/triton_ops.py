@@ -84,13 +84,13 @@ def factor(
     return alpha, number, False
 
 
-def triton_dmk_ce(given: Operands, how: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows u CE + w KL [N] with a graph; CE, KL and entropy [N]."""
+def triton_dmk_ce(given: Operands, how: Options) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Rows u CE + w KL [N] with a graph; and CE, KL and entropy [N] if `how.entropy`."""
     if torch.compiler.is_compiling():
         rows, ce, kl, H, *_ = operator(*given, **how._asdict())
-    else:
-        rows, ce, kl, H = Loss.apply(how, *given)
-    return rows, ce, kl, H
+        return rows, (ce, kl, H)
+    found = Loss.apply(how, given, given.hidden, given.head_weight, given.head_bias)
+    return (found[0], found[1:]) if how.entropy else (found, ())
 
 
 def _parts(given: Operands, how: Options) -> tuple[tiled.Head, tiled.Teacher | None, bool]:
@@ -109,10 +109,9 @@ def _parts(given: Operands, how: Options) -> tuple[tiled.Head, tiled.Teacher | N
     return head, teacher, one_head
 
 
-def _forward(
-    given: Operands, how: Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Any]:
-    """Rows, CE, KL, entropy, dh if `ahead`, and the state of the backward pass if `trains`."""
+def _forward(given: Operands, how: Options) -> tuple[Tensor, Tensor | None, Any]:
+    """[4, N]: rows, CE, KL and entropy; dh if `ahead`; and the state of the backward pass if
+    `trains`."""
     from ..kernels import triton_frozen, triton_general, triton_rows  # not every machine has triton
 
     head, teacher, one_head = _parts(given, how)
@@ -155,34 +154,45 @@ def _scaled(dh: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Loss(torch.autograd.Function):
+    """Only what may have a gradient is an argument of its own: autograd looks at each of them."""
+
     @staticmethod
-    def forward(ctx: Any, how: Options, *tensors: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        given = Operands(*tensors)
-        rows, ce, kl, H, dh, state = _forward(given, how)
-        ctx.how, ctx.dtype = how, given.hidden.dtype
+    def forward(
+        ctx: Any,
+        how: Options,
+        given: Operands,
+        hidden: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        found, dh, state = _forward(given, how)
+        ctx.how, ctx.dtype = how, hidden.dtype
         if how.ahead:
             ctx.save_for_backward(dh)
         elif how.trains:
-            ctx.save_for_backward(*state, *tensors)
-        ctx.mark_non_differentiable(ce, kl, H)
+            ctx.save_for_backward(*state, *given)
         ctx.set_materialize_grads(False)
-        return rows, ce, kl, H
+        if not how.entropy:
+            return found[0]
+        rows, *parts = found.unbind(0)
+        ctx.mark_non_differentiable(*parts)
+        return rows, *parts
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND)
-        none = (None,) * (len(Operands._fields) - 3)
         if g is None or not (ctx.how.ahead or ctx.how.trains):
-            return None, None, None, None, *none
+            return None, None, None, None, None
         if ctx.how.ahead:
             (dh,) = ctx.saved_tensors
-            return None, _scaled(dh, g, ctx.dtype), None, None, *none
+            return None, None, _scaled(dh, g, ctx.dtype), None, None
         from ..kernels.triton_general import Settled
 
         saved = ctx.saved_tensors
         state, given = Settled(*saved[:5]), Operands(*saved[5:])
-        return None, *_backward(given, ctx.how, state, g, ctx.needs_input_grad[1:4]), *none
+        need = ctx.needs_input_grad[2:]
+        return None, None, *_backward(given, ctx.how, state, g, need)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -213,14 +223,14 @@ def operator(*tensors: Any, **options: Any) -> tuple[Tensor, ...]:
     """Rows, CE, KL and entropy [N], each in memory of its own; dh [N, D], without rows unless
     `ahead`; and the fields of Settled, without rows unless `trains`."""
     given, how = Operands(*tensors), Options(**options)
-    *four, dh, state = _forward(given, how)
+    found, dh, state = _forward(given, how)
     rest = list(_empty(given, how))
     if how.ahead and dh is not None:
         rest[0] = dh
     if how.trains:
         h, u, w, lse, still = state
         rest[1:] = [h, u.clone(), w.clone(), lse, still]
-    return *(x.clone() for x in four), *rest
+    return *(x.clone() for x in found), *rest
 
 
 @operator.register_fake

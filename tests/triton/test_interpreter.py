@@ -284,6 +284,23 @@ def test_tiles_by_descriptor_are_tiles_by_pointer(monkeypatch, dtype):
         assert (a.product - b.product).norm() <= 2**-11 * a.product.norm()
 
 
+@pytest.mark.parametrize("tma", [(), ("interpreter",)])
+@pytest.mark.parametrize("tile", [64, 10**6])
+def test_one_flat_loop_is_bitwise_two_loops(monkeypatch, tma, tile):
+    """The last split may have no tiles, and D is no multiple of a step."""
+    monkeypatch.setattr(triton_launch, "TMA", tma)
+    monkeypatch.setattr(triton_sweep, "units_of", lambda device: 3)
+    made, keep = problem(5, 300, 72, BF16), mask(300, 0.5)
+    plan = triton_launch.triton_launch(5, 300, 72, BF16, "interpreter", 3, True)
+    both = [
+        sums_of(triton_sweep.sweep, *made, F32, keep=keep, tile=tile, plan=plan._replace(flat=flat))
+        for flat in (False, True)
+    ]
+    for one, other in zip(*both, strict=True):
+        assert torch.equal(one.total, other.total) and torch.equal(one.product, other.product)
+        assert torch.equal(one.entropy, other.entropy)
+
+
 @pytest.mark.parametrize("reference", [-100.0, -12.0, 0.0, 20.0])
 def test_fp16_neither_overflows_nor_vanishes(reference):
     """exp(11) is the largest that fp16 holds, exp(-17) the smallest: the reference must not stand

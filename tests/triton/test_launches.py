@@ -1,6 +1,7 @@
 """How many device kernels a step of the loss launches, that none of them waits for the device, and
 how long Python takes for it: counted and timed on a CPU, with the kernels replaced."""
 
+import sys
 from collections import Counter
 from time import process_time
 
@@ -17,9 +18,11 @@ from fastsiu.kernels import triton_frozen, triton_general, triton_launch, triton
 
 N, V, D = 16, 600, 64
 FROZEN, GENERAL = 8, 14  # forward and backward together, at one chunk of columns
-# Of a CPU that ten processes shared, an empty autograd function took 6 us and a call 230 to 330;
-# before the rows had their kernels, milliseconds.
-RATIO = 80
+# Of a forward pass: its time in times of an empty autograd function, and its calls of Python and C
+# functions. Measured: 97 us beside 5.2 on an idle machine, 164 beside 7.2 where forty processes
+# shared two cores. The number of calls does not depend on who else uses the machine.
+RATIO = 28
+CALLS = dict(cross_entropy=240, full_vocabulary=275, renormalised=280, softcap=350, trains=285)
 SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item"}
 
 
@@ -144,13 +147,32 @@ def test_python_takes_little_of_a_step(launched):
         "loss": lambda: fused_dmk_ce(h, W, Y, teacher, backend="triton"),
     }
     took = dict.fromkeys(calls, float("inf"))
-    for _ in range(12):
+    for _ in range(150):  # a few calls at a time: some of them are not interrupted
         for name, call in calls.items():
             began = process_time()
-            for _ in range(100):
+            for _ in range(10):
                 call()
-            took[name] = min(took[name], (process_time() - began) / 100)
+            took[name] = min(took[name], (process_time() - began) / 10)
     assert took["loss"] <= RATIO * took["empty"], {k: f"{1e6 * v:.0f} us" for k, v in took.items()}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_python_makes_few_calls(launched, name):
+    _, cache, options = CASES[name]
+    teacher = None if cache is None else TeacherCache.from_hidden(HT, W, **cache)
+    seen = Counter()
+
+    def count(frame, event, called):
+        seen[event] += event in ("call", "c_call")
+
+    step(teacher, backward=False, **options)  # constants are made and kept
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        step(teacher, backward=False, **options)
+    finally:
+        sys.setprofile(before)
+    assert 0 < sum(seen.values()) <= CALLS[name], dict(seen)
 
 
 def test_a_plan_is_made_once():
