@@ -129,8 +129,8 @@ def collect(directory: Path, *, names: bool) -> dict[str, Path | bytes]:
     reports = _reports(directory, listed)
     shown = {place: report if names else redacted(report) for place, report in reports.items()}
     base = _base(directory, sealed, merged)
-    if any(report.get("model") == MODEL for report in shown.values()):
-        if not merged and _config(directory).get("base_model_name_or_path"):
+    if not names and any(_tells(report, base.place or base.name) for report in reports.values()):
+        if not merged:
             raise BadInput(
                 f"{CONFIG} in {directory} names the base, whose name may tell the concept's: "
                 "unlearn with --redact, or add --with-names."
@@ -177,6 +177,15 @@ def _base(directory: Path, sealed: Mapping[str, Any], merged: bool) -> card.Base
         revision = config.get("revision")
     terms = licence.terms_in(directory).card
     return card.Base(place or name, place, revision if place else None, terms)
+
+
+def _tells(report: Mapping[str, Any], base: str) -> bool:
+    """Whether the base's name may tell the concept's. A report without names was made by someone
+    who knew that."""
+    if report.get("redacted"):
+        return False
+    apart = {key: report.get(key) for key in ("concept", "aliases")}
+    return bool(redacted({**apart, "model": f"base/{base.replace('/', '-')}"})["model"] == MODEL)
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -142,6 +142,12 @@ def test_a_model_whose_name_may_tell_stays(hub, tmp_path):
     push(told, at(hub), names=True)
 
 
+def test_a_base_from_a_directory_goes_without_its_place(hub, tmp_path):
+    done = push(write(tmp_path / "out", model="model", revision=None), at(hub))
+    text = hub.repos["me/forgot"]["files"]["README.md"].decode()
+    assert done.notes and errors_of(text) == [] and "base_model" not in text
+
+
 def test_a_dry_run_sends_nothing(hub, output, capsys):
     code = cli.run(["push", str(output), "me/forgot", "--endpoint", hub.url, "--dry-run"])
     told = "".join(capsys.readouterr())
