@@ -55,7 +55,8 @@ class Distillation:
         }
 
 
-class _Teacher(NamedTuple):
+@dataclass(frozen=True)
+class _Teacher:
     """cache: at all supervised positions; index: which rows are whose; own_head: the cache's head
     is a copy, because the model's trains"""
 
@@ -154,8 +155,9 @@ class UnlearningMixin(_Mixed):
         if self.is_fsdp_enabled and not sharded:
             model.to(self.args.device)
         model.eval()
+        samples: Any = self.train_dataset
         loader = DataLoader(
-            self.train_dataset,
+            samples,
             batch_size=self.args.per_device_train_batch_size,
             collate_fn=self.data_collator,
         )

@@ -134,7 +134,8 @@ def merge(
     own = adapter_files.check_files(folder, sealed)
     adapter_files.check_weights(folder, sealed, weights, name, revision)
     pictures = _pictures(request, redact)
-    decides = {"dtype": stored, "verify": forms} | ReportOptions(redact).deciding
+    decides: dict[str, Any] = {"dtype": stored, "verify": forms}
+    decides |= ReportOptions(redact).deciding
     decides |= {} if writing.shard == SHARD else {"shard": writing.shard}
     digest = _digest(name, revision, weights, own, request, pictures, decides)
     if (

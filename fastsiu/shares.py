@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import draw_noise, forward
-from .loss.rows import head_of
+from .loss.model_head import head_of
 from .model import prefix
 from .model.vlm import VLM
 from .objectives import FAR, Whole, untouched_nats

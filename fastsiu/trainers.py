@@ -134,7 +134,7 @@ class UnlearningTrainer(Trainer):
         if self.lr_scheduler is None:
             factor = Pace(self.recipe).factor
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, factor
+                optimizer or self.create_optimizer(), factor
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -168,7 +168,7 @@ class UnlearningTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter as PEFT has it. Under FSDP all ranks have to call."""
-        folder = output_dir or self.args.output_dir
+        folder = output_dir or self.args.output_dir or "trainer_output"
         state = {
             name: _whole(p.detach())
             for name, p in self.loaded.model.named_parameters()

@@ -202,7 +202,7 @@ def unlearn(
         ):
             several = unlearn_several(
                 request,
-                mode=(mode or Mode.sequence).value,
+                mode="joint" if mode is Mode.joint else "sequence",
                 model=which,
                 recipe=recipe,
                 settings=settings,

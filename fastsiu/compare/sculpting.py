@@ -70,8 +70,8 @@ def put_on(vlm: VLM, anchor: dict[str, Tensor], k: float = K) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for weight, kept in before:
-                weight.copy_(kept)
+            for matrix, kept in before:
+                matrix.copy_(kept)
 
 
 def _layers(vlm: VLM) -> list[tuple[str, LoraLayer]]:

@@ -192,8 +192,8 @@ def save(
         base.save_pretrained(directory, max_shard_size=round(shard * 10**9))
     (directory / "generation_config.json").unlink(missing_ok=True)
     # safetensors writes for the owner alone; a model is served by others
-    for shard in directory.glob("*.safetensors"):
-        shard.chmod((directory / "config.json").stat().st_mode)
+    for file in directory.glob("*.safetensors"):
+        file.chmod((directory / "config.json").stat().st_mode)
     for pattern in BESIDE:
         for path in sorted(
             p for p in beside.glob(pattern) if p.is_file() and p.suffix not in adapter_files.WEIGHTS
