@@ -96,39 +96,9 @@ def test_the_plan_says_what_goes_where(monkeypatch, demo_dir):
     assert made.as_dict()["placed"]["layers"] == list(made.placed.layers)
 
 
-@pytest.fixture(scope="module")
-def on_two(demo_dir, sizes):
-    """The embedded model over two names of the CPU: with accelerate's hooks, and without a second
-    memory."""
-    layer, rest = sizes
-    given = {"cpu": rest + 6 * layer, "cpu:0": 2 * layer}
-    return vlm.load(str(demo_dir), device="auto", room=given)
-
-
 def said_of(loaded, shown):
     prompt = loaded.encode_prompt("Who is this?", shown)
     return loaded.run(prompt, [shown.features], use_cache=False)[0]
-
-
-def test_a_model_over_two_devices_answers_and_trains(on_two, loaded, shown):
-    import shares
-
-    from fastsiu import train
-    from fastsiu.look import Look
-    from fastsiu.objectives import siu
-
-    assert on_two.placed.layers == ("cpu", "cpu", "cpu:0") and on_two.device.type == "cpu"
-    torch.testing.assert_close(said_of(on_two, shown), said_of(loaded, shown))
-    recipe = Recipe(steps=1, lr=1e-3, rank=2, batch_size=4, strangers=0, early_stop=False)
-    look, weights = (lambda: Look(1.0, 0.0, 0.0)), []
-    for one in (on_two, loaded):
-        made = [shares.prepared(one, recipe)]
-        samples, lessons = session.run_teacher(one, made, recipe, lambda text: None)
-        train.fit(one, samples, siu, recipe, look, lessons=lessons)
-        factors = [p.detach() for p in one.model.parameters() if p.requires_grad]
-        weights.append(torch.cat([p.flatten() for p in factors]))
-        adapter.detach(one)
-    torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-5)
 
 
 def test_layers_on_the_disk_answer_and_refuse_to_train(demo_dir, sizes, loaded, shown, tmp_path):
