@@ -173,7 +173,7 @@ def _base(directory: Path, sealed: Mapping[str, Any], merged: bool) -> card.Base
     if not merged:
         config = _config(directory)
         told = str(config.get("base_model_name_or_path") or "")
-        place = told if told and not told.startswith("./") else None
+        place = told if "/" in told and not told.startswith(("./", "/")) else None
         revision = config.get("revision")
     terms = licence.terms_in(directory).card
     return card.Base(place or name, place, revision if place else None, terms)
