@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..kernels.parts import WHOLE, Part
-from .head import LEAST, MOST, readable, referred
+from .head import LEAST, MOST, Stamp, readable, referred
 from .meeting import Facts, added, by_first, check_group, digest, meet
 from .tensor_file import FLOATS, INTEGERS, WIDE, TensorFile, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from .teacher import TeacherCache
 
 FORMAT = "fastsiu-teacher-cache"
 VERSION, READABLE = "3", ("2", "3")  # 1 had no top entries, 2 no digests
@@ -26,7 +25,28 @@ STATISTICS = ("hidden", "m_rest", "C", "lse", "top", "p_top")
 OPTIONS = ("renormalize", "logit_scale", "logit_softcap", "temperature")
 
 
-def write_cache(cache: TeacherCache, path: str | PathLike[str]) -> None:
+class Cache(Protocol):
+    """What a file holds of a teacher's cache, beside `STATISTICS` and `OPTIONS`."""
+
+    @property
+    def head_weight(self) -> Tensor: ...
+
+    @property
+    def head_bias(self) -> Tensor | None: ...
+
+    @property
+    def part(self) -> Part: ...
+
+    @property
+    def stamp(self) -> Stamp: ...
+
+    def comes_out_again(self) -> bool: ...
+
+
+C = TypeVar("C", bound=Cache)
+
+
+def write_cache(cache: Cache, path: str | PathLike[str]) -> None:
     """`TeacherCache.save`"""
     tensors = {k: getattr(cache, k) for k in (*STATISTICS, "vocab_keep", "head_bias")}
     if cache.head_bias is not None:
@@ -41,7 +61,7 @@ def write_cache(cache: TeacherCache, path: str | PathLike[str]) -> None:
     )
 
 
-def _words(cache: TeacherCache) -> tuple[str, str, str]:
+def _words(cache: Cache) -> tuple[str, str, str]:
     """Shape, dtype and digest of the whole head."""
     shape, dtype, number = cache.stamp.words()
     if cache.part.whole:
@@ -51,12 +71,12 @@ def _words(cache: TeacherCache) -> tuple[str, str, str]:
 
 
 def read_cache(
-    cls: type[TeacherCache],
+    build: Callable[..., C],
     path: str | PathLike[str],
     head_weight: Tensor,
     group: ProcessGroup | None,
-) -> TeacherCache:
-    """`TeacherCache.load`"""
+) -> C:
+    """`TeacherCache.load`. build: the class, which takes the statistics and options"""
 
     damaged = ValueError(f"{path} is damaged: build the cache again.")
 
@@ -75,7 +95,7 @@ def read_cache(
                 "device first."
             )
 
-    def read(part: Part) -> tuple[TensorFile, TeacherCache]:
+    def read(part: Part) -> tuple[TensorFile, C]:
         file = read_tensors(
             path,
             FORMAT,
@@ -105,7 +125,7 @@ def read_cache(
         with torch.inference_mode(False):
             t = {k: x.to(head_weight.device, copy=True) for k, x in file.tensors.items()}
             softcap = options["logit_softcap"]
-            return file, cls(
+            return file, build(
                 t["hidden"],
                 t["m_rest"],
                 t["C"],
