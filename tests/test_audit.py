@@ -17,6 +17,7 @@ from PIL import Image
 from fastsiu import audit as auditing
 from fastsiu import cli
 from fastsiu.evaluate import effect, glimpses
+from fastsiu.evaluate.deployed_exam import NO_LIKELIHOOD
 from fastsiu.model.served import Connection, Endpoint, Served, data_url
 from fastsiu.report.redact import redacted
 from fastsiu.report.sentences import LEFT_OUT
@@ -96,7 +97,7 @@ def test_a_served_model_that_forgot_is_told_so(server, picture):
     assert {"naming", "prompts", "yesno", "choice", "group", "plural"} <= applicable
     assert not applicable & {"rank", "likelihood", "begun-name", "begun-fact"}
     assert auditing.BY_TEXT_ALONE in found.report["caveats"]
-    assert auditing.NO_LIKELIHOOD in found.report["caveats"]
+    assert NO_LIKELIHOOD in found.report["caveats"]
     assert auditing.NO_PROMISE in found.report["caveats"]
 
 

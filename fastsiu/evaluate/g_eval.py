@@ -18,13 +18,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from email.message import Message
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlsplit
 
-from ..guards.endpoint import host_of, is_local, read_key
+from ..guards.endpoint import NoRedirect, host_of, is_local, read_key
 from ..guards.strict_json import parse_json
 from ..request import BadInput
 from ..text.rate import wilson
@@ -262,21 +261,6 @@ def _graded(reply: bytes) -> Graded:
     return Graded(found, None if found is not None else "malformed")
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """No redirect is followed: urllib would go to any host, and take the key along."""
-
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: Message,
-        newurl: str,
-    ) -> None:
-        return None
-
-
 def _poster(options: Options) -> Callable[[bytes], bytes]:
     """The one function that talks to the network."""
     _host(options)
@@ -287,7 +271,7 @@ def _poster(options: Options) -> Callable[[bytes], bytes]:
         headers["Authorization"] = f"Bearer {read_key(options.key_file, '--judge-key')}"
     # A request to this machine goes to no proxy.
     direct = [urllib.request.ProxyHandler({})] if is_local(url) else []
-    opener = urllib.request.build_opener(_NoRedirect, *direct)
+    opener = urllib.request.build_opener(NoRedirect, *direct)
 
     def post(data: bytes) -> bytes:
         with opener.open(

@@ -4,7 +4,10 @@ of them."""
 from __future__ import annotations
 
 import sys
+import urllib.request
+from email.message import Message
 from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
 
 from ..request import BadInput
@@ -70,3 +73,18 @@ def read_key(place: Path, option: str) -> str:
     if not key or not key.isprintable() or not key.isascii() or " " in key:
         raise BadInput(f"{place} holds no API key: write the key into it, in one line.")
     return key
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """No redirect is followed: urllib would go to any host, and take the key along."""
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: Message,
+        newurl: str,
+    ) -> None:
+        return None

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from email.message import Message
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from PIL import Image
 
-from ..guards.endpoint import host_of, is_local, read_key
+from ..guards.endpoint import NoRedirect, host_of, is_local, read_key
 from ..guards.strict_json import parse_json
 from ..guards.terminal import visible
 from ..request import BadInput
@@ -106,7 +106,7 @@ class Connection:
             self._headers["Authorization"] = f"Bearer {read_key(endpoint.key_file, '--url-key')}"
         # A request to this machine goes to no proxy.
         direct = [urllib.request.ProxyHandler({})] if is_local(endpoint.url) else []
-        self._opener = urllib.request.build_opener(_NoRedirect, *direct)
+        self._opener = urllib.request.build_opener(NoRedirect, *direct)
         self._ends = time.monotonic() + endpoint.within
         self.called: dict[str, str] = {}  # model's name -> what replies call it
 
@@ -353,18 +353,3 @@ def _words(error: urllib.error.HTTPError) -> str:
 def _reason(error: Any) -> str:
     """Why there is no connection, in the system's words, without an address."""
     return str(getattr(error, "strerror", None) or type(error).__name__).lower()
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """No redirect is followed: urllib would go to any host, and take the key along."""
-
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: Message,
-        newurl: str,
-    ) -> None:
-        return None
