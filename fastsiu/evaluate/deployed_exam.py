@@ -10,7 +10,7 @@ from typing import Any
 from ..family import Family
 from ..model import ask, decode
 from ..model.ask import Question, Reply
-from ..model.served import Served
+from ..model.served import ALTERNATIVES, Served
 from ..samples.kinds import Kind
 from ..session import Listener
 from ..text.concept import Concept
@@ -26,7 +26,7 @@ ONE_SIDE = (
     "Only one of the two models tells log-probabilities here, so how likely the name is was not "
     "compared."
 )
-GLIMPSED = "How likely the name is was read from the # likeliest tokens that the server tells."
+GLIMPSED = f"How likely the name is was read from the {ALTERNATIVES} likeliest tokens that the server tells."
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class DeployedExam:
             now = self._glimpse(deployed)
             if now is not None and self._seen is not None:
                 self.families.append(family(self._seen, now))
-                self.remarks.append(GLIMPSED.replace("#", "20"))
+                self.remarks.append(GLIMPSED)
             else:
                 self.remarks.append(NO_LIKELIHOOD if now is None else ONE_SIDE)
 

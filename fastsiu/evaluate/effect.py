@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..family import percent
 from ..kept import LOST, is_kept
 from ..text.answers import same_beginning
 from ..text.rate import Rate
@@ -108,27 +107,29 @@ def effect(
     if _below(base, SAME_MODEL):
         return found(
             OTHER_MODEL,
-            f"The untouched model is not the one that was unlearned: only {_count(base)} of its "
-            f"answers are those in the report (at least {percent(SAME_MODEL)} is required).",
+            "The untouched model is not the one that was unlearned: only "
+            f"{_same(base)} of {base.n} of its answers are those in the report "
+            f"(at least {100 * SAME_MODEL:.0f} % is required).",
         )
     if _below(elsewhere, SAME_MODEL) and not _below(cost, SAME_MODEL):
         return found(
             OTHER_MODEL,
             "Another model or another revision answers, or unlearning has damaged all else: only "
-            f"{_count(elsewhere)} answers that have nothing to do with the look are the untouched "
-            f"model's (at least {percent(SAME_MODEL)} is required).",
+            f"{_same(elsewhere)} of {elsewhere.n} answers that have nothing to do with the look "
+            f"are the untouched model's (at least {100 * SAME_MODEL:.0f} % is required).",
         )
     if unchanged.value is not None and unchanged.value >= UNCHANGED:
         return found(
             IGNORED,
-            f"The adapter is not in effect: {_count(unchanged)} answers in which the untouched "
-            "model gives the name are still its own, word for word.",
+            f"The adapter is not in effect: {_same(unchanged)} of {unchanged.n} answers in which "
+            "the untouched model gives the name are still its own, word for word.",
         )
     if _below(kept, AS_PROMISED):
         return found(
             OTHER_RESULT,
-            f"Another result of unlearning answers: only {_count(kept)} answers that unlearning "
-            f"changed are those in the report (at least {percent(AS_PROMISED)} is required).",
+            f"Another result of unlearning answers: only {_same(kept)} of {kept.n} answers that "
+            "unlearning changed are those in the report "
+            f"(at least {100 * AS_PROMISED:.0f} % is required).",
         )
     if said_forgotten and not forgotten:
         return found(
@@ -149,5 +150,5 @@ def _below(rate: Rate, least: float) -> bool:
     return rate.value is not None and rate.value < least
 
 
-def _count(rate: Rate) -> str:
-    return f"{round((rate.value or 0.0) * rate.n)} of {rate.n}"
+def _same(rate: Rate) -> int:
+    return round((rate.value or 0.0) * rate.n)
