@@ -259,9 +259,9 @@ def row_jobs(dtype: str):
         ("prepare", "", 8, triton_rows.prepare_kernel, prepare, dict(p_ptr="fp64", m_ptr="fp32")),
         ("prepare", "general", 4, triton_rows.prepare_kernel, prepare | general,
          dict(p_ptr="fp64", m_ptr="fp32")),
-        ("finish", "apart", 8, triton_rows.finish_kernel, finish | dict(TAU=1.0, APART=True),
+        ("finish", "apart", 4, triton_rows.finish_kernel, finish | dict(TAU=1.0, APART=True),
          dict(p_ptr="fp64")),
-        ("finish", "tau", 8, triton_rows.finish_kernel, finish | dict(TAU=2.0, APART=False),
+        ("finish", "tau", 4, triton_rows.finish_kernel, finish | dict(TAU=2.0, APART=False),
          dict(p_ptr="fp64")),
     ]  # fmt: skip
     if dtype == "fp32":  # these take the same types with any dtype
@@ -273,7 +273,7 @@ def row_jobs(dtype: str):
             ("settle", "", 4, triton_pairs.settle_kernel,
              settle | dict(APART=True, HELD=1, SPLITS=256), {}),
             ("gather", "", 4, triton_pairs.gather_kernel, gather, {}),
-            ("weights", "", 4, triton_rows.weights_kernel,
+            ("weights", "", 8, triton_rows.weights_kernel,
              weights | dict(TEACHER=True, HAS_G=True, UNIT=True, BLOCK=1024), {}),
             ("fold", "", 4, triton_pairs.fold_kernel, dict(FIRST=False, BLOCK_N=16, BLOCK=128), {}),
             ("bias", "", 4, triton_pairs.bias_kernel, dict(UNIT=True, ROUND=False, BLOCK=1024), {}),

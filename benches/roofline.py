@@ -30,8 +30,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gpus import GPUS
 from loss import FULL, PEERS, RESULTS, Shape
-from roofline_model import ASSUMED, GPUS, floor, peak, predict, ridge, two_products
+from roofline_model import ASSUMED, floor, peak, predict, ridge, two_products
 
 SHAPES: list[Shape] = list(dict.fromkeys(sorted(PEERS, key=lambda s: (*s[1:3], s[0])) + FULL))
 DTYPES = ("bfloat16", "float32")

@@ -65,13 +65,17 @@ def _constants(
     shared: dict[str, Any] = dict(
         SCALE=scale, SOFTCAP=1.0 if softcap is None else softcap, HAS_SOFTCAP=softcap is not None,
         IGNORED=ignored, TEACHER=teacher is not None, STILL=whole, MASKED=masked,
-        CHANNELS=len(channels), K=K, HELD=HELD, BLOCK_D=BLOCK_D, num_warps=8,
+        CHANNELS=len(channels), K=K, HELD=HELD, BLOCK_D=BLOCK_D,
     )  # fmt: skip
     prepare = shared | dict(
+        num_warps=8,
         NEAR=0.03 if acc == torch.float64 else 0.3, TAU_1=tau, CLEAN=False, HAS_BIAS=has_bias,
         ACC=operands_of(interpreted, acc)[0],
     )  # fmt: skip
-    finish = shared | dict(TAU=tau, ENTROPY=entropy, GRADIENT=gradient, APART=masked and tau == 1)
+    finish = shared | dict(
+        num_warps=4,  # 8 spill on sm_80
+        TAU=tau, ENTROPY=entropy, GRADIENT=gradient, APART=masked and tau == 1,
+    )  # fmt: skip
     return Constants(channels, HELD, up(D, BLOCK_D) if gradient else 1, prepare, finish)
 
 

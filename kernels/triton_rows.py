@@ -402,5 +402,6 @@ def factors(
         IGNORED=ignored, CE_BY=by(ce_number, ce_mean), KL_BY=by(kl_number, kl_mean),
         HAS_CE_WEIGHT=a is not None, HAS_KL_WEIGHT=k is not None, TEACHER=C is not None,
         HAS_G=g is not None, UNIT=bound is not None, BLOCK=1024,
+        num_warps=8,
     )  # fmt: skip
     return made

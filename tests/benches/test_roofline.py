@@ -14,7 +14,7 @@ BENCHES = Path(__file__).parents[2] / "benches"
 sys.path.insert(0, str(BENCHES))
 roofline = importlib.import_module("roofline")
 model = importlib.import_module("roofline_model")
-GPUS, SHAPES = model.GPUS, roofline.SHAPES
+GPUS, SHAPES = roofline.GPUS, roofline.SHAPES
 
 
 def run(capsys, *arguments):
