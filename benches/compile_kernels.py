@@ -259,9 +259,9 @@ def row_jobs(dtype: str):
         ("prepare", "", 8, triton_rows.prepare_kernel, prepare, dict(p_ptr="fp64", m_ptr="fp32")),
         ("prepare", "general", 4, triton_rows.prepare_kernel, prepare | general,
          dict(p_ptr="fp64", m_ptr="fp32")),
-        ("finish", "apart", 4, triton_rows.finish_kernel, finish | dict(TAU=1.0, APART=True),
+        ("finish", "apart", 2, triton_rows.finish_kernel, finish | dict(TAU=1.0, APART=True),
          dict(p_ptr="fp64")),
-        ("finish", "tau", 4, triton_rows.finish_kernel, finish | dict(TAU=2.0, APART=False),
+        ("finish", "tau", 2, triton_rows.finish_kernel, finish | dict(TAU=2.0, APART=False),
          dict(p_ptr="fp64")),
     ]  # fmt: skip
     if dtype == "fp32":  # these take the same types with any dtype
