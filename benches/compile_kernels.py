@@ -255,13 +255,14 @@ def row_jobs(dtype: str):
     settle = dict(TAU=1.0, IGNORED=-100, KL=True, STILL=True, ENTROPY=True, CHANNELS=2)
     gather = dict(TAU=1.0, KL=True, STILL=True, UNIT=True, ROUND=False, BLOCK_D=512)
     weights = dict(IGNORED=-100, CE_BY=1, KL_BY=2, HAS_CE_WEIGHT=True, HAS_KL_WEIGHT=True)
+    warps = triton_rows.finish_warps(torch.bfloat16 if dtype == "bf16" else torch.float32)
     made = [
         ("prepare", "", 8, triton_rows.prepare_kernel, prepare, dict(p_ptr="fp64", m_ptr="fp32")),
         ("prepare", "general", 4, triton_rows.prepare_kernel, prepare | general,
          dict(p_ptr="fp64", m_ptr="fp32")),
-        ("finish", "apart", 2, triton_rows.finish_kernel, finish | dict(TAU=1.0, APART=True),
+        ("finish", "apart", warps, triton_rows.finish_kernel, finish | dict(TAU=1.0, APART=True),
          dict(p_ptr="fp64")),
-        ("finish", "tau", 2, triton_rows.finish_kernel, finish | dict(TAU=2.0, APART=False),
+        ("finish", "tau", warps, triton_rows.finish_kernel, finish | dict(TAU=2.0, APART=False),
          dict(p_ptr="fp64")),
     ]  # fmt: skip
     if dtype == "fp32":  # these take the same types with any dtype

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import triton_vendor
 from .tiled import Head, Teacher
-from .triton_rows import Weights, factors, finish_kernel, prepare_kernel
+from .triton_rows import Weights, factors, finish_kernel, finish_warps, prepare_kernel
 from .triton_sweep import Channel, dtypes, on, operands_of, power_of_2, up, visit
 from .triton_tiles import ALL, DROPPED, KEPT
 
@@ -72,10 +72,7 @@ def _constants(
         NEAR=0.03 if acc == torch.float64 else 0.3, TAU_1=tau, CLEAN=False, HAS_BIAS=has_bias,
         ACC=operands_of(interpreted, acc)[0],
     )  # fmt: skip
-    finish = shared | dict(
-        num_warps=2,  # 8 spill on sm_80, 4 on sm_90
-        TAU=tau, ENTROPY=entropy, GRADIENT=gradient, APART=masked and tau == 1,
-    )  # fmt: skip
+    finish = shared | dict(TAU=tau, ENTROPY=entropy, GRADIENT=gradient, APART=masked and tau == 1)
     return Constants(channels, HELD, up(D, BLOCK_D) if gradient else 1, prepare, finish)
 
 
@@ -138,6 +135,7 @@ def frozen(
             found.m, found.total, found.entropy, parts, found.reached,
             made, h if dh is None else dh,
             N, D, splits, found.reached.shape[1], *strides,
-            P_SCALE=found.scale, SPLITS=power_of_2(splits), **fixed.finish,
+            P_SCALE=found.scale, SPLITS=power_of_2(splits), num_warps=finish_warps(W.dtype),
+            **fixed.finish,
         )  # fmt: skip
     return made, dh

@@ -240,6 +240,12 @@ def added(dh, f, part_ptr, reached_ptr, m, n, N, D, offs_d, unit, parts, P_SCALE
     return dh
 
 
+def finish_warps(dtype: torch.dtype) -> int:
+    """Warps of `finish_kernel` for a head of this dtype. With 8, 16-bit heads spill on sm_80; with
+    4, fp32 ones on sm_90."""
+    return 4 if dtype.itemsize == 2 else 8
+
+
 @triton.jit(do_not_specialize=["N", "splits", "parts"])
 def finish_kernel(
     W_ptr, keep_ptr, label_ptr, top_ptr, p_ptr,
