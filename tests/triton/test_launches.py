@@ -21,7 +21,7 @@ FROZEN, GENERAL = 8, 14  # forward and backward together, at one chunk of column
 # Of a forward pass: its time in times of an empty autograd function, and its calls of Python and C
 # functions. Measured: 97 us beside 5.2 on an idle machine, 164 beside 7.2 where forty processes
 # shared two cores. The number of calls does not depend on who else uses the machine.
-RATIO = 28
+RATIO = 45
 CALLS = dict(cross_entropy=240, full_vocabulary=275, renormalised=280, softcap=350, trains=285)
 SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item"}
 

@@ -25,6 +25,7 @@ from fastsiu import TeacherCache, fused_dmk_ce  # noqa: E402
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benches"))
 import roofline_model as model  # noqa: E402
+from gpus import GPUS  # noqa: E402
 
 # what launches nothing
 VIEWS = set(
@@ -71,7 +72,7 @@ def launched(monkeypatch, training: bool) -> tuple[int, int]:
 def test_the_prediction_counts_what_a_call_launches(monkeypatch, training):
     kernels, launches = launched(monkeypatch, training)
     work = (model.trained if training else model.frozen)(
-        (64, 3000, 64, "bfloat16"), model.GPUS["H100"]
+        (64, 3000, 64, "bfloat16"), GPUS["H100"]
     )
     assert (work.operations, work.launches) == (kernels, launches)
 
