@@ -26,7 +26,10 @@ ONE_SIDE = (
     "Only one of the two models tells log-probabilities here, so how likely the name is was not "
     "compared."
 )
-GLIMPSED = f"How likely the name is was read from the {ALTERNATIVES} likeliest tokens that the server tells."
+GLIMPSED = (
+    f"How likely the name is was read from the {ALTERNATIVES} likeliest tokens that the server "
+    "tells."
+)
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,7 @@ def launched(monkeypatch, training: bool) -> tuple[int, int]:
 @pytest.mark.parametrize("training", [False, True])
 def test_the_prediction_counts_what_a_call_launches(monkeypatch, training):
     kernels, launches = launched(monkeypatch, training)
-    work = (model.trained if training else model.frozen)(
-        (64, 3000, 64, "bfloat16"), GPUS["H100"]
-    )
+    work = (model.trained if training else model.frozen)((64, 3000, 64, "bfloat16"), GPUS["H100"])
     assert (work.operations, work.launches) == (kernels, launches)
 
 
