@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 900.0  # seconds; a busy machine takes long
+PATIENCE = 300.0  # seconds; a busy machine takes long
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
 APP = [sys.executable, "-m", "fastsiu", "app", "--port", "0"]
