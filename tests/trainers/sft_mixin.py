@@ -71,14 +71,13 @@ def main(*, tied=False, steps=2, accumulate=2, early=False, **options):
             lr_scheduler_type="constant",
             optim="sgd",
             logging_steps=1,
-            remove_unused_columns=False,
             max_length=None,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
             bf16=False,
-            **options,
+            **{"remove_unused_columns": False, **options},
         )
         trainer = UnlearningSFTTrainer(
             build(tokenizer, tied=tied),
