@@ -26,7 +26,6 @@ from fastsiu.model.ask import Reply
 from fastsiu.model.fold import Change
 from fastsiu.report.redact import MODEL
 from fastsiu.request import BadInput, NumericFailure, Recipe, Request
-from fastsiu.settings import ReportOptions
 from fastsiu.text.concept import Concept
 
 quantised = pytest.mark.skipif(
@@ -407,7 +406,7 @@ def test_what_is_merged_without_names_holds_none(trained, demo_dir, cast, tmp_pa
     )
     given["device"] = "cpu"
     asked = calls.merge(
-        folder, tmp_path / "asked", report=ReportOptions(True), aliases=(f"{canary} III",), **given
+        folder, tmp_path / "asked", redact=True, aliases=(f"{canary} III",), **given
     )
     (folder / "report.json").write_text(json.dumps(told))
     inherited = calls.merge(folder, tmp_path / "inherited", concept=cast.target, **given)
