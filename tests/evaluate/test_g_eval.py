@@ -357,6 +357,7 @@ def test_eval_that_names_nobody(cast, demo_dir, tmp_path, monkeypatch, capsys):
     assert {p.name for p in out.iterdir()} == {
         "report.json",
         "report.md",
+        "run.toml",
         "report.html",
         "manifest.json",
         "private.key",
