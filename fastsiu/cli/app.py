@@ -7,12 +7,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .. import __version__
 from ..guards.terminal import Terminal, as_json
 from ..request import BadInput
 
+ORDER = (  # of the verbs in --help, whatever file has them
+    *("benchmark", "app", "audit", "push", "eval", "suite", "merge", "compare"),
+    *("unlearn", "ask", "data", "plan", "demo", "verify", "purge"),
+)
+
+
+class Verbs(TyperGroup):
+    def list_commands(self, context: Any) -> list[str]:
+        return sorted(super().list_commands(context), key=ORDER.index)
+
+
 app = typer.Typer(
+    cls=Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
