@@ -26,6 +26,7 @@ from . import (  # noqa: F401  with their verbs
     config,
     deployed,
     evidence,
+    suites,
     unlearning,
     upkeep,
 )
