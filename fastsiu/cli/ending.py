@@ -21,6 +21,7 @@ from ..guards.terminal import streams
 from ..request import BadInput, NumericFailure, OutOfMemory
 from ..staging import disk_full
 from . import (  # noqa: F401  with their verbs
+    beforehand,
     benchmarks,
     browser,
     config,

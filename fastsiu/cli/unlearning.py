@@ -1,21 +1,18 @@
-"""The verbs about unlearning: unlearn, data, ask, plan, demo."""
+"""The verbs about unlearning: unlearn, ask, demo."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 
-from ..guards.terminal import json_safe
 from ..request import WHOLE, BadInput, Request
-from ..staging import OTHER_FILE, check_new
-from .app import app, encoding, out, print_json, read_name, say
+from .app import app, out, print_json, read_name, say
 from .config import as_toml
+from .independent import independent
 from .options import (
     MOST_PICTURES,
-    MOST_TOKENS,
     Adapt,
     AsWord,
     Attention,
@@ -27,7 +24,6 @@ from .options import (
     DryRun,
     Dtype,
     EmbedImage,
-    Image,
     Join,
     Kind,
     Log,
@@ -192,7 +188,7 @@ def unlearn(
                 "mode out."
             )
         objects = dict(model=which, recipe=recipe, settings=settings, report=shown, output=output)
-        _independent(request, join, dry_run, quiet, json, objects)
+        independent(request, join, dry_run, quiet, json, objects)
     if request is not None:
         from ..several import unlearn_several
 
@@ -249,37 +245,6 @@ def unlearn(
     raise typer.Exit(0 if result.forgotten else 1)
 
 
-def _independent(
-    request: Path, join: bool, dry_run: bool, quiet: bool, json: bool, objects: dict[str, Any]
-) -> NoReturn:
-    """objects: what `unlearn_each` takes"""
-    from .. import independent
-    from ..progress import Progress
-    from ..show_joined import forecast_lines, requests_table
-
-    if dry_run:
-        if objects["output"] is None:
-            raise BadInput("--dry-run looks at what is done: give --output DIR.")
-        found = independent.forecast(request, **objects)
-        if json:
-            print_json(found.as_dict())
-        else:
-            forecast_lines(out, found)
-        raise typer.Exit(0)
-    with Progress(say, hidden=quiet or json) as progress:
-        each = independent.unlearn_each(
-            request,
-            **objects,
-            sharing=independent.Sharing(join),
-            listener=progress.listener,
-        )
-    if json:
-        print_json(each.as_dict())
-    elif not quiet:
-        requests_table(out, each)
-    raise typer.Exit(each.exit_code)
-
-
 @app.command()
 def ask(
     question: Annotated[list[str], typer.Argument(help="One or more questions.")],
@@ -323,149 +288,6 @@ def ask(
             print_json(row, indent=None)
     else:
         answers_table(out, rows)
-
-
-@app.command()
-def data(
-    image: Image,
-    concept: Concept = None,
-    concept_file: ConceptFile = None,
-    model: Model = None,
-    revision: Revision = None,
-    alias: Annotated[
-        list[str] | None, typer.Option(help="Another name of the concept; repeatable.")
-    ] = None,
-    as_word: AsWord = None,
-    kind: Kind = None,
-    protect: Annotated[
-        list[str] | None, typer.Option(help="A neighbour's name; repeatable.")
-    ] = None,
-    retain: Annotated[
-        Path | None, typer.Option(help="Unlabelled pictures of anything else.")
-    ] = None,
-    data: Annotated[Path | None, typer.Option(help="JSONL file with samples of your own.")] = None,
-    substitute: Annotated[
-        Substitute | None, typer.Option(help="What the model says instead of the name.")
-    ] = None,
-    adapt: Annotated[
-        Adapt | None,
-        typer.Option(help="What is trained: the language model, or what stands in front of it."),
-    ] = None,
-    preset: Published = Preset.default,
-    output: Annotated[
-        Path | None, typer.Option(help="JSONL file to write; standard output when left out.")
-    ] = None,
-    explain: Annotated[
-        bool, typer.Option(help="Show every sample with its masked tokens instead.")
-    ] = False,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    memory: Memory = None,
-    quantize: Quantize = None,
-    attention: Attention = None,
-) -> None:
-    """The training samples and their masks, before anything is trained."""
-    concept = read_name(concept, concept_file)
-    if concept is None:
-        raise BadInput("There is no name: give --concept or --concept-file.")
-    if output is not None and not output.parent.is_dir():
-        raise BadInput(
-            f"There is no directory {output.parent} to write to: create it or {OTHER_FILE}."
-        )
-    if output is not None:
-        check_new(output, OTHER_FILE)
-
-    from .. import driver
-    from ..progress import Progress
-    from ..samples import corpus
-    from ..settings import ModelRef, RecipeChoice, Settings
-    from ..show_samples import explanation
-    from ..staging import new_file
-
-    asked = Request(
-        concept.strip(),
-        image,
-        tuple(alias or ()),
-        tuple(protect or ()),
-        None,
-        retain,
-        data,
-        as_word,
-        kind,
-    )
-    changes = {
-        "substitute": substitute.value if substitute else None,
-        "adapt": adapt.value if adapt else None,
-        "seed": seed,
-    }
-    with Progress(say, hidden=False) as progress:
-        prepared = driver.prepared_for(
-            asked,
-            model=ModelRef(model, revision),
-            recipe=RecipeChoice(preset.value, changes),
-            settings=Settings(device, dtype, memory, quantize, attention),
-            listener=progress.listener,
-        )
-    samples = [*prepared.corpus.samples, *(prepared.lessons.samples if prepared.lessons else ())]
-    if explain:
-        explanation(out, prepared.scene, prepared.corpus, prepared.lessons)
-    elif output is not None:
-        new_file(output, json_safe(corpus.as_jsonl(samples)).encode("utf-8"))
-        say.print(f"{len(samples)} samples written to {output}.")
-    else:
-        sys.stdout.write(json_safe(corpus.as_jsonl(samples), encoding()))
-
-
-@app.command()
-def plan(
-    model: Model = None,
-    memory: Memory = None,
-    revision: Revision = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")
-    ] = "auto",
-    quantize: Quantize = None,
-    attention: Attention = None,
-    checkpointing: Checkpointing = None,
-    micro_batch: MicroBatch = None,
-    optimizer: Optimizer = None,
-    rank: Rank = None,
-    batch_size: BatchSize = None,
-    image: Annotated[
-        Path | None,
-        typer.Option(help="A picture whose tokens are counted with the model's processor."),
-    ] = None,
-    image_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=MOST_TOKENS,
-            help="Tokens of a picture, where the configuration does not say.",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cuda, cpu or auto.")] = "cuda",
-    json: Annotated[
-        bool, typer.Option("--json", help="Print JSON, sizes in bytes, instead of the table.")
-    ] = False,
-) -> None:
-    """Does it fit? From the model's configuration alone: no weight is read or fetched. Exit code 1
-    when it does not."""
-    from ..settings import ModelRef, RecipeChoice, Settings, plan_for
-    from ..show import plan_table
-
-    found = plan_for(
-        ModelRef(model, revision),
-        Settings(device, dtype, memory, quantize, attention, checkpointing, micro_batch, optimizer),
-        RecipeChoice(changes=dict(rank=rank, batch_size=batch_size)),
-        image=image,
-        image_tokens=image_tokens,
-    )
-    if json:
-        print_json(found.as_dict())
-    else:
-        plan_table(out, found)
-    raise typer.Exit(0 if found.chosen is not None else 1)
 
 
 @app.command()
