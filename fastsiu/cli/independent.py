@@ -11,10 +11,13 @@ from ..request import BadInput
 from .app import out, print_json, say
 
 
-def independent(
+def unlearn_independent(
     request: Path, join: bool, dry_run: bool, quiet: bool, json: bool, objects: dict[str, Any]
 ) -> NoReturn:
-    """objects: what `unlearn_each` takes"""
+    """Runs, or foretells with `dry_run`, and ends the command.
+
+    objects: what `independent.unlearn_each` takes by keyword
+    """
     from .. import independent
     from ..progress import Progress
     from ..show_joined import forecast_lines, requests_table

@@ -171,7 +171,10 @@ def _joined(
     dry_run: bool,
     json: bool,
 ) -> NoReturn:
-    """objects: what `join_suite` takes"""
+    """Runs, or foretells with `dry_run`, and ends the command.
+
+    objects: what `suite_join.join_suite` takes by keyword
+    """
     from ..evaluate import suite_join
     from ..progress import Progress
     from ..show import suite_table

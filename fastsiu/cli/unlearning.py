@@ -10,7 +10,7 @@ import typer
 from ..request import WHOLE, BadInput, Request
 from .app import app, out, print_json, read_name, say
 from .config import as_toml
-from .independent import independent
+from .independent import unlearn_independent
 from .options import (
     MOST_PICTURES,
     Adapt,
@@ -188,7 +188,7 @@ def unlearn(
                 "mode out."
             )
         objects = dict(model=which, recipe=recipe, settings=settings, report=shown, output=output)
-        independent(request, join, dry_run, quiet, json, objects)
+        unlearn_independent(request, join, dry_run, quiet, json, objects)
     if request is not None:
         from ..several import unlearn_several
 
