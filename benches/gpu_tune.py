@@ -24,7 +24,8 @@ from clock import Clock
 from gpu_measure import processes
 from rows import INTERPRETER, Row, append
 
-from fastsiu.kernels.tiled import Head, Sums
+from fastsiu.kernels.inputs import Head
+from fastsiu.kernels.tiled import Sums
 from fastsiu.kernels.triton_launch import (
     CHUNK,
     SHARED_LIMIT,

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from . import cpu_build
-from .tiled import Head, Sums
+from .inputs import Head
+from .tiled import Sums
 
 ALL, KEPT, DROPPED = range(3)  # which columns a channel sums over
 TILE_BYTES = 2**20  # a packed tile of W; half of an L2 cache or less

@@ -12,21 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .head_rows import held_logits
+from .inputs import Head, Teacher, native, working_dtype
 from .parts import WHOLE, Part
-from .tiled import (
-    Head,
-    Sums,
-    Teacher,
-    accumulate,
-    dropped_in_tiles,
-    entropy_of,
-    held_logits,
-    meet,
-    native,
-    spread,
-    tiles,
-    working_dtype,
-)
+from .tiled import Sums, accumulate, dropped_in_tiles, entropy_of, meet, spread, tiles
 
 
 def pairs(

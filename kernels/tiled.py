@@ -15,49 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import reduce
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .head_rows import add_held_rows, held_logits
+from .inputs import Head, Teacher, native, working_dtype
 from .parts import WHOLE, Part
 
 # A logit may lie this many nats above the softmax's reference before the sums are rescaled; exp(30)
 # is far from 2^127.
 JUMP = 30.0
-# Numbers in the head rows gathered at a time; 8 times that on a GPU, where operations cost more
-# than memory.
-GATHERED = 2**20
 FLOOR = -1e30  # in place of a reference of -inf, whose differences would be NaN
-
-
-class Head(NamedTuple):
-    """z = softcap * tanh(x / softcap), x = scale * (h @ weight.T + bias)"""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    scale: float
-    softcap: float | None
-
-
-class Teacher(NamedTuple):
-    """What the loss needs of a TeacherCache; fp32 (fp64 for fp64), lse always fp64."""
-
-    hidden: Tensor  # [N, Dt]
-    m: Tensor  # [N, Dt], over the kept columns that are not in top
-    C: Tensor  # [N]
-    lse: Tensor  # [N]
-    top: Tensor  # [N, k] int64
-    p: Tensor  # [N, k] fp64, P at top; 0 marks a placeholder
-    head: Head
-    keep: Tensor | None  # [V] bool
-    renormalize: bool
-    tau: float
-
-    @property
-    def whole(self) -> bool:
-        """Is C exactly 1? Then a row that has not moved has neither KL nor gradient."""
-        return self.keep is None or self.renormalize
 
 
 class Sums:
@@ -157,42 +126,7 @@ def entropy_of(sums: list[Sums], lse: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# tiles and single rows
-
-
-def same(a: Tensor | None, b: Tensor | None) -> bool:
-    """One and the same memory, seen without reading it."""
-    if a is None or b is None:
-        return a is b
-    if a is b:
-        return True
-    return (a.data_ptr(), a.shape, a.stride(), a.dtype, a.device) == (
-        b.data_ptr(),
-        b.shape,
-        b.stride(),
-        b.dtype,
-        b.device,
-    )
-
-
-def exact(device: torch.device) -> bool:
-    """Are fp32 products fp32 on this device? Trap: torch.set_float32_matmul_precision("high" or
-    "medium") rounds them, on a CPU too."""
-    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    return backend.matmul.fp32_precision in ("none", "ieee")
-
-
-def working_dtype(h: Tensor, W: Tensor, *others: Tensor | None) -> torch.dtype:
-    """fp32; fp64 if any tensor is, or where fp32 products would be rounded."""
-    if any(x is not None and x.dtype == torch.float64 for x in (h, W, *others)):
-        return torch.float64
-    return torch.float32 if native(h, W) or exact(h.device) else torch.float64
-
-
-def native(h: Tensor, W: Tensor) -> bool:
-    """Does torch multiply these in bf16 and deliver fp32? It has no such product on a CPU, where
-    the tile is upcast."""
-    return h.is_cuda and h.dtype == W.dtype == torch.bfloat16
+# tiles
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -270,78 +204,6 @@ def sweep(
     ):
         hold_out(z, held, valid, start)
         spread(z, W, slope, sums, dropped, apart)
-
-
-def chunks(columns: Tensor, D: int) -> Iterator[slice]:
-    """Slices of the rows of columns [N, k], so small that their head rows [n, k, D] are about as
-    large as a tile's logits."""
-    N, k = columns.shape
-    step = max(1, (GATHERED if columns.device.type == "cpu" else 8 * GATHERED) // (k * D))
-    return (slice(start, start + step) for start in range(0, N, step))
-
-
-def gather(W: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """W[columns] [n, k, D]. index_select copies whole rows, many times faster than indexing."""
-    return W.index_select(0, columns.reshape(-1)).to(dtype).view(*columns.shape, W.shape[1])
-
-
-def row_logits(
-    h: Tensor, head: Head, columns: Tensor, dtype: torch.dtype, moved: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """z [N, k] at each row's own columns [N, k], and s <moved, W_v> [N, k]: how much x grows where
-    h moves by `moved` [N, D]."""
-    z, dz = h.new_empty(columns.shape, dtype=dtype), h.new_zeros(columns.shape, dtype=dtype)
-    wide = dtype if exact(h.device) else torch.float64
-    for n in chunks(columns, h.shape[1]):
-        x = h[n].to(wide)[:, :, None]  # [n, D, 1]
-        x = x if moved is None else torch.cat([x, moved[n].to(wide)[:, :, None]], 2)
-        both = torch.bmm(gather(head.weight, columns[n], wide), x)
-        z[n] = both[:, :, 0]
-        if moved is not None:
-            dz[n] = both[:, :, 1]
-    if head.bias is not None:
-        z += head.bias[columns].to(dtype)
-    z *= head.scale
-    if head.softcap is not None:
-        z = head.softcap * torch.tanh(z / head.softcap)
-    return z, dz * head.scale
-
-
-def held_logits(
-    h: Tensor,
-    head: Head,
-    columns: Tensor,
-    dtype: torch.dtype,
-    part: Part,
-    moved: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`row_logits` at columns [N, k] of the whole head, each from the rank that has its row."""
-    if part.whole:
-        return row_logits(h, head, columns, dtype, moved)
-    pair = h.new_zeros((1 if moved is None else 2, *columns.shape), dtype=dtype)
-    if part.rows:
-        at = part.local(columns).clamp(0, part.rows - 1)
-        found = torch.stack(row_logits(h, head, at, dtype, moved)[: len(pair)])
-        pair = found.masked_fill(~part.owns(columns), 0.0)
-    part.sum(pair)
-    return pair[0], pair[1] if moved is not None else torch.zeros_like(pair[0])
-
-
-def add_held_rows(total: Tensor, W: Tensor, columns: Tensor, factors: Tensor, part: Part) -> None:
-    """`add_rows` of those columns [N, k] of the whole head that this rank has."""
-    if part.whole:
-        add_rows(total, W, columns, factors)
-    elif part.rows:
-        at = part.local(columns).clamp(0, part.rows - 1)
-        add_rows(total, W, at, factors.masked_fill(~part.owns(columns), 0.0))
-
-
-def add_rows(total: Tensor, W: Tensor, columns: Tensor, factors: Tensor) -> None:
-    """total [N, D] += sum_j factors[:, j] * W[columns[:, j]]"""
-    wide = total.dtype if exact(total.device) else torch.float64
-    factors = factors.to(wide)[:, None, :]  # [N, 1, k]
-    for n in chunks(columns, W.shape[1]):
-        total[n] += torch.bmm(factors[n], gather(W, columns[n], wide))[:, 0]
 
 
 def hold_out(z: Tensor, columns: Tensor, valid: Tensor, start: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import triton_vendor
-from .tiled import Head, Teacher
+from .inputs import Head, Teacher
 from .triton_rows import Weights, factors, finish_kernel, finish_warps, prepare_kernel
 from .triton_sweep import Channel, dtypes, on, operands_of, power_of_2, up, visit
 from .triton_tiles import ALL, DROPPED, KEPT

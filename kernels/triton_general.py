@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import triton_launch
-from .tiled import Head, Teacher, same
+from .inputs import Head, Teacher, same
 from .triton_launch import GeneralPlan, target_of, units_of
 from .triton_pairs import (
     bias_kernel,

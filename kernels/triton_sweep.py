@@ -18,7 +18,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import triton_launch
-from .tiled import Head, Sums
+from .inputs import Head
+from .tiled import Sums
 from .triton_launch import WAVES, Plan, split, target_of, units_of
 from .triton_tiles import ALL, DROPPED, KEPT, NONE, product_kernel, sums_kernel
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiled import Head
+from .inputs import Head
 from .triton_sweep import Channel, Visited, dtypes
 from .triton_tiles import ALL, nearest_bf16, only, transform
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import cpu_sweep, triton_launch
+from ..kernels.inputs import Head, same
 from ..kernels.launch import Launch, launch
-from ..kernels.tiled import Head, same
 from .teacher import TeacherCache
 
 if TYPE_CHECKING:

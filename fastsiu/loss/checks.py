@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from ..kernels.tiled import Head, same
+from ..kernels.inputs import Head, same
 from .head import LARGEST, is_real
 from .teacher import TeacherCache
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import reference
+from ..kernels.inputs import Head, same
 from ..kernels.reference import accumulation
-from ..kernels.tiled import Head, same
 from . import triton_ops
 from .backend import LossOptions, by_vendor, chosen, why_not
 from .checks import (

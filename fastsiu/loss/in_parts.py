@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.tiled import Head, same
+from ..kernels.inputs import Head, same
 from . import ops
 from .meeting import Facts, Seat, check_group, content, digest, meet
 from .teacher import TeacherCache

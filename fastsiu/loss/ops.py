@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, library
 
 from ..kernels import cpu_sweep, general, tiled
+from ..kernels.inputs import Head, Teacher, same
 from ..kernels.launch import narrow
 from ..kernels.parts import WHOLE, Part
-from ..kernels.tiled import same
 
 
 class Operands(NamedTuple):
@@ -28,7 +28,7 @@ class Operands(NamedTuple):
     labels: Tensor  # [N] int64
     u: Tensor  # [N], factor on the row's CE
     w: Tensor  # [N], factor on the row's KL
-    t_hidden: Tensor | None  # these as in tiled.Teacher
+    t_hidden: Tensor | None  # these as in kernels.inputs.Teacher
     t_m: Tensor | None
     t_C: Tensor | None
     t_lse: Tensor | None
@@ -50,19 +50,17 @@ class Options(NamedTuple):
     tile: int  # vocabulary columns at a time
     backend: str  # "tiled" or "cpu"
 
-    def head(self, given: Operands) -> tiled.Head:
-        return tiled.Head(given.head_weight, given.head_bias, self.logit_scale, self.logit_softcap)
+    def head(self, given: Operands) -> Head:
+        return Head(given.head_weight, given.head_bias, self.logit_scale, self.logit_softcap)
 
-    def teacher(self, given: Operands) -> tiled.Teacher | None:
+    def teacher(self, given: Operands) -> Teacher | None:
         _, _, _, _, _, _, hidden, m, C, lse, top, p, weight, bias, keep = given
         if hidden is None or weight is None:
             return None
         assert m is not None and C is not None and lse is not None
         assert top is not None and p is not None
-        head = tiled.Head(weight, bias, self.logit_scale, self.logit_softcap)
-        return tiled.Teacher(
-            hidden, m, C, lse, top, p, head, keep, self.renormalize, self.temperature
-        )
+        head = Head(weight, bias, self.logit_scale, self.logit_softcap)
+        return Teacher(hidden, m, C, lse, top, p, head, keep, self.renormalize, self.temperature)
 
 
 _TENSORS = (
@@ -257,7 +255,7 @@ def one_head(given: Operands) -> bool:
     )
 
 
-def _still(hidden: Tensor, teacher: tiled.Teacher | None, shared: bool) -> Tensor | None:
+def _still(hidden: Tensor, teacher: Teacher | None, shared: bool) -> Tensor | None:
     """Rows [N] that have neither KL nor its gradient, because the state has not moved and C is 1;
     None where C may differ from 1 or the heads differ."""
     if teacher is None or not shared or not teacher.whole:

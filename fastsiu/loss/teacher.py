@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, SupportsIndex
 import torch
 from torch import Tensor
 
-from ..kernels import launch, tiled
+from ..kernels import head_rows, launch, tiled
+from ..kernels.inputs import Head
 from ..kernels.parts import WHOLE, Part
 from .head import Stamp, check_head, referred, stamp
 from .meeting import Facts, check_group, content, digest, meet
@@ -94,10 +95,10 @@ class TeacherCache:
         m = self.m_rest.clone()
         with torch.no_grad(), torch.autocast(m.device.type, enabled=False):
             if self.part.whole:
-                tiled.add_rows(m, self.head_weight, self.top, self.p_top)
+                head_rows.add_rows(m, self.head_weight, self.top, self.p_top)
                 return m
             top = torch.zeros_like(m)
-            tiled.add_held_rows(top, self.head_weight, self.top, self.p_top, self.part)
+            head_rows.add_held_rows(top, self.head_weight, self.top, self.p_top, self.part)
             self.part.sum(top)
         return m + top
 
@@ -192,7 +193,7 @@ class TeacherCache:
             if head_bias is not None:
                 head_bias = head_bias.clone() if head_bias.is_inference() else referred(head_bias)
             softcap = None if logit_softcap is None else float(logit_softcap)
-            head = tiled.Head(head_weight.detach(), head_bias, float(logit_scale), softcap)
+            head = Head(head_weight.detach(), head_bias, float(logit_scale), softcap)
             m_rest, C, lse, top, p_top = _statistics(
                 hidden, head, vocab_keep, bool(renormalize), float(temperature), part
             )
@@ -316,9 +317,7 @@ class TeacherCache:
         rows = self[[n for n in three if self.hidden[n].isfinite().all()]]
         if not len(rows):
             return True
-        head = tiled.Head(
-            rows.head_weight.detach(), rows.head_bias, rows.logit_scale, rows.logit_softcap
-        )
+        head = Head(rows.head_weight.detach(), rows.head_bias, rows.logit_scale, rows.logit_softcap)
         m_rest, C, lse, top, p_top = _statistics(
             rows.hidden, head, rows.vocab_keep, rows.renormalize, rows.temperature, rows.part
         )
@@ -333,7 +332,7 @@ class TeacherCache:
 
 def _statistics(
     hidden: Tensor,
-    head: tiled.Head,
+    head: Head,
     keep: Tensor | None,
     renormalize: bool,
     temperature: float,

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-from ..kernels import tiled
-from ..kernels.tiled import same
+from ..kernels.inputs import Head, Teacher, same
 from .checks import device_number
 
 NO_SECOND = "fused_dmk_ce has no second derivative: use backend='reference' for create_graph=True."
@@ -30,7 +29,7 @@ class Operands(NamedTuple):
     kl_weight: Tensor | None
     ce_denominator: Tensor | None  # one number on the device; None: see Options
     kl_denominator: Tensor | None
-    t_hidden: Tensor | None  # these as in tiled.Teacher
+    t_hidden: Tensor | None  # these as in kernels.inputs.Teacher
     t_m: Tensor | None
     t_C: Tensor | None
     t_lse: Tensor | None
@@ -93,19 +92,17 @@ def triton_dmk_ce(given: Operands, how: Options) -> tuple[Tensor, tuple[Tensor, 
     return (found[0], found[1:]) if how.entropy else (found, ())
 
 
-def _parts(given: Operands, how: Options) -> tuple[tiled.Head, tiled.Teacher | None, bool]:
+def _parts(given: Operands, how: Options) -> tuple[Head, Teacher | None, bool]:
     """The head, the teacher, and whether they share weight and bias."""
-    head = tiled.Head(given.head_weight, given.head_bias, how.logit_scale, how.logit_softcap)
+    head = Head(given.head_weight, given.head_bias, how.logit_scale, how.logit_softcap)
     _, _, _, _, _, _, _, _, hidden, m, C, lse, top, p, weight, bias, keep = given
     if hidden is None or weight is None:
         return head, None, True
     assert m is not None and C is not None and lse is not None
     assert top is not None and p is not None
-    theirs = tiled.Head(weight, bias, how.logit_scale, how.logit_softcap)
+    theirs = Head(weight, bias, how.logit_scale, how.logit_softcap)
     one_head = same(head.weight, weight) and same(head.bias, bias)
-    teacher = tiled.Teacher(
-        hidden, m, C, lse, top, p, theirs, keep, how.renormalize, how.temperature
-    )
+    teacher = Teacher(hidden, m, C, lse, top, p, theirs, keep, how.renormalize, how.temperature)
     return head, teacher, one_head
 
 

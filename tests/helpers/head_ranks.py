@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.tensor import Replicate
 
 from fastsiu import DMKCELoss, TeacherCache, fused_dmk_ce
-from fastsiu.kernels.tiled import same
+from fastsiu.kernels.inputs import same
 
 N, V, D = 11, 101, 12  # 101 is divided by neither 2 nor 4
 # Ranks' first rows. Of four ranks one has no row, and one has a single one.

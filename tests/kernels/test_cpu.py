@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastsiu import TeacherCache, fused_dmk_ce, why_not
-from fastsiu.kernels import cpu_build, cpu_sweep, tiled
+from fastsiu.kernels import cpu_build, cpu_sweep, inputs, tiled
 from fastsiu.kernels.launch import CPU
 from fastsiu.loss.backend import chosen
 
@@ -134,9 +134,9 @@ def test_the_kl_gradient_in_bf16(level, peak, level_of_kl, monkeypatch):
     moved = (2 * level_of_kl) ** 0.5
     h, W, y, ht, teacher = problem(N, V, D, BF16, moved=moved, peak=peak)
     ones, zeros = torch.full((N,), 1 / N), torch.zeros(N)
-    given = tiled.Teacher(
+    given = inputs.Teacher(
         ht, teacher.m_rest, teacher.C, teacher.lse, teacher.top, teacher.p_top,
-        tiled.Head(W, None, 1.0, None), None, False, 1.0,
+        inputs.Head(W, None, 1.0, None), None, False, 1.0,
     )  # fmt: skip
     sweep = partial(cpu_sweep.sweep, level=level)
     _, _, _, dh = tiled.shared(h, given.head, y, given, zeros, ones, True, False, 256, sweep)

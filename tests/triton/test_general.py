@@ -12,7 +12,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no GPU: run TRITON_INTERPRET=1 pytest tests/triton", allow_module_level=True)
 
 from fastsiu import TeacherCache, fused_dmk_ce  # noqa: E402
-from fastsiu.kernels import general, tiled, triton_general, triton_launch  # noqa: E402
+from fastsiu.kernels import general, inputs, triton_general, triton_launch  # noqa: E402
 from fastsiu.kernels.triton_rows import Weights  # noqa: E402
 
 torch.set_num_threads(1)
@@ -277,8 +277,8 @@ def test_tiny_weights_survive_fp16(dtype):
                 0.75 * c["loss"]["kl_weight"] / denominator,
             )
             t = cached(c)
-            head = tiled.Head(c["W"], None, 1.0, None)
-            teacher = tiled.Teacher(
+            head = inputs.Head(c["W"], None, 1.0, None)
+            teacher = inputs.Teacher(
                 t.hidden, t.m_rest, t.C, t.lse, t.top, t.p_top, head, t.vocab_keep, False, 1.0
             )
             one = Weights(1.0, 1.0, u, w, None, None, False, False, -100)

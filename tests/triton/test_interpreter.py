@@ -19,6 +19,7 @@ import triton.language as tl  # noqa: E402
 
 from fastsiu import TeacherCache, fused_dmk_ce  # noqa: E402
 from fastsiu.kernels import (  # noqa: E402
+    head_rows,
     tiled,
     triton_frozen,
     triton_launch,
@@ -26,7 +27,8 @@ from fastsiu.kernels import (  # noqa: E402
     triton_tiles,
     triton_vendor,
 )
-from fastsiu.kernels.tiled import Head, Sums  # noqa: E402
+from fastsiu.kernels.inputs import Head  # noqa: E402
+from fastsiu.kernels.tiled import Sums  # noqa: E402
 from fastsiu.loss import fused  # noqa: E402
 
 torch.set_num_threads(1)
@@ -318,7 +320,7 @@ def test_skipped_tiles_stay_within_the_bound(eps):
     h = h[:1] + 0.1 * h
     order = (h.mean(0) @ head.weight.T).argsort(descending=True)
     head = head._replace(weight=head.weight[order], bias=None)  # so that whole tiles are unlikely
-    reference = tiled.row_logits(h, head, held, dtype)[0].amax(1)
+    reference = head_rows.row_logits(h, head, held, dtype)[0].amax(1)
     whole, part = (
         sums_of(triton_sweep.sweep, h, head, held, valid, dtype, reference=reference, eps=e)[0]
         for e in (0.0, eps)
