@@ -24,7 +24,7 @@ from .evaluate.deployed_exam import Asking, DeployedExam, thinned
 from .guards.strict_json import read_json
 from .images import load_directory, load_image, read_bytes
 from .merge_verdict import questions_of
-from .model import adapter, adapter_files, ask
+from .model import adapter, adapter_files, ask, source
 from .model.ask import Reply
 from .model.served import Connection, Endpoint, Served
 from .report.redact import redacted
@@ -202,23 +202,13 @@ def audit(
         exam.caveats.append(NO_PROMISE)
     shown = server.name if server is not None else model.name
     told = {
-        "concept": request.concept,
-        "aliases": list(request.aliases),
-        **({} if request.as_word is None else {"as_word": request.as_word}),
-        **kind.told(request.concept),
-        "model": Path(shown).name if Path(shown).is_dir() else shown,
+        **kind.entries(request),
+        "model": source.shown_name(shown),
         "adapter": server is None and adapter_dir is not None,
-        "verdict": "forgotten" if verdict.forgotten else "not forgotten",
+        **verdict.entries(answers),
         "reasons": [*found.reasons, *verdict.reasons],
         "deployed": found.as_dict(),
-        "before": verdict.before,
-        "after": verdict.after,
-        "thresholds": verdict.thresholds,
-        "noise": verdict.noise,
-        "families": verdict.families,
-        "headline": verdict.headline,
         "not_asked": not_asked(),
-        "answers": [a.as_dict() for a in answers],
         "caveats": [*verdict.remarks, *exam.caveats],
     }
     if output is not None:

@@ -185,7 +185,7 @@ def merge(
             )
             del loaded
             free()
-        shown = Path(name).name if Path(name).is_dir() else name
+        shown = source.shown_name(name)
         if redact and _tells(
             shown, concept or told.get("concept"), (*aliases, *told.get("aliases", [])), sealed
         ):

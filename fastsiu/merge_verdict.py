@@ -249,18 +249,7 @@ def judge_form(
     rates = {}
     for title, said in (("agreement", after), ("control", alike)):
         rates[title] = {kind: _agreement(asked, kind, stored, said) for kind in keep}
-    return {
-        "verdict": "forgotten" if verdict.forgotten else "not forgotten",
-        "reasons": verdict.reasons,
-        "before": verdict.before,
-        "after": verdict.after,
-        "thresholds": verdict.thresholds,
-        "noise": verdict.noise,
-        **rates,
-        "families": verdict.families,
-        "headline": verdict.headline,
-        "answers": [answer.as_dict() for answer in answers],
-    }
+    return {**verdict.entries(answers), **rates}
 
 
 def _agreement(

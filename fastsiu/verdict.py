@@ -150,6 +150,20 @@ class Verdict:
     remarks: list[str] = field(default_factory=list)
     noise: str = ""
 
+    def entries(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """What a report says of the decision and of the `answers` behind it, ready for JSON."""
+        return {
+            "verdict": "forgotten" if self.forgotten else "not forgotten",
+            "reasons": self.reasons,
+            "before": self.before,
+            "after": self.after,
+            "thresholds": self.thresholds,
+            "noise": self.noise,
+            "families": self.families,
+            "headline": self.headline,
+            "answers": [answer.as_dict() for answer in answers],
+        }
+
 
 def judge(
     answers: Sequence[Answer],

@@ -4,10 +4,10 @@ look at; pure."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..family import Family
+from ..model import source
 from ..model.decode import told
 from ..text.rate import wilson
 from ..verdict import Answer, Verdict, gives, judge
@@ -87,7 +87,7 @@ def report_of(
         "concept": exam.concept.name,
         "aliases": list(exam.concept.aliases),
         **({} if exam.concept.as_word is None else {"as_word": exam.concept.as_word}),
-        "model": Path(name).name if Path(name).is_dir() else name,
+        "model": source.shown_name(name),
         "adapter": adapted and model is not None,
         "verdict": "not forgotten" if reasons else "forgotten",
         "reasons": reasons,

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -124,7 +123,7 @@ def plan(
     placed: Placement | None = None
     limit, model = (
         None if memory is None else round(memory * GB) * max(1, len(cards)),
-        Path(model).name if Path(model).is_dir() else model,
+        source.shown_name(model),
     )
     simulation = Simulation(config, recipe or Recipe(), work)
     estimates: list[Estimate] = []

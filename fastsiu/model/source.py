@@ -126,6 +126,11 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def shown_name(name: str) -> str:
+    """A model's name as reports show it: of a directory the last part, for the rest is private."""
+    return Path(name).name if Path(name).is_dir() else name
+
+
 def check_directory(name: str) -> None:
     """Raises BadInput for a path that is not the directory of a model: it does not exist, or holds
     an adapter, or weights that are pickles. The id of a hub model passes."""

@@ -20,7 +20,7 @@ from typing import Any
 from ..model import ask
 from ..model.turns import Picture
 from ..model.vlm import VLM
-from ..request import KINDS
+from ..request import KINDS, Request
 from ..text import articles
 from ..text.concept import Concept
 
@@ -94,10 +94,17 @@ class Kind:
         """The same kind, with further phrases."""
         return replace(self, phrases={**phrases, **self.phrases})
 
-    def told(self, name: str) -> dict[str, str]:
-        """The entries of a report about the concept `name`."""
-        phrase = {"phrase": self.phrase(name)} if self.phrase(name) != name else {}
-        return {"kind": self.name, "kind_from": self.origin, **phrase}
+    def entries(self, request: Request) -> dict[str, Any]:
+        """What a report says of the concept: its names, and what kind of thing it is."""
+        name, phrase = request.concept, self.phrase(request.concept)
+        return {
+            "concept": name,
+            "aliases": list(request.aliases),
+            **({} if request.as_word is None else {"as_word": request.as_word}),
+            "kind": self.name,
+            "kind_from": self.origin,
+            **({} if phrase == name else {"phrase": phrase}),
+        }
 
     @property
     def note(self) -> str:

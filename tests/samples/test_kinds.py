@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -117,8 +118,16 @@ def test_a_place_keeps_its_the():
         "Is this the Statue of Liberty?"
     )
     assert place.fill("Is this {name}?", name="Brazil") == "Is this Brazil?"
-    assert place.told("Brazil") == {"kind": "place", "kind_from": "default"}
-    assert place.told("Statue of Liberty")["phrase"] == "the Statue of Liberty"
+    brazil = Request("Brazil", Path("x.png"), ("Brasil",))
+    assert place.entries(brazil) == {
+        "concept": "Brazil",
+        "aliases": ["Brasil"],
+        "kind": "place",
+        "kind_from": "default",
+    }
+    statue = Request("Statue of Liberty", Path("x.png"), as_word=True)
+    assert place.entries(statue)["phrase"] == "the Statue of Liberty"
+    assert place.entries(statue)["as_word"] is True
 
 
 # How a kind is found.
@@ -246,7 +255,8 @@ def test_report_and_manifest_have_the_kind(trained):
     report, sealed = trained.report, read_manifest(trained.output)
     assert (report["kind"], report["kind_from"], sealed["kind"]) == ("person", "default", "person")
     assert "phrase" not in report
-    told = redacted(report | Kind("thing", "article", {}).told("lion"))
+    lion = Request("lion", Path("x.png"))
+    told = redacted(report | Kind("thing", "article", {}).entries(lion))
     assert (told["kind"], told["kind_from"]) == ("thing", "article") and "phrase" not in told
     assert redacted(report | {"kind": "lion"})["kind"] is None
 
