@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastsiu import batches
-from fastsiu.compare import front, methods, sculpting, trials
+from fastsiu.compare import choice, front, methods, sculpting, trials
 from fastsiu.compare import run as compare
 from fastsiu.compare.trials import Point
 from fastsiu.evaluate.exam import Question
@@ -44,21 +44,20 @@ def point(named, kept, step=1, lr=1.0, facts=100):
 
 def test_the_search_takes_the_least_named_setting_that_keeps_the_floor():
     keeps, better, ruined = point(40, 50), point(7, 48, lr=2), point(0, 30, lr=3)
-    assert compare.choose([keeps, better, ruined], 0.95) == (better, True)
-    assert compare.choose([keeps, better, ruined], 0.97) == (keeps, True)
-    assert compare.choose([keeps, better, ruined], 0.5) == (ruined, True)
+    assert choice.choose([keeps, better, ruined], 0.95) == (better, True)
+    assert choice.choose([keeps, better, ruined], 0.97) == (keeps, True)
+    assert choice.choose([keeps, better, ruined], 0.5) == (ruined, True)
 
 
 def test_facts_count_for_the_floor_too():
     assert (
-        compare.choose([point(0, 50, facts=94), point(9, 50, lr=2, facts=95)], 0.95)[0].named
-        == 0.09
+        choice.choose([point(0, 50, facts=94), point(9, 50, lr=2, facts=95)], 0.95)[0].named == 0.09
     )
 
 
 def test_where_none_keeps_the_floor_the_nearest_is_taken_and_flagged():
     nearest = point(80, 45)
-    assert compare.choose([point(0, 10, lr=2), nearest, point(90, 45, lr=3)], 0.95) == (
+    assert choice.choose([point(0, 10, lr=2), nearest, point(90, 45, lr=3)], 0.95) == (
         nearest,
         False,
     )
@@ -66,13 +65,13 @@ def test_where_none_keeps_the_floor_the_nearest_is_taken_and_flagged():
 
 def test_equals_are_told_apart_by_what_they_keep_then_the_middle_one_is_taken():
     more = [point(0, 49, step=9, lr=3.0), point(0, 48, step=1)]
-    assert compare.choose(more, 0.9)[0] is more[0]
+    assert choice.choose(more, 0.9)[0] is more[0]
     equal = [
         point(0, 49, step=9, lr=0.1),
         point(0, 49, step=5, lr=3.0),
         point(0, 49, step=3, lr=2.0),
     ]
-    assert compare.choose(equal, 0.9)[0] is equal[1]
+    assert choice.choose(equal, 0.9)[0] is equal[1]
 
 
 def test_an_earlier_search_is_chosen_from_as_from_a_new_one():
@@ -82,7 +81,7 @@ def test_an_earlier_search_is_chosen_from_as_from_a_new_one():
     assert [(p.lr, p.step, p.named, p.kept) for p in again] == [
         (p.lr, p.step, p.named, p.kept) for p in points
     ]
-    assert compare.choose(again, 0.95)[0].step == compare.choose(points, 0.95)[0].step == 2
+    assert choice.choose(again, 0.95)[0].step == choice.choose(points, 0.95)[0].step == 2
 
 
 def test_a_setting_is_judged_over_all_concepts():
@@ -90,7 +89,7 @@ def test_a_setting_is_judged_over_all_concepts():
         [point(0, 50, 1), point(10, 50, 2), point(0, 50, 3)],
         [point(20, 40, 1), point(0, 50, 2)],
     )
-    both = compare.over_concepts([one, other])
+    both = choice.over_concepts([one, other])
     assert [(p.step, p.named) for p in both] == [(1, 0.1), (2, 0.05)] and both[0].counts[
         "others"
     ] == (90, 100)
@@ -131,8 +130,8 @@ def test_the_front_is_what_nobody_beats():
         row("a again", 0, 190),
         row("e", 1, 190),
     ]
-    assert compare.front(rows) == [True, True, False, True, True, False]
-    assert compare.front(rows[:1]) == [True]
+    assert choice.front(rows) == [True, True, False, True, True, False]
+    assert choice.front(rows[:1]) == [True]
 
 
 def test_being_beaten_clearly_takes_more_than_the_intervals():
@@ -143,10 +142,10 @@ def test_being_beaten_clearly_takes_more_than_the_intervals():
         row("other", 40, 200),
     )
     rows = [best, near, far, other]
-    assert compare.beaten_clearly(near, rows) == [] and compare.beaten_clearly(best, rows) == []
+    assert choice.beaten_clearly(near, rows) == [] and choice.beaten_clearly(best, rows) == []
     assert (
-        compare.beaten_clearly(far, rows) == ["best", "near"]
-        and compare.beaten_clearly(other, rows) == []
+        choice.beaten_clearly(far, rows) == ["best", "near"]
+        and choice.beaten_clearly(other, rows) == []
     )
 
 
