@@ -27,7 +27,7 @@ def over_concepts(runs: Sequence[Sequence[Point]]) -> list[Point]:
     return [Point(lr, step, total(run[lr, step].counts for run in here)) for lr, step in shared]
 
 
-def front(rows: Sequence[Mapping[str, Any]]) -> list[bool]:
+def unbeaten(rows: Sequence[Mapping[str, Any]]) -> list[bool]:
     """Which rows no other beats: none keeps at least as much and gives the name at most as often,
     one of the two strictly."""
     place = [(row["kept"]["value"], -row["named"]["value"]) for row in rows]

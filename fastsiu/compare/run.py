@@ -33,7 +33,7 @@ from ..staging import Staging, check_new
 from ..staging import write as write_file
 from ..text.rate import Rate
 from . import methods, trials
-from .choice import beaten_clearly, choose, front, over_concepts
+from .choice import beaten_clearly, choose, over_concepts, unbeaten
 from .trials import (
     COUNTS,
     DONE,
@@ -210,8 +210,8 @@ def compare(
         for name in search.names
     ]
     ran = [row for row in rows if row["named"]["value"] is not None]
-    for row, unbeaten in zip(ran, front(ran), strict=True):
-        row |= {"front": unbeaten, "clearly_beaten_by": beaten_clearly(row, ran)}
+    for row, on_front in zip(ran, unbeaten(ran), strict=True):
+        row |= {"front": on_front, "clearly_beaten_by": beaten_clearly(row, ran)}
     return {
         "format": FORMAT,
         "suite": held.title,
@@ -244,16 +244,16 @@ def write(report: Mapping[str, Any], directory: Path, run: str = "") -> list[str
 
     All at once, for their owner alone. Raises BadInput where DIR exists or cannot be written.
     """
-    from . import front as drawn
+    from . import front
 
     check_new(directory, "name another --output")
     directory.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     with Staging(directory.parent) as folder:
-        for name, content in (("compare.json", text), ("compare.md", drawn.markdown(report))):
+        for name, content in (("compare.json", text), ("compare.md", front.markdown(report))):
             write_file(folder / name, content.encode("utf-8", "replace"))
         write_run(folder, run)
-        notes = drawn.plot(report, folder)
+        notes = front.plot(report, folder)
         os.rename(folder, directory)
     return notes
 

@@ -130,8 +130,8 @@ def test_the_front_is_what_nobody_beats():
         row("a again", 0, 190),
         row("e", 1, 190),
     ]
-    assert choice.front(rows) == [True, True, False, True, True, False]
-    assert choice.front(rows[:1]) == [True]
+    assert choice.unbeaten(rows) == [True, True, False, True, True, False]
+    assert choice.unbeaten(rows[:1]) == [True]
 
 
 def test_being_beaten_clearly_takes_more_than_the_intervals():
