@@ -66,6 +66,7 @@ from fastsiu.model import adapter, ask, features, plan, source, vlm
 from fastsiu.model.memory import GB, Layout, budget
 from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Request, Sample
 from fastsiu.samples import corpus, targets
+from fastsiu.samples.beside import Prepared
 from fastsiu.settings import EMBEDDED, RecipeChoice, choose_recipe, deciding
 from fastsiu.text.concept import Concept
 
@@ -473,7 +474,7 @@ def prepared(
     tokens: int,
     listener: session.Listener,
     seconds: Row,
-) -> session.Prepared:
+) -> Prepared:
     """`session.prepare`, with made-up dreams in the place of the refused ones and with samples of
     what is preserved."""
     with timed(seconds, "samples"):
@@ -484,7 +485,7 @@ def prepared(
         imagine(scene)
         samples += preserved(scene, tokens)
         made = corpus.build(loaded, scene.concept, samples, scene.pictures, recipe)
-    return session.Prepared(request, scene, made, dreamed)
+    return Prepared(request, scene, made, dreamed)
 
 
 def imagine(scene: targets.Scene) -> None:

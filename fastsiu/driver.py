@@ -24,7 +24,8 @@ from .model.memory import budget
 from .report import card
 from .report.redact import redacted
 from .request import Recipe, Request
-from .session import Listener, Prepared, Trained, forget, prepare, timed
+from .samples.beside import Prepared
+from .session import Listener, Trained, forget, prepare, timed
 from .settings import (
     ModelRef,
     RecipeChoice,

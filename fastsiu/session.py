@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peft import LoraConfig
@@ -24,6 +24,7 @@ from .model.vlm import VLM
 from .objectives import Objective, siu
 from .request import CHANGES, KEEPS, BadInput, Recipe, Request, Sample
 from .samples import alternatives, border, corpus, dreams, generic, kinds, lessons, targets
+from .samples.beside import Prepared, lessons_beside, samples_beside
 from .samples.corpus import Corpus
 from .samples.targets import Scene
 from .text.concept import Concept, ambiguous, concept_of
@@ -53,24 +54,6 @@ class Listener:
     note: Callable[[str], None] = lambda text: None
     loading: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(False)
     look: Callable[[int, Look], None] | None = None
-
-
-@dataclass
-class Prepared:
-    """One request before training.
-
-    corpus:        its samples of the four targets, with their masks
-    dreamed:       by neighbour how many dreams were accepted
-    lessons:       its lessons (target 5), where the recipe has strangers
-    lessons_named: for each picture of the lessons the neighbour that it was dreamed for
-    """
-
-    request: Request
-    scene: Scene
-    corpus: Corpus
-    dreamed: list[dict[str, Any]]
-    lessons: Corpus | None = None
-    lessons_named: list[str | None] = field(default_factory=list)
 
 
 @dataclass
@@ -250,67 +233,12 @@ def run_teacher(
     note: gets a sentence for each way of sharing prefixes that is not exact on the model
     lora: the adapter; the recipe's when left out
     """
-    samples = corpus.join([_samples_beside(one, prepared) for one in prepared])
+    samples = corpus.join([samples_beside(one, prepared) for one in prepared])
     adapter.detach(loaded)
     adapter.attach(loaded, recipe, lora)
     sharing.plan_sharing(loaded, samples.turns, samples.shown(), note)
     corpus.run_teacher(loaded, samples, recipe)
     return samples, _taught(loaded, prepared, recipe)
-
-
-def _samples_beside(own: Prepared, prepared: Sequence[Prepared]) -> Corpus:
-    """A request's samples without those that would teach a look which another request is to forget:
-    in pictures, and in words."""
-    others = [other for other in prepared if other is not own]
-    dreams_of_forgotten = _places_of_forgotten(own.scene.named, others)
-    denied_in_words = {
-        sample.question
-        for other in others
-        for sample in other.corpus.samples
-        if sample.picture is None and sample.facet == "describe"
-    }
-
-    def teaches_a_forgotten_look(sample: Sample) -> bool:
-        if sample.facet != "preserve":
-            return False
-        if sample.picture is None:
-            return sample.question in denied_in_words
-        if sample.picture in dreams_of_forgotten:
-            return True
-        return _names_any(others, sample.question) or _names_any(others, sample.answer)
-
-    samples = own.corpus.samples
-    return own.corpus.pick(
-        [i for i, sample in enumerate(samples) if not teaches_a_forgotten_look(sample)]
-    )
-
-
-def _lessons_beside(own: Prepared, prepared: Sequence[Prepared]) -> Corpus | None:
-    """A request's lessons without those that would teach a look which another request is to
-    forget."""
-    if own.lessons is None:
-        return None
-    others = [other for other in prepared if other is not own]
-    dreams_of_forgotten = _places_of_forgotten(own.lessons_named, others)
-
-    def teaches_a_forgotten_look(sample: Sample) -> bool:
-        if sample.picture in dreams_of_forgotten:
-            return True
-        return sample.facet not in CHANGES and _names_any(others, sample.answer)
-
-    samples = own.lessons.samples
-    return own.lessons.pick(
-        [i for i, sample in enumerate(samples) if not teaches_a_forgotten_look(sample)]
-    )
-
-
-def _places_of_forgotten(named: Sequence[str | None], others: Sequence[Prepared]) -> set[int]:
-    """The pictures that were dreamed for a name which one of the `others` is to forget."""
-    return {i for i, name in enumerate(named) if name and _names_any(others, name)}
-
-
-def _names_any(others: Sequence[Prepared], text: str) -> bool:
-    return any(other.scene.concept.named_in(text) for other in others)
 
 
 def _taught(
@@ -319,7 +247,7 @@ def _taught(
     """All requests' lessons, each half with its teacher and its objective: those that change
     something, and those that keep. What they hold waits on the CPU; on a GPU the rows and pictures
     of one batch come back at a time (`batches.forward`)."""
-    own = [_lessons_beside(one, prepared) for one in prepared]
+    own = [lessons_beside(one, prepared) for one in prepared]
     given = [part for part in own if part is not None]
     if not given:
         return []

@@ -25,8 +25,9 @@ from .model import adapter, ask, vlm
 from .model.memory import budget
 from .request import BadInput
 from .request_file import read_requests
+from .samples.beside import Prepared
 from .samples.kinds import wordings
-from .session import Listener, Prepared, Trained
+from .session import Listener, Trained
 from .settings import (
     ModelRef,
     RecipeChoice,

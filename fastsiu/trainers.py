@@ -27,7 +27,7 @@ from .model import adapter
 from .model.vlm import VLM
 from .objectives import siu
 from .request import BadInput, NumericFailure, Recipe
-from .session import Prepared
+from .samples.beside import Prepared
 from .shares import PARTS, StepShares
 from .train import Pace, optimiser_of, parameter_groups, work_of_steps
 

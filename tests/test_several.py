@@ -18,6 +18,7 @@ from fastsiu.look import Probe
 from fastsiu.model import ask
 from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Request, Sample
 from fastsiu.samples import corpus
+from fastsiu.samples.beside import samples_beside
 from fastsiu.settings import RecipeChoice
 from fastsiu.text.concept import Concept, concept_of
 
@@ -443,7 +444,7 @@ def test_nobody_who_is_forgotten_is_retained(loaded, cast):
     )
     left = {
         s.question
-        for s in session._samples_beside(alone, [later]).samples
+        for s in samples_beside(alone, [later]).samples
         if s.facet == "preserve" and s.picture is None
     }
     assert words - left == {look}

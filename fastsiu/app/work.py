@@ -29,6 +29,7 @@ from ..model.memory import Layout, budget
 from ..report.summary import standing
 from ..report.words import MEASURES, REMAINS
 from ..request import BadInput, NumericFailure, OutOfMemory, Recipe, Request
+from ..samples.beside import Prepared
 from ..settings import (
     ModelRef,
     RecipeChoice,
@@ -93,7 +94,7 @@ class Work:
         )
         self.loaded: vlm.VLM | None = None
         self.layout = Layout()
-        self.prepared: tuple[Asked, session.Prepared] | None = None
+        self.prepared: tuple[Asked, Prepared] | None = None
         self.trained: Path | None = None  # the output whose adapter is on
         self.seconds: dict[str, float] = {}
 

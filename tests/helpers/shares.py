@@ -14,7 +14,7 @@ from fastsiu.model import vlm
 from fastsiu.model.vlm import VLM
 from fastsiu.request import Recipe, Request, Sample
 from fastsiu.samples import corpus
-from fastsiu.session import Prepared
+from fastsiu.samples.beside import Prepared
 from fastsiu.text.concept import Concept
 
 NAME = "Zorblax"

@@ -18,6 +18,7 @@ from fastsiu.loss.teacher import TeacherCache
 from fastsiu.model import adapter, ask, prefix
 from fastsiu.request import CHANGES, KEEPS, PAPER, Recipe, Sample
 from fastsiu.samples import border, corpus, drawn, dreams, lessons, strangers, targets
+from fastsiu.samples.beside import Prepared
 from fastsiu.samples.dreams import in_place
 from fastsiu.settings import RecipeChoice
 from fastsiu.text.answers import is_refusal
@@ -41,7 +42,7 @@ def taught(scene):
 def halves(scene, taught):
     """What changes and what stays, encoded, with their teachers."""
     made = corpus.build(scene.vlm, scene.concept, taught.samples, taught.pictures, scene.recipe)
-    one = session.Prepared(None, scene, None, [], made, taught.named)
+    one = Prepared(None, scene, None, [], made, taught.named)
     return [half for half, _ in session._taught(scene.vlm, [one], scene.recipe)]
 
 
