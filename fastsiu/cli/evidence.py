@@ -126,7 +126,7 @@ def evaluate(
     from ..evaluate.g_eval import Options
     from ..progress import Progress
     from ..settings import ModelRef, ReportOptions, Settings
-    from ..show import evaluation_table
+    from ..show_measured import evaluation_table
     from ..text.concept import Concept as Name
 
     judged_by = None

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from ..request import BadInput, NumericFailure
 from . import adapter, adapter_files, vlm
+from .reading import progress_bars
 
 # Files beside a model's weights that are copied as they are: processor, tokenizer, chat template,
 # generation_config, and the hyper-parameters that this model needs when it is to forget
@@ -188,7 +189,7 @@ def save(
             config.dtype = dtype
     # Written strictly, it would refuse what published models hold; theirs is copied.
     base.generation_config = GenerationConfig()
-    with vlm.progress_bars(False):
+    with progress_bars(False):
         base.save_pretrained(directory, max_shard_size=round(shard * 10**9))
     (directory / "generation_config.json").unlink(missing_ok=True)
     # safetensors writes for the owner alone; a model is served by others

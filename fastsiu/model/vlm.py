@@ -13,28 +13,24 @@ import contextlib
 import functools
 import inspect
 import logging
-import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import logging as transformers_logging
 
 from ..loss.rows import no_logits
-from ..request import BadInput, NumericFailure
+from ..request import BadInput
 from . import placement, source
 from .cache import as_keyword, cache_of
-from .faults import first_line, of_the_device, told_as_the_models_fault
+from .faults import first_line, told_as_the_models_fault
 from .features import READ, crossed, features_entry, join_features, read_key
 from .generation import set_aside
 from .logits import probe_head
-from .processor import NO_CODE, refuse_own_code
+from .reading import check_finite, progress_bars, read
 from .turns import Encoded, Picture, Turns, collate, per_token
 
 SMALL = 20_000_000  # parameters
@@ -282,8 +278,8 @@ def load(
     for package in ("transformers", "bitsandbytes"):
         logging.getLogger(package).setLevel(logging.ERROR)
     with progress_bars(bars):
-        read = _read(name, revision, place, dtype, quantize, attention, spread)
-    base, processor, revision = read.base, read.processor, read.revision
+        files = read(name, revision, place, dtype, quantize, attention, spread)
+    base, processor, revision = files.base, files.processor, files.revision
     base.eval()
     for module in base.modules():
         # bitsandbytes on a CPU with AVX512-BF16: the first forward of such a layer in eval mode
@@ -297,7 +293,7 @@ def load(
     base.requires_grad_(False)
     check_finite(base, name)
     vlm = VLM(name, revision, base, base, processor, budget=budget)
-    vlm.placed, vlm.offload = read.placed, read.offload
+    vlm.placed, vlm.offload = files.placed, files.offload
     vlm.aside = set_aside(base, vlm.tokenizer.eos_token_id)
     if vlm.tokenizer.pad_token_id is None:
         vlm.tokenizer.pad_token = vlm.tokenizer.eos_token
@@ -316,97 +312,6 @@ def try_picture(vlm: VLM) -> None:
     with told_as_the_models_fault(vlm.base, "with a"):
         picture = vlm.picture(Image.new("RGB", (224, 224), (127, 127, 127)))
         vlm.run(vlm.encode_prompt("Who is this?", picture), [picture.features], use_cache=False)
-
-
-def check_finite(module: nn.Module, name: str) -> None:
-    """Raises NumericFailure, which names the tensor, for NaN or infinity in any weight of
-    `name`."""
-    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
-            low, high = torch.aminmax(tensor.detach())  # NaN goes through both; no copy is made
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise NumericFailure(
-                    f"{key} of {name} holds NaN or infinite numbers: give undamaged weights."
-                )
-
-
-class _Read(NamedTuple):
-    """revision: the commit. The rest as `VLM` has it."""
-
-    base: Any
-    processor: Any
-    revision: str | None
-    placed: placement.Placement | None
-    offload: Any
-
-
-def _read(
-    name: str,
-    revision: str | None,
-    place: torch.device,
-    dtype: str,
-    quantize: str | None,
-    attention: str | None,
-    spread: Mapping[str, int] | None,
-) -> _Read:
-    """The parts of a model. Raises BadInput where transformers cannot load them, and where the
-    files lack weights."""
-    config, processor, revision = source.describe(name, revision)
-    wanted = source.DTYPES[source.dtype_name(config, dtype, place.type)]
-    extra: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    if quantize is not None:
-        extra["quantization_config"] = source.quantisation(config, quantize, wanted)
-    placed = offload = None
-    where: dict[str, Any] = {"": place}
-    if spread is not None:
-        placed = placement.place(source.on_meta(config, dtype=wanted), spread, quantize)
-        where = dict(placed.where)
-        if "disk" in placed.weights:
-            offload = tempfile.TemporaryDirectory(prefix="fastsiu-")
-            extra["offload_folder"] = offload.name
-    try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            name,
-            revision=revision,
-            dtype=wanted,
-            device_map=where,
-            output_loading_info=True,
-            use_safetensors=True,
-            **NO_CODE,
-            **extra,
-        )
-    except Exception as error:  # any: it is others' code on a stranger's files; the reason is told
-        if of_the_device(error):
-            raise
-        refuse_own_code(name, error)
-        raise BadInput(
-            f"{name} cannot be loaded as an image-text model ({first_line(error)}): check the "
-            "files."
-        ) from error
-    base, info = loaded
-    if missing := sorted(info["missing_keys"]):  # transformers makes up random ones
-        raise BadInput(
-            f"{name} lacks {len(missing)} of its weights, {missing[0]} among them: check the files."
-        )
-    return _Read(base, processor, revision, placed, offload)
-
-
-@contextlib.contextmanager
-def progress_bars(shown: bool) -> Iterator[None]:
-    """Inside, transformers and the hub draw their progress, or not."""
-    before = transformers_logging.is_progress_bar_enabled()
-    _draw_bars(shown)
-    try:
-        yield
-    finally:
-        _draw_bars(before)
-
-
-def _draw_bars(shown: bool) -> None:
-    if shown:
-        transformers_logging.enable_progress_bar()
-    else:
-        transformers_logging.disable_progress_bar()
 
 
 @contextlib.contextmanager
