@@ -54,6 +54,7 @@ setup(
         "fastsiu.evaluate.deep",
         "fastsiu.compare",
         "fastsiu.report",
+        "fastsiu.show",
         "fastsiu.app",
         "fastsiu.demo",
     ],

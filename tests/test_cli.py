@@ -210,12 +210,12 @@ def test_the_kind_is_passed_on(call, cast, trained, monkeypatch):
 def test_the_kind_of_an_evaluation_is_passed_on(call, monkeypatch):
     from types import SimpleNamespace
 
-    from fastsiu import show
     from fastsiu.evaluate import run as evaluation
+    from fastsiu.show import measured
 
     seen, done = [], SimpleNamespace(report={}, exit_code=0)
     monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: seen.append(k["kind"]) or done)
-    monkeypatch.setattr(show, "evaluation_table", lambda *given: None)
+    monkeypatch.setattr(measured, "evaluation_table", lambda *given: None)
     call("eval", "--concept", "lion", "--kind", "thing")
     call("eval", "--concept", "lion")
     assert seen == ["thing", None]
@@ -347,7 +347,7 @@ def test_explain_shows_what_was_cut_and_what_was_left_out(gathered):
 
     from rich.console import Console
 
-    from fastsiu.show_samples import explanation
+    from fastsiu.show.samples import explanation
 
     text = {}
     for key, closed, left_out in (("plain", True, 0), ("marked", False, 3)):

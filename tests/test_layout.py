@@ -47,7 +47,6 @@ FLOORS = (
     ("evaluate.suite_job", "evaluate.suite_table", "evaluate.suite_run", "evaluate.suite_join"),
     ("compare",),
     ("show",),
-    ("show_measured", "show_samples", "show_joined", "show_deployed"),
     ("app",),
     ("demo",),
     ("cli",),

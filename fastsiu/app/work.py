@@ -40,7 +40,7 @@ from ..settings import (
     deciding,
     load,
 )
-from ..show_samples import explained, lesson_examples
+from ..show.samples import explained, lesson_examples
 from ..train import Step
 from .job import Asked
 
@@ -111,7 +111,7 @@ class Work:
         return [(q, answer, bool(scene.concept.named_in(answer))) for q, answer in said]
 
     def gather(self, asked: Asked) -> dict[str, Any]:
-        """The samples, as `show_samples.explained` has them."""
+        """The samples, as `show.samples.explained` has them."""
         request, recipe = _request(asked), self._recipe(asked)[0]
         picture = load_image(asked.picture)
         loaded = self._model(asked, recipe, picture)

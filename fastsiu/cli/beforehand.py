@@ -94,7 +94,7 @@ def data(
     from ..progress import Progress
     from ..samples import corpus
     from ..settings import ModelRef, RecipeChoice, Settings
-    from ..show_samples import explanation
+    from ..show.samples import explanation
     from ..staging import new_file
 
     asked = Request(
@@ -166,7 +166,7 @@ def plan(
     """Does it fit? From the model's configuration alone: no weight is read or fetched. Exit code 1
     when it does not."""
     from ..settings import ModelRef, RecipeChoice, Settings, plan_for
-    from ..show import plan_table
+    from ..show.results import plan_table
 
     found = plan_for(
         ModelRef(model, revision),

@@ -95,7 +95,7 @@ def benchmark(
 
     from ..progress import Progress
     from ..settings import ModelRef, Settings
-    from ..show_measured import benchmark_table
+    from ..show.measured import benchmark_table
 
     with Progress(say, hidden=json) as progress:
         measured = run.measure(

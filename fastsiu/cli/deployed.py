@@ -132,7 +132,7 @@ def audit(
     from ..model.served import Endpoint
     from ..progress import Progress
     from ..settings import ModelRef, ReportOptions, Settings
-    from ..show_deployed import audited_summary
+    from ..show.deployed import audited_summary
 
     server = None
     if url is not None:
@@ -209,7 +209,7 @@ def push(
     and the picture never go."""
     from .. import push as pushing
     from ..progress import Progress
-    from ..show_deployed import pushed_summary
+    from ..show.deployed import pushed_summary
 
     with Progress(say, hidden=False) as progress:
         result = pushing.push(

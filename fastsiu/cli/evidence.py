@@ -126,7 +126,7 @@ def evaluate(
     from ..evaluate.g_eval import Options
     from ..progress import Progress
     from ..settings import ModelRef, ReportOptions, Settings
-    from ..show_measured import evaluation_table
+    from ..show.measured import evaluation_table
     from ..text.concept import Concept as Name
 
     judged_by = None
@@ -205,7 +205,7 @@ def merge(
     from .. import merge as merging
     from ..progress import Progress
     from ..settings import ModelRef, Settings
-    from ..show import merged_summary
+    from ..show.results import merged_summary
 
     with Progress(say, hidden=json) as progress:
         result = merging.merge(

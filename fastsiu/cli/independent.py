@@ -20,7 +20,7 @@ def unlearn_independent(
     """
     from .. import independent
     from ..progress import Progress
-    from ..show_joined import forecast_lines, requests_table
+    from ..show.joined import forecast_lines, requests_table
 
     if dry_run:
         if objects["output"] is None:

@@ -118,7 +118,7 @@ def suite(
     from ..experiment_log import logged
     from ..progress import Progress
     from ..settings import ModelRef, RecipeChoice, Settings
-    from ..show_measured import suite_table
+    from ..show.measured import suite_table
 
     changes = dict(steps=steps, lr=lr, rank=rank, batch_size=batch_size, seed=seed)
     options = SuiteOptions(
@@ -177,8 +177,8 @@ def _joined(
     """
     from ..evaluate import suite_join
     from ..progress import Progress
-    from ..show_joined import forecast_lines, share_lines
-    from ..show_measured import suite_table
+    from ..show.joined import forecast_lines, share_lines
+    from ..show.measured import suite_table
 
     if dry_run:
         if objects["output"] is None:

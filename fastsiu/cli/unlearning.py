@@ -158,7 +158,7 @@ def unlearn(
     from ..experiment_log import logged
     from ..progress import Progress
     from ..settings import DEMO_NOTE, ModelRef, RecipeChoice, ReportOptions, Settings
-    from ..show import several_table, summary
+    from ..show.results import several_table, summary
 
     if model is None and not quiet:
         say.print(DEMO_NOTE)
@@ -268,7 +268,7 @@ def ask(
     from .. import driver
     from ..progress import Progress
     from ..settings import ModelRef, Settings
-    from ..show import answers_table
+    from ..show.results import answers_table
 
     if compare and adapter is None:
         raise BadInput("--compare needs an adapter to compare with: add --adapter DIR.")

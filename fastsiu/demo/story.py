@@ -12,7 +12,7 @@ from ..output import random_directory
 from ..progress import Progress
 from ..request import Request
 from ..settings import ModelRef, RecipeChoice
-from ..show import answers_table, summary
+from ..show.results import answers_table, summary
 from ..staging import check_new
 from . import MODEL_DIR
 from .world import KNOWN, LOOKALIKES, World, draw

@@ -17,7 +17,7 @@ from rich.text import Text
 from fastsiu.guards import terminal
 from fastsiu.guards.terminal import Stream, Terminal, as_json, json_safe, visible
 from fastsiu.progress import Progress
-from fastsiu.show_samples import explanation, pieces
+from fastsiu.show.samples import explanation, pieces
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTROLS = [chr(c) for c in (*range(9), *range(11, 32), *range(127, 160))]

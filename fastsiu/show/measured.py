@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .evaluate.run import Evaluation
-from .evaluate.suite_run import Evaluated
-from .report.summary import inside, standing
-from .show import cell, families_table
+from ..evaluate.run import Evaluation
+from ..evaluate.suite_run import Evaluated
+from ..report.summary import inside, standing
+from .results import cell, families_table
 
 
 def inside_table(console: Console, report: Mapping[str, Any]) -> None:

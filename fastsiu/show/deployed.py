@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from .audit import Audited
-from .evaluate import effect
-from .push import Pushed
-from .show import families_table
+from ..audit import Audited
+from ..evaluate import effect
+from ..push import Pushed
+from .results import families_table
 
 STANDS = {
     effect.FORGOTTEN: "Forgotten in what was asked.",

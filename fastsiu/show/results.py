@@ -9,15 +9,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .driver import Result
-from .guards.terminal import visible
-from .merge import Merged
-from .model.plan import Plan
-from .output import KEY
-from .report.summary import attacked, standing
-from .report.words import NOISE, REMAINS, REMAINS_MERGED
-from .several import Several
-from .verdict import KINDS
+from ..driver import Result
+from ..guards.terminal import visible
+from ..merge import Merged
+from ..model.plan import Plan
+from ..output import KEY
+from ..report.summary import attacked, standing
+from ..report.words import NOISE, REMAINS, REMAINS_MERGED
+from ..several import Several
+from ..verdict import KINDS
 
 
 def cell(value: Any) -> Text:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from .guards.terminal import visible
-from .samples.corpus import Corpus
-from .samples.targets import Scene
-from .show import cell
+from ..guards.terminal import visible
+from ..samples.corpus import Corpus
+from ..samples.targets import Scene
+from .results import cell
 
 LESSON_EXAMPLES = 4  # of each kind of lesson: there are hundreds
 LESSON_KINDS = {

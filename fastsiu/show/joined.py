@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .independent import Each
-from .joining import Forecast, Share
-from .show import cell
+from ..independent import Each
+from ..joining import Forecast, Share
+from .results import cell
 
 FEW = 20  # requests, up to which reasons are shown; DIR/NUMBER/report.md has them for any number
 
