@@ -190,22 +190,40 @@ def measured_table() -> str:
     lines = [["measured", "on", "figure", "so for 1,000", "so for 1,000,000"]]
 
     def add(what: str, on: str, one: float, thousand: float, million: float) -> None:
-        lines.append([what, on, *(duration(x) if x >= 0.1 else f"{1e3 * x:.1f} ms" for x in
-                                  (one, thousand, million))])  # fmt: skip
+        lines.append(
+            [
+                what,
+                on,
+                *(
+                    duration(x) if x >= 0.1 else f"{1e3 * x:.1f} ms"
+                    for x in (one, thousand, million)
+                ),
+            ]
+        )
 
     if (row := newest("real_words")) and row["runs"]:
         one = float(row["runs"][0]["seconds"])
         add("a request, 135M", "2 cores", one, 1e3 * one, 1e6 * one)
     if row := newest("several", mode="joint"):
         n, took = row["requests"], row["seconds"]
-        add(f"{n} requests, `joint`, embedded model", "2 cores", took, took / n * 1e3,
-            took / n * 1e6)  # fmt: skip
+        add(
+            f"{n} requests, `joint`, embedded model",
+            "2 cores",
+            took,
+            took / n * 1e3,
+            took / n * 1e6,
+        )
     if row := newest("several", mode="sequence"):
         n, took = row["requests"], row["seconds"]
         # each training holds all requests before it
         per = took / (n * (n + 1) / 2)
-        add(f"{n} requests, `sequence`, embedded model", "2 cores", took, per * 1e3 * 1001 / 2,
-            per * 1e6 * (1e6 + 1) / 2)  # fmt: skip
+        add(
+            f"{n} requests, `sequence`, embedded model",
+            "2 cores",
+            took,
+            per * 1e3 * 1001 / 2,
+            per * 1e6 * (1e6 + 1) / 2,
+        )
     if row := newest("at_scale", what="claim"):
         one = row["ms"] / 1e3
         add("sharing: claim, log and release of a unit", "1 core", one, 1e3 * one, 1e6 * one)
@@ -218,14 +236,32 @@ def measured_table() -> str:
 
 def unit_table(recipe: Recipe) -> str:
     tokens = counted(recipe)
-    lines = [["model", "s a request", "bound by", "GB a copy", f"{CARD}s a copy",
-              "MB an adapter", "TB for 1,000,000"]]  # fmt: skip
+    lines = [
+        [
+            "model",
+            "s a request",
+            "bound by",
+            "GB a copy",
+            f"{CARD}s a copy",
+            "MB an adapter",
+            "TB for 1,000,000",
+        ]
+    ]
     for model in MODELS:
         parts, (size, cards) = seconds(model, tokens), held(model)
         by = max(parts, key=parts.__getitem__)
         one, disk = sum(parts.values()), adapter(model, recipe.rank)
-        lines.append([model.name, f"{one:.0f}", f"{by}, {parts[by] / one:.0%}", f"{size:.0f}",
-                      str(cards), f"{disk:.0f}", f"{disk:.0f}"])  # fmt: skip
+        lines.append(
+            [
+                model.name,
+                f"{one:.0f}",
+                f"{by}, {parts[by] / one:.0%}",
+                f"{size:.0f}",
+                str(cards),
+                f"{disk:.0f}",
+                f"{disk:.0f}",
+            ]
+        )
     return markdown(lines)
 
 

@@ -129,8 +129,9 @@ def _cached(level: str) -> Path:
         return found
     logging.getLogger(__name__).warning(
         "Compiling the CPU kernel of the loss (%s) once, a few seconds, into %s.",
-        level, found.parent,
-    )  # fmt: skip
+        level,
+        found.parent,
+    )
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home) as scratch:
         made = build(Path(scratch) / "made", (level,))[0].parent

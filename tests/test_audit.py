@@ -253,10 +253,29 @@ def test_the_key_is_sent_and_shown_nowhere(server, picture, tmp_path, capsys):
     key = tmp_path / "key"
     key.write_text("very-secret\n")
     code = cli.run(
-        ["audit", "--url", server.url, "--model", "tuned", "--untouched", "base", "--url-key",
-         str(key), "--image", str(picture), "--concept", ANN, "--other", OTHERS[0], "--other",
-         OTHERS[1], "--no-attacks", "--output", str(tmp_path / "out")]
-    )  # fmt: skip
+        [
+            "audit",
+            "--url",
+            server.url,
+            "--model",
+            "tuned",
+            "--untouched",
+            "base",
+            "--url-key",
+            str(key),
+            "--image",
+            str(picture),
+            "--concept",
+            ANN,
+            "--other",
+            OTHERS[0],
+            "--other",
+            OTHERS[1],
+            "--no-attacks",
+            "--output",
+            str(tmp_path / "out"),
+        ]
+    )
     told = "".join(capsys.readouterr())
     assert code == 0 and "Forgotten in what was asked." in told
     assert all(h["Authorization"] == "Bearer very-secret" for h in server.headers)
@@ -276,9 +295,13 @@ def test_a_redacted_report_names_nobody(server, picture, tmp_path):
 
     for name in ("tuned", "ignored"):
         found = audited(
-            server, picture, name, report=ReportOptions(redact=True), output=tmp_path / name,
+            server,
+            picture,
+            name,
+            report=ReportOptions(redact=True),
+            output=tmp_path / name,
             asking=auditing.Asking(0.1),
-        )  # fmt: skip
+        )
         text = "".join(p.read_text(errors="replace") for p in (tmp_path / name).iterdir())
         assert not [w for w in (ANN, "Ann", "Bole", *OTHERS, "Cairo", server.host) if w in text]
         assert found.report["deployed"]["status"] == found.status

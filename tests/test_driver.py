@@ -36,8 +36,13 @@ def listing(path):
 
 def test_the_output_is_complete(trained):
     assert {
-        WEIGHTS, "adapter_config.json", "README.md", "report.json", "report.html", "manifest.json",
-    } <= set(listing(trained.output))  # fmt: skip
+        WEIGHTS,
+        "adapter_config.json",
+        "README.md",
+        "report.json",
+        "report.html",
+        "manifest.json",
+    } <= set(listing(trained.output))
     assert not [p for p in trained.output.parent.iterdir() if "partial" in p.name]
 
 

@@ -79,8 +79,12 @@ def test_each_has_an_output_and_the_table_has_all(file, stubbed, tmp_path):
     assert made.exit_code == 0 and [o.output for o in made.outcomes] == ["001", "002", "003"]
     assert stubbed.done == list(NAMES) and table(tmp_path / "o")["forgotten"] == 3
     assert sorted(os.listdir(tmp_path / "o")) == [
-        staging.JOIN, "001", "002", "003", "requests.json",
-    ]  # fmt: skip
+        staging.JOIN,
+        "001",
+        "002",
+        "003",
+        "requests.json",
+    ]
     again = each(file, tmp_path / "o", sharing=Sharing())
     assert again.resumed == 3 and len(stubbed.done) == 3 and again.exit_code == 0
     for number in ("001", "003"):  # what `unlearn` calls the same request
@@ -107,8 +111,10 @@ def test_a_failure_is_one_request_s_and_names_no_file(file, stubbed, tmp_path, c
     stubbed.fails[NAMES[1]] = BadInput(f"The model does not name X in {cast.image}.")
     made = each(file, tmp_path / "o")
     assert made.exit_code == 1 and [o.status for o in made.outcomes] == [
-        "forgotten", "failed", "forgotten",
-    ]  # fmt: skip
+        "forgotten",
+        "failed",
+        "forgotten",
+    ]
     assert "its picture" in made.outcomes[1].reasons[0]
     late = each(file, tmp_path / "o")  # nothing else was left: it tries once more
     assert late.share.failed == ["002"] and late.exit_code == 0 and late.outcomes == []

@@ -93,9 +93,14 @@ def test_a_push_is_private_and_one_commit(hub, output):
     assert held["private"] and held["commits"] == ["first", "Add a result of FastSIU"]
     assert done.commit == hub.commit_of("me/forgot")
     assert set(held["files"]) == {
-        "adapter_model.safetensors", "adapter_config.json", "README.md", "report.json",
-        "report.md", "report.html", "manifest.json",
-    }  # fmt: skip
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+        "report.json",
+        "report.md",
+        "report.html",
+        "manifest.json",
+    }
     assert held["files"]["adapter_model.safetensors"] == b"weights" * 99
 
 
@@ -157,9 +162,16 @@ def test_a_dry_run_sends_nothing(hub, output, capsys):
 def test_the_token_comes_from_a_file_and_is_shown_nowhere(hub, output, tmp_path, capsys):
     (tmp_path / "token").write_text("hf_secret\n")
     code = cli.run(
-        ["push", str(output), "me/forgot", "--endpoint", hub.url, "--token-file",
-         str(tmp_path / "token")]
-    )  # fmt: skip
+        [
+            "push",
+            str(output),
+            "me/forgot",
+            "--endpoint",
+            hub.url,
+            "--token-file",
+            str(tmp_path / "token"),
+        ]
+    )
     told = "".join(capsys.readouterr())
     assert code == 0 and "hf_secret" not in told and "for its owner alone" in told
     assert set(hub.tokens) - {None} == {"Bearer hf_secret"}  # none goes to a blob's address
@@ -330,9 +342,12 @@ def test_what_was_pushed_loads_with_plain_peft_by_its_id(hub, trained, demo_dir,
     push(trained.output, at(hub))
     assert errors_of(hub.repos["me/forgot"]["files"]["README.md"].decode()) == []
     env = {
-        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-    }  # fmt: skip
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-c", LOADS, str(demo_dir)], env=env, capture_output=True, text=True
     )

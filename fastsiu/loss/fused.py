@@ -162,9 +162,14 @@ def fused_dmk_ce(
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction is {reduction!r}: choose 'mean', 'sum' or 'none'.")
         if reason := why_not(
-            backend, hidden, head_weight, teacher, head_bias=head.bias, logit_softcap=head.softcap,
+            backend,
+            hidden,
+            head_weight,
+            teacher,
+            head_bias=head.bias,
+            logit_softcap=head.softcap,
             group=ranks,
-        ):  # fmt: skip
+        ):
             raise ValueError(reason)
         return head, tau
 

@@ -43,6 +43,10 @@ def test_the_assumptions_are_those_of_the_plan():
 
     work = Workload(1, 1)
     assert (work.suffix, work.text, work.answer, work.pictures, work.samples) == (
-        at_scale.SUFFIX, at_scale.TEXT, at_scale.ANSWER, at_scale.PICTURES, at_scale.SAMPLES,
-    )  # fmt: skip
+        at_scale.SUFFIX,
+        at_scale.TEXT,
+        at_scale.ANSWER,
+        at_scale.PICTURES,
+        at_scale.SAMPLES,
+    )
     assert (Layout().ask_batch, TEMPLATE) == (at_scale.ASK_BATCH, at_scale.TEMPLATE)
