@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+
 from . import output as outputs
 from .evaluate import effect, eval_files, held_out, inquiry
 from .evaluate.attacks import not_asked
@@ -333,7 +335,7 @@ def _write(
     told: dict[str, Any],
     request: Request,
     options: ReportOptions,
-    image: Any,
+    image: Image,
 ) -> dict[str, Any]:
     """Reports and manifest in one transaction; returns the report as it was written. An audit is
     of a moment, so it is never taken as done already."""

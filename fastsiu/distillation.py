@@ -23,7 +23,7 @@ from .loss.teacher import TeacherCache
 from .request import BadInput
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ class UnlearningMixin(_Mixed):
 
     def __init__(
         self,
-        model: Any = None,
-        args: Any = None,
+        model: Any = None,  # what the trainer takes: TRL's take a name as well
+        args: TrainingArguments | None = None,
         *rest: Any,
         distillation: Distillation | None = None,
         **options: Any,
@@ -211,7 +211,7 @@ class UnlearningMixin(_Mixed):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         if self._teacher is None:
             self.run_teacher()
         teacher, chosen = self._teacher, self.distillation

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
 from transformers.utils import cached_file
 
 from . import output as outputs
@@ -130,7 +131,7 @@ class Sealed:
 def unlearn_on(
     loaded: vlm.VLM,
     request: Request,
-    pictures: tuple[Any, Sequence[Shown], Sequence[Shown]],
+    pictures: tuple[Image, Sequence[Shown], Sequence[Shown]],
     name: str,
     sealed: Sealed,
     destination: Path,

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peft import LoraConfig
+from PIL.Image import Image
 
 from . import images, objectives, train
 from .look import Look, Probe
@@ -86,7 +87,7 @@ def forget(
     loaded: VLM,
     request: Request,
     recipe: Recipe,
-    picture: Any,
+    picture: Image,
     *,
     objective: Objective = siu,
     listener: Listener | None = None,
@@ -112,7 +113,7 @@ def prepare(
     loaded: VLM,
     request: Request,
     recipe: Recipe,
-    picture: Any,
+    picture: Image,
     *,
     listener: Listener,
     seconds: dict[str, float],
@@ -145,7 +146,7 @@ def prepare(
 
 
 def introduce(
-    loaded: VLM, request: Request, recipe: Recipe, picture: Any, others: Sequence[Concept] = ()
+    loaded: VLM, request: Request, recipe: Recipe, picture: Image, others: Sequence[Concept] = ()
 ) -> Scene:
     """The scene of a request before anything is gathered: the picture as the untouched model sees
     it, and what kind of concept it shows."""

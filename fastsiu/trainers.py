@@ -20,6 +20,7 @@ from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from . import session
 from .distillation import Distillation, UnlearningMixin
@@ -106,7 +107,7 @@ class UnlearningTrainer(Trainer):
         self._parts = torch.zeros(len(PARTS), device=args.device)
         self._logged = 0
 
-    def train(self, *args: Any, **options: Any) -> Any:
+    def train(self, *args: Any, **options: Any) -> TrainOutput:
         """As the Trainer's; the model is in evaluation mode afterwards."""
         done = super().train(*args, **options)
         self.loaded.model.eval()
@@ -117,7 +118,7 @@ class UnlearningTrainer(Trainer):
         args, (rank, ranks) = self.args, (self.args.process_index, self.args.world_size)
         micro = args.gradient_accumulation_steps
         shares = list(range(rank, self.recipe.steps * micro * ranks, ranks))
-        return DataLoader(shares, batch_size=1, collate_fn=_numbered)  # type: ignore[arg-type]
+        return DataLoader(shares, batch_size=1, collate_fn=_numbered)  # type: ignore[arg-type]  # a list is a data set, too
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         return self.recipe.batch_size
@@ -145,7 +146,7 @@ class UnlearningTrainer(Trainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         loss, parts = model(inputs["share"])
         if not torch.isfinite(loss):
             raise NumericFailure(

@@ -52,14 +52,14 @@ _UNCONFIRMED = (
 class Named(Protocol):
     """What the verdict needs of a concept: does a text contain its name or a part of it?"""
 
-    def named_in(self, text: str) -> Any: ...
+    def named_in(self, text: str) -> object: ...
 
 
 class Given(Protocol):
     """What the verdict needs of others: does a text give their name, and not only a word that is
     also in it?"""
 
-    def given_in(self, text: str) -> Any: ...
+    def given_in(self, text: str) -> object: ...
 
     def forms(self) -> Sequence[str]: ...
 

@@ -16,6 +16,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+
 from .. import output as outputs
 from .. import session
 from ..driver import Sealed, report_of, write
@@ -209,7 +211,7 @@ class Work:
     def _recipe(self, asked: Asked) -> tuple[Recipe, dict[str, str]]:
         return choose_recipe(ModelRef(asked.model or None).name, self.choice)
 
-    def _model(self, asked: Asked, recipe: Recipe, picture: Any) -> vlm.VLM:
+    def _model(self, asked: Asked, recipe: Recipe, picture: Image) -> vlm.VLM:
         """The untouched model, loaded unless it is already."""
         model = ModelRef(asked.model or None)
         self.trained = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -122,7 +122,7 @@ class Material:
     seconds: float
 
 
-def prepare(loaded: VLM, request: Request, recipe: Recipe, picture: Any) -> Material:
+def prepare(loaded: VLM, request: Request, recipe: Recipe, picture: Image.Image) -> Material:
     """The material of one (concept, seed), without lessons from strangers, which no other method
     has. Raises BadInput where the model does not recognise the concept."""
     started = time.perf_counter()
@@ -238,7 +238,13 @@ def build(loaded: VLM, name: str, material: Material) -> Corpus:
 
 
 def fit(
-    loaded: VLM, name: str, made: Corpus, material: Material, lr: float, steps: int, watch: Any
+    loaded: VLM,
+    name: str,
+    made: Corpus,
+    material: Material,
+    lr: float,
+    steps: int,
+    watch: Callable[[int], bool],
 ) -> float:
     """Trains a fresh adapter, which is on when `watch` is called and off afterwards.
 

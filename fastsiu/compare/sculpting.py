@@ -80,5 +80,6 @@ def _layers(vlm: VLM) -> list[tuple[str, LoraLayer]]:
 
 def _change(layer: LoraLayer) -> Tensor:
     """The scaled product of an adapter's factors, [outputs, inputs] fp32."""
+    # PEFT declares it on each kind of layer, and not on their common class.
     change: Tensor = layer.get_delta_weight("default")  # type: ignore[attr-defined]
     return change.detach().float()

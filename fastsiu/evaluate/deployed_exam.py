@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+
+from PIL.Image import Image
 
 from ..family import Family
 from ..model import ask, decode
@@ -53,7 +54,7 @@ class DeployedExam:
     """
 
     asked: list[tuple[str, str, held_out.Shown | None]]
-    image: Any
+    image: Image
     more: Sequence[held_out.Shown]
     concept: Concept
     kind: Kind

@@ -38,7 +38,7 @@ class Read(NamedTuple):
     processor: Any
     revision: str | None
     placed: placement.Placement | None
-    offload: Any
+    offload: tempfile.TemporaryDirectory[str] | None
 
 
 def read(

@@ -15,6 +15,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class VLM(Turns):
     budget: Budget = field(default_factory=Budget)
     aside: tuple[str, ...] = ()
     placed: placement.Placement | None = None
-    offload: Any = field(default=None, repr=False)
+    offload: TemporaryDirectory[str] | None = field(default=None, repr=False)
 
     @functools.cached_property
     def entry(self) -> str:

@@ -37,7 +37,7 @@ def connecting(own: socket.socket, address: Any) -> None:
 
 # In the worker process as well, which runs this file under another name.
 socket.getaddrinfo = resolving
-socket.socket.connect = connecting  # type: ignore[method-assign]
+socket.socket.connect = connecting  # type: ignore[method-assign]  # that is the test
 
 
 def examples(place: Path) -> list[Example]:
