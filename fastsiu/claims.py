@@ -1,10 +1,10 @@
 """Who does which unit of work, where several processes share one output directory.
 
-It works on one machine and on many, and needs neither file locks nor clocks that agree. What the
-workers tell each other lies in OUT/.fastsiu.join/:
+It works on one machine and on many, without file locks, and the machines' clocks need not agree.
+The workers tell each other what they do in files of OUT/.fastsiu.join/:
 
-    settings        SHA-256 of what all workers must have been given alike
-    UNIT.0, UNIT.1  the claims on a unit: who has it, and how often the heartbeat came
+    settings        SHA-256 of the settings, which must be the same for all workers
+    UNIT.0, UNIT.1  the claims on a unit: who has it, and the number of its last heartbeat
     UNIT.failed     why a unit failed
     WORKER.done     a JSON line for each unit that a worker has finished, with its seconds
 
@@ -13,9 +13,10 @@ UNIT is a digest of the unit's key and WORKER is random, so that no file is name
 A claim is a file that its owner creates (O_EXCL: the file server lets one process win). The claim
 with the highest number counts. The owner writes a new heartbeat into it every `Pace.beat` seconds.
 A worker that sees the same heartbeat for `Pace.patience` seconds of its own clock steals the unit:
-it creates the claim with the next number. An owner that stood still and wakes up finds a higher
-number than its own, and discards its work. The last word has the rename that puts a finished output
-in place: it fails where an output is there already.
+it creates the claim with the next number. The first owner may only have been suspended. When it
+goes on, it finds a higher number than its own and discards its work. If two workers finish one unit
+nevertheless, the first one wins: a rename puts an output in its place, and it fails where an output
+is there already.
 """
 
 from __future__ import annotations
@@ -42,18 +43,18 @@ _DONE = re.compile(r"[0-9a-f]{16}\.done")
 
 
 class ClaimLost(Exception):
-    """Another worker has taken the unit over, because this one stood still."""
+    """Another worker has stolen the unit, because this worker sent no heartbeat for too long."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds, and a count.
+    """How often workers look and how long they wait: seconds, except `owners`, a count.
 
-    beat:     between two heartbeats of an owner
-    patience: without a heartbeat, after which a claim is stolen; several times `beat`
-    pause:    between two looks of a worker that waits for others
-    owners:   as many owners may stop at one unit; then it counts as failed, because it may be what
-              stops them
+    beat:     from one heartbeat of an owner to the next
+    patience: a claim is stolen after so long without a heartbeat; several times `beat`
+    pause:    from one look of a waiting worker to the next
+    owners:   a unit counts as failed when so many of its owners have died, because the unit itself
+              may have killed them
     """
 
     beat: float = 10.0
@@ -93,9 +94,9 @@ class Claims:
     def open(self, digest: str) -> None:
         """Joins the work.
 
-        digest: of what all workers must have been given alike
+        digest: SHA-256 of the settings, hexadecimal; they must be the same for all workers
 
-        Raises BadInput where the directory is shared by workers that were given something else.
+        Raises BadInput where the workers of this directory have other settings.
         """
         self.place.mkdir(mode=0o700, exist_ok=True)
         path = self.place / SETTINGS
@@ -109,10 +110,10 @@ class Claims:
                 ) from None
 
     def take(self, key: str) -> Claim | None:
-        """The claim on a unit; None where another worker has it, or has been faster.
+        """Claims a unit. Returns None where another worker has it.
 
-        A claim of a worker that has stopped is taken over after `Pace.patience` seconds, in which
-        `take` must be called again and again.
+        To steal the unit of a worker that has died, call `take` again and again: each call looks at
+        the heartbeat once, and the claim is stolen after `Pace.patience` seconds without a new one.
         """
         unit = unit_of(key)
         old = _latest(self.place, unit)
@@ -127,30 +128,30 @@ class Claims:
         claim = Claim(self, unit, number, handle)
         claim.beat()
         if old is not None and _read(self.place / f"{unit}.{old.number}") != old.content:
-            claim.release()  # its owner has woken up, or has finished, while it was robbed
+            claim.release()  # the old owner sent a heartbeat, or finished, at this very moment
             return None
         return claim
 
     def _has_stopped(self, unit: str, mark: Mark) -> bool:
-        """Whether a heartbeat has been missing for too long, by this process's own clock."""
+        """Has a heartbeat been missing for too long, by this process's own clock?"""
         now, seen = time.monotonic(), self._watched.get(unit)
         if seen is None or seen.mark != mark:
             self._watched[unit] = _Watch(mark, now, 0.0)
             return False
-        # A longer gap may mean that this process stood still, and the owner with it.
+        # A longer gap may mean that this whole machine was suspended, with the owner on it.
         unchanged = seen.unchanged + min(now - seen.looked, self.pace.beat)
         self._watched[unit] = _Watch(mark, now, unchanged)
         return unchanged >= self.pace.patience
 
     def fail(self, key: str, failure: dict[str, Any]) -> None:
-        """Writes down why a unit failed; whoever has its claim may."""
+        """Writes down why a unit failed. Only the owner of its claim may call this."""
         text = json.dumps(failure, ensure_ascii=False) + "\n"
         staging.write(
             self.place / f"{unit_of(key)}.failed", text.encode("utf-8", "backslashreplace")
         )
 
     def failure(self, key: str) -> dict[str, Any] | None:
-        """What `fail` has written; None where nothing is there, or not yet all of it."""
+        """What `fail` has written; None where there is nothing, or only a part of it yet."""
         content = _read(self.place / f"{unit_of(key)}.failed")
         try:
             found = json.loads(content) if content else None
@@ -159,11 +160,11 @@ class Claims:
         return found if isinstance(found, dict) else None
 
     def mend(self, key: str) -> None:
-        """Takes back what `fail` has written: the unit is done after all."""
+        """Removes what `fail` has written, because the unit is done now."""
         (self.place / f"{unit_of(key)}.failed").unlink(missing_ok=True)
 
     def log(self, key: str, seconds: float) -> None:
-        """Writes down that this worker has finished a unit, and how long that took."""
+        """Writes down that this worker has finished a unit, and in how many seconds."""
         line = json.dumps({"unit": unit_of(key), "seconds": round(seconds, 3)}) + "\n"
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         with open(os.open(self.place / f"{self.owner}.done", flags, 0o600), "ab") as file:
@@ -173,8 +174,8 @@ class Claims:
 class Claim:
     """A unit that this worker has, until `release` or `abandon`.
 
-    number:  how many owners have stopped at it before
-    trouble: what kept the last heartbeat from being written; None where nothing did
+    number:  how many earlier owners have died while they had it
+    trouble: why the last heartbeat could not be written; None where it was written
     """
 
     def __init__(self, claims: Claims, unit: str, number: int, handle: int) -> None:
@@ -185,7 +186,7 @@ class Claim:
         self._thread: threading.Thread | None = None
 
     def keep(self) -> None:
-        """Begins to send heartbeats, from a thread of its own."""
+        """Starts a thread that sends the heartbeats."""
         self._thread = threading.Thread(target=self._send, daemon=True)
         self._thread.start()
 
@@ -194,7 +195,7 @@ class Claim:
             try:
                 self.beat()
                 self.trouble = None
-            except OSError as error:  # the next one may pass; without any the claim is stolen
+            except OSError as error:  # the next heartbeat may succeed; if none does, others steal
                 self.trouble = error
 
     def beat(self) -> None:
@@ -206,7 +207,7 @@ class Claim:
 
     @property
     def held(self) -> bool:
-        """Whether no other worker has taken the unit over."""
+        """Does this worker still have the unit?"""
         latest = _latest(self._claims.place, self._unit)
         return latest is not None and (latest.number, latest.owner) == (
             self.number,
@@ -214,12 +215,12 @@ class Claim:
         )
 
     def check(self) -> None:
-        """Raises ClaimLost where another worker has taken the unit over."""
+        """Raises ClaimLost where another worker has stolen the unit."""
         if not self.held:
             raise ClaimLost(self._unit)
 
     def release(self) -> None:
-        """Gives the unit back: it is done, or another worker shall do it."""
+        """Removes the claim, because the unit is done or another worker should do it."""
         mine = self.held
         self.abandon()
         if mine:  # the highest number goes last, so that it counts until the others are gone
@@ -228,7 +229,7 @@ class Claim:
                     path.unlink(missing_ok=True)
 
     def abandon(self) -> None:
-        """Ends the heartbeats and leaves the claim, as a worker that dies does."""
+        """Stops the heartbeats and leaves the claim in place, as a worker that dies does."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -266,15 +267,17 @@ def _read(path: Path) -> bytes | None:
 
 
 def at_work(place: Path) -> list[Path]:
-    """The claims in an output directory, of workers that are at work and of those that stopped."""
+    """The claims in an output directory: of workers that are at work, and of workers that died."""
     folder = place / staging.JOIN
     names = os.listdir(folder) if folder.is_dir() else []
     return sorted(folder / name for name in names if _CLAIM.fullmatch(name))
 
 
 def stopped(paths: list[Path], pace: Pace = Pace()) -> list[Path]:
-    """Those claims whose heartbeat stops for `Pace.patience` seconds from now on, which it takes to
-    find out; at once where all of them beat."""
+    """The claims of workers that have died: without a new heartbeat for `Pace.patience` seconds.
+
+    It waits as long as that, and returns earlier when every claim has had a new heartbeat.
+    """
     before = {path: _read(path) for path in paths}
     still, end = list(paths), time.monotonic() + pace.patience
     while still and time.monotonic() < end:
@@ -284,7 +287,7 @@ def stopped(paths: list[Path], pace: Pace = Pace()) -> list[Path]:
 
 
 def seconds_of(place: Path) -> dict[str, float]:
-    """The seconds that each finished unit took, by `unit_of` its key, as the workers wrote them."""
+    """By `unit_of` its key, the seconds that each finished unit took, as its worker wrote them."""
     return {
         record["unit"]: float(record["seconds"])
         for path in sorted((place / staging.JOIN).glob("*.done"))
@@ -304,7 +307,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def duration(seconds: float) -> str:
-    """In words, to two units."""
+    """A time in words, with two units: "3 h 5 min"."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
@@ -316,7 +319,7 @@ def duration(seconds: float) -> str:
 
 
 def files(place: Path) -> list[Path]:
-    """All files of the shared work in an output directory; none that anything else has written."""
+    """The files that this module has written into an output directory, and no others."""
     folder = place / staging.JOIN
     if folder.is_symlink() or not folder.is_dir():
         return []

@@ -49,21 +49,30 @@ SHAPE = {
 
 @dataclass
 class Outcome:
-    """What became of one line. status: "forgotten", "not forgotten", "failed" or, where it was not
-    done yet, ""; output: the name of its directory, where there is one."""
+    """What became of one line of the file.
+
+    status:  "forgotten", "not forgotten" or "failed"; "" where it was not done yet
+    output:  the name of its directory; None where there is none
+    numeric: the computation failed, and not the input
+    """
 
     line: int
     concept: str
     status: str = ""
     reasons: list[str] = field(default_factory=list)
     output: str | None = None
-    numeric: bool = False  # it failed in the computation, not because of what was given
+    numeric: bool = False
 
 
 @dataclass
 class Each:
-    """What `unlearn_each` returns. outcomes: of all lines, empty where another worker draws the
-    table; resumed: how many lines were done before."""
+    """What `unlearn_each` returns.
+
+    outcomes: of all lines; empty where another worker writes the table
+    share:    what this worker did
+    resumed:  how many lines were done before it began
+    of:       how many lines there are
+    """
 
     outcomes: list[Outcome]
     output: Path
@@ -77,8 +86,8 @@ class Each:
 
     @property
     def exit_code(self) -> int:
-        """0 all forgotten, and for a worker that has not drawn the table; 1 not all; where every
-        request failed, 2 or 3."""
+        """0: all are forgotten, or another worker writes the table. 1: some are not forgotten. 2:
+        every request failed because of its input. 3: every one failed, some in the computation."""
         if self.forgotten:
             return 0
         failed = [o for o in self.outcomes if o.status == "failed"]
@@ -95,7 +104,7 @@ class Each:
 
 
 class Sharing(NamedTuple):
-    """join: other workers may be at work in the same directory."""
+    """join: other workers may be at work in the same directory; pace: how often to look at them"""
 
     join: bool = False
     pace: Pace = Pace()
@@ -112,12 +121,14 @@ def unlearn_each(
     sharing: Sharing = Sharing(),
     listener: Listener | None = None,
 ) -> Each:
-    """Makes an adapter for each request of a file. Options as in `driver.unlearn`; output: the
-    directory of all outputs.
+    """Makes an adapter for each request of a file. Options are those of `driver.unlearn`.
 
-    Run again, it does what is missing, and where nothing else is missing what had failed. Raises
-    BadInput where the file or the output cannot be used, or another run is at work there and nobody
-    has joined it: then nothing is loaded. What fails later, for one request, is its outcome.
+    output: the directory of all outputs
+
+    Run again, it does the requests that are missing. If only failed requests are missing, it tries
+    those again. Raises BadInput where the file or the output cannot be used, and where another run
+    is at work in `output` but `sharing.join` is not set; no model is loaded then. A request that
+    fails later stops no other: its `Outcome` says why it failed.
     """
     listener = listener or Listener()
     if sharing.join and output is None:
@@ -154,8 +165,8 @@ def forecast(
     report: ReportOptions = ReportOptions(),
     output: str | Path,
 ) -> joining.Forecast:
-    """How long the requests take that are not done in `output`, from those that are. Nothing is
-    loaded and nothing written."""
+    """How long the requests that are left in `output` will take, from the times of those that are
+    done. Loads nothing and writes nothing."""
     place = Path(output)
     work = _prepared(Path(file), place, model, recipe, settings, report, Listener())
     return joining.forecast(Claims(place), list(work.lines), work, len(at_work(place)))
@@ -173,7 +184,7 @@ def _prepared(
     outputs.check_shown(report.redact, report.embed_image)
     asked = dict(read_requests(file))
     for number, request in asked.items():
-        for key in PATHS:  # a picture is read by whoever does its request
+        for key in PATHS:  # the worker that does a request reads its picture
             path = getattr(request, key)
             if path is not None and not path.exists():
                 raise BadInput(f"{file}, line {number}: There is no {path}: mend the line.")
@@ -204,11 +215,14 @@ def _alone(place: Path) -> Iterator[None]:
 
 @dataclass
 class Requests:
-    """The requests as units of work, and what is on disk of them (`joining.Units`).
+    """The requests of a file as units of work (`joining.Units`), and their table.
 
-    lines:  key and name of the output -> line
-    sealed: what decides each result; its digest is of no request yet
-    loaded: the model, once a request was begun
+    A request's key is also the name of its output.
+
+    lines:  by key, the line of the request in the file
+    sealed: what decides each result; without the digest, which differs for each request
+    loaded: the model; None until the first request begins
+    done:   keys of the requests whose output was found complete
     """
 
     output: Path
@@ -226,19 +240,19 @@ class Requests:
         return self.sealed.recipe
 
     def begin(self) -> None:
-        """Makes the directory with an empty table. Raises BadInput where it holds anything else."""
+        """Makes the directory and its empty table. Raises BadInput where it holds anything else."""
         path = self.output / TABLE
         if not path.is_file():
             try:
-                outputs.check_destination(self.output, "")  # absent or empty, or it raises
+                outputs.check_destination(self.output, "")  # raises unless absent or empty
             except BadInput:
-                if not path.is_file():  # else another worker began between the two looks
+                if not path.is_file():  # else another worker has begun since the first look
                     raise
             self.output.mkdir(mode=0o700, exist_ok=True)
             try:
                 staging.new_file(path, self._text([]))
             except FileExistsError:
-                pass  # another worker's
+                pass  # another worker has made the table
         self._table()
         staging.sweep(self.output)
 
@@ -260,7 +274,7 @@ class Requests:
         return key in self.done
 
     def digest(self, key: str) -> str:
-        """As `driver.unlearn` has it: of this request alone."""
+        """The digest that `driver.unlearn` would give to this request."""
         return outputs.request_digest(
             self.asked[self.lines[key]],
             self.recipe,
@@ -295,13 +309,13 @@ class Requests:
                 seconds={},
             )
         finally:
-            # A training tries which are exact; left so, the last digits of the next request would
-            # depend on the order.
+            # A training finds out which ways of sharing prefixes are exact. The next request starts
+            # without that, so that its last digits do not depend on the order of the requests.
             loaded.shares = shares
         return "forgotten" if result.forgotten else "not forgotten"
 
     def reason(self, key: str, error: BaseException) -> str:
-        """Without the picture's path, and where reports name nobody without a name."""
+        """The error's first line without the picture's path; redacted, also without the name."""
         text = str(error).split("\n")[0] or type(error).__name__
         text = text.replace(str(self.asked[self.lines[key]].image), "its picture")
         return sentence(text) if self.sealed.settings.get("redact") else text
@@ -309,7 +323,7 @@ class Requests:
     # the table
 
     def outcomes(self, claims: Claims) -> list[Outcome]:
-        """Of every line, as it is on disk now."""
+        """What has become of each line, as the disk has it now."""
         hidden = self.sealed.settings.get("redact")
         found = []
         for key, line in self.lines.items():
@@ -324,7 +338,7 @@ class Requests:
         return found
 
     def is_drawn(self, claims: Claims) -> bool:
-        """Whether the table has every line, and as failed those that have no output."""
+        """Does the table have a verdict for every output, and "failed" for every other line?"""
         stored = {one["line"]: one["status"] for one in self._table()["requests"]}
         return all(
             stored.get(line, "") not in ("", "failed")

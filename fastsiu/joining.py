@@ -1,9 +1,8 @@
-"""The work of one of several processes that share an output directory: units are claimed one after
-the other (`claims`), and each is done exactly once.
+"""What one worker does, where several processes share an output directory.
 
-A worker does what nobody has claimed. When nothing is left to claim it waits for the others, so
-that it can take over the unit of one that dies. All workers end when every unit is done or has
-failed.
+It claims one unit after the other (`claims`), so that each unit is done exactly once. When no unit
+is left to claim it waits for the other workers. If one of them dies, it takes over that worker's
+unit. All workers end when every unit is done or has failed.
 """
 
 from __future__ import annotations
@@ -22,14 +21,9 @@ from .request import BadInput, NumericFailure, OutOfMemory
 from .session import Listener
 from .settings import Settings
 
-# of one unit; the others go on
-FAILURES = (
-    BadInput,
-    NumericFailure,
-    OutOfMemory,
-    torch.OutOfMemoryError,
-)
-# Where launchers say which of the processes on this machine this one is.
+# Where one of these is raised, the unit has failed, and the worker goes on with the next one.
+FAILURES = (BadInput, NumericFailure, OutOfMemory, torch.OutOfMemoryError)
+# Launchers write the number of a process on its machine into one of these variables.
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
 POISON = (
     "{} workers stopped while they were at it, as a process killed for its memory does: run it "
@@ -38,27 +32,27 @@ POISON = (
 
 
 class Units(Protocol):
-    """What is shared. A key is a line of a file of requests, or the slug of a concept."""
+    """The work that is shared. A key is a line of a file of requests, or the slug of a concept."""
 
     def is_done(self, key: str) -> bool:
-        """Whether its output is complete. Raises BadInput for an output of something else."""
+        """Is its output complete? Raises BadInput where its place holds another output."""
 
     def do(self, key: str, listener: Listener) -> str:
-        """Makes its output, and says in a few words what came out. Raises what is in FAILURES."""
+        """Makes its output. Returns the result in a few words. Raises one of FAILURES."""
 
     def reason(self, key: str, error: BaseException) -> str:
-        """The sentence about a failure that is written down."""
+        """The sentence that is written down about a failure."""
 
 
 @dataclass
 class Share:
     """What one worker did.
 
-    did:    the units that it finished
-    failed: those that failed here
-    stolen: how many of both were begun by a worker that has stopped
-    lost:   how many were taken over by another worker while this one stood still
-    drew:   whether this worker drew the table at the end
+    did:    keys of the units that it finished
+    failed: keys of the units that failed in its hands
+    stolen: how many of `did` and `failed` it took over from a worker that had died
+    lost:   how many units another worker took over from this one
+    drew:   whether this worker wrote the table at the end
     """
 
     did: list[str] = field(default_factory=list)
@@ -80,10 +74,10 @@ class Share:
 
 
 def work_off(claims: Claims, keys: Sequence[str], units: Units, listener: Listener) -> Share:
-    """Takes part until every unit is done or has failed.
+    """Works until every unit is done or has failed, by this worker or by others.
 
-    Failures of an earlier run are tried again where nothing else was left to do when this worker
-    began. Raises BadInput where an output belongs to something else.
+    If all units that are not done had failed before this worker began, it tries those again. Raises
+    BadInput where the place of an output holds another one.
     """
     worker = _Worker(claims, units, listener)
     begun = time.monotonic()
@@ -102,7 +96,7 @@ def work_off(claims: Claims, keys: Sequence[str], units: Units, listener: Listen
 
 
 class _Worker:
-    """again: failures that are tried once more, as they were when this worker began"""
+    """again: by key the earlier failures that are tried once more"""
 
     def __init__(self, claims: Claims, units: Units, listener: Listener) -> None:
         self.claims, self.units, self.listener = claims, units, listener
@@ -110,22 +104,22 @@ class _Worker:
         self.share = Share()
 
     def settle(self, key: str) -> bool:
-        """Whether a unit is done now or has failed, by this worker or by another."""
+        """Does a unit if nobody has claimed it. Returns whether it is done or has failed now."""
         if self._is_settled(key):
             return True
         claim = self.claims.take(key)
         if claim is None:
             return False
         try:
-            # another worker may have ended between the two looks
+            # another worker may have finished it since the first look
             settled = self._is_settled(key) or self._do(key, claim)
-        except BadInput:  # its output is there, and of something else
+        except BadInput:  # the place of its output holds another one
             claim.release()
             raise
         except (Exception, SystemExit):
-            claim.abandon()  # another worker tries; `Pace.owners` is how often
+            claim.abandon()  # other workers try, up to `Pace.owners` in all
             raise
-        except BaseException:  # interrupted by its user: another worker need not wait
+        except BaseException:  # interrupted by the user: another worker may begin at once
             claim.release()
             raise
         claim.release()
@@ -149,7 +143,7 @@ class _Worker:
             self._lose(key)
             return False
         except FAILURES as error:
-            # what a worker that was robbed finds at its end: the output is there
+            # Another worker has taken the unit over, and its output may be there already.
             if not claim.held or self.units.is_done(key):
                 self._lose(key)
                 return False
@@ -183,7 +177,7 @@ class _Worker:
 
 
 def _fenced(listener: Listener, claim: Claim) -> Listener:
-    """A listener that ends the work where the claim is lost, at its next stage or step."""
+    """A listener that raises ClaimLost at the next stage or step after the claim is lost."""
 
     def stage(text: str) -> None:
         claim.check()
@@ -199,9 +193,9 @@ def _fenced(listener: Listener, claim: Claim) -> Listener:
 def draw_once(
     claims: Claims, is_drawn: Callable[[], bool], draw: Callable[[], None], key: str
 ) -> bool:
-    """Whether this worker drew the table of everything that is done; False where it is there.
+    """Writes the table of all results, unless another worker has. Returns whether this one did.
 
-    is_drawn: whether the table on disk has every unit, as it ended
+    is_drawn: whether the table on disk has the result of every unit
     """
     while not is_drawn():
         claim = claims.take(key)
@@ -224,11 +218,11 @@ def draw_once(
 
 @dataclass
 class Forecast:
-    """How long the rest takes, from what is done.
+    """How long the units that are left will take, from the times of those that are done.
 
     of, done, failed: numbers of units
-    workers: claims at this moment
-    took:    seconds of each unit whose time was written down
+    workers: number of claims at this moment
+    took:    seconds of each unit whose time is known
     """
 
     of: int
@@ -243,7 +237,7 @@ class Forecast:
 
     @property
     def seconds(self) -> float | None:
-        """Of work that is left, for one worker; None where no time is known."""
+        """How long one worker needs for the units that are left; None where no time is known."""
         return self.left * statistics.fmean(self.took) if self.took else None
 
     def told(self) -> list[str]:
@@ -263,7 +257,7 @@ class Forecast:
         )
         for workers in sorted({1, 8, 64, max(1, self.workers)}):
             some = "one worker" if workers == 1 else f"{workers} workers"
-            # whole rounds: the last unit is not shared out
+            # a round is one unit for each worker; the last round takes as long as the others
             rounds = -(-self.left // workers) * statistics.fmean(self.took)
             lines.append(f"What is left takes {some} {duration(rounds)}.")
         return lines
@@ -273,7 +267,7 @@ class Forecast:
 
 
 def forecast(claims: Claims, keys: Sequence[str], units: Units, workers: int) -> Forecast:
-    """How long the units take that are not done; nothing is claimed and nothing written."""
+    """How long the units that are left will take. Claims nothing and writes nothing."""
     known = seconds_of(claims.place.parent)
     done = [key for key in keys if units.is_done(key)]
     there = set(done)
@@ -282,12 +276,15 @@ def forecast(claims: Claims, keys: Sequence[str], units: Units, workers: int) ->
     return Forecast(len(keys), len(done), failed, workers, took)
 
 
-# Which card ---------------------------------------------------------------------------------------
+# Which GPU ----------------------------------------------------------------------------------------
 
 
 def own_card(settings: Settings) -> Settings:
-    """With a card of its own for each process that torchrun, accelerate or srun has started on this
-    machine, where no device was asked for."""
+    """The settings with a GPU of its own for each process on this machine.
+
+    It reads the number that torchrun, accelerate or srun has given to the process. Settings that
+    name a device stay as they are.
+    """
     cards = torch.cuda.device_count()
     rank = next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), "")
     if settings.device is not None or cards < 2 or not rank.isdecimal():
