@@ -1,7 +1,7 @@
-"""The fused loss as a mix-in for trainers of transformers and TRL that bring data of their own.
+"""The fused loss as a mix-in for trainers of transformers and TRL, with the user's own data.
 
-The means divide by the counts of all ranks and micro-batches. With its own counts each rank would
-weigh the tokens of short batches more (measured: gradients off by 25 to 30 %).
+The loss is a mean over all ranks and micro-batches of a step. If each rank divided by its own
+counts, tokens of short batches would weigh more (measured: gradients off by 25 to 30 %).
 """
 
 from __future__ import annotations
@@ -57,8 +57,11 @@ class Distillation:
 
 @dataclass(frozen=True)
 class _Teacher:
-    """cache: at all supervised positions; index: which rows are whose; own_head: the cache's head
-    is a copy, because the model's trains"""
+    """The untouched model at all supervised positions of the training data.
+
+    index:    which rows of the cache belong to which sample
+    own_head: the cache has a copy of the head, because the model's head trains
+    """
 
     cache: TeacherCache
     index: RowIndex
@@ -67,7 +70,8 @@ class _Teacher:
 
 @dataclass
 class _WithIds:
-    """A trainer's collator, beside what it drops: `sample_id` and `kl_weight`."""
+    """A trainer's collator that keeps two columns which the trainer's own one drops: `sample_id`
+    and `kl_weight`."""
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]] = field(repr=False)
 
@@ -81,7 +85,7 @@ class _WithIds:
 
 
 def _beside(weights: list[Tensor], labels: Tensor) -> Tensor:
-    """[B, T] from a number for each sample, or one for each of its tokens."""
+    """Weights [B, T] of a batch, from one number for each sample, or one for each of its tokens."""
     if all(w.ndim == 0 for w in weights):
         return torch.stack(weights)[:, None].expand(labels.shape)
     padded = pad_sequence(weights, batch_first=True)
@@ -107,14 +111,17 @@ class UnlearningMixin(_Mixed):
         trainer = UnlearningSFTTrainer(model, args, train_dataset=data, peft_config=lora,
                                        distillation=Distillation(vocab_keep=keep))
 
-    The model is a PEFT model; with its adapters off it is the teacher. The teacher runs over all of
-    the training data on every rank, since shuffling moves samples between ranks: when the first
-    loss is computed and the model is wrapped, or before that where `run_teacher` is called.
+    The model is a PEFT model; with its adapters off it is the teacher. Shuffling moves samples from
+    rank to rank, so every rank runs the teacher over all of the training data. It does so before
+    the first loss, when the model is wrapped, or earlier where `run_teacher` is called.
 
-    Columns of the data: `sample_id`, an integer that no other sample has; and `kl_weight`, the
-    token mask, a number for each sample or for each of its tokens (0: the KL does not look), 1
-    where left out. `remove_unused_columns` has to be False, and nothing may pack several samples
-    into one row.
+    The data has two further columns:
+
+        sample_id  an integer that no other sample has
+        kl_weight  the token mask: one number for each sample, or one for each of its tokens; 0
+                   where the KL must not look. Without this column all are 1
+
+    `remove_unused_columns` must be False, and no row may hold several samples (no packing).
     """
 
     loss_is_scaled_for_ga = True  # by the counts of the whole step
@@ -127,8 +134,8 @@ class UnlearningMixin(_Mixed):
         distillation: Distillation | None = None,
         **options: Any,
     ) -> None:
-        # Trap: LoRA on the head is used after the model's forward. DDP, where it looks for unused
-        # parameters, takes it for unused at the end of the forward, and fails.
+        # Trap: the loss uses LoRA on the head after the model's forward. Where DDP looks for unused
+        # parameters, it looks at the end of the forward, takes LoRA for unused, and fails.
         if args is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         super().__init__(model, args, *rest, **options)

@@ -1,6 +1,7 @@
-"""Training as curves in an experiment tracker: trackio, wandb or TensorBoard, on this machine.
+"""Writes the training's curves with an experiment tracker: trackio, wandb or TensorBoard, on this
+machine.
 
-Only numbers are logged, redacted or not: no name, question, answer, picture, path or command
+It logs numbers alone, also without --redact: no name, question, answer, picture, path or command
 line.
 """
 
@@ -19,7 +20,7 @@ from .train import Step
 
 TRACKERS = ("trackio", "wandb", "tensorboard")
 PROJECT = "fastsiu"
-# With one of these set, trackio sends what it logs to somebody else's machine.
+# If one of these is set, trackio sends what it logs to another machine.
 _SENDS = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 
 Write = Callable[[dict[str, float], int], None]
@@ -27,14 +28,14 @@ Write = Callable[[dict[str, float], int], None]
 
 @contextmanager
 def logged(listener: Listener, tracker: str | None) -> Iterator[Listener]:
-    """A listener that also logs each step's loss, its parts, P(name) and what is retained, until
-    the block ends.
+    """Inside the block, a listener that also logs each step: its loss, the loss's parts, P(name),
+    and how much is retained.
 
-    tracker: of `TRACKERS`; None: the listener as it is
+    tracker: one of `TRACKERS`; None gives the listener as it is
 
-    The steps of several requests are counted on. trackio keeps its runs where it always does, wandb
-    in ./wandb, TensorBoard in ./runs. Raises BadInput for an unknown tracker, for one that is not
-    installed, and where trackio is set up to send.
+    Several requests are one curve: the count of steps goes on. trackio keeps its runs in its own
+    directory, wandb in ./wandb, TensorBoard in ./runs. Raises BadInput for an unknown tracker, for
+    one that is not installed, and where trackio is set up to send.
     """
     if tracker is None:
         yield listener
@@ -83,7 +84,8 @@ def _wandb(name: str) -> tuple[Write, Callable[[], None]]:
         import wandb
     except ImportError as error:
         raise _missing("wandb", error) from error
-    # wandb would store the command line, and with it the name; the host, the user and the code.
+    # Without these settings wandb stores the command line, which has the name, the host, the user
+    # and the code.
     settings = wandb.Settings(
         mode="offline",
         silent=True,

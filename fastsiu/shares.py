@@ -1,8 +1,9 @@
-"""A step of training in shares, for ranks and micro-batches; their losses add up to the step's.
+"""A step of training in shares, for ranks and micro-batches. The losses of the shares add up to the
+step's.
 
-Every mean divides by the counts of the whole step. Every rank has all samples and the same plan of
-the steps, so it knows these counts without a message. With its own counts each rank would weigh the
-tokens of small shares more (measured: gradients off by 25 to 30 %).
+Every mean divides by the counts of the whole step. Each rank has all samples and the same plan of
+the steps, so it knows these counts without a message. If each rank divided by its own counts,
+tokens of small shares would weigh more (measured: gradients off by 25 to 30 %).
 """
 
 from __future__ import annotations
@@ -38,19 +39,20 @@ class _Share(NamedTuple):
 class StepShares(nn.Module):
     """The loss of one share of a step, as one module.
 
-    A share takes several forwards of the model: one for each way of sharing prefixes, and for each
-    batch. DDP and FSDP wrap this module, so to them all of it is one forward. Inside FSDP2's root
-    the head is whole, so the loss takes the fast path and LoRA on the head gets its gradient as
-    everything else does.
+    A share takes several forwards of the model: one for each batch and each way of sharing
+    prefixes. DDP and FSDP wrap this module, and so see one forward. While FSDP2's root is in its
+    forward, the head is whole: the loss takes the fast path, and LoRA on the head gets its gradient
+    as all other adapters do.
     """
 
     def __init__(self, vlm: VLM, recipe: Recipe, steps: list[list[Work]], shares: int) -> None:
-        """shares: of one step, over all ranks and micro-batches"""
+        """shares: number of shares of one step, over all ranks and micro-batches"""
         super().__init__()
         self.model = vlm.model
         self._no_split_modules = list(vlm.base._no_split_modules or ())
         self.vlm, self.recipe, self.steps, self.shares = vlm, recipe, steps, shares
-        self.ranks: int | None = None  # under FSDP, whose ranks call the model equally often
+        # Under FSDP the number of ranks: they must call the model equally often.
+        self.ranks: int | None = None
         self.corpora = list({id(work.corpus): work.corpus for work in steps[0]}.values())
         self._far = {id(c): _far_rows(vlm, c) for c in self.corpora[1:]}
         self._noise = _Noise(vlm, recipe, steps)
@@ -64,9 +66,9 @@ class StepShares(nn.Module):
         return self
 
     def forward(self, share: int) -> tuple[Tensor, Tensor]:
-        """share: number of the step times the shares of a step, plus the share's number in it
+        """Returns this share's summand of the step's loss, and its summands of `PARTS`, [3].
 
-        Returns its part of the step's loss, and of `PARTS`, [3]. The parts of all shares add up.
+        share: (number of the step) * (shares of a step) + (number of the share in its step)
         """
         number, at = divmod(share, self.shares)
         noise = self._noise.of(number)
@@ -88,7 +90,7 @@ class StepShares(nn.Module):
         return torch.stack([loss.float() for loss in losses]).sum(), parts
 
     def _refer(self, corpus: Corpus) -> None:
-        """Has the teacher's statistics refer to the head where it is now: wrapping may have moved
+        """Makes the teacher's statistics refer to the head again, if wrapping the model has moved
         it."""
         vlm, teacher = self.vlm, corpus.teacher
         assert teacher is not None
@@ -114,9 +116,11 @@ class StepShares(nn.Module):
         )
 
     def _missing(self, number: int, at: int) -> int:
-        """How many forwards this share has to add. Under FSDP each forward gathers weights from all
-        ranks, which therefore have to make the same number; and a rank without samples has to
-        reach every weight."""
+        """How many empty forwards this share has to add.
+
+        Under FSDP each forward gathers weights from all ranks, so all ranks must make the same
+        number. Elsewhere a share without samples makes one, so that every weight gets a gradient.
+        """
         own = self._calls(number, at)
         if self.ranks is None:
             return int(own == 0)
@@ -132,7 +136,7 @@ class StepShares(nn.Module):
         return called
 
     def _nothing(self) -> Tensor:
-        """A forward of the shortest turn, whose part of the loss is 0."""
+        """An empty forward: of the shortest turn, times 0."""
         corpus = self.corpora[0]
         shortest = min(
             range(len(corpus.turns)), key=lambda i: corpus.turns[i].inputs["input_ids"].shape[1]
@@ -144,8 +148,11 @@ class StepShares(nn.Module):
 
 
 def deal(corpus: Corpus, chosen: Sequence[int], shares: int) -> list[list[int]]:
-    """The samples in so many shares of about as many tokens each. Samples of one picture stay
-    together, since they share its prefix. One share is the samples as they are."""
+    """Deals the samples into `shares` lists with about equally many tokens.
+
+    Samples of one picture stay together, because they share its prefix. With one share the order
+    stays as it is.
+    """
     if shares == 1:
         return [list(chosen)]
     order = sorted(chosen, key=lambda i: (p := corpus.samples[i].picture) is not None and p + 1)
@@ -159,7 +166,7 @@ def deal(corpus: Corpus, chosen: Sequence[int], shares: int) -> list[list[int]]:
 
 
 def _far_rows(vlm: VLM, corpus: Corpus) -> Tensor:
-    """[rows of the teacher] bool, on the CPU: the row's label costs the teacher more than `FAR`."""
+    """[rows of the teacher] bool, on the CPU: rows whose label costs it more than `FAR`."""
     teacher = corpus.teacher
     assert teacher is not None
     labels = torch.zeros(len(teacher), dtype=torch.int64)
@@ -170,8 +177,11 @@ def _far_rows(vlm: VLM, corpus: Corpus) -> Tensor:
 
 
 class _Noise:
-    """The noise on the pictures of each step, whatever the number of ranks and micro-batches, and
-    also where a training is resumed in its middle: that of `train.fit` with the same seed."""
+    """The noise on the pictures of each step: the noise of `train.fit` with the same seed.
+
+    It depends neither on the number of ranks and micro-batches nor on the step at which a training
+    is resumed.
+    """
 
     def __init__(self, vlm: VLM, recipe: Recipe, steps: list[list[Work]]) -> None:
         self._vlm, self._recipe, self._all = vlm, recipe, steps
@@ -183,7 +193,7 @@ class _Noise:
         self._number, self._state = 0, self._generator.get_state()
 
     def of(self, number: int) -> list[dict[int, list[Tensor]]]:
-        """For each batch of a step the noise on its pictures (`batches.draw_noise`)."""
+        """The noise on the pictures of each batch of this step (`batches.draw_noise`)."""
         if number < self._number:
             self._begin()
         while True:

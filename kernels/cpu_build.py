@@ -1,9 +1,9 @@
 """The C++ of cpu/sweep.cpp as a library: built by ninja, one for each level of the processor.
 
-setup.py builds all levels into the package where torch is at hand, elsewhere the first use builds
-the one that the processor needs into a cache directory (notes/cpu-kernel.md says why). The library
-has a plain C interface: neither Python's nor torch's headers take part, so one build serves every
-version of both. This file imports the standard library only, because setup.py loads it alone.
+Where torch is installed, setup.py builds all levels into the package. Elsewhere the first use
+builds the processor's level into a cache directory (notes/cpu-kernel.md says why). The library has
+a plain C interface, without the headers of Python or torch, so one build serves every version of
+both. This file imports only the standard library, because setup.py loads it without the package.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ class CannotBuild(Exception):
 
 @functools.cache
 def executes() -> tuple[str, ...]:
-    """The levels that this processor executes, best first; none on a system that has not been
-    thought of."""
+    """The levels that this processor executes, best first; none on an unknown operating system."""
     if sys.platform not in ("linux", "darwin"):
         return ()
     has: set[str] = set()
@@ -58,7 +57,7 @@ def executes() -> tuple[str, ...]:
 
 
 def compiles() -> tuple[str, ...]:
-    """The levels that a compiler for this kind of processor knows, executed here or not."""
+    """All levels for this kind of processor, also those that this one cannot execute."""
     return tuple(LEVELS) if platform.machine() in ("x86_64", "AMD64") else ("portable",)
 
 
@@ -97,7 +96,7 @@ def load(level: str) -> ctypes.CDLL:
 
     Raises CannotBuild, with one sentence, where that is not possible.
     """
-    ahead = SOURCE.parent / name_of(level)  # setup.py has put it there
+    ahead = SOURCE.parent / name_of(level)  # from setup.py
     loaded = ctypes.CDLL(str(ahead if ahead.exists() else _cached(level)))
     loaded.fastsiu_workspace.restype = ctypes.c_int64
     if loaded.fastsiu_prepare():
@@ -107,7 +106,7 @@ def load(level: str) -> ctypes.CDLL:
 
 @functools.cache
 def why_not(level: str) -> str | None:
-    """Why the library of a level cannot be had, as one sentence; None if it is loaded now."""
+    """Loads the library of a level. Returns None, or why there is none, as one sentence."""
     try:
         load(level)
     except CannotBuild as error:
@@ -118,7 +117,10 @@ def why_not(level: str) -> str | None:
 
 
 def _cached(level: str) -> Path:
-    """The library in the cache directory, named after all that goes into it."""
+    """The library in the cache directory, which is built where it is missing.
+
+    The name of its directory is a digest of the source, the flags and the compiler.
+    """
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     parts = [SOURCE.read_text(encoding="utf-8"), FLAGS, LEVELS[level][1], compiler, version]
@@ -136,7 +138,7 @@ def _cached(level: str) -> Path:
     with tempfile.TemporaryDirectory(dir=home) as scratch:
         made = build(Path(scratch) / "made", (level,))[0].parent
         try:
-            made.rename(found.parent)  # whole or not at all
+            made.rename(found.parent)  # so that nobody sees half of it
         except OSError:
             if not found.exists():  # another process has been faster
                 raise

@@ -3,8 +3,8 @@ over the whole vocabulary, in cache blocks.
 
     e = exp(z / tau - shift)    total = sum e    entropy = -sum e log e    product = sum e dz/dx W
 
-Each thread takes a block of rows and a split of the vocabulary and has sums of its own. They are
-added in a fixed order, so that equal inputs and threads give equal bits.
+Each thread takes a block of rows and a split of the vocabulary, and has sums of its own. The sums
+of all threads are added in a fixed order. So equal inputs and as many threads give equal bits.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from .inputs import Head
 from .tiled import Sums
 
 ALL, KEPT, DROPPED = range(3)  # which columns a channel sums over
-TILE_BYTES = 2**20  # a packed tile of W; half of an L2 cache or less
-PARTIALS = 2**24  # bytes of all threads' products, or twice that of one where it is larger
+TILE_BYTES = 2**20  # of a packed tile of W: at most half of an L2 cache
+# Bytes that all threads' products may take; two products are always allowed, however large.
+PARTIALS = 2**24
 
 
 class _Channel(ctypes.Structure):
@@ -92,8 +93,8 @@ def best() -> str | None:
 
 
 def why_no_library() -> str | None:
-    """Why there is no library for this processor, as one sentence; None if there is one. Builds it
-    where it is missing."""
+    """Returns None where the processor's library can be used, after building it if necessary; else
+    why it cannot, as one sentence."""
     level = best()
     if level is None:
         return "The backend 'cpu' is for Linux and macOS: choose 'tiled'."
@@ -102,7 +103,7 @@ def why_no_library() -> str | None:
 
 @functools.cache
 def log_once(reason: str) -> None:
-    """Says why plain torch takes the place of the kernel."""
+    """Logs, once for each reason, why plain torch replaces the kernel."""
     logging.getLogger(__name__).warning("%s The loss runs on plain torch ('tiled').", reason)
 
 
@@ -153,7 +154,7 @@ def sweep(
 
 
 def tile_of(D: int) -> int:
-    """Columns at a time: all that an L2 cache takes, 32 at least."""
+    """How many columns a tile has: as many as fit into TILE_BYTES, from 32 to 256."""
     return max(32, min(256, TILE_BYTES // (4 * up(D, 64)) // 32 * 32))
 
 

@@ -1,5 +1,5 @@
-"""Which backend and which tile: one pure function of shape, dtype and device. The comment above
-each constant has the measurement behind it."""
+"""Which backend and which tile: a pure function of shape, dtype and device. The comment above each
+constant tells the measurement that it comes from."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from .triton_launch import measured_backend
 
 
 class Launch(NamedTuple):
-    """backend: "reference", "tiled", "triton" or "cpu"; tile: vocabulary columns at a time; why:
-    the reason for the backend, and where its figure comes from."""
+    """How a loss is computed.
+
+    backend: "reference", "tiled", "triton" or "cpu"
+    tile:    vocabulary columns at a time
+    why:     the reason for the backend, and the measurement behind it
+    """
 
     backend: str
     tile: int

@@ -1,10 +1,10 @@
 """A head in parts: each rank of a process group holds some rows of it, and the ranks add up what
-they find in theirs.
+they compute from their rows.
 
-All ranks have the same hidden states, labels, weights and teacher statistics. Columns of the
-vocabulary are counted over the whole head everywhere outside of this file; a rank's tiles, bias and
-gradients by the head are its own. `Part` with no group is a whole head: it sends nothing and
-changes nothing.
+All ranks have the same hidden states, labels, weights of rows and teacher statistics. Each rank has
+its own rows of the head, its own entries of the bias, and the gradients by these. Outside of this
+file a column of the vocabulary has its number in the whole head. A `Part` without a group is a
+whole head: it sends nothing and changes nothing.
 """
 
 from __future__ import annotations

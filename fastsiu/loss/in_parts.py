@@ -1,5 +1,8 @@
-"""The loss of a head in parts, on one rank: the tiled loss of the rank's rows, with sums over the
-ranks inside (kernels/parts.py)."""
+"""The loss where the head is in parts, on one rank.
+
+It is the tiled loss of the rank's own rows of the head; kernels/parts.py adds up what the ranks
+find.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,12 @@ if TYPE_CHECKING:
 
 
 class Asked(NamedTuple):
-    """ahead: dh in the forward pass; trains: the head's gradients later; entropy: of each row"""
+    """Which results are wanted.
+
+    ahead:   the gradient by the hidden states, in the forward pass already
+    trains:  the gradients by the head, in the backward pass
+    entropy: the student's entropy of each row
+    """
 
     ahead: bool
     trains: bool
@@ -27,8 +35,10 @@ class Asked(NamedTuple):
 
 
 def group_of(group: ProcessGroup | None, teacher: object) -> ProcessGroup | None:
-    """The ranks that share the head: those given, or else the teacher's. Raises ValueError for what
-    is no process group."""
+    """The ranks that share the head: `group`, or the teacher's where it is None.
+
+    Raises ValueError where `group` is no process group.
+    """
     if group is not None:
         check_group(group)
         return group
@@ -44,8 +54,13 @@ def seat_of(
     teacher: TeacherCache | None,
     settings: tuple[object, ...],
 ) -> tuple[tuple[Head, float], Seat]:
-    """What `checked` found, and this rank's rows, once all ranks of the group have agreed. Raises
-    ValueError on all ranks where one of them cannot go on."""
+    """Meets the other ranks. Returns what `checked` found here, and this rank's seat.
+
+    checked:  looks at this rank's arguments; gives head and temperature, or raises ValueError
+    settings: further options that must be the same on all ranks
+
+    Raises ValueError on all ranks where one of them cannot go on.
+    """
 
     def check() -> tuple[Head, float]:
         found = checked()

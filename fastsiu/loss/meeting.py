@@ -1,8 +1,10 @@
-"""The ranks that share a head meet: before anything large is sent, one small message from each says
-what it was given. Where a rank refuses its arguments or has other ones, all ranks raise.
+"""The ranks that share a head compare their arguments before they compute: they meet.
 
-On a CPU every call meets. On a GPU the host would have to wait for the answer in every step, so
-there the first call of each kind meets: the same dtypes, sizes of the head and gradients wanted.
+Each rank sends one small message that says what it was given. If a rank refuses its arguments, or
+has other ones than rank 0, all ranks raise, so that none waits for the others for ever.
+
+On a CPU every call meets. On a GPU a meeting would make the host wait in every step. There only the
+first call of each kind meets: calls with the same dtypes, sizes of the head and gradients.
 """
 
 from __future__ import annotations
@@ -25,17 +27,20 @@ Found = TypeVar("Found")
 
 
 class Facts(NamedTuple):
-    """What all ranks must have alike, as int64."""
+    """What must be the same on all ranks, as int64."""
 
-    N: int = 0
-    D: int = 0
-    kind: int = 0  # dtypes, options, which gradients are wanted: `digest` of their names
-    content: int = 0  # labels, or the vocabulary mask
+    N: int = 0  # rows
+    D: int = 0  # hidden size
+    kind: int = 0  # `digest` of dtypes, options, and which gradients are wanted
+    content: int = 0  # `content` of the labels, or of the vocabulary mask
 
 
 class Seat(NamedTuple):
-    """What one meeting finds. part: this rank's rows of the whole head; shared: do student and
-    teacher have one head?"""
+    """What one rank knows after a meeting.
+
+    part:   which rows of the whole head this rank has
+    shared: do student and teacher have one head?
+    """
 
     part: Part
     shared: bool
@@ -45,7 +50,7 @@ _met: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], Seat]] = WeakKeyDict
 
 
 def check_group(group: object) -> None:
-    """Raises ValueError, one sentence, where `group` is no process group of this process."""
+    """Raises ValueError where `group` is no process group that this process belongs to."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         raise ValueError(
             "group is given but torch.distributed is not initialised: call "
@@ -63,13 +68,12 @@ def check_group(group: object) -> None:
 
 
 def digest(*described: object) -> int:
-    """An int64 of names and numbers that are to be the same on all ranks."""
+    """A checksum of names and numbers that must be the same on all ranks."""
     return zlib.crc32(repr(described).encode())
 
 
 def content(x: Tensor | None) -> int:
-    """An int64 of the numbers of an integer or bool tensor [n]; 0 for None and for tensors without
-    numbers."""
+    """A checksum of an integer or bool tensor [n]; 0 for None and for a tensor on "meta"."""
     if x is None or x.is_meta:
         return 0
     return int((x.long() * odd(torch.arange(len(x), device=x.device))).sum()) ^ len(x)
@@ -83,12 +87,14 @@ def meet(
     head_weight: object,
     shared: Callable[[Found], bool] | None = None,
 ) -> tuple[Found, Seat]:
-    """What `check` found on this rank, and the rank's seat. All ranks of the group call this.
+    """Meets the other ranks. Returns what `check` found on this rank, and the rank's seat.
 
-    check   raises ValueError or OSError for what cannot be used
-    facts   what all ranks must have alike
-    shared  do student and teacher have one head, as far as this rank's rows can tell? Given by
-            the loss alone, whose later calls of one kind do not meet on a GPU
+    All ranks of the group call this together.
+
+    check   looks at this rank's arguments; raises ValueError or OSError where it refuses them
+    facts   makes of what `check` found what must be the same on all ranks
+    shared  tells whether student and teacher have one head, by this rank's rows. Only the loss
+            gives it, and only with it later calls of one kind do not meet on a GPU
 
     Raises ValueError on all ranks if one of them refuses or has other facts.
     """
@@ -128,7 +134,7 @@ def meet(
 
 
 def _compare(every: list[Facts]) -> None:
-    """Raises ValueError, the same on all ranks, where one rank's facts are not rank 0's."""
+    """Raises the same ValueError on all ranks where the facts of some rank are not rank 0's."""
     first = every[0]
     for rank, other in enumerate(every):
         for name in ("N", "D"):
@@ -151,8 +157,10 @@ def _compare(every: list[Facts]) -> None:
 
 
 def by_first(part: Part, device: torch.device, action: Callable[[], None]) -> None:
-    """Does something on the first rank of a head in parts, for all of them; a whole head's process
-    does it itself. Raises OSError on all ranks where the first one fails."""
+    """Runs `action` on the first rank of a head in parts, or here where the head is whole.
+
+    All ranks call this together. Raises OSError on all of them where `action` fails.
+    """
     if part.group is None:
         return action()
     problem: OSError | None = None
@@ -169,7 +177,7 @@ def by_first(part: Part, device: torch.device, action: Callable[[], None]) -> No
 
 
 def added(part: Part, number: int, device: torch.device) -> int:
-    """The sum of an int64 over the ranks, modulo 2^64."""
+    """The sum of `number` over the ranks, modulo 2^64. All ranks call this together."""
     x = torch.tensor(number, dtype=torch.int64, device=device)
     part.sum(x)
     return int(x)

@@ -1,4 +1,4 @@
-"""A teacher's cache as a file: what is written, and what is believed of a stranger's file."""
+"""A teacher's cache as a file: writes and reads it, and checks what a stranger may have written."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def read_cache(
     head_weight: Tensor,
     group: ProcessGroup | None,
 ) -> C:
-    """`TeacherCache.load`. build: the class, which takes the statistics and options"""
+    """`TeacherCache.load`; `build` is the class, which takes statistics and options."""
 
     damaged = ValueError(f"{path} is damaged: build the cache again.")
 
@@ -174,8 +174,10 @@ def _possible_options(options: object) -> TypeGuard[dict[str, Any]]:
 
 
 def _possible(t: Mapping[str, Tensor], options: Mapping[str, Any], V: int, D: int) -> bool:
-    """Can these tensors be a cache of this head? Shapes, dtypes, ranges; everything but whether the
-    numbers are right."""
+    """Can these tensors be a cache of this head?
+
+    It looks at shapes, dtypes and ranges. It cannot tell whether the numbers are right.
+    """
     keep = t.get("vocab_keep")
     hidden, N = t["hidden"], t["hidden"].shape[0] if t["hidden"].ndim else -1
     if t["C"].dtype != t["m_rest"].dtype:
@@ -197,7 +199,7 @@ def _possible(t: Mapping[str, Tensor], options: Mapping[str, Any], V: int, D: in
     top, p, C = t["top"], t["p_top"], t["C"].double()
     if int(top.min()) < 0 or int(top.max()) >= V:
         return False
-    # A loss with weight 0 may have states that are not finite; the statistics of such a row are not
+    # A row whose weights are 0 may have states that are not finite. Then its statistics are not
     # finite either.
     whole = hidden.to(t["C"].dtype).isfinite().all(1)
     finite = (
