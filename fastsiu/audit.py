@@ -1,10 +1,10 @@
 """The story behind `fastsiu audit`: is a deployed model the one that was promised, and has it
 forgotten?
 
-Nothing is trained. The verdict's questions and the attacks that need no weights go to the untouched
-model and to the deployed one: a model that a server answers for, somebody's adapter, or somebody's
-merged directory. What a server answers is compared with the untouched model's answers, because
-servers have been seen to ignore adapters without a word (`evaluate.effect`).
+An audit trains nothing. It asks the untouched model and the deployed one the verdict's questions,
+and tries on both the attacks that need no weights. The deployed model is behind a server, or it is
+somebody's adapter, or somebody's merged directory. A server's answers are also compared with the
+untouched model's, because some servers ignore adapters without a word (`evaluate.effect`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .settings import ModelRef, ReportOptions, Settings, choose_layout
 from .text.concept import Concept, concept_of
 from .verdict import judge
 
-SHAPE = {  # of what is read of an adapter's report
+SHAPE = {  # of those entries of an adapter's report that an audit reads
     "concept": str,
     "redacted": bool,
     "verdict": (str, None),
@@ -64,10 +64,10 @@ UNNAMED = "The server does not say which revision it serves."
 
 @dataclass(frozen=True)
 class Server:
-    """Whom a server answers for.
+    """A server, and the names of its models.
 
-    name:      the deployed model's name there
-    untouched: the untouched model's name there; None: it is loaded here
+    name:      the server's name for the deployed model
+    untouched: the server's name for the untouched model; None: that is loaded on this machine
     """
 
     endpoint: Endpoint
@@ -104,14 +104,14 @@ def audit(
 ) -> Audited:
     """Asks the deployed model and the untouched one, and says what is deployed.
 
-    request:     what was to be forgotten; `protect` has names of others that the model knows, else
-                 the adapter's report says them
-    model:       without a server: the merged model, or the one that the adapter belongs to
-    adapter_dir: without a server: the adapter that is audited. With one: the --output of the
-                 unlearning, whose report and manifest say what was promised; where the untouched
-                 model is loaded here, the promise is asked of the adapter itself
-    base:        the untouched model where `model` is merged, or where a server has it under no name
-    output:      a directory for the report in one transaction; nothing is written without
+    request:     what was to be forgotten; `protect` has names of others that the model knows, and
+                 where it is empty they come from the adapter's report
+    model:       without a server: the merged model, or the model that the adapter belongs to
+    adapter_dir: without a server: the adapter that is audited. With a server: the --output of the
+                 unlearning. Its report and manifest say what was promised. Where the untouched
+                 model is loaded here, the adapter is asked as well, and its answers are the promise
+    base:        the untouched model, where `model` is merged or the server does not have it
+    output:      a directory for the report, written in one transaction; None writes nothing
 
     Raises BadInput (the input cannot be used, or the server gives no answers; nothing is written)
     and NumericFailure.
@@ -223,15 +223,18 @@ def audit(
 
 @dataclass(frozen=True)
 class Promise:
-    """What the --output of an unlearning says of the model that is deployed; empty for an adapter
-    without report and manifest."""
+    """What the --output of an unlearning says of the deployed model.
+
+    told:   its report; empty where there is none
+    sealed: its manifest; empty where there is none
+    """
 
     told: Mapping[str, Any] = field(default_factory=dict)
     sealed: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, directory: Path | None) -> Promise:
-        """Raises BadInput where there is no adapter, or one that was changed."""
+        """Reads the promise. Raises BadInput where there is no adapter, or where it was changed."""
         if directory is None:
             return cls()
         sealed = adapter_files.manifest_of(directory)
@@ -255,7 +258,7 @@ class Promise:
 
     @property
     def answers(self) -> dict[tuple[str, str | None], tuple[str, str]] | None:
-        """By question and picture, what both models answered; None where no report says it."""
+        """By question and picture, both models' answers in the report; None without a report."""
         given = self.told.get("answers")
         if not given:
             return None
@@ -273,8 +276,10 @@ def _revision(
     sealed: Mapping[str, Any],
     caveats: list[str],
 ) -> str:
-    """The sentence for a server that names another revision than the manifest; "" where it names
-    the same, or none (which becomes a caveat)."""
+    """The sentence for a server whose base has another revision than the manifest says; else "".
+
+    Where the server names no revision, `caveats` gets a sentence.
+    """
     wanted = (sealed.get("model") or {}).get("revision")
     if server is None or connection is None or not wanted:
         return ""
@@ -293,7 +298,7 @@ def _revision(
 
 
 def _greet(served: Served, listener: Listener) -> None:
-    """One question, so that a wrong name or URL is told before anything long begins."""
+    """Asks one question, so that a wrong name or URL is found before anything long begins."""
     listener.stage(f"Asking {served.connection.host} for {served.name}")
     ask.replies(served, [("Hello.", None)], max_new_tokens=1)
 
@@ -303,7 +308,7 @@ def _belongs(directory: Path, loaded: Any) -> list[str]:
 
 
 def _check(adapter_dir: Path | None, base: ModelRef | None, server: Server | None) -> None:
-    """Raises BadInput where it is not said which two models are compared."""
+    """Raises BadInput unless the arguments name exactly two models to compare."""
     if server is not None:
         if (server.untouched is None) == (base is None):
             raise BadInput(
@@ -337,8 +342,10 @@ def _write(
     options: ReportOptions,
     image: Image,
 ) -> dict[str, Any]:
-    """Reports and manifest in one transaction; returns the report as it was written. An audit is
-    of a moment, so it is never taken as done already."""
+    """Writes reports and manifest in one transaction. Returns the report as it was written.
+
+    An audit tells of one moment, so its digest is random: no later audit counts as done already.
+    """
     written = redacted(told) if options.redact else told
     transaction = outputs.Transaction(destination)
     with transaction as staging:

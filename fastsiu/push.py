@@ -1,9 +1,9 @@
 """The story behind `fastsiu push`: a result goes to the hub, in one commit.
 
-Only files that its manifest lists go, and of those only what a reader needs: the weights and what
-stands beside them, the model card, the reports and the manifest. The key never goes, nor does a
-picture. Reports and card are written anew without names, questions and answers, unless they are
-asked for.
+It sends only files that the manifest lists, and of those only what a reader needs: the weights with
+their configuration, the model card, the reports and the manifest. It never sends the private key or
+a picture. It writes reports and card anew, without names, questions and answers, unless
+--with-names asks for them.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Hub:
     """Where to push.
 
     repo:       "owner/name"
-    public:     everybody may read it; else its owner alone
+    public:     everybody may read the repository; else only its owner
     endpoint:   URL of another hub than huggingface.co
-    token_file: a file with the access token alone, "-" for standard input; None: the one that
-                `hf auth login` has stored
+    token_file: a file that holds the access token and nothing else, "-" for standard input; None:
+                the token that `hf auth login` has stored
     """
 
     repo: str
@@ -60,7 +60,7 @@ class Pushed:
 
     public: whether everybody may read the repository
     commit: None where nothing was sent
-    files:  those of the repository, by name, with their sizes in bytes
+    files:  bytes of each file, by its name in the repository
     """
 
     repo: str
@@ -81,11 +81,11 @@ def push(
 ) -> Pushed:
     """Sends an --output directory of `unlearn` or `merge` to the hub.
 
-    names:   reports and card as they are, with the name, questions and answers; no picture either
-    dry_run: nothing is sent, and nobody is asked
+    names:   sends reports and card with the name, questions and answers; without the picture
+    dry_run: sends nothing and does not ask the hub
 
-    Raises BadInput where the directory holds no such result or was changed, where the repository
-    exists and may be read by others than was asked for, and where the hub refuses.
+    Raises BadInput where the directory holds no such result or was changed, where everybody may
+    read an existing repository but `hub.public` is not set, and where the hub refuses.
     """
     listener = listener or Listener()
     files = collect(directory, names=names)
@@ -104,7 +104,7 @@ def push(
 
 
 def collect(directory: Path, *, names: bool) -> dict[str, Path | bytes]:
-    """By its name in the repository, each file's path or new content. Raises BadInput as `push`."""
+    """The path, or the new content, of each file by its name in the repository. Raises BadInput."""
     sealed = manifest.read(directory)
     listed = sealed["files"]
     merged = "merge" in sealed
@@ -147,26 +147,25 @@ def collect(directory: Path, *, names: bool) -> dict[str, Path | bytes]:
         files[card.NAME] = directory / card.NAME
     else:
         bare: dict[str, Any] = {} if names else {"redacted": True}
-        told = list(shown.values()) or [bare]  # of a merge that nothing was asked of
+        told = list(shown.values()) or [bare]  # a merge without a verdict has no report
         files[card.NAME] = _text(card.render_card(told, base, merged=merged))
     files[MANIFEST] = _json(_resealed(sealed, files, base))
     return files
 
 
 def _of_model(listed: Mapping[str, Any]) -> list[str]:
-    """The files of a merged model: all that the merge wrote but reports and card."""
+    """The files of a merged model: all that the merge has written, except reports and card."""
     return [name for name in listed if name.rpartition("/")[2] not in PRIVATE]
 
 
 def _reports(directory: Path, listed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By the folder that they are in ("" or "001/"), the reports of each concept."""
+    """Each concept's report, by its folder: "", or "001/" and so on."""
     places = sorted(name.removesuffix(REPORT) for name in listed if name.split("/")[-1] == REPORT)
     return {place: manifest.read_report(directory / place) for place in places}
 
 
 def _base(directory: Path, sealed: Mapping[str, Any], merged: bool) -> card.Base:
-    """The untouched model, as the output tells it: an adapter's configuration, else the
-    manifest."""
+    """The untouched model: an adapter's configuration names it, else the manifest."""
     model = sealed.get("model") or {}
     name, revision = str(model.get("id") or MODEL), model.get("revision")
     place = name if "/" in name else None
@@ -180,8 +179,10 @@ def _base(directory: Path, sealed: Mapping[str, Any], merged: bool) -> card.Base
 
 
 def _tells(report: Mapping[str, Any], base: str) -> bool:
-    """Whether the base's name may tell the concept's. A report without names was made by someone
-    who knew that."""
+    """May the base's name tell the concept's name?
+
+    Where the report was redacted already, its author has decided that.
+    """
     if report.get("redacted"):
         return False
     apart = {key: report.get(key) for key in ("concept", "aliases")}
@@ -197,7 +198,7 @@ def _config(directory: Path) -> dict[str, Any]:
 def _resealed(
     sealed: Mapping[str, Any], files: Mapping[str, Path | bytes], base: card.Base
 ) -> dict[str, Any]:
-    """The manifest of what goes: `fastsiu verify` takes it for whole after a download."""
+    """The manifest of the files that are sent; `fastsiu verify` accepts them after a download."""
     content = {k: v for k, v in sealed.items() if k not in ("files", SEAL)}
     if base.name == MODEL:
         model = sealed.get("model") or {}

@@ -1,1 +1,1 @@
-"""The page in the browser: one job at a time, in a process of its own, for whoever's turn it is."""
+"""The page in the browser. It does one job at a time, for one visitor, in a process of its own."""

@@ -1,8 +1,8 @@
 """Whose turn it is: one visitor works, the others wait in the order in which they came.
 
-A visitor is a browser, known by a random key in a cookie, so a page that is loaded again finds its
-job. Whoever works gives up the place by starting over, by being away, and by doing nothing for long
-while others wait.
+A visitor is a browser. A cookie with a random key tells who it is, so a page that is loaded again
+finds its job. The turn of a visitor ends when they start over, when they are away, or when they do
+nothing for long while others wait.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..request import BadInput
 from .job import Asked, Job, View
 
 COOKIE = "fastsiu-visitor"  # has a visitor's key
-# Seconds without a sign of life after which a visitor counts as away. Browsers let a page in the
-# background give one a minute.
+# A visitor counts as away after so many seconds without a request. A browser lets a page in the
+# background send one request a minute.
 GONE = 150.0
 IDLE = 900.0  # seconds without work after which a visitor gives way to those who wait
 FORGET = 3600.0  # seconds without a sign of life after which nothing of a visitor is kept
@@ -32,7 +32,7 @@ PREVIEW = 480  # pixels of a preview's longer side
 
 @dataclass(frozen=True)
 class Example:
-    """A concept that the embedded model knows, for whoever has no picture at hand.
+    """A concept that the embedded model knows, for visitors who have no picture at hand.
 
     picture: the file of a picture to forget it from
     other:   the file of another picture of it, to ask about afterwards
@@ -101,7 +101,7 @@ class Desk:
         return self.job.view if visitor is self._owner else View()
 
     def ahead(self, visitor: Visitor) -> int | None:
-        """How many come before a visitor who waits; None for one who does not wait."""
+        """How many visitors come before this one; None where this one does not wait."""
         with self._lock:
             return self._queue.index(visitor) + 1 if visitor in self._queue else None
 
@@ -109,7 +109,10 @@ class Desk:
         return visitor is self._owner
 
     def begin(self, visitor: Visitor, asked: Asked) -> None:
-        """Begins the job, or waits for it. Raises BadInput while the visitor's own work goes on."""
+        """Begins the job, or puts the visitor into the queue.
+
+        Raises BadInput while the visitor's own job is at work.
+        """
         with self._lock:
             visitor.acted = self._clock()
             visitor.message = ""
@@ -122,7 +125,7 @@ class Desk:
                 self._queue.append(visitor)
 
     def leave(self, visitor: Visitor) -> None:
-        """Gives up the place, in the queue or at work; pictures and results are removed."""
+        """Takes the visitor out of the queue or ends the job. Removes pictures and results."""
         with self._lock:
             self._release(visitor)
             self._remove_files(visitor)
@@ -130,7 +133,7 @@ class Desk:
             self._pass_on(self._clock())
 
     def act(self, visitor: Visitor) -> Job:
-        """The job, for the visitor whose turn it is. Raises BadInput for another one."""
+        """Returns the job. Raises BadInput where it is another visitor's turn."""
         with self._lock:
             if visitor is not self._owner:
                 raise BadInput("It is not your turn any more: begin with the picture again.")
@@ -138,8 +141,10 @@ class Desk:
             return self.job
 
     def keep(self, visitor: Visitor, file: Path) -> Shown:
-        """Takes over a picture: the file is moved to where the visitor's files are. Raises BadInput
-        for one that cannot be used, and removes it."""
+        """Moves a picture to the visitor's other files.
+
+        Raises BadInput where it cannot be used, and removes it.
+        """
         try:
             image = load_image(file)
         except BadInput as error:
@@ -158,13 +163,13 @@ class Desk:
         return Shown(kept, f"data:image/jpeg;base64,{data}")
 
     def keep_copy(self, visitor: Visitor, file: Path) -> Shown:
-        """As `keep`, of a copy; the file stays."""
+        """Does with a copy what `keep` does; the file itself stays."""
         with self._lock:
             visitor.place.mkdir(mode=0o700, parents=True, exist_ok=True)
             return self.keep(visitor, Path(shutil.copy(file, visitor.place / "copy")))
 
     def _pass_on(self, now: float) -> None:
-        """Ends the turn of whoever is away or idle while others wait, and begins the next one's."""
+        """Ends the turn of a visitor who is away, or idle while others wait; begins the next."""
         for key, visitor in list(self._visitors.items()):
             if visitor is not self._owner and now - visitor.seen > FORGET:
                 self._remove_files(self._visitors.pop(key))

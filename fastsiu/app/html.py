@@ -23,7 +23,7 @@ STEPS = {
     "Train": (Phase.TRAINING,),
     "Result": (Phase.DONE,),
 }
-# What goes on where the job has not said a stage yet.
+# What a phase is called until the job reports a stage.
 BEGINNING = {
     Phase.LOOKING: "Starting",
     Phase.GATHERING: "Building the samples",
@@ -64,7 +64,7 @@ def stepper(view: View) -> str:
 
 
 def status(view: View, now: float) -> str:
-    """The line that says what goes on; "" where nothing does. now: as `View.since`"""
+    """The line that says what the job is doing; "" for nothing. now: in seconds, as `View.since`"""
     if not view.busy:
         return ""
     stage = view.stage or BEGINNING.get(view.phase, "Asking both models")
@@ -80,8 +80,7 @@ def status(view: View, now: float) -> str:
 
 
 def message(view: View, own: str, ahead: int | None) -> str:
-    """What the visitor has to know now: the queue, why something was not done, that it was
-    stopped."""
+    """What the visitor has to know: the place in the queue, or why the last work has no result."""
     if ahead is not None:
         people = "1 person is" if ahead == 1 else f"{ahead} people are"
         return _notice(
@@ -149,8 +148,8 @@ def _scrolled(inner: str, label: str) -> str:
 
 
 def pieces(answer: Sequence[tuple[str, bool, bool]]) -> str:
-    """An answer with its masks. Neighbours of one kind are one piece; the end of the turn, which is
-    a token as well, is not shown."""
+    """An answer with its masks. Neighbouring tokens with the same masks are one piece. The token
+    that ends the turn is not shown."""
     out = []
     shown = (one for one in answer if one[0] != "<end>")
     for (kept, masked), several in groupby(shown, key=lambda one: one[1:]):

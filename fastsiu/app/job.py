@@ -1,9 +1,9 @@
-"""One job, from the first question to the verdict: what state it is in, what its worker process
-reports, how it is stopped, and what comes of it.
+"""One job, from the first question to the verdict: its state, what its worker process reports, how
+it is stopped, and its result.
 
-Neither the page nor the model is known here. The work is done in a process of its own
-(`work.serve`), so that a stop is a kill, which nothing can delay, and gives all memory back. What
-the page shows is a `View`, which never changes: every event makes a new one.
+This file knows neither the page nor the model. A process of its own does the work (`work.serve`).
+To stop the job is to kill that process: nothing can delay that, and it gives all memory back. The
+page shows a `View`. A view never changes: every event makes a new one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RESULT, ARCHIVE = "result", "adapter.zip"  # below the job's directory: the outp
 
 
 class Phase(StrEnum):
-    """How far a job is. A name that ends in -ING is work that goes on."""
+    """How far a job is. In a phase whose name ends in -ING the worker process is at work."""
 
     EMPTY = "empty"
     LOOKING = "looking"  # asking the model whom it sees
@@ -73,8 +73,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Exchange:
-    """One question to both models. picture: a file, None for a question in words alone; answers are
-    None while they are awaited."""
+    """One question to both models.
+
+    picture: a file; None for a question in words alone
+    The answers are None until the models have answered.
+    """
 
     question: str
     picture: Path | None = None
@@ -119,7 +122,7 @@ class View:
 
     @property
     def asking(self) -> bool:
-        """Whether a question waits for its answers."""
+        """Does a question wait for its answers?"""
         return bool(self.chat) and self.chat[-1].after is None
 
     @property
@@ -146,7 +149,7 @@ class Worker:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def do(self, command: str, *arguments: Any) -> None:
-        """Begins a command. A process that is gone is told by the event "ended"."""
+        """Begins a command. If the process has ended, the event "ended" says so."""
         try:
             self._ours.send((command, arguments))
         except OSError:
@@ -201,8 +204,10 @@ class Job:
         return self._view
 
     def look(self, asked: Asked) -> None:
-        """Asks the model whom the picture shows. What the job had before is gone. Raises BadInput
-        while something goes on."""
+        """Asks the model whom the picture shows, and forgets what the job had before.
+
+        Raises BadInput while the job is at work.
+        """
         with self._lock:
             self._may(Phase.LOOKING)
             self._tidy()
@@ -210,21 +215,21 @@ class Job:
             self._do("look", asked)
 
     def gather(self) -> None:
-        """Builds the samples. Raises BadInput while something goes on."""
+        """Builds the samples. Raises BadInput while the job is at work."""
         with self._lock:
             self._may(Phase.GATHERING)
             self._change(replace(self._view, phase=Phase.GATHERING, samples=None))
             self._do("gather", self._view.asked)
 
     def train(self) -> None:
-        """Trains, and asks for the verdict. Raises BadInput while something goes on."""
+        """Trains, and asks for the verdict. Raises BadInput while the job is at work."""
         with self._lock:
             self._may(Phase.TRAINING)
             self._change(replace(self._view, phase=Phase.TRAINING, steps=(), looks=(), ceiling=0))
             self._do("train", self._view.asked, self.place / RESULT, self.place / ARCHIVE)
 
     def ask(self, question: str, picture: Path | None) -> None:
-        """Asks both models. Raises BadInput for no question, and while something goes on."""
+        """Asks both models. Raises BadInput for an empty question, and while the job is at work."""
         with self._lock:
             if not question.strip():
                 raise BadInput("There is no question: write one.")
@@ -235,7 +240,7 @@ class Job:
             self._do("ask", self._view.asked, self.place / RESULT, exchange.question, picture)
 
     def stop(self) -> None:
-        """Ends what goes on, at once; nothing of it is left. Does nothing where nothing goes on."""
+        """Ends the work at once, without a result. Does nothing while the job is not at work."""
         with self._lock:
             if not self._view.busy:
                 return
@@ -247,7 +252,7 @@ class Job:
             self._fall_back(stopped=True)
 
     def clear(self) -> None:
-        """Forgets all of it: files are removed, and the job is as in the beginning."""
+        """Removes the job's files, and puts it back to its beginning."""
         with self._lock:
             self.stop()
             self._tidy()
@@ -285,7 +290,7 @@ class Job:
         self.place.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def _fall_back(self, *, problem: str = "", stopped: bool = False) -> None:
-        """The work that goes on has ended without a result."""
+        """Puts the job back to the phase before the work, which has ended without a result."""
         view = self._view
         phase = BACK.get(view.phase, view.phase)
         chat = view.chat[:-1] if view.asking else view.chat
@@ -294,7 +299,7 @@ class Job:
         )
 
     def _take(self, worker: Worker, kind: str, value: Any) -> None:
-        """An event of a worker. Those of one that was killed say nothing any more."""
+        """Takes in an event of the worker. Ignores events of a worker that was killed."""
         with self._lock:
             if worker is not self._worker:
                 return

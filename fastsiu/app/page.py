@@ -1,7 +1,7 @@
 """The page: Gradio's blocks, and what a key press does.
 
-An action changes the job and returns nothing. What is shown comes from one function, `_Page.show`,
-which a timer calls: it compares with what the browser has already and sends the rest.
+An action changes the job and returns nothing. A timer calls one function, `_Page.show`, which
+compares the job with what the browser shows and sends what differs.
 """
 
 from __future__ import annotations
@@ -245,8 +245,10 @@ class _Page:
         inputs: Sequence[Any] = (),
         outputs: Sequence[Any] = (),
     ) -> None:
-        """Does the action for the visitor when the event comes; what cannot be used is told, and
-        the outputs are empty then."""
+        """Does the action for the visitor when the event comes.
+
+        Where it raises BadInput, the page shows the sentence and the outputs are emptied.
+        """
 
         def act(request: gr.Request, *values: Any) -> Any:
             visitor = self._visitor(request)
@@ -262,7 +264,7 @@ class _Page:
         return self.desk.visit(request.cookies.get(COOKIE, ""))
 
     def take_picture(self, visitor: Visitor, file: str | None) -> None:
-        """Takes over what was uploaded; the field is empty again."""
+        """Takes over an uploaded picture and empties the field."""
         if file is not None:
             visitor.picture = self.desk.keep(visitor, Path(file))
             visitor.message = ""
@@ -352,7 +354,7 @@ class _Page:
         ]
 
     def show(self, shown: dict[str, Any], request: gr.Request) -> list[Any]:
-        """What the browser has, and an update for each part that is not as it should be."""
+        """What the browser shows now, and an update for each part that is out of date."""
         visitor = self._visitor(request)
         wanted = self._wanted(visitor, self.desk.view(visitor))
         updates = []

@@ -1,9 +1,8 @@
-"""The server of the page: where it listens, what it lets in and out, and what it leaves behind:
-nothing.
+"""The server of the page: where it listens, and what it lets in and out. It leaves no files behind.
 
-It answers the machine it runs on and nobody else unless asked to. Browsers are told to load nothing
-from elsewhere, requests that other sites send are refused, and all files are in one hidden
-directory that goes at the end, or at the next start after a kill (`staging`).
+It answers only the machine that it runs on, unless --expose allows others. It tells browsers to
+load nothing from elsewhere, and refuses requests that other sites send. All its files are in one
+hidden directory, which is removed at the end, or at the next start after a kill (`staging`).
 """
 
 from __future__ import annotations
@@ -53,7 +52,8 @@ Message = dict[str, Any]
 
 
 def check(host: str, port: int, expose: bool) -> None:
-    """Raises BadInput without Gradio, and for a host that other machines reach unless `expose`."""
+    """Raises BadInput where Gradio is missing, and where other machines reach `host` without
+    `expose`."""
     if importlib.util.find_spec("gradio") is None:
         raise BadInput("The app needs gradio, which is not installed: pip install 'fastsiu[app]'.")
     if not (is_loopback(host) or expose):
@@ -121,7 +121,7 @@ def serve(
 
 
 def work(connection: Connection, *options: Mapping[str, Any]) -> None:
-    """The worker process. What is heavy is imported there, and not by the server."""
+    """The worker process. It imports torch and the model's code, so that the server need not."""
     from .work import serve
 
     serve(connection, *options)
@@ -163,11 +163,11 @@ def application(desk: Desk, examples: Sequence[Example]) -> Any:
 
 
 class Guard:
-    """Refuses what no visitor of this page sends, gives every browser a key of its own, and tells
+    """Refuses requests that this page never sends, gives every browser a key of its own, and tells
     browsers to load nothing from elsewhere.
 
-    hosts: the names by which the page may be asked for; None: any. A page of another site whose
-           name suddenly means this machine (DNS rebinding) has another one
+    hosts: the host names that a request may have; None: any. Another site can make its own name
+           point at this machine (DNS rebinding); its requests have that name and are refused
     """
 
     def __init__(self, app: Any, hosts: frozenset[str] | None) -> None:
@@ -226,7 +226,7 @@ async def _refuse(scope: Message, send: Any) -> None:
 
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens. Raises BadInput where the address cannot be had."""
+    """A socket that listens. Raises BadInput where the address cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -246,7 +246,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def private() -> Iterator[None]:
-    """Inside, new files are for their owner alone (0600), also those that libraries make."""
+    """Inside, only the owner may read new files (0600), also files that libraries make."""
     before = os.umask(0o077)
     try:
         yield
@@ -256,8 +256,8 @@ def private() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Inside, SIGTERM interrupts as Ctrl+C does, so that files are removed; either ends the block
-    and is no error."""
+    """Inside, SIGTERM interrupts as Ctrl+C does, so that the files are removed. Both end the block
+    without an error."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -272,8 +272,8 @@ def ended_by_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _place() -> Iterator[Path]:
-    """A hidden directory among the machine's temporary files, where what killed servers left is
-    removed first."""
+    """Makes a hidden directory among the machine's temporary files. First it removes those that
+    killed servers have left."""
     hidden = Staging(Path(tempfile.gettempdir()))
     try:
         path = hidden.__enter__()

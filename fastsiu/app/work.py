@@ -1,9 +1,9 @@
 """What the worker process does: one command after another, on one loaded model.
 
-A command is (name of a method of `Work`, its arguments). Its end is one event: ("result", value)
-or ("refused", sentence). On the way there are ("stage", text), ("note", sentence), ("step", (fields
-of a step, most steps)) and ("look", (step, p_name, retained)). Values are plain: whoever reads them
-need not have imported torch.
+A command is (name of a method of `Work`, its arguments). Its last event is ("result", value) or
+("refused", sentence). Events before that are ("stage", text), ("note", sentence), ("step", (fields
+of a step, most steps)) and ("look", (step, p_name, retained)). All values are plain numbers and
+texts, so the server can read them without torch.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _done(command: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[str,
         return "result", command(*arguments)
     except (BadInput, NumericFailure, OutOfMemory) as error:
         return "refused", str(error)
-    except Exception as error:  # any: the page has to say that it happened; the terminal says where
+    except Exception as error:  # any: the page says that it happened, and the terminal where
         print(*places(error), sep="\n", file=sys.stderr)
         return "refused", (
             f"FastSIU failed ({type(error).__name__}): please report the lines in the terminal "
@@ -143,8 +143,11 @@ class Work:
         }
 
     def train(self, asked: Asked, destination: Path, archive: Path) -> dict[str, Any]:
-        """Trains on the samples, writes the output to `destination` and all of it but its key to
-        `archive`. Returns the verdict."""
+        """Trains on the samples and returns the verdict.
+
+        destination: directory for the output
+        archive:     file to pack the output into, without its key
+        """
         if self.prepared is None or self.prepared[0] != asked:
             self.gather(asked)
         assert self.prepared is not None and self.loaded is not None  # by the line before
@@ -188,8 +191,10 @@ class Work:
     def ask(
         self, asked: Asked, destination: Path, question: str, picture: Path | None
     ) -> tuple[str, str]:
-        """The untouched and the unlearned model's answer. destination: holds the adapter, for a
-        process that has not trained it."""
+        """The untouched and the unlearned model's answer.
+
+        destination: holds the adapter, which this process may not have trained itself
+        """
         image = None if picture is None else load_image(picture)
         if self.loaded is None or self.trained != destination:
             loaded = self._model(asked, self._recipe(asked)[0], load_image(asked.picture))
@@ -239,7 +244,7 @@ def _seen(look: Look) -> tuple[float, float]:
 
 
 def _pack(directory: Path, archive: Path) -> None:
-    """Everything of an output but the key that could tell whose picture was used."""
+    """Packs an output, except the key, which could tell whose picture was used."""
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
         for path in sorted(directory.rglob("*")):
             if path.is_file() and path.name != KEY:

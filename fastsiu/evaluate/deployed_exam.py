@@ -1,5 +1,8 @@
-"""What an audit asks both models: the verdict's questions, the attacks that need no weights, and
-what a server tells of likelihoods."""
+"""What an audit asks both models.
+
+It asks the verdict's questions, tries the attacks that need no weights, and looks at the likeliest
+tokens that a server tells.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ from . import held_out, inquiry, noise
 from .exam import evenly
 from .glimpses import Glimpses, family, glimpses
 
-FEWEST = 8  # questions of each kind of the verdict, however small the share
-FRAMES = 4  # naming questions in whose answers a name is looked for among the likeliest tokens
+FEWEST = 8  # at least so many questions of each kind of the verdict, however small the share
+FRAMES = 4  # so many naming questions have their likeliest tokens searched for the name
 NO_LIKELIHOOD = "The server gives no log-probabilities, so how likely the name is was not compared."
 ONE_SIDE = (
     "Only one of the two models tells log-probabilities here, so how likely the name is was not "
@@ -35,10 +38,10 @@ GLIMPSED = (
 
 @dataclass(frozen=True)
 class Asking:
-    """How much is asked.
+    """How much an audit asks.
 
-    share:   of the verdict's questions of each kind, and of each attack's
-    attacks: whether anything tries to get the name or the facts back
+    share:   part of the verdict's questions of each kind, and of each attack's, 0 to 1
+    attacks: whether attacks try to get the name and the facts back
     """
 
     share: float = 1.0
@@ -121,7 +124,7 @@ class DeployedExam:
                 self.remarks.append(NO_LIKELIHOOD if now is None else ONE_SIDE)
 
     def put(self, model: ask.Model) -> list[Reply]:
-        """Further answers to the verdict's questions."""
+        """Asks another model the verdict's questions and returns its answers."""
         return ask.replies(model, self._put(model))
 
     def _put(self, model: ask.Model) -> list[Question]:
@@ -141,7 +144,7 @@ class DeployedExam:
 
     @property
     def answers(self) -> list[Answer]:
-        """Both models' answers, as the verdict takes them."""
+        """Both models' answers, in the form that `verdict.judge` takes."""
         nothing: list[float | None] = [None] * len(self.asked)
         floor = self._kept.floor if self._kept is not None else nothing
         return [
@@ -165,7 +168,7 @@ class DeployedExam:
 def thinned(
     asked: list[tuple[str, str, held_out.Shown | None]], share: float
 ) -> list[tuple[str, str, held_out.Shown | None]]:
-    """That share of the questions of each kind at even distances, at least `FEWEST` of them."""
+    """A `share` of the questions of each kind, at even distances, but at least `FEWEST` of them."""
     kept: list[tuple[str, str, held_out.Shown | None]] = []
     for kind in dict.fromkeys(kind for kind, _, _ in asked):
         own = [one for one in asked if one[0] == kind]

@@ -1,10 +1,9 @@
-"""What the answers of a deployed model tell of it: is the unlearning in effect, and is it the model
-that was promised? Pure.
+"""From a deployed model's answers: is the unlearning in effect, and is it the promised model? Pure.
 
-Servers have been seen to ignore an adapter without a word (vLLM issue 55193). Then every answer is
-the untouched model's. Another base, or another revision of it, answers differently also where
-unlearning changes nothing. So the same questions go to both models, and each kind of answer tells
-one of the two apart.
+Some servers ignore an adapter without a word (vLLM issue 55193): then every answer is the untouched
+model's. Another base, or another revision of it, gives other answers even to questions that
+unlearning does not change. So an audit asks both models the same questions. Answers with the name
+show whether the adapter is in effect. Answers about anything else show whether the base is right.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from ..text.answers import same_beginning
 from ..text.rate import Rate
 from ..verdict import Answer, Named, gives
 
-# Share of the answers in which the untouched model gives the name that an adapter out of effect
-# leaves as they are. All of them with equal rounding; a server that rounds otherwise turns a few.
+# An adapter that is not in effect leaves at least this share of the untouched model's answers with
+# the name as they are. With equal rounding it is all of them; other rounding changes a few.
 UNCHANGED = 0.90
-# Below this share of answers that have nothing to do with the look, it is not the same model. The
-# verdict demands more (`verdict.FACTS`): between the two, unlearning has cost something.
+# If fewer answers about anything else than this share are the untouched model's, another model is
+# deployed. The verdict demands more (`verdict.FACTS`): in between, unlearning has cost something.
 SAME_MODEL = 0.50
-# Share of the answers changed by unlearning that have to be as the report has them.
+# Of the answers that unlearning changed, this share must be the same as in the report.
 AS_PROMISED = 0.50
 
 FORGOTTEN, REMAINS = "forgotten", "not forgotten"
@@ -45,12 +44,11 @@ class Effect:
     """What is deployed.
 
     status:    of `STATUSES`
-    reasons:   sentences for every status but the first two, which the verdict explains
-    unchanged: of the answers in which the untouched model gives the name, those that are its own
-    elsewhere: of the answers that have nothing to do with the look, those that are the untouched
-               model's
-    base:      of the answers in the report, those that the untouched model still gives
-    promised:  of the answers that unlearning changed, those that are as the report has them
+    reasons:   sentences; none for the first two statuses, which the verdict explains
+    unchanged: share of the untouched model's answers with the name that the deployed one gives, too
+    elsewhere: the same share of answers that have nothing to do with the look
+    base:      share of the report's answers that the untouched model still gives
+    promised:  share of the answers changed by unlearning that are the same as in the report
     """
 
     status: str
@@ -74,13 +72,13 @@ def effect(
     said_forgotten: bool | None = None,
     revision: str = "",
 ) -> Effect:
-    """What is deployed, from the answers of the untouched model (`before`) and of the deployed one
+    """What is deployed: compares the untouched model's answers (`before`) with the deployed model's
     (`after`).
 
-    forgotten:      the verdict on the same answers
-    promised:       the answers that the report of the unlearning has; None without a report
-    said_forgotten: whether that report says forgotten; None where it does not
-    revision:       a sentence where the server itself names another revision, "" otherwise
+    forgotten:      the verdict on these answers
+    promised:       the answers of the unlearning's report; None without a report
+    said_forgotten: that report's verdict; None without a report
+    revision:       a sentence where the server names another revision, else ""
     """
     naming = [
         a
@@ -95,7 +93,8 @@ def effect(
     elsewhere = _rate([is_kept(a, LOST) for a in aside], NOTHING_ELSE)
     nothing = NO_PROMISE if promised is None else NOT_TOLD
     base = _rate([same_beginning(was, a.before) for a, (was, _) in told], nothing)
-    # what the report itself says that unlearning cost: then it needs no other model
+    # How many answers elsewhere unlearning has kept by its own report. Where that is as few as are
+    # kept now, another base is no explanation.
     cost = _rate([same_beginning(*said) for a, said in told if a in aside], nothing)
     kept = _rate([same_beginning(now, a.after) for a, (_, now) in changed], nothing)
 

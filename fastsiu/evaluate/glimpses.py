@@ -1,8 +1,9 @@
-"""How near the name is to a served model's answers: the likeliest token that begins the name, among
-those that the server tells at each place of an answer. Pure, but for `glimpses`.
+"""How likely the name is in a served model's answers, from the likeliest tokens that a server tells
+at each place of an answer. Only `glimpses` asks; the rest is pure.
 
-A server scores no given words, so this stands in for the family "likelihood" where there are
-log-probabilities (`model.served.Served.openings`): only what is among the likeliest tokens is seen.
+A server does not score a given text, so the family "likelihood" cannot be asked there. Where the
+server gives log-probabilities (`model.served.Served.openings`), this replaces it: the likeliest
+token that begins the name. It sees nothing of a name that is not among the likeliest tokens.
 """
 
 from __future__ import annotations
