@@ -1,2 +1,2 @@
-"""Other people's benchmarks: one file a set reads it and has its metrics under its own names; `run`
-asks a model."""
+"""Other people's benchmarks. Each has a file that reads it and computes its metrics, under its own
+names; `run` asks a model."""

@@ -1,5 +1,5 @@
-"""A benchmark as a suite on disk (`evaluate.suite`), so that `fastsiu suite` unlearns its entities
-and judges them."""
+"""Writes a benchmark as a suite (`evaluate.suite`), whose entities `fastsiu suite` can unlearn and
+judge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .. import questions, suite
 from ..exam import Question
 from .form import Benchmark, Entity, Item
 
-# No question of training is among these; {name} becomes the entity's name.
+# Training uses none of these questions. {name} becomes the entity's name.
 ASKED = (
     Question("Who or what does this show?", "name"),
     Question("Does this show {name}?", "yesno"),
@@ -28,7 +28,7 @@ ASKED = (
 
 
 def names_of(file: Path) -> dict[str, str]:
-    """The names of entities by their ids, for a set that has none. Raises BadInput."""
+    """By its id each entity's name, from a JSON file, for a set without names. Raises BadInput."""
     found: dict[str, str] = read_json(
         file, what=str(file), remedy='write {"ID": "name", ...}', shape={"*": str}
     )
@@ -38,10 +38,10 @@ def names_of(file: Path) -> dict[str, str]:
 def write(
     benchmark: Benchmark, directory: Path, names: Mapping[str, str] | None = None
 ) -> suite.Suite:
-    """Writes the suite, complete or not at all, and reads it back. The first picture of each entity
-    is the training picture.
+    """Writes the suite, all of it or nothing, and reads it back. The first picture of each entity
+    becomes its training picture.
 
-    names: of entities by their ids, in the place of those that the benchmark has
+    names: by its id the name of an entity; it replaces the name that the benchmark has
 
     Raises BadInput where an entity has no name or two have the same, and where something is at
     `directory`.
@@ -66,8 +66,8 @@ def write(
 
 
 def _common(benchmark: Benchmark) -> tuple[Question, ...]:
-    """What is asked about everybody: nothing where the entities have questions of their own with
-    keywords."""
+    """The questions that are asked about every entity; none where entities have questions of their
+    own with keywords."""
     return () if _own(benchmark.items) else ASKED
 
 
@@ -114,7 +114,7 @@ def _line(item: Item) -> str:
 
 
 def _slug(name: str, taken: set[str]) -> str:
-    """A directory's name that no other entity has."""
+    """A name for the entity's directory, different from those in `taken`."""
     base = re.sub(r"[^\w-]+", "-", name).strip("-_")[:56] or "entity"
     slug, number = base, 2
     while slug.casefold() in taken:

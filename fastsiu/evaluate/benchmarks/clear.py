@@ -1,8 +1,8 @@
 """CLEAR (arXiv 2410.18057): 200 invented authors of TOFU with 3,770 drawn pictures, real faces and
 facts about the world.
 
-Read is the form of the data set therem/CLEAR on the hub: a directory a part, each with
-train-00000-of-00001.parquet (its card has the columns and the numbers of rows):
+This file reads the data set therem/CLEAR of the hub. Each part is a directory that has
+train-00000-of-00001.parquet (the set's card has the columns and the numbers of rows):
 
     forget10, retain90, ...                 image, caption, name
     forget10_perturbed, retain_perturbed    also perturbed_captions, paraphrased_caption,
@@ -10,8 +10,8 @@ train-00000-of-00001.parquet (its card has the columns and the numbers of rows):
     real_faces                              image, answer, options
     real_world                              image, question, answer, options
 
-The columns of the last two are those that the authors' evaluation asks for (config/mm/eval.yaml);
-their rows could not be read here.
+The columns of the last two come from the authors' evaluation (config/mm/eval.yaml). They were not
+checked against the rows, which could not be downloaded here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PUBLISHED = {
 }
 DESCRIBE = "What can you see in this picture?"
 WHO = "What is the name of the person in the picture?"
-# The authors' names of the parts, of what is asked in each.
+# The authors' names of the parts.
 CAPTION, NAMING = "caption", "facerec"
 PARTS = {
     "Forget": ("forget", CAPTION),
@@ -56,8 +56,10 @@ _PERTURBED = {
 
 
 def read(root: Path, ratio: int = 10) -> Benchmark:
-    """The parts that the authors evaluate. ratio: the percentage to forget: 1, 5 or 10. Raises
-    BadInput."""
+    """Reads the parts that the authors evaluate. Raises BadInput.
+
+    ratio: the percentage to forget: 1, 5 or 10
+    """
     forget = f"forget{ratio:02d}_perturbed"
     entities: dict[str, list[Photo]] = {}
     items: list[Item] = []
@@ -126,9 +128,9 @@ def prompt(item: Item) -> str:
 def table(asked: Asked) -> list[Row]:
     """ROUGE (recall), Prob. and Truth Ratio of each part, Model Utility and the KS test.
 
-    Model Utility: the harmonic mean of all but the forget set's. The authors take the wrong
-    answers' mean over the whole part for each truth ratio; here it is each item's own, as in TOFU,
-    whose definition it is.
+    Model Utility is the harmonic mean of all metrics except those of the forget set. A truth ratio
+    compares a right answer with the mean over wrong ones. The authors take the mean over the whole
+    part; here it is over the item's own wrong answers, as in TOFU, which defined the metric.
     """
     out, utility = [], []
     forget = next(

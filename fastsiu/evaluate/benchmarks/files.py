@@ -1,5 +1,8 @@
-"""A benchmark's files, which come from a stranger: JSON, tables of Parquet, pictures. Every reader
-here answers damage with one sentence."""
+"""Reads a benchmark's files: JSON, tables of Parquet, pictures.
+
+The files come from a stranger. Every reader raises BadInput, with one sentence, where they are
+damaged.
+"""
 
 from __future__ import annotations
 
@@ -47,15 +50,15 @@ def fits(place: str, record: Mapping[str, Any], needed: Mapping[str, Any]) -> No
 
 
 def text(place: str, value: Any, what: str) -> str:
-    """A text that is not empty."""
+    """Returns `value`. Raises BadInput unless it is a text with something in it."""
     if not isinstance(value, str) or not value.strip():
         raise BadInput(f"{place}: {what} is no text: {AGAIN}.")
     return value.strip()
 
 
 def photo(root: Path, written: str, place: str) -> Photo:
-    """The picture file at a path that a set's file has. Raises BadInput where there is none, or
-    where the path leads out of the set."""
+    """The picture at a path that is written in a set's file. Raises BadInput where no picture is
+    there, and where the path leads out of the set."""
     path = root / written
     try:
         inside = path.resolve().is_relative_to(root.resolve())
@@ -123,7 +126,7 @@ def rows(
 
 
 def has_pictures(folder: Path, column: str) -> bool:
-    """Whether a table has a column of this name. Raises BadInput where there is no table."""
+    """Does the table have this column? Raises BadInput where there is no table."""
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise BadInput(f"There is no Parquet file in {folder}: {AGAIN}.")
@@ -142,7 +145,7 @@ def _parquet() -> Any:
 
 
 def _opened(path: Path) -> Any:
-    """The open table. What is remembered belongs to one state of the file."""
+    """The open table. It is opened anew when the file has changed."""
     return _open(path, _state(path))
 
 

@@ -1,15 +1,15 @@
 """FIUBench (arXiv 2411.03554): 400 invented people, one face and 20 questions each.
 
-Read is the form of the data set gray311/FIUBench on the hub, as the authors' loader expects it:
+This file reads the data set gray311/FIUBench of the hub, as the authors' loader does:
 
     DIR/full.json     a list; each entry has unique_id, name, image_path and qa_list, whose entries
                       have question, answer, paraphrased_question (three), paraphrased_answer,
                       perturbed_answer (a list) and keywords (a list); the first 400 entries count
     DIR/split.json    {"forget1": [unique_id, ...], "forget5": [...], "forget10": [...]}
 
-Not verified, since the files could not be read here: that unique_id is a text or a number, and
-where image_path begins. It is taken from DIR, and a leading "./" and "dataset/" (the name that the
-authors' guide gives to DIR) are passed over.
+The files could not be downloaded here, so two things are not verified: that unique_id is a text or
+a number, and that image_path begins at DIR. A leading "./" or "dataset/" of the path is left out,
+because the authors' guide calls DIR "dataset".
 """
 
 from __future__ import annotations
@@ -32,8 +32,12 @@ _WORDINGS = (str, [str])
 
 
 def read(root: Path, ratio: int = 5) -> Benchmark:
-    """Everybody, with the sets "forget1", "forget5", "forget10" and "retain", which is who is in
-    none of these. ratio: the percentage to forget: 1, 5 or 10. Raises BadInput."""
+    """Reads all people, in the sets "forget1", "forget5", "forget10" and "retain": all others.
+
+    ratio: the percentage to forget: 1, 5 or 10
+
+    Raises BadInput.
+    """
     file = files.directory(root, "", "full.json and split.json") / "full.json"
     people = files.records(
         file, {"unique_id": (str, int), "name": str, "image_path": str, "qa_list": [dict]}
@@ -102,10 +106,11 @@ def prompt(item: Item) -> str:
 
 
 def table(asked: Asked) -> list[Row]:
-    """Rouge-L (recall), Truth Ratio, Probability, KS-Test, Exact Match, MIA (Min-K) and APE of the
-    parts; the GPT score needs a judge. MME and POPE are not of this set.
+    """Rouge-L (recall), Truth Ratio, Probability, KS-Test, Exact Match, MIA (Min-K) and APE of each
+    part.
 
-    APE is Exact Match over the other wordings of the questions.
+    APE is Exact Match over the other wordings of the questions. Of the paper's metrics these are
+    missing: the GPT score, which needs a judge, and MME and POPE, which are other data sets.
     """
     out = []
     for part in (*FORGET, "retain"):

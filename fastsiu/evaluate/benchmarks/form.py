@@ -1,4 +1,5 @@
-"""What every benchmark becomes: entities with pictures, items to ask, answers, rows of a table."""
+"""The form that every benchmark is read into: entities with pictures, items, answers, rows of a
+table."""
 
 from __future__ import annotations
 
@@ -19,10 +20,10 @@ Value = dict[str, Any]
 
 @dataclass(frozen=True)
 class Photo:
-    """A picture of a benchmark, read when it is needed.
+    """A picture of a benchmark; its file is read when it is needed.
 
-    label: what a sentence calls it: a path, with the row where it lies in a table
-    read:  gives the bytes of the picture's file; raises BadInput
+    label: how sentences name it: by a path, and by its row where it lies in a table
+    read:  returns the bytes of the picture's file; raises BadInput
     """
 
     label: str
@@ -108,7 +109,7 @@ class Answer:
     """What a model answered to an item.
 
     text:      the greedy answer
-    rephrased: those to the other wordings
+    rephrased: the answers to the other wordings of the question
     nats:      what each token of the right answer costs, -log p, teacher-forced
     same:      the mean over the tokens of the right answer's other wording; of the answer itself
                where there is none

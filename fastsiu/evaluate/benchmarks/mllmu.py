@@ -1,8 +1,8 @@
 """MLLMU-Bench (arXiv 2410.22108): 500 invented people and 153 celebrities, multiple choice, cloze
 and generation, with the picture and without.
 
-Read is the form of the data set MLLMMU/MLLMU-Bench on the hub: a directory a part, each with
-train-00000-of-00001.parquet (its card and the authors' eval.py):
+This file reads the data set MLLMMU/MLLMU-Bench of the hub. Each part is a directory that has
+train-00000-of-00001.parquet; its columns are those of the set's card and the authors' eval.py:
 
     forget_5, retain_95, ...    image, ID, Classification_Task, Generation_Task, Mask_Task
     Test_Set                    ID, images (a list: other pictures of the same people), the tasks
@@ -38,10 +38,12 @@ WITH, WITHOUT = "Image-Textual", "Pure Text"
 
 
 def read(root: Path, ratio: int = 5) -> Benchmark:
-    """The four sets that the authors evaluate. ratio: the percentage to forget: 5, 10 or 15.
+    """Reads the four sets that the authors evaluate. Raises BadInput.
 
-    Of the test set those people count who are to be forgotten, each with the first of their other
-    pictures (the authors draw one). Raises BadInput.
+    The test set is reduced to the people who are to be forgotten. Each has several other pictures:
+    the first is asked about (the authors draw one at random).
+
+    ratio: the percentage to forget: 5, 10 or 15
     """
     folders = {
         "Forget": f"forget_{ratio}",
@@ -110,8 +112,10 @@ def _items(place: str, row: dict[str, Any], part: str, owner: str, face: Photo) 
 
 
 def prompt(item: Item) -> str:
-    """The question with what kind of answer is wanted; the choices one a line. The authors put
-    examples in front of choices and gaps; there are none here."""
+    """The question, then its choices, one a line, then the kind of answer that is wanted.
+
+    The authors put examples in front of choices and gaps. Here there are none.
+    """
     if item.task == CHOICE:
         listed = "\n".join(f"{key}: {value}" for key, value in item.options)
         return f"{item.question}\n{listed}\nAnswer with one letter only."
@@ -123,7 +127,7 @@ def prompt(item: Item) -> str:
 
 def table(asked: Asked) -> list[Row]:
     """Classification Accuracy, ROUGE-L (F1) and Cloze Accuracy of each set, with the picture and
-    without; the Factuality Score needs a judge."""
+    without it. The Factuality Score is missing: it needs a judge."""
     out = []
     for part in SETS:
         for kind in (WITH, WITHOUT):

@@ -1,14 +1,14 @@
 """MLUBench (arXiv 2606.12809): 127 entities of 9 classes, 15,414 questions, four requests in turn.
 
-Read is the form of the authors' archive MLUBench.zip (github.com/lihe-maxsize/
-Lifelong_Unlearning_main), with their pictures, which come apart from it, beside its two folders:
+This file reads the authors' archive MLUBench.zip (github.com/lihe-maxsize/
+Lifelong_Unlearning_main). The pictures are another download; they belong beside its two folders:
 
     DIR/Entities/variants_NAME_updated.json          LLaVA conversations of one turn
     DIR/Tasks/TaskA/taskA_forget.json, taskA_retain.json, and B, C, D
     DIR/downloaded_images/CLASS/ENTITY/*.jpg         as the conversations name them
 
-An id is unique in the file of its entity; in a request the picture and the question tell items
-apart. The archive's questions show 2453 of the paper's 5105 pictures.
+An id is unique only in the file of its entity. So an item of a request is found by its picture and
+its question. The archive's questions show 2453 of the paper's 5105 pictures.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _NEEDED = {"id": str, "image": str, "conversations": [{"from": str, "value": str
 
 
 def read(root: Path) -> Benchmark:
-    """Every entity and item; the items of a request are in the sets "A forget", "A retain" and so
-    on. Raises BadInput."""
+    """Reads every entity and item. Items of the first request are in the sets "A forget" and "A
+    retain", those of the second in "B forget" and "B retain", and so on. Raises BadInput."""
     place = files.directory(root, "Entities", "the questions of each entity")
     sets = _sets(root)
     entities: list[Entity] = []
@@ -75,7 +75,7 @@ def read(root: Path) -> Benchmark:
 
 
 def _sets(root: Path) -> dict[tuple[str, str], set[str]]:
-    """For each picture and question the parts of the requests that have it."""
+    """By picture and question, the sets that have this item."""
     out: dict[tuple[str, str], set[str]] = {}
     files.directory(root, "Tasks", "the requests")
     for task in TASKS:
@@ -112,8 +112,11 @@ def prompt(item: Item) -> str:
 
 
 def table(asked: Asked) -> list[Row]:
-    """ROUGE-L (F1) of each request's parts. The paper's other metrics are ratings from 0 to 2 by a
-    judge: forget quality (2: nothing is told) and retain quality (2: right)."""
+    """ROUGE-L (F1) of each set.
+
+    The paper's other metrics are missing: a judge gives 0 to 2 points for forget quality and for
+    retain quality.
+    """
     out = []
     for task in TASKS:
         for part in ("forget", "retain"):

@@ -1,8 +1,8 @@
 """MMUBench (SIU, arXiv 2405.12523): 20 concepts, at least 50 pictures and 100 questions of each.
 
-The set was announced and, as far as can be found, never released. Read here is the form in which
-others have rebuilt it (a directory of pictures a concept, the first of them the training picture),
-with the pairs of question and keyword of the paper's appendix C.2 beside them:
+The set was announced and, as far as can be found, never released. This file reads the form in which
+others have rebuilt it: a directory of pictures for each concept, the first one for training. The
+pairs of question and keyword are those of the paper's appendix C.2:
 
     DIR/CONCEPT/*.jpg             the concept's name is the directory's, with _ for a space
     DIR/CONCEPT/questions.json    [{"question": "...", "keyword": "yes" or the name}, ...]
@@ -25,8 +25,11 @@ EFFICACY, GENERALITY = "Efficacy", "Generality"
 
 
 def read(root: Path) -> Benchmark:
-    """Every concept, sorted by name. The questions go round the pictures, one picture each, as the
-    authors' script puts them. Raises BadInput."""
+    """Reads every concept, sorted by name. Raises BadInput.
+
+    Each question is about one picture, and the next question about the next picture, as in the
+    authors' script.
+    """
     entities: list[Entity] = []
     items: list[Item] = []
     for place in sorted(p for p in files.directory(root, "", "concepts").iterdir() if p.is_dir()):
@@ -70,9 +73,9 @@ def prompt(item: Item) -> str:
 def table(asked: Asked) -> list[Row]:
     """Efficacy, EM and Diversity as released; higher is more forgotten.
 
-    EM: 1 - the share of answers that hold the keyword, in any case. A bare "No." to everything
-    counts as forgotten; `fastsiu suite` asks about other concepts as well, has C-Dis and Fluency,
-    and tells the two apart.
+    EM is 1 minus the share of answers that contain the keyword, in upper or lower case. So a model
+    that answers "No." to every question counts as forgotten. `fastsiu suite` notices such a model,
+    because it also asks about other concepts, and measures C-Dis and Fluency.
     """
     out = []
     for part, metric in ((EFFICACY, "Efficacy"), (GENERALITY, "EM")):

@@ -1,18 +1,19 @@
 """PPU-Bench (arXiv 2605.08800): 500 public figures, facts to forget and facts to keep about the
 same person, with the picture (vqa) and without (qa).
 
-Read is the form of the data set closerG/ppu-bench on the hub, a directory a task with its tables,
-and the splits of the authors' repository (github.com/guangjh/ppu-bench) beside them:
+This file reads the data set closerG/ppu-bench of the hub, with a directory of tables for each task.
+The splits from the authors' repository (github.com/guangjh/ppu-bench) belong beside them:
 
     DIR/ppu_eval_classification/*.parquet    sample_id, subject_id, subject, task_type, modality,
                                              question, answer_label, option_a to option_d, image
-    DIR/ppu_eval_cloze/*.parquet             the same with answer_text in the place of the choice
+    DIR/ppu_eval_cloze/*.parquet             the same, with answer_text instead of the choice
     DIR/ppu_eval_generation/*.parquet
     DIR/split/complete_split.json            {"forget5": [subject_id, ...], ... "forget30"}
     DIR/split/selective_split.json           [{"subject_id": ..., "id": sample_id}, ...]
     DIR/split/persona_split.json             {"delete_ids": [{"id": ...}], "keep_ids": [...]}
 
-The columns are those that the authors' evaluation reads; the tables could not be read here.
+The columns come from the authors' evaluation. They were not checked against the tables, which could
+not be downloaded here.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ _CHOICE = {"answer_label": str} | {f"option_{key}": str for key in "abcd"}
 
 
 def read(root: Path, ratio: int = 5) -> Benchmark:
-    """All samples, in the sets "complete forget", "complete retain" and so on. Raises BadInput.
+    """Reads all samples, in the sets "complete forget", "complete retain" and so on.
+
+    Raises BadInput.
 
     ratio: the percentage of complete unlearning: 5, 10, 15 or 30
     """
@@ -103,7 +106,7 @@ def _item(
 
 
 def _splits(folder: Path, ratio: int) -> Any:
-    """A function from a row to the sets that it belongs to."""
+    """Returns a function that gives the sets of a row."""
     complete = read_json(
         folder / "complete_split.json",
         what=str(folder / "complete_split.json"),
@@ -148,7 +151,7 @@ def _ids(file: Path, key: str | None) -> set[str]:
 
 
 def prompt(item: Item) -> str:
-    """The question with what kind of answer is wanted; the choices one a line."""
+    """The question, then its choices, one a line, then the kind of answer that is wanted."""
     if item.options:
         listed = "\n".join(f"{key}: {value}" for key, value in item.options)
         return f"{item.question}\n{listed}\nAnswer with one letter only."
@@ -156,8 +159,11 @@ def prompt(item: Item) -> str:
 
 
 def table(asked: Asked) -> list[Row]:
-    """Class. Accuracy, cloze's exact match after normalisation and generation's ROUGE-L recall of
-    each setting's two sets, with the picture (vqa) and without (qa)."""
+    """Metrics of both sets of each setting, with the picture (vqa) and without it (qa).
+
+    Classification has Accuracy, cloze the exact match after normalisation, generation the recall of
+    ROUGE-L.
+    """
     out = []
     for setting in SETTINGS:
         for part in ("forget", "retain"):

@@ -1,5 +1,8 @@
-"""`fastsiu benchmark`: a model is asked a benchmark's items; the table has its metrics under its
-own names, of the untouched model and, with an adapter, of the unlearned one."""
+"""`fastsiu benchmark`: asks a model a benchmark's items and computes the benchmark's metrics.
+
+The table has them under the benchmark's own names: for the untouched model, and with an adapter for
+the unlearned one as well.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +36,15 @@ READERS: dict[str, ModuleType] = {
     "mllmu": mllmu,
     "ppubench": ppubench,
 }
-# Those that may be forgotten, in percent, the authors' first choice first; none where a set is not
-# split so.
+# The percentages to forget that a set is split by, the authors' first choice first. The other sets
+# are not split by percentages.
 RATIOS: dict[str, tuple[int, ...]] = {
     "fiubench": (5, 1, 10),
     "clear": (10, 5, 1),
     "mllmu": (5, 10, 15),
     "ppubench": (5, 10, 15, 30),
 }
-LIKELY = ("fiubench", "clear")  # whose metrics need the probability of given answers
+LIKELY = ("fiubench", "clear")  # The metrics of these need the probability of given answers.
 AT_ONCE = 16  # pictures on the device
 
 
@@ -49,7 +52,7 @@ AT_ONCE = 16  # pictures on the device
 class Choice:
     """What of a benchmark is asked.
 
-    sets:  only these, by the benchmark's own names; all where there are none
+    sets:  only these, by the benchmark's own names; all where it is empty
     limit: at most so many items of each set, at even distances
     """
 
@@ -66,8 +69,11 @@ class Measured:
 
 
 def read(name: str, directory: Path, ratio: int | None = None) -> Benchmark:
-    """A benchmark from its files, checked but for the pixels. Raises BadInput for an unknown name,
-    for a percentage that it is not split by, and for a damaged set."""
+    """Reads a benchmark and checks all of it except the pixels of its pictures.
+
+    Raises BadInput for an unknown name, for a percentage that it is not split by, and for a damaged
+    set.
+    """
     if name not in READERS:
         raise BadInput(f"{name!r} is no benchmark that can be read: give {', '.join(READERS)}.")
     if not directory.is_dir():
@@ -87,8 +93,8 @@ def _read(name: str, *arguments: Any) -> Benchmark:
 
 
 def told(benchmark: Benchmark) -> str:
-    """A sentence with the counts, after every picture was decoded. Raises BadInput at the first
-    that cannot be read."""
+    """Decodes every picture. Returns a sentence with the counts. Raises BadInput for a picture that
+    cannot be read."""
     photos = {p.label: p for e in benchmark.entities for p in e.photos}
     photos |= {i.photo.label: i.photo for i in benchmark.items if i.photo is not None}
     for photo in photos.values():
@@ -127,9 +133,9 @@ def measure(
     """Asks the untouched model and, with `adapter_dir`, the unlearned one.
 
     retrained: an output of this function for a model that never learned what is to be forgotten;
-               its untouched answers are compared with
-    stem:      ROUGE compares stems, as the authors do, with nltk; else words as they stand
-    output:    a JSON file for the table and the answers; nothing is written without
+               some metrics compare with that model's answers
+    stem:      ROUGE compares the stems of words, with nltk, as the authors do; else whole words
+    output:    a JSON file for the table and the answers; None writes nothing
 
     Raises BadInput and OutOfMemory.
     """
@@ -191,7 +197,7 @@ def _notes(stem: bool) -> list[str]:
 
 
 def _merged(tables: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
-    """The same row of each table side by side: all have the same rows."""
+    """One table with a column for each of the `tables`, which all have the same rows."""
     return [
         {
             "set": rows[0].part,
