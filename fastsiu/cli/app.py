@@ -13,7 +13,8 @@ from .. import __version__
 from ..guards.terminal import Terminal, as_json
 from ..request import BadInput
 
-ORDER = (  # of the verbs in --help, whatever file has them
+# The order of the verbs in --help, whatever file has them. A verb that is not here comes last.
+ORDER = (
     *("benchmark", "app", "audit", "push", "eval", "suite", "merge", "compare"),
     *("unlearn", "ask", "data", "plan", "demo", "verify", "purge"),
 )
@@ -21,7 +22,8 @@ ORDER = (  # of the verbs in --help, whatever file has them
 
 class Verbs(TyperGroup):
     def list_commands(self, context: Any) -> list[str]:
-        return sorted(super().list_commands(context), key=ORDER.index)
+        place = {verb: number for number, verb in enumerate(ORDER)}
+        return sorted(super().list_commands(context), key=lambda verb: place.get(verb, len(place)))
 
 
 app = typer.Typer(
