@@ -25,8 +25,8 @@ SHARES = {
     "preserve-text": 0.25,
     "preserve-picture": 0.35,
 }
-# Of the samples of "align" all show the concept's picture, of "describe" this share: its questions
-# that are answered with no.
+# All samples of "align" show the concept's picture. So does this share of the samples of
+# "describe": questions that are answered with no.
 DENIALS = 0.5
 
 

@@ -204,7 +204,8 @@ class _Job:
             except FAILURES as error:
                 self.state.fail(line, error)
         order = list(ready)
-        # Of which training the output will be, should nothing else be written.
+        # Written before the training: if the run is killed, this says what an output was trained
+        # on.
         self.state.save(order)
         if not ready:
             return

@@ -1,8 +1,8 @@
 """What several requests leave on disk, and what of it is done already.
 
 DIR/001, DIR/002, ... or DIR/joint are complete outputs. DIR/matrix.json has the order in which they
-were trained, what became of each request, and who was still forgotten after each training: from it
-an interrupted run goes on.
+were trained, what became of each request, and who was still forgotten after each training. A run
+that was interrupted reads it to go on.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ SHAPE = {
 
 @dataclass
 class Outcome:
-    """What became of one line. status: "forgotten", "not forgotten" or "failed", with the reasons;
-    output: where, if it is."""
+    """What became of one line of the file.
+
+    status: "forgotten", "not forgotten" or "failed"; "" where it was not done yet
+    output: the name of its directory; None where there is none
+    """
 
     line: int
     concept: str
@@ -75,9 +78,8 @@ class State:
         return self.output / (f"{line:03d}" if self.mode == "sequence" else "joint")
 
     def digest(self, lines: Sequence[int]) -> str:
-        """Of the training that ends with the last of these lines: all before it, in their order,
-        are part of it."""
-        # unlike outputs of adapters that were trained on
+        """The digest of one training: the last of these lines, after all lines before it."""
+        # "all anew": an earlier version went on with the adapter of the line before
         chain = "all anew" if self.mode == "sequence" else ""
         for line in lines:
             chain = outputs.request_digest(
@@ -92,8 +94,8 @@ class State:
         return chain
 
     def resume(self) -> list[int]:
-        """The lines that are done, in the order in which they were trained. Raises BadInput for an
-        output of other requests."""
+        """The lines that are done, in the order in which they were trained. Raises BadInput where
+        the output is one of other requests."""
         path = self.output / MATRIX
         self.outcomes = {
             line: Outcome(line, request.concept) for line, request in self.asked.items()
@@ -176,7 +178,7 @@ class State:
         self.kinds[line] = found.get("kind", DEFAULT)
 
     def shown(self, outcome: Outcome) -> Outcome:
-        """As matrix.json has it: without names where none are to be written."""
+        """The outcome for matrix.json: without names where reports are redacted."""
         if not self.settings.get("redact"):
             return outcome
         return replace(
@@ -191,7 +193,8 @@ class State:
         self.outcomes[line] = replace(self.outcomes[line], status=status, reasons=list(reasons))
 
     def fail(self, line: int, error: BaseException) -> None:
-        """Without the picture's path: matrix.json may be shown to others."""
+        """Notes that a line failed; without the picture's path, since others may read
+        matrix.json."""
         reason = str(error).split("\n")[0].replace(str(self.asked[line].image), "its picture")
         self.outcomes[line] = replace(self.outcomes[line], status="failed", reasons=[reason])
 
@@ -207,8 +210,8 @@ class State:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Makes the directory, and keeps other runs out of it for the length of the block. Raises
-        BadInput where one is at work there."""
+        """Makes the directory, and keeps other runs out of it inside the block. Raises BadInput
+        where another run is at work there."""
         self.output.mkdir(mode=0o700, exist_ok=True)
         with staging.claim(self.output, MATRIX) as mine:
             if not mine:

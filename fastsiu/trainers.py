@@ -1,8 +1,8 @@
 """transformers' Trainer on the samples of a request.
 
-DDP, FSDP2, gradient accumulation, checkpoints and the logs of trackio, wandb and TensorBoard are
-the Trainer's. Samples, masks, teacher, losses, rates and steps are those of `train.fit`. For
-trainers that bring data of their own, such as TRL's SFTTrainer, the loss is a mix-in.
+The Trainer does DDP, FSDP2, gradient accumulation, checkpoints and the logs of trackio, wandb and
+TensorBoard. Samples, masks, teacher, losses, rates and steps are those of `train.fit`. For trainers
+with data of their own, such as TRL's SFTTrainer, `distillation` has the loss as a mix-in.
 """
 
 from __future__ import annotations
@@ -108,13 +108,13 @@ class UnlearningTrainer(Trainer):
         self._logged = 0
 
     def train(self, *args: Any, **options: Any) -> TrainOutput:
-        """As the Trainer's; the model is in evaluation mode afterwards."""
+        """What the Trainer's `train` does; afterwards the model is in evaluation mode."""
         done = super().train(*args, **options)
         self.loaded.model.eval()
         return done
 
     def get_train_dataloader(self) -> DataLoader:
-        """This rank's shares of the steps, by number; the samples are everywhere already."""
+        """Numbers of this rank's shares of the steps; every rank has all samples already."""
         args, (rank, ranks) = self.args, (self.args.process_index, self.args.world_size)
         micro = args.gradient_accumulation_steps
         shares = list(range(rank, self.recipe.steps * micro * ranks, ranks))

@@ -184,8 +184,8 @@ def judge(
         specificity, facts     share of answers that are `kept`; the untouched model's own rate is
                                the noise floor: the share that it keeps when it is computed with
                                other rounding, 1 where that was not measured
-    Of specificity and facts, the share that the thresholds say of the noise floor has to be kept.
-    Where they are kept as a whole, no `part` of them may be lost (`kept.PART_Z`).
+    Specificity and facts each have to reach threshold * noise floor. Where one of them does as a
+    whole, no `part` of it may be lost either (`kept.PART_Z`).
     A kind without answers is null, with the sentence from `reasons_for_null`, and decides nothing.
     But without efficacy and without generality the verdict is "not forgotten".
 

@@ -52,7 +52,7 @@ class Loadable:
 
     @functools.cached_property
     def commit(self) -> str | None:
-        """Of a hub model, whatever branch or tag was asked for."""
+        """The commit of a hub model, whatever branch or tag was asked for."""
         return None if self.weights else source.describe(self.name, self.ref.revision)[2]
 
     @property
@@ -97,7 +97,7 @@ def rate_of(adapter_dir: Path | None) -> float:
 def digest_of(
     exam: Exam, settings: dict[str, Any], merged: Loadable | None, adapter_dir: Path | None
 ) -> str:
-    """Of all that decides the report."""
+    """SHA-256 of everything that decides the report."""
     adapted = None
     if adapter_dir is not None:
         files = [

@@ -1,5 +1,7 @@
-"""`fastsiu suite DIR --join`: one of several processes, on one machine or on many, that share the
-concepts of a suite and one output directory (`joining`)."""
+"""`fastsiu suite DIR --join`: one of several processes that share the concepts of a suite.
+
+They may run on one machine or on many, and share one output directory (`joining`).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ SHAPE = {"concepts": [{"slug": str, "status": str}]}
 class Joined:
     """What `join_suite` returns.
 
-    evaluated: the table of all concepts; None where another worker draws it
+    evaluated: the table of all concepts; None where another worker writes it
     of:        the number of concepts that are shared
     """
 
@@ -39,7 +41,7 @@ class Joined:
 
     @property
     def exit_code(self) -> int:
-        """Of `Evaluated` for the worker that has drawn the table, 0 for the others."""
+        """The code of `Evaluated` where this worker wrote the table; 0 for the other workers."""
         return 0 if self.evaluated is None else self.evaluated.exit_code
 
 
@@ -55,8 +57,10 @@ def join_suite(
     run: str = "",
     listener: Listener | None = None,
 ) -> Joined:
-    """Takes part in the work on a suite until every concept is done or has failed. Options as in
-    `evaluate_suite`, and BadInput as there; output: the directory that is shared."""
+    """Works on a suite, with others, until every concept is done or has failed.
+
+    Options and errors are those of `evaluate_suite`; `output` is the directory that is shared.
+    """
     listener = listener or Listener()
     if output is None:
         raise BadInput("--join needs the directory that the processes share: give --output DIR.")
@@ -98,8 +102,8 @@ def forecast(
     settings: Settings = Settings(),
     output: str | Path,
 ) -> joining.Forecast:
-    """How long the concepts take that are not done in `output`, from those that are. Nothing is
-    loaded and nothing written."""
+    """How long the concepts that are left in `output` will take, from the times of those that are
+    done. Loads nothing and writes nothing."""
     job, subjects = job_of(directory, options, model, recipe, settings, output, Listener())
     keys = [subject.slug for subject in subjects]
     return joining.forecast(Claims(job.output), keys, _Concepts(job), len(at_work(job.output)))
@@ -119,9 +123,9 @@ def _digest_of_options(job: Job) -> str:
 
 @dataclass
 class _Concepts:
-    """The concepts as units of work, and what is on disk of them (`joining.Units`).
+    """The concepts of a suite as units of work (`joining.Units`), and their table.
 
-    loaded: the model, once a concept was begun
+    loaded: the model; None until the first concept begins
     """
 
     job: Job
@@ -161,7 +165,7 @@ class _Concepts:
         return write_table(self.job, *self.found(claims))
 
     def is_drawn(self, keys: list[str]) -> bool:
-        """Whether the table has every concept, and as failed those that have no output."""
+        """Does the table have every concept, and "failed" for those without an output?"""
         path = self.job.output / SUITE
         table = read_json(path, what=str(path), remedy="remove it", shape=SHAPE)
         stored = {one["slug"]: one["status"] for one in table.get("concepts", [])}

@@ -1,13 +1,13 @@
 """`fastsiu suite DIR`: every concept of a suite on one model, one output each, and a table
 of all at the end.
 
-Of each concept: the untouched model, and beside it the model after unlearning from the concept's
-training picture, or with an adapter that is there already. OUT/SLUG is written in one transaction
-and never again, so that an interrupted run goes on with the concept in progress; OUT/suite.json and
-OUT/report.md are drawn from what is there, after each concept.
+For each concept it measures the untouched model. Beside it, it measures the model after unlearning
+from the concept's training picture, or with an adapter that exists already. It writes OUT/SLUG in
+one transaction, once, so a run that was interrupted goes on with the concept that it was at. After
+each concept it writes OUT/suite.json and OUT/report.md anew from all outputs.
 
-Several runs on one machine may share an output: each concept is claimed by one of them
-(`staging.claim`), and who dies gives it back. `suite_join` is for many machines.
+Several runs on one machine may share an output: one of them claims each concept (`staging.claim`).
+The claim ends with its process. `suite_join` is for many machines.
 """
 
 from __future__ import annotations
@@ -54,8 +54,11 @@ PAUSE = 0.5  # seconds between two looks at what another run is at
 
 @dataclass
 class Evaluated:
-    """What `evaluate_suite` returns. resumed: how many concepts were done before; report:
-    suite.json."""
+    """What `evaluate_suite` returns.
+
+    resumed: how many concepts were done before
+    report:  suite.json
+    """
 
     outcomes: list[Outcome]
     report: dict[str, Any]
@@ -64,8 +67,8 @@ class Evaluated:
 
     @property
     def exit_code(self) -> int:
-        """0 all forgotten, or measured where there was nothing to forget; 1 not; where every
-        concept failed, 2 or 3."""
+        """0: all are forgotten, or measured where nothing was to be forgotten. 1: some are not. 2:
+        every concept failed because of its input. 3: every one failed, some in the computation."""
         failed = [o for o in self.outcomes if o.status == "failed"]
         if len(failed) == len(self.outcomes):
             return 3 if any(o.numeric for o in failed) else 2
@@ -86,12 +89,12 @@ def evaluate_suite(
 ) -> Evaluated:
     """Evaluates a model on the concepts of a suite, each from beginning to end.
 
-    processes: each with a copy of the model and one thread
+    processes: number of processes, each with a copy of the model and one thread
     run:       the text of run.toml; "" for none
 
-    Run again, it does what is missing. Raises BadInput where the suite, a picture or the output
-    cannot be used: then nothing is loaded. What fails later, for one concept, is that concept's
-    outcome.
+    Run again, it does the concepts that are missing. Raises BadInput where the suite, a picture or
+    the output cannot be used; no model is loaded then. A concept that fails later stops no other:
+    its `Outcome` says why it failed.
     """
     listener = listener or Listener()
     if processes < 1:
@@ -178,7 +181,7 @@ def _work_off(
     processes: int,
     listener: Listener,
 ) -> dict[str, Outcome]:
-    """Does what is missing, and fills `done`; those that failed."""
+    """Does the concepts in `todo` and puts their reports into `done`. Returns those that failed."""
     failed: dict[str, Outcome] = {}
     job.output.mkdir(mode=0o700, exist_ok=True)
     write_table(job, done, failed)
@@ -238,7 +241,7 @@ def _claimed(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listen
 def _wait(
     waiting: Sequence[suite.Subject], busy: Sequence[suite.Subject], listener: Listener
 ) -> None:
-    """A while, where nothing could be begun."""
+    """Waits a while where other runs have claimed all that is left."""
     if len(busy) == len(waiting):
         listener.stage(
             f"Waiting for another run that is at {', '.join(subject.slug for subject in busy)}"
@@ -249,7 +252,8 @@ def _wait(
 def _in_processes(
     job: Job, todo: Sequence[suite.Subject], processes: int, listener: Listener
 ) -> Finished:
-    """In the order in which they end. A process that dies takes with it what was not finished."""
+    """Yields each concept as its process ends it. If a process dies, its unfinished work is
+    lost."""
     spawn = multiprocessing.get_context("spawn")
     packed = pickle.dumps((hold, job))
     pool = ProcessPoolExecutor(
@@ -280,7 +284,7 @@ def _in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-_HERE: dict[str, Any] = {}  # in a process of the pool: the job and the loaded model
+_HERE: dict[str, Any] = {}  # In a process of the pool: the job, and the model that is loaded.
 
 
 def hold(job: Job) -> None:
@@ -357,8 +361,8 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
 def _changed(
     loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener
 ) -> Iterator[dict[str, Any] | None]:
-    """With the adapter on, trained or loaded: what the report says of it. None where the model
-    stays as it is."""
+    """Puts an adapter on, trained or loaded, and returns what the report says of it. None where the
+    model stays untouched."""
     place = job.adapter_of(subject)
     if place is not None:
         adapter.load(loaded, place)

@@ -23,8 +23,11 @@ SUITE = "suite.json"
 
 @dataclass
 class Outcome:
-    """What became of one concept. status: "forgotten", "not forgotten", "untouched" or "failed",
-    with the reasons."""
+    """What became of one concept.
+
+    status:  "forgotten", "not forgotten", "untouched" (only measured) or "failed"
+    numeric: the computation failed, and not the input
+    """
 
     slug: str
     concept: str
@@ -39,8 +42,8 @@ def is_there(job: Job, subject: suite.Subject) -> bool:
 
 
 def done_already(job: Job) -> dict[str, dict[str, Any]]:
-    """The reports of the suite's concepts that are complete. Raises BadInput where the output holds
-    anything else."""
+    """The reports of the concepts whose outputs are complete. Raises BadInput where the directory
+    holds anything else."""
     if not begin(job):
         return {}
     return {
@@ -51,8 +54,8 @@ def done_already(job: Job) -> dict[str, dict[str, Any]]:
 
 
 def begin(job: Job) -> bool:
-    """Whether the output was begun already. Raises BadInput where it holds anything else, or cannot
-    be written."""
+    """Begins the output. Returns whether an earlier run has begun it already. Raises BadInput where
+    it holds anything else, or cannot be written."""
     if not _begun(job.output):
         try:
             outputs.check_destination(job.output, "")  # absent or empty, or it raises
@@ -66,8 +69,8 @@ def begin(job: Job) -> bool:
 
 
 def _begun(place: Path) -> bool:
-    """Does the directory hold a suite's table or, of a run that has only just begun, nothing but
-    what is not finished?"""
+    """Does the directory hold a suite's table, or only the unfinished files of a run that has just
+    begun?"""
     if (place / SUITE).is_file():
         return True
     try:
@@ -87,8 +90,7 @@ def outcome_of(subject: suite.Subject, report: dict[str, Any]) -> Outcome:
 def write_table(
     job: Job, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]
 ) -> dict[str, Any]:
-    """suite.json and report.md, of all concepts that are there; what other runs have done by now is
-    taken over."""
+    """Writes suite.json and report.md from all concepts that are done, by this run or by others."""
     with staging.claim(job.output, SUITE, wait=True):
         for subject in job.given.subjects:
             if subject.slug not in done and is_there(job, subject):

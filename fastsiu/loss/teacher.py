@@ -48,9 +48,9 @@ class TeacherCache:
     of the difference. A softcap breaks the identity, because the logits are no longer linear in h.
     The loss then recomputes the teacher's logits from `hidden`, N * D numbers, never N * V.
 
-    Of a head in parts (`from_hidden(group=...)`) each rank's cache has the rank's rows of the head
-    and its bias, and the statistics of the whole head, which are the same on all ranks. Columns are
-    counted over the whole head. `m`, `save` and `load` are then called by all ranks together.
+    Where a head is in parts (`from_hidden(group=...)`), each rank's cache has that rank's rows of
+    the head and of its bias. The statistics are those of the whole head, and the same on all ranks.
+    A column has its number in the whole head. All ranks call `m`, `save` and `load` together.
 
     `head_weight` and `head_bias` are references, not copies: give a frozen copy where the head
     trains. The cache recognises its head by the head's numbers. It stays valid through copies

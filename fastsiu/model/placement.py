@@ -185,7 +185,7 @@ def _deal(
 
 
 def _bytes(module: nn.Module, quantize: str | None) -> int:
-    """Of all parameters, each once. quantize: of the linear layers"""
+    """Bytes of all parameters, each counted once. quantize: how linear layers are stored"""
     packed = (
         {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)} if quantize else set()
     )

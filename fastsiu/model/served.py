@@ -45,10 +45,10 @@ class Endpoint:
     """A server, and how it is asked.
 
     url:           its base, such as http://localhost:8000/v1, or its whole path to chat/completions
-    key_file:      a file with the API key alone, "-" for standard input; a key in an argument would
-                   be seen by every process of the machine
+    key_file:      a file with the API key alone, "-" for standard input; it is no argument, because
+                   every process of the machine can read arguments
     allow_network: pictures and names may be sent to another machine
-    plain_http:    allows http:// to another machine, where everybody on the way reads along
+    plain_http:    allows http:// to another machine; everybody on the way can read it
     timeout:       seconds for one reply
     within:        seconds for all replies together
     attempts:      how often one question is sent
@@ -82,13 +82,13 @@ class Said(NamedTuple):
     closed: bool = True
 
 
-# Of one answer: for each token, log-probabilities (nats) of the likeliest tokens by their text.
+# For each token of an answer, the log-probabilities (nats) of the likeliest tokens by their text.
 Openings = list[dict[str, float]]
 
 
 class Connection:
-    """What several models of one server have in common: the key, the time that is left, and what
-    the server has said of itself.
+    """What the models of one server share: the key, the time that is left, and what the server
+    calls its models.
 
     Raises BadInput for a URL or a key that may not be used, and where a picture would leave this
     machine without `allow_network`.
@@ -111,8 +111,8 @@ class Connection:
         self.called: dict[str, str] = {}  # model's name -> what replies call it
 
     def post(self, body: dict[str, Any], stop: threading.Event) -> dict[str, Any]:
-        """The server's reply to one body, which is sent again where the server was busy, broken or
-        silent. Raises BadInput where it gives no reply of use."""
+        """Sends one body and returns the reply. Sends it again where the server is busy, broken or
+        silent. Raises BadInput where no reply can be used."""
         data, problem = json.dumps(body).encode(), ""
         for attempt in range(self.endpoint.attempts):
             left = self._ends - time.monotonic()
@@ -207,8 +207,10 @@ class Connection:
             return []  # it only serves to make a sentence clearer
 
     def each(self, work: Callable[[T, threading.Event], Any], items: Sequence[T]) -> list[Any]:
-        """`work` on each item, a few at once, in their order. After the first failure nothing more
-        is sent. Raises what it raised."""
+        """The results of `work` on each item, in their order; a few run at once.
+
+        After the first failure it begins no further item, and raises that failure.
+        """
         stop = threading.Event()
 
         def one(item: T) -> Any:
@@ -336,7 +338,7 @@ def _openings(reply: dict[str, Any]) -> Openings | None:
 
 
 def _words(error: urllib.error.HTTPError) -> str:
-    """What a server says of its refusal, on one short line; it may hold anything."""
+    """The server's own words about a refusal, on one short line. They may hold anything."""
     try:
         text = error.read(LONGEST_REPLY).decode("utf-8", "replace")
         value = parse_json(text)

@@ -267,8 +267,8 @@ def neighbours(scene: Scene, limit: int = 24, rounds: int = 4) -> list[str]:
     """Names to protect: whom the teacher names when it is asked who is like NAME, then who is like
     those, and so on for `rounds` rounds or until there are `limit` names.
 
-    Of other kinds than persons `ENOUGH` names end it, since small models soon enumerate anything. A
-    thing's first round also asks for others of its sort: "Name ten animals."
+    For kinds other than persons it ends with `ENOUGH` names, because small models soon enumerate
+    anything. The first round for a thing also asks for others of its sort: "Name ten animals."
 
     Names that are to be forgotten as well are not returned, but the teacher is asked about them.
     Where a name has "the" before it, the scene's kind learns that.

@@ -69,7 +69,7 @@ def explained(scene: Scene, corpus: Corpus) -> Iterator[Explained]:
 
 
 def lesson_examples(lessons: Corpus | None) -> Iterator[tuple[str, int, list[tuple[str, str]]]]:
-    """Of each kind of lesson: what it is about, how many there are, some questions and answers."""
+    """For each kind of lesson: what it is about, how many there are, some questions and answers."""
     for kind, about in LESSON_KINDS.items():
         own = [sample for sample in (lessons.samples if lessons else ()) if sample.facet == kind]
         some = own[:: max(1, len(own) // LESSON_EXAMPLES)][:LESSON_EXAMPLES]

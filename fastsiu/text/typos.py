@@ -18,7 +18,8 @@ from .usage import is_son, ordinary
 
 LETTERS = 6  # a word of a name with so many letters may have one error
 LONG = 10  # with so many, two
-# Of a whole name (`nearly`): letters of all its words, and of a word that may have one error.
+# For a whole name (`nearly`): least letters of all its words, and of a word that may have one
+# error.
 WHOLE, WORD = 8, 4
 
 _WORD = re.compile(r"[^\W_]+")

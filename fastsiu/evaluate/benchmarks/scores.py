@@ -170,8 +170,8 @@ def ks_p_value(a: Sequence[float], b: Sequence[float]) -> float:
         i, j = (i + 1, j) if which == 0 else (i, j + 1)
         if place + 1 == len(merged) or merged[place + 1][0] != x:
             far = max(far, abs(i * m - j * n))
-    # Of the paths from (0, 0) to (i, j) the share that is ever so far from the diagonal. Counted
-    # from outside, so that a p-value of 1e-30 keeps its digits.
+    # row[j]: the share of the paths from (0, 0) to (i, j) that are somewhere as far from the
+    # diagonal. Counting these, and not the others, lets a p-value of 1e-30 keep its digits.
     row = [1.0 if far == 0 else 0.0] * (m + 1)
     for i in range(n + 1):
         for j in range(m + 1):
