@@ -385,6 +385,7 @@ def test_a_large_jpeg_is_decoded_small_and_no_large_picture_is_converted_whole(
     assert max(w * h for w, h in converted) <= 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory as Linux counts it")
 def test_fifty_million_pixels_take_less_than_a_gigabyte_with_all_that_is_made_of_them(tmp_path):
     pack = zlib.compressobj(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ FLOORS = (
 )
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Dotted names below fastsiu, packages by their own name; of kernels/ only that it is there."""
     found = {}
@@ -64,11 +66,17 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imports(name: str, path: Path) -> set[str]:
     """Dotted names below fastsiu that a module imports, anywhere in it."""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     known, found = modules(), set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if not isinstance(node, ast.ImportFrom) or not node.level:
             continue
         above = package[: len(package) - node.level + 1]
@@ -117,7 +125,7 @@ def functions() -> list[tuple[str, ast.FunctionDef]]:
     return [
         (f"{name}.{node.name}", node)
         for name, path in modules().items()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.FunctionDef)
     ]
 

@@ -349,6 +349,7 @@ def test_ordinary_words_are_no_name():
         assert not any(concept.leaks_in(sentence) for sentence in ENGLISH.split(".")), concept.name
 
 
+@pytest.mark.slow
 def test_nobody_of_the_embedded_world_is_taken_for_another():
     from fastsiu.demo import wording, world
 
