@@ -5,7 +5,7 @@ PYTHON ?= python
 .PHONY: quick test lint docs tables sdist
 
 # Some of every folder, under 60 CPU-seconds in all: nothing here trains.
-QUICK = tests/test_layout.py tests/test_verdict.py tests/test_objectives.py tests/test_upkeep.py \
+QUICK = tests/test_layout.py tests/test_verdict.py tests/test_objectives.py \
 	tests/test_images.py tests/text tests/guards/test_strict_json.py tests/loss/test_rows.py \
 	tests/kernels/test_launch.py tests/model/test_load.py tests/samples/test_dreams.py \
 	tests/evaluate/test_metrics.py tests/evaluate/test_suite.py tests/evaluate/test_g_eval.py \
