@@ -1,8 +1,10 @@
-"""The house: who may import whom, and how long a list of parameters may be."""
+"""The house: who may import whom, where a module's tests are, and how long a list of parameters may
+be."""
 
 from __future__ import annotations
 
 import ast
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -119,6 +121,20 @@ def test_no_circle():
 
     for name in arrows:
         visit(name, ())
+
+
+def test_it_is_known_where_a_module_is_tested():
+    tests = ROOT.parent / "tests"
+    table = tomllib.loads((tests / "where.toml").read_text(encoding="utf-8"))
+    assert [file for file in table if not (tests / file).is_file()] == []
+    listed = [name for names in table.values() for name in names]
+    files = {name: path for name, path in modules().items() if path.name != "__init__.py"}
+    mirrored = {
+        name
+        for name, path in files.items()
+        if (tests / path.relative_to(ROOT).parent / f"test_{path.stem}.py").is_file()
+    }
+    assert sorted([*listed, *mirrored]) == sorted(files), "each module once: its own file or here"
 
 
 def functions() -> list[tuple[str, ast.FunctionDef]]:
