@@ -32,7 +32,7 @@ from .text.rate import Rate
 from .verdict import Answer, judge
 
 FORMS = ("stored", "int8", "nf4")
-Asked = Sequence[tuple[str, str, Shown | None]]  # (kind of the verdict, question, picture)
+Questions = Sequence[tuple[str, str, Shown | None]]  # (kind of the verdict, question, picture)
 
 
 class Untouched(NamedTuple):
@@ -189,7 +189,7 @@ class Verifier:
 
 
 def judge_form(
-    asked: Asked,
+    asked: Questions,
     concept: Concept,
     stored: Sequence[Reply],
     alike: Sequence[Reply],
@@ -253,7 +253,7 @@ def judge_form(
 
 
 def _agreement(
-    asked: Asked, kind: str, one: Sequence[Reply], other: Sequence[Reply]
+    asked: Questions, kind: str, one: Sequence[Reply], other: Sequence[Reply]
 ) -> dict[str, Any]:
     same = [
         same_beginning(a.text, b.text, (not a.closed, not b.closed))

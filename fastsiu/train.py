@@ -91,8 +91,8 @@ def fit(
     groups = parameter_groups(vlm, recipe)
     trained = [p for group in groups for p in group["params"]]
     optimiser = optimiser_of(groups, vlm.budget.optimizer)
-    pace = Pace(recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, pace.factor)
+    rates = Schedule(recipe)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rates.factor)
     history: list[Step] = []
     look, good = probe(), 0
     training_mode(vlm, recipe)
@@ -114,13 +114,13 @@ def fit(
             )
         optimiser.step()
         schedule.step()
-        if gone is not None and pace.waits and step % CHECK_EVERY == 0:
+        if gone is not None and rates.waits and step % CHECK_EVERY == 0:
             vlm.model.eval()
             if gone():
-                pace.fall(step)
+                rates.fall(step)
             training_mode(vlm, recipe)
         due = step % CHECK_EVERY == 0 and not lessons  # with lessons no look can end the training
-        if due or step == pace.last:
+        if due or step == rates.last:
             vlm.model.eval()
             look = probe()
             training_mode(vlm, recipe)
@@ -138,7 +138,7 @@ def fit(
             if watch(step):
                 break
             training_mode(vlm, recipe)
-        if step >= pace.last:
+        if step >= rates.last:
             break
     vlm.model.eval()
     return history
@@ -256,7 +256,7 @@ def optimiser_of(groups: list[dict[str, Any]], name: str) -> torch.optim.Optimiz
     return kinds[name](groups, weight_decay=0.0)
 
 
-class Pace:
+class Schedule:
     """The rate of each step, as a share of the recipe's, and the last step.
 
     waits: whether the rate is to fall as soon as the name is gone (schedule "gone")

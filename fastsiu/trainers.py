@@ -30,7 +30,7 @@ from .objectives import siu
 from .request import BadInput, NumericFailure, Recipe
 from .samples.beside import Prepared
 from .shares import PARTS, StepShares
-from .train import Pace, optimiser_of, parameter_groups, work_of_steps
+from .train import Schedule, optimiser_of, parameter_groups, work_of_steps
 
 __all__ = ["Distillation", "UnlearningMixin", "UnlearningTrainer"]
 
@@ -133,7 +133,7 @@ class UnlearningTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None:
-            factor = Pace(self.recipe).factor
+            factor = Schedule(self.recipe).factor
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.create_optimizer(), factor
             )

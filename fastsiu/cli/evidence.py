@@ -123,7 +123,7 @@ def evaluate(
         )
 
     from ..evaluate import run as evaluation
-    from ..evaluate.g_eval import Options
+    from ..evaluate.g_eval import Grader
     from ..progress import Progress
     from ..settings import ModelRef, ReportOptions, Settings
     from ..show.measured import evaluation_table
@@ -131,7 +131,7 @@ def evaluate(
 
     judged_by = None
     if judge is not None:
-        judged_by = Options(judge, str(judge_model), judge_key, allow_network, judge_plain_http)
+        judged_by = Grader(judge, str(judge_model), judge_key, allow_network, judge_plain_http)
     with Progress(say, hidden=json) as progress:
         result = evaluation.evaluate(
             Name(concept.strip(), tuple(alias or ()), as_word),

@@ -47,18 +47,18 @@ Reply with one line and nothing else: Score: N"""  # noqa: E501
 
 
 @dataclass(frozen=True)
-class Options:
-    """Who judges, and how it is asked.
+class Grader:
+    """The server and the model that grade answers, and how they are asked.
 
     url:           the server's base, such as https://host/v1, or its whole path to chat/completions
-    key_file:      a file with the API key alone; a key in an argument would be seen by every
-                   process of the machine
-    allow_network: what `announcement` says may be sent
-    plain_http:    allows http:// to another machine, where everybody on the way reads along
+    key_file:      a file with the API key alone; it is no argument, because every process of the
+                   machine can read arguments
+    allow_network: what `announcement` tells may be sent to the server
+    plain_http:    allows http:// to another machine; everybody on the way can read it
     timeout:       seconds for one reply
-    attempts:      how often one pair is sent
-    wait:          seconds before the second time, doubled for each further one
-    workers:       pairs that are under way at once
+    attempts:      how often one pair is sent at most
+    wait:          seconds before the second attempt, doubled for each further one
+    workers:       number of pairs that are sent at once
     """
 
     url: str
@@ -97,7 +97,7 @@ class _Fatal(Exception):
 
 
 def grade_answers(
-    options: Options, concept: str, pairs: Sequence[ToGrade], say: Callable[[str], None] = print
+    grader: Grader, concept: str, pairs: Sequence[ToGrade], say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """{value: mean score, n, low, high, of, problems, judge, host}, or {value: None, reason, of,
     problems, judge, host}.
@@ -107,20 +107,20 @@ def grade_answers(
     Raises BadInput without `allow_network`, for options that cannot be used, and where the server
     refuses altogether.
     """
-    size = sum(len(json.dumps(body(options, concept, pair))) for pair in pairs)
-    told = announcement(options, concept, len(pairs), size)
+    size = sum(len(json.dumps(body(grader, concept, pair))) for pair in pairs)
+    told = announcement(grader, concept, len(pairs), size)
     say(told)
-    graded = score(options, concept, pairs)
+    graded = score(grader, concept, pairs)
     return {
         **summary([g.score for g in graded]),
         "of": len(graded),
-        "judge": options.model,
-        "host": _host(options),
+        "judge": grader.model,
+        "host": _host(grader),
         "problems": dict(Counter(g.problem for g in graded if g.problem)),
     }
 
 
-def announcement(options: Options, concept: str, pairs: int, size: int | None = None) -> str:
+def announcement(grader: Grader, concept: str, pairs: int, size: int | None = None) -> str:
     """One sentence: what leaves this machine, and where to. size: in bytes, None before the answers
     are there.
 
@@ -128,30 +128,30 @@ def announcement(options: Options, concept: str, pairs: int, size: int | None = 
     """
     amount = "" if size is None else f", {size / 1000:.1f} kB in all"
     told = (
-        f"The judge {options.model} at {_host(options)} "
-        f"{'is' if options.allow_network else 'would be'} sent {pairs} answers with their "
+        f"The judge {grader.model} at {_host(grader)} "
+        f"{'is' if grader.allow_network else 'would be'} sent {pairs} answers with their "
         f"questions, as many reference texts and the name {concept!r}{amount}, and no picture."
     )
-    if not options.allow_network:
+    if not grader.allow_network:
         raise BadInput(f"{told} Nothing was sent: add --allow-network to agree.")
     return told
 
 
-def score(options: Options, concept: str, pairs: Sequence[ToGrade]) -> list[Graded]:
+def score(grader: Grader, concept: str, pairs: Sequence[ToGrade]) -> list[Graded]:
     """A grade for each pair, in their order; a few are under way at once.
 
     Raises BadInput where the server refuses altogether.
     """
-    if not options.allow_network:
+    if not grader.allow_network:
         raise BadInput("Nothing may be sent to a judge: add --allow-network to agree.")
-    post = _poster(options)
+    post = _poster(grader)
     silent, stop = [0], threading.Event()  # pairs in a row without a reply
 
     def one(pair: ToGrade) -> Graded:
         if stop.is_set():
             return Graded(None, "not sent")
         try:
-            graded = _ask(options, post, body(options, concept, pair), stop)
+            graded = _ask(grader, post, body(grader, concept, pair), stop)
         except _Fatal:
             stop.set()
             raise
@@ -160,7 +160,7 @@ def score(options: Options, concept: str, pairs: Sequence[ToGrade]) -> list[Grad
             stop.set()
         return graded
 
-    with ThreadPoolExecutor(max_workers=options.workers) as pool:
+    with ThreadPoolExecutor(max_workers=grader.workers) as pool:
         try:
             return list(pool.map(one, pairs))
         except _Fatal as error:
@@ -184,7 +184,7 @@ def summary(scores: Sequence[int | None]) -> dict[str, Any]:
     return {"value": mean, "n": n, "low": 1 + 4 * low, "high": 1 + 4 * high}
 
 
-def body(options: Options, concept: str, pair: ToGrade) -> dict[str, Any]:
+def body(grader: Grader, concept: str, pair: ToGrade) -> dict[str, Any]:
     """What is sent for one pair."""
     asked = {
         "subject": concept,
@@ -196,7 +196,7 @@ def body(options: Options, concept: str, pair: ToGrade) -> dict[str, Any]:
         {"role": "system", "content": SYSTEM},
         {"role": "user", "content": json.dumps(asked, ensure_ascii=False)},
     ]
-    return {"model": options.model, "messages": messages, "temperature": 0}
+    return {"model": grader.model, "messages": messages, "temperature": 0}
 
 
 _BARE = re.compile(r"\W*([1-5])(?:\s*/\s*5)?\W*")
@@ -213,11 +213,11 @@ def read_score(text: str) -> int | None:
 
 
 def _ask(
-    options: Options, post: Callable[[bytes], bytes], content: dict[str, Any], stop: threading.Event
+    grader: Grader, post: Callable[[bytes], bytes], content: dict[str, Any], stop: threading.Event
 ) -> Graded:
     """The grade of one pair, which is sent again where the server was busy, broken or silent."""
     data, problem = json.dumps(content).encode(), ""
-    for attempt in range(options.attempts):
+    for attempt in range(grader.attempts):
         asked_to_wait = 0.0
         try:
             return _graded(post(data))
@@ -226,12 +226,12 @@ def _ask(
                 if 300 <= error.code < 400:
                     target = urlsplit(error.headers.get("Location", "")).netloc or "another path"
                     raise _Fatal(
-                        f"The judge at {_host(options)} sends on to {target}, and nothing is sent "
+                        f"The judge at {_host(grader)} sends on to {target}, and nothing is sent "
                         "there: give the right URL with --judge."
                     ) from error
                 if error.code in (401, 403, 404):
                     raise _Fatal(
-                        f"The judge at {_host(options)} refuses ({error.code}): check --judge, "
+                        f"The judge at {_host(grader)} refuses ({error.code}): check --judge, "
                         "--judge-model and --judge-key."
                     ) from error
                 if error.code != 429 and error.code < 500:
@@ -247,8 +247,8 @@ def _ask(
             # URLError among them: no connection, no such name, a certificate that does not hold
             timeout = isinstance(getattr(error, "reason", None), TimeoutError)
             problem = "no reply (timeout)" if timeout else "no reply (no connection)"
-        if attempt + 1 < options.attempts:
-            stop.wait(min(LONGEST_WAIT, max(asked_to_wait, options.wait * 2**attempt)))
+        if attempt + 1 < grader.attempts:
+            stop.wait(min(LONGEST_WAIT, max(asked_to_wait, grader.wait * 2**attempt)))
     return Graded(None, problem)
 
 
@@ -261,21 +261,21 @@ def _graded(reply: bytes) -> Graded:
     return Graded(found, None if found is not None else "malformed")
 
 
-def _poster(options: Options) -> Callable[[bytes], bytes]:
+def _poster(grader: Grader) -> Callable[[bytes], bytes]:
     """The one function that talks to the network."""
-    _host(options)
-    url = options.url.rstrip("/")
+    _host(grader)
+    url = grader.url.rstrip("/")
     url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
     headers = {"Content-Type": "application/json", "User-Agent": "fastsiu"}
-    if options.key_file is not None:
-        headers["Authorization"] = f"Bearer {read_key(options.key_file, '--judge-key')}"
+    if grader.key_file is not None:
+        headers["Authorization"] = f"Bearer {read_key(grader.key_file, '--judge-key')}"
     # A request to this machine goes to no proxy.
     direct = [urllib.request.ProxyHandler({})] if is_local(url) else []
     opener = urllib.request.build_opener(NoRedirect, *direct)
 
     def post(data: bytes) -> bytes:
         with opener.open(
-            urllib.request.Request(url, data, headers, method="POST"), timeout=options.timeout
+            urllib.request.Request(url, data, headers, method="POST"), timeout=grader.timeout
         ) as reply:
             read: bytes = reply.read(LONGEST_REPLY)
             return read
@@ -283,6 +283,6 @@ def _poster(options: Options) -> Callable[[bytes], bytes]:
     return post
 
 
-def _host(options: Options) -> str:
+def _host(grader: Grader) -> str:
     """Host and port. Raises BadInput for a URL that may not be used."""
-    return host_of(options.url, "--judge", "--judge-key", "a judge", plain_http=options.plain_http)
+    return host_of(grader.url, "--judge", "--judge-key", "a judge", plain_http=grader.plain_http)

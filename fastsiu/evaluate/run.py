@@ -76,7 +76,7 @@ class Extras:
     """
 
     attacks: str | None = None
-    judged_by: g_eval.Options | None = None
+    judged_by: g_eval.Grader | None = None
     lmms_eval: Path | None = None
     max_new_tokens: int = 64
 
@@ -265,7 +265,7 @@ def _alike(loaded: vlm.VLM, exam: Exam, cached: dict[str, Any] | None) -> list[s
 
 
 def _graded(
-    options: g_eval.Options,
+    grader: g_eval.Grader,
     exam: Exam,
     before: Observations,
     after: Observations | None,
@@ -273,13 +273,13 @@ def _graded(
 ) -> dict[str, Any]:
     """By row: the judge's mean score of its answers, beside the untouched model's own."""
     sides = {"untouched": before} | ({} if after is None else {"unlearned": after})
-    listener.stage(f"Asking the judge {options.model}")
+    listener.stage(f"Asking the judge {grader.model}")
     found = {}
     for side, said in sides.items():
         given = [
             g_eval.ToGrade(p.cell.text, p.after, p.before) for p in to_grade(exam, before, said)
         ]
-        found[side] = g_eval.grade_answers(options, exam.concept.name, given, listener.note)
+        found[side] = g_eval.grade_answers(grader, exam.concept.name, given, listener.note)
     return found
 
 

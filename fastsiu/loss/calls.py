@@ -8,7 +8,7 @@ from torch import Tensor
 from ..kernels.inputs import Head, same
 from ..kernels.reference import dmk_ce
 from . import triton_ops
-from .in_parts import Asked, dmk_ce_in_parts
+from .in_parts import Wanted, dmk_ce_in_parts
 from .meeting import Seat
 from .ops import Operands, Options, tiled_dmk_ce, weighed
 from .teacher import TeacherCache
@@ -82,7 +82,7 @@ def tiled(
         t_keep=None if t is None else t.vocab_keep,
     )
     if seat is not None:
-        rows, *parts = dmk_ce_in_parts(given, options, Asked(ahead, trains, entropy), seat)
+        rows, *parts = dmk_ce_in_parts(given, options, Wanted(ahead, trains, entropy), seat)
         return rows, (parts[0], parts[1], parts[2])
     rows, ce, kl, entropies, *_ = tiled_dmk_ce(
         *given, **options._asdict(), ahead=ahead, trains=trains, entropy=entropy

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class Asked(NamedTuple):
+class Wanted(NamedTuple):
     """Which results are wanted.
 
     ahead:   the gradient by the hidden states, in the forward pass already
@@ -106,14 +106,14 @@ def _check_same_ranks(group: ProcessGroup, teacher: TeacherCache) -> None:
 
 @torch.compiler.disable
 def dmk_ce_in_parts(
-    given: ops.Operands, how: ops.Options, asked: Asked, seat: Seat
+    given: ops.Operands, how: ops.Options, wanted: Wanted, seat: Seat
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows u * CE + w * KL [N] with a graph; CE, KL and entropy [N]. The same on all ranks.
 
     given: head_weight, head_bias and the teacher's are the rank's rows; labels, t_top and t_keep
            count over the whole head
     """
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = _InParts.apply(how, asked, seat, *given)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _InParts.apply(how, wanted, seat, *given)
     return found
 
 
@@ -122,13 +122,13 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, how: ops.Options, asked: Asked, seat: Seat, *tensors: Any
+        ctx: Any, how: ops.Options, wanted: Wanted, seat: Seat, *tensors: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows, ce, kl, entropy, dh, lse = ops.forward(
-            ops.Operands(*tensors), how, seat.shared, *asked, seat.part
+            ops.Operands(*tensors), how, seat.shared, *wanted, seat.part
         )
-        ctx.how, ctx.asked, ctx.seat, ctx.dtype = how, asked, seat, tensors[0].dtype
-        ctx.save_for_backward(dh, lse, *(tensors if asked.trains else ()))
+        ctx.how, ctx.wanted, ctx.seat, ctx.dtype = how, wanted, seat, tensors[0].dtype
+        ctx.save_for_backward(dh, lse, *(tensors if wanted.trains else ()))
         ctx.mark_non_differentiable(ce, kl, entropy)
         return rows, ce, kl, entropy
 
@@ -138,9 +138,9 @@ class _InParts(torch.autograd.Function):
             raise RuntimeError(ops.NO_SECOND)
         none: list[Tensor | None] = [None] * len(ops.Operands._fields)
         dh, lse, *tensors = ctx.saved_tensors
-        if ctx.asked.ahead:
+        if ctx.wanted.ahead:
             none[0] = (dh * g[:, None]).to(ctx.dtype)
-        if ctx.asked.trains:
+        if ctx.wanted.trains:
             given = ops.Operands(*tensors)
             given = given._replace(u=given.u * g, w=given.w * g)
             needs = ctx.needs_input_grad[3:6]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from .sharded import Rows, alike, gathered, rows_of
+from .sharded import OwnRows, alike, gathered, rows_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -136,7 +136,7 @@ def _owned_by_fsdp(model: nn.Module, head: nn.Module) -> bool:
 class _Reading(NamedTuple):
     """How parameters of the head are read: whole, or this rank's rows of them."""
 
-    rows: Rows | None
+    rows: OwnRows | None
     under_fsdp: bool
 
     def by_rows(self, x: Any, ndim: int) -> Tensor:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Rows:
+class OwnRows:
     """This rank's rows of a head in parts, of a mesh of tensor-parallel ranks."""
 
     group: ProcessGroup
@@ -37,7 +37,7 @@ class Rows:
         return plain(x.to_local(), ndim)
 
 
-def rows_of(weight: Any, under_fsdp: bool) -> Rows | None:
+def rows_of(weight: Any, under_fsdp: bool) -> OwnRows | None:
     """Which rows of a head this rank has under tensor parallelism; None where it has all, or where
     only FSDP shards it. Raises ValueError for a sharding without such rows."""
     dims = _sharded(weight)[1 if under_fsdp else 0 :]
@@ -52,7 +52,7 @@ def rows_of(weight: Any, under_fsdp: bool) -> Rows | None:
     group, V = weight.device_mesh.get_group(dims[0]), weight.shape[0]
     each = -(-V // torch.distributed.get_world_size(group))  # as torch.chunk deals rows
     start = min(V, torch.distributed.get_rank(group) * each)
-    return Rows(group, start, min(V, start + each))
+    return OwnRows(group, start, min(V, start + each))
 
 
 def gathered(x: Any, ndim: int, under_fsdp: bool) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 from fastsiu import cli
 from fastsiu.evaluate import directories, g_eval
 from fastsiu.evaluate.exam import Question
-from fastsiu.evaluate.g_eval import Options, ToGrade, grade_answers, read_score, summary
+from fastsiu.evaluate.g_eval import Grader, ToGrade, grade_answers, read_score, summary
 from fastsiu.request import BadInput
 
 PAIRS = [ToGrade("Who is this?", f"Answer {i}", "This is Ann, with red hair.") for i in range(6)]
@@ -77,7 +77,7 @@ def stub():
 
 
 def options(stub, **more):
-    return Options(
+    return Grader(
         **{
             "url": stub.url,
             "model": "j",
@@ -228,15 +228,15 @@ def test_a_refusal_stops_everything(stub):
 )
 def test_urls_that_may_not_be_used(url, match, tmp_path):
     with pytest.raises(BadInput, match=match):
-        g_eval.announcement(Options(url, "j"), "Ann", 6)
+        g_eval.announcement(Grader(url, "j"), "Ann", 6)
     g_eval.announcement(
-        Options("http://example.org/v1", "j", plain_http=True, allow_network=True), "Ann", 6
+        Grader("http://example.org/v1", "j", plain_http=True, allow_network=True), "Ann", 6
     )
     (tmp_path / "empty").write_text("\n")
     for path in (tmp_path / "empty", tmp_path / "missing"):
         with pytest.raises(BadInput, match="key"):
             g_eval.score(
-                Options("https://example.org/v1", "j", path, allow_network=True), "Ann", PAIRS
+                Grader("https://example.org/v1", "j", path, allow_network=True), "Ann", PAIRS
             )
 
 

@@ -288,7 +288,7 @@ def test_batches_hold_their_size_and_shares_and_repeat_nothing_early(gathered, b
 
 def test_the_cosine_schedule():
     recipe = replace(PAPER, steps=100, warmup=0.1)
-    factors = [train.Pace(recipe).factor(step) for step in range(101)]
+    factors = [train.Schedule(recipe).factor(step) for step in range(101)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert (
         factors[10] == 1
@@ -296,8 +296,8 @@ def test_the_cosine_schedule():
         and factors[100] == pytest.approx(0, abs=1e-12)
     )
     assert factors[10:] == sorted(factors[10:], reverse=True)
-    assert set(map(train.Pace(Recipe(schedule="constant")).factor, range(60))) == {1.0}
-    fall = list(map(train.Pace(Recipe(steps=100, schedule="decay")).factor, range(101)))
+    assert set(map(train.Schedule(Recipe(schedule="constant")).factor, range(60))) == {1.0}
+    fall = list(map(train.Schedule(Recipe(steps=100, schedule="decay")).factor, range(101)))
     assert (
         set(fall[:61]) == {1.0}
         and fall[100] == pytest.approx(0.1)
@@ -308,7 +308,7 @@ def test_the_cosine_schedule():
 @pytest.mark.parametrize("gone, last", [(10, 50), (60, 100), (80, 100)])
 def test_the_rate_falls_once_the_name_is_gone(gone, last):
     """Over as many steps as it always falls, and from 60 % of the steps on at the latest."""
-    pace, usual = (train.Pace(Recipe(steps=100, schedule=name)) for name in ("gone", "decay"))
+    pace, usual = (train.Schedule(Recipe(steps=100, schedule=name)) for name in ("gone", "decay"))
     assert pace.waits and not usual.waits
     before = list(map(pace.factor, range(gone)))
     pace.fall(gone)

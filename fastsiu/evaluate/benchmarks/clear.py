@@ -22,7 +22,7 @@ from typing import Any
 
 from ...request import BadInput
 from . import files, scores
-from .form import Asked, Benchmark, Entity, Item, Photo, Row
+from .form import Answered, Benchmark, Entity, Item, Photo, Row
 
 NAME = "CLEAR"
 SOURCE = "arXiv 2410.18057 and its released calculate_metrics.py"
@@ -125,7 +125,7 @@ def prompt(item: Item) -> str:
     return item.question
 
 
-def table(asked: Asked) -> list[Row]:
+def table(asked: Answered) -> list[Row]:
     """ROUGE (recall), Prob. and Truth Ratio of each part, Model Utility and the KS test.
 
     Model Utility is the harmonic mean of all metrics except those of the forget set. A truth ratio

@@ -20,7 +20,7 @@ from typing import Any
 from ...guards.strict_json import read_json
 from ...request import BadInput
 from . import files, scores
-from .form import Asked, Benchmark, Entity, Item, Row, Value, check_ids, mean
+from .form import Answered, Benchmark, Entity, Item, Row, Value, check_ids, mean
 
 NAME = "FIUBench"
 SOURCE = "arXiv 2411.03554 and its released evaluate_util.py"
@@ -105,7 +105,7 @@ def prompt(item: Item) -> str:
     return item.question
 
 
-def table(asked: Asked) -> list[Row]:
+def table(asked: Answered) -> list[Row]:
     """Rouge-L (recall), Truth Ratio, Probability, KS-Test, Exact Match, MIA (Min-K) and APE of each
     part.
 
@@ -143,7 +143,7 @@ def table(asked: Asked) -> list[Row]:
     return out
 
 
-def _matches(pairs: scores.Asking, said: Any) -> Value:
+def _matches(pairs: scores.Pairs, said: Any) -> Value:
     values = [
         scores.keyword_match(text, item.keywords)
         for item, answer in pairs

@@ -152,7 +152,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Answered:
     """Items with their answers.
 
     retrained: the answers of a model that never learned what is to be forgotten, by `Item.id`, for

@@ -18,7 +18,7 @@ from typing import Any
 
 from ...request import BadInput
 from . import files, scores
-from .form import Asked, Benchmark, Entity, Item, Photo, Row, check_ids
+from .form import Answered, Benchmark, Entity, Item, Photo, Row, check_ids
 
 NAME = "MLLMU-Bench"
 SOURCE = "arXiv 2410.22108 and its released eval.py"
@@ -125,7 +125,7 @@ def prompt(item: Item) -> str:
     return f"{item.question}\nAnswer in one sentence."
 
 
-def table(asked: Asked) -> list[Row]:
+def table(asked: Answered) -> list[Row]:
     """Classification Accuracy, ROUGE-L (F1) and Cloze Accuracy of each set, with the picture and
     without it. The Factuality Score is missing: it needs a judge."""
     out = []

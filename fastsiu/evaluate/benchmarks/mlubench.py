@@ -19,7 +19,7 @@ from typing import Any
 
 from ...request import BadInput
 from . import files
-from .form import Asked, Benchmark, Entity, Item, Photo, Row, check_ids
+from .form import Answered, Benchmark, Entity, Item, Photo, Row, check_ids
 from .scores import NO_JUDGE, mean_rouge_l
 
 NAME = "MLUBench"
@@ -111,7 +111,7 @@ def prompt(item: Item) -> str:
     return item.question
 
 
-def table(asked: Asked) -> list[Row]:
+def table(asked: Answered) -> list[Row]:
     """ROUGE-L (F1) of each set.
 
     The paper's other metrics are missing: a judge gives 0 to 2 points for forget quality and for

@@ -15,7 +15,7 @@ from pathlib import Path
 from ...request import BadInput
 from .. import metrics
 from . import files
-from .form import Asked, Benchmark, Entity, Item, Row, check_ids
+from .form import Answered, Benchmark, Entity, Item, Row, check_ids
 from .scores import NO_ITEMS, NO_JUDGE
 
 NAME = "MMUBench"
@@ -70,7 +70,7 @@ def prompt(item: Item) -> str:
     return item.question
 
 
-def table(asked: Asked) -> list[Row]:
+def table(asked: Answered) -> list[Row]:
     """Efficacy, EM and Diversity as released; higher is more forgotten.
 
     EM is 1 minus the share of answers that contain the keyword, in upper or lower case. So a model

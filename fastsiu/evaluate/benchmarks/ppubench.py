@@ -25,7 +25,7 @@ from ...guards.strict_json import read_json
 from ...request import BadInput
 from .. import metrics
 from . import files, scores
-from .form import Asked, Benchmark, Entity, Item, Photo, Row, Value, check_ids
+from .form import Answered, Benchmark, Entity, Item, Photo, Row, Value, check_ids
 
 NAME = "PPU-Bench"
 SOURCE = "arXiv 2605.08800 and its released metric.py"
@@ -158,7 +158,7 @@ def prompt(item: Item) -> str:
     return item.question
 
 
-def table(asked: Asked) -> list[Row]:
+def table(asked: Answered) -> list[Row]:
     """Metrics of both sets of each setting, with the picture (vqa) and without it (qa).
 
     Classification has Accuracy, cloze the exact match after normalisation, generation the recall of
@@ -184,7 +184,7 @@ def table(asked: Asked) -> list[Row]:
     return out
 
 
-def _same(pairs: scores.Asking) -> Value:
+def _same(pairs: scores.Pairs) -> Value:
     words = scores.plain_words
     right = [words(item.answer) == words(answer.text) for item, answer in pairs]
     return metrics.share(right, scores.NO_ITEMS)

@@ -25,7 +25,7 @@ from ...staging import check_new, new_file
 from ..eval_files import Loadable
 from ..exam import evenly
 from . import clear, fiubench, mllmu, mlubench, mmubench, ppubench, scores
-from .form import Answer, Asked, Benchmark, Item, Row
+from .form import Answer, Answered, Benchmark, Item, Row
 
 FORMAT = "fastsiu benchmark 1"
 READERS: dict[str, ModuleType] = {
@@ -165,7 +165,7 @@ def measure(
             said["unlearned"] = put()
             adapter.detach(loaded)
     tables = {
-        who: READERS[name].table(Asked(items, answers, split, theirs))
+        who: READERS[name].table(Answered(items, answers, split, theirs))
         for who, answers in said.items()
     }
     report = {

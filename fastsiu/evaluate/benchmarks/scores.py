@@ -21,7 +21,7 @@ NO_JUDGE = "It is graded by a language model, and none was asked."
 # FIUBench's weights of the lowest 10, 20, 30, 40 and 50 % of an answer's tokens.
 MIN_K = ((0.1, 0.3), (0.2, 0.3), (0.3, 0.2), (0.4, 0.1), (0.5, 0.1))
 
-Asking = Sequence[tuple[Item, Answer]]
+Pairs = Sequence[tuple[Item, Answer]]
 Stem = Callable[[str], str]
 Split = Callable[[str], list[str]]
 
@@ -66,7 +66,7 @@ def rouge_l(a: Sequence[str], b: Sequence[str]) -> tuple[float, float, float]:
     return precision, recall, 2 * precision * recall / (precision + recall)
 
 
-def mean_rouge_l(asked: Asking, part: int, split: Split) -> Value:
+def mean_rouge_l(asked: Pairs, part: int, split: Split) -> Value:
     """The mean of `rouge_l`'s precision (0), recall (1) or F1 (2). split: a text's words."""
     return mean([rouge_l(split(item.answer), split(a.text))[part] for item, a in asked], NO_ITEMS)
 
@@ -85,13 +85,13 @@ def only_letter(said: str, options: Sequence[str]) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def accuracy(asked: Asking, choice: Callable[[str, Sequence[str]], str | None] = letter) -> Value:
+def accuracy(asked: Pairs, choice: Callable[[str, Sequence[str]], str | None] = letter) -> Value:
     """The share of choices that name the right letter, with its Wilson interval."""
     right = [choice(a.text, [key for key, _ in i.options]) == i.answer for i, a in asked]
     return share(right, NO_ITEMS)
 
 
-def contains(asked: Asking) -> Value:
+def contains(asked: Pairs) -> Value:
     """The share of answers that hold the right one, in any case (MLLMU-Bench's cloze)."""
     return share([i.answer.lower() in a.text.lower() for i, a in asked], NO_ITEMS)
 
@@ -104,12 +104,12 @@ def keyword_match(said: str, keywords: Sequence[str]) -> float:
     return sum(word.lower() in said.lower() for word in keywords) / len(keywords)
 
 
-def probability(asked: Asking) -> Value:
+def probability(asked: Pairs) -> Value:
     """The mean of P(a)^(1/|a|) = exp(-mean nats of the right answer) (TOFU, arXiv 2401.06121)."""
     return mean([math.exp(-a.mean) for _, a in asked], NO_ITEMS)
 
 
-def chosen_probability(asked: Asking) -> Value:
+def chosen_probability(asked: Pairs) -> Value:
     """The mean of p / (p + sum of the wrong answers' p), each p as in `probability` (TOFU's, for
     real people and facts)."""
     values = []
@@ -127,21 +127,21 @@ def truth_ratio(answer: Answer) -> float | None:
     return math.exp(answer.same - sum(answer.wrong) / len(answer.wrong))
 
 
-def _ratios(asked: Asking) -> list[float]:
+def _ratios(asked: Pairs) -> list[float]:
     return [ratio for _, a in asked if (ratio := truth_ratio(a)) is not None]
 
 
-def truth_ratio_forget(asked: Asking) -> Value:
+def truth_ratio_forget(asked: Pairs) -> Value:
     """The mean of min(R, 1/R): TOFU's, for the forget set. 1: right and wrong are alike."""
     return mean([min(r, 1 / r) for r in _ratios(asked)], NO_WRONG)
 
 
-def truth_ratio_retain(asked: Asking) -> Value:
+def truth_ratio_retain(asked: Pairs) -> Value:
     """The mean of max(0, 1 - R): TOFU's, for what is to be kept."""
     return mean([max(0.0, 1 - r) for r in _ratios(asked)], NO_WRONG)
 
 
-def forget_quality(ours: Asking, retrained: Asking | None) -> Value:
+def forget_quality(ours: Pairs, retrained: Pairs | None) -> Value:
     """The p-value of the two-sample Kolmogorov-Smirnov test between the truth ratios of the model
     and of one that never learned the set (TOFU's forget quality); near 1: they cannot be told
     apart."""

@@ -24,7 +24,7 @@ from fastsiu.evaluate.benchmarks import (  # noqa: E402
     ppubench,
     scores,
 )
-from fastsiu.evaluate.benchmarks.form import Answer, Asked  # noqa: E402
+from fastsiu.evaluate.benchmarks.form import Answer, Answered  # noqa: E402
 from fastsiu.request import BadInput  # noqa: E402
 
 READERS = {
@@ -130,7 +130,7 @@ def nothing(item) -> Answer:
 
 
 def rows_of(name, items, answers, retrained=None):
-    asked = Asked(items, answers, scores.tokens, retrained)
+    asked = Answered(items, answers, scores.tokens, retrained)
     return {(row.part, row.metric): row.value for row in READERS[name].table(asked)}
 
 
