@@ -109,7 +109,8 @@ def _launches(
     eps: float,
     tma: bool,
 ) -> Launches:
-    """Made once for each set of arguments: the dicts take Python longer than what calls it.
+    """The launches of `visit`. They are cached for each set of arguments, because Python takes
+    longer to make these dicts than `visit` does for all else.
 
     shape    N, V, D
     machine  multiprocessors, and whether it is the interpreter

@@ -49,15 +49,15 @@ class Method:
 
     about:     a few words for a table
     objective: what it minimises; None for `mmunlearner`, which has to see the adapter first
-    answers:   to the questions about the picture: "own" are SIU's samples, "naming" the untouched
-               model's answers that give the name
-    retain:    the samples of D_r that it trains on; "decoupled" are those that put a forgotten
-               question to another picture
-    recipe:    fields that differ from the shared recipe
-    mismatch:  each forgotten question is trained on a second time, with an answer to another
+    answers:   what it learns to answer to questions about the picture: "own" are SIU's answers,
+               "naming" are the untouched model's answers that give the name
+    retain:    which samples of D_r it trains on; those called "decoupled" ask a question that is to
+               be forgotten about another picture
+    recipe:    fields in which it differs from the shared recipe
+    mismatch:  it trains on each question to forget a second time, with an answer to another
                question
-    noise:     the teacher sees noise in the place of the concept's picture
-    sculpt:    what conflicts with a training on D_r alone is taken out of the weights
+    noise:     the teacher sees noise instead of the concept's picture
+    sculpt:    from the change of the weights it removes what conflicts with a training on D_r alone
     """
 
     about: str
@@ -108,10 +108,10 @@ METHODS: dict[str, Method] = {
 class Material:
     """What all methods share for one (concept, seed).
 
-    samples:  SIU's, with their pictures, dreams among them
-    naming:   the untouched model's own answers to the same questions about the picture, those that
-              name the concept
-    seconds:  that it took
+    samples:  SIU's samples, with their pictures and dreams
+    naming:   the untouched model's own answers to the same questions about the picture, where they
+              give the name
+    seconds:  how long it took to prepare
     """
 
     concept: Concept
@@ -178,8 +178,8 @@ def samples_of(method: Method, material: Material) -> list[Sample]:
 
 
 def _mismatched(forget: list[Sample], kept: list[Sample], seed: int) -> list[Sample]:
-    """Each question to forget with the answer to a retained question in words, drawn by the
-    seed. None where nothing is retained in words."""
+    """Each question to forget with a wrong answer: that to a retained question in words, drawn by
+    the seed. Empty where no question in words is retained."""
     answers = [(s.answer, s.closed) for s in kept if s.picture is None]
     rng = random.Random(seed)
     out = []
@@ -190,8 +190,11 @@ def _mismatched(forget: list[Sample], kept: list[Sample], seed: int) -> list[Sam
 
 
 def pictures_of(loaded: VLM, method: Method, material: Material) -> list[Picture]:
-    """What `Sample.picture` and `Sample.teacher_pictures` count: the material's pictures, behind
-    them for a noised teacher one of the first's size whose every value is drawn from all."""
+    """The pictures that `Sample.picture` and `Sample.teacher_pictures` count.
+
+    They are the material's pictures. For a teacher that sees noise one more follows: a picture of
+    the first one's size, each of whose values is drawn from all 256.
+    """
     if not method.noise:
         return material.pictures
     width, height = material.pictures[0].image.size
@@ -203,10 +206,9 @@ def pictures_of(loaded: VLM, method: Method, material: Material) -> list[Picture
 def recipe_of(method: Method, made: Corpus, material: Material, lr: float, steps: int) -> Recipe:
     """The shared recipe with the method's own fields.
 
-    A step of a method without D_r has the same number of samples to forget as with it, and no
-    others. The KL of other methods has no masks: the masks are SIU's. The rate is constant, since a
-    look after fewer steps must show what a run of so many steps would give.
-    """
+    A method without D_r has as many samples to forget in a step as a method with it, and no others.
+    The KL of other methods has no masks, because the masks belong to SIU. The rate is constant: so
+    a look in the middle of a run shows the result of a shorter run."""
     shares = sum(SHARES.values())
     present = sum(SHARES[name] for name in made.groups())
     size = (

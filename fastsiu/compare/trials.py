@@ -1,5 +1,5 @@
-"""One training of one method, with looks after several steps: what a look asks, what it counts, and
-the processes that train."""
+"""Trains one method and looks at the model after several numbers of steps: what a look asks, what
+it counts, and the processes that train."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COUNTS = ("named", "others", "lookalikes", "facts", "broken")
 
 @dataclass(frozen=True)
 class Size:
-    """How much a look asks; None is all.
+    """How much a look asks; None means all.
 
     own, other, alike: pictures of the concept, of each other concept, of each look-alike
     names, facts:      name questions and fact questions
@@ -75,8 +75,8 @@ class Point:
 
     @property
     def kept(self) -> float:
-        """The share that the floor is about: the smaller one of others' names (look-alikes
-        included) and of facts."""
+        """What is compared with the floor: the smaller one of two shares, of others' names (with
+        look-alikes) and of facts."""
         return min(
             share(added(self.counts["others"], self.counts["lookalikes"])),
             share(self.counts["facts"]),
@@ -84,7 +84,7 @@ class Point:
 
 
 def over(points: Sequence[Point], floor: float) -> bool:
-    """Is a run ruined or done, so that further training shows nothing? floor: of `Point.kept`"""
+    """Is a run ruined or done, so that more steps show nothing new? floor: least `Point.kept`"""
     ruined = len(points) >= RUINED and points[-1].step >= 3 * points[-RUINED].step
     ruined = ruined and all(p.kept < RUIN for p in points[-RUINED:])
     return ruined or (
@@ -97,7 +97,7 @@ def added(*counts: tuple[int, int]) -> tuple[int, int]:
 
 
 def share(count: tuple[int, int]) -> float:
-    """Hits by their number; 1 where nothing was asked, since nothing is lost."""
+    """The share of hits; 1 where nothing was asked, since nothing is lost."""
     return count[0] / count[1] if count[1] else 1.0
 
 
@@ -112,8 +112,8 @@ def total(counts: Iterable[Mapping[str, tuple[int, int]]]) -> dict[str, tuple[in
 def exam(suite: Suite, subject: Subject, part: str) -> Exam:
     """Name questions about pictures, and fact questions without.
 
-    part: "search" or "test". They have no picture in common, and none with training: "search" has
-          every second one of each concept's further pictures, "test" the others.
+    part: "search" has every second one of each concept's further pictures, "test" has the others.
+          Training uses none of them.
     """
     size = SEARCH if part == "search" else TEST
 
@@ -142,8 +142,8 @@ def exam(suite: Suite, subject: Subject, part: str) -> Exam:
 def count(
     asked: Exam, suite: Suite, before: Sequence[str], after: Sequence[str]
 ) -> dict[str, tuple[int, int]]:
-    """(hits, of how many), by COUNTS. before: the untouched model's answers; after: those of the
-    model that is measured."""
+    """By COUNTS, (hits, of how many). before: the untouched model's answers; after: the answers of
+    the model that is measured."""
     concepts = {s.name: s.concept for s in suite.subjects}
     counts = {key: [0, 0] for key in COUNTS}
 
@@ -170,8 +170,8 @@ def count(
 
 @dataclass(frozen=True)
 class Assignment:
-    """What every process needs to know. folder: of the prepared material, for this run and this
-    user alone."""
+    """What every process needs to know. folder: has the prepared material; only this run writes
+    there, and only this user can."""
 
     suite: Path
     model: str
@@ -183,8 +183,8 @@ class Assignment:
 
 
 class Workbench:
-    """One process: a loaded model, and the newest material, corpus and exams, which the next job
-    may need again."""
+    """What one process has: a loaded model, and the material, corpus and exams of its last job,
+    which the next job may need again."""
 
     def __init__(self, assignment: Assignment) -> None:
         self.assignment, self.suite = assignment, read(assignment.suite)
@@ -265,7 +265,8 @@ class Workbench:
         return self.unit[1]
 
     def _file(self, slug: str, seed: int) -> Path:
-        """Named by the concept's number in the suite: a file name must not tell the concept."""
+        """A path with the concept's number in the suite: a file's name must not tell the
+        concept."""
         number = self.suite.subjects.index(self.suite.subject(slug))
         return self.assignment.folder / f"{number}-{seed}.pickle"
 
