@@ -19,7 +19,7 @@ from . import output as outputs
 from .evaluate.asked_pictures import Shown
 from .evaluate.attacks import not_asked
 from .evaluate.held_out import decide
-from .images import list_images, load_directory, load_image, read_bytes
+from .images import load_directory, load_image, read_bytes
 from .model import adapter, adapter_files, ask, decode, source, vlm
 from .model.memory import budget
 from .report import card
@@ -186,10 +186,8 @@ def write(
     pictures: dict[str, Path] = {}
     for number, request in enumerate(requests, 1):
         label = f"{number:03d}/" if len(requests) > 1 else ""
-        pictures |= {f"{label}image": request.image}
-        for kind, directory in (("images", request.images), ("retain", request.retain)):
-            files = enumerate(list_images(directory) if directory else [], 1)
-            pictures |= {f"{label}{kind}/{f'{n:03d}' if redact else p.name}": p for n, p in files}
+        found = outputs.pictures_of(request, redact)
+        pictures |= {f"{label}{name}": path for name, path in found.items()}
     transaction = outputs.Transaction(destination)
     with transaction as staging:
         adapter.save(loaded, staging, named=named)

@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 from . import output as outputs
 from .evaluate.attacks import not_asked
 from .guards.strict_json import read_json
-from .images import list_images, read_bytes
+from .images import read_bytes
 from .merge_verdict import FORMS, Verifier, free
 from .model import adapter, adapter_files, decode, licence, placement, source, vlm
 from .model.fold import SHARD, fold, save
@@ -313,13 +313,8 @@ def _request(
 
 
 def _pictures(request: Request | None, redact: bool) -> dict[str, bytes]:
-    """By the label in the manifest."""
-    if request is None:
-        return {}
-    found = {"image": request.image}
-    for kind, directory in (("images", request.images), ("retain", request.retain)):
-        files = enumerate(list_images(directory) if directory else [], 1)
-        found |= {f"{kind}/{f'{n:03d}' if redact else p.name}": p for n, p in files}
+    """By its label in the manifest, the bytes of each picture."""
+    found = {} if request is None else outputs.pictures_of(request, redact)
     return {label: read_bytes(path) for label, path in found.items()}
 
 

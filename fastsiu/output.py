@@ -21,6 +21,7 @@ from PIL.Image import Image
 
 from . import staging
 from .guards.terminal import json_safe, visible
+from .images import list_images
 from .manifest import (
     KEY,
     MANIFEST,
@@ -41,7 +42,7 @@ from .manifest import (
 from .report import card
 from .report.redact import redacted
 from .report.render import render_html, render_markdown
-from .request import BadInput, NumericFailure
+from .request import BadInput, NumericFailure, Request
 
 __all__ = [
     "KEY",
@@ -279,6 +280,18 @@ def write_card(
     shown = [redacted(report) if redact else report for report in reports]
     text = visible(card.render_card(shown, base, merged=merged)).encode("utf-8", "replace")
     staging.write(folder / card.NAME, text, mode=0o666 if redact else 0o600)
+
+
+def pictures_of(request: Request, redact: bool) -> dict[str, Path]:
+    """By its label in the manifest, the file of each picture of a request.
+
+    redact: a label has a number instead of the file's name
+    """
+    found = {"image": request.image}
+    for kind, directory in (("images", request.images), ("retain", request.retain)):
+        files = enumerate(list_images(directory) if directory else [], 1)
+        found |= {f"{kind}/{f'{n:03d}' if redact else p.name}": p for n, p in files}
+    return found
 
 
 def write_run(folder: Path, run: str) -> None:
