@@ -22,7 +22,7 @@ from .model.vlm import VLM
 from .objectives import FAR, Whole, untouched_nats
 from .request import Recipe
 from .samples.corpus import Corpus
-from .train import Work, training_mode
+from .train import StepBatch, training_mode
 
 PARTS = ("ce", "kl", "strange")  # as in `train.Step`
 
@@ -30,7 +30,7 @@ PARTS = ("ce", "kl", "strange")  # as in `train.Step`
 class _Share(NamedTuple):
     """One share of one batch of a step."""
 
-    work: Work
+    work: StepBatch
     chosen: list[int]
     whole: Whole
     place: int  # of the batch in its step
@@ -45,7 +45,7 @@ class StepShares(nn.Module):
     as all other adapters do.
     """
 
-    def __init__(self, vlm: VLM, recipe: Recipe, steps: list[list[Work]], shares: int) -> None:
+    def __init__(self, vlm: VLM, recipe: Recipe, steps: list[list[StepBatch]], shares: int) -> None:
         """shares: number of shares of one step, over all ranks and micro-batches"""
         super().__init__()
         self.model = vlm.model
@@ -103,7 +103,7 @@ class StepShares(nn.Module):
             if chosen:
                 yield _Share(work, chosen, self._whole(work), place)
 
-    def _whole(self, work: Work) -> Whole:
+    def _whole(self, work: StepBatch) -> Whole:
         corpus, far = work.corpus, self._far.get(id(work.corpus))
         return Whole(
             tokens=sum(len(corpus.turns[i].labels) for i in work.chosen),
@@ -183,7 +183,7 @@ class _Noise:
     is resumed.
     """
 
-    def __init__(self, vlm: VLM, recipe: Recipe, steps: list[list[Work]]) -> None:
+    def __init__(self, vlm: VLM, recipe: Recipe, steps: list[list[StepBatch]]) -> None:
         self._vlm, self._recipe, self._all = vlm, recipe, steps
         self._generator = torch.Generator(device=vlm.device)
         self._begin()

@@ -51,7 +51,7 @@ class Step:
     strange: float = 0.0
 
 
-class Work(NamedTuple):
+class StepBatch(NamedTuple):
     """One batch of a step: the chosen samples of a corpus, and what is minimised on them."""
 
     corpus: Corpus
@@ -149,15 +149,15 @@ def work_of_steps(
     objective: Objective,
     recipe: Recipe,
     lessons: Sequence[tuple[Corpus, Objective]],
-) -> Iterator[list[Work]]:
+) -> Iterator[list[StepBatch]]:
     """Endless steps, each with a batch of the corpus and a batch of each of the lessons."""
     # With lessons, these alone keep the pictures of others.
     first = batches(corpus, recipe, ("preserve-picture",) if lessons else ())
     further = [lesson_batches(taught, recipe) for taught, _ in lessons]
     for chosen in first:
-        work = [Work(corpus, chosen, objective)]
+        work = [StepBatch(corpus, chosen, objective)]
         for (taught, how), own in zip(lessons, further, strict=True):
-            work.append(Work(taught, next(own), how))
+            work.append(StepBatch(taught, next(own), how))
         yield work
 
 
@@ -184,7 +184,7 @@ Losses = list[tuple[Tensor, dict[str, float]]]  # (loss, its parts) of each batc
 
 def _step_backward(
     vlm: VLM,
-    work: Sequence[Work],
+    work: Sequence[StepBatch],
     recipe: Recipe,
     optimiser: torch.optim.Optimizer,
     say: Callable[[str], None],
@@ -201,7 +201,7 @@ def _step_backward(
         _use_less(vlm, max(len(batch.chosen) for batch in work), recipe, say)
 
 
-def _attempt(vlm: VLM, work: Sequence[Work], recipe: Recipe) -> Losses | None:
+def _attempt(vlm: VLM, work: Sequence[StepBatch], recipe: Recipe) -> Losses | None:
     """The losses of a step, with the gradients; None where memory did not suffice, and then the
     random generators are as they were. One batch's graph is gone before the next one's is built."""
     devices = [device for device in vlm.devices if device.type == "cuda"]

@@ -63,7 +63,7 @@ class SuiteOptions:
 
 
 @dataclass(frozen=True)
-class Job:
+class SuiteJob:
     """What every process needs to know.
 
     weights:  SHA-256 of the model's files, where it is a directory
@@ -142,7 +142,7 @@ class Job:
         return _sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode())
 
 
-def cached(job: Job, subject: suite.Subject) -> Observations | None:
+def cached(job: SuiteJob, subject: suite.Subject) -> Observations | None:
     """What the untouched model was found to do in an earlier output. Raises BadInput where that was
     asked something else."""
     path = job.options.untouched and job.options.untouched / subject.slug / eval_files.UNTOUCHED
@@ -164,7 +164,9 @@ def cached(job: Job, subject: suite.Subject) -> Observations | None:
     )
 
 
-def manifest(job: Job, subject: suite.Subject, key: bytes, masks: dict[str, Any]) -> dict[str, Any]:
+def manifest(
+    job: SuiteJob, subject: suite.Subject, key: bytes, masks: dict[str, Any]
+) -> dict[str, Any]:
     whole = outputs.manifest(
         recipe=job.recipe,
         origins=job.origins,

@@ -19,7 +19,7 @@ from ..request import BadInput
 from ..session import Listener
 from ..settings import ModelRef, RecipeChoice, Settings
 from . import suite, suite_run
-from .suite_job import FORMAT, Job, SuiteOptions
+from .suite_job import FORMAT, SuiteJob, SuiteOptions
 from .suite_run import Evaluated, job_of, write_run
 from .suite_table import SUITE, Outcome, begin, outcome_of, write_table
 
@@ -109,7 +109,7 @@ def forecast(
     return joining.forecast(Claims(job.output), keys, _Concepts(job), len(at_work(job.output)))
 
 
-def _digest_of_options(job: Job) -> str:
+def _digest_of_options(job: SuiteJob) -> str:
     options = job.options
     content = {
         "format": FORMAT,
@@ -128,7 +128,7 @@ class _Concepts:
     loaded: the model; None until the first concept begins
     """
 
-    job: Job
+    job: SuiteJob
     loaded: vlm.VLM | None = None
     done: set[str] = field(default_factory=set)
 

@@ -46,7 +46,7 @@ from . import attacking, suite
 from .eval_files import UNTOUCHED
 from .eval_report import report_of
 from .observe import examine
-from .suite_job import FORMAT, Job, SuiteOptions, cached, manifest
+from .suite_job import FORMAT, SuiteJob, SuiteOptions, cached, manifest
 from .suite_table import Outcome, done_already, is_there, outcome_of, write_table
 
 PAUSE = 0.5  # seconds between two looks at what another run is at
@@ -120,7 +120,7 @@ def job_of(
     settings: Settings,
     output: str | Path | None,
     listener: Listener,
-) -> tuple[Job, list[suite.Subject]]:
+) -> tuple[SuiteJob, list[suite.Subject]]:
     """What every process needs to know, and the concepts that are asked for. Raises BadInput as
     `evaluate_suite` does; nothing is loaded and nothing written."""
     options.check()
@@ -142,7 +142,7 @@ def job_of(
         )
     weights = outputs.digest_model(model.name) if model.is_directory else None
     commit = None if weights is not None else source.describe(model.name, model.revision)[2]
-    job = Job(
+    job = SuiteJob(
         given,
         options,
         destination,
@@ -168,14 +168,14 @@ def job_of(
     return job, subjects
 
 
-def write_run(job: Job, run: str) -> None:
+def write_run(job: SuiteJob, run: str) -> None:
     """Writes the text of run.toml beside the table; nothing where it is empty."""
     if run:
         staging.replace_file(job.output / outputs.RUN, run.encode("utf-8"))
 
 
 def _work_off(
-    job: Job,
+    job: SuiteJob,
     done: dict[str, dict[str, Any]],
     todo: Sequence[suite.Subject],
     processes: int,
@@ -208,7 +208,7 @@ DIED = "A process died, as one killed for its memory does: run again with fewer 
 Finished = Iterator[tuple[suite.Subject, BaseException | None]]
 
 
-def _in_turn(job: Job, todo: Sequence[suite.Subject], listener: Listener) -> Finished:
+def _in_turn(job: SuiteJob, todo: Sequence[suite.Subject], listener: Listener) -> Finished:
     if not todo:
         return
     loaded = job.load(listener)
@@ -230,7 +230,7 @@ def _in_turn(job: Job, todo: Sequence[suite.Subject], listener: Listener) -> Fin
         waiting = busy
 
 
-def _claimed(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -> bool:
+def _claimed(loaded: vlm.VLM, job: SuiteJob, subject: suite.Subject, listener: Listener) -> bool:
     """Whether the concept is done now, by this run or by another; False where another is at it."""
     with staging.claim(job.output, subject.slug) as mine:
         if mine and not is_there(job, subject):
@@ -250,7 +250,7 @@ def _wait(
 
 
 def _in_processes(
-    job: Job, todo: Sequence[suite.Subject], processes: int, listener: Listener
+    job: SuiteJob, todo: Sequence[suite.Subject], processes: int, listener: Listener
 ) -> Finished:
     """Yields each concept as its process ends it. If a process dies, its unfinished work is
     lost."""
@@ -287,7 +287,7 @@ def _in_processes(
 _HERE: dict[str, Any] = {}  # In a process of the pool: the job, and the model that is loaded.
 
 
-def hold(job: Job) -> None:
+def hold(job: SuiteJob) -> None:
     """In a process of the pool: loads the model that `_one_here` asks."""
     torch.set_num_threads(1)
     loaded = job.load(Listener())
@@ -299,7 +299,7 @@ def _one_here(slug: str) -> bool:
     return _claimed(_HERE["loaded"], job, job.given.subject(slug), Listener())
 
 
-def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -> None:
+def one(loaded: vlm.VLM, job: SuiteJob, subject: suite.Subject, listener: Listener) -> None:
     """One concept from beginning to end; the model is left untouched."""
     exam = job.exam_of(subject)
     # a training tries which are exact; left so, the next concept's last digits would depend on the
@@ -359,7 +359,7 @@ def one(loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener) -
 
 @contextmanager
 def _changed(
-    loaded: vlm.VLM, job: Job, subject: suite.Subject, listener: Listener
+    loaded: vlm.VLM, job: SuiteJob, subject: suite.Subject, listener: Listener
 ) -> Iterator[dict[str, Any] | None]:
     """Puts an adapter on, trained or loaded, and returns what the report says of it. None where the
     model stays untouched."""

@@ -16,7 +16,7 @@ from .. import staging
 from ..request import BadInput
 from . import suite
 from .pooled import markdown, pooled
-from .suite_job import FORMAT, Job
+from .suite_job import FORMAT, SuiteJob
 
 SUITE = "suite.json"
 
@@ -36,12 +36,12 @@ class Outcome:
     numeric: bool = False  # it failed in the computation, not because of what was given
 
 
-def is_there(job: Job, subject: suite.Subject) -> bool:
+def is_there(job: SuiteJob, subject: suite.Subject) -> bool:
     place = job.output / subject.slug
     return place.exists() and outputs.check_destination(place, job.digest(subject)) == "same"
 
 
-def done_already(job: Job) -> dict[str, dict[str, Any]]:
+def done_already(job: SuiteJob) -> dict[str, dict[str, Any]]:
     """The reports of the concepts whose outputs are complete. Raises BadInput where the directory
     holds anything else."""
     if not begin(job):
@@ -53,7 +53,7 @@ def done_already(job: Job) -> dict[str, dict[str, Any]]:
     }
 
 
-def begin(job: Job) -> bool:
+def begin(job: SuiteJob) -> bool:
     """Begins the output. Returns whether an earlier run has begun it already. Raises BadInput where
     it holds anything else, or cannot be written."""
     if not _begun(job.output):
@@ -88,7 +88,7 @@ def outcome_of(subject: suite.Subject, report: dict[str, Any]) -> Outcome:
 
 
 def write_table(
-    job: Job, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]
+    job: SuiteJob, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]
 ) -> dict[str, Any]:
     """Writes suite.json and report.md from all concepts that are done, by this run or by others."""
     with staging.claim(job.output, SUITE, wait=True):
@@ -103,7 +103,9 @@ def write_table(
     return content
 
 
-def _drawn(job: Job, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]) -> dict[str, Any]:
+def _drawn(
+    job: SuiteJob, done: dict[str, dict[str, Any]], failed: dict[str, Outcome]
+) -> dict[str, Any]:
     subjects = [s for s in job.given.subjects if s.slug in done or s.slug in failed]
     outcomes = [failed.get(s.slug) or outcome_of(s, done[s.slug]) for s in subjects]
     return {
