@@ -36,10 +36,10 @@ class Family:
 
     key, asked: its short name, and the words that begin a sentence about it
     seeks:      what gives the concept away: "name", "yes", "initials", "facts", "rank" (among many
-                names the true one is the likeliest) or "likelihood". For "likelihood" a value is
-                the share of pairs, one picture of the concept and one of a stranger, in which the
-                name is the likelier answer about the concept (the area under the ROC curve, see
-                `evaluate.attack_results.auc`)
+                names the true one is the likeliest) or "likelihood". "likelihood" compares pairs
+                of pictures, one of the concept and one of a stranger. Its value is the share of
+                pairs in which the name is likelier about the concept's picture (the area under the
+                ROC curve, see `evaluate.attack_results.auc`)
     untouched:  the untouched model about pictures of the concept
     unlearned:  the unlearned model about the same pictures
     strangers:  the untouched model about pictures of nobody it knows; no value counts as 0

@@ -47,8 +47,11 @@ class Look:
 
 
 class Probe:
-    """Looks at the model as it is then: at the names on the scenes' pictures and their transforms,
-    and at the samples of `corpus`; with several scenes at one share of both at a time."""
+    """Looks at the model in the middle of a training.
+
+    A look asks for the names on the scenes' pictures and their transforms, and scores the samples
+    of `corpus`. With several scenes it takes one share of both at a time.
+    """
 
     def __init__(self, scenes: Sequence[Scene], corpus: Corpus) -> None:
         self.vlm, self.recipe, self.shares = scenes[0].vlm, scenes[0].recipe, len(scenes)

@@ -124,14 +124,16 @@ def siu(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
 
 
 def strangers(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
-    """KL(teacher || student) at the teacher's temperature T, times T^2, over the whole vocabulary
-    and all supervised tokens, plus `level` times the Huber distance between what a token costs the
-    student and the teacher, in nats, over the tokens that cost the teacher more than `FAR`.
+    """T^2 KL(teacher || student) + `level` * distance.
 
-    At temperature 1 the KL does not see a name that is unlikely to both: probabilities of e^-10 and
-    e^-17 are the same to it, and with the first the name still ranks above all others. T = 4 sees
-    it, and so does the distance. It pulls the name to a stranger's level from either side: a name
-    below that level would be a tell, too.
+    The KL is at the teacher's temperature T, over the whole vocabulary and all supervised tokens.
+    The distance is the Huber distance between the nats that a token costs the student and the
+    teacher, over the tokens that cost the teacher more than `FAR`.
+
+    At temperature 1 the KL does not see a name that is unlikely to both models. It hardly tells a
+    probability of e^-10 from e^-17, but with the first the name still ranks above all others. At
+    T = 4 the KL sees it, and so does the distance, which pulls the name to a stranger's level from
+    either side. A name below that level would be a tell, too.
     """
     nats, whole = _nll(batch), batch.whole
     every = torch.ones_like(batch.kl_weight)
@@ -204,7 +206,8 @@ def ga_mismatch_kl(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, floa
 
     The weights are the defaults of LLMU's released trainer; those of Gundavarapu et al. could not
     be read. That trainer's last part is the cross-entropy of P and Q: the same gradient as
-    KL(P || Q)."""
+    KL(P || Q).
+    """
     nll = _nll(batch)
     forget, kept = _mean(nll, batch.forget), _mean(_kl(batch), batch.retained)
     none = torch.zeros_like(batch.forget)
@@ -221,7 +224,8 @@ def vgid(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
     The paper also gives the teacher a context in words that tells it to refuse. The released code
     leaves that context empty and the paper's wording could not be read, so there is none here. The
     released KL divides by the batch and covers prompt and picture; here it is a mean over answers'
-    tokens."""
+    tokens.
+    """
     kl = _kl(batch)
     forget, kept = _mean(kl, batch.forget), _mean(kl, ~batch.forget)
     return forget + kept, _parts(_mean(_nll(batch), batch.forget), forget + kept)

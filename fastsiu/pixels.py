@@ -109,10 +109,10 @@ def _low_bytes(opened: ImageFile, data: bytes) -> tuple[Image.Image | None, Any]
     """(the lower bytes of a PNG of 3 x 16 bits with a hidden colour, that colour), else (None,
     None).
 
-    PNG names its hidden colour in the samples' own depth, and Pillow looks for it among samples
-    that it has brought to 8 bits: here the colour is brought to 8 bits too. For 16 bits that would
-    hide neighbouring colours, so both bytes are compared: read in the other byte order, Pillow
-    gives the lower ones.
+    PNG names its hidden colour in the samples' own depth, but Pillow looks for it among samples
+    that it has brought to 8 bits. So here the colour is brought to 8 bits, too. With 16 bits that
+    would hide neighbouring colours. There both bytes are compared: Pillow gives the lower ones when
+    it reads in the other byte order.
     """
     key = opened.info.get("transparency")
     if opened.format != "PNG" or opened.mode not in ("L", "RGB") or key is None:

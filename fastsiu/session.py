@@ -182,10 +182,11 @@ def learn(
     """Trains a fresh adapter on all of `prepared` and leaves it on; takes off one that is on
     already. Returns the samples of the four targets, and the steps.
 
-    The adapter is fresh although one that is on may forget something already. Each training bends a
-    little of what no sample holds, and no later training bends it back: where each of ten requests
-    went on with the adapter of the one before, though all requests' samples were in every training,
-    the last adapter lost 13 points of others' naming (benches/several.py at commit 9a96c9b).
+    The adapter is fresh, even where one that is on forgets something already. Each training bends a
+    little of what no sample holds, and no later training bends it back. This was measured with ten
+    requests, each of which went on with the adapter of the one before. Every training had the
+    samples of all requests, and still the last adapter lost 13 points of others' naming
+    (benches/several.py at commit 9a96c9b).
     """
     # The most steps: training ends earlier once all names are gone and everything else holds.
     recipe = recipe.with_overrides(steps=recipe.steps * len(prepared))

@@ -69,9 +69,9 @@ class Found:
 def verify(directory: Path, model: Path | None = None) -> Checked:
     """Compares every file of an output, or of all outputs in a directory, with its manifest.
 
-    model: a directory with the deployed files. For the output of a merge they are compared with the
-           files that it wrote; for an adapter, with the adapter's files or, where `model` holds no
-           adapter, with those of the model that the adapter was made for.
+    model: a directory with the deployed files. Where the output is a merge, they must be the files
+           that the merge wrote. Where it is an adapter, they must be the adapter's files; if
+           `model` holds no adapter, the files of the model that the adapter was made for.
 
     Raises BadInput where there is no output, and where no manifest tells what `model` should be.
     """

@@ -124,8 +124,8 @@ def normalise_kernel(
     ACC: tl.constexpr, DOT: tl.constexpr, DOT_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of each channel m, total and entropy as in triton_sweep.add, over this split's tiles; with a
-    TEACHER also mass = sum P and gap = sum P (t - z) / tau, from which general.divergence has the
+    """m, total and entropy of each channel over this split's tiles, as in tiled.Sums.add. With a
+    TEACHER also mass = sum P and gap = sum P (t - z) / tau, from which general.divergence makes the
     KL."""
     block, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -302,7 +302,7 @@ def settle_kernel(
     STILL: tl.constexpr, ENTROPY: tl.constexpr, CHANNELS: tl.constexpr, APART: tl.constexpr,
     HELD: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Of a row both logsumexps, CE, KL (0 without), entropy, and u CE + w KL"""
+    """For one row: both logsumexps, CE, KL (0 without a teacher), entropy, and u CE + w KL"""
     n = tl.program_id(0).to(tl.int64)
     u = tl.load(factor_ptr + n).to(tl.float64)
     w = tl.load(factor_ptr + N + n).to(tl.float64)

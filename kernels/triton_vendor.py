@@ -1,9 +1,10 @@
 """`triton_sweep.visit` with the vendor's matrix products: what `tiled` is on a GPU with Triton.
 
-For each chunk of columns torch multiplies z = h W^T in fp32, one kernel turns z into
-e = exp(z / tau - m) and its sums, and torch adds e W to the product. Logits of a chunk are in
-memory, in fp32; that is 8 N V bytes more than the kernels of triton_tiles.py move, and the products
-are as fast as the vendor has made them. W is read once from memory where a chunk of it stays in L2.
+For each chunk of columns torch multiplies z = h W^T in fp32. Then one kernel turns z into
+e = exp(z / tau - m) and its sums, and torch adds e W to the product. The products are as fast as
+the vendor has made them. The logits of a chunk are in memory, in fp32: that is 8 N V bytes more
+than the kernels of triton_tiles.py move. W is read once from memory where a chunk of it stays in
+L2.
 """
 
 from __future__ import annotations

@@ -56,8 +56,10 @@ def split(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
 
 
 def defaults(group: Any, arguments: Sequence[str], file: Path) -> tuple[list[str], dict[str, Any]]:
-    """The command line with its verb, which the file may name where the command line has none, and
-    the verb's options from the file, as the command line takes them in the place of defaults.
+    """Returns the command line with its verb, and the verb's options from the file.
+
+    Where the command line has no verb, the file names it. The options replace the verb's defaults,
+    so options of the command line win over them.
 
     group: the application as Click sees it
 

@@ -208,7 +208,8 @@ def recipe_of(method: Method, made: Corpus, material: Material, lr: float, steps
 
     A method without D_r has as many samples to forget in a step as a method with it, and no others.
     The KL of other methods has no masks, because the masks belong to SIU. The rate is constant: so
-    a look in the middle of a run shows the result of a shorter run."""
+    a look in the middle of a run shows the result of a shorter run.
+    """
     shares = sum(SHARES.values())
     present = sum(SHARES[name] for name in made.groups())
     size = (

@@ -22,9 +22,9 @@ def saliency(
     most `most` samples of D_r are drawn with the recipe's seed.
 
     The authors compute it for full weights, before there is an adapter. B of a fresh adapter is 0,
-    and there A has no gradient at all. So the gradients are taken with a B of tiny random entries:
-    the model is the untouched one to rounding, A's gradient is that of the full weight seen through
-    B, and the ratio does not depend on how large B is. B is 0 again afterwards.
+    and there A has no gradient at all. So the gradients are taken with a B of tiny random entries.
+    Up to rounding that is the untouched model, and A's gradient is the full weight's, multiplied by
+    B. The ratio does not depend on how large B is. B is 0 again afterwards.
     """
     factors = [(n, p) for n, p in vlm.model.named_parameters() if p.requires_grad and "lora_" in n]
     generator = torch.Generator().manual_seed(recipe.seed)

@@ -1,5 +1,7 @@
-"""Writes the demo to a directory of plain files: the model, pictures and questions, and all of it
-once more as a suite for `fastsiu suite`, so that it can be used like anyone's data."""
+"""Writes the demo to a directory of plain files, so that it can be used like anyone's data.
+
+They are the model, pictures and questions, and all of it once more as a suite for `fastsiu suite`.
+"""
 
 from __future__ import annotations
 

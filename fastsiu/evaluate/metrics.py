@@ -38,11 +38,11 @@ def c_dis(before: Sequence[float], after: Sequence[float]) -> float:
 
     before, after: log P0 and log P of the same tokens, teacher-forced
 
-    The paper's Eq. 10 is E[-P(C) log(P(C) / P^(C))] with an arrow up. With P the untouched model,
-    as its text has it, that is below 0 wherever the name became less likely, and falls the more is
-    forgotten, so that sign and arrow contradict each other; the released script takes the absolute
-    value of a sum. Here the sign is the arrow's: 0 where nothing changed, below 0 where the name
-    became likelier.
+    The paper's Eq. 10 is E[-P(C) log(P(C) / P^(C))] with an arrow up. Its text says that P is the
+    untouched model. Then the value is below 0 where the name became less likely, and falls as more
+    is forgotten: sign and arrow contradict each other. The released script takes the absolute value
+    of a sum. Here the sign is the arrow's: 0 where nothing changed, below 0 where the name became
+    likelier.
     """
     return fmean(math.exp(p0) * (p0 - p) for p0, p in zip(before, after, strict=True))
 

@@ -2,9 +2,9 @@
 model itself does by rounding alone: the noise floor of what is kept.
 
 Answers of a language model are long, are cut, and hang on near-ties: where two words are almost
-equally likely, rounding decides. So the first sentence of each of the untouched model's answers is
-teacher-forced, one batched forward for all of them, and every token is looked at where the model
-would go another way.
+equally likely, rounding decides. So the untouched model's answers are not generated again: the
+first sentence of each is teacher-forced, all of them in one batched forward. Then each token counts
+at which the model would say another one.
 """
 
 from __future__ import annotations
@@ -69,9 +69,10 @@ class Kept:
 def beginnings(
     vlm: VLM, compared: Sequence[bool], asked: Asked, replies: Sequence[Reply]
 ) -> list[Encoded | None]:
-    """The first sentence of each answer as the supervised tokens of its turn; None for one that is
-    not compared, for an answer without words, and for one that the chat template changes, as it may
-    change gibberish.
+    """The first sentence of each answer, as the supervised tokens of its turn.
+
+    It is None for an answer that is not compared, for one without words, and for one that the chat
+    template changes, as it may change gibberish.
 
     The end of the turn is among the tokens where the model ended an answer that no mark ends.
     """
@@ -102,9 +103,9 @@ def lost(before: Sentence | None, after: Sentence | None) -> float | None:
 
     The sum over the tokens in whose place the model would say another. Each counts with what it
     lost of its log-probability, or with how far the other is ahead of it (less what it was before),
-    whichever is more. So 0 is the same sentence, a near-tie that turned costs next to nothing
-    however long the sentence is, and neither a word that became unlikely nor another that became
-    much likelier can hide behind all the words that stayed.
+    whichever is more. So 0 is the same sentence. A near-tie that turned costs next to nothing,
+    however long the sentence is. A word that became unlikely, or another that became much likelier,
+    cannot hide behind all the words that stayed.
     """
     if before is None or after is None:
         return None

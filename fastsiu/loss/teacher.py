@@ -43,10 +43,11 @@ class TeacherCache:
         KL     = temperature^2 * (C * (lse_s - lse) - logit_scale / temperature * <h_s - h, m>)
         dKL/dh = temperature * logit_scale * (C * (Q W) - m)
 
-    The loss forms C Q - P for the top columns one by one, so m_rest leaves them out: near the
-    teacher C (Q W) and m are nearly equal, and rounded probabilities would leave no correct digit
-    of the difference. A softcap breaks the identity, because the logits are no longer linear in h.
-    The loss then recomputes the teacher's logits from `hidden`, N * D numbers, never N * V.
+    Near the teacher C (Q W) and m are nearly equal, and their difference would have no correct
+    digit if probabilities were rounded. So the loss forms C Q - P for the top columns one by one,
+    and m_rest leaves these columns out. A softcap breaks the identity, because the logits are no
+    longer linear in h. Then the loss recomputes the teacher's logits from `hidden`: it keeps N * D
+    numbers, never N * V.
 
     Where a head is in parts (`from_hidden(group=...)`), each rank's cache has that rank's rows of
     the head and of its bias. The statistics are those of the whole head, and the same on all ranks.

@@ -1,8 +1,9 @@
 """One model over several devices: which module goes where.
 
-The language model's layers are dealt in their order. All else (embeddings, vision tower, projector,
-norm, head) stays on the first device, so hidden states, head, teacher and loss are in one place,
-and a picture's features enter where they were made. accelerate moves what goes from layer to layer.
+The language model's layers are dealt to the devices in their order. All else (embeddings, vision
+tower, projector, norm, head) stays on the first device. So hidden states, head, teacher and loss
+are in one place, and a picture's features enter the model where they were made. accelerate moves
+the states from one layer's device to the next.
 """
 
 from __future__ import annotations

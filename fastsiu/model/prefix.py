@@ -22,11 +22,11 @@ do on a model, by numbers, since configurations lie; a way that was not tried is
 `supervised_states` takes the cheapest for the turns at hand (`parts`).
 
 `micro_batch` bounds memory: the graph of each forward is dropped, and built again, alone, when the
-backward pass comes to it (torch's checkpointing around the whole forward). The result is one [N, D]
-tensor with its graph whatever the bound, so it is exact for every objective, also for one that
-mixes samples; a loss that is split by its denominators would be exact only for sums over rows. The
-price is one more forward. The keys and values of the prefix stay, and their gradients are summed
-before they go back through it, once.
+backward pass comes to it (torch's checkpointing around the whole forward). The price is one more
+forward. With any bound the result is one [N, D] tensor with its graph, so every objective is exact,
+also one that mixes samples. (A loss in parts with common denominators would be exact only for sums
+over rows.) The keys and values of the prefix stay in memory. Their gradients are summed, and go
+back through the prefix once.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Any image-text model of transformers: loaded, asked for hidden states without logits, its image
 features taken once.
 
-Nothing here knows a model family. Text goes through the processor and the chat template (`turns`),
-image features come from the model's own `get_image_features` and enter by a keyword of its forward
-(`features`), and what happens between the head's product and the logits is measured (`logits`).
+Nothing here knows a model family. Text goes through the processor and the chat template (`turns`).
+Image features come from the model's own `get_image_features`, and enter by a keyword of its forward
+(`features`). What the model does between its head and the logits is measured (`logits`).
 docs/adding-a-family.md says what a model has to offer, in the order in which it is checked.
 """
 

@@ -39,9 +39,9 @@ class Workload:
         """The forwards of one step whose graphs are alive at the same time. Under a micro-batch
         that is one forward, the largest.
 
-        `SHARES` says which samples a step has. They go together as in `parts`: questions about one
-        picture in a row, rows of like length in a forward; plain rows where that saves too little
-        time, or where a mask cannot keep suffixes apart.
+        `SHARES` says which samples a step has. `parts` says how they go together: questions about
+        one picture are one row, and rows of like length are one forward. Rows are plain where that
+        saves too little time, and where a mask cannot keep suffixes apart.
         """
         most = settings.micro_batch or batch_size
         own, dreams, text = samples_of_a_step(batch_size)

@@ -28,9 +28,11 @@ TILES = (2, 4, 4, 8)  # a side of the picture is cut into so many, when it is ta
 
 
 def generic(scene: Scene, seed: int, count: int) -> list[Picture]:
-    """`count` pictures in the size of the scene's own, of all three sorts; without the words where
-    the model cannot be shown any, or where what is trained lies in front of them. Another seed
-    gives others."""
+    """`count` pictures, as large as the scene's own, of all three sorts.
+
+    `words` are missing where the model takes no embeddings of words as image features, and where
+    the part that trains lies in front of the image features. Another seed gives other pictures.
+    """
     image, rng = scene.pictures[0].image, random.Random(f"generic {seed}")
     few = round(APART * count)
     many = count - few if scene.recipe.adapt == "vision" else round(SHAPES * count)

@@ -172,9 +172,11 @@ def _named(kind: str, origin: str, concept: Concept, uses: Sequence[articles.Use
 
 
 def _asked(vlm: VLM, concept: Concept, kind: Kind) -> str:
-    """The kind that the model gives in words: the one whose likelihood the name raises most, where
-    that is above `FLOOR` and by `MARGIN` above a person's and above an invented name's; else
-    DEFAULT."""
+    """The kind that the model gives in words: the one whose likelihood the name raises most.
+
+    It is DEFAULT unless the likelihood is above `FLOOR`, and by `MARGIN` above the likelihood of a
+    person and above that of the same kind for an invented name.
+    """
     own = likelihoods(vlm, concept.name, kind)
     unknown = [name for name in wordings()["invented"]["names"] if not concept.named_in(name)]
     strange = [likelihoods(vlm, name) for name in unknown[:UNKNOWN]]

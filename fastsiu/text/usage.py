@@ -42,9 +42,10 @@ def several(text: str, start: int) -> bool:
 
 
 def as_name(text: str, start: int, end: int, *, alone: bool) -> bool:
-    """Whether text[start:end], an ordinary word, is used as a name there: with a capital inside a
-    sentence ("it is Castle"), after a title, before its verb ("Green is"), a comma or a family
-    name, or as the whole text.
+    """Is text[start:end], an ordinary word, used as a name there?
+
+    It is where it has a capital inside a sentence ("it is Castle"), where it follows a title, where
+    it precedes its verb ("Green is"), a comma or a family name, and where it is the whole text.
 
     alone: whether the word makes a name by itself: "Green." is Will Green, "Hello!" not Hello Kitty
     """

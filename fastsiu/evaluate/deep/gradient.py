@@ -51,9 +51,9 @@ def run(
     """Rows of the share of answers in which the unlearned model names the concept after an attack;
     the control side has strangers.
 
-    pixels:      sign-gradient steps on the processor's pixels, within 4/255 and 8/255 of their
-                 range, towards the untouched model's naming answer; where no gradient gets there,
-                 on the image features, within 0.1 and 0.2 of a channel's standard deviation
+    pixels:      sign-gradient steps towards the untouched model's naming answer, on the processor's
+                 pixels, within 4/255 and 8/255 of their range. Where no gradient reaches the
+                 pixels: on the image features, within 0.1 and 0.2 of a channel's standard deviation
     soft prompt: 6 embeddings before the question, trained on one picture, tried on the others
 
     Raises BadInput without an adapter, and where the untouched model does not name the concept.

@@ -40,10 +40,11 @@ def run(loaded: VLM, target: Target) -> list[dict[str, Any]]:
     rank: by the mean KL(untouched || unlearned) over the tokens of the untouched model's answers,
           in words about each name and about pictures (or dreams) of each; 1 changed most. Control:
           the rank of somebody whom no model knows
-    AUC:  the share of pairs with the same question in which the training picture's score is above
-          another picture's, by that KL and by the unlearned model's log-probability of its own
-          answer. Control: the second picture in place of the first. The interval is Wilson's with
-          one trial for each other picture, since the pairs of one picture go together
+    AUC:  compares the training picture with each other picture, by the same question: the share of
+          these pairs in which its score is the higher one. Scores are that KL, and the unlearned
+          model's log-probability of its own answer. Control: the second picture instead of the
+          first. The interval is Wilson's with one trial for each other picture, since the pairs of
+          one picture go together
 
     Null with the reason where no other name or only one picture is known. Raises BadInput without
     an adapter, and where the untouched model does not name the concept.
