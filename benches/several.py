@@ -1,8 +1,11 @@
-"""Ten requests on the embedded model, one after another and all at once: is everyone still
-forgotten at the end?
+"""Several requests on the embedded model, one after another, all at once, or each by itself and
+then added up: is everyone still forgotten at the end?
 
-    python benches/several.py            both modes, ten concepts; prints the table, appends to
-                                         benches/results/several.jsonl
+    python benches/several.py            one after another and all at once, ten concepts; prints the
+                                         table, appends to benches/results/several.jsonl
+    python benches/several.py --modes joint combine --requests 2 4
+                                         others; --adapters DIR keeps the adapters that are added
+                                         up, so that a second run need not train them again
     python benches/several.py --quick    two concepts, one after another, two steps each; appends
                                          nothing
     python benches/several.py --table    print the table of the newest results
@@ -15,6 +18,7 @@ training never saw; the untouched model gets the same ones. The last columns are
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -26,14 +30,15 @@ import attacks
 import forgetting
 
 RESULTS = Path(__file__).parent / "results" / "several.jsonl"
-MODES = ("sequence", "joint")
+MODES = ("joint", "sequence", "combine")
 FRESH = 24  # renderings of each concept
 
 
-def one_run(mode: str, requests: int, seed: int, **overrides: Any) -> dict[str, Any]:
+def one_run(
+    mode: str, requests: int, seed: int, adapters: Path | None = None, **overrides: Any
+) -> dict[str, Any]:
     """Forgets the first `requests` concepts of the world; counts on fresh renderings of them and of
-    all others."""
-    from fastsiu import several
+    all others. adapters: where those that are added up are kept; None: nowhere"""
     from fastsiu.demo import MODEL_DIR
     from fastsiu.demo.world import KNOWN, LOOKALIKES, World, draw
     from fastsiu.model import adapter, vlm
@@ -48,21 +53,16 @@ def one_run(mode: str, requests: int, seed: int, **overrides: Any) -> dict[str, 
             draw(world.sketch((concept,), f"bench train {seed}")).save(folder / f"{number}.png")
             records.append(json.dumps({"image": f"{number}.png", "concept": concept}) + "\n")
         (folder / "requests.jsonl").write_text("".join(records), encoding="utf-8")
-        started = time.perf_counter()
         listener = Listener(note=lambda text: print(f"  {text}", flush=True))
-        made = several.unlearn_several(
-            folder / "requests.jsonl",
-            mode=mode,
-            recipe=RecipeChoice(changes={"seed": seed, **overrides}),
-            output=folder / "out",
-            listener=listener,
-        )
-        seconds = time.perf_counter() - started
-        ends = [o.output for o in made.outcomes if o.output]
+        recipe = RecipeChoice(changes={"seed": seed, **overrides})
+        if mode == "combine":
+            made = added_up(folder, adapters or folder / "out", recipe, listener)
+        else:
+            made = trained_together(folder, mode, recipe, listener)
         loaded = vlm.load(str(MODEL_DIR))
         asked = questions(world, wanted, KNOWN, LOOKALIKES, seed)
         before = forgetting.put(loaded, [row[1:] for row in asked], draw)
-        adapter.load(loaded, folder / "out" / ends[-1])
+        adapter.load(loaded, made.pop("adapter"))
         after = forgetting.put(loaded, [row[1:] for row in asked], draw)
         leaks = attacked(loaded, world, wanted, seed)
     counts = {}
@@ -79,13 +79,58 @@ def one_run(mode: str, requests: int, seed: int, **overrides: Any) -> dict[str, 
         "mode": mode,
         "requests": requests,
         "seed": seed,
-        "seconds": round(seconds, 1),
         "overrides": overrides,
+        **made,
+        "counts": counts,
+        "leaks": leaks,
+    }
+
+
+def trained_together(folder: Path, mode: str, recipe: Any, listener: Any) -> dict[str, Any]:
+    """The last adapter of a sequence, or the joint one, and what became of each request."""
+    from fastsiu import several
+
+    started = time.perf_counter()
+    made = several.unlearn_several(
+        folder / "requests.jsonl",
+        mode=mode,
+        recipe=recipe,
+        output=folder / "out",
+        listener=listener,
+    )
+    return {
+        "seconds": round(time.perf_counter() - started, 1),
         "forgotten": made.forgotten,
         "outcomes": [vars(o) for o in made.outcomes],
         "matrix": made.matrix,
-        "counts": counts,
-        "leaks": leaks,
+        "adapter": folder / "out" / [o.output for o in made.outcomes if o.output][-1],
+    }
+
+
+def added_up(folder: Path, adapters: Path, recipe: Any, listener: Any) -> dict[str, Any]:
+    """The sum of adapters that were trained apart, and what became of each request. The seconds are
+    those of all trainings and of the sum, also where an adapter was there before."""
+    from fastsiu import combine, independent
+    from fastsiu.output import read_report
+
+    file = folder / "requests.jsonl"
+    each = independent.unlearn_each(file, recipe=recipe, output=adapters, listener=listener)
+    places = [adapters / o.output for o in each.outcomes if o.output]
+    started = time.perf_counter()
+    made = combine.combine(places, file, output=folder / "sum", listener=listener)
+    seconds = time.perf_counter() - started
+    seconds += sum(sum(read_report(place)["seconds"].values()) for place in places)
+    outcomes = [
+        {"line": r.line, "concept": r.concept, "status": r.verdict, "alone": r.alone}
+        | {"reasons": r.reasons}
+        for r in made.rows
+    ]
+    return {
+        "seconds": round(seconds, 1),
+        "forgotten": made.forgotten,
+        "outcomes": outcomes,
+        "rank": made.rank,
+        "adapter": made.output,
     }
 
 
@@ -148,6 +193,7 @@ def table(records: list[dict[str, Any]]) -> str:
     head = [
         "",
         "requests",
+        "forgotten by the verdict",
         "name still given",
         "most of one",
         "others' naming falls by",
@@ -186,6 +232,7 @@ def table(records: list[dict[str, Any]]) -> str:
                 [
                     r["mode"],
                     str(r["requests"]),
+                    str(sum(o["status"] == "forgotten" for o in r["outcomes"])),
                     f"{100 * named / n:.1f} % (n {n})",
                     f"{100 * worst:.0f} %",
                     drop("naming others"),
@@ -207,25 +254,26 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--requests", type=int, default=10)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["sequence", "joint"])
+    parser.add_argument("--requests", type=int, nargs="+", default=[10])
+    parser.add_argument("--adapters", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.table:
         if not RESULTS.is_file():
             parser.error("there are no results yet: run without --table first")
-        newest = {
-            r["mode"]: r for r in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
-        }
-        print(table(list(newest.values())))
+        records = map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
+        newest = {(r["requests"], r["mode"]): r for r in records}
+        wanted = [(n, mode) for n in options.requests for mode in MODES if mode in options.modes]
+        print(table([newest[key] for key in wanted if key in newest]))
         return
     import torch
 
     modes, requests, overrides = options.modes, options.requests, {}
     if options.quick:
-        modes, requests, overrides = ["sequence"], 2, {"steps": 2, "dreams": 0}
-    for mode in modes:
-        made = one_run(mode, requests, options.seed, **overrides)
+        modes, requests, overrides = ["sequence"], [2], {"steps": 2, "dreams": 0}
+    for number, mode in itertools.product(requests, modes):
+        made = one_run(mode, number, options.seed, options.adapters, **overrides)
         date = datetime.now(UTC).isoformat(timespec="seconds")
         stamp = {"date": date, "commit": forgetting.commit(), "torch": torch.__version__}
         if not options.quick:

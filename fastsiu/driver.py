@@ -170,11 +170,15 @@ def write(
     requests: Sequence[Request],
     reports: Sequence[dict[str, Any]],
     sealed: Sealed,
+    *,
+    made_of: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Adapter, reports and manifest in one transaction; each of several requests has its reports in
     a directory of its own.
 
     reports: of the last of the requests. Returns them as they were written.
+    made_of: what the manifest says of the adapters that this one is the sum of. Nothing was trained
+             then, so recipe, seeds and masks are theirs.
     """
     redact = sealed.settings.get("redact", False)
     embed = sealed.settings.get("embed_image", False)
@@ -202,21 +206,23 @@ def write(
             folder.mkdir(exist_ok=True)
             picture = load_image(request.image) if embed else None
             outputs.write_reports(folder, report, redact=redact, picture=picture)
-        transaction.commit(
-            outputs.manifest(
-                recipe=sealed.recipe,
-                origins=sealed.origins,
-                model_id=written[0]["model"],
-                revision=loaded.revision,
-                masks=written[0]["masks"],
-                weights=weights or outputs.digest_model(_snapshot(loaded)),
-                digest=sealed.digest,
-                key=transaction.key,
-                pictures={label: read_bytes(path) for label, path in pictures.items()},
-                settings=sealed.settings,
-                kinds=[report["kind"] for report in written],
-            )
+        made = outputs.manifest(
+            recipe=sealed.recipe,
+            origins=sealed.origins,
+            model_id=written[0]["model"],
+            revision=loaded.revision,
+            masks=written[0].get("masks", {}),
+            weights=weights or outputs.digest_model(_snapshot(loaded)),
+            digest=sealed.digest,
+            key=transaction.key,
+            pictures={label: read_bytes(path) for label, path in pictures.items()},
+            settings=sealed.settings,
+            kinds=[report["kind"] for report in written],
         )
+        if made_of:
+            made = {k: v for k, v in made.items() if k not in ("recipe", "seeds", "masks")}
+            made["combined"] = list(made_of)
+        transaction.commit(made)
     return written
 
 

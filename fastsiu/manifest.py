@@ -73,6 +73,9 @@ SHAPE = {
     "settings": dict,
     "adapter": {"sha256": {"*": str}},
     "merge": dict,
+    "combined": [dict],
+    "recipe": {"*": dict},
+    "pictures": [{"label": str, "commitment": str}],
     "masks": dict,
     "kind": (str, [str]),
 }

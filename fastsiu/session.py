@@ -298,18 +298,9 @@ def gather(
     """The samples of the four targets and the user's own; and by neighbour how many dreams were
     accepted. Fills in the scene."""
     own = corpus.read_data(request.data, request.image) if request.data else []
-    for name in request.protect:
-        if scene.forgotten_in(name, include_parts=False):
-            raise BadInput(
-                f"{name} cannot be forgotten and protected at once: leave it out of --protect."
-            )
     listener.stage("Finding the names to protect")
     with timed(seconds, "samples"):
-        first = corpus.vocabulary_mask(
-            scene.concept, scene.vlm.tokenizer, scene.vlm.head_weight.shape[0]
-        )
-        scene.masked = frozenset(first.masked)
-        scene.neighbours = list(request.protect) or _neighbours(scene)
+        protect(scene, request)
     listener.stage(f"Dreaming {len(scene.neighbours)} neighbours")
     with timed(seconds, "dreams"):
         transforms = variants(scene.pictures[0].image, scene.recipe.seed)[1:]
@@ -332,6 +323,21 @@ def gather(
     # picture.
     taken = {(s.question, s.picture) for s in own}
     return [s for s in samples if (s.question, s.picture) not in taken] + own, dreamed
+
+
+def protect(scene: Scene, request: Request) -> None:
+    """Fills in the tokens of the name and the names to protect. Raises BadInput where a name is to
+    be forgotten and protected."""
+    for name in request.protect:
+        if scene.forgotten_in(name, include_parts=False):
+            raise BadInput(
+                f"{name} cannot be forgotten and protected at once: leave it out of --protect."
+            )
+    first = corpus.vocabulary_mask(
+        scene.concept, scene.vlm.tokenizer, scene.vlm.head_weight.shape[0]
+    )
+    scene.masked = frozenset(first.masked)
+    scene.neighbours = list(request.protect) or _neighbours(scene)
 
 
 def _neighbours(scene: Scene) -> list[str]:

@@ -41,6 +41,7 @@ FLOORS = (
     (  # verbs with a story of their own
         "several",
         "independent",
+        "combine",
         "merge",
         "audit",
         "push",

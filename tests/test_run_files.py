@@ -16,6 +16,7 @@ from fastsiu.request import BadInput
 GROUP = typer.main.get_command(app)
 NEEDED = {
     "unlearn": [],
+    "combine": ["a", "b", "--request", "r.jsonl"],
     "eval": [],
     "suite": ["set"],
     "merge": ["--adapter", "a", "--output", "o"],
@@ -143,6 +144,7 @@ GIVEN = {
     + ["3", "--no-renormalize", "--lr", "0.001", "--preset", "paper", "--output", "o", "--json"],
     "eval": ["--concept", "N", "--images", "d", "--judge-key", "key.txt", "--attacks", "all"],
     "suite": ["set", "--unlearn", "--concepts", "a", "--concepts", "b", "--limit", "2"],
+    "combine": ["a", "b", "--request", "r.jsonl", "--redact"],
     "merge": ["--adapter", "a", "--output", "o", "--no-verify"],
     "compare": ["--seeds", "2"],
 }

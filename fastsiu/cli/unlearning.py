@@ -1,4 +1,4 @@
-"""The verbs about unlearning: unlearn, ask, demo."""
+"""The verbs about unlearning: unlearn, combine, ask, demo."""
 
 from __future__ import annotations
 
@@ -243,6 +243,55 @@ def unlearn(
     elif not quiet:
         summary(out, result)
     raise typer.Exit(0 if result.forgotten else 1)
+
+
+@app.command()
+def combine(
+    context: typer.Context,
+    adapters: Annotated[
+        list[Path], typer.Argument(help="--output directories of `unlearn`, two or more.")
+    ],
+    request: Annotated[
+        Path, typer.Option(help="JSONL file with their requests: the verdict needs the pictures.")
+    ],
+    model: Model = None,
+    revision: Revision = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory to write; fastsiu-<random>/ when left out.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    attention: Attention = None,
+    redact: Redact = False,
+    quiet: Annotated[bool, typer.Option(help="Print nothing but errors.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the verdicts as JSON instead of the table.")
+    ] = False,
+) -> None:
+    """Add up adapters that were trained apart to one, with the verdict of every concept on it."""
+    from .. import combine as combining
+    from ..progress import Progress
+    from ..settings import DEMO_NOTE, ModelRef, ReportOptions, Settings
+    from ..show.joined import combined_table
+
+    if model is None and not quiet:
+        say.print(DEMO_NOTE)
+    with Progress(say, hidden=quiet or json) as progress:
+        combined = combining.combine(
+            adapters,
+            request,
+            model=ModelRef(model, revision),
+            settings=Settings(device, dtype, quantize=quantize, attention=attention),
+            report=ReportOptions(redact, run=as_toml(context, redact)),
+            output=output,
+            listener=progress.listener,
+        )
+    if json:
+        print_json(combined.as_dict())
+    elif not quiet:
+        combined_table(out, combined)
+    raise typer.Exit(combined.exit_code)
 
 
 @app.command()

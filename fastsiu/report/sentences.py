@@ -195,6 +195,8 @@ SENTENCES = (
     "This model was merged by fastsiu, so it is not the untouched one: give that with --base.",
     "Nothing says for which weights the adapter was made, so that was checked by its shapes only.",
     "Only these weights were changed: the untouched model and its copies know what they knew.",
+    "The adapter is the sum of # adapters that were trained apart: none of them has seen what the "
+    "others change.",
     "The adapter was trained on the model in nf4, and merged into the weights that were not "
     "quantised.",
     "The adapter was trained on the model in int8, and merged into the weights that were not "

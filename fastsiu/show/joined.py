@@ -1,4 +1,5 @@
-"""What the terminal shows of work that several processes share."""
+"""What the terminal shows of requests that were done apart: of work that several processes share,
+and of adapters that were added up."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..combine import Combined
 from ..independent import Each
 from ..joining import Forecast, Share
 from .results import cell
@@ -30,6 +32,37 @@ def requests_table(console: Console, each: Each) -> None:
             console.print(f"{each.resumed} of {each.of} were done already.")
         console.print("All forgotten." if each.forgotten else "Not all forgotten.")
     share_lines(console, each.share, each.of, each.output)
+
+
+def combined_table(console: Console, combined: Combined) -> None:
+    """The verdict of every concept, of its own adapter and of the sum."""
+    table = Table(title="Each adapter by itself, and their sum", title_justify="left")
+    for heading in (
+        "line",
+        "concept",
+        "alone",
+        "the sum",
+        "name still given",
+        "other pictures kept",
+        "text kept",
+    ):
+        table.add_column(heading, overflow="fold")
+    share = lambda value: "-" if value is None else f"{value:.0%}"
+    for row in combined.rows:
+        shares = (share(value) for value in (row.named, row.others, row.facts))
+        table.add_row(str(row.line), cell(row.concept), row.alone, row.verdict, *shares)
+    console.print(table)
+    for row in combined.rows if len(combined.rows) <= FEW else ():
+        for reason in row.reasons:
+            console.print(f"  line {row.line}: {reason}", soft_wrap=True)
+    for note in combined.notes:
+        console.print(note, soft_wrap=True)
+    console.print("All forgotten." if combined.forgotten else "Not all forgotten.")
+    console.print(
+        f"Rank {combined.rank}, written to {combined.output}. Before you publish it, remove its "
+        "private.key: whoever holds it and one of the pictures can tell that the picture was used.",
+        soft_wrap=True,
+    )
 
 
 def share_lines(console: Console, share: Share, of: int, output: Path) -> None:
