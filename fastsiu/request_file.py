@@ -9,6 +9,7 @@ from typing import Any
 from .guards.strict_json import parse_json
 from .request import BadInput, Request
 from .text.concept import concept_of
+from .text.names import Names
 
 PATHS = ("image", "images", "retain", "data")
 
@@ -29,6 +30,7 @@ def read_requests(path: Path) -> list[tuple[int, Request]]:
             f"{path} is not UTF-8 text: give a JSONL file with one request a line."
         ) from error
     found: list[tuple[int, Request]] = []
+    names = Names()  # of all requests but the last
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -39,12 +41,16 @@ def read_requests(path: Path) -> list[tuple[int, Request]]:
             raise BadInput(
                 f"{path}, line {number}: {text}. A line is an object with 'image' and 'concept'."
             ) from error
-        for earlier, other in found:
-            if concept_of(other).same(request.concept):
-                raise BadInput(
-                    f"{path}, line {number}: {request.concept} is asked for on line {earlier} "
-                    "already: remove one."
-                )
+        earlier = names.first(request.concept)
+        if earlier is None and found:
+            last, other = found[-1]
+            names.add(concept_of(other), last)
+            earlier = names.first(request.concept)
+        if earlier is not None:
+            raise BadInput(
+                f"{path}, line {number}: {request.concept} is asked for on line {earlier} "
+                "already: remove one."
+            )
         found.append((number, request))
     if not found:
         raise BadInput(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -136,6 +135,17 @@ def _is_all_of(name: str, text: str) -> bool:
     return Concept(name, as_word=True).spans(text, include_parts=False) == [(0, len(text))]
 
 
+def keys_of(form: str) -> set[tuple[str, ...]]:
+    """What the key of a text (`confusables.key`) has to hold, so that the form may stand in it in
+    its own script: all of one of these."""
+    return {needle.keys for needle in ways(form, True, True, False)}
+
+
+def words_of(form: str) -> list[tuple[str, ...]]:
+    """The words of a form, as they are looked for in other scripts."""
+    return [words for words, _ in _spoken(Concept(form, as_word=True))]
+
+
 def concept_of(request: Request) -> Concept:
     """The concept that a request names."""
     return Concept(request.concept, request.aliases, request.as_word)
@@ -189,7 +199,7 @@ def _needles(concept: Concept) -> tuple[Needle, ...]:
             out += ways(part, False, spelling.BREAKS.split(own)[-1].endswith(part), only)
     for form in concept.forms():
         for family, _, _ in spelling.divided(bare(form)) if len(form.split()) == 1 else ():
-            pattern = re.compile(spelling.honoured(family))
+            pattern = spelling.honoured(family)
             text = plain(family).text
             out.append(Needle(family, text, pattern, (confusables.key(text),), False, False, False))
     return tuple(out)

@@ -25,25 +25,36 @@ class Needle:
 
     form:     as the name writes it
     text:     as the pattern writes it, folded
-    pattern:  searched in the reading's text; its group 1 is the name
+    written:  the source of `pattern`, which is compiled when it is first searched: most names are
+              looked for in no text that could hold them
     keys:     a text whose key lacks one of these cannot hold the name; a cheap test before the
               pattern
     whole:    a form, not a part
     last:     makes a name by itself: a form, or the last word of one
     only:     counts only where it is used as a name
-    spelled:  the pattern of its letters one by one; None for too few letters
+    letters:  the source of `spelled`; None for too few letters
     marked:   counts only where the text writes an umlaut
     """
 
     form: str
     text: str
-    pattern: re.Pattern[str]
+    written: str
     keys: tuple[str, ...]
     whole: bool
     last: bool
     only: bool
-    spelled: re.Pattern[str] | None = None
+    letters: str | None = None
     marked: bool = False
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Searched in the reading's text; its group 1 is the name."""
+        return re.compile(self.written)
+
+    @functools.cached_property
+    def spelled(self) -> re.Pattern[str] | None:
+        """The pattern of its letters one by one."""
+        return None if self.letters is None else re.compile(self.letters)
 
     @functools.cached_property
     def scripts(self) -> frozenset[str]:
@@ -85,7 +96,7 @@ def _needle(
 ) -> Needle:
     words = text.split()
     if not spelling.spaced(text):
-        pattern = re.compile(spelling.run_on(text, part=not whole))
+        pattern = spelling.run_on(text, part=not whole)
         return Needle(
             form, text, pattern, (*map(confusables.key, words),), whole, last, only, None, marked
         )
@@ -98,12 +109,12 @@ def _needle(
     edge = final[: closing.start()][-1:] if closing else final[-1]
     before = spelling.BEFORE if first.isalnum() else ""
     after = spelling.AFTER if edge.isalnum() else ""
-    pattern = re.compile(f"{before}(?=({body}){after})")
+    pattern = f"{before}(?=({body}){after})"
     letters = re.sub(r"[^\w\s]|_", "", " ".join(map(confusables.unstyled, words))).strip()
     alphabet = all(c.lower() != c.upper() for c in letters if not c.isspace())
     one_by_one = None
     if alphabet and len(letters.replace(" ", "")) > 2 and len(letters.split()[0]) > 1:
-        one_by_one = re.compile(rf"(?<![^\W_])({spelling.spelled(letters)})(?![^\W_])")
+        one_by_one = rf"(?<![^\W_])({spelling.spelled(letters)})(?![^\W_])"
     keys = tuple(confusables.key(spelling.stem(word)) for word in words)
     return Needle(form, text, pattern, keys, whole, last, only, one_by_one, marked)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import re
 import unicodedata
@@ -161,12 +162,11 @@ def sounding(
     anyascii transcribes each script. Han is read as Chinese, and only whole names that begin with a
     Chinese family name count. Arabic and Hebrew need four consonants or more.
     """
-    own = script(next((c for c in words[0] if c.isalpha()), " "))
+    own = _own(words)
     for kind in plain(text).scripts:
-        pair = {own, kind}
-        if not own or kind == own or not ("LATIN" in pair or pair == {"HIRAGANA", "KATAKANA"}):
+        voice = _voice(own, kind)
+        if voice is None:
             continue
-        voice = _VOICES.get(own) or _VOICES.get(kind, "")
         keys = _said(words, parts, voice)
         if not keys:
             continue
@@ -185,6 +185,19 @@ def sounding(
                     yield from _from(keys, listened, i, kind, voice)
 
 
+def _own(words: tuple[str, ...]) -> str:
+    """The script of a name; "" for one without letters."""
+    return script(next((c for c in words[0] if c.isalpha()), " "))
+
+
+def _voice(own: str, kind: str) -> str | None:
+    """How names of one script are heard in words of another; None where they are not compared."""
+    pair = {own, kind}
+    if not own or kind == own or not ("LATIN" in pair or pair == {"HIRAGANA", "KATAKANA"}):
+        return None
+    return _VOICES.get(own) or _VOICES.get(kind, "")
+
+
 @functools.lru_cache(4096)
 def _said(words: tuple[str, ...], parts: tuple[str, ...], voice: str) -> dict[str, bool]:
     """The sounds of the parts and of the whole name; True for the whole name."""
@@ -198,7 +211,7 @@ def _said(words: tuple[str, ...], parts: tuple[str, ...], voice: str) -> dict[st
 def nearly_sounding(words: tuple[str, ...], parts: tuple[str, ...], text: str) -> bool:
     """Whether a word of another script in `text` sounds nearly like the name or a part: one letter
     may differ from 6 letters on, two from 10 on. "Aleksandr" and "Alexander"."""
-    own = script(next((c for c in words[0] if c.isalpha()), " "))
+    own = _own(words)
     keys = {sound(word, "") for word in (*parts, *words[: len(words) == 1])}
     keys = {key for key in keys if len(key) >= LETTERS}
     for kind in plain(text).scripts if keys and own not in _VOICES else ():
@@ -210,6 +223,58 @@ def nearly_sounding(words: tuple[str, ...], parts: tuple[str, ...], text: str) -
                     if any(within(key, said, 2 if len(key) >= LONG else 1) for key in keys):
                         return True
     return False
+
+
+class Index:
+    """Many names by what they sound like, each under a number: which of them `sounding` may find as
+    a whole in a text."""
+
+    def __init__(self) -> None:
+        # script of the names and voice -> sounds in order, and the numbers of each
+        self._sounds: dict[tuple[str, str], tuple[list[str], dict[str, set[int]]]] = {}
+
+    def add(self, words: tuple[str, ...], number: int) -> None:
+        own = _own(words)
+        for voice in {_VOICES[own]} if own in _VOICES else {"", *_VOICES.values()}:
+            for key in _said(words, (), voice):
+                order, numbers = self._sounds.setdefault((own, voice), ([], {}))
+                if key not in numbers:
+                    bisect.insort(order, key)
+                numbers.setdefault(key, set()).add(number)
+
+    def find(self, text: str) -> set[int]:
+        """The numbers of all names that `sounding` finds as a whole in `text`, and of a few
+        others."""
+        found: set[int] = set()
+        for kind in plain(text).scripts:
+            for (own, voice), (order, numbers) in self._sounds.items():
+                if voice == _voice(own, kind):
+                    for key in _heard_in(text, kind, voice, order):
+                        found |= numbers.get(key, set())
+        return found
+
+
+def _begins(said: str, order: Sequence[str]) -> bool:
+    """Whether one of the sounds in `order` begins so."""
+    place = bisect.bisect_left(order, said)
+    return place < len(order) and order[place].startswith(said)
+
+
+def _heard_in(text: str, kind: str, voice: str, order: Sequence[str]) -> Iterator[str]:
+    """What up to four words of a text in one script sound like, as far as one of the sounds in
+    `order` begins so. As `_from` reads them, but with every way to say a word."""
+    if kind == "CJK":
+        yield from _pinyin(text)
+        return
+    words = heard(text, kind)
+    for i in range(len(words)):
+        now = {""}
+        for last in range(i, min(i + 4, len(words))):
+            if last > i and words[last].start - words[last - 1].end > 2:
+                break
+            more = _says(words[last].word, kind, voice)
+            now = {one + said for one in now for said in more if _begins(one + said, order)}
+            yield from now
 
 
 def _from(
