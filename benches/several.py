@@ -1,11 +1,12 @@
 """Several requests on the embedded model, one after another, all at once, or each by itself and
 then added up: is everyone still forgotten at the end?
 
-    python benches/several.py            one after another and all at once, ten concepts; prints the
+    python benches/several.py            all at once and one after another, ten concepts; prints the
                                          table, appends to benches/results/several.jsonl
     python benches/several.py --modes joint combine --requests 2 4
-                                         others; --adapters DIR keeps the adapters that are added
-                                         up, so that a second run need not train them again
+                                         others; --weight W adds each adapter W times, --skip N
+                                         leaves out the first N concepts, --adapters DIR keeps the
+                                         adapters, so that a second run need not train them again
     python benches/several.py --quick    two concepts, one after another, two steps each; appends
                                          nothing
     python benches/several.py --table    print the table of the newest results
@@ -18,13 +19,12 @@ training never saw; the untouched model gets the same ones. The last columns are
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import attacks
 import forgetting
@@ -34,11 +34,19 @@ MODES = ("joint", "sequence", "combine")
 FRESH = 24  # renderings of each concept
 
 
+class Sum(NamedTuple):
+    """adapters: where those that are added up are kept; None: nowhere. weight: how often each is
+    added"""
+
+    adapters: Path | None = None
+    weight: float = 1.0
+
+
 def one_run(
-    mode: str, requests: int, seed: int, adapters: Path | None = None, **overrides: Any
+    mode: str, requests: int, seed: int, skip: int, summed: Sum, **overrides: Any
 ) -> dict[str, Any]:
-    """Forgets the first `requests` concepts of the world; counts on fresh renderings of them and of
-    all others. adapters: where those that are added up are kept; None: nowhere"""
+    """Forgets the first `requests` concepts of the world after those to skip; counts on fresh
+    renderings of them and of all others."""
     from fastsiu.demo import MODEL_DIR
     from fastsiu.demo.world import KNOWN, LOOKALIKES, World, draw
     from fastsiu.model import adapter, vlm
@@ -46,7 +54,7 @@ def one_run(
     from fastsiu.settings import RecipeChoice
     from fastsiu.text.concept import Concept
 
-    world, wanted = World(), KNOWN[:requests]
+    world, wanted = World(), KNOWN[skip : skip + requests]
     with tempfile.TemporaryDirectory() as name:
         folder, records = Path(name), []
         for number, concept in enumerate(wanted):
@@ -56,7 +64,7 @@ def one_run(
         listener = Listener(note=lambda text: print(f"  {text}", flush=True))
         recipe = RecipeChoice(changes={"seed": seed, **overrides})
         if mode == "combine":
-            made = added_up(folder, adapters or folder / "out", recipe, listener)
+            made = added_up(folder, summed, recipe, listener)
         else:
             made = trained_together(folder, mode, recipe, listener)
         loaded = vlm.load(str(MODEL_DIR))
@@ -78,6 +86,7 @@ def one_run(
     return {
         "mode": mode,
         "requests": requests,
+        **({"skip": skip} if skip else {}),
         "seed": seed,
         "overrides": overrides,
         **made,
@@ -107,17 +116,19 @@ def trained_together(folder: Path, mode: str, recipe: Any, listener: Any) -> dic
     }
 
 
-def added_up(folder: Path, adapters: Path, recipe: Any, listener: Any) -> dict[str, Any]:
+def added_up(folder: Path, summed: Sum, recipe: Any, listener: Any) -> dict[str, Any]:
     """The sum of adapters that were trained apart, and what became of each request. The seconds are
     those of all trainings and of the sum, also where an adapter was there before."""
     from fastsiu import combine, independent
     from fastsiu.output import read_report
 
-    file = folder / "requests.jsonl"
+    file, adapters = folder / "requests.jsonl", summed.adapters or folder / "out"
     each = independent.unlearn_each(file, recipe=recipe, output=adapters, listener=listener)
     places = [adapters / o.output for o in each.outcomes if o.output]
     started = time.perf_counter()
-    made = combine.combine(places, file, output=folder / "sum", listener=listener)
+    made = combine.combine(
+        places, file, weight=summed.weight, output=folder / "sum", listener=listener
+    )
     seconds = time.perf_counter() - started
     seconds += sum(sum(read_report(place)["seconds"].values()) for place in places)
     outcomes = [
@@ -130,6 +141,7 @@ def added_up(folder: Path, adapters: Path, recipe: Any, listener: Any) -> dict[s
         "forgotten": made.forgotten,
         "outcomes": outcomes,
         "rank": made.rank,
+        "weight": summed.weight,
         "adapter": made.output,
     }
 
@@ -230,7 +242,7 @@ def table(records: list[dict[str, Any]]) -> str:
             "| "
             + " | ".join(
                 [
-                    r["mode"],
+                    r["mode"] + (f", {w:g} times each" if (w := r.get("weight", 1)) != 1 else ""),
                     str(r["requests"]),
                     str(sum(o["status"] == "forgotten" for o in r["outcomes"])),
                     f"{100 * named / n:.1f} % (n {n})",
@@ -248,14 +260,26 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def runs(options: argparse.Namespace) -> list[tuple[int, str, float]]:
+    """(requests, mode, weight) of each run that was asked for; only a sum has weights."""
+    return [
+        (requests, mode, weight)
+        for requests in options.requests
+        for mode in options.modes
+        for weight in (options.weight if mode == "combine" else [1.0])
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=["sequence", "joint"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["joint", "sequence"])
     parser.add_argument("--requests", type=int, nargs="+", default=[10])
+    parser.add_argument("--weight", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--skip", type=int, default=0)
     parser.add_argument("--adapters", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -263,17 +287,20 @@ def main() -> None:
         if not RESULTS.is_file():
             parser.error("there are no results yet: run without --table first")
         records = map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
-        newest = {(r["requests"], r["mode"]): r for r in records}
-        wanted = [(n, mode) for n in options.requests for mode in MODES if mode in options.modes]
+        newest = {
+            (r["requests"], r["mode"], r.get("weight", 1.0), r.get("skip", 0)): r for r in records
+        }
+        wanted = [(*run, options.skip) for run in runs(options)]
         print(table([newest[key] for key in wanted if key in newest]))
         return
     import torch
 
-    modes, requests, overrides = options.modes, options.requests, {}
+    overrides = {}
     if options.quick:
-        modes, requests, overrides = ["sequence"], [2], {"steps": 2, "dreams": 0}
-    for number, mode in itertools.product(requests, modes):
-        made = one_run(mode, number, options.seed, options.adapters, **overrides)
+        options.modes, options.requests, overrides = ["sequence"], [2], {"steps": 2, "dreams": 0}
+    for requests, mode, weight in runs(options):
+        summed = Sum(options.adapters, weight)
+        made = one_run(mode, requests, options.seed, options.skip, summed, **overrides)
         date = datetime.now(UTC).isoformat(timespec="seconds")
         stamp = {"date": date, "commit": forgetting.commit(), "torch": torch.__version__}
         if not options.quick:

@@ -35,6 +35,8 @@ SUM = (
     "The adapter is the sum of {} adapters that were trained apart: none of them has seen what the "
     "others change."
 )
+WEIGHED = "Each of the adapters was added {:g} times."
+HEAVIEST = 100.0
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def combine(
     directories: Sequence[str | Path],
     file: str | Path,
     *,
+    weight: float = 1.0,
     model: ModelRef = ModelRef(),
     settings: Settings = Settings(),
     report: ReportOptions = ReportOptions(),
@@ -126,15 +129,20 @@ def combine(
 
     file:     JSONL file of requests, in which each concept is found by its name: pictures are never
               stored
+    weight:   how often each adapter is added, above 0; 1 is the plain sum
     settings: `device`, `dtype`, `quantize` and `attention` of the model that is asked
 
-    Raises BadInput (nothing is written) for fewer than two directories, for one that is not a
-    finished output or was changed, for adapters of other weights or that cannot be added, for a
-    concept that is there twice or has no line in the file, and for a picture in which the untouched
-    model does not name it; NumericFailure for an adapter with NaN or infinity.
+    Raises BadInput (nothing is written) for another weight, for fewer than two directories, for one
+    that is not a finished output or was changed, for adapters of other weights or that cannot be
+    added, for a concept that is there twice or has no line in the file, and for a picture in which
+    the untouched model does not name it; NumericFailure for an adapter with NaN or infinity.
     """
     listener = listener or Listener()
     outputs.check_shown(report.redact, report.embed_image)
+    if not 0 < weight <= HEAVIEST:
+        raise BadInput(
+            f"The weight is {weight!r:.40}: give a number above 0, at most {HEAVIEST:g}."
+        )
     asked = dict(read_requests(Path(file)))
     parts = [_part(Path(directory)) for directory in directories]
     if len(parts) < 2:
@@ -157,6 +165,7 @@ def combine(
     largest = max(images, key=lambda image: image.width * image.height)
     layout = choose_layout(model, settings, parts[0].recipe, largest, listener)
     decides = {"dtype": settings.dtype} | deciding(layout) | report.deciding
+    decides |= {"weight": weight} if weight != 1 else {}
     digest = _digest(chosen, model, weights, decides)
     destination = Path(output) if output is not None else outputs.random_directory()
     with outputs.reserved(destination, digest) as found:
@@ -168,18 +177,18 @@ def combine(
             loaded = load(model, layout, vlm.Budget(), listener)
         try:
             with vlm.threads(loaded), staging.Staging(destination.absolute().parent) as place:
-                notes = _check_base(parts, loaded, model, weights)
+                notes = [SUM.format(len(parts)), *([WEIGHED.format(weight)] if weight != 1 else [])]
+                notes += _check_base(parts, loaded, model, weights)
                 listener.stage("Asking the untouched model who is shown")
                 scenes = [_scene(loaded, one, chosen) for one in chosen]
                 listener.stage(f"Adding up {len(parts)} adapters")
-                rank = adapter_sum.add_up(loaded.base, [p.directory for p in parts], place)
+                given = [part.directory for part in parts]
+                rank = adapter_sum.add_up(loaded.base, given, place, weight=weight)
                 adapter.load(loaded, place)
                 reports = []
                 for number, (one, scene) in enumerate(zip(chosen, scenes, strict=True), 1):
                     listener.stage(f"Asking about concept {number} of {len(chosen)}")
-                    reports.append(
-                        _judged(one, scene, model.name, [SUM.format(len(parts)), *notes])
-                    )
+                    reports.append(_judged(one, scene, model.name, notes))
                 listener.stage("Writing the output")
                 written = driver.write(
                     destination,

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from fastsiu import cli, combine, driver, manifest, push, staging, upkeep
 from fastsiu.model import adapter
+from fastsiu.report.redact import redacted
+from fastsiu.report.sentences import LEFT_OUT
 from fastsiu.report.words import CONCEPT
 from fastsiu.request import BadInput, Recipe, Request
 from fastsiu.settings import ModelRef, ReportOptions, Settings
@@ -134,6 +136,24 @@ def test_the_sum_is_an_output_with_the_verdict_of_each(
     assert again.repeated and again.rows == made.rows and again.rank == 6 and len(asked.ons) == 2
     with pytest.raises(BadInput, match="another request"):
         added([outputs / "two", outputs / "one"], file, tmp_path / "sum")
+
+
+def test_each_may_be_added_less_than_once(outputs, file, asked, loaded, tmp_path):
+    places = [outputs / "one", outputs / "two"]
+    made = added(places, file, tmp_path / "half", weight=0.5)
+    one, two, both = (deltas(loaded, p) for p in (*places, made.output))
+    top = max(float(delta.abs().max()) for delta in both.values())
+    for name, delta in both.items():
+        assert torch.allclose(delta, 0.5 * (one[name] + two[name]), rtol=0, atol=1e-6 * top), name
+    report = json.loads((made.output / "001" / "report.json").read_text())
+    assert "Each of the adapters was added 0.5 times." in report["caveats"]
+    assert LEFT_OUT not in redacted(report)["caveats"]
+    assert manifest.read(made.output)["settings"]["weight"] == 0.5
+    with pytest.raises(BadInput, match="another request"):
+        added(places, file, tmp_path / "half")
+    for wrong in (0.0, -1.0, float("nan"), 1e9):
+        with pytest.raises(BadInput, match="give a number above 0, at most 100"):
+            added(places, file, tmp_path / "n", weight=wrong)
 
 
 def test_language_and_vision_and_outputs_of_several_concepts(

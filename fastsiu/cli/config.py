@@ -29,7 +29,8 @@ NOT_REPEATED = frozenset({"output", "json", "quiet", "judge_key", "context"})
 HARMLESS = frozenset(
     """revision device dtype quantize attention checkpointing micro_batch optimizer memory preset
     mode substitute adapt kind alpha beta steps lr rank lora_alpha batch_size renormalize seed
-    redact max_new_tokens attacks limit per_other processes no_verify verify unlearn""".split()
+    weight redact max_new_tokens attacks limit per_other processes no_verify verify
+    unlearn""".split()
 )
 
 

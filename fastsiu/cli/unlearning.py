@@ -45,6 +45,7 @@ from .options import (
     Steps,
     Substitute,
     Weight,
+    finite,
 )
 
 
@@ -254,6 +255,12 @@ def combine(
     request: Annotated[
         Path, typer.Option(help="JSONL file with their requests: the verdict needs the pictures.")
     ],
+    weight: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=100.0, callback=finite, help="How often each is added; 1 is the plain sum."
+        ),
+    ] = 1.0,
     model: Model = None,
     revision: Revision = None,
     output: Annotated[
@@ -281,6 +288,7 @@ def combine(
         combined = combining.combine(
             adapters,
             request,
+            weight=weight,
             model=ModelRef(model, revision),
             settings=Settings(device, dtype, quantize=quantize, attention=attention),
             report=ReportOptions(redact, run=as_toml(context, redact)),

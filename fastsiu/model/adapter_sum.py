@@ -32,8 +32,7 @@ _WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pa
 
 
 class Factors(NamedTuple):
-    """The change of one weight, b @ a. a: fp32 [r, in], with the adapter's scale; b: fp32
-    [out, r]."""
+    """The change of one weight, b @ a. a: fp32 [r, in], scaled; b: fp32 [out, r]."""
 
     a: Tensor
     b: Tensor
@@ -57,12 +56,15 @@ def check(directory: Path) -> dict[str, Any]:
     return found
 
 
-def add_up(base: nn.Module, directories: Sequence[Path], place: Path) -> int:
+def add_up(
+    base: nn.Module, directories: Sequence[Path], place: Path, *, weight: float = 1.0
+) -> int:
     """Writes to `place` the adapter that changes each weight by the sum of what those in
     `directories` change. Returns its rank: the largest sum of ranks on one layer. Layers with fewer
     get zeros, so that any reader of LoRA needs no pattern of ranks; the scale is 1.
 
-    base: the model, for the names of its layers
+    base:   the model, for the names of its layers
+    weight: how often each adapter is added
 
     Raises BadInput where `check` does or an adapter is damaged, and NumericFailure for NaN or
     infinity in one.
@@ -71,7 +73,8 @@ def add_up(base: nn.Module, directories: Sequence[Path], place: Path) -> int:
     for found, directory in zip(configs, directories, strict=True):
         check_patterns(base, found, directory)
     parts = [
-        factors(found, directory) for found, directory in zip(configs, directories, strict=True)
+        factors(found, directory, weight)
+        for found, directory in zip(configs, directories, strict=True)
     ]
     names = sorted({name for part in parts for name in part})
     joined = {name: _side_by_side(name, parts, directories) for name in names}
@@ -95,8 +98,8 @@ def add_up(base: nn.Module, directories: Sequence[Path], place: Path) -> int:
     return rank
 
 
-def factors(found: Mapping[str, Any], directory: Path) -> dict[str, Factors]:
-    """By the layer's name, what a stored adapter adds to its weight.
+def factors(found: Mapping[str, Any], directory: Path, weight: float = 1.0) -> dict[str, Factors]:
+    """By the layer's name, what a stored adapter adds to its weight, `weight` times.
 
     found: from `check`
     """
@@ -114,7 +117,8 @@ def factors(found: Mapping[str, Any], directory: Path) -> dict[str, Factors]:
     for name, side in sides.items():
         if side.keys() != {"A", "B"} or side["A"].shape[0] != side["B"].shape[1]:
             raise BadInput(f"The adapter in {directory} is damaged ({name}): train again.")
-        a = (side["A"].double() * _scale(found, name, len(side["A"]))).float()
+        scale = weight * _scale(found, name, len(side["A"]))
+        a = (side["A"].double() * scale).float()
         b = side["B"].float()
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise NumericFailure(

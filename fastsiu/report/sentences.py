@@ -197,6 +197,7 @@ SENTENCES = (
     "Only these weights were changed: the untouched model and its copies know what they knew.",
     "The adapter is the sum of # adapters that were trained apart: none of them has seen what the "
     "others change.",
+    "Each of the adapters was added # times.",
     "The adapter was trained on the model in nf4, and merged into the weights that were not "
     "quantised.",
     "The adapter was trained on the model in int8, and merged into the weights that were not "
