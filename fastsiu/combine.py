@@ -148,7 +148,9 @@ def combine(
     if len(parts) < 2:
         raise BadInput("One adapter has nothing to be added to: give two --output directories.")
     chosen = _chosen(parts, asked, Path(file))
-    report = replace(report, redact=report.redact or any(c.told.get("redacted") for c in chosen))
+    if any(one.told.get("redacted") for one in chosen) and not report.redact:
+        # reports without names make a report without names, and no file that repeats the command
+        report = replace(report, redact=True, run="")
     images = []
     for one in chosen:
         try:

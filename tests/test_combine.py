@@ -173,7 +173,8 @@ def test_language_and_vision_and_outputs_of_several_concepts(
 
 
 def test_without_names_the_picture_tells_the_line(outputs, file, asked, cast, tmp_path):
-    made = added([outputs / "one", outputs / "hidden"], file, tmp_path / "sum")
+    told = ReportOptions(run=f'request = "{cast.target}.jsonl"')
+    made = added([outputs / "one", outputs / "hidden"], file, tmp_path / "sum", report=told)
     assert [(row.line, row.concept) for row in made.rows] == [(3, CONCEPT), (2, CONCEPT)]
     for path in tmp_path.joinpath("sum").rglob("*"):
         text = path.read_bytes() if path.is_file() else b""

@@ -167,7 +167,7 @@ def test_the_file_repeats_the_run(verb, tmp_path, monkeypatch):
             assert f"{name.replace('_', '-')} =" not in text, name
         elif isinstance(value, type(tmp_path)):
             assert again.params[name] == tmp_path / value, name
-        elif name == "adapters":
+        elif name == "adapters" and value is not None:
             assert again.params[name] == [tmp_path / one for one in value]
         else:
             assert again.params[name] == value, name
