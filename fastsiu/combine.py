@@ -30,6 +30,7 @@ from .session import Listener, timed
 from .settings import ModelRef, ReportOptions, Settings, choose_layout, deciding, load
 from .staging import check_space
 from .text.concept import ambiguous, concept_of
+from .text.names import Names
 
 SUM = (
     "The adapter is the sum of {} adapters that were trained apart: none of them has seen what the "
@@ -243,10 +244,13 @@ def _labels(sealed: Mapping[str, Any]) -> list[str]:
 
 
 def _chosen(parts: Sequence[Part], asked: Mapping[int, Request], file: Path) -> list[Chosen]:
+    names = Names()
+    for line, request in asked.items():
+        names.add(concept_of(request), line)
     chosen: list[Chosen] = []
     for part in parts:
         for number, told in enumerate(part.told):
-            line = _line(part, number, told, asked, file)
+            line = _line(part, number, told, asked, names, file)
             for other in chosen:
                 if other.line == line:
                     raise BadInput(
@@ -258,7 +262,12 @@ def _chosen(parts: Sequence[Part], asked: Mapping[int, Request], file: Path) -> 
 
 
 def _line(
-    part: Part, number: int, told: Mapping[str, Any], asked: Mapping[int, Request], file: Path
+    part: Part,
+    number: int,
+    told: Mapping[str, Any],
+    asked: Mapping[int, Request],
+    names: Names,
+    file: Path,
 ) -> int:
     """The line about the concept of a report: the one with its name or, where the report has none,
     with its picture."""
@@ -271,7 +280,7 @@ def _line(
             )
         return fits[0]
     name = str(told.get("concept") or "")
-    line = next((n for n, request in asked.items() if concept_of(request).same(name)), None)
+    line = names.first(name)
     if line is None:
         raise BadInput(
             f"{file} has no line about {name}, whom {part.directory} forgets: add it, with a "
