@@ -13,10 +13,11 @@ from .. import __version__
 from ..guards.terminal import Terminal, as_json
 from ..request import BadInput
 
-# The order of the verbs in --help, whatever file has them. A verb that is not here comes last.
+# The order of the verbs in --help, that of README's table, whatever file has them. A verb that is
+# not here comes last.
 ORDER = (
-    *("benchmark", "app", "audit", "push", "eval", "suite", "merge", "compare"),
-    *("unlearn", "ask", "data", "plan", "demo", "verify", "purge"),
+    *("unlearn", "ask", "eval", "suite", "benchmark", "merge", "combine", "audit", "push", "app"),
+    *("data", "plan", "compare", "verify", "purge", "demo"),
 )
 
 

@@ -7,7 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import typer
 import yaml
+
+from fastsiu.cli import app
+from fastsiu.cli.app import ORDER
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -46,6 +50,14 @@ def test_the_readme_is_narrow():
 def test_the_readme_begins_with_the_two_commands():
     block = (ROOT / "README.md").read_text().split("```")[1].strip().splitlines()
     assert [line.split(" #")[0].strip() for line in block] == FIRST
+
+
+def test_the_readme_and_help_list_all_verbs_in_one_order():
+    told = (ROOT / "README.md").read_text().split("| verb |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (`.+?`) \|", told, flags=re.M)
+    group = typer.main.get_command(app)
+    assert [verb for row in rows for verb in re.findall(r"`(\w+)`", row)] == list(ORDER)
+    assert group.list_commands(typer.Context(group)) == list(ORDER)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
