@@ -89,7 +89,7 @@ class Combined:
 
 
 @dataclass(frozen=True)
-class Part:
+class PartOfSum:
     """A finished output that is added up.
 
     sealed: its manifest
@@ -105,10 +105,10 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class PartConcept:
     """One concept of a part, and its request, which has the picture for the verdict."""
 
-    part: Part
+    part: PartOfSum
     told: dict[str, Any]
     line: int
     request: Request
@@ -209,7 +209,7 @@ def combine(
 # What is given ------------------------------------------------------------------------------------
 
 
-def _part(directory: Path) -> Part:
+def _part(directory: Path) -> PartOfSum:
     sealed = manifest.read(directory)
     changed = manifest.changed(directory, sealed)
     changed.pop(card.NAME, None)  # a model card may be edited
@@ -234,7 +234,7 @@ def _part(directory: Path) -> Part:
     known = {f.name for f in fields(Recipe)}
     given = {k: v.get("value") for k, v in sealed.get("recipe", {}).items() if k in known}
     own = adapter_files.check_files(directory, sealed)
-    return Part(directory, sealed, own, Recipe(**given), told)
+    return PartOfSum(directory, sealed, own, Recipe(**given), told)
 
 
 def _labels(sealed: Mapping[str, Any]) -> list[str]:
@@ -243,11 +243,13 @@ def _labels(sealed: Mapping[str, Any]) -> list[str]:
     return sorted(label for label in labels if label.split("/")[-1] == "image")
 
 
-def _chosen(parts: Sequence[Part], asked: Mapping[int, Request], file: Path) -> list[Chosen]:
+def _chosen(
+    parts: Sequence[PartOfSum], asked: Mapping[int, Request], file: Path
+) -> list[PartConcept]:
     names = Names()
     for line, request in asked.items():
         names.add(concept_of(request), line)
-    chosen: list[Chosen] = []
+    chosen: list[PartConcept] = []
     for part in parts:
         for number, told in enumerate(part.told):
             line = _line(part, number, told, asked, names, file)
@@ -257,12 +259,12 @@ def _chosen(parts: Sequence[Part], asked: Mapping[int, Request], file: Path) -> 
                         f"{part.directory} and {other.part.directory} forget the same concept "
                         f"({file}, line {line}): give one of them."
                     )
-            chosen.append(Chosen(part, told, line, asked[line]))
+            chosen.append(PartConcept(part, told, line, asked[line]))
     return chosen
 
 
 def _line(
-    part: Part,
+    part: PartOfSum,
     number: int,
     told: Mapping[str, Any],
     asked: Mapping[int, Request],
@@ -289,7 +291,7 @@ def _line(
     return line
 
 
-def _shows(part: Part, number: int, request: Request) -> bool:
+def _shows(part: PartOfSum, number: int, request: Request) -> bool:
     """Whether a request has the picture that a part was trained on; its key file tells."""
     try:
         key = bytes.fromhex((part.directory / outputs.KEY).read_text(encoding="ascii").strip())
@@ -304,7 +306,7 @@ def _shows(part: Part, number: int, request: Request) -> bool:
 
 
 def _check_base(
-    parts: Sequence[Part], loaded: vlm.VLM, model: ModelRef, weights: Mapping[str, str] | None
+    parts: Sequence[PartOfSum], loaded: vlm.VLM, model: ModelRef, weights: Mapping[str, str] | None
 ) -> list[str]:
     """What has to be said of adapters that no manifest ties to weights. Raises BadInput for one
     that was made for other weights."""
@@ -316,7 +318,7 @@ def _check_base(
 
 
 def _digest(
-    chosen: Sequence[Chosen],
+    chosen: Sequence[PartConcept],
     model: ModelRef,
     weights: dict[str, str] | None,
     decides: Mapping[str, Any],
@@ -337,7 +339,7 @@ def _digest(
     return hashlib.sha256(json.dumps(["combine 1", *each]).encode()).hexdigest()
 
 
-def _room(parts: Sequence[Part]) -> int:
+def _room(parts: Sequence[PartOfSum]) -> int:
     """Bytes that the output takes, about, and once more while it is made."""
     sizes = ((part.directory / adapter_files.ADAPTER).stat().st_size for part in parts)
     return outputs.ROOM + 2 * sum(sizes)
@@ -346,7 +348,7 @@ def _room(parts: Sequence[Part]) -> int:
 # What is asked ------------------------------------------------------------------------------------
 
 
-def _scene(loaded: vlm.VLM, one: Chosen, chosen: Sequence[Chosen]) -> Scene:
+def _scene(loaded: vlm.VLM, one: PartConcept, chosen: Sequence[PartConcept]) -> Scene:
     """The concept as its training saw it, with the others as further ones to forget."""
     recipe = one.part.recipe
     if any(other.part.recipe.sees_anew for other in chosen):
@@ -358,7 +360,7 @@ def _scene(loaded: vlm.VLM, one: Chosen, chosen: Sequence[Chosen]) -> Scene:
     return scene
 
 
-def _judged(one: Chosen, scene: Scene, model: str, notes: Sequence[str]) -> dict[str, Any]:
+def _judged(one: PartConcept, scene: Scene, model: str, notes: Sequence[str]) -> dict[str, Any]:
     """The report of one concept, asked of the sum."""
     verdict, answers = decide(
         scene, load_directory(one.request.images), load_directory(one.request.retain)
@@ -379,7 +381,7 @@ def _judged(one: Chosen, scene: Scene, model: str, notes: Sequence[str]) -> dict
 # What came out ------------------------------------------------------------------------------------
 
 
-def _rows(chosen: Sequence[Chosen], reports: Sequence[Mapping[str, Any]]) -> list[Row]:
+def _rows(chosen: Sequence[PartConcept], reports: Sequence[Mapping[str, Any]]) -> list[Row]:
     """reports: as they were written"""
     rows = []
     for number, (one, report) in enumerate(zip(chosen, reports, strict=True), 1):
@@ -401,7 +403,7 @@ def _rows(chosen: Sequence[Chosen], reports: Sequence[Mapping[str, Any]]) -> lis
     return rows
 
 
-def _repeat(destination: Path, chosen: Sequence[Chosen]) -> Combined:
+def _repeat(destination: Path, chosen: Sequence[PartConcept]) -> Combined:
     reports = [
         outputs.read_report(destination / f"{number:03d}") for number in range(1, len(chosen) + 1)
     ]
