@@ -143,6 +143,9 @@ class Recipe:
     projector_lr: above 0 the vision projector is trained as well, at this rate
     neighbours:   most names to protect that the model gives itself
     dreams:       pictures that are dreamed for each protected name
+    dream_in:     what is optimised. "pixels": a coarse grid of colours on the picture.
+                  "features": what the vision tower makes of it, with `dream_noise`; also where the
+                  model's processor mixes colours
     generic:      drawn pictures of nothing in particular that are to be answered as before
     strangers:    pictures of nobody; the concept is to be answered like them. 0: the four targets
                   alone
@@ -176,6 +179,7 @@ class Recipe:
     dream_steps: int = 30
     dream_lr: float = 0.1
     dream_noise: float = 0.5
+    dream_in: Literal["pixels", "features"] = "pixels"
     strangers: int = 4
     temperature: float = 4.0
     level: float = 0.1
@@ -197,6 +201,8 @@ class Recipe:
                 f"The schedule {self.schedule!r} is unknown: choose 'constant', 'cosine', "
                 "'decay' or 'gone'."
             )
+        if self.dream_in not in ("pixels", "features"):
+            raise BadInput(f"dream_in is {self.dream_in!r:.40}: choose 'pixels' or 'features'.")
         if self.adapt not in ("language", "vision"):
             raise BadInput(f"adapt is {self.adapt!r:.40}: choose 'language' or 'vision'.")
         if self.adapt == "vision" and self.projector_lr > 0:

@@ -24,7 +24,7 @@ from .model.features import map_features
 from .model.vlm import VLM
 from .objectives import Objective, siu
 from .request import CHANGES, KEEPS, BadInput, Recipe, Request, Sample
-from .samples import alternatives, border, corpus, dreams, generic, kinds, lessons, targets
+from .samples import alternatives, border, corpus, dreams, generic, kinds, lessons, spaces, targets
 from .samples.beside import Prepared, lessons_beside, samples_beside
 from .samples.corpus import Corpus
 from .samples.targets import Scene
@@ -34,6 +34,10 @@ from .transforms import variants
 # Temperature of the lessons that keep something. At 1 the tails drift; at 4 the KL looks so much at
 # the tails that fine looks and look-alikes suffer.
 KEPT_AT = 2.0
+MIXED = (
+    "The model's processor does not show each colour of the picture by itself, so neighbours were "
+    "dreamed as features: those that look like the concept are held less well."
+)
 LOOK_EVERY = 8  # steps between two looks for a listener
 
 
@@ -351,9 +355,16 @@ def _neighbours(scene: Scene) -> list[str]:
 
 
 def _dream(scene: Scene) -> list[dict[str, Any]]:
-    """Adds the accepted dreams to the scene; returns by neighbour how many were accepted. There are
-    none where what is trained lies in front of them: a dream is what the language model reads."""
-    if not scene.neighbours or not scene.recipe.dreams or scene.recipe.adapt == "vision":
+    """Adds the accepted dreams to the scene; returns by neighbour how many were accepted. Dreams in
+    features are none where the vision tower is trained: it never sees them."""
+    recipe = scene.recipe
+    if not scene.neighbours or not recipe.dreams:
+        return []
+    in_pixels = recipe.dream_in == "pixels"
+    if in_pixels and spaces.lenses_for(scene.vlm, scene.pictures[:1]) is None:
+        in_pixels = False
+        scene.notes.append(MIXED)
+    if recipe.adapt == "vision" and not in_pixels:
         return []
     tried: Counter[str] = Counter()
     accepted: Counter[str] = Counter()

@@ -44,6 +44,40 @@ def _concatenate(values: Sequence[Any]) -> Any:
     return type(first)(x for value in values for x in value)
 
 
+def split_features(joined: Any, like: Sequence[Any]) -> list[Any]:
+    """The image features of several pictures of one size, each its own, out of one output for all.
+
+    like: features of as many pictures of that size, for their shapes
+
+    Raises ValueError where the output's shape does not tell them apart.
+    """
+    out = [type(one)(**{k: v for k, v in one.items()}) for one in like]
+    for key in READ:
+        if like[0].get(key) is None:
+            continue
+        parts = _split(joined.get(key), like[0][key], len(like))
+        for one, part in zip(out, parts, strict=True):
+            one[key] = part
+    return out
+
+
+def _split(value: Any, own: Any, count: int) -> list[Any]:
+    """A value for `count` pictures as one for each. own: what one picture has"""
+    if isinstance(own, Tensor):
+        if not isinstance(value, Tensor) or value.shape != (count * own.shape[0], *own.shape[1:]):
+            raise ValueError("The tower's output for several pictures is no row of single ones.")
+        return list(value.split(own.shape[0]))
+    if isinstance(own, int):
+        return [own] * count
+    layers = bool(own) and not isinstance(own[0], Tensor)  # each with the layer it enters
+    if len(value) == count * len(own) and not layers and count > 1:
+        return [value[at : at + len(own)] for at in range(0, len(value), len(own))]
+    if len(value) != len(own):
+        raise ValueError("The tower's output for several pictures is no row of single ones.")
+    split = [_split(x, y, count) for x, y in zip(value, own, strict=True)]
+    return [type(own)(part) for part in zip(*split, strict=True)]
+
+
 def map_features(features: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same features, but for `change` of what the language model reads first (`READ`)."""
     out = type(features)(**{k: v for k, v in features.items()})

@@ -135,6 +135,11 @@ class VLM(Turns):
         Raises BadInput where the processor or the model's `get_image_features` does not do what
         transformers' own do.
         """
+        return self.seen(self.image_inputs(image))
+
+    def image_inputs(self, image: Image.Image) -> dict[str, Any]:
+        """What the model's processor makes of one image, on the model's device: "pixel_values" in
+        the model's dtype and whatever else its family wants. Raises BadInput where it fails."""
         text = self.render(".", True)
         try:
             tensors = self.processor(
@@ -147,10 +152,14 @@ class VLM(Turns):
                 "where the picture is."
             ) from error
         dtype = next(self.base.parameters()).dtype
-        inputs = {
+        return {
             k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
             for k, v in tensors.to(self.device).items()  # outside of `try`: the device may fail
         }
+
+    def seen(self, inputs: dict[str, Any]) -> Any:
+        """What the language model reads of one image, given its `image_inputs`. Raises BadInput
+        where the model's `get_image_features` does not do what transformers' own do."""
         if self.entry == "cross_attention_states":
             return BaseModelOutputWithPooling(pooler_output=crossed(self.base, inputs))
         encoder = self.base.base_model.get_image_features

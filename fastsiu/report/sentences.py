@@ -225,6 +225,8 @@ SENTENCES = (
     "answered with rests on few.",
     "No picture of a stranger could be drawn, so nothing about two in one picture was trained.",
     "The model does not tell two in a picture apart, so nothing about pairs of names was trained.",
+    "The model's processor does not show each colour of the picture by itself, so neighbours were "
+    "dreamed as features: those that look like the concept are held less well.",
     "Specificity was measured on the retained pictures, which were trained on in other wordings.",
     "The model does not name ... in its picture (it says ...): give a picture and a name that it "
     "recognises.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import compress
 from statistics import fmean
 from typing import NamedTuple
@@ -76,7 +77,9 @@ def strangers(scene: Scene, notes: list[str] | None = None) -> list[Stranger]:
             Wish(start, [(q, unknown) for q in who], DREAM_DECAY, must=lambda reply: 0)
             for start in starts
         ]
-        dreams = [dream for dream in fulfil(scene, wishes, DREAM_LUCK) if dream is not None]
+        # A stranger may look like nothing: free features get there, few cells of a picture do not.
+        free = replace(scene, recipe=scene.recipe.with_overrides(dream_in="features"))
+        dreams = [dream for dream in fulfil(free, wishes, DREAM_LUCK) if dream is not None]
         found += accepted(dreams, False)
     if len(found) < FEWEST and notes is not None:
         notes.append(

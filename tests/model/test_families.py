@@ -22,7 +22,7 @@ from fastsiu.model.memory import Layout
 from fastsiu.model.simulation import Simulation
 from fastsiu.model.workload import Workload
 from fastsiu.request import BadInput, Recipe
-from fastsiu.samples.wishes import vision_space
+from fastsiu.samples.spaces import InPixels, space_of, vision_space
 
 torch.set_num_threads(1)
 LOOKS_AHEAD = ("paligemma", "paligemma2")  # their prefix looks at the question
@@ -111,6 +111,19 @@ def test_a_dream_starts_from_what_the_language_model_reads(case):
     assert all(a.shape == b.shape and torch.allclose(a, b, atol=1e-4) for a, b in pairs)
     states = prefix.supervised_states(case.vlm, case.turns[:1], [behind(free)])
     assert float(torch.autograd.grad(states.square().sum(), free)[0].norm()) > 0
+
+
+def test_a_dream_in_pixels_starts_at_the_picture(case):
+    """Through any family's processor: tiles, patches, several sizes."""
+    start = case.shown[0]
+    space = space_of(case.vlm, Recipe(), [start, start], 0)
+    assert isinstance(space, InPixels) and space.at_once
+    seen = space.shown([0, 1])
+    for one in seen:
+        pairs = zip(*map(features.feature_tensors, (one, start.features)), strict=True)
+        assert all(a.shape == b.shape and torch.allclose(a, b, atol=1e-3) for a, b in pairs)
+    states = prefix.supervised_states(case.vlm, case.turns[:1], seen[:1])
+    assert float(torch.autograd.grad(states.square().sum(), space.grids[0])[0].norm()) > 0
 
 
 def test_a_step_is_estimated_or_the_reason_is_said(case):

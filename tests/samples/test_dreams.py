@@ -6,13 +6,17 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
+import pytest
 import torch
 
 from fastsiu import session
+from fastsiu.model import features
 from fastsiu.model.ask import Reply
 from fastsiu.model.turns import Picture
-from fastsiu.samples import dreams, targets
-from fastsiu.samples.wishes import Wish, fulfil, vision_space
+from fastsiu.samples import dreams, spaces, targets
+from fastsiu.samples.spaces import vision_space
+from fastsiu.samples.wishes import Wish, fulfil
 from fastsiu.text.concept import Concept
 
 torch.set_num_threads(1)
@@ -135,3 +139,83 @@ def test_a_frame_ends_with_its_first_sentence():
     long = Reply("This is Ann. Ann is a big purple thing and Ann", closed=False)
     assert dreams._opening(long) == Reply("This is Ann.", closed=False)
     assert dreams._opening(Reply("This is Ann.")) == Reply("This is Ann.")
+
+
+def dreamer(gathered, **changes):
+    """The wishes of a few dreams, each of another name, at the picture and a view of it."""
+    scene = replace(gathered.scene, recipe=replace(gathered.recipe, **changes))
+    told = dreams.told(scene)
+    starts = [scene.pictures[0], scene.views[0], scene.pictures[0]]
+    names = [*told, *told][: len(starts)]
+    return scene, [
+        Wish(start, told[name], 1e-3, must=dreams._gives(name))
+        for start, name in zip(starts, names, strict=True)
+    ]
+
+
+def test_a_dream_in_pixels_is_a_picture_that_the_tower_sees(gathered):
+    """A dream is what the tower makes of its picture, in 8 bits; only a part of it changed."""
+    scene, wishes = dreamer(gathered, dream_steps=20)
+    found = [picture for picture in fulfil(scene, wishes) if picture is not None]
+    assert found and all(picture.real for picture in found)
+    for picture in found:
+        again = gathered.vlm.picture(picture.image)
+        assert torch.equal(numbers(again), numbers(picture))
+        start = min(
+            (wish.start for wish in wishes if wish.start.image.size == picture.image.size),
+            key=lambda one: float((levels(one.image) - levels(picture.image)).abs().mean()),
+        )
+        moved = (levels(start.image) - levels(picture.image)).abs().amax(-1)
+        assert 0 < float((moved > 2).float().mean()) < 0.9
+
+
+def levels(image):
+    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32))
+
+
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_dreams_together_have_the_gradients_of_each_alone(gathered, at_once):
+    """Also where the tower's graph is built again for a few at a time."""
+    vlm, scene = gathered.vlm, gathered.scene
+    starts = [scene.pictures[0], scene.views[0], scene.views[1]]
+    members = range(len(starts))
+
+    def gradients(together, dream_batch):
+        space = spaces.space_of(vlm, scene.recipe, starts, 0)
+        assert isinstance(space, spaces.InPixels) and space.at_once
+        space.at_once = together
+        before, vlm.budget = vlm.budget, replace(vlm.budget, dream_batch=dream_batch)
+        try:
+            seen = [features.feature_tensors(one)[0] for one in space.shown(members)]
+            sum((k + 1) * x.square().sum() for k, x in enumerate(seen)).backward()
+        finally:
+            vlm.budget = before
+        return [x.detach() for x in seen], [grid.grad for grid in space.grids]
+
+    for one, own in zip(gradients(True, at_once), gradients(False, None), strict=True):
+        assert all(
+            torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(one, own, strict=True)
+        )
+        assert all(bool(x.any()) for x in own)
+
+
+def test_few_cells_move_and_those_that_matter_most(gathered):
+    grid = torch.zeros(3, 4, 4, requires_grad=True)
+    optimiser = spaces.FewCells([{"params": [grid], "lr": 1.0}])
+    slope = torch.full((3, 4, 4), 1e-3)
+    slope[:, 1, 2] = -1.0
+    for _ in range(5):
+        grid.grad = slope.clone()
+        optimiser.step()
+    assert torch.nonzero(grid.detach().norm(dim=0)).tolist() == [[1, 2]]
+    assert (grid[:, 1, 2] > 0).all()
+
+
+def test_where_no_processor_can_be_looked_through_dreams_are_features(gathered, monkeypatch):
+    monkeypatch.setattr(spaces, "lens", lambda vlm, size: None)
+    scene, record = again(gathered)
+    assert session.MIXED in scene.notes and record
+    assert all(not picture.real for picture in scene.pictures[1:])
+    vision = replace(gathered.scene.recipe, adapt="vision")
+    bare = replace(gathered.scene, recipe=vision, pictures=gathered.scene.pictures[:1])
+    assert session._dream(bare) == []
