@@ -73,6 +73,9 @@ def budget(settings: Layout, batch_size: int, limited: bool = False) -> Budget:
     )
 
 
+DREAMS_SEEN = 8  # dreams in one forward of the vision tower, at most
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Bytes at the peak of a run under `settings`.
@@ -85,7 +88,8 @@ class Estimate:
                  and the loss's tiles
     kept:        the pictures' features and the teacher's statistics
     overhead:    of the driver and the allocator
-    asking, loading, vision: what those phases need beside weights and overhead
+    asking, loading, vision: what those phases need beside weights and overhead. The last one is the
+                 vision tower, with a picture or with the graph of a few dreams
     """
 
     settings: Layout

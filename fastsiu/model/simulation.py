@@ -30,7 +30,7 @@ from ..loss.teacher import TeacherCache
 from ..request import BadInput, Recipe
 from . import source
 from .faults import first_line
-from .memory import GB, Estimate, Layout
+from .memory import DREAMS_SEEN, GB, Estimate, Layout, budget
 from .placement import stack
 from .skeleton import at_rest, fake_mode, largest_weight, materialise, skeleton
 from .workload import Workload
@@ -122,7 +122,7 @@ class Simulation:
             overhead=int(OVERHEAD) if settings.device != "cpu" else 0,
             asking=self._run("asking", replace(settings, micro_batch=None, optimizer="adamw")),
             loading=largest_weight(self.config) * itemsize,
-            vision=self._vision(itemsize),
+            vision=self._vision(settings, itemsize),
         )
 
     def within(self, settings: Layout, limit: int | None) -> Estimate:
@@ -195,15 +195,21 @@ class Simulation:
             setattr(holder, name, layers)
         return sizes[-1]
 
-    def _vision(self, itemsize: int) -> int:
-        """Bytes that the tower needs for one picture without a graph: every layer's states, which
-        some families keep, and one MLP."""
+    def _vision(self, settings: Layout, itemsize: int) -> int:
+        """Bytes that the tower needs. For one picture without a graph: every layer's states, which
+        some families keep, and one MLP. For dreams in pixels: what the backward pass needs of every
+        layer, the inputs of its norms and products."""
         vision = getattr(self.config, "vision_config", None)
         widths = (getattr(vision, name, None) for name in ("embed_dim", "hidden_size"))
         width = next((w for w in widths if isinstance(w, int)), 1024)
         wide = getattr(vision, "intermediate_size", None) or 4 * width
         layers = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", None) or 24
-        return self.work.patches * ((layers + 6) * width + 2 * wide) * itemsize
+        plain = (layers + 6) * width + 2 * wide
+        if not self.recipe.dreams or self.recipe.dream_in == "features":
+            return self.work.patches * plain * itemsize
+        dreams = budget(settings, self.recipe.batch_size).dream_batch or DREAMS_SEEN
+        graph = min(dreams, DREAMS_SEEN) * layers * (10 * width + 2 * wide)
+        return self.work.patches * max(plain, graph) * itemsize
 
 
 def _step(base: Any, recipe: Recipe, work: Workload, settings: Layout) -> int:

@@ -47,6 +47,7 @@ STAGES = (
 )
 CHOICES = {
     "adapt": ("language", "vision"),
+    "dream_in": ("pixels", "features"),
     "schedule": ("constant", "cosine", "decay", "gone"),
     "substitute": ("description", "name"),
 }

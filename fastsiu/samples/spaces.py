@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..model.adapter import projector
 from ..model.features import READ, feature_tensors, map_features, split_features
+from ..model.memory import DREAMS_SEEN
 from ..model.turns import Picture
 from ..model.vlm import VLM
 from ..request import Recipe
@@ -29,7 +30,6 @@ from .lens import PIXELS, Lens, lens, with_grid
 
 CELLS = 30  # on each side of the grid
 FEW = 0.5  # how strongly cells are held at 0, in steps of the rate
-AT_ONCE = 8  # dreams in one forward of the tower, at most
 EXACT = 1e-3  # how far features of several pictures at once may be from one's own, relative
 
 
@@ -87,7 +87,8 @@ class InPixels:
         self.at_once = self._is_exact_at_once()
 
     def shown(self, members: Sequence[int]) -> list[Any]:
-        size = min(AT_ONCE, self.vlm.budget.dream_batch or AT_ONCE) if self.at_once else 1
+        most = min(DREAMS_SEEN, self.vlm.budget.dream_batch or DREAMS_SEEN)
+        size = most if self.at_once else 1
         groups = [members[at : at + size] for at in range(0, len(members), size)]
         # The graphs of the towers are never there together, nor beside the language model's: each
         # is built again in the backward pass.
