@@ -28,7 +28,7 @@ from ...text.rate import Rate
 from ...transforms import variants
 from ...verdict import gives
 
-Shown = Image.Image | Picture  # a dream has no image that shows it
+Shown = Image.Image | Picture  # a dream in features has no image that shows it
 
 SUBJECT = "the one in the picture"  # whom a fact is asked of, in place of a name
 LONGEST = 32  # tokens of an answer
