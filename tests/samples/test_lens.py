@@ -55,6 +55,12 @@ def grey(image):
     return normalised(image.convert("L").convert("RGB"))[None]
 
 
+def opponent(image):
+    """Red with a little of what green has over blue: a grey picture does not show that."""
+    x = normalised(image)
+    return (x[:1] + 0.5 * (x[1:2] - x[2:] * SD[2] / SD[1]))[None]
+
+
 def squared(image):
     return normalised(image)[None] ** 2
 
@@ -99,7 +105,7 @@ def test_the_gradient_reaches_the_cell_and_colour_that_a_number_shows():
     assert not grid.grad[0].any() and not grid.grad[2].any()
 
 
-@pytest.mark.parametrize("way", [grey, squared])
+@pytest.mark.parametrize("way", [grey, opponent, squared])
 def test_a_processor_that_mixes_or_bends_has_no_lens(way):
     assert lens(model(way), (32, 32)) is None
 
