@@ -28,7 +28,9 @@ PAGES = {
 }
 PLOTS = "benches/plots"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+WORD = re.compile(r"<code>([^\s<]{1,24})</code>")  # site.css keeps it on one line
 FENCE = re.compile(r"(^```.*?^```$)", re.M | re.S)
+FILE = re.compile(r"\A(```\w+) .+")  # a fence that names a file, as tests read it
 log = logging.getLogger("mkdocs.hooks")
 
 
@@ -44,7 +46,13 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     places = {name: source for source, name in PAGES.items()}
     source = places.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     parts = FENCE.split(markdown)
-    return "".join(p if p.startswith("```") else _relinked(p, source) for p in parts)
+    return "".join(
+        FILE.sub(r"\1", p) if p.startswith("```") else _relinked(p, source) for p in parts
+    )
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    return WORD.sub(r'<code class="word">\1</code>', html)
 
 
 def _relinked(text: str, source: str) -> str:

@@ -174,6 +174,8 @@ def test_the_site_is_built_and_a_dead_link_fails(tmp_path):
     done = subprocess.run(build, cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "fused_dmk_ce" in (tmp_path / "site" / "api.html").read_text()
+    site = {page.name: page.read_text() for page in (tmp_path / "site").glob("*.html")}
+    assert [name for name, html in site.items() if "<p>```" in html] == [], "a fence shown as text"
     with (tree / "docs" / "memory.md").open("a") as page:
         page.write("\n[gone](../benches/gone.py)\n")
     done = subprocess.run(build, cwd=tree, capture_output=True, text=True)
