@@ -1,5 +1,5 @@
 """How the Triton kernels are launched: a pure function of shape, dtype and GPU. A row of
-measured.py wins over a predicted one; `why` says which it is."""
+measured.py is used where there is one, else a predicted row; `why` in the plan says which."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ WAVES = 2  # programs per multiprocessor
 
 # Rows by family, ascending in BLOCK_N. All are predicted: the widest blocks that compile without a
 # spill and within the target's shared memory (benches/compile_kernels.py, triton 3.7.1). With
-# triton 3.6 some spill a few bytes, and the rows that do not spill there spill with 3.7
+# triton 3.6 some of them spill a few bytes; rows that are free of spills with 3.6 spill with 3.7
 # (notes/triton-sweep.md). ampere: mma.sync; hopper: wgmma or tcgen05 from 64 rows.
 SUMS = {
     "ampere": (
@@ -94,7 +94,7 @@ SUMS = {
         Blocks(128, 128, 32, 8, 2),
     ),
     "rdna": (Blocks(16, 128, 64, 4, 2), Blocks(64, 64, 64, 8, 2)),
-    # no matrix instructions: fp32 must not become TF32, and `tiled` should be faster
+    # no matrix instructions, since fp32 must not become TF32; `tiled` should be faster
     "fp32": (Blocks(16, 32, 32, 8, 2),),
     "fp32 hopper": (Blocks(16, 32, 32, 4, 2),),
     "interpreter": (Blocks(16, 64, 64, 1, 1),),
@@ -134,7 +134,7 @@ FAMILY = dict(
     gfx1100="rdna",
     interpreter="interpreter",
 )
-# Most rows of a block where a second Sums or a softcap needs registers: more spill.
+# Most rows of a block where a second Sums or a softcap needs registers: a larger block spills.
 HEAVY = dict(ampere=32, hopper=64, cdna=64, rdna=64, interpreter=64)
 
 
@@ -189,10 +189,11 @@ def _planned(
     heavy: bool,
     most: int,
 ) -> Plan:
-    """`triton_launch`, once for each shape: `split` tries hundreds of numbers, some 200 us.
+    """`triton_launch`, computed once for each shape: `split` tries hundreds of numbers, which
+    takes some 200 us.
 
     row   of measured.PLANS
-    most  bytes of a chunk without one
+    most  bytes of a chunk where there is no such row
     """
     if row:
         blocks, product_blocks, waves, chunk, why = row
@@ -259,7 +260,8 @@ def measured_backend(target: str, dtype: torch.dtype, N: int) -> tuple[str, str]
 def nearest(
     table: dict[tuple[str, str, int], tuple], target: str, dtype: torch.dtype, N: int
 ) -> tuple | None:
-    """The entry with the smallest measured N that is not below N, else the one with the largest."""
+    """The entry with the smallest measured N that is not below N. Where all are below, the one with
+    the largest."""
     if not table:
         return None
     keys = sorted(key for key in table if key[:2] == (target, str(dtype).removeprefix("torch.")))

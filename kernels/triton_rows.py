@@ -4,9 +4,9 @@ weights_kernel  One program: the factors u and w of each row's CE and KL, from w
                 weights and the upstream gradient.
 prepare_kernel  One program per row: its logits at the held-out columns, how much they moved, and
                 where the online softmax starts.
-finish_kernel   One program per row and block of D, after `triton_sweep.visit`: merges the splits;
-                CE, KL, entropy and the loss; the gradient with its held-out rows of W and without
-                m.
+finish_kernel   One program per row and block of D, after `triton_sweep.visit`: merges the splits,
+                stores CE, KL, entropy and the loss, and completes the gradient: adds the held-out
+                rows of W and subtracts m.
 
 The equations are those of README.md and of `tiled.shared`, which says more about them. Numbers per
 row are fp64, [N, D] sums fp32 (fp64 for fp64). triton_frozen.py launches them for one frozen head.
@@ -58,10 +58,11 @@ def weights_kernel(
     HAS_KL_WEIGHT: tl.constexpr, TEACHER: tl.constexpr, HAS_G: tl.constexpr, UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """u = alpha a / sum a over rows not ignored, w = beta k / sum k, both times the upstream
-    gradient.
+    """u = alpha a / (sum of a), w = beta k / (sum of k), both times the upstream gradient. In an
+    ignored row a is 0.
 
-    unit: the power of 2 by which no entry of dx exceeds 2^14. fp16 then reaches 2^-38 below."""
+    unit: a power of 2. No entry of dx times unit exceeds 2^14, so fp16 holds entries down to 2^-38
+    of the largest."""
     at = tl.arange(0, BLOCK)
     most = tl.zeros((BLOCK,), tl.float64)
     ce_sum, kl_sum = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
@@ -139,8 +140,8 @@ def prepare_kernel(
     CLEAN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, CHANNELS: tl.constexpr,
     K: tl.constexpr, HELD: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z at a row's held-out columns, dz = s <h - h_t, W_v>, drift = <h - h_t, m>, and where the
-    sums of other columns start"""
+    """z at a row's held-out columns, dz = s <h - h_t, W_v>, drift = <h - h_t, m>, and the
+    reference from which the sums over the other columns start"""
     n = tl.program_id(0).to(tl.int64)
     j, offs_d = tl.arange(0, HELD), tl.arange(0, BLOCK_D)
     columns, P, held, is_label, own = columns_of(n, label_ptr, top_ptr, p_ptr, IGNORED, K, HELD)
@@ -180,7 +181,7 @@ def prepare_kernel(
         tl.store(still_ptr + n, (tl.max(moved, 0) == 0).to(tl.int8))
     inside = held
     if MASKED:
-        # a dropped logit far above would drive the kept ones to 0
+        # a dropped logit far above the kept ones would make their exponentials 0
         inside = held & (tl.load(keep_ptr + columns, mask=held, other=0) != 0)
     reference = tl.max(tl.where(inside, x, -float("inf")), 0)
     tl.store(start_ptr + n, tl.maximum(reference, LOWEST))
@@ -232,7 +233,7 @@ def log_sum(x, a, b):
 
 @triton.jit
 def added(dh, f, part_ptr, reached_ptr, m, n, N, D, offs_d, unit, parts, P_SCALE: tl.constexpr):
-    """dh [BLOCK_D] + f * (a channel's product, which refers to m)"""
+    """dh [BLOCK_D] + f * (a channel's product, brought to the reference m)"""
     for s in range(0, parts):
         r = tl.exp(tl.load(reached_ptr + s * N + n).to(tl.float64) - m) * (f / P_SCALE)
         part = tl.load(part_ptr + (s * N + n) * D + offs_d, mask=unit, other=0.0)
@@ -259,7 +260,7 @@ def finish_kernel(
     TEACHER: tl.constexpr, STILL: tl.constexpr, MASKED: tl.constexpr,  # as in prepare_kernel
     HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, GRADIENT: tl.constexpr,
     CHANNELS: tl.constexpr,
-    APART: tl.constexpr,  # channel 1 has the columns that channel 0 leaves out, else another tau
+    APART: tl.constexpr,  # channel 1 has the columns that channel 0 leaves out; else another tau
     K: tl.constexpr, HELD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """u CE + w KL, CE, KL, entropy and d(u CE + w KL)/dh of a row: README.md, held-out columns"""
@@ -280,7 +281,7 @@ def finish_kernel(
     z_label = tl.sum(tl.where(j == K, x, 0.0), 0)
 
     # cross-entropy, over the whole vocabulary at temperature 1
-    log_apart = u * 0 - float("inf")  # log_0 may be -inf, and times 0 NaN
+    log_apart = u * 0 - float("inf")  # not log_0 * 0: log_0 may be -inf
     if APART:
         log_apart = log_1
     lse = log_sum(z, log_0, log_apart)
@@ -368,7 +369,7 @@ class Weights(NamedTuple):
 
     ce_weight, kl_weight            a and k, [N] of any dtype; None = ones
     ce_denominator, kl_denominator  a number on the device; None: the sum of weights if `mean`, else
-                                    nothing: alpha and beta hold it
+                                    none: alpha and beta are divided already
     ignore_index                    the label of rows without CE
     """
 
@@ -396,7 +397,7 @@ def factors(
 
     C      the teacher's; None without one
     g      [N], the upstream gradient
-    bound  what multiplies u + (C + 1) w at most in dx; None: nobody reads unit
+    bound  the most that u + (C + 1) w is multiplied by in dx; None: unit is not computed
     """
     (alpha, beta, a, k, ce_number, kl_number, ce_mean, kl_mean, ignored), N = weights, len(labels)
     made = labels.new_empty((3, N), dtype=acc)
