@@ -24,7 +24,7 @@ from ..model.vlm import VLM
 PIXELS = "pixel_values"
 LEVELS = 255  # the highest level of a colour
 GREY = 128
-# How far a processor may be from a line, as a share of what black and a pure colour differ by.
+# How far a number may be from the line, as a share of what black and a pure colour differ by.
 NEAR = 2e-2
 
 
@@ -61,8 +61,8 @@ class Lens:
 
 def lens(vlm: VLM, size: tuple[int, int]) -> Lens | None:
     """The lens for pictures of `size`, (width, height) in pixels. None where the model gets no
-    "pixel_values", where one number shows several colours, or where a level and its number are not
-    on a line."""
+    "pixel_values", where one number shows several colours, or where the number is no linear
+    function of the level."""
     width, height = size
 
     def seen(pixels: np.ndarray[Any, Any]) -> Tensor | None:

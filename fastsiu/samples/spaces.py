@@ -1,9 +1,10 @@
 """Where dreams live: in the pixels of a picture, or in its features.
 
-`InPixels` adds a grid of colours to the picture. A dream is a picture then: what the vision tower
-makes of it lies where real pictures lie. A real picture of the neighbour is met by what was trained
-on such dreams; free features may lie anywhere, and miss it. Few cells of the grid move. Were all
-pixels free, the tower would be deceived by what nobody sees, as by an adversarial picture.
+`InPixels` adds a grid of colours to the picture. So a dream is a picture, and its features lie
+where those of real pictures lie: what is trained on such dreams also holds for a real picture of
+the neighbour. Free features may lie anywhere, and what is trained on them may miss a real picture.
+Few cells of the grid move. If all pixels were free, changes that nobody sees would deceive the
+tower, as in an adversarial picture.
 
 `InFeatures` moves the numbers that the tower hands to the projector, or those behind it. It is for
 models whose processor has no `lens`.
@@ -30,7 +31,7 @@ from .lens import PIXELS, Lens, lens, with_grid
 
 CELLS = 30  # on each side of the grid
 FEW = 0.5  # how strongly cells are held at 0, in steps of the rate
-EXACT = 1e-3  # how far features of several pictures at once may be from one's own, relative
+EXACT = 1e-3  # how far a picture's features may change when others share its forward, relative
 
 
 class Space(Protocol):
@@ -90,8 +91,8 @@ class InPixels:
         most = min(DREAMS_SEEN, self.vlm.budget.dream_batch or DREAMS_SEEN)
         size = most if self.at_once else 1
         groups = [members[at : at + size] for at in range(0, len(members), size)]
-        # The graphs of the towers are never there together, nor beside the language model's: each
-        # is built again in the backward pass.
+        # The tower's graph of each group is built again in the backward pass. So two of them never
+        # exist together, nor does one exist beside the language model's.
         return [
             one for group in groups for one in checkpoint(self._seen, group, use_reentrant=False)
         ]
@@ -137,7 +138,7 @@ class InPixels:
         try:
             together = self._seen([0, len(self.inputs) - 1])
         except (ValueError, RuntimeError, TypeError, IndexError):
-            return False  # the family takes one picture a turn; then that is how it is shown
+            return False  # the family takes one picture a turn, so each is shown alone
         for features, start in zip(together, (self.starts[0], self.starts[-1]), strict=True):
             for one, own in zip(*map(_read, (features, start.features)), strict=True):
                 near = EXACT * float(own.abs().max())
@@ -159,9 +160,9 @@ class FewCells(torch.optim.Optimizer):
         x = x - rate * m / sqrt(v)
         x_c = x_c * max(0, 1 - rate * FEW / |x_c|)                  for each cell c, of 3 colours
 
-    Adam's own second moment is each number's: it moves what matters and what does not at the same
-    rate, and the dream is noise all over. The last line is the proximal step of the group lasso
-    (Yuan and Lin 2006). What is left is what tells the two apart.
+    Adam itself has a second moment for each number. It moves what matters and what does not at the
+    same rate, so the whole dream becomes noise. The last line is the proximal step of the group
+    lasso (Yuan and Lin 2006). The cells that are left tell the neighbour from the start.
     """
 
     def __init__(self, params: Any) -> None:
@@ -221,10 +222,10 @@ def vision_space(vlm: VLM, start: Picture) -> tuple[Tensor, Callable[[Tensor], A
     """Where to dream: the start picture's features there, and a function from such features to what
     the language model takes.
 
-    The place is in front of the projector where the model has one of a known name: what leaves a
-    projector lies close to a surface, and free vectors would leave it. Otherwise the place is
-    behind the projector; so, too, where the model puts rows of its own between the projector's,
-    such as those that end a line of tiles.
+    The place is in front of the projector where the model has one of a known name. The reason: a
+    projector's output lies close to a surface, and free vectors would leave that surface. The place
+    is behind the projector where its name is unknown, and where the model puts rows of its own
+    between the projector's, such as those that end a line of tiles.
     """
     there = torch.cat([x.reshape(-1, x.shape[-1]) for x in feature_tensors(start.features)])
     behind = there.float(), lambda x: replaced(start, x)
