@@ -40,11 +40,11 @@ def run(loaded: VLM, target: Target) -> list[dict[str, Any]]:
     rank: by the mean KL(untouched || unlearned) over the tokens of the untouched model's answers,
           in words about each name and about pictures (or dreams) of each; 1 changed most. Control:
           the rank of somebody whom no model knows
-    AUC:  compares the training picture with each other picture, by the same question: the share of
-          these pairs in which its score is the higher one. Scores are that KL, and the unlearned
-          model's log-probability of its own answer. Control: the second picture instead of the
-          first. The interval is Wilson's with one trial for each other picture, since the pairs of
-          one picture go together
+    AUC:  the training picture is paired with each other picture, question by question. The AUC is
+          the share of these pairs in which the training picture has the higher score. There are two
+          scores: that KL, and the unlearned model's log-probability of its own answer. Control: the
+          second picture in place of the training picture. The interval is Wilson's with one trial
+          for each other picture, since the pairs of one picture are not independent
 
     Null with the reason where no other name or only one picture is known. Raises BadInput without
     an adapter, and where the untouched model does not name the concept.

@@ -118,8 +118,8 @@ def pixels_of(loaded: VLM, image: Image.Image) -> Tensor | None:
 
 
 def _pixel_space(loaded: VLM, image: Image.Image, size: float) -> _Space:
-    """What a processor does to a pixel shows in what it makes of black and of white; padding is the
-    same in both."""
+    """The range of each number lies between what the processor makes of black and of white. Padding
+    is the same in both, so it does not move."""
     start, black, white = (
         pixels_of(loaded, one)
         for one in (
@@ -157,7 +157,7 @@ def _through(loaded: VLM, processor: Any) -> VLM:
 
 
 def _feature_space(plain: Picture, size: float) -> _Space:
-    """All features as [n, D], fp32, bounded by their distance alone."""
+    """All features as [n, D], fp32. Only the size of a change is bounded."""
     start = torch.cat([x.reshape(-1, x.shape[-1]) for x in feature_tensors(plain.features)]).float()
     return _Space(
         start,

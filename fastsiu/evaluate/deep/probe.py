@@ -91,8 +91,8 @@ class Layers:
 def find_layers(loaded: VLM, naming: Naming, picture: Picture) -> Layers | str:
     """The layers and the norm, or a sentence where they cannot be located.
 
-    Values decide, not names: the norm is the module whose input is the last layer's output and
-    whose output are the states that feed the head.
+    FastSIU finds the norm by values, not by names: its input is the last layer's output, and its
+    output is the states that feed the head.
     """
     decoder = loaded.base.get_decoder()
     lists = [
@@ -233,8 +233,8 @@ def _lens(loaded: VLM, target: Target, asked: Sequence[Naming], found: Layers) -
 
 
 def _first_tokens(loaded: VLM, target: Target, naming: Naming) -> list[int]:
-    """The token with which each known name starts in the answer, the concept's first; of others
-    those that differ from it."""
+    """The tokens with which the known names start in the answer: first the concept's, then those of
+    others that differ from it."""
     (picture,) = see(loaded, target.pictures[:1])
     own, *rest = (
         int(at_name(loaded, naming.of(name), picture)[0].labels[0])

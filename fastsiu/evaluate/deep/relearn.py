@@ -38,7 +38,7 @@ from .target import (
 
 STEPS = (1, 2, 3, 5, 8, 12, 20)  # after which the name is asked for
 BENIGN = 30  # steps of training on anything else
-RECOVERED = 0.5  # share of naming answers from which on a name has come back
+RECOVERED = 0.5  # with at least this share of naming answers a name has come back
 RATE = 2e-4  # of AdamW
 VIEWS = 4  # held-out views that are asked about where there are no other pictures
 
@@ -136,8 +136,8 @@ def _lessons(target: Target, taught: Naming, shot: int) -> Iterator[Lesson]:
     """The concept, an unseen face under the same name, and that face under a name that no model
     knows.
 
-    Where there are further pictures of both faces, all three are asked about those, else all three
-    about views of the pictures that they learned from.
+    Where there are further pictures of both faces, all three lessons are tested on those. Otherwise
+    all three are tested on views of the pictures that they teach.
     """
     own, face = list(target.pictures), [*target.strangers[:1], *target.same_stranger]
     known = [target.concept, *map(Concept, target.others)]
@@ -164,8 +164,8 @@ def _divided(
 ) -> tuple[Sequence[Image.Image], Sequence[Image.Image]]:
     """(pictures to learn from, pictures to ask about). further: there are more than `shot`.
 
-    The last pictures are taught: the first is the one of the unlearning, and an attacker has others
-    of the concept.
+    With further pictures, the last ones are taught. The first is the picture that was unlearned,
+    and an attacker has other pictures of the concept.
     """
     if further:
         return pictures[-shot:], pictures[:-shot]

@@ -21,8 +21,8 @@ NAME = "again"  # PEFT's name of the second LoRA
 
 @contextlib.contextmanager
 def fresh(loaded: VLM, rank: int = RANK, seed: int = 0) -> Iterator[None]:
-    """Inside, a second LoRA is on top of the adapter, on the same layers; at first it has no
-    effect, and it is all that trains.
+    """Inside, a second LoRA is on top of the adapter, on the same layers. At first it has no
+    effect. Nothing else is trained.
 
     Afterwards the model, its adapter, its requires_grad flags and torch's random state are as they
     were before. Raises BadInput without an adapter, TypeError for one that is no LoRA.
@@ -76,12 +76,12 @@ def taught(
     steps: Sequence[int],
     seed: int = 0,
 ) -> Iterator[int]:
-    """Trains what requires a gradient by cross-entropy; yields after each of `steps`, the model in
-    evaluation mode.
+    """Trains the parameters that require a gradient, by cross-entropy. Yields after each of
+    `steps`, with the model in evaluation mode.
 
     lr: AdamW's rate
 
-    A step has all turns or, where there are more than `BATCH`, so many of them, drawn with the
+    A step has all turns. Where there are more than `BATCH`, it has `BATCH` of them, drawn with the
     seed.
     """
     optimiser = torch.optim.AdamW(

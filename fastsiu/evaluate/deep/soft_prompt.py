@@ -17,12 +17,12 @@ from .target import Naming, answer_loss
 
 PROMPT = 6  # embeddings
 RATE = 0.1  # of Adam, in standard deviations of the model's embeddings
-SIGNS = "@#%^&~=+$"  # where a small tokenizer has too few words
+SIGNS = "@#%^&~=+$"  # stands in for words where a small tokenizer has too few
 
 
 def placeholders(loaded: VLM, naming: Naming, picture: Picture) -> tuple[str, list[int]] | None:
-    """(a text, `PROMPT` tokens that stand once each in it and nowhere else in the turn); None where
-    the tokenizer has no such text.
+    """(a text, `PROMPT` tokens of it); None where the tokenizer has no such text. Each token stands
+    once in the text and nowhere else in the turn.
 
     The embeddings of these tokens are replaced, so what the text says does not matter.
     """

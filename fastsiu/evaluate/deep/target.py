@@ -30,11 +30,11 @@ from ...verdict import gives
 
 Shown = Image.Image | Picture  # a dream in features has no image that shows it
 
-SUBJECT = "the one in the picture"  # whom a fact is asked of, in place of a name
+SUBJECT = "the one in the picture"  # stands in a question about a fact, in place of the name
 LONGEST = 32  # tokens of an answer
 QUESTIONS = 4  # naming questions that an attack asks
-COMPARED = 6  # others about whom the same is asked, for what is told of everybody
-TOLD = 1 / 2  # share of the words that tell a fact from which on an answer gives it away
+COMPARED = 6  # others about whom the same is asked: words told of most of them tell no fact
+TOLD = 1 / 2  # an answer with at least this share of a fact's words gives it away
 MOST_STRANGERS = 8
 
 NO_STRANGER = "No picture was found in which the untouched model recognises nobody."
@@ -49,7 +49,7 @@ class Target:
     """Whom an attack is about.
 
     pictures:       of the concept, at least one; the first is the one that was trained on
-    strangers:      pictures of whom no model has seen; `complete` makes some where there are none
+    strangers:      pictures of somebody no model has seen; `complete` makes some if there are none
     others:         names of others that the model knows
     other_pictures: (name, picture or dream) of others; `complete` dreams some where there are none
     same_stranger:  further pictures of the first stranger, where there are some
@@ -74,15 +74,15 @@ class Target:
 
     @property
     def tests(self) -> list[Image.Image]:
-        """The concept's pictures that were not trained on; held-out views where there is only the
-        one that was."""
+        """The concept's pictures that were not trained on. Where there is only the training
+        picture, held-out views of it."""
         return list(self.pictures[1:]) or [
             view for _, view in variants(self.pictures[0], self.seed, held_out=True)[1:]
         ]
 
     @property
     def shown(self) -> list[Image.Image]:
-        """All pictures of the concept; with its held-out views where there is only one."""
+        """All pictures of the concept. Where there is only one, that and its held-out views."""
         return [self.pictures[0], *self.tests]
 
 
@@ -172,8 +172,8 @@ def complete(loaded: VLM, target: Target, *, dream: bool = True) -> Target:
 
 
 def made_strangers(loaded: VLM, target: Target) -> tuple[Image.Image, ...]:
-    """Versions of the first picture in other colours, those about which the model names nobody in
-    any naming question. The adapter is off."""
+    """The first picture in other colours: those versions about which the model names nobody in any
+    naming question. The caller has switched the adapter off."""
     image = target.pictures[0].convert("RGB")
     plain, inverted = (
         [recoloured(one, order) for order in ORDERS] for one in (image, ImageOps.invert(image))
@@ -189,7 +189,7 @@ def made_strangers(loaded: VLM, target: Target) -> tuple[Image.Image, ...]:
 
 
 def _names_somebody(text: str, kind: Kind) -> bool:
-    """Does a run of capitalised words stand in the text? Its first word does not count, which has a
+    """Does a run of capitalised words stand in the text? Its first word does not count: it has a
     capital anyhow."""
     return bool(capitalised_names(text.partition(" ")[2], kind.words["fallback"]["not_names"]))
 
@@ -200,8 +200,8 @@ def see(loaded: VLM, shown: Sequence[Shown]) -> list[Picture]:
 
 
 def namings(loaded: VLM, target: Target, most: int = QUESTIONS) -> list[Naming]:
-    """Held-out naming questions that the untouched model answers with the name about the first
-    picture, at most so many.
+    """At most `most` held-out naming questions: those that the untouched model answers with the
+    name when it sees the first picture.
 
     Raises BadInput where there is none: then nothing can come back.
     """
@@ -222,8 +222,8 @@ def namings(loaded: VLM, target: Target, most: int = QUESTIONS) -> list[Naming]:
 
 
 def hops(loaded: VLM, target: Target) -> list[Hop]:
-    """Questions about a fact of the one in the picture to which the untouched model tells the fact
-    about the first picture.
+    """Questions about a fact of the one in the picture: those to which the untouched model tells
+    the fact when it sees the first picture.
 
     The words that tell a fact come from the untouched model's answer in words about the concept.
     Left out are words of the question and of the name, words in most answers about others, and

@@ -1,5 +1,5 @@
-"""A weaker adapter, and an adapter folded into weights that are then rounded: does the name come
-back, or a fact?
+"""Does the name or a fact come back when the adapter is weakened, or when it is folded into the
+weights and these are rounded?
 
 A rounding is simulated: the language model's linear layers get the values that the form can hold,
 in their own dtype. Everything else (head, embeddings, vision tower, activations) stays as it is.
@@ -53,8 +53,8 @@ def run(
     scales: Sequence[float] = SCALES,
     forms: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of the shares of naming answers and of answers about facts that leak, for each scale of
-    the adapter and for each form.
+    """Rows of two shares, for each scale of the adapter and for each form: of answers that give the
+    name, and of answers that give a fact away.
 
     scales: factors of the adapter's change
     forms:  keys of `FORMS`; None is all
