@@ -29,6 +29,7 @@ PAGES = {
 PLOTS = "benches/plots"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 WORD = re.compile(r"<code>([^\s<]{1,24})</code>")  # site.css keeps it on one line
+PERCENT = re.compile(r"(<pre.*?</pre>)|(?<=\d) %", re.S)  # a number and its sign, outside of code
 FENCE = re.compile(r"(^```.*?^```$)", re.M | re.S)
 FILE = re.compile(r"\A(```\w+) .+")  # a fence that names a file, as tests read it
 log = logging.getLogger("mkdocs.hooks")
@@ -52,7 +53,8 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    return WORD.sub(r'<code class="word">\1</code>', html)
+    html = WORD.sub(r'<code class="word">\1</code>', html)
+    return PERCENT.sub(lambda found: found[1] or "&nbsp;%", html)
 
 
 def _relinked(text: str, source: str) -> str:
