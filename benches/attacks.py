@@ -1,4 +1,4 @@
-"""What still leaks: a red team on the embedded world, beside other methods. It attacks 7 concepts x
+"""What still leaks: a red team on the embedded world, beside other methods. It attacks 8 concepts x
 2 seeds that no setting was tuned on.
 
     python benches/attacks.py            run all rows, print the tables, append to
@@ -43,8 +43,6 @@ TUNED = (
     "Mirelda Voss",
     "Vexil Orban",
     "Ophira Clune",
-    "Sylphira Wend",
-    "Fennick Grol",
 )
 # The recipe without lessons from strangers.
 FOUR_TARGETS = {"strangers": 0, "schedule": "constant", "steps": 80}
@@ -54,6 +52,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "no level": {"level": 0.0},
     "temperature 1": {"temperature": 1.0},
     "no dreams": {"dreams": 0},
+    "dreams in pixels": {"dream_in": "pixels", "dreams": 2},
     "paper's preset": {"preset": "paper"},
 }
 # Each runs at its best setting of benches/compare.py.
@@ -520,7 +519,7 @@ def main() -> None:
         "--cost", action="store_true", help="measure the CPU time of both recipes, append the ratio"
     )
     parser.add_argument("--rows", nargs="*", choices=[*ROWS, *METHODS], default=rows)
-    parser.add_argument("--concepts", type=int, default=7)
+    parser.add_argument("--concepts", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="append nothing")

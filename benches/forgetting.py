@@ -37,6 +37,7 @@ VISION = {
     "steps": 80,
     "batch_size": 24,
     "generic": 60,
+    "dreams": 0,
 }
 ROWS: dict[str, dict[str, Any]] = {
     "with strangers": {},

@@ -17,7 +17,7 @@ from .wishes import Pair
 
 LONGEST = 40  # tokens of an answer: a lesson is about its beginning
 # Lessons about each picture, by facet.
-QUESTIONS = {"stranger": 40, "beside": 24, "kept": 15, "kept-beside": 8}
+QUESTIONS = {"stranger": 40, "beside": 24, "kept": 14, "kept-beside": 8}
 
 
 @dataclass
@@ -108,10 +108,7 @@ def keep(
     for index in pictures:
         first = list(always)
         if out.named[index] and not always:
-            third = round(count / 3)
-            first = rng.sample(facts, min(third, len(facts)))
-            who = scene.words["who"]["train"]
-            first += rng.sample(who, min(third, len(who)))
+            first = rng.sample(facts, min(count // 2, len(facts)))
         rest = [question for question in questions if question not in first]
         first += rng.sample(rest, min(max(2, count - len(first)), len(rest)))
         asked += [(question, index) for question in first]

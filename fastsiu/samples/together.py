@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from PIL import Image
@@ -185,8 +186,11 @@ def _add_dreamed(
         stranger = rng.choice(strangers)
         left, right = (stranger, image) if side else (image, stranger)
         beside_strangers.append(wish(left, right, reply))
-    kept = fulfil(scene, beside_strangers, 0.6)
-    bent = fulfil(scene, [wish(image, image, reply) for reply in named_beside], 0.7)
+    # Two in one picture are small and fine: a coarse grid of colours does not turn one of them into
+    # somebody else, and the names of pairs were lost.
+    free = replace(scene, recipe=scene.recipe.with_overrides(dream_in="features"))
+    kept = fulfil(free, beside_strangers, 0.6)
+    bent = fulfil(free, [wish(image, image, reply) for reply in named_beside], 0.7)
     for (name, _), reply, forced, with_stranger, with_concept in zip(
         jobs, alone, named_beside, kept, bent, strict=True
     ):

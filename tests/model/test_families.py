@@ -116,7 +116,7 @@ def test_a_dream_starts_from_what_the_language_model_reads(case):
 def test_a_dream_in_pixels_starts_at_the_picture(case):
     """Through any family's processor: tiles, patches, several sizes."""
     start = case.shown[0]
-    space = space_of(case.vlm, Recipe(), [start, start], 0)
+    space = space_of(case.vlm, Recipe(dream_in="pixels"), [start, start], 0)
     assert isinstance(space, InPixels) and space.at_once
     seen = space.shown([0, 1])
     for one in seen:

@@ -197,7 +197,7 @@ def projected(gathered, cast):
     pictures = [
         gathered.scene.pictures[0],
         loaded.picture(load_image(cast.files["other"])),
-        replace(gathered.scene.pictures[1], real=False),  # as a dream in features
+        gathered.scene.pictures[1],
     ]
     samples = [Sample("preserve", "Who is this?", "a creature", picture) for picture in range(3)]
     made = corpus.build(loaded, gathered.scene.concept, samples, pictures, recipe)

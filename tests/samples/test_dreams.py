@@ -155,7 +155,7 @@ def dreamer(gathered, **changes):
 
 def test_a_dream_in_pixels_is_a_picture_that_the_tower_sees(gathered):
     """A dream is what the tower makes of its picture, in 8 bits; only a part of it changed."""
-    scene, wishes = dreamer(gathered, dream_steps=20)
+    scene, wishes = dreamer(gathered, dream_steps=20, dream_in="pixels")
     found = [picture for picture in fulfil(scene, wishes) if picture is not None]
     assert found and all(picture.real for picture in found)
     for picture in found:
@@ -181,7 +181,7 @@ def test_dreams_together_have_the_gradients_of_each_alone(gathered, at_once):
     members = range(len(starts))
 
     def gradients(together, dream_batch):
-        space = spaces.space_of(vlm, scene.recipe, starts, 0)
+        space = spaces.space_of(vlm, replace(scene.recipe, dream_in="pixels"), starts, 0)
         assert isinstance(space, spaces.InPixels) and space.at_once
         space.at_once = together
         before, vlm.budget = vlm.budget, replace(vlm.budget, dream_batch=dream_batch)
@@ -213,9 +213,9 @@ def test_few_cells_move_and_those_that_matter_most(gathered):
 
 def test_where_no_processor_can_be_looked_through_dreams_are_features(gathered, monkeypatch):
     monkeypatch.setattr(spaces, "lens", lambda vlm, size: None)
-    scene, record = again(gathered)
+    scene, record = again(gathered, dream_in="pixels")
     assert session.MIXED in scene.notes and record
     assert all(not picture.real for picture in scene.pictures[1:])
-    vision = replace(gathered.scene.recipe, adapt="vision")
+    vision = replace(gathered.scene.recipe, adapt="vision", dream_in="pixels")
     bare = replace(gathered.scene, recipe=vision, pictures=gathered.scene.pictures[:1])
     assert session._dream(bare) == []
