@@ -69,6 +69,8 @@ def _split(value: Any, own: Any, count: int) -> list[Any]:
         return list(value.split(own.shape[0]))
     if isinstance(own, int):
         return [own] * count
+    if value is None:
+        raise ValueError("The tower's output for several pictures lacks what single ones have.")
     layers = bool(own) and not isinstance(own[0], Tensor)  # each with the layer it enters
     if len(value) == count * len(own) and not layers and count > 1:
         return [value[at : at + len(own)] for at in range(0, len(value), len(own))]

@@ -37,8 +37,8 @@ class Picture:
     image:    the RGB picture. Once `features` is there only its size matters, which decides the
               number of image tokens.
     features: the output of `get_image_features`, reduced to what the language model reads
-    real:     whether the features are the image's; False for a dream, which no projector can see
-              again
+    real:     whether the features are the image's; False for a dream in features, which no
+              projector can see again
     """
 
     image: Image.Image

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ..model.adapter import projector
+from ..model.faults import out_of_memory
 from ..model.features import READ, feature_tensors, map_features, split_features
 from ..model.memory import DREAMS_SEEN
 from ..model.turns import Picture
@@ -137,7 +138,9 @@ class InPixels:
             return False
         try:
             together = self._seen([0, len(self.inputs) - 1])
-        except (ValueError, RuntimeError, TypeError, IndexError):
+        except (ValueError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise
             return False  # the family takes one picture a turn, so each is shown alone
         for features, start in zip(together, (self.starts[0], self.starts[-1]), strict=True):
             for one, own in zip(*map(_read, (features, start.features)), strict=True):

@@ -219,3 +219,18 @@ def test_where_no_processor_can_be_looked_through_dreams_are_features(gathered, 
     vision = replace(gathered.scene.recipe, adapt="vision", dream_in="pixels")
     bare = replace(gathered.scene, recipe=vision, pictures=gathered.scene.pictures[:1])
     assert session._dream(bare) == []
+
+
+def test_a_tower_that_mixes_pictures_sees_one_at_a_time(gathered, monkeypatch):
+    """Two pictures at once have to get the features that each gets alone."""
+    vlm, scene = gathered.vlm, gathered.scene
+    recipe, starts = replace(scene.recipe, dream_in="pixels"), [scene.pictures[0], scene.views[0]]
+    assert spaces.space_of(vlm, recipe, starts, 0).at_once
+    seen = vlm.seen
+
+    def mixing(inputs):
+        found = seen(inputs)
+        return features.map_features(found, lambda x: x + 0.1 * x.mean(0, keepdim=True))
+
+    monkeypatch.setattr(vlm, "seen", mixing)
+    assert not spaces.space_of(vlm, recipe, starts, 0).at_once
