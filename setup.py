@@ -55,6 +55,7 @@ setup(
         "fastsiu.compare",
         "fastsiu.report",
         "fastsiu.show",
+        "fastsiu.workers",
         "fastsiu.app",
         "fastsiu.demo",
     ],

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 
 from gpus import GPUS
 
-from fastsiu.claims import Claims, duration
 from fastsiu.request import DENIALS, SHARES, Recipe
+from fastsiu.workers.claims import Claims, duration
 
 RESULTS = Path(__file__).parent / "results"
 CARD, MEMORY = "H100", 80.0  # GB

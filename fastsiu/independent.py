@@ -2,7 +2,7 @@
 
 DIR/001, DIR/002, ... are complete outputs, each byte for byte the adapter that `fastsiu unlearn`
 makes of that line alone; DIR/requests.json has what became of each. Any number of processes on any
-number of machines may share DIR (`joining`), and a run that was cut off goes on.
+number of machines may share DIR (`workers.joining`), and a run that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import driver, joining, manifest, staging
+from . import driver, manifest, staging
 from . import output as outputs
-from .claims import Claims, Pace, at_work
 from .guards.strict_json import read_json
 from .images import load_directory, load_image
 from .model import vlm
@@ -36,6 +35,8 @@ from .settings import (
     deciding,
     load,
 )
+from .workers import joining
+from .workers.claims import Claims, Pace, at_work
 
 TABLE, FORMAT = "requests.json", "fastsiu requests 1"
 SHAPE = {
@@ -215,7 +216,7 @@ def _alone(place: Path) -> Iterator[None]:
 
 @dataclass
 class Requests:
-    """The requests of a file as units of work (`joining.Units`), and their table.
+    """The requests of a file as units of work (`workers.joining.Units`), and their table.
 
     A request's key is also the name of its output.
 

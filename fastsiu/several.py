@@ -20,7 +20,6 @@ from . import driver, session
 from . import output as outputs
 from .evaluate.held_out import decide
 from .images import load_directory, load_image
-from .joining import FAILURES
 from .model import adapter, ask, vlm
 from .model.memory import budget
 from .request import BadInput
@@ -42,6 +41,7 @@ from .several_state import Mode, Outcome, State
 from .text.concept import Concept, concept_of
 from .transforms import variants
 from .verdict import EFFICACY
+from .workers.joining import FAILURES
 
 
 @dataclass

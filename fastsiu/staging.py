@@ -37,7 +37,7 @@ except ImportError:  # Windows: the user removes there what a killed run leaves
     fcntl = None  # type: ignore[assignment]  # every use first compares it with None
 
 PREFIX, CLAIM = ".fastsiu.partial-", ".fastsiu.claim-"
-JOIN = ".fastsiu.join"  # in an output that several processes share (`claims`)
+JOIN = ".fastsiu.join"  # in an output that several processes share (`workers.claims`)
 LONG_AGO = 86_400.0  # seconds
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 OTHER_FILE = "name another file"

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import claims, manifest, staging
-from .claims import Pace
+from . import manifest, staging
 from .guards.strict_json import read_json
 from .manifest import KEY, LOADABLE, MANIFEST, REPORT
 from .request import BadInput
+from .workers import claims
+from .workers.claims import Pace
 
 # The table of a directory with several results -> the format that it names; `BESIDE` has the other
 # files that are written beside it.
@@ -55,7 +56,7 @@ class Found:
     dead:    leftovers of killed runs
     alive:   unfinished results of runs that are at work, and claims of workers that are
     unknown: those among `alive` that this machine has not made, or not since it was last started
-    stopped: claims of workers that have stopped (`claims`)
+    stopped: claims of workers that have stopped (`workers.claims`)
     results: directories with a result
     """
 

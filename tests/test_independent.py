@@ -12,12 +12,12 @@ import pytest
 
 from fastsiu import driver, independent, manifest, staging, upkeep
 from fastsiu import output as outputs
-from fastsiu.claims import Pace
 from fastsiu.cli import run
 from fastsiu.independent import Sharing
 from fastsiu.report.words import CONCEPT
 from fastsiu.request import BadInput, NumericFailure
 from fastsiu.settings import RecipeChoice, ReportOptions, Settings
+from fastsiu.workers.claims import Pace
 
 FAST = Pace(beat=0.05, patience=0.5, pause=0.02)
 NAMES = ("Ann Lee", "Bob Mar", "Cid Nor")

@@ -20,7 +20,7 @@ FLOORS = (
     ("kernels",),
     ("loss",),
     ("staging", "manifest", "process", "request_file"),
-    ("claims",),
+    ("workers",),
     ("model",),
     ("family", "kept", "verdict", "objectives"),
     ("samples",),
@@ -34,7 +34,7 @@ FLOORS = (
     ("output", "upkeep"),
     ("settings",),
     ("driver", "facade"),
-    ("joining",),  # processes that share an output
+    ("workers.joining",),  # processes that share an output
     ("progress", "experiment_log"),
     ("merge_verdict", "evaluate.eval_files"),
     ("several_state",),

@@ -47,8 +47,8 @@ def purge(
     """Remove what killed runs left in a directory, and with --all its results; nothing that FastSIU
     has not written."""
     from .. import upkeep
-    from ..claims import Pace
     from ..staging import sweep_one
+    from ..workers.claims import Pace
 
     if taken := upkeep.claimed(directory):
         say.print(

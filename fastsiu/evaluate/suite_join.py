@@ -1,6 +1,6 @@
 """`fastsiu suite DIR --join`: one of several processes that share the concepts of a suite.
 
-They may run on one machine or on many, and share one output directory (`joining`).
+They may run on one machine or on many, and share one output directory (`workers.joining`).
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import joining, manifest
+from .. import manifest
 from .. import output as outputs
-from ..claims import Claims, Pace, at_work
 from ..guards.strict_json import read_json
 from ..model import vlm
 from ..request import BadInput
 from ..session import Listener
 from ..settings import ModelRef, RecipeChoice, Settings
+from ..workers import joining
+from ..workers.claims import Claims, Pace, at_work
 from . import suite, suite_run
 from .suite_job import FORMAT, SuiteJob, SuiteOptions
 from .suite_run import Evaluated, job_of, write_run
@@ -123,7 +124,7 @@ def _digest_of_options(job: SuiteJob) -> str:
 
 @dataclass
 class _Concepts:
-    """The concepts of a suite as units of work (`joining.Units`), and their table.
+    """The concepts of a suite as units of work (`workers.joining.Units`), and their table.
 
     loaded: the model; None until the first concept begins
     """

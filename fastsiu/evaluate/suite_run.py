@@ -30,7 +30,6 @@ from .. import output as outputs
 from .. import process, session, staging
 from ..driver import base_of
 from ..images import load_image
-from ..joining import FAILURES
 from ..model import adapter, adapter_files, source, vlm
 from ..request import BadInput, OutOfMemory, Request
 from ..session import Listener
@@ -42,6 +41,7 @@ from ..settings import (
     choose_recipe,
     deciding,
 )
+from ..workers.joining import FAILURES
 from . import attacking, suite
 from .eval_files import UNTOUCHED
 from .eval_report import report_of

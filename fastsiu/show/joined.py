@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..combine import Combined
 from ..independent import Each
-from ..joining import Forecast, Share
+from ..workers.joining import Forecast, Share
 from .results import cell
 
 FEW = 20  # requests, up to which reasons are shown; DIR/NUMBER/report.md has them for any number

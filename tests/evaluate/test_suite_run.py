@@ -479,8 +479,8 @@ def joined(small, stubbed):
     """join_suite without a model, by so many workers: what each returned."""
     import threading
 
-    from fastsiu.claims import Pace
     from fastsiu.evaluate import suite_join
+    from fastsiu.workers.claims import Pace
 
     def call(output, workers, **options):
         found: list[object] = []

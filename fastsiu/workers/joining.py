@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import torch
 
+from ..request import BadInput, NumericFailure, OutOfMemory
+from ..session import Listener
+from ..settings import Settings
 from .claims import Claim, ClaimLost, Claims, duration, seconds_of, unit_of
-from .request import BadInput, NumericFailure, OutOfMemory
-from .session import Listener
-from .settings import Settings
 
 # Where one of these is raised, the unit has failed, and the worker goes on with the next one.
 FAILURES = (BadInput, NumericFailure, OutOfMemory, torch.OutOfMemoryError)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from fastsiu import claims, joining, staging
-from fastsiu.claims import Claims, Pace
+from fastsiu import staging
 from fastsiu.request import BadInput, NumericFailure
 from fastsiu.session import Listener
+from fastsiu.workers import claims, joining
+from fastsiu.workers.claims import Claims, Pace
 
 FAST = Pace(beat=0.05, patience=0.5, pause=0.02)
 UNITS = [f"unit {number}" for number in range(12)]

@@ -33,8 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import staging
-from .request import BadInput
+from .. import staging
+from ..request import BadInput
 
 SETTINGS = "settings"
 _CLAIM = re.compile(r"([0-9a-f]{16})\.(\d{1,6})")
