@@ -49,6 +49,7 @@ setup(
         "fastsiu.loss",
         "fastsiu.model",
         "fastsiu.samples",
+        "fastsiu.step",
         "fastsiu.evaluate",
         "fastsiu.evaluate.benchmarks",
         "fastsiu.evaluate.deep",

@@ -18,7 +18,6 @@ from peft import LoraConfig
 from PIL.Image import Image
 
 from . import images, objectives, train
-from .look import Look, Probe
 from .model import adapter, placement, sharing
 from .model.features import map_features
 from .model.vlm import VLM
@@ -28,6 +27,7 @@ from .samples import alternatives, border, corpus, dreams, generic, kinds, lesso
 from .samples.beside import Prepared, lessons_beside, samples_beside
 from .samples.corpus import Corpus
 from .samples.targets import Scene
+from .step.look import Look, Probe
 from .text.concept import Concept, ambiguous, concept_of
 from .transforms import variants
 
@@ -252,7 +252,7 @@ def _taught(
 ) -> list[tuple[Corpus, Objective]]:
     """All requests' lessons, each half with its teacher and its objective: those that change
     something, and those that keep. What they hold waits on the CPU; on a GPU the rows and pictures
-    of one batch come back at a time (`batches.forward`)."""
+    of one batch come back at a time (`step.batches.forward`)."""
     own = [lessons_beside(one, prepared) for one in prepared]
     given = [part for part in own if part is not None]
     if not given:

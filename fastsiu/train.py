@@ -1,5 +1,5 @@
-"""The loop. It can be read from top to bottom; an objective is a plain function, a look (`look`)
-says when the training may stop."""
+"""The loop. It can be read from top to bottom; an objective is a plain function, a look
+(`step.look`) says when the training may stop."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .batches import batches, forward, lesson_batches
-from .look import Look
 from .model.faults import out_of_memory
 from .model.vlm import VLM, checkpoint_layers
 from .objectives import Objective
 from .request import NumericFailure, OutOfMemory, Recipe
 from .samples.corpus import Corpus
+from .step.batches import batches, forward, lesson_batches
+from .step.look import Look
 
 # Schedule "decay": the rate falls after the share FROM of the steps, down to DOWN_TO times itself.
 # Schedule "gone": it falls as long, but earlier where the name is gone earlier.

@@ -2,7 +2,7 @@
 
 The Trainer does DDP, FSDP2, gradient accumulation, checkpoints and the logs of trackio, wandb and
 TensorBoard. Samples, masks, teacher, losses, rates and steps are those of `train.fit`. For trainers
-with data of their own, such as TRL's SFTTrainer, `distillation` has the loss as a mix-in.
+with data of their own, such as TRL's SFTTrainer, `step.distillation` has the loss as a mix-in.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from . import session
-from .distillation import Distillation, UnlearningMixin
 from .model import adapter
 from .model.vlm import VLM
 from .objectives import siu
 from .request import BadInput, NumericFailure, Recipe
 from .samples.beside import Prepared
-from .shares import PARTS, StepShares
+from .step.distillation import Distillation, UnlearningMixin
+from .step.shares import PARTS, StepShares
 from .train import Schedule, optimiser_of, parameter_groups, work_of_steps
 
 __all__ = ["Distillation", "UnlearningMixin", "UnlearningTrainer"]

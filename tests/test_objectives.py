@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from fastsiu import objectives, train
-from fastsiu.batches import forward
 from fastsiu.compare.saliency import saliency
-from fastsiu.look import Look
 from fastsiu.loss.teacher import TeacherCache
 from fastsiu.model import adapter
 from fastsiu.objectives import Batch
 from fastsiu.request import Recipe, Sample
 from fastsiu.samples import corpus
+from fastsiu.step.batches import forward
+from fastsiu.step.look import Look
 
 torch.set_num_threads(1)
 V, D = 23, 6

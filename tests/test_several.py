@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from fastsiu import driver, images, request_file, session, settings, train
 from fastsiu.demo.world import LOOKALIKES
-from fastsiu.look import Probe
 from fastsiu.model import ask
 from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Request, Sample
 from fastsiu.samples import corpus
 from fastsiu.samples.beside import samples_beside
 from fastsiu.settings import RecipeChoice
+from fastsiu.step.look import Probe
 from fastsiu.text.concept import Concept, concept_of
 
 torch.set_num_threads(1)

@@ -24,7 +24,6 @@ from ..driver import Sealed, report_of, write
 from ..evaluate.held_out import decide
 from ..guards.failure import places
 from ..images import load_image
-from ..look import Look
 from ..manifest import KEY
 from ..model import adapter, ask, vlm
 from ..model.memory import Layout, budget
@@ -43,6 +42,7 @@ from ..settings import (
     load,
 )
 from ..show.samples import explained, lesson_examples
+from ..step.look import Look
 from ..train import Step
 from .job import Asked
 

@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image
 
 from .. import objectives, session, train
-from ..look import Look
 from ..model import adapter, sharing
 from ..model.turns import Picture
 from ..model.vlm import VLM
@@ -27,6 +26,7 @@ from ..objectives import Objective
 from ..request import MISMATCH, SHARES, Recipe, Request, Sample
 from ..samples import corpus
 from ..samples.corpus import Corpus
+from ..step.look import Look
 from ..text.concept import Concept
 from . import sculpting
 from .saliency import saliency

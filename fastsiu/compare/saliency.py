@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from ..batches import forward
 from ..model.vlm import VLM
 from ..objectives import siu
 from ..request import Recipe
 from ..samples.corpus import FORGET, Corpus
+from ..step.batches import forward
 
 
 def saliency(

@@ -21,11 +21,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from .. import objectives, train
-from ..look import Look
 from ..model import adapter
 from ..model.vlm import VLM
 from ..request import Recipe
 from ..samples.corpus import FORGET, Corpus
+from ..step.look import Look
 
 K = 1.0
 _TINY = 1e-12  # of a norm

@@ -12,7 +12,6 @@ import calls
 import pytest
 import torch
 
-from fastsiu import batches
 from fastsiu.compare import choice, front, methods, sculpting, trials
 from fastsiu.compare import run as compare
 from fastsiu.compare.trials import Point
@@ -20,6 +19,7 @@ from fastsiu.evaluate.exam import Question
 from fastsiu.evaluate.suite import Subject, Suite
 from fastsiu.request import MISMATCH, BadInput
 from fastsiu.samples import corpus
+from fastsiu.step import batches
 from fastsiu.text.rate import Rate
 
 torch.set_num_threads(1)

@@ -20,7 +20,6 @@ from transformers import AutoModelForImageTextToText
 
 from fastsiu import progress, session, train
 from fastsiu.images import load_image
-from fastsiu.look import Look
 from fastsiu.model import adapter, ask, parts, prefix, sharing
 from fastsiu.model.features import join_features, map_features
 from fastsiu.model.turns import Encoded, Picture
@@ -28,6 +27,7 @@ from fastsiu.model.vlm import VLM, Budget, checkpoint_layers
 from fastsiu.objectives import siu
 from fastsiu.request import OutOfMemory, Recipe, Request
 from fastsiu.samples import corpus
+from fastsiu.step.look import Look
 
 torch.set_num_threads(1)
 

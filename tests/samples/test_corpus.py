@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from fastsiu import train
-from fastsiu.batches import batches, forward
 from fastsiu.images import load_image
-from fastsiu.look import Look, Probe
 from fastsiu.model import adapter, ask
 from fastsiu.objectives import siu
 from fastsiu.request import PAPER, SHARES, BadInput, NumericFailure, Recipe, Sample
 from fastsiu.samples import corpus, targets
+from fastsiu.step.batches import batches, forward
+from fastsiu.step.look import Look, Probe
 from fastsiu.text.concept import Concept
 
 torch.set_num_threads(1)

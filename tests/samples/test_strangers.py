@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from fastsiu import objectives, session
-from fastsiu.batches import lesson_batches
 from fastsiu.loss.teacher import TeacherCache
 from fastsiu.model import adapter, ask, prefix
 from fastsiu.request import CHANGES, KEEPS, PAPER, Recipe, Sample
@@ -21,6 +20,7 @@ from fastsiu.samples import border, corpus, drawn, dreams, lessons, strangers, t
 from fastsiu.samples.beside import Prepared
 from fastsiu.samples.dreams import in_place
 from fastsiu.settings import RecipeChoice
+from fastsiu.step.batches import lesson_batches
 from fastsiu.text.answers import is_refusal
 from fastsiu.text.concept import Concept
 

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # torchrun knows
 import shares as made  # noqa: E402
 
 from fastsiu import session, train  # noqa: E402
-from fastsiu.look import Look  # noqa: E402
 from fastsiu.objectives import siu  # noqa: E402
 from fastsiu.request import BadInput, Recipe  # noqa: E402
+from fastsiu.step.look import Look  # noqa: E402
 
 FOLDER = Path(__file__).parent
 RECIPE = Recipe(steps=3, lr=1e-3, rank=4, batch_size=8, early_stop=False)
@@ -106,7 +106,7 @@ def test_the_steps_are_those_of_our_own_loop(own, tmp_path, micro):
 
 def test_a_share_divided_by_its_own_counts_would_show(own, tmp_path, monkeypatch):
     """The comparison above can fail."""
-    from fastsiu import shares
+    from fastsiu.step import shares
 
     monkeypatch.setattr(shares.StepShares, "_whole", lambda self, work: None)
     trainer = trainer_of(tmp_path, gradient_accumulation_steps=3)

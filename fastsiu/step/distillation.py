@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from .loss.fused import fused_dmk_ce
-from .loss.model_head import base_head_of, head_of
-from .loss.rows import RowIndex, SupervisedRows, no_logits, supervised_rows
-from .loss.teacher import TeacherCache
-from .request import BadInput
+from ..loss.fused import fused_dmk_ce
+from ..loss.model_head import base_head_of, head_of
+from ..loss.rows import RowIndex, SupervisedRows, no_logits, supervised_rows
+from ..loss.teacher import TeacherCache
+from ..request import BadInput
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments

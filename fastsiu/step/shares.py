@@ -15,14 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..loss.model_head import head_of
+from ..model import prefix
+from ..model.vlm import VLM
+from ..objectives import FAR, Whole, untouched_nats
+from ..request import Recipe
+from ..samples.corpus import Corpus
+from ..train import StepBatch, training_mode
 from .batches import draw_noise, forward
-from .loss.model_head import head_of
-from .model import prefix
-from .model.vlm import VLM
-from .objectives import FAR, Whole, untouched_nats
-from .request import Recipe
-from .samples.corpus import Corpus
-from .train import StepBatch, training_mode
 
 PARTS = ("ce", "kl", "strange")  # as in `train.Step`
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .model import prefix
-from .model.features import feature_tensors, map_features
-from .model.vlm import VLM
-from .objectives import Batch
-from .request import CHANGES, MISMATCH, SHARES, Recipe
-from .samples.corpus import FORGET, Corpus
+from ..model import prefix
+from ..model.features import feature_tensors, map_features
+from ..model.vlm import VLM
+from ..objectives import Batch
+from ..request import CHANGES, MISMATCH, SHARES, Recipe
+from ..samples.corpus import FORGET, Corpus
 
 # A step has two batches of lessons, of those that change something and of those that keep. Of each
 # facet a batch of `WHOLE_BATCH` samples shows so many pictures: few, each with several questions,

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .model import adapter, ask
-from .model.turns import Encoded, Picture
-from .samples.corpus import Corpus
-from .samples.targets import Scene
-from .transforms import variants
+from ..model import adapter, ask
+from ..model.turns import Encoded, Picture
+from ..samples.corpus import Corpus
+from ..samples.targets import Scene
+from ..transforms import variants
 
 # A turn that gives the name, the characters of the name in its answer, and the picture it is about.
 Naming = tuple[Encoded, tuple[int, int], Picture]
