@@ -48,6 +48,7 @@ setup(
         "fastsiu.text",
         "fastsiu.loss",
         "fastsiu.model",
+        "fastsiu.judging",
         "fastsiu.samples",
         "fastsiu.step",
         "fastsiu.evaluate",

@@ -23,9 +23,9 @@ from . import output as outputs
 from .evaluate import effect, eval_files, held_out, inquiry
 from .evaluate.attacks import not_asked
 from .evaluate.deployed_exam import Asking, DeployedExam, thinned
+from .evaluate.merge_verdict import questions_of
 from .guards.strict_json import read_json
 from .images import load_directory, load_image, read_bytes
-from .merge_verdict import questions_of
 from .model import adapter, adapter_files, ask, source
 from .model.ask import Reply
 from .model.served import Connection, Endpoint, Served

@@ -1,8 +1,8 @@
 """A stand-alone model out of a base and an adapter, and the verdict repeated on it as it is loaded
 from disk.
 
-Each matrix is added up in fp32 and rounded once, to the dtype that it is stored in. `merge_verdict`
-asks the result.
+Each matrix is added up in fp32 and rounded once, to the dtype that it is stored in.
+`evaluate.merge_verdict` asks the result.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from transformers.utils import cached_file
 
 from . import output as outputs
 from .evaluate.attacks import not_asked
+from .evaluate.merge_verdict import FORMS, Verifier, free
 from .guards.strict_json import read_json
 from .images import read_bytes
-from .merge_verdict import FORMS, Verifier, free
 from .model import adapter, adapter_files, decode, licence, placement, source, vlm
 from .model.fold import SHARD, fold, save
 from .report import card

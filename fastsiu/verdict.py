@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-from .family import Family, percent
-from .kept import LOST, is_kept, kept_by_noise, losses
+from .judging.family import Family, percent
+from .judging.kept import LOST, is_kept, kept_by_noise, losses
 from .text.answers import (
     FUNCTION_WORDS,
     affirms,
@@ -26,7 +26,7 @@ OTHERS_SHOWN, IN_WORDS = "answers about other pictures", "answers without a pict
 KINDS = ("efficacy", "generality", "recognition", "specificity", "facts")
 
 # The thresholds of the verdict, shares between 0 and 1 unless said otherwise. Those of a family of
-# questions are in family.py.
+# questions are in judging/family.py.
 EFFICACY = 0.99  # answers to the training picture and its variants that must be free of the name
 GENERALITY = 0.95  # the same for other pictures of the concept
 RECOGNITION = 0.90  # questions that hold the name whose answers must no longer confirm the look
@@ -185,7 +185,7 @@ def judge(
                                the noise floor: the share that it keeps when it is computed with
                                other rounding, 1 where that was not measured
     Specificity and facts each have to reach threshold * noise floor. Where one of them does as a
-    whole, no `part` of it may be lost either (`kept.PART_Z`).
+    whole, no `part` of it may be lost either (`judging.kept.PART_Z`).
     A kind without answers is null, with the sentence from `reasons_for_null`, and decides nothing.
     But without efficacy and without generality the verdict is "not forgotten".
 

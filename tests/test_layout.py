@@ -22,7 +22,7 @@ FLOORS = (
     ("staging", "manifest", "process", "request_file"),
     ("workers",),
     ("model",),
-    ("family", "kept", "verdict", "objectives"),
+    ("judging", "verdict", "objectives"),
     ("samples",),
     ("step",),
     ("train",),
@@ -36,7 +36,7 @@ FLOORS = (
     ("driver", "facade"),
     ("workers.joining",),  # processes that share an output
     ("progress", "experiment_log"),
-    ("merge_verdict", "evaluate.eval_files"),
+    ("evaluate.eval_files",),
     ("several_state",),
     (  # verbs with a story of their own
         "several",

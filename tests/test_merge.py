@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from fastsiu import cli, output
+from fastsiu.evaluate.merge_verdict import judge_form
 from fastsiu.images import load_image
 from fastsiu.merge import _report
-from fastsiu.merge_verdict import judge_form
 from fastsiu.model import adapter, adapter_files, source, vlm
 from fastsiu.model.ask import Reply
 from fastsiu.model.fold import Change

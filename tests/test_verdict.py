@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsiu.family import Family
+from fastsiu.judging.family import Family
 from fastsiu.text.answers import holds, is_degenerate, is_refusal, same_answer
 from fastsiu.text.rate import Rate, wilson
 from fastsiu.text.typos import misspelt, nearly

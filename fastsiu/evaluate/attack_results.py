@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..family import Family
+from ..judging.family import Family
 from ..text.answers import affirms, denies, words
 from ..text.concept import Concept
 from ..text.rate import Rate

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..family import Family
+from ..judging.family import Family
 from ..model.vlm import VLM
 from ..request import BadInput, Recipe
 from ..session import Listener

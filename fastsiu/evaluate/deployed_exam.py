@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from PIL.Image import Image
 
-from ..family import Family
+from ..judging.family import Family
 from ..model import ask, decode
 from ..model.ask import Question, Reply
 from ..model.served import ALTERNATIVES, Served

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..kept import LOST, is_kept
+from ..judging.kept import LOST, is_kept
 from ..text.answers import same_beginning
 from ..text.rate import Rate
 from ..verdict import Answer, Named, gives

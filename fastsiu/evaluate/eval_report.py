@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..family import Family
+from ..judging.family import Family
 from ..model import source
 from ..model.decode import told
 from ..text.rate import wilson

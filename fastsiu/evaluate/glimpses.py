@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from ..family import Family
+from ..judging.family import Family
 from ..model.served import Openings, Served
 from ..model.turns import Picture
 from ..text.concept import Concept

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from itertools import compress
 
-from ..kept import DRAWN
+from ..judging.kept import DRAWN
 from ..model import adapter, ask
 from ..model.turns import Picture
 from ..samples import generic

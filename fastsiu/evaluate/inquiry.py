@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..family import Family
+from ..judging.family import Family
 from ..model import ask
 from ..model.served import Served
 from ..model.turns import Picture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..kept import kept
+from ..judging.kept import kept
 from ..text.answers import affirms, denies, holds
 from ..text.concept import Concept
 from ..verdict import gives
@@ -38,7 +38,7 @@ class Pair(NamedTuple):
 
     @property
     def kept(self) -> bool:
-        """Is the answer still the untouched model's (`kept.kept`)?"""
+        """Is the answer still the untouched model's (`judging.kept.kept`)?"""
         return kept(self.before, self.after, self.lost, self.cut)
 
 

@@ -156,7 +156,7 @@ def _at_the_name(asked: _Row, untouched: Observations, model: Observations) -> M
 
 def _kept(asked: _Row) -> Metrics:
     """The shares of the answers about anything else that are the untouched model's, by the
-    verdict's own rule (`kept.kept`)."""
+    verdict's own rule (`judging.kept.kept`)."""
     out, exam = {}, asked.exam
     for metric, part in (("others", "other"), ("lookalikes", "lookalike")):
         same = [p.kept for p in asked.pairs if p.role == part and keeps(exam, p)]

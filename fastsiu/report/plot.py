@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..kept import demanded
+from ..judging.kept import demanded
 from .words import GONE, KEPT
 
 WIDTH, HEIGHT = 320.0, 240.0  # of the forget/retain plot, in SVG units

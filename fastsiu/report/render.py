@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 from PIL import Image
 
-from ..kept import LOST, demanded, kept
+from ..judging.kept import LOST, demanded, kept
 from ..request import BadInput
 from ..text.answers import affirms, same_answer
 from ..text.concept import Concept

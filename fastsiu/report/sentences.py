@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from ..evaluate.attacks import not_asked, table
-from ..family import GIVEN_AWAY
+from ..judging.family import GIVEN_AWAY
 from .words import LIMITS
 
 LEFT_OUT = "A sentence was left out here: it may hold a name or an answer."

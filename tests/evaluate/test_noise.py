@@ -8,7 +8,7 @@ import pytest
 
 from fastsiu.evaluate import held_out, noise
 from fastsiu.evaluate.noise import REORDERED, ROUNDED, Sentence, lost
-from fastsiu.kept import DRAWN, LOST
+from fastsiu.judging.kept import DRAWN, LOST
 from fastsiu.model import adapter, ask, rounding, vlm
 from fastsiu.verdict import Answer, judge
 

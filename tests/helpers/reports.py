@@ -60,7 +60,7 @@ def report(**changes):
 
 
 def family(key="two-hop", unlearned=0.5, **changes):
-    """A family of questions as `family.Family.as_dict` has it."""
+    """A family of questions as `judging.family.Family.as_dict` has it."""
     told = {
         "question": "Where was this one born?",
         "picture": "flip",

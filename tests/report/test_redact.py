@@ -19,7 +19,7 @@ from fastsiu import output
 from fastsiu.evaluate import deep, directories, eval_report, run
 from fastsiu.evaluate.attacks import table
 from fastsiu.evaluate.held_out import NULL
-from fastsiu.family import Family
+from fastsiu.judging.family import Family
 from fastsiu.model import adapter, adapter_files
 from fastsiu.report import redact
 from fastsiu.report.redact import redacted
@@ -265,7 +265,6 @@ OTHERS = (
     "model/adapter_files.py",
     "driver.py",
     "merge.py",
-    "merge_verdict.py",
     "samples/strangers.py",
     "samples/together.py",
 )

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .text.rate import Rate
+from ..text.rate import Rate
 
 # Share of a family's questions in which the untouched model must give the concept away; below it
 # the family can show nothing.

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..text.answers import same_beginning
+from ..text.rate import wilson
 from .family import percent
-from .text.answers import same_beginning
-from .text.rate import wilson
 
 # Nats by which the unlearned model may turn away from the untouched model's first sentence. Layers
 # in bfloat16 turn SmolLM2-135M away by 0.04 at most. Of a word that the untouched model says with a

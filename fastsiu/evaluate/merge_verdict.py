@@ -15,21 +15,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .evaluate import held_out, noise
-from .evaluate.held_out import Shown
-from .evaluate.inquiry import Inquiry, inquire
-from .family import Family
-from .images import load_directory, load_image
-from .model import ask, decode, source, vlm
-from .model.ask import Question, Reply
-from .request import BadInput, Recipe, Request
-from .samples.kinds import Kind, recorded
-from .samples.targets import Scene
-from .session import Listener
-from .text.answers import same_beginning
-from .text.concept import Concept, concept_of
-from .text.rate import Rate
-from .verdict import Answer, judge
+from ..images import load_directory, load_image
+from ..judging.family import Family
+from ..model import ask, decode, source, vlm
+from ..model.ask import Question, Reply
+from ..request import BadInput, Recipe, Request
+from ..samples.kinds import Kind, recorded
+from ..samples.targets import Scene
+from ..session import Listener
+from ..text.answers import same_beginning
+from ..text.concept import Concept, concept_of
+from ..text.rate import Rate
+from ..verdict import Answer, judge
+from . import held_out, noise
+from .held_out import Shown
+from .inquiry import Inquiry, inquire
 
 FORMS = ("stored", "int8", "nf4")
 Questions = Sequence[tuple[str, str, Shown | None]]  # (kind of the verdict, question, picture)

@@ -1,0 +1,1 @@
+"""What the verdict judges by: families of questions, and what has to be kept. Pure."""
