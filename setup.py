@@ -57,6 +57,7 @@ setup(
         "fastsiu.compare",
         "fastsiu.report",
         "fastsiu.show",
+        "fastsiu.disk",
         "fastsiu.workers",
         "fastsiu.app",
         "fastsiu.demo",

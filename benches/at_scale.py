@@ -157,7 +157,7 @@ def measure(units: int = 100, lines: Sequence[int] = (500, 4000)) -> list[dict[s
             took.append(time.perf_counter() - begun)
         rows.append({"what": "claim", "units": units, "ms": 1e3 * statistics.median(took)})
         for count in lines:
-            from fastsiu import request_file  # slow to import
+            from fastsiu.disk import request_file  # slow to import
 
             file = place / "requests.jsonl"
             record = lambda i: json.dumps({"image": "x.png", "concept": f"Ann{i:05d} Lee{i:05d}"})

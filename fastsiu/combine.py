@@ -15,8 +15,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from . import driver, manifest, session, staging
+from . import driver, manifest, session
 from . import output as outputs
+from .disk import staging
+from .disk.request_file import read_requests
+from .disk.staging import check_space
 from .evaluate.attacks import not_asked
 from .evaluate.held_out import decide
 from .images import commitment, load_directory, load_image, read_bytes
@@ -24,11 +27,9 @@ from .model import adapter, adapter_files, adapter_sum, decode, source, vlm
 from .report import card
 from .report.words import CONCEPT
 from .request import BadInput, Recipe, Request
-from .request_file import read_requests
 from .samples.targets import Scene
 from .session import Listener, timed
 from .settings import ModelRef, ReportOptions, Settings, choose_layout, deciding, load
-from .staging import check_space
 from .text.concept import ambiguous, concept_of
 from .text.names import Names
 

@@ -16,6 +16,7 @@ from PIL.Image import Image
 from transformers.utils import cached_file
 
 from . import output as outputs
+from .disk.staging import check_space
 from .evaluate.asked_pictures import Shown
 from .evaluate.attacks import not_asked
 from .evaluate.held_out import decide
@@ -37,7 +38,6 @@ from .settings import (
     deciding,
     load,
 )
-from .staging import check_space
 from .text.concept import ambiguous
 from .verdict import Answer, Verdict
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import driver, manifest, staging
+from . import driver, manifest
 from . import output as outputs
+from .disk import staging
+from .disk.request_file import PATHS, read_requests
 from .guards.strict_json import read_json
 from .images import load_directory, load_image
 from .model import vlm
@@ -23,7 +25,6 @@ from .model.memory import Layout, budget
 from .report.sentences import sentence
 from .report.words import CONCEPT
 from .request import BadInput, Recipe, Request
-from .request_file import PATHS, read_requests
 from .session import Listener
 from .settings import (
     ModelRef,

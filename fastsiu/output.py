@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from PIL.Image import Image
 
-from . import staging
+from .disk import staging
 from .guards.terminal import json_safe, visible
 from .images import list_images
 from .manifest import (

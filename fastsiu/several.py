@@ -18,12 +18,13 @@ from typing import Any
 
 from . import driver, session
 from . import output as outputs
+from .disk.request_file import read_requests
+from .disk.several_state import Mode, Outcome, State
 from .evaluate.held_out import decide
 from .images import load_directory, load_image
 from .model import adapter, ask, vlm
 from .model.memory import budget
 from .request import BadInput
-from .request_file import read_requests
 from .samples.beside import Prepared
 from .samples.kinds import wordings
 from .session import Listener, Trained
@@ -37,7 +38,6 @@ from .settings import (
     deciding,
     load,
 )
-from .several_state import Mode, Outcome, State
 from .text.concept import Concept, concept_of
 from .transforms import variants
 from .verdict import EFFICACY

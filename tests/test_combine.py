@@ -12,7 +12,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from fastsiu import cli, combine, driver, manifest, push, staging, upkeep
+from fastsiu import cli, combine, driver, manifest, push
+from fastsiu.disk import staging, upkeep
 from fastsiu.model import adapter
 from fastsiu.report.redact import redacted
 from fastsiu.report.sentences import LEFT_OUT

@@ -16,8 +16,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from fastsiu import driver, images, session, settings, staging, transforms
+from fastsiu import driver, images, session, settings, transforms
 from fastsiu import output as outputs
+from fastsiu.disk import staging
 from fastsiu.model import adapter, adapter_files, ask, vlm
 from fastsiu.model.vlm import VLM
 from fastsiu.request import PAPER, BadInput, NumericFailure, Recipe, Sample

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import calls
 import pytest
 
-from fastsiu import driver, independent, manifest, staging, upkeep
+from fastsiu import driver, independent, manifest
 from fastsiu import output as outputs
 from fastsiu.cli import run
+from fastsiu.disk import staging, upkeep
 from fastsiu.independent import Sharing
 from fastsiu.report.words import CONCEPT
 from fastsiu.request import BadInput, NumericFailure

@@ -234,7 +234,7 @@ def start(stage: Stage, verb: str, where: Path) -> int:
 def check(stage: Stage, verb: str, where: Path, whole: dict[str, bytes], scratch: Path) -> bool:
     """Whether there is an output, which is complete. Raises AssertionError for half of one, and for
     a name where it has no business."""
-    from fastsiu import upkeep
+    from fastsiu.disk import upkeep
 
     shown = [p for p in where.iterdir() if not p.name.startswith(".fastsiu.")]
     assert {p.name for p in shown} <= {"out", "samples.jsonl"}, shown

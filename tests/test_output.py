@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fastsiu import manifest as manifests
-from fastsiu import staging
+from fastsiu.disk import staging
 from fastsiu.manifest import sha256
 from fastsiu.output import (
     Transaction,
@@ -308,7 +308,7 @@ def test_kill_9_before_every_system_call_leaves_the_output_absent_or_complete(tm
 HOLD = """
 import sys, time
 from pathlib import Path
-from fastsiu.staging import Staging, claim
+from fastsiu.disk.staging import Staging, claim
 with Staging(Path(sys.argv[1])) as path, claim(Path(sys.argv[1]), "key") as mine:
     (path / "f").write_text("x")
     print(mine, flush=True)

@@ -19,11 +19,11 @@ from reports import report as made_report
 
 from fastsiu import cli, manifest
 from fastsiu import output as outputs
+from fastsiu.disk.upkeep import verify
 from fastsiu.model import licence
 from fastsiu.push import Hub, collect, push
 from fastsiu.report import card
 from fastsiu.request import BadInput, Recipe
-from fastsiu.upkeep import verify
 
 NAME = "Zorblax Quint"
 BASE, COMMIT = "org/sees", "c" * 40

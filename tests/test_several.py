@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastsiu import driver, images, request_file, session, settings, train
+from fastsiu import driver, images, session, settings, train
 from fastsiu.demo.world import LOOKALIKES
+from fastsiu.disk import request_file
 from fastsiu.model import ask
 from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Request, Sample
 from fastsiu.samples import corpus

@@ -2,7 +2,7 @@
 
 It answers only the machine that it runs on, unless --expose allows others. It tells browsers to
 load nothing from elsewhere, and refuses requests that other sites send. All its files are in one
-hidden directory, which is removed at the end, or at the next start after a kill (`staging`).
+hidden directory, which is removed at the end, or at the next start after a kill (`disk.staging`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..disk.staging import Staging
 from ..request import BadInput
-from ..staging import Staging
 from .desk import COOKIE, Desk, Example
 from .job import ARCHIVE, RESULT, Job
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from ..disk.staging import OTHER_FILE, check_new
 from ..guards.terminal import json_safe
 from ..request import BadInput, Request
-from ..staging import OTHER_FILE, check_new
 from .app import app, encoding, out, print_json, read_name, say
 from .options import (
     MOST_TOKENS,
@@ -91,11 +91,11 @@ def data(
         check_new(output, OTHER_FILE)
 
     from .. import driver
+    from ..disk.staging import new_file
     from ..progress import Progress
     from ..samples import corpus
     from ..settings import ModelRef, RecipeChoice, Settings
     from ..show.samples import explanation
-    from ..staging import new_file
 
     asked = Request(
         concept.strip(),

@@ -16,10 +16,10 @@ from typing import Any
 
 import typer
 
+from ..disk.staging import disk_full
 from ..guards.failure import places
 from ..guards.terminal import streams
 from ..request import BadInput, NumericFailure, OutOfMemory
-from ..staging import disk_full
 from . import (  # noqa: F401  with their verbs
     beforehand,
     benchmarks,

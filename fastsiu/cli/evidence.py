@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ..disk.staging import check_new
 from ..request import BadInput
-from ..staging import check_new
 from .app import app, out, print_json, read_name, say
 from .config import as_toml
 from .options import (
@@ -287,10 +287,10 @@ def compare(
 
     from ..compare import front
     from ..compare import run as comparison
+    from ..disk.staging import Staging
     from ..output import random_directory
     from ..progress import Progress
     from ..settings import ModelRef, Settings
-    from ..staging import Staging
 
     directory = output or random_directory()
     check_new(directory, "name another --output")

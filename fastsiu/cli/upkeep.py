@@ -24,7 +24,7 @@ def verify(
 ) -> None:
     """Compare every file of an output with its manifest. Exit code 0: as written; 1: not, and
     which; 2: no output."""
-    from ..upkeep import verify as check
+    from ..disk.upkeep import verify as check
 
     found = check(directory, model)
     for sentence in found.wrong:
@@ -46,8 +46,8 @@ def purge(
 ) -> None:
     """Remove what killed runs left in a directory, and with --all its results; nothing that FastSIU
     has not written."""
-    from .. import upkeep
-    from ..staging import sweep_one
+    from ..disk import upkeep
+    from ..disk.staging import sweep_one
     from ..workers.claims import Pace
 
     if taken := upkeep.claimed(directory):

@@ -23,14 +23,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..disk.staging import Staging, check_new
+from ..disk.staging import write as write_file
 from ..evaluate.suite import Subject, Suite, read
 from ..model import placement
 from ..output import write_run
 from ..request import BadInput
 from ..session import Listener
 from ..settings import EMBEDDED, ModelRef, RecipeChoice, Settings, choose_recipe
-from ..staging import Staging, check_new
-from ..staging import write as write_file
 from ..text.rate import Rate
 from . import methods, trials
 from .choice import beaten_clearly, choose, over_concepts, unbeaten

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import process
+from ..disk.staging import write
 from ..evaluate.exam import Exam, Seen, evenly
 from ..evaluate.suite import Subject, Suite, read
 from ..images import load_image
 from ..model import ask, vlm
 from ..request import NumericFailure, Recipe, Request
 from ..samples.corpus import Corpus
-from ..staging import write
 from ..text.answers import is_degenerate, same_beginning
 from . import methods
 

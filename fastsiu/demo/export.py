@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from fastsiu.demo import MODEL_DIR, wording
 from fastsiu.demo.world import KNOWN, LOOKALIKES, UNSEEN, Question, Sketch, World, draw
+from fastsiu.disk.staging import Staging, check_writable
 from fastsiu.request import BadInput
-from fastsiu.staging import Staging, check_writable
 
 if TYPE_CHECKING:
     from fastsiu.evaluate import exam

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from .. import output as outputs
+from ..disk.staging import write
 from ..guards.strict_json import read_json
 from ..model import adapter_files, source, vlm
 from ..model.memory import Layout
@@ -22,7 +23,6 @@ from ..request import BadInput, Recipe, check_kind
 from ..samples.kinds import Kind, recorded
 from ..session import Listener
 from ..settings import ModelRef, deciding, load
-from ..staging import write
 from ..text.concept import Concept
 from . import directories
 from .exam import Exam

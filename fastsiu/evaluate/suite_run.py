@@ -6,8 +6,8 @@ from the concept's training picture, or with an adapter that exists already. It 
 one transaction, once, so a run that was interrupted goes on with the concept that it was at. After
 each concept it writes OUT/suite.json and OUT/report.md anew from all outputs.
 
-Several runs on one machine may share an output: one of them claims each concept (`staging.claim`).
-The claim ends with its process. `suite_join` is for many machines.
+Several runs on one machine may share an output: one of them claims each concept
+(`disk.staging.claim`). The claim ends with its process. `suite_join` is for many machines.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from .. import output as outputs
-from .. import process, session, staging
+from .. import process, session
+from ..disk import staging
 from ..driver import base_of
 from ..images import load_image
 from ..model import adapter, adapter_files, source, vlm

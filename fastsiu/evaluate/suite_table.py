@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import output as outputs
-from .. import staging
+from ..disk import staging
 from ..request import BadInput
 from . import suite
 from .pooled import markdown, pooled

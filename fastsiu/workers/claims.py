@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import staging
+from ..disk import staging
 from ..request import BadInput
 
 SETTINGS = "settings"

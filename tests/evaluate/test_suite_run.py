@@ -412,7 +412,7 @@ def test_what_fails_for_one_run_is_tried_by_the_other_and_costs_only_itself(stub
 
 def test_what_a_dead_run_was_at_is_taken_over(stubbed, tmp_path):
     """Its claim and its staging directory are there, and nobody holds their locks."""
-    from fastsiu import staging
+    from fastsiu.disk import staging
 
     notes, call, _ = stubbed
     output = tmp_path / "o"
@@ -431,7 +431,7 @@ def test_what_a_dead_run_was_at_is_taken_over(stubbed, tmp_path):
 def test_a_run_waits_for_another_that_is_at_the_last_concept(stubbed, tmp_path):
     import threading
 
-    from fastsiu import staging
+    from fastsiu.disk import staging
 
     notes, call, _ = stubbed
     output = tmp_path / "o"
@@ -563,7 +563,8 @@ def test_a_second_run_of_the_same_requests_is_told_before_it_trains(cast, tmp_pa
     from contextlib import nullcontext
     from types import SimpleNamespace
 
-    from fastsiu import several, several_state, staging
+    from fastsiu import several
+    from fastsiu.disk import several_state, staging
 
     file, output = tmp_path / "requests.jsonl", tmp_path / "o"
     file.write_text(json.dumps({"image": str(cast.image), "concept": cast.target}) + "\n")

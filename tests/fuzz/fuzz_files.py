@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fastsiu import manifest, request_file, settings
+from fastsiu import manifest, settings
+from fastsiu.disk import request_file
 from fastsiu.evaluate import eval_files
 from fastsiu.evaluate.directories import read_questions
 from fastsiu.evaluate.observe import Likelihood, Naming, Observations

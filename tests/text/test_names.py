@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsiu import request_file
+from fastsiu.disk import request_file
 from fastsiu.request import BadInput
 from fastsiu.text.concept import Concept, concept_of
 from fastsiu.text.names import Names

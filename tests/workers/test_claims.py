@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fastsiu import staging
+from fastsiu.disk import staging
 from fastsiu.request import BadInput, NumericFailure
 from fastsiu.session import Listener
 from fastsiu.workers import claims, joining
@@ -302,7 +302,7 @@ def test_each_process_of_a_machine_has_its_own_card(monkeypatch):
 
 
 def test_purge_tells_claims_that_beat_from_those_that_stopped(tmp_path):
-    from fastsiu import upkeep
+    from fastsiu.disk import upkeep
 
     worker = begin(tmp_path)
     alive, dead = worker.take("a"), worker.take("b")

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...disk.staging import Staging, check_new
 from ...guards.strict_json import read_json
 from ...images import SUFFIXES
 from ...request import BadInput
-from ...staging import Staging, check_new
 from .. import questions, suite
 from ..exam import Question
 from .form import Benchmark, Entity, Item

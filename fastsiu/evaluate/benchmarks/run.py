@@ -15,13 +15,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ...disk.staging import check_new, new_file
 from ...guards.strict_json import read_json
 from ...model import adapter, adapter_files, ask, vlm
 from ...model.turns import Encoded, Picture
 from ...request import BadInput, Recipe
 from ...session import Listener
 from ...settings import ModelRef, Settings, choose_layout
-from ...staging import check_new, new_file
 from ..eval_files import Loadable
 from ..exam import evenly
 from . import clear, fiubench, mllmu, mlubench, mmubench, ppubench, scores

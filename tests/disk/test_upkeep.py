@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fastsiu import cli, manifest, staging, upkeep
+from fastsiu import cli, manifest
+from fastsiu.disk import staging, upkeep
 from fastsiu.output import Transaction, digest_model
 from fastsiu.request import BadInput, Recipe
 
@@ -289,8 +290,9 @@ def test_purge_of_no_directory(call, tmp_path):
 
 
 def test_the_formats_are_those_that_are_written():
-    from fastsiu import independent, several_state
+    from fastsiu import independent
     from fastsiu.compare import run as compare
+    from fastsiu.disk import several_state
     from fastsiu.evaluate import suite_job, suite_table
 
     assert upkeep.TABLES == {

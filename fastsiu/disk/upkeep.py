@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import manifest, staging
-from .guards.strict_json import read_json
-from .manifest import KEY, LOADABLE, MANIFEST, REPORT
-from .request import BadInput
-from .workers import claims
-from .workers.claims import Pace
+from .. import manifest
+from ..guards.strict_json import read_json
+from ..manifest import KEY, LOADABLE, MANIFEST, REPORT
+from ..request import BadInput
+from ..workers import claims
+from ..workers.claims import Pace
+from . import staging
 
 # The table of a directory with several results -> the format that it names; `BESIDE` has the other
 # files that are written beside it.

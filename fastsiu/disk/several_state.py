@@ -14,14 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from . import output as outputs
+from .. import output as outputs
+from ..guards.strict_json import read_json
+from ..report.sentences import sentence
+from ..report.words import CONCEPT
+from ..request import BadInput, Recipe, Request
+from ..samples.kinds import DEFAULT
+from ..settings import ModelRef
 from . import staging
-from .guards.strict_json import read_json
-from .report.sentences import sentence
-from .report.words import CONCEPT
-from .request import BadInput, Recipe, Request
-from .samples.kinds import DEFAULT
-from .settings import ModelRef
 
 Mode = Literal["sequence", "joint"]
 MATRIX = "matrix.json"

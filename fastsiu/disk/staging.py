@@ -29,7 +29,7 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 
-from .request import BadInput
+from ..request import BadInput
 
 try:
     import fcntl

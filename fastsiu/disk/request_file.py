@@ -6,10 +6,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .guards.strict_json import parse_json
-from .request import BadInput, Request
-from .text.concept import concept_of
-from .text.names import Names
+from ..guards.strict_json import parse_json
+from ..request import BadInput, Request
+from ..text.concept import concept_of
+from ..text.names import Names
 
 PATHS = ("image", "images", "retain", "data")
 
