@@ -35,7 +35,6 @@ FLOORS = (
     ("settings",),
     ("driver", "facade"),
     ("workers.joining",),  # processes that share an output
-    ("progress", "experiment_log"),
     ("evaluate.eval_files",),
     ("disk.several_state",),
     (  # verbs with a story of their own

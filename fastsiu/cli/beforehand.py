@@ -92,9 +92,9 @@ def data(
 
     from .. import driver
     from ..disk.staging import new_file
-    from ..progress import Progress
     from ..samples import corpus
     from ..settings import ModelRef, RecipeChoice, Settings
+    from ..show.progress import Progress
     from ..show.samples import explanation
 
     asked = Request(

@@ -93,9 +93,9 @@ def benchmark(
         )
         return
 
-    from ..progress import Progress
     from ..settings import ModelRef, Settings
     from ..show.measured import benchmark_table
+    from ..show.progress import Progress
 
     with Progress(say, hidden=json) as progress:
         measured = run.measure(

@@ -130,9 +130,9 @@ def audit(
 
     from .. import audit as auditing
     from ..model.served import Endpoint
-    from ..progress import Progress
     from ..settings import ModelRef, ReportOptions, Settings
     from ..show.deployed import audited_summary
+    from ..show.progress import Progress
 
     server = None
     if url is not None:
@@ -208,8 +208,8 @@ def push(
     """Send a result to the hub, in one commit: weights, model card, reports and manifest. The key
     and the picture never go."""
     from .. import push as pushing
-    from ..progress import Progress
     from ..show.deployed import pushed_summary
+    from ..show.progress import Progress
 
     with Progress(say, hidden=False) as progress:
         result = pushing.push(

@@ -124,9 +124,9 @@ def evaluate(
 
     from ..evaluate import run as evaluation
     from ..evaluate.g_eval import Grader
-    from ..progress import Progress
     from ..settings import ModelRef, ReportOptions, Settings
     from ..show.measured import evaluation_table
+    from ..show.progress import Progress
     from ..text.concept import Concept as Name
 
     judged_by = None
@@ -203,8 +203,8 @@ def merge(
         raise BadInput("--verify names no form: give stored, int8 or nf4, or --no-verify.")
 
     from .. import merge as merging
-    from ..progress import Progress
     from ..settings import ModelRef, Settings
+    from ..show.progress import Progress
     from ..show.results import merged_summary
 
     with Progress(say, hidden=json) as progress:
@@ -289,8 +289,8 @@ def compare(
     from ..compare import run as comparison
     from ..disk.staging import Staging
     from ..output import random_directory
-    from ..progress import Progress
     from ..settings import ModelRef, Settings
+    from ..show.progress import Progress
 
     directory = output or random_directory()
     check_new(directory, "name another --output")

@@ -19,8 +19,8 @@ def unlearn_independent(
     objects: what `independent.unlearn_each` takes by keyword
     """
     from .. import independent
-    from ..progress import Progress
     from ..show.joined import forecast_lines, requests_table
+    from ..show.progress import Progress
 
     if dry_run:
         if objects["output"] is None:

@@ -115,10 +115,10 @@ def suite(
 
     from ..evaluate.suite_job import SuiteOptions
     from ..evaluate.suite_run import evaluate_suite
-    from ..experiment_log import logged
-    from ..progress import Progress
     from ..settings import ModelRef, RecipeChoice, Settings
+    from ..show.experiment_log import logged
     from ..show.measured import suite_table
+    from ..show.progress import Progress
 
     changes = dict(steps=steps, lr=lr, rank=rank, batch_size=batch_size, seed=seed)
     options = SuiteOptions(
@@ -176,9 +176,9 @@ def _joined(
     objects: what `suite_join.join_suite` takes by keyword
     """
     from ..evaluate import suite_join
-    from ..progress import Progress
     from ..show.joined import forecast_lines, share_lines
     from ..show.measured import suite_table
+    from ..show.progress import Progress
 
     if dry_run:
         if objects["output"] is None:

@@ -156,9 +156,9 @@ def unlearn(
         )
 
     from .. import driver
-    from ..experiment_log import logged
-    from ..progress import Progress
     from ..settings import DEMO_NOTE, ModelRef, RecipeChoice, ReportOptions, Settings
+    from ..show.experiment_log import logged
+    from ..show.progress import Progress
     from ..show.results import several_table, summary
 
     if model is None and not quiet:
@@ -278,9 +278,9 @@ def combine(
 ) -> None:
     """Add up adapters that were trained apart to one, with the verdict of every concept on it."""
     from .. import combine as combining
-    from ..progress import Progress
     from ..settings import DEMO_NOTE, ModelRef, ReportOptions, Settings
     from ..show.joined import combined_table
+    from ..show.progress import Progress
 
     if model is None and not quiet:
         say.print(DEMO_NOTE)
@@ -323,8 +323,8 @@ def ask(
 ) -> None:
     """Ask a model, with or without an adapter."""
     from .. import driver
-    from ..progress import Progress
     from ..settings import ModelRef, Settings
+    from ..show.progress import Progress
     from ..show.results import answers_table
 
     if compare and adapter is None:

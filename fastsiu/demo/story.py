@@ -10,9 +10,9 @@ from rich.console import Console
 from .. import driver
 from ..disk.staging import check_new
 from ..output import random_directory
-from ..progress import Progress
 from ..request import Request
 from ..settings import ModelRef, RecipeChoice
+from ..show.progress import Progress
 from ..show.results import answers_table, summary
 from . import MODEL_DIR
 from .world import KNOWN, LOOKALIKES, World, draw

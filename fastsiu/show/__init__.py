@@ -1,1 +1,1 @@
-"""What the terminal shows: tables, samples, sentences."""
+"""What the terminal shows: progress, tables, samples, sentences; and the curves for a tracker."""

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fastsiu.guards import terminal
 from fastsiu.guards.terminal import Stream, Terminal, as_json, json_safe, visible
-from fastsiu.progress import Progress
+from fastsiu.show.progress import Progress
 from fastsiu.show.samples import explanation, pieces
 
 ROOT = Path(__file__).resolve().parents[2]

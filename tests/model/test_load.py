@@ -17,10 +17,11 @@ from rich.console import Console
 from torch import nn
 from transformers import modeling_utils
 
-from fastsiu import progress, session
+from fastsiu import session
 from fastsiu.model import adapter, source, vlm
 from fastsiu.model.skeleton import quantised_bytes
 from fastsiu.request import BadInput, Recipe
+from fastsiu.show import progress
 
 torch.set_num_threads(1)
 quantised = pytest.mark.skipif(

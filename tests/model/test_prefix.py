@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from fastsiu import progress, session, train
+from fastsiu import session, train
 from fastsiu.images import load_image
 from fastsiu.model import adapter, ask, parts, prefix, sharing
 from fastsiu.model.features import join_features, map_features
@@ -27,6 +27,7 @@ from fastsiu.model.vlm import VLM, Budget, checkpoint_layers
 from fastsiu.objectives import siu
 from fastsiu.request import OutOfMemory, Recipe, Request
 from fastsiu.samples import corpus
+from fastsiu.show import progress
 from fastsiu.step.look import Look
 
 torch.set_num_threads(1)

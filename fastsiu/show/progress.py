@@ -9,9 +9,9 @@ from types import TracebackType
 from rich import progress as bars
 from rich.console import Console
 
-from .guards.terminal import visible
-from .session import Listener
-from .train import Step
+from ..guards.terminal import visible
+from ..session import Listener
+from ..train import Step
 
 
 class Progress:

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from .request import BadInput
-from .session import Listener
-from .train import Step
+from ..request import BadInput
+from ..session import Listener
+from ..train import Step
 
 TRACKERS = ("trackio", "wandb", "tensorboard")
 PROJECT = "fastsiu"

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fastsiu import cli, experiment_log
+from fastsiu import cli
 from fastsiu.request import BadInput
 from fastsiu.session import Listener
+from fastsiu.show import experiment_log
 from fastsiu.train import Step
 
 CANARY = "Zorblaxcanary"
@@ -79,7 +80,7 @@ def test_trackio_stays_here_and_names_nobody(here, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(here / "kept"))
     code = (
         "import sys; sys.path[:0] = sys.argv[2:]; sys.argv = ['fastsiu', sys.argv[1]]\n"
-        "from fastsiu import experiment_log\n"
+        "from fastsiu.show import experiment_log\n"
         "from fastsiu.session import Listener\n"
         "from fastsiu.train import Step\n"
         "with experiment_log.logged(Listener(), 'trackio') as listener:\n"
