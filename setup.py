@@ -46,6 +46,7 @@ setup(
         "fastsiu.cli",
         "fastsiu.guards",
         "fastsiu.text",
+        "fastsiu.pictures",
         "fastsiu.loss",
         "fastsiu.model",
         "fastsiu.judging",

@@ -14,7 +14,7 @@ from typing import Literal
 
 from PIL import Image, UnidentifiedImageError
 
-from .pixels import upright, usable
+from .pictures.pixels import upright, usable
 from .request import BadInput
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # JPEG covers the MPO of phones
@@ -39,7 +39,7 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how its files begin
 
 def load_image(path: str | Path) -> Image.Image:
     """The picture at `path` as 8-bit RGB: first frame, upright (EXIF), transparency on white, at
-    most `pixels.USABLE_PIXELS` pixels.
+    most `pictures.pixels.USABLE_PIXELS` pixels.
 
     The content decides the format, never the file's name. The whole picture is decoded here, so
     that nothing can fail later. A picture within the bound keeps its pixels; a larger one keeps its

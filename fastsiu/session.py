@@ -22,6 +22,7 @@ from .model import adapter, placement, sharing
 from .model.features import map_features
 from .model.vlm import VLM
 from .objectives import Objective, siu
+from .pictures.transforms import variants
 from .request import CHANGES, KEEPS, BadInput, Recipe, Request, Sample
 from .samples import alternatives, border, corpus, dreams, generic, kinds, lessons, spaces, targets
 from .samples.beside import Prepared, lessons_beside, samples_beside
@@ -29,7 +30,6 @@ from .samples.corpus import Corpus
 from .samples.targets import Scene
 from .step.look import Look, Probe
 from .text.concept import Concept, ambiguous, concept_of
-from .transforms import variants
 
 # Temperature of the lessons that keep something. At 1 the tails drift; at 4 the KL looks so much at
 # the tails that fine looks and look-alikes suffer.

@@ -24,6 +24,7 @@ from .evaluate.held_out import decide
 from .images import load_directory, load_image
 from .model import adapter, ask, vlm
 from .model.memory import budget
+from .pictures.transforms import variants
 from .request import BadInput
 from .samples.beside import Prepared
 from .samples.kinds import wordings
@@ -39,7 +40,6 @@ from .settings import (
     load,
 )
 from .text.concept import Concept, concept_of
-from .transforms import variants
 from .verdict import EFFICACY
 from .workers.joining import FAILURES
 

@@ -16,11 +16,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from fastsiu import driver, images, session, settings, transforms
+from fastsiu import driver, images, session, settings
 from fastsiu import output as outputs
 from fastsiu.disk import staging
 from fastsiu.model import adapter, adapter_files, ask, vlm
 from fastsiu.model.vlm import VLM
+from fastsiu.pictures import transforms
 from fastsiu.request import PAPER, BadInput, NumericFailure, Recipe, Sample
 from fastsiu.samples import targets
 from fastsiu.settings import RecipeChoice

@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
-from fastsiu import images, pixels, transforms
+from fastsiu import images
 from fastsiu.images import commitment, list_images, load_image
+from fastsiu.pictures import pixels, transforms
+from fastsiu.pictures.transforms import variants
 from fastsiu.request import BadInput
 from fastsiu.samples import drawn
-from fastsiu.transforms import variants
 
 
 def photo(size=(64, 48), seed=0):
@@ -393,7 +394,7 @@ def test_fifty_million_pixels_take_less_than_a_gigabyte_with_all_that_is_made_of
     (tmp_path / "x.png").write_bytes(png(8000, 6250, 8, 6, rows))
     code = (
         "import sys; from fastsiu.images import load_image; "
-        "from fastsiu.transforms import variants; image = "
+        "from fastsiu.pictures.transforms import variants; image = "
         "load_image(sys.argv[1]); "
         "kept = variants(image), variants(image, held_out=True); "
         "lines = open('/proc/self/status').read().split('\\n'); "

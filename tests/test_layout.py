@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1] / "fastsiu"
 FLOORS = (
     ("request",),
     ("guards", "text"),
-    ("pixels",),
-    ("images", "transforms"),
+    ("pictures",),
+    ("images",),
     ("kernels",),
     ("loss",),
     ("disk", "manifest", "process"),

@@ -9,11 +9,11 @@ from itertools import compress
 from PIL import Image, ImageFilter, ImageOps
 
 from ..model.ask import Model
+from ..pictures.transforms import edge_colour, noisy, recompressed, variants
 from ..samples.drawn import ORDERS, jigsaw, recoloured, shuffled
 from ..samples.kinds import PERSON, Kind
 from ..samples.nobody import shows_nobody
 from ..text.concept import Concept
-from ..transforms import edge_colour, noisy, recompressed, variants
 from ..verdict import gives
 
 Shown = tuple[str, Image.Image]  # with its label

@@ -14,10 +14,10 @@ from typing import Any
 from PIL import Image
 
 from ..images import list_images, load_image, read_bytes
+from ..pictures.transforms import variants
 from ..request import BadInput
 from ..samples.kinds import PERSON, Kind
 from ..text.concept import Concept
-from ..transforms import variants
 from .exam import OF_CONCEPT, Exam, Question, Seen
 from .questions import parse
 

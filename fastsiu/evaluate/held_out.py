@@ -10,11 +10,11 @@ from itertools import compress
 from ..judging.kept import DRAWN
 from ..model import adapter, ask
 from ..model.turns import Picture
+from ..pictures.transforms import variants
 from ..samples import generic
 from ..samples.kinds import THING, wordings
 from ..samples.targets import Scene
 from ..text.concept import Concept
-from ..transforms import variants
 from ..verdict import Answer, Verdict, judge
 from . import noise
 from .asked_pictures import Shown

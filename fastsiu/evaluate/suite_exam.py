@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..images import load_image
+from ..pictures.transforms import variants
 from ..samples.kinds import wordings
 from ..text.concept import Concept
-from ..transforms import variants
 from .exam import Exam, Question, Seen, evenly
 from .suite import Subject, Suite
 

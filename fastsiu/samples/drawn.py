@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from ..transforms import edge_colour, variants
+from ..pictures.transforms import edge_colour, variants
 
 TURN = 14.0  # degrees
 SMALL, LARGE, SHIFT = 0.75, 1.2, 1 / 12  # shares of the side
@@ -26,8 +26,8 @@ HALF = (0.5, 0.62)  # bounds for the side of a picture in a pair, as a share of 
 
 
 def views(image: Image.Image, seed: int, count: int) -> list[Image.Image]:
-    """The transforms that training may look at (`transforms.variants`), then random ones: `count`
-    in all."""
+    """The transforms that training may look at (`pictures.transforms.variants`), then random
+    ones: `count` in all."""
     return list(moved(image, seed, count))
 
 

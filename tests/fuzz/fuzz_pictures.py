@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fastsiu import images, pixels
+from fastsiu import images
+from fastsiu.pictures import pixels
 from fastsiu.request import BadInput
 
 ALLOWED = (BadInput,)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ...model import adapter
 from ...model.turns import Picture, collate
 from ...model.vlm import VLM
+from ...pictures.transforms import variants
 from ...text.rate import Rate
-from ...transforms import variants
 from .target import (
     NO_OTHER,
     NO_STRANGER,

@@ -17,10 +17,10 @@ from PIL import Image
 from ...model import adapter, ask
 from ...model.turns import Picture
 from ...model.vlm import VLM
+from ...pictures.transforms import variants
 from ...request import BadInput
 from ...text.answers import is_degenerate
 from ...text.concept import Concept
-from ...transforms import variants
 from .second_lora import RANK, fresh, taught
 from .target import (
     LONGEST,

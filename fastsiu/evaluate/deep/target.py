@@ -15,6 +15,7 @@ from ...loss.fused import fused_dmk_ce
 from ...model import adapter, ask
 from ...model.turns import Encoded, Picture, Span
 from ...model.vlm import VLM
+from ...pictures.transforms import variants
 from ...request import BadInput, Recipe
 from ...samples import dreams
 from ...samples.drawn import ORDERS, recoloured
@@ -25,7 +26,6 @@ from ...text.answers import is_degenerate, is_refusal, words
 from ...text.articles import agreed
 from ...text.concept import Concept
 from ...text.rate import Rate
-from ...transforms import variants
 from ...verdict import gives
 
 Shown = Image.Image | Picture  # a dream in features has no image that shows it
