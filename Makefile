@@ -8,7 +8,7 @@ PYTHON ?= python
 QUICK = tests/test_layout.py tests/test_verdict.py tests/test_objectives.py \
 	tests/test_images.py tests/text tests/guards/test_strict_json.py tests/loss/test_rows.py \
 	tests/kernels/test_launch.py tests/model/test_load.py tests/samples/test_dreams.py \
-	tests/evaluate/test_metrics.py tests/evaluate/test_suite.py tests/evaluate/test_g_eval.py \
+	tests/evaluate/test_metrics.py tests/evaluate/suites/test_suite.py tests/evaluate/test_g_eval.py \
 	tests/evaluate/test_lmms.py tests/compare tests/report/test_report.py \
 	tests/demo/test_world.py tests/benches/test_apply.py tests/docs
 

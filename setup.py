@@ -55,6 +55,7 @@ setup(
         "fastsiu.evaluate",
         "fastsiu.evaluate.benchmarks",
         "fastsiu.evaluate.deep",
+        "fastsiu.evaluate.suites",
         "fastsiu.compare",
         "fastsiu.report",
         "fastsiu.show",

@@ -92,8 +92,9 @@ class Stage:
 
         from fastsiu import driver, settings, several
         from fastsiu.demo.world import KNOWN, World, draw
-        from fastsiu.evaluate import suite, suite_job
         from fastsiu.evaluate.exam import Question
+        from fastsiu.evaluate.suites import job as suite_job
+        from fastsiu.evaluate.suites import suite
         from fastsiu.model import vlm
 
         self.place, self.canary, self.stubs = place, KNOWN[2], stubs
@@ -141,7 +142,8 @@ class Stage:
         import calls
 
         from fastsiu import driver
-        from fastsiu.evaluate import suite_run, suite_table
+        from fastsiu.evaluate.suites import run as suite_run
+        from fastsiu.evaluate.suites import table as suite_table
         from fastsiu.model import adapter, vlm
 
         report = json.loads((self.adapter / "report.json").read_text())
@@ -165,7 +167,7 @@ class Stage:
 
     def _one(self, loaded, job, subject, listener) -> None:
         from fastsiu import output as outputs
-        from fastsiu.evaluate import suite_job
+        from fastsiu.evaluate.suites import job as suite_job
 
         time.sleep(0.05)
         transaction = outputs.Transaction(job.output / subject.slug)

@@ -47,7 +47,7 @@ FLOORS = (
         "evaluate.run",
         "evaluate.benchmarks.run",
     ),
-    ("evaluate.suite_job", "evaluate.suite_table", "evaluate.suite_run", "evaluate.suite_join"),
+    ("evaluate.suites.job", "evaluate.suites.table", "evaluate.suites.run", "evaluate.suites.join"),
     ("compare",),
     ("show",),
     ("app",),

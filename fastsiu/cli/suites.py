@@ -34,7 +34,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..evaluate.suite_job import SuiteOptions
+    from ..evaluate.suites.job import SuiteOptions
 
 
 @app.command()
@@ -103,7 +103,7 @@ def suite(
     """Measure many concepts, and with --unlearn forget each first; run again, it does what is
     missing. Exit code 1 when one is not forgotten."""
     if check:
-        from ..evaluate import suite as suites
+        from ..evaluate.suites import suite as suites
 
         say.print(suites.told(suites.read(directory)), soft_wrap=True)
         return
@@ -113,8 +113,8 @@ def suite(
             "--join and --dry-run out, or leave --log out."
         )
 
-    from ..evaluate.suite_job import SuiteOptions
-    from ..evaluate.suite_run import evaluate_suite
+    from ..evaluate.suites.job import SuiteOptions
+    from ..evaluate.suites.run import evaluate_suite
     from ..settings import ModelRef, RecipeChoice, Settings
     from ..show.experiment_log import logged
     from ..show.measured import suite_table
@@ -173,9 +173,9 @@ def _joined(
 ) -> NoReturn:
     """Runs, or foretells with `dry_run`, and ends the command.
 
-    objects: what `suite_join.join_suite` takes by keyword
+    objects: what `evaluate.suites.join.join_suite` takes by keyword
     """
-    from ..evaluate import suite_join
+    from ..evaluate.suites import join as suite_join
     from ..show.joined import forecast_lines, share_lines
     from ..show.measured import suite_table
     from ..show.progress import Progress

@@ -25,7 +25,7 @@ from typing import Any
 
 from ..disk.staging import Staging, check_new
 from ..disk.staging import write as write_file
-from ..evaluate.suite import Subject, Suite, read
+from ..evaluate.suites.suite import Subject, Suite, read
 from ..model import placement
 from ..output import write_run
 from ..request import BadInput

@@ -15,7 +15,7 @@ from typing import Any
 from .. import process
 from ..disk.staging import write
 from ..evaluate.exam import Exam, Seen, evenly
-from ..evaluate.suite import Subject, Suite, read
+from ..evaluate.suites.suite import Subject, Suite, read
 from ..images import load_image
 from ..model import ask, vlm
 from ..request import NumericFailure, Recipe, Request

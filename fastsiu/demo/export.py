@@ -133,7 +133,7 @@ def _suite(world: World, directory: Path, per_concept: int, seed: int) -> None:
     """The known creatures as the concepts of a suite: each with a training picture of its own, the
     pictures of `directory` and groups with a neighbour (left and right in turns). The unseen
     creatures are the control."""
-    from fastsiu.evaluate.suite import Subject, Suite, write
+    from fastsiu.evaluate.suites.suite import Subject, Suite, write
 
     root = directory / "suite"
     subjects = []

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..evaluate.run import Evaluation
-from ..evaluate.suite_run import Evaluated
+from ..evaluate.suites.run import Evaluated
 from ..report.summary import inside, standing
 from .results import cell, families_table
 

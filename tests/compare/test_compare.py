@@ -16,7 +16,7 @@ from fastsiu.compare import choice, front, methods, sculpting, trials
 from fastsiu.compare import run as compare
 from fastsiu.compare.trials import Point
 from fastsiu.evaluate.exam import Question
-from fastsiu.evaluate.suite import Subject, Suite
+from fastsiu.evaluate.suites.suite import Subject, Suite
 from fastsiu.request import MISMATCH, BadInput
 from fastsiu.samples import corpus
 from fastsiu.step import batches
@@ -383,7 +383,7 @@ def bench(material, gathered, tmp_path_factory, demo_dir, cast):
     """A workbench on a small suite of drawn pictures; its material is `material`, so that nothing
     is dreamed."""
     from fastsiu.demo.world import World, draw
-    from fastsiu.evaluate import suite as suites
+    from fastsiu.evaluate.suites import suite as suites
 
     root, world = tmp_path_factory.mktemp("suite"), World()
     subjects = []

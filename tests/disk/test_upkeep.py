@@ -293,7 +293,8 @@ def test_the_formats_are_those_that_are_written():
     from fastsiu import independent
     from fastsiu.compare import run as compare
     from fastsiu.disk import several_state
-    from fastsiu.evaluate import suite_job, suite_table
+    from fastsiu.evaluate.suites import job as suite_job
+    from fastsiu.evaluate.suites import table as suite_table
 
     assert upkeep.TABLES == {
         suite_table.SUITE: suite_job.FORMAT,

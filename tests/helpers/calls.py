@@ -11,7 +11,9 @@ import torch
 from fastsiu import driver, several
 from fastsiu import merge as merging
 from fastsiu.compare import run as comparison
-from fastsiu.evaluate import run, suite_job, suite_run
+from fastsiu.evaluate import run
+from fastsiu.evaluate.suites import job as suite_job
+from fastsiu.evaluate.suites import run as suite_run
 from fastsiu.facade import unlearn as unlearn
 from fastsiu.model import adapter
 from fastsiu.model.vlm import VLM

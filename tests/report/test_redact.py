@@ -268,7 +268,11 @@ OTHERS = (
     "samples/strangers.py",
     "samples/together.py",
 )
-SAYING = (*(ROOT / "evaluate").glob("[!gl]*.py"), *(ROOT / file for file in OTHERS))
+SAYING = (
+    *(ROOT / "evaluate").glob("[!gl]*.py"),
+    *(ROOT / "evaluate" / "suites").glob("*.py"),
+    *(ROOT / file for file in OTHERS),
+)
 # what begins like that is a defect of a suite, a note, the table's legend or a part of an error
 NOT_IN_REPORTS = (
     "A line is an object",

@@ -1,5 +1,5 @@
-"""Writes a benchmark as a suite (`evaluate.suite`), whose entities `fastsiu suite` can unlearn and
-judge."""
+"""Writes a benchmark as a suite (`evaluate.suites.suite`), whose entities `fastsiu suite` can
+unlearn and judge."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from ...disk.staging import Staging, check_new
 from ...guards.strict_json import read_json
 from ...images import SUFFIXES
 from ...request import BadInput
-from .. import questions, suite
+from .. import questions
 from ..exam import Question
+from ..suites import suite
 from .form import Benchmark, Entity, Item
 
 # Training uses none of these questions. {name} becomes the entity's name.

@@ -13,7 +13,6 @@ pytest.importorskip("pyarrow", reason="the extra [benchmarks] is not installed")
 
 import benchmark_sets as made  # noqa: E402
 
-from fastsiu.evaluate import suite  # noqa: E402
 from fastsiu.evaluate.benchmarks import (  # noqa: E402
     as_suite,
     clear,
@@ -25,6 +24,7 @@ from fastsiu.evaluate.benchmarks import (  # noqa: E402
     scores,
 )
 from fastsiu.evaluate.benchmarks.form import Answer, Answered  # noqa: E402
+from fastsiu.evaluate.suites import suite  # noqa: E402
 from fastsiu.request import BadInput  # noqa: E402
 
 READERS = {

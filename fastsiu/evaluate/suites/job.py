@@ -8,18 +8,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import output as outputs
-from ..guards.strict_json import read_json
-from ..images import read_bytes
-from ..model import vlm
-from ..model.memory import Layout, budget
-from ..request import BadInput, Recipe
-from ..session import Listener
-from ..settings import ModelRef, load
-from . import eval_files, suite, suite_exam
-from .exam import Exam
-from .inquiry import VERDICT
-from .observe import Observations
+from ... import output as outputs
+from ...guards.strict_json import read_json
+from ...images import read_bytes
+from ...model import vlm
+from ...model.memory import Layout, budget
+from ...request import BadInput, Recipe
+from ...session import Listener
+from ...settings import ModelRef, load
+from .. import eval_files
+from ..exam import Exam
+from ..inquiry import VERDICT
+from ..observe import Observations
+from . import exam as suite_exam
+from . import suite
 
 FORMAT = "fastsiu suite evaluation 1"
 
@@ -32,7 +34,7 @@ class SuiteOptions:
     unlearn:     each is unlearned from its training picture first
     adapters:    DIR with an adapter of each concept in DIR/SLUG
     adapter_dir: one adapter for all of them
-    per_other, limit: how many pictures (`suite_exam.exam_of`)
+    per_other, limit: how many pictures (`suites.exam.exam_of`)
     untouched:   an earlier output of the same exams, with another adapter or recipe: the untouched
                  model is not asked again
     max_new_tokens: of an answer

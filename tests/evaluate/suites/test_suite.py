@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastsiu.evaluate import questions, suite, suite_exam
+from fastsiu.evaluate import questions
 from fastsiu.evaluate.exam import Question, evenly
 from fastsiu.evaluate.pooled import markdown, pooled
+from fastsiu.evaluate.suites import exam as suite_exam
+from fastsiu.evaluate.suites import suite
 from fastsiu.request import BadInput
 from fastsiu.text.rate import wilson
 
-DOC = Path(__file__).parents[2] / "docs" / "suite.md"
+DOC = Path(__file__).parents[3] / "docs" / "suite.md"
 
 
 def picture(file: Path, shade: int = 0) -> None:

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..guards.strict_json import parse_json
-from ..images import list_images, load_image
-from ..request import BadInput
-from ..text.concept import Concept
-from .exam import Question
-from .questions import MAX_NAME, clean, known, parse
+from ...guards.strict_json import parse_json
+from ...images import list_images, load_image
+from ...request import BadInput
+from ...text.concept import Concept
+from ..exam import Question
+from ..questions import MAX_NAME, clean, known, parse
 
 FORMAT = "fastsiu suite 1"
 MAX_BYTES = 64 * 2**20  # of a JSON file

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..images import load_image
-from ..pictures.transforms import variants
-from ..samples.kinds import wordings
-from ..text.concept import Concept
-from .exam import Exam, Question, Seen, evenly
+from ...images import load_image
+from ...pictures.transforms import variants
+from ...samples.kinds import wordings
+from ...text.concept import Concept
+from ..exam import Exam, Question, Seen, evenly
 from .suite import Subject, Suite
 
 

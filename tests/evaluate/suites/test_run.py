@@ -16,7 +16,10 @@ import calls
 import pytest
 
 from fastsiu import settings
-from fastsiu.evaluate import suite, suite_job, suite_run, suite_table
+from fastsiu.evaluate.suites import job as suite_job
+from fastsiu.evaluate.suites import run as suite_run
+from fastsiu.evaluate.suites import suite
+from fastsiu.evaluate.suites import table as suite_table
 from fastsiu.request import BadInput
 from fastsiu.session import Listener
 
@@ -479,7 +482,7 @@ def joined(small, stubbed):
     """join_suite without a model, by so many workers: what each returned."""
     import threading
 
-    from fastsiu.evaluate import suite_join
+    from fastsiu.evaluate.suites import join as suite_join
     from fastsiu.workers.claims import Pace
 
     def call(output, workers, **options):

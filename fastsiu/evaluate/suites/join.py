@@ -10,19 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import manifest
-from .. import output as outputs
-from ..guards.strict_json import read_json
-from ..model import vlm
-from ..request import BadInput
-from ..session import Listener
-from ..settings import ModelRef, RecipeChoice, Settings
-from ..workers import joining
-from ..workers.claims import Claims, Pace, at_work
-from . import suite, suite_run
-from .suite_job import FORMAT, SuiteJob, SuiteOptions
-from .suite_run import Evaluated, job_of, write_run
-from .suite_table import SUITE, Outcome, begin, outcome_of, write_table
+from ... import manifest
+from ... import output as outputs
+from ...guards.strict_json import read_json
+from ...model import vlm
+from ...request import BadInput
+from ...session import Listener
+from ...settings import ModelRef, RecipeChoice, Settings
+from ...workers import joining
+from ...workers.claims import Claims, Pace, at_work
+from . import run as suite_run
+from . import suite
+from .job import FORMAT, SuiteJob, SuiteOptions
+from .run import Evaluated, job_of, write_run
+from .table import SUITE, Outcome, begin, outcome_of, write_table
 
 SHAPE = {"concepts": [{"slug": str, "status": str}]}
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import output as outputs
-from ..disk import staging
-from ..request import BadInput
+from ... import output as outputs
+from ...disk import staging
+from ...request import BadInput
+from ..pooled import markdown, pooled
 from . import suite
-from .pooled import markdown, pooled
-from .suite_job import FORMAT, SuiteJob
+from .job import FORMAT, SuiteJob
 
 SUITE = "suite.json"
 

@@ -7,7 +7,7 @@ one transaction, once, so a run that was interrupted goes on with the concept th
 each concept it writes OUT/suite.json and OUT/report.md anew from all outputs.
 
 Several runs on one machine may share an output: one of them claims each concept
-(`disk.staging.claim`). The claim ends with its process. `suite_join` is for many machines.
+(`disk.staging.claim`). The claim ends with its process. `suites.join` is for many machines.
 """
 
 from __future__ import annotations
@@ -26,29 +26,23 @@ from typing import Any
 
 import torch
 
-from .. import output as outputs
-from .. import process, session
-from ..disk import staging
-from ..driver import base_of
-from ..images import load_image
-from ..model import adapter, adapter_files, source, vlm
-from ..request import BadInput, OutOfMemory, Request
-from ..session import Listener
-from ..settings import (
-    ModelRef,
-    RecipeChoice,
-    Settings,
-    choose_layout,
-    choose_recipe,
-    deciding,
-)
-from ..workers.joining import FAILURES
-from . import attacking, suite
-from .eval_files import UNTOUCHED
-from .eval_report import report_of
-from .observe import examine
-from .suite_job import FORMAT, SuiteJob, SuiteOptions, cached, manifest
-from .suite_table import Outcome, done_already, is_there, outcome_of, write_table
+from ... import output as outputs
+from ... import process, session
+from ...disk import staging
+from ...driver import base_of
+from ...images import load_image
+from ...model import adapter, adapter_files, source, vlm
+from ...request import BadInput, OutOfMemory, Request
+from ...session import Listener
+from ...settings import ModelRef, RecipeChoice, Settings, choose_layout, choose_recipe, deciding
+from ...workers.joining import FAILURES
+from .. import attacking
+from ..eval_files import UNTOUCHED
+from ..eval_report import report_of
+from ..observe import examine
+from . import suite
+from .job import FORMAT, SuiteJob, SuiteOptions, cached, manifest
+from .table import Outcome, done_already, is_there, outcome_of, write_table
 
 PAUSE = 0.5  # seconds between two looks at what another run is at
 
