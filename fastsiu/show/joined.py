@@ -10,8 +10,9 @@ from rich.table import Table
 
 from ..combine import Combined
 from ..independent import Each
+from ..output import KEY
 from ..workers.joining import Forecast, Share
-from .results import cell
+from .results import before_publishing, cell
 
 FEW = 20  # requests, up to which reasons are shown; DIR/NUMBER/report.md has them for any number
 
@@ -59,8 +60,7 @@ def combined_table(console: Console, combined: Combined) -> None:
         console.print(note, soft_wrap=True)
     console.print("All forgotten." if combined.forgotten else "Not all forgotten.")
     console.print(
-        f"Rank {combined.rank}, written to {combined.output}. Before you publish it, remove its "
-        "private.key: whoever holds it and one of the pictures can tell that the picture was used.",
+        f"Rank {combined.rank}, written to {combined.output}. {before_publishing(f'its {KEY}')}",
         soft_wrap=True,
     )
 
@@ -71,11 +71,7 @@ def share_lines(console: Console, share: Share, of: int, output: Path) -> None:
         console.print(
             "The table of all is there; without --join the same command shows it.", soft_wrap=True
         )
-    console.print(
-        f"Written to {output}. Before you publish it, remove each private.key: whoever holds it "
-        "and one of the pictures can tell that the picture was used.",
-        soft_wrap=True,
-    )
+    console.print(f"Written to {output}. {before_publishing(f'each {KEY}')}", soft_wrap=True)
 
 
 def forecast_lines(console: Console, forecast: Forecast) -> None:

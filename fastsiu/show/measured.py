@@ -10,8 +10,9 @@ from rich.table import Table
 
 from ..evaluate.run import Evaluation
 from ..evaluate.suites.run import Evaluated
+from ..output import KEY
 from ..report.summary import inside, standing
-from .results import cell, families_table
+from .results import before_publishing, cell, families_table
 
 
 def inside_table(console: Console, report: Mapping[str, Any]) -> None:
@@ -123,10 +124,7 @@ def suite_table(console: Console, evaluated: Evaluated) -> None:
     if evaluated.resumed:
         console.print(f"{evaluated.resumed} of {len(evaluated.outcomes)} were done already.")
     console.print(
-        f"Written to {evaluated.output}. Before you publish it, remove each private.key: whoever "
-        "holds it and one of "
-        "the pictures can tell that the picture was used.",
-        soft_wrap=True,
+        f"Written to {evaluated.output}. {before_publishing(f'each {KEY}')}", soft_wrap=True
     )
 
 

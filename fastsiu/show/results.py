@@ -25,6 +25,18 @@ def cell(value: Any) -> Text:
     return Text(visible(str(value)))
 
 
+def before_publishing(keys: object, more: str = "") -> str:
+    """What to remove from an output before it is published, and why.
+
+    keys: the file, or which files
+    more: what else the output gives away
+    """
+    return (
+        f"Before you publish it, remove {keys}: whoever holds it and one of the pictures can tell "
+        f"that the picture was used{more}."
+    )
+
+
 def summary(console: Console, result: Result) -> None:
     """Before and after side by side, the rates, the verdict with its reasons."""
     report = result.report
@@ -67,12 +79,7 @@ def summary(console: Console, result: Result) -> None:
     for note in (*result.notes, *([] if result.repeated else [f"Written to {result.output}"])):
         console.print(note, soft_wrap=True)
     if result.output is not None and (result.output / KEY).is_file():
-        console.print(
-            f"Before you publish it, remove {result.output / KEY}: whoever holds it and one of "
-            "the pictures can tell "
-            "that the picture was used.",
-            soft_wrap=True,
-        )
+        console.print(before_publishing(result.output / KEY), soft_wrap=True)
 
 
 def families_table(console: Console, report: Mapping[str, Any]) -> None:
@@ -136,10 +143,7 @@ def several_table(console: Console, several: Several) -> None:
         console.print(f"{several.resumed} of {len(lines)} were done already.")
     console.print("All forgotten." if several.forgotten else "Not all forgotten.")
     console.print(
-        f"Written to {several.output}. Before you publish it, remove each private.key: whoever "
-        "holds it and one of the "
-        "pictures can tell that the picture was used.",
-        soft_wrap=True,
+        f"Written to {several.output}. {before_publishing(f'each {KEY}')}", soft_wrap=True
     )
 
 
@@ -191,12 +195,7 @@ def merged_summary(console: Console, result: Merged) -> None:
     for note in (*result.notes, *([] if result.repeated else [f"Written to {result.output}"])):
         console.print(note, soft_wrap=True)
     named = "" if result.report.get("redacted") else "; README.md and report.* hold the name"
-    console.print(
-        f"Before you publish it, remove {result.output / KEY}: whoever holds it and one of the "
-        "pictures can tell "
-        f"that the picture was used{named}.",
-        soft_wrap=True,
-    )
+    console.print(before_publishing(result.output / KEY, named), soft_wrap=True)
 
 
 def answers_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
