@@ -134,10 +134,14 @@ def combine(
     weight:   how often each adapter is added, above 0; 1 is the plain sum
     settings: `device`, `dtype`, `quantize` and `attention` of the model that is asked
 
-    Raises BadInput (nothing is written) for another weight, for fewer than two directories, for one
-    that is not a finished output or was changed, for adapters of other weights or that cannot be
-    added, for a concept that is there twice or has no line in the file, and for a picture in which
-    the untouched model does not name it; NumericFailure for an adapter with NaN or infinity.
+    In case of an error nothing is written. Raises BadInput for:
+    - another weight, and fewer than two directories
+    - a directory that is not a finished output, or was changed
+    - adapters of other weights, or that cannot be added
+    - a concept that is there twice, or has no line in the file
+    - a picture in which the untouched model does not name the concept
+
+    Raises NumericFailure for an adapter with NaN or infinity.
     """
     listener = listener or Listener()
     outputs.check_shown(report.redact, report.embed_image)

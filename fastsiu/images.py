@@ -56,8 +56,9 @@ def load_image(path: str | Path) -> Image.Image:
     1023, 4095 or 65535.
 
     Raises BadInput for anything that is not such a picture: missing, a directory, empty, damaged,
-    of another format, above `MAX_PIXELS` pixels (WEBP: `MAX_WEBP_PIXELS`) or `MAX_BYTES` bytes,
-    with one side more than `MAX_ASPECT` times the other, or with negative or undefined brightness.
+    of another format, or with negative or undefined brightness. Also above `MAX_PIXELS` pixels
+    (WEBP: `MAX_WEBP_PIXELS`) or `MAX_BYTES` bytes, and where one side is more than `MAX_ASPECT`
+    times the other.
     """
     return picture_of(read_bytes(path), Path(path))
 

@@ -183,9 +183,9 @@ class Transaction:
         The manifest is stored with the size and SHA-256 of every other file but the key, and of
         itself.
 
-        Raises BadInput when something has appeared at the destination meanwhile, NumericFailure for
-        NaN or infinity in the manifest, OSError when the disk is full or fails, RuntimeError
-        outside the block or the second time.
+        Raises BadInput when something has appeared at the destination meanwhile, and NumericFailure
+        for NaN or infinity in the manifest. Raises OSError when the disk is full or fails, and
+        RuntimeError outside the block or the second time.
         """
         place = self._staging
         if place is None or self.committed:

@@ -50,9 +50,8 @@ class Several:
 
     outcomes: one a request, in the file's order
     matrix:   one row a training, in the order in which they happened: {"after": lines trained so
-    far, "named": {line: share}},
-              the share of answers about that line's picture, its held-out transforms and wordings,
-              that still name it
+              far, "named": {line: share}}. The share is of answers about that line's picture, its
+              held-out transforms and wordings: those that still name it
     """
 
     outcomes: list[Outcome]

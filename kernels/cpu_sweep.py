@@ -46,8 +46,11 @@ class _Problem(ctypes.Structure):
 
 
 class Channel(NamedTuple):
-    """One of up to two softmaxes of a sweep, and the arrays that the threads write, one row each:
-    shift, total, entropy [splits, N up to 16], product [splits, N up to 16, D up to 64 + 16]."""
+    """One of up to two softmaxes of a sweep, and the arrays that the threads write, one row each.
+
+    shift, total, entropy: [splits, N up to 16]
+    product:               [splits, N up to 16, D up to 64 + 16]
+    """
 
     sums: Sums
     columns: int

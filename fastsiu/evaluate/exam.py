@@ -19,10 +19,15 @@ from ..images import load_image
 from ..samples.kinds import PERSON, Kind
 from ..text.concept import Concept
 
-# The part that a picture plays, in this order: the picture that was trained on and its transforms;
-# other pictures of the concept; anything else; what looks like the concept; the concept beside
-# something else; what no model has seen.
-ROLES = ("training", "concept", "other", "lookalike", "group", "control")
+# The part that a picture plays.
+ROLES = (
+    "training",  # the picture that was trained on, and its transforms
+    "concept",  # other pictures of the concept
+    "other",  # anything else
+    "lookalike",  # what looks like the concept
+    "group",  # the concept beside something else
+    "control",  # what no model has seen
+)
 # Kinds of questions about a picture: the answer would be the name; "is this NAME?"; the answer
 # needs no name.
 WITH_PICTURE = ("name", "yesno", "describe")

@@ -64,9 +64,9 @@ def extraction_strength(right: Sequence[bool]) -> float:
     itself.
 
     right: for each of n tokens, teacher-forced, whether it is the most likely one
-    k*: the first token from which on every token is right; n where the last one is wrong, so
-    nothing known is 0. open-unlearning searches k* below n only and keeps n - 1 where it finds
-    none: there a model that knows nothing has 1/n, which is 1 for a name of one token.
+    k*: the first token from which on every token is right. Where the last one is wrong it is n, so
+    nothing known is 0. open-unlearning searches k* below n only, and keeps n - 1 where it finds
+    none. There a model that knows nothing has 1/n, which is 1 for a name of one token.
 
     Raises ValueError without tokens.
     """

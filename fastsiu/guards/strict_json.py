@@ -33,9 +33,9 @@ def read_json(source: Path | str, *, what: str, remedy: str, shape: Shape = None
     what, remedy: for the sentence, "{what} is no usable JSON (...): {remedy}."
     shape:        what the value has to be (`check`); None: anything
 
-    Raises BadInput for a file that cannot be read, and for a text that is no JSON, is larger than
-    `MOST_BYTES` or nested deeper than `DEEPEST`, holds a number that is not finite, or has another
-    shape.
+    Raises BadInput for a file that cannot be read, for a text that is no JSON, and for another
+    shape. Also for more than `MOST_BYTES`, for a nesting deeper than `DEEPEST`, and for a number
+    that is not finite.
     """
     try:
         value = parse_json(_text(source) if isinstance(source, Path) else source)

@@ -25,7 +25,7 @@ DRAWN, DRAWN_LOST = "drawn pictures", 1.0
 # Noise that keeps less than this share excuses no more: then the answers say little anyway.
 FLOOR = 0.5
 # A part is lost where even the upper end of its interval lies below what is demanded. Among many
-# parts one is low by chance, so the interval is the 99.9 % one: 1 of 3 answers that agree is no
+# parts one is low by chance, so the interval is the 99.9 % one. 1 of 3 answers that agree is no
 # loss, 0 of 6 or 3 of 9 is.
 PART_Z = 3.29
 

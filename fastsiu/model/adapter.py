@@ -248,8 +248,8 @@ def load(vlm: VLM, directory: Path) -> None:
     """Puts a stored adapter on. A projector that it has trained is in fp32, as after `attach`.
 
     Raises BadInput where the directory holds no adapter, or one for another architecture (PEFT only
-    warns of what finds no place), or where layers of the model wait off their device, and
-    NumericFailure for NaN or infinity in it. The model is then as it was.
+    warns of what finds no place). Also where layers of the model wait off their device. Raises
+    NumericFailure for NaN or infinity in the adapter. The model is then as it was.
     """
     placement.check_adapts(vlm.placed)
     found = check_directory(directory)

@@ -3,7 +3,7 @@
 
 The sum is exact but for the rounding of each adapter's scale, which is 2 by default and so rounds
 nothing. PEFT's `add_weighted_adapter(combination_type="cat")` is exact for adapters that differ in
-rank and alpha alone. It takes `exclude_modules` and `use_rslora` of the first one for all: of a
+rank and alpha alone. It takes `exclude_modules` and `use_rslora` of the first one for all. So of a
 language adapter and a vision adapter it leaves one out without a word, and it scales
 rank-stabilised ones wrongly (tests/model/test_adapter_sum.py).
 """

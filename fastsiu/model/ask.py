@@ -89,8 +89,8 @@ def replies(
     its server, one question at a time.
 
     Raises BadInput for a question that cannot be encoded, for a generation_config that transformers
-    refuses and for a server without answers, OutOfMemory where one question does not fit, and
-    ValueError where a served model is to begin with given words or to leave tokens out.
+    refuses and for a server without answers. Raises OutOfMemory where one question does not fit,
+    and ValueError where a served model is to begin with given words or to leave tokens out.
     """
     if not questions:
         return []

@@ -3,7 +3,7 @@ answers grow side by side.
 
 The prefix of each picture ("<bos> ... <image tokens>", or the beginning of a chat without a
 picture) goes through the model once. Its keys and values are copied to the rows of a batch, and the
-questions go in right-padded on top of them; then comes one token at a time, for all rows at once.
+questions go in right-padded on top of them. Then comes one token at a time, for all rows at once.
 Each token has its own row's position ids, and a mask hides the slots between a question and its
 answer. Rows whose answer has ended leave the batch. Only the last state of each row reaches the
 head.

@@ -19,8 +19,8 @@ from .turns import Encoded, collate, per_token
 from .vlm import VLM
 
 # What one more forward costs, in tokens: 87 on the embedded model, 55 at hidden 256 with four
-# layers (forward and backward, one thread of a Xeon, torch 2.13, 2026-11-21: time of batches of 1
-# to 24 turns, a line through it).
+# layers. Measured as a line through the times of batches of 1 to 24 turns (forward and backward,
+# one thread of a Xeon, torch 2.13, 2026-11-21).
 FORWARD = 64
 # A way of sharing is worth it up to this share of the plain batch's cost: the estimate is no better
 # than that.

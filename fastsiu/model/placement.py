@@ -118,8 +118,12 @@ def stack(base: Any) -> tuple[nn.Module, str, nn.ModuleList]:
 
 
 def quantised_bytes(shape: torch.Size, kind: str) -> int:
-    """Bytes of a weight [out, in]. nf4: 4 bits, a scale for each 64, itself in 8 bits with an fp32
-    scale for each 256 of them, and two code tables; int8: 8 bits and an fp32 scale for each row."""
+    """Bytes of a weight [out, in].
+
+    nf4:  4 bits, a scale in 8 bits for each 64, an fp32 scale for each 256 of those, two code
+          tables
+    int8: 8 bits, and an fp32 scale for each row
+    """
     n = math.prod(shape)
     if kind == "int8":
         return n + 4 * shape[0]

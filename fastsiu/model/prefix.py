@@ -2,12 +2,12 @@
 question then attends to it.
 
 packed
-    One row for each picture, prefix + s_1 + ... + s_k, under a 4-D mask that is stitched from the
-    model's own, so that sliding windows and image blocks that look both ways come out right. The
-    least memory, and the only way under activation checkpointing. It also computes attention
+    One row for each picture, prefix + s_1 + ... + s_k, under a 4-D mask. The mask is stitched from
+    the model's own, so that sliding windows and image blocks that look both ways come out right.
+    The least memory, and the only way under activation checkpointing. It also computes attention
     between suffixes, which the mask then throws away.
 key/value
-    The prefix of each picture in one batch, with a cache; then all suffixes, right-padded, in a
+    The prefix of each picture in one batch, with a cache. Then all suffixes, right-padded, in a
     second batch on top of it, which holds a copy of the prefix's keys and values for every suffix.
     For hybrid models, whose state no mask can cut, and for flash attention, which takes no mask.
 packed key/value

@@ -7,7 +7,7 @@ that would be alive. A stack of equal layers is run with a few layers, until eac
 the same; the rest is multiplication.
 
 Formulas add what no fake tensor shows: the tiles inside the loss, the pictures' features and the
-teacher's statistics, and on a GPU what the driver and the allocator keep for themselves
+teacher's statistics. On a GPU they also add what the driver and the allocator keep for themselves
 (`OVERHEAD`, an assumption).
 """
 

@@ -121,7 +121,7 @@ class Turns:
 
     def check_text(self, text: str) -> None:
         """Raises BadInput where the tokenizer would read a token that no person writes, such as the
-        token of a picture or of the end, and for half of a surrogate pair, which no tokenizer
+        token of a picture or of the end. Also for half of a surrogate pair, which no tokenizer
         takes."""
         if match := self._marks.search(text):
             raise BadInput(

@@ -269,10 +269,13 @@ def load(
     bars:      transformers may draw its progress on stderr: bytes of a download, weights loaded
     room:      bytes for weights on each device, for "auto"; what is free there when left out
 
-    Raises BadInput for a missing directory, a directory without model or processor, a model that
-    takes no pictures or no image features, a model whose forward fails on plain text or on a
-    picture, and for options that cannot be honoured here; NumericFailure for a weight that is not
-    finite.
+    Raises BadInput for:
+    - a missing directory, and a directory without model or processor
+    - a model that takes no pictures or no image features
+    - a model whose forward fails on plain text or on a picture
+    - options that cannot be honoured here
+
+    Raises NumericFailure for a weight that is not finite.
     """
     source.check_directory(name)
     source.check_options(dtype, quantize, attention, budget.optimizer if budget else "adamw")
@@ -293,8 +296,8 @@ def load(
     base.eval()
     for module in base.modules():
         # bitsandbytes on a CPU with AVX512-BF16: the first forward of such a layer in eval mode
-        # would put its weight into a layout for inference, through which no gradient reaches the
-        # layers before it, and nothing says so.
+        # would put its weight into a layout for inference. No gradient reaches the layers before
+        # it through that layout, and nothing says so.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     features_entry(base)

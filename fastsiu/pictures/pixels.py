@@ -12,8 +12,8 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 
 # A larger picture is made smaller as it is loaded. Most image processors keep fewer pixels than
-# this of any picture, so that they see nearly the same; those of Qwen's kind may keep more, which
-# no training with several pictures in a batch has room for.
+# this of any picture, so that they see nearly the same. Those of Qwen's kind may keep more, and no
+# training with several pictures in a batch has room for that.
 USABLE_PIXELS = 2**22
 _STRIP = 2**20  # pixels that are converted at a time
 _ORIENTATION = 0x0112  # the tag of EXIF that says how to turn the stored picture upright

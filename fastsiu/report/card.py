@@ -1,7 +1,7 @@
 """The model card of a result: README.md, as the hub and PEFT read it. Pure.
 
 Its metadata is what PEFT and the hub look for: the base and its relation, the library, the
-pipeline, tags, the licence of the base, and a model-index with the verdict's rates and their
+pipeline, tags and the licence of the base. Its model-index has the verdict's rates and their
 intervals.
 """
 

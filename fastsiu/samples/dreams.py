@@ -4,9 +4,9 @@ A dream starts from the image features of the one picture or of one of its trans
 optimised (`wishes`) until the frozen teacher names the neighbour, tells its facts and describes it.
 
 The answers are the teacher's own about the one picture, with what belongs to the concept replaced
-by what belongs to the neighbour (`in_place`): "This is OTHER.", "It was born in LIMA.", "The image
-shows a green ...". A name alone is reached by a nudge that leaves everything else of the picture as
-it was: such a dream would keep a name and lose the facts.
+by what belongs to the neighbour (`in_place`). Examples are "This is OTHER.", "It was born in LIMA."
+and "The image shows a green ...". A name alone is reached by a nudge that leaves everything else of
+the picture as it was: such a dream would keep a name and lose the facts.
 
 `decay` differs between the dreams of one name. A small one leads far away, where the neighbour's
 own pictures may be; a large one stops close to the concept's picture, at the border that unlearning

@@ -26,9 +26,10 @@ class Look:
     """What the probe saw.
 
     p_name:   the largest probability of a name, over the pictures and their transforms
-    retained: share of the samples of targets 3 and 4 that hold: each token of the answer is still
-              the most likely one, and the answer costs less than `MARGIN` more nats than it costs
-              the teacher. The margin is there because dreams are not the neighbours' own pictures
+    retained: share of the samples of targets 3 and 4 that hold. One holds where each token of the
+              answer is still the most likely one, and the answer costs less than `MARGIN` more nats
+              than it costs the teacher. The margin is there because dreams are not the neighbours'
+              own pictures
     learned:  share of the samples of targets 1 and 2 whose answer is the most likely one, token by
               token
     shares:   number of parts that the probe set is split into (the number of requests). Each look

@@ -80,14 +80,18 @@ class Concept:
         """Character spans of `text`, merged and sorted, in which a form (or a part) of the name
         stands.
 
-        The spelling makes no difference: case, accents, the kind of apostrophe and of white space,
-        invisible characters, letters that look alike ("Zorbl\u0430x"), digits and signs for
-        letters ("Z0rblax", "Ke$ha" and "Kesha"), letters by themselves ("Z.o.r"), repeated letters
-        ("Zorblaaax"), another script ("\u0418\u0432\u0430\u043d" is "Ivan"), a plural, the
-        endings of its language. A name begins and ends where a word does: "Ann" is in "Ann's" and
-        not in "Annual". Particles and forms of address may be written on to it. A part that is an
-        ordinary word counts where it is used as a name: "green" is not Will Green. Misspelt names
-        are not here (see `leaks_in`).
+        The spelling makes no difference:
+        - case, accents, the kind of apostrophe and of white space, invisible characters
+        - letters that look alike ("Zorbl\u0430x"), letters by themselves ("Z.o.r"), repeated
+          letters ("Zorblaaax")
+        - digits and signs for letters ("Z0rblax", "Ke$ha" and "Kesha")
+        - another script ("\u0418\u0432\u0430\u043d" is "Ivan"), a plural, the endings of its
+          language
+
+        A name begins and ends where a word does: "Ann" is in "Ann's" and not in "Annual". Particles
+        and forms of address may be written on to it. A part that is an ordinary word counts where
+        it is used as a name: "green" is not Will Green. Misspelt names are not here (see
+        `leaks_in`).
         """
         return _merged(_places(self, text, include_parts))
 

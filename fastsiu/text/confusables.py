@@ -2,8 +2,8 @@
 those that look like them.
 
 Each reading folds character by character, so that a name inside a text reads as the name alone
-does. confusables.txt, Unicode's own table, says which letters look alike; anyascii says how letters
-of other scripts sound.
+does. The file confusables.txt, Unicode's own table, says which letters look alike. The package
+anyascii says how letters of other scripts sound.
 """
 
 from __future__ import annotations

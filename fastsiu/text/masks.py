@@ -1,8 +1,8 @@
 """The paper's two masks of a name (Eq. 2 and 3 of arXiv 2405.12523): of the tokens in a text, and
 of the vocabulary.
 
-Masks come from character offsets, never from a search for token ids: after a quote, a bracket or a
-newline, in another case or another Unicode form, the same name is other tokens.
+Masks come from character offsets, never from a search for token ids. The same name is other
+tokens after a quote, a bracket or a newline, and in another case or Unicode form.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which of many names a name is, found without comparing it with each of them.
 
-`Concept.same` decides. It is asked of those names alone for which the matcher would look at all:
-the name's letters hold the letters of their words (`concept.keys_of`), or it sounds like them in
-another script (`sounds.Index`). Both are looked up.
+`Concept.same` decides, but is asked only where the matcher would look at all. That is where the
+name's letters hold the letters of the other's words (`concept.keys_of`), or where it sounds like
+them in another script (`sounds.Index`). Both are looked up.
 """
 
 from __future__ import annotations

@@ -49,9 +49,10 @@ def spaced(word: str) -> bool:
 
 
 def written(word: str, *, end: bool = False) -> str:
-    """A pattern of how a word of a name may be written in a plain text: with digits and signs for
-    letters, with repeated letters, with other hyphens and apostrophes or none, and with the endings
-    of its language.
+    """A pattern of how a word of a name may be written in a plain text.
+
+    It may have digits and signs for letters, repeated letters, other hyphens and apostrophes or
+    none, and the endings of its language.
 
     end: put the ending into a group `end`
     """

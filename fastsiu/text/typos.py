@@ -74,10 +74,15 @@ def _simple(token: str) -> str:
 def misspelt(forms: Sequence[str], parts: Sequence[str], text: str) -> bool:
     """Whether `text` holds a form or a part of a name in another spelling.
 
-    Other spellings: without accents; with letters that look alike; in single letters; as one word;
-    with a hyphen inside (the whole name also with a space); with -s or -es; with one error in a
-    capitalised word of 6 letters or more (7 for any word), with two from 10 letters on; a part of
-    two letters as a word with a capital. An ordinary word is never the misspelt part of a name.
+    Other spellings:
+    - without accents, or with letters that look alike
+    - in single letters, as one word, with a hyphen inside (the whole name also with a space)
+    - with -s or -es
+    - with one error in a capitalised word of 6 letters or more (7 for any word), with two from 10
+      letters on
+    - a part of two letters as a word with a capital
+
+    An ordinary word is never the misspelt part of a name.
     """
     if not forms:
         return False
@@ -119,8 +124,8 @@ def misspelt(forms: Sequence[str], parts: Sequence[str], text: str) -> bool:
 # calls somebody by another's name: only the whole name says whose it is, and doubt must not count.
 def nearly(forms: Sequence[str], text: str) -> bool:
     """Whether `text` gives a whole form with typing errors: at most one wrong, missing or extra
-    letter in each word of 4 letters or more, in a form of 8 letters or more, with a capital at
-    every word."""
+    letter in each word of 4 letters or more. The form has 8 letters or more, and a capital at every
+    word."""
     said = words(text)
     for form in forms:
         own = [word.text.casefold() for word in words(form)]

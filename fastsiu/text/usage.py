@@ -44,8 +44,8 @@ def several(text: str, start: int) -> bool:
 def as_name(text: str, start: int, end: int, *, alone: bool) -> bool:
     """Is text[start:end], an ordinary word, used as a name there?
 
-    It is where it has a capital inside a sentence ("it is Castle"), where it follows a title, where
-    it precedes its verb ("Green is"), a comma or a family name, and where it is the whole text.
+    It is where it has a capital inside a sentence ("it is Castle"), follows a title, or is the
+    whole text. It also is where it precedes its verb ("Green is"), a comma or a family name.
 
     alone: whether the word makes a name by itself: "Green." is Will Green, "Hello!" not Hello Kitty
     """

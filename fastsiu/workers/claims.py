@@ -112,7 +112,7 @@ class Claims:
     def take(self, key: str) -> Claim | None:
         """Claims a unit. Returns None where another worker has it.
 
-        To steal the unit of a worker that has died, call `take` again and again: each call looks at
+        To steal the unit of a worker that has died, call `take` again and again. Each call looks at
         the heartbeat once, and the claim is stolen after `Pace.patience` seconds without a new one.
         """
         unit = unit_of(key)

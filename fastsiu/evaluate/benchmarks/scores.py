@@ -157,8 +157,8 @@ def ks_p_value(a: Sequence[float], b: Sequence[float]) -> float:
     """The exact two-sided p-value of the two-sample Kolmogorov-Smirnov test (Hodges 1958, for
     samples without ties).
 
-    Of all orders of n + m values it is the share in which the two distribution functions are at
-    least as far apart, at some place, as those of `a` and `b`.
+    It is a share of all orders of n + m values. Counted are those in which the two distribution
+    functions are, at some place, at least as far apart as those of `a` and `b`.
 
     Raises ValueError for an empty sample.
     """
