@@ -19,6 +19,7 @@ from .processor import takes_suffix
 
 Span = tuple[int, int]
 MARK = "\ue000"  # an answer that no chat template, question or tokenizer knows
+PROMPTS = 1024  # prompts about pictures that are kept as token ids
 LEAD = "\n"  # after it a tokenizer begins anew, without the blank that some put before a text
 PIXELS = (
     "pixel_values",
@@ -281,7 +282,7 @@ class Turns:
             return {k: v[:, :-1] for k, v in whole.items()} if begin else whole
         prompt = self.render(question, picture is not None)
         if not begin:
-            return self.tokenise(prompt, image)
+            return self._prompt(prompt, image)
         return self._continued(prompt, self._frame(picture is not None)[0] + begin, image)[0]
 
     def _continued(
@@ -300,7 +301,8 @@ class Turns:
         ids, offsets = plain["input_ids"], plain["offset_mapping"]
         begun = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
         if ids[: len(begun["input_ids"])] == begun["input_ids"]:
-            return self.tokenise(text, image), ids, offsets
+            after = ids[len(begun["input_ids"]) :]
+            return self._grown(prompt, rest, after, image), ids, offsets
         apart = self.tokenizer(LEAD + rest, add_special_tokens=False, return_offsets_mapping=True)
         lead = self.tokenizer(LEAD, add_special_tokens=False)["input_ids"]
         if apart["input_ids"][: len(lead)] != lead:
@@ -312,8 +314,50 @@ class Turns:
         spans = [
             (start + shift, end + shift) for start, end in apart["offset_mapping"][len(lead) :]
         ]
-        inputs = followed(self.tokenise(prompt, image), torch.tensor(after, device=self.device))
+        inputs = followed(self._prompt(prompt, image), torch.tensor(after, device=self.device))
         return inputs, begun["input_ids"] + after, begun["offset_mapping"] + spans
+
+    def _grown(
+        self, prompt: str, rest: str, after: Sequence[int], image: Image.Image | None
+    ) -> dict[str, Tensor]:
+        """`tokenise` of a prompt and what follows it.
+
+        A processor works on the picture's pixels each time, which takes longer than all else. So
+        the prompt's tensors are taken (`_prompt`), and the ids `after` are put behind them. The
+        first turn about a picture of a size goes both ways: where they differ on this model, the
+        processor gets every turn.
+        """
+        if image is None or not self._grows.get(image.size, True):
+            return self.tokenise(prompt + rest, image)
+        inputs = followed(self._prompt(prompt, image), torch.tensor(after, device=self.device))
+        if image.size not in self._grows:
+            whole = self.tokenise(prompt + rest, image)
+            self._grows[image.size] = inputs.keys() == whole.keys() and all(
+                torch.equal(inputs[key], whole[key]) for key in whole
+            )
+            return whole
+        return inputs
+
+    def _prompt(self, text: str, image: Image.Image | None) -> dict[str, Tensor]:
+        """`tokenise`, once for the same text about pictures of one size."""
+        if image is None:
+            return self.tokenise(text, None)
+        key = (text, image.size)
+        if key not in self._prompts:
+            if len(self._prompts) == PROMPTS:
+                del self._prompts[next(iter(self._prompts))]  # the oldest
+            self._prompts[key] = self.tokenise(text, image)
+        return dict(self._prompts[key])
+
+    @functools.cached_property
+    def _prompts(self) -> dict[tuple[str, tuple[int, int]], dict[str, Tensor]]:
+        """What `_prompt` keeps."""
+        return {}
+
+    @functools.cached_property
+    def _grows(self) -> dict[tuple[int, int], bool]:
+        """What `_grown` found, by the size of the picture."""
+        return {}
 
 
 def per_token(inputs: dict[str, Tensor], key: str) -> bool:

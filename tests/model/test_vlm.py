@@ -90,6 +90,51 @@ def test_encode_places_rows_labels_and_offsets(loaded, shown, answer, with_pictu
     assert images == (loaded.base.config.image_seq_length if with_picture else 0)
 
 
+class Counting:
+    """A processor that counts the pictures it works on, and may change a text."""
+
+    def __init__(self, processor, change=lambda text: text):
+        self.processor, self.change, self.pictures = processor, change, 0
+
+    def __getattr__(self, name):
+        return getattr(self.processor, name)
+
+    def __call__(self, text, images=None, **options):
+        self.pictures += len(images or ())
+        return self.processor(text=[self.change(t) for t in text], images=images, **options)
+
+
+def test_the_processor_works_on_a_picture_once_a_question_and_not_once_an_answer(demo_dir, cast):
+    counted = vlm.load(str(demo_dir))
+    picture = counted.picture(load_image(cast.image))
+    processor, counted.processor = counted.processor, Counting(counted.processor)
+    answers = [f"This is {name}." for name in ("Ada", "Bo", "Cy", "Di", "Ed")]
+    first, second = (
+        [counted.encode(question, answer, picture) for answer in answers]
+        for question in ("Who is this?", "Who is in the image?")
+    )
+    # two prompts, and one whole turn to compare with
+    assert counted.processor.pictures == 3
+    counted.processor = processor
+    for turn, answer in zip(first, answers, strict=True):
+        whole = counted.tokenise(counted.render("Who is this?", True, answer), picture.image)
+        assert whole.keys() == turn.inputs.keys()
+        assert all(torch.equal(whole[key], turn.inputs[key]) for key in whole)
+    assert len({tuple(turn.labels.tolist()) for turn in (*first, *second)}) == len(answers)
+
+
+def test_a_processor_that_does_more_than_its_tokenizer_gets_every_turn(demo_dir, cast):
+    loaded = vlm.load(str(demo_dir))
+    picture = loaded.picture(load_image(cast.image))
+    ends = lambda text: text + " yes" if text.endswith("it is") else text
+    loaded.processor = Counting(loaded.processor, ends)
+    prompt = loaded.render("Who?", True)
+    (after,) = loaded.tokenizer(["it is"], add_special_tokens=False)["input_ids"]
+    for _ in range(2):
+        ids = loaded._grown(prompt, "it is", after, picture.image)["input_ids"][0]
+        assert loaded.tokenizer.decode(ids).endswith("yes")
+
+
 @pytest.mark.parametrize("with_picture", [False, True])
 def test_a_row_predicts_its_label(loaded, shown, with_picture):
     """What the model says is, token by token, the most likely at the supervised rows: the shift is
