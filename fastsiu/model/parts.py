@@ -81,7 +81,7 @@ class Part:
         most:  turns in one forward; None: all
         exact: the ways that are exact here; `vlm.shares` when left out
         """
-        ways = [way for way in (self.vlm.shares if exact is None else exact) if self._runs(way)]
+        ways = self._that_run(self.vlm.shares if exact is None else exact)
         if self.vlm.budget.sparing and "packed" in ways:
             return "packed"
         if not ways:
@@ -90,9 +90,13 @@ class Part:
         best = min(ways, key=lambda way: cost[way] * DEARER[way])
         return best if cost[best] < WORTH * self.cost("plain", most) else "plain"
 
-    def _runs(self, way: str) -> bool:
-        """Whether turns share a prefix, and layers that drop their cache do not need it."""
-        return bool(self.length) and (way == "packed" or not recomputes(self.vlm))
+    def _that_run(self, exact: tuple[str, ...]) -> tuple[str, ...]:
+        """The ways that can be taken: none where turns share no prefix, and none that needs a cache
+        where layers drop it."""
+        if not self.length:
+            return ()
+        without_cache = tuple(way for way in exact if way == "packed")
+        return without_cache if without_cache != exact and recomputes(self.vlm) else exact
 
     def cost(self, way: str, most: int | None) -> float:
         """The cost of all forwards, in tokens through the linear layers: a token takes 24 D^2 flops

@@ -32,6 +32,10 @@ from .lens import PIXELS, Lens, lens, with_grid
 
 CELLS = 30  # on each side of the grid
 FEW = 0.5  # how strongly cells are held at 0, in steps of the rate
+# Bytes that the tower's graphs of a group may take beside the language model's. Larger ones are
+# built again in the backward pass, which costs one more forward of the tower. It is so little that
+# `plan` does not count it.
+LIGHT = 2**26
 EXACT = 1e-3  # how far a picture's features may change when others share its forward, relative
 
 
@@ -87,11 +91,14 @@ class InPixels:
             for start in starts
         ]
         self.at_once = self._is_exact_at_once()
+        self.light = not vlm.budget.sparing and self._graph() * len(starts) <= LIGHT
 
     def shown(self, members: Sequence[int]) -> list[Any]:
         most = min(DREAMS_SEEN, self.vlm.budget.dream_batch or DREAMS_SEEN)
         size = most if self.at_once else 1
         groups = [members[at : at + size] for at in range(0, len(members), size)]
+        if self.light:
+            return [one for group in groups for one in self._seen(group)]
         # The tower's graph of each group is built again in the backward pass. So two of them never
         # exist together, nor does one exist beside the language model's.
         return [
@@ -125,6 +132,20 @@ class InPixels:
             for key, value in inputs[0].items()
         }
         return split_features(self.vlm.seen(joined), [self.starts[i].features for i in members])
+
+    def _graph(self) -> int:
+        """Bytes of the tower's graph of one dream: what it saves for the backward pass."""
+        weights = {p.untyped_storage().data_ptr() for p in self.vlm.base.parameters()}
+        saved: dict[int, int] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            features = self._seen([0])
+        del features
+        return sum(size for place, size in saved.items() if place not in weights)
 
     @torch.no_grad()
     def _is_exact_at_once(self) -> bool:

@@ -173,8 +173,9 @@ def levels(image):
     return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32))
 
 
+@pytest.mark.parametrize("light", [True, False])
 @pytest.mark.parametrize("at_once", [None, 2])
-def test_dreams_together_have_the_gradients_of_each_alone(gathered, at_once):
+def test_dreams_together_have_the_gradients_of_each_alone(gathered, at_once, light):
     """Also where the tower's graph is built again for a few at a time."""
     vlm, scene = gathered.vlm, gathered.scene
     starts = [scene.pictures[0], scene.views[0], scene.views[1]]
@@ -183,7 +184,7 @@ def test_dreams_together_have_the_gradients_of_each_alone(gathered, at_once):
     def gradients(together, dream_batch):
         space = spaces.space_of(vlm, replace(scene.recipe, dream_in="pixels"), starts, 0)
         assert isinstance(space, spaces.InPixels) and space.at_once
-        space.at_once = together
+        space.at_once, space.light = together, light
         before, vlm.budget = vlm.budget, replace(vlm.budget, dream_batch=dream_batch)
         try:
             seen = [features.feature_tensors(one)[0] for one in space.shown(members)]
@@ -197,6 +198,19 @@ def test_dreams_together_have_the_gradients_of_each_alone(gathered, at_once):
             torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(one, own, strict=True)
         )
         assert all(bool(x.any()) for x in own)
+
+
+def test_a_graph_of_the_tower_is_kept_where_it_is_light(gathered, monkeypatch):
+    vlm, scene = gathered.vlm, gathered.scene
+    recipe, starts = replace(scene.recipe, dream_in="pixels"), [scene.pictures[0], scene.views[0]]
+    space = spaces.space_of(vlm, recipe, starts, 0)
+    pixels = space.inputs[0]["pixel_values"]
+    assert space.light and space._graph() > pixels.nbytes
+    monkeypatch.setattr(spaces, "LIGHT", 2 * space._graph() - 1)
+    assert not spaces.space_of(vlm, recipe, starts, 0).light
+    monkeypatch.undo()
+    monkeypatch.setattr(vlm, "budget", replace(vlm.budget, sparing=True))
+    assert not spaces.space_of(vlm, recipe, starts, 0).light
 
 
 def test_few_cells_move_and_those_that_matter_most(gathered):
