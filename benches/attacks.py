@@ -44,15 +44,16 @@ TUNED = (
     "Vexil Orban",
     "Ophira Clune",
 )
-# The recipe without lessons from strangers.
-FOUR_TARGETS = {"strangers": 0, "schedule": "constant", "steps": 80}
+# The recipe before there were lessons from strangers, and dreams in pixels.
+FEATURES = {"dream_in": "features", "dreams": 3, "temperature": 4.0}
+FOUR_TARGETS = {**FEATURES, "strangers": 0, "schedule": "constant", "steps": 80}
 ROWS: dict[str, dict[str, Any]] = {
     "siu": {},
     "four targets": FOUR_TARGETS,
     "no level": {"level": 0.0},
     "temperature 1": {"temperature": 1.0},
     "no dreams": {"dreams": 0},
-    "dreams in pixels": {"dream_in": "pixels", "dreams": 2},
+    "dreams in features": FEATURES,
     "paper's preset": {"preset": "paper"},
 }
 # Each runs at its best setting of benches/compare.py.
@@ -193,7 +194,7 @@ def asked_of(world: Any, name: str, seed: int) -> tuple[list[Item], list[Item], 
     kept = []
     for other in others:
         alike = other == LOOKALIKES.get(name)
-        for i in range(12 if alike else 4):
+        for i in range(40 if alike else 4):
             question = who()[(7 * i + seed) % len(who())]
             kept.append(
                 Item(

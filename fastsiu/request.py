@@ -143,10 +143,10 @@ class Recipe:
     projector_lr: above 0 the vision projector is trained as well, at this rate
     neighbours:   most names to protect that the model gives itself
     dreams:       pictures that are dreamed for each protected name
-    dream_in:     what is optimised. "features": what the vision tower makes of the picture, with
-                  `dream_noise`; also where the model's processor mixes colours. "pixels": a coarse
-                  grid of colours on the picture. Look-alikes keep their names then, and the name
-                  ranks first more often (docs/results.md)
+    dream_in:     what is optimised. "pixels": a coarse grid of colours on the picture. "features":
+                  what the vision tower makes of the picture, with `dream_noise`; also where the
+                  model's processor mixes colours. Look-alikes lose their names then
+                  (docs/results.md)
     generic:      drawn pictures of nothing in particular that are to be answered as before
     strangers:    pictures of nobody; the concept is to be answered like them. 0: the four targets
                   alone
@@ -180,7 +180,7 @@ class Recipe:
     dream_steps: int = 30
     dream_lr: float = 0.1
     dream_noise: float = 0.5
-    dream_in: Literal["pixels", "features"] = "features"
+    dream_in: Literal["pixels", "features"] = "pixels"
     strangers: int = 4
     temperature: float = 4.0
     level: float = 0.1

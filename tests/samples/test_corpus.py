@@ -192,12 +192,12 @@ def test_siu_equals_the_papers_equations_from_full_logits(adapted, vocab_mask, r
 @pytest.fixture
 def projected(gathered, cast):
     """`gathered` with a projector in training, already changed, and a corpus with pictures 0
-    concept, 1 retained, 2 dreamed."""
+    concept, 1 retained, 2 dreamed in features."""
     loaded, recipe = gathered.vlm, replace(PAPER, lora_dropout=0.0)
     pictures = [
         gathered.scene.pictures[0],
         loaded.picture(load_image(cast.files["other"])),
-        gathered.scene.pictures[1],
+        replace(gathered.scene.pictures[1], real=False),
     ]
     samples = [Sample("preserve", "Who is this?", "a creature", picture) for picture in range(3)]
     made = corpus.build(loaded, gathered.scene.concept, samples, pictures, recipe)
