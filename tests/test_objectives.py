@@ -277,11 +277,16 @@ def test_the_loop_says_which_rows_are_which(forgetting):
 
 
 def test_saliency_masks_and_leaves_the_adapter_as_it_was(forgetting):
+    """Without what is retained of dreams: close to the concept as they are, their gradients are so
+    large that the mask is nearly empty."""
     vlm = forgetting.vlm
+    made = forgetting.corpus.pick(
+        [i for i, sample in enumerate(forgetting.corpus.samples) if not sample.picture]
+    )
     adapter.attach(vlm, forgetting.recipe)
     try:
         before = {n: p.clone() for n, p in vlm.model.named_parameters() if p.requires_grad}
-        masks = saliency(vlm, forgetting.corpus, forgetting.recipe)
+        masks = saliency(vlm, made, forgetting.recipe)
         assert all(
             torch.equal(p, before[n]) for n, p in vlm.model.named_parameters() if n in before
         )
@@ -304,8 +309,8 @@ def test_saliency_masks_and_leaves_the_adapter_as_it_was(forgetting):
                 p.data.copy_(1e-4 * torch.randn(p.shape, generator=generator))
         parameter, mask = masks[0]
         square = {}
-        for i in range(9):
-            batch = forward(vlm, forgetting.corpus, [i], forgetting.recipe)
+        for i in range(len(made.samples)):
+            batch = forward(vlm, made, [i], forgetting.recipe)
             q = (batch.hidden @ vlm.head_weight.T).log_softmax(-1).gather(-1, batch.labels[:, None])
             square.setdefault(i < 2, []).append(
                 torch.autograd.grad(-q.mean(), parameter)[0].square()

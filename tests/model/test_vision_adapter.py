@@ -118,7 +118,14 @@ def test_a_recipe_that_makes_no_sense_is_refused():
 
 @pytest.mark.slow
 def test_the_picture_is_forgotten_and_every_fact_is_kept(quick, tmp_path):
-    changes = {"steps": 60, "lr": 1e-3, "batch_size": 24, "generic": 12, "strangers": 4}
+    changes = {
+        "steps": 60,
+        "lr": 1e-3,
+        "batch_size": 24,
+        "generic": 12,
+        "strangers": 4,
+        "dreams": 0,
+    }
     result = quick(tmp_path / "out", adapt="vision", schedule="gone", **changes)
     report = result.report
     assert (
