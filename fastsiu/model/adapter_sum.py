@@ -1,5 +1,6 @@
-"""Stored adapters added up to one: their factors side by side, as B1 A1 + B2 A2 is
-[B1 B2] [A1; A2].
+"""Stored adapters added up to one: their factors side by side.
+
+    B1 A1 + B2 A2 = [B1 B2] [A1; A2]
 
 The sum is exact but for the rounding of each adapter's scale, which is 2 by default and so rounds
 nothing. PEFT's `add_weighted_adapter(combination_type="cat")` is exact for adapters that differ in
