@@ -30,7 +30,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from forgetting import commit
+from forgetting import FOUR_TARGETS, commit
 
 RESULTS = Path(__file__).parent / "results" / "attacks.jsonl"
 COMPARED = Path(__file__).parent / "results" / "compare.jsonl"
@@ -44,16 +44,14 @@ TUNED = (
     "Vexil Orban",
     "Ophira Clune",
 )
-# The recipe before there were lessons from strangers, and dreams in pixels.
-FEATURES = {"dream_in": "features", "dreams": 3, "temperature": 4.0}
-FOUR_TARGETS = {**FEATURES, "strangers": 0, "schedule": "constant", "steps": 80}
 ROWS: dict[str, dict[str, Any]] = {
     "siu": {},
     "four targets": FOUR_TARGETS,
     "no level": {"level": 0.0},
     "temperature 1": {"temperature": 1.0},
     "no dreams": {"dreams": 0},
-    "dreams in features": FEATURES,
+    # the recipe before dreams were pictures
+    "dreams in features": {"dream_in": "features", "dreams": 3, "temperature": 4.0},
     "paper's preset": {"preset": "paper"},
 }
 # Each runs at its best setting of benches/compare.py.

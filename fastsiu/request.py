@@ -145,7 +145,7 @@ class Recipe:
     dreams:       pictures that are dreamed for each protected name
     dream_in:     what is optimised. "pixels": a coarse grid of colours on the picture. "features":
                   what the vision tower makes of the picture, with `dream_noise`; also where the
-                  model's processor mixes colours. Look-alikes lose their names then
+                  model's processor mixes colours. Look-alikes lose a tenth of their names then
                   (docs/results.md)
     generic:      drawn pictures of nothing in particular that are to be answered as before
     strangers:    pictures of nobody; the concept is to be answered like them. 0: the four targets

@@ -143,8 +143,7 @@ class InPixels:
             return x
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            features = self._seen([0])
-        del features
+            self._seen([0])
         return sum(size for place, size in saved.items() if place not in weights)
 
     @torch.no_grad()

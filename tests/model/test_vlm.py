@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fastsiu.images import load_image
 from fastsiu.loss.rows import no_logits
-from fastsiu.model import ask, faults, vlm
+from fastsiu.model import ask, faults, turns, vlm
 from fastsiu.model.logits import probe_head
 from fastsiu.model.turns import collate
 from fastsiu.request import BadInput
@@ -121,6 +121,16 @@ def test_the_processor_works_on_a_picture_once_a_question_and_not_once_an_answer
         assert whole.keys() == turn.inputs.keys()
         assert all(torch.equal(whole[key], turn.inputs[key]) for key in whole)
     assert len({tuple(turn.labels.tolist()) for turn in (*first, *second)}) == len(answers)
+
+
+def test_the_oldest_prompt_goes_when_there_are_too_many(demo_dir, cast, monkeypatch):
+    monkeypatch.setattr(turns, "PROMPTS", 2)
+    loaded = vlm.load(str(demo_dir))
+    picture = loaded.picture(load_image(cast.image))
+    loaded.processor = Counting(loaded.processor)
+    for question, pictures in (("A?", 1), ("B?", 2), ("A?", 2), ("C?", 3), ("B?", 3), ("A?", 4)):
+        loaded.encode_prompt(question, picture)
+        assert loaded.processor.pictures == pictures
 
 
 def test_a_processor_that_does_more_than_its_tokenizer_gets_every_turn(demo_dir, cast):
