@@ -237,7 +237,7 @@ def times(
                 run(steps[c.name], p.hidden)
                 run(steps[c.name], p.hidden)
                 plan[c.name] = max(3, min(rounds, int(seconds / timed(steps[c.name], p, clock)[0])))
-        except Exception as error:
+        except Exception as error:  # as above
             reason = f"It fails: {sentence(error)}"
         results[c.name] = dict(missing=reason) if reason else dict(missing=None, ms=[])
     for number in range(max(plan.values(), default=0)):

@@ -91,10 +91,10 @@ def by_npo(case, beta=objectives.NPO_BETA):
 def by_release(case):
     """K_S at the token that is read: of each sample the first row reads the prompt's end, row k + 1
     the token row k predicts."""
-    read, last = [], None
+    read, last, before = [], None, True
     for sample, keep in zip(case.batch.sample.tolist(), case.batch.kl_weight.tolist(), strict=True):
-        read.append(True if sample != last else before)  # noqa: F821
-        last, before = sample, keep  # noqa: F841
+        read.append(True if sample != last else before)
+        last, before = sample, keep
     return case.nll.mean() + mean(case.kl, read, ~case.batch.pictured) / V
 
 
