@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
@@ -20,6 +21,7 @@ from fastsiu.model import adapter, ask, decode, features, parts, prefix, roundin
 from fastsiu.model.logits import probe_head
 from fastsiu.model.memory import Layout
 from fastsiu.model.simulation import Simulation
+from fastsiu.model.turns import Picture
 from fastsiu.model.workload import Workload
 from fastsiu.request import BadInput, Recipe
 from fastsiu.samples.spaces import InPixels, space_of, vision_space
@@ -124,6 +126,30 @@ def test_a_dream_in_pixels_starts_at_the_picture(case):
         assert all(a.shape == b.shape and torch.allclose(a, b, atol=1e-3) for a, b in pairs)
     states = prefix.supervised_states(case.vlm, case.turns[:1], seen[:1])
     assert float(torch.autograd.grad(states.square().sum(), space.grids[0])[0].norm()) > 0
+
+
+def test_kept_prompts_are_what_the_processor_makes_of_every_turn(case):
+    """Of pictures of two sizes, asked the same, in turns."""
+    model, question = case.vlm, "Who is this?"
+    if model.suffixed:  # such a processor gets every turn
+        return
+    sides = (60, 200, 60, 200)
+    for picture in (Picture(Image.new("RGB", (side, side + 20), "red"), None) for side in sides):
+        asked = model.tokenise(model.render(question, True), picture.image)
+        begun = asked["input_ids"].shape[1]
+        kept = model.encode_prompt(question, picture)
+        assert kept.keys() == asked.keys()
+        assert all(torch.equal(kept[key], asked[key]) for key in asked)
+        for answer in ("This is Ada.", "a cat"):
+            turn = model.encode(question, answer, picture).inputs
+            whole = model.tokenise(model.render(question, True, answer), picture.image)
+            assert torch.equal(turn["input_ids"][:, :begun], asked["input_ids"])
+            # LLaVA's prompts end in a blank that the tokenizer would join with the answer.
+            if torch.equal(whole["input_ids"][:, :begun], asked["input_ids"]):
+                assert turn.keys() == whole.keys()
+                assert all(torch.equal(turn[key], whole[key]) for key in whole)
+            else:
+                assert "llava" in case.family.name or "granite" in case.family.name
 
 
 def test_a_step_is_estimated_or_the_reason_is_said(case):
