@@ -1,8 +1,10 @@
-"""What still leaks: a red team on the embedded world, beside other methods. It attacks 8 concepts x
-2 seeds that no setting was tuned on.
+"""What still leaks: a red team on the embedded world, beside other methods. It attacks concepts
+that no setting was tuned on: 8 concepts x 2 seeds for the rows that are claimed, 4 concepts and one
+seed for all others.
 
-    python benches/attacks.py            run all rows, print the tables, append to
+    python benches/attacks.py            run the rows of the tables, print them, append to
                                          benches/results/attacks.jsonl
+    python benches/attacks.py --rows ... run these rows; the ablations are run in no other way
     python benches/attacks.py --quick    one concept, one seed, one row; appends nothing
     python benches/attacks.py --table    print the tables of the newest results
     python benches/attacks.py --cost     CPU time of lessons from strangers: both recipes in turn,
@@ -56,6 +58,8 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 # Each runs at its best setting of benches/compare.py.
 METHODS = ("ce", "po", "npo", "ga", "ga-kl", "mmunlearner", "safeeraser-kl")
+# (concepts, seeds) of the rows that are claimed, and of all others
+CLAIMED, WIDE, NARROW = ("siu", "four targets"), (8, 2), (4, 1)
 # Fresh pictures of a run: of the concept, of it beside another, for the rank of the name.
 PICTURES, GROUPS, RANKED = 4, 8, 6
 BEGUN = {
@@ -518,8 +522,8 @@ def main() -> None:
         "--cost", action="store_true", help="measure the CPU time of both recipes, append the ratio"
     )
     parser.add_argument("--rows", nargs="*", choices=[*ROWS, *METHODS], default=rows)
-    parser.add_argument("--concepts", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--concepts", type=int, help="for every row")
+    parser.add_argument("--seeds", type=int, help="for every row")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="append nothing")
     parser.add_argument(
@@ -551,7 +555,7 @@ def main() -> None:
     from fastsiu.demo.world import KNOWN
 
     free = [name for name in KNOWN if name not in TUNED]
-    concepts = free[:: max(1, len(free) // options.concepts)][: options.concepts]
+    some = lambda count: free[:: max(1, len(free) // count)][:count]
     what = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -560,7 +564,7 @@ def main() -> None:
         "transformers": transformers.__version__,
     }
     if options.cost:
-        record = {**cost(concepts), **what}
+        record = {**cost(some(options.concepts or WIDE[0])), **what}
         print(f"{record['ratio']} times")
         if not options.dry:
             append(record)
@@ -569,13 +573,15 @@ def main() -> None:
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         for row in options.rows:
             own = ROWS[row] if row in ROWS else {"setting": best[row]}
+            size = WIDE if row in CLAIMED else NARROW
+            concepts, seeds = some(options.concepts or size[0]), options.seeds or size[1]
             runs = list(
                 pool.map(
                     one_run,
                     [
                         (row, c, s, {**own, **extra})
                         for c in concepts
-                        for s in range(1, 1 + options.seeds)
+                        for s in range(1, 1 + seeds)
                     ],
                 )
             )
@@ -585,7 +591,7 @@ def main() -> None:
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "commit": commit(),
                 "concepts": concepts,
-                "seeds": options.seeds,
+                "seeds": seeds,
                 "overrides": {**own, **extra},
                 "cpu": sum(r["cpu"] for r in runs) / len(runs),
                 "pooled": pooled(runs),
