@@ -578,11 +578,7 @@ def main() -> None:
             runs = list(
                 pool.map(
                     one_run,
-                    [
-                        (row, c, s, {**own, **extra})
-                        for c in concepts
-                        for s in range(1, 1 + seeds)
-                    ],
+                    [(row, c, s, {**own, **extra}) for c in concepts for s in range(1, 1 + seeds)],
                 )
             )
             record = {
