@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from . import manifest
+from . import output as outputs
 from .guards.endpoint import host_of, read_key
 from .guards.strict_json import read_json
 from .guards.terminal import json_safe, visible
-from .manifest import MANIFEST, REPORT, SEAL
+from .manifest import KEY, MANIFEST, REPORT, SEAL
 from .model import licence
 from .model.adapter_files import ADAPTER, CONFIG
 from .model.faults import first_line
@@ -29,8 +30,9 @@ from .request import BadInput
 from .session import Listener
 
 MESSAGE = "Add a result of FastSIU"
-REPORTS = (REPORT, "report.md", "report.html")
-PRIVATE = (*REPORTS, card.NAME, "untouched.json", manifest.KEY, MANIFEST)
+# Files of an output that are no part of a model: those for the owner alone, and those that are
+# written anew.
+NO_MODEL = (*outputs.PRIVATE, card.NAME, KEY, MANIFEST)
 LOCAL_BASE = (
     "The base is no model of the hub, so nobody else can load this adapter without that base's "
     "files."
@@ -154,8 +156,8 @@ def collect(directory: Path, *, names: bool) -> dict[str, Path | bytes]:
 
 
 def _of_model(listed: Mapping[str, Any]) -> list[str]:
-    """The files of a merged model: all that the merge has written, except reports and card."""
-    return [name for name in listed if name.rpartition("/")[2] not in PRIVATE]
+    """The files of a merged model: all that the merge has written, except `NO_MODEL`."""
+    return [name for name in listed if not any(map(PurePosixPath(name).match, NO_MODEL))]
 
 
 def _reports(directory: Path, listed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

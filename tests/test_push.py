@@ -227,6 +227,40 @@ def test_a_name_that_is_none(hub, output):
         push(output, Hub("me/so/much", endpoint=hub.url))
 
 
+def write_merged(place: Path):
+    """An output of `merge` without a model."""
+    told = made_report(model=BASE, answers=[ANSWER])
+    transaction = outputs.Transaction(place)
+    with transaction as folder:
+        for name in ("model.safetensors", "config.json", "tokenizer.json", "LICENSE"):
+            (folder / name).write_text(f"{name} of the model")
+        outputs.write_card(folder, [told], card.Base(BASE, BASE, COMMIT, TERMS), merged=True)
+        outputs.write_reports(folder, told)
+        outputs.write_run(folder, f'verb = "merge"\nconcept = "{NAME}"\nimage = "/home/me/q.png"\n')
+        made = outputs.manifest(
+            recipe=Recipe(),
+            model_id=BASE,
+            revision=COMMIT,
+            weights={},
+            digest="d",
+            key=transaction.key,
+            pictures={"image": b"p"},
+            masks={},
+        )
+        transaction.commit({**made, "merge": {}})
+    return place
+
+
+def test_a_merged_model_goes_without_what_is_private(tmp_path):
+    """run.toml repeats the command, with the name and the picture's path."""
+    files = collect(write_merged(tmp_path / "out"), names=False)
+    assert {"model.safetensors", "config.json", "tokenizer.json", "LICENSE"} <= set(files)
+    assert outputs.RUN not in files and outputs.KEY not in files
+    for name, content in files.items():
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        assert NAME.encode() not in data and b"/home/me" not in data, name
+
+
 def test_an_evaluation_is_no_result_to_push(tmp_path):
     transaction = outputs.Transaction(tmp_path / "eval")
     with transaction as folder:
