@@ -141,7 +141,7 @@ def unlearn_each(
         output = outputs.random_directory()
         listener.note(f"Writing to {output}: name it with --output to go on after an interruption.")
     work = _prepared(Path(file), Path(output), model, recipe, settings, report, listener)
-    claims = Claims(work.output, sharing.pace)
+    claims = Claims(work.output, sharing.pace, work.asked_under)
     work.begin()
     if report.run:
         staging.replace_file(work.output / outputs.RUN, report.run.encode("utf-8"))
@@ -171,7 +171,9 @@ def forecast(
     done. Loads nothing and writes nothing."""
     place = Path(output)
     work = _prepared(Path(file), place, model, recipe, settings, report, Listener())
-    return joining.forecast(Claims(place), list(work.lines), work, len(at_work(place)))
+    return joining.forecast(
+        Claims(place, asked=work.asked_under), list(work.lines), work, len(at_work(place))
+    )
 
 
 def _prepared(
@@ -285,6 +287,13 @@ class Requests:
             weights=self.sealed.weights,
             **self.sealed.settings,
         )
+
+    def asked_under(self, key: str) -> str:
+        """The digest of the key's request; "" for the table, and while a file cannot be read."""
+        try:
+            return self.digest(key) if key in self.lines else ""
+        except BadInput:  # `do` says so
+            return ""
 
     def do(self, key: str, listener: Listener) -> str:
         request = self.asked[self.lines[key]]

@@ -108,6 +108,42 @@ def test_workers_share_and_one_of_them_draws_the_table(file, stubbed, tmp_path):
     assert table(tmp_path / "o") == table(tmp_path / "alone")
 
 
+def test_a_failure_counts_for_what_was_asked_then(file, stubbed, tmp_path, cast):
+    """The line was mended, and another was added."""
+    stubbed.fails[NAMES[1]] = BadInput("no")
+    assert each(file, tmp_path / "o").exit_code == 1
+    lines = file.read_text().splitlines()
+    lines[1] = json.dumps({"image": str(cast.image), "concept": "Eve Sun"})
+    lines.append(json.dumps({"image": str(cast.image), "concept": "Fay Orr"}))
+    file.write_text("\n".join(lines))
+    later = each(file, tmp_path / "o")
+    assert [o.status for o in later.outcomes] == ["forgotten"] * 4 and later.exit_code == 0
+    assert "Eve Sun" in stubbed.done
+
+
+def test_a_failure_of_an_unreadable_picture_ends_with_the_picture(file, stubbed, tmp_path, cast):
+    broken = tmp_path / "p.png"
+    broken.write_bytes(b"")
+    lines = file.read_text().splitlines()
+    lines[1] = json.dumps({"image": str(broken), "concept": NAMES[1]})
+    file.write_text("\n".join(lines[:2]))
+    assert [o.status for o in each(file, tmp_path / "o").outcomes] == ["forgotten", "failed"]
+    broken.write_bytes(cast.image.read_bytes())
+    file.write_text("\n".join(lines))
+    later = each(file, tmp_path / "o")
+    assert [o.status for o in later.outcomes] == ["forgotten"] * 3
+
+
+def test_workers_of_two_files_do_not_take_each_other_s_failures(file, stubbed, tmp_path, cast):
+    stubbed.fails[NAMES[0]] = BadInput("no")
+    assert each(file, tmp_path / "o").exit_code == 1
+    other = tmp_path / "other.jsonl"
+    asked = [{"image": str(cast.image), "concept": name} for name in ("Eve Sun", *NAMES[1:])]
+    asked.append({"image": str(cast.image), "concept": "Fay Orr"})
+    other.write_text("".join(json.dumps(line) + "\n" for line in asked))
+    assert each(other, tmp_path / "o").outcomes[0].status == "forgotten"
+
+
 def test_a_failure_is_one_request_s_and_names_no_file(file, stubbed, tmp_path, cast):
     stubbed.fails[NAMES[1]] = BadInput(f"The model does not name X in {cast.image}.")
     made = each(file, tmp_path / "o")

@@ -8,7 +8,9 @@ The workers tell each other what they do in files of OUT/.fastsiu.join/:
     UNIT.failed     why a unit failed
     WORKER.done     a JSON line for each unit that a worker has finished, with its seconds
 
-UNIT is a digest of the unit's key and WORKER is random, so that no file is named after a concept.
+UNIT is a digest of the unit's key and of what is asked under it now. So a failure counts no longer
+where its request was mended, and workers with other requests do not believe each other's claims.
+WORKER is random. No file is named after a concept.
 
 A claim is a file that its owner creates (O_EXCL: the file server lets one process win). The claim
 with the highest number counts. The owner writes a new heartbeat into it every `Pace.beat` seconds.
@@ -28,7 +30,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,11 +86,15 @@ class Claims:
     """One worker's side of a shared output directory.
 
     place: the output directory; `open` makes the directory below it
+    asked: from a unit's key, a digest of what is asked under it; called once for each key
     """
 
-    def __init__(self, place: Path, pace: Pace = Pace()) -> None:
+    def __init__(
+        self, place: Path, pace: Pace = Pace(), asked: Callable[[str], str] = lambda key: ""
+    ) -> None:
         self.place, self.pace = place / staging.JOIN, pace
         self.owner = secrets.token_hex(8)
+        self._asked, self._units = asked, dict[str, str]()
         self._watched: dict[str, _Watch] = {}
 
     def open(self, digest: str) -> None:
@@ -109,13 +115,19 @@ class Claims:
                     "give the same ones, or choose another --output."
                 ) from None
 
+    def unit(self, key: str) -> str:
+        """How files call the unit with this key."""
+        if key not in self._units:
+            self._units[key] = unit_of(key, self._asked(key))
+        return self._units[key]
+
     def take(self, key: str) -> Claim | None:
         """Claims a unit. Returns None where another worker has it.
 
         To steal the unit of a worker that has died, call `take` again and again. Each call looks at
         the heartbeat once, and the claim is stolen after `Pace.patience` seconds without a new one.
         """
-        unit = unit_of(key)
+        unit = self.unit(key)
         old = _latest(self.place, unit)
         if old is not None and not self._has_stopped(unit, old):
             return None
@@ -147,12 +159,12 @@ class Claims:
         """Writes down why a unit failed. Only the owner of its claim may call this."""
         text = json.dumps(failure, ensure_ascii=False) + "\n"
         staging.write(
-            self.place / f"{unit_of(key)}.failed", text.encode("utf-8", "backslashreplace")
+            self.place / f"{self.unit(key)}.failed", text.encode("utf-8", "backslashreplace")
         )
 
     def failure(self, key: str) -> dict[str, Any] | None:
         """What `fail` has written; None where there is nothing, or only a part of it yet."""
-        content = _read(self.place / f"{unit_of(key)}.failed")
+        content = _read(self.place / f"{self.unit(key)}.failed")
         try:
             found = json.loads(content) if content else None
         except ValueError:  # its writer was killed
@@ -161,11 +173,11 @@ class Claims:
 
     def mend(self, key: str) -> None:
         """Removes what `fail` has written, because the unit is done now."""
-        (self.place / f"{unit_of(key)}.failed").unlink(missing_ok=True)
+        (self.place / f"{self.unit(key)}.failed").unlink(missing_ok=True)
 
     def log(self, key: str, seconds: float) -> None:
         """Writes down that this worker has finished a unit, and in how many seconds."""
-        line = json.dumps({"unit": unit_of(key), "seconds": round(seconds, 3)}) + "\n"
+        line = json.dumps({"unit": self.unit(key), "seconds": round(seconds, 3)}) + "\n"
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         with open(os.open(self.place / f"{self.owner}.done", flags, 0o600), "ab") as file:
             file.write(line.encode())
@@ -239,8 +251,9 @@ class Claim:
             self._handle = -1
 
 
-def unit_of(key: str) -> str:
-    return hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:16]
+def unit_of(key: str, asked: str = "") -> str:
+    text = f"{key}\0{asked}" if asked else key
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def _latest(place: Path, unit: str) -> Mark | None:
@@ -287,7 +300,7 @@ def stopped(paths: list[Path], pace: Pace = Pace()) -> list[Path]:
 
 
 def seconds_of(place: Path) -> dict[str, float]:
-    """By `unit_of` its key, the seconds that each finished unit took, as its worker wrote them."""
+    """By `Claims.unit` of its key, the seconds of each finished unit, as its worker wrote them."""
     return {
         record["unit"]: float(record["seconds"])
         for path in sorted((place / staging.JOIN).glob("*.done"))

@@ -19,7 +19,7 @@ import torch
 from ..request import BadInput, NumericFailure, OutOfMemory
 from ..session import Listener
 from ..settings import Settings
-from .claims import Claim, ClaimLost, Claims, duration, seconds_of, unit_of
+from .claims import Claim, ClaimLost, Claims, duration, seconds_of
 
 # Where one of these is raised, the unit has failed, and the worker goes on with the next one.
 FAILURES = (BadInput, NumericFailure, OutOfMemory, torch.OutOfMemoryError)
@@ -272,7 +272,7 @@ def forecast(claims: Claims, keys: Sequence[str], units: Units, workers: int) ->
     done = [key for key in keys if units.is_done(key)]
     there = set(done)
     failed = sum(claims.failure(key) is not None for key in keys if key not in there)
-    took = [known[unit] for key in done if (unit := unit_of(key)) in known]
+    took = [known[unit] for key in done if (unit := claims.unit(key)) in known]
     return Forecast(len(keys), len(done), failed, workers, took)
 
 

@@ -73,7 +73,8 @@ def join_suite(
     if not (job.output / SUITE).is_file():
         write_table(job, {}, {})
     write_run(job, run)
-    claims, work = Claims(job.output, pace), _Concepts(job)
+    work = _Concepts(job)
+    claims = Claims(job.output, pace, work.asked_under)
     claims.open(_digest_of_options(job))
     keys = [subject.slug for subject in subjects]
     resumed = sum(map(work.is_done, keys))
@@ -108,7 +109,9 @@ def forecast(
     done. Loads nothing and writes nothing."""
     job, subjects = job_of(directory, options, model, recipe, settings, output, Listener())
     keys = [subject.slug for subject in subjects]
-    return joining.forecast(Claims(job.output), keys, _Concepts(job), len(at_work(job.output)))
+    work = _Concepts(job)
+    claims = Claims(job.output, asked=work.asked_under)
+    return joining.forecast(claims, keys, work, len(at_work(job.output)))
 
 
 def _digest_of_options(job: SuiteJob) -> str:
@@ -140,6 +143,14 @@ class _Concepts:
             if outputs.holds(place, self.job.digest(self.job.given.subject(slug))):
                 self.done.add(slug)
         return slug in self.done
+
+    def asked_under(self, key: str) -> str:
+        """The digest of what is done with the concept; "" for the table, and while a file cannot be
+        read."""
+        try:
+            return "" if key == SUITE else self.job.digest(self.job.given.subject(key))
+        except BadInput:  # `do` says so
+            return ""
 
     def do(self, slug: str, listener: Listener) -> str:
         subject = self.job.given.subject(slug)
