@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -377,6 +378,21 @@ def test_a_slow_server(server):
     told = refused(server, timeout=0.1, attempts=2)
     hold.set()
     assert "gave no answer within 0.1 s, 2 times" in told
+
+
+@pytest.mark.parametrize("status", [200, 400, 503])
+def test_a_server_that_sends_byte_after_byte(server, status):
+    """Each byte comes in time, the whole never does."""
+    server.intercept, server.pause = always(status, b" " * 10_000), 0.05
+    begun = time.monotonic()
+    told = refused(server, timeout=0.3, attempts=1)
+    assert time.monotonic() - begun < 5 and server.host in told
+
+
+def test_a_wait_that_is_no_number(server):
+    server.intercept = lambda number: (429, {"Retry-After": "\xb2"}, b"") if not number else None
+    served = Served(Connection(Endpoint(server.url)), "base")
+    assert served.replies([("What?", None)])[0].text == "It is eight."
 
 
 def test_time_is_bounded(server):

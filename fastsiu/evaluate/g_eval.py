@@ -23,7 +23,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..guards.endpoint import NoRedirect, host_of, is_local, read_key
+from ..guards.endpoint import (
+    NoRedirect,
+    asked_to_wait,
+    host_of,
+    is_local,
+    read_key,
+    read_within,
+)
 from ..guards.strict_json import parse_json
 from ..request import BadInput
 from ..text.rate import wilson
@@ -218,7 +225,7 @@ def _ask(
     """The grade of one pair, which is sent again where the server was busy, broken or silent."""
     data, problem = json.dumps(content).encode(), ""
     for attempt in range(grader.attempts):
-        asked_to_wait = 0.0
+        wait = 0.0
         try:
             return _graded(post(data))
         except urllib.error.HTTPError as error:
@@ -237,8 +244,7 @@ def _ask(
                 if error.code != 429 and error.code < 500:
                     return Graded(None, f"refused ({error.code})")
                 problem = f"no reply ({error.code})"
-                after = error.headers.get("Retry-After", "")
-                asked_to_wait = float(after) if after.isdigit() else 0.0
+                wait = asked_to_wait(error.headers)
         except TimeoutError:
             problem = "no reply (timeout)"
         except HTTPException:
@@ -248,7 +254,7 @@ def _ask(
             timeout = isinstance(getattr(error, "reason", None), TimeoutError)
             problem = "no reply (timeout)" if timeout else "no reply (no connection)"
         if attempt + 1 < grader.attempts:
-            stop.wait(min(LONGEST_WAIT, max(asked_to_wait, grader.wait * 2**attempt)))
+            stop.wait(min(LONGEST_WAIT, max(wait, grader.wait * 2**attempt)))
     return Graded(None, problem)
 
 
@@ -277,8 +283,7 @@ def _poster(grader: Grader) -> Callable[[bytes], bytes]:
         with opener.open(
             urllib.request.Request(url, data, headers, method="POST"), timeout=grader.timeout
         ) as reply:
-            read: bytes = reply.read(LONGEST_REPLY)
-            return read
+            return read_within(reply, LONGEST_REPLY, grader.timeout)
 
     return post
 

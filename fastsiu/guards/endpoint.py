@@ -4,10 +4,11 @@ of them."""
 from __future__ import annotations
 
 import sys
+import time
 import urllib.request
 from email.message import Message
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from ..request import BadInput
@@ -73,6 +74,27 @@ def read_key(place: Path, option: str) -> str:
     if not key or not key.isprintable() or not key.isascii() or " " in key:
         raise BadInput(f"{place} holds no API key: write the key into it, in one line.")
     return key
+
+
+def read_within(reply: Any, most: int, seconds: float) -> bytes:
+    """At most so many bytes of a reply. Raises TimeoutError where they are not there in time: a
+    socket's own limit begins anew with each byte that comes.
+
+    reply: of `urllib`, also an HTTPError
+    """
+    ends, pieces, size = time.monotonic() + seconds, list[bytes](), 0
+    while size < most and (piece := reply.read1(min(2**16, most - size))):
+        pieces.append(piece)
+        size += len(piece)
+        if time.monotonic() > ends:
+            raise TimeoutError
+    return b"".join(pieces)
+
+
+def asked_to_wait(headers: Message) -> float:
+    """The seconds for which a busy server asks to be left alone; 0 where it gives no number."""
+    after = str(headers.get("Retry-After", ""))
+    return float(after) if after.isascii() and after.isdecimal() else 0.0
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -25,7 +25,14 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from ..guards.endpoint import NoRedirect, host_of, is_local, read_key
+from ..guards.endpoint import (
+    NoRedirect,
+    asked_to_wait,
+    host_of,
+    is_local,
+    read_key,
+    read_within,
+)
 from ..guards.strict_json import parse_json
 from ..guards.terminal import visible
 from ..request import BadInput
@@ -127,12 +134,11 @@ class Connection:
                 return self._read(data, min(self.endpoint.timeout, left))
             except urllib.error.HTTPError as error:
                 with error:
-                    told = _words(error)
+                    told = _words(error, min(self.endpoint.timeout, left))
                     if error.code != 429 and error.code < 500:
                         raise self._refused(error.code, error.headers, told, body) from error
                     problem = f"{error.code}{told and ': ' + told}"
-                    after = error.headers.get("Retry-After", "")
-                    wait = float(after) if after.isdigit() else 0.0
+                    wait = asked_to_wait(error.headers)
             except TimeoutError:
                 problem = "timeout"
             except HTTPException:
@@ -162,7 +168,7 @@ class Connection:
     def _read(self, data: bytes, timeout: float) -> dict[str, Any]:
         request = urllib.request.Request(self.endpoint.path, data, self._headers, method="POST")
         with self._opener.open(request, timeout=timeout) as reply:
-            text: bytes = reply.read(LONGEST_REPLY)
+            text = read_within(reply, LONGEST_REPLY, timeout)
         try:
             value = parse_json(text.decode("utf-8"))
             if not isinstance(value["choices"][0]["message"], dict):
@@ -200,8 +206,10 @@ class Connection:
         headers = {k: v for k, v in self._headers.items() if k != "Content-Type"}
         try:
             request = urllib.request.Request(place, headers=headers)
-            with self._opener.open(request, timeout=self.endpoint.timeout) as reply:
-                listed = parse_json(reply.read(LONGEST_REPLY).decode("utf-8"))["data"]
+            timeout = self.endpoint.timeout
+            with self._opener.open(request, timeout=timeout) as reply:
+                text = read_within(reply, LONGEST_REPLY, timeout)
+            listed = parse_json(text.decode("utf-8"))["data"]
             return [visible(str(one["id"])) for one in listed]
         except (OSError, HTTPException, ValueError, KeyError, TypeError):
             return []  # it only serves to make a sentence clearer
@@ -337,10 +345,11 @@ def _openings(reply: dict[str, Any]) -> Openings | None:
         return None
 
 
-def _words(error: urllib.error.HTTPError) -> str:
-    """The server's own words about a refusal, on one short line. They may hold anything."""
+def _words(error: urllib.error.HTTPError, seconds: float) -> str:
+    """The server's own words about a refusal, on one short line. They may hold anything. They are
+    read for at most so many seconds."""
     try:
-        text = error.read(LONGEST_REPLY).decode("utf-8", "replace")
+        text = read_within(error, LONGEST_REPLY, seconds).decode("utf-8", "replace")
         value = parse_json(text)
         for key in ("error", "detail", "message"):
             if isinstance(value, dict) and key in value:

@@ -172,6 +172,11 @@ def test_a_busy_server_is_asked_again(stub):
     )
 
 
+def test_a_wait_that_is_no_number(stub):
+    stub.answer = lambda i, given: said("5") if i else (429, {"Retry-After": "\xb2"}, b"")
+    assert grade_answers(options(stub), "Ann", PAIRS[:1], lambda text: None)["value"] == 5.0
+
+
 def test_a_silent_server_is_given_up(stub):
     stub.answer = lambda i, given: time.sleep(0.5) or said("1")
     many = PAIRS * 5

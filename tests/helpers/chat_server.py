@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from PIL import Image
@@ -15,11 +16,11 @@ class ChatServer:
     """models: name -> answer(question, picture or None). `called` has what replies call a model,
     `logprobs(model, question, picture)` the likeliest tokens at each place, where it is set.
     `intercept(number of the request)` may give (status, headers, bytes) in place of an answer.
-    `bodies` and `headers` hold what came in."""
+    `bodies` and `headers` hold what came in. `pause`: seconds between two bytes of a reply."""
 
     def __init__(self, models):
         self.models, self.called, self.logprobs, self.intercept = models, {}, None, None
-        self.bodies, self.headers = [], []
+        self.bodies, self.headers, self.pause = [], [], 0.0
         lock, outer = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -43,7 +44,11 @@ class ChatServer:
                     for key, value in {**headers, "Content-Length": str(len(data))}.items():
                         self.send_header(key, value)
                     self.end_headers()
-                    self.wfile.write(data)
+                    for at in range(len(data) if outer.pause else 0):
+                        self.wfile.write(data[at : at + 1])
+                        time.sleep(outer.pause)
+                    if not outer.pause:
+                        self.wfile.write(data)
                 except OSError:
                     pass  # the client has gone
 
