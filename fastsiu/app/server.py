@@ -198,11 +198,13 @@ class Guard:
         await self.app(scope, receive, answer)
 
     def _may(self, headers: Mapping[str, str]) -> bool:
-        asked = headers.get("host", "")
-        if self.hosts is not None and urlsplit(f"//{asked}").hostname not in self.hosts:
+        asked, origin = headers.get("host", ""), headers.get("origin")
+        try:
+            host = urlsplit(f"//{asked}").hostname
+            sender = asked if origin is None else urlsplit(origin).netloc
+        except ValueError:  # no address at all, such as "[x"
             return False
-        origin = headers.get("origin")
-        return origin is None or urlsplit(origin).netloc == asked
+        return (self.hosts is None or host in self.hosts) and sender == asked
 
 
 def key_of(cookie: str) -> str:

@@ -56,6 +56,12 @@ def test_what_another_site_sends_is_refused(origin):
     assert answered(hosts=None, origin=origin)[0] == 403
 
 
+@pytest.mark.parametrize("headers", [{"host": "[x"}, {"origin": "http://["}])
+def test_what_is_no_address_is_refused(headers):
+    assert answered(**headers)[0] == 403
+    assert answered(hosts=None, **headers)[0] == 403
+
+
 def test_its_own_page_may_send():
     assert answered(origin="http://127.0.0.1:7860")[0] == 200
 
