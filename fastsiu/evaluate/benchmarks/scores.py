@@ -114,31 +114,34 @@ def chosen_probability(asked: Pairs) -> Value:
     real people and facts)."""
     values = []
     for _, a in asked:
-        p = math.exp(-a.mean)
-        values.append(p / (p + sum(math.exp(-w) for w in a.wrong)))
+        least = min(a.mean, *a.wrong) if a.wrong else a.mean  # by the likeliest: no exp underflows
+        p = math.exp(least - a.mean)
+        values.append(p / (p + sum(math.exp(least - w) for w in a.wrong)))
     return mean(values, NO_ITEMS)
 
 
-def truth_ratio(answer: Answer) -> float | None:
-    """R = the geometric mean over the wrong answers of P(wrong)^(1/|wrong|), by P(same)^(1/|same|)
-    (TOFU, Eq. 1); None without wrong answers. 1 and above: the model knows nothing."""
+def log_truth_ratio(answer: Answer) -> float | None:
+    """The logarithm of R = the geometric mean over the wrong answers of P(wrong)^(1/|wrong|), by
+    P(same)^(1/|same|) (TOFU, Eq. 1); None without wrong answers. 0 and above: the model knows
+    nothing. R itself may be beyond every float."""
     if not answer.wrong:
         return None
-    return math.exp(answer.same - sum(answer.wrong) / len(answer.wrong))
+    return answer.same - sum(answer.wrong) / len(answer.wrong)
 
 
 def _ratios(asked: Pairs) -> list[float]:
-    return [ratio for _, a in asked if (ratio := truth_ratio(a)) is not None]
+    """Logarithms of the truth ratios."""
+    return [ratio for _, a in asked if (ratio := log_truth_ratio(a)) is not None]
 
 
 def truth_ratio_forget(asked: Pairs) -> Value:
     """The mean of min(R, 1/R): TOFU's, for the forget set. 1: right and wrong are alike."""
-    return mean([min(r, 1 / r) for r in _ratios(asked)], NO_WRONG)
+    return mean([math.exp(-abs(r)) for r in _ratios(asked)], NO_WRONG)
 
 
 def truth_ratio_retain(asked: Pairs) -> Value:
     """The mean of max(0, 1 - R): TOFU's, for what is to be kept."""
-    return mean([max(0.0, 1 - r) for r in _ratios(asked)], NO_WRONG)
+    return mean([max(0.0, -math.expm1(min(0.0, r))) for r in _ratios(asked)], NO_WRONG)
 
 
 def forget_quality(ours: Pairs, retrained: Pairs | None) -> Value:

@@ -71,7 +71,7 @@ def test_truth_ratio_is_the_wrong_answers_geometric_mean_by_the_right_one():
     wrong = [0.2, 0.05, 0.1]
     answer = Answer("x", same=-math.log(0.4), wrong=tuple(-math.log(p) for p in wrong))
     expected = math.prod(wrong) ** (1 / 3) / 0.4
-    assert scores.truth_ratio(answer) == pytest.approx(expected)
+    assert math.exp(scores.log_truth_ratio(answer)) == pytest.approx(expected)
     pairs = [(item("a"), answer)]
     assert scores.truth_ratio_forget(pairs)["value"] == pytest.approx(expected)  # below 1
     assert scores.truth_ratio_retain(pairs)["value"] == pytest.approx(1 - expected)
@@ -81,6 +81,16 @@ def test_truth_ratio_is_the_wrong_answers_geometric_mean_by_the_right_one():
     )
     assert scores.truth_ratio_retain([(item("a"), knows_nothing)])["value"] == 0
     assert scores.truth_ratio_forget([(item("a"), Answer("x"))])["value"] is None
+
+
+@pytest.mark.parametrize("same, wrong", [(0.0, 800.0), (800.0, 0.0), (1e300, 0.0), (0.0, 1e300)])
+def test_no_answer_is_too_unlikely(same, wrong):
+    """Probabilities and ratios beyond the floats, which also a --retrained file may hold."""
+    pairs = [(item("a"), Answer("x", nats=(same,), same=same, wrong=(wrong,)))]
+    assert scores.truth_ratio_forget(pairs)["value"] == 0
+    assert scores.truth_ratio_retain(pairs)["value"] == (same < wrong)
+    assert scores.chosen_probability(pairs)["value"] == (same < wrong)
+    assert scores.forget_quality(pairs, pairs)["value"] == 1
 
 
 def test_probabilities_have_the_answers_length_taken_out():
