@@ -247,8 +247,6 @@ class Job:
             if self._worker is not None:
                 self._worker.kill()
             self._worker = self._start()
-            if self._view.phase is Phase.TRAINING:
-                self._tidy()
             self._fall_back(stopped=True)
 
     def clear(self) -> None:
@@ -290,8 +288,11 @@ class Job:
         self.place.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def _fall_back(self, *, problem: str = "", stopped: bool = False) -> None:
-        """Puts the job back to the phase before the work, which has ended without a result."""
+        """Puts the job back to the phase before the work, which has ended without a result. What a
+        training has written by then goes: the next one needs its place."""
         view = self._view
+        if view.phase is Phase.TRAINING:
+            self._tidy()
         phase = BACK.get(view.phase, view.phase)
         chat = view.chat[:-1] if view.asking else view.chat
         self._change(

@@ -132,6 +132,21 @@ def test_a_process_that_dies_is_told_and_replaced(job, asked):
     assert until(job, lambda view: not view.busy).phase is Phase.KNOWN
 
 
+def test_a_training_that_ends_without_a_result_leaves_nothing(job, asked):
+    """Else half an archive could be fetched, and every further training would find an output in
+    its place when it is done."""
+    job.look(asked("full"))
+    until(job, lambda view: view.phase is Phase.KNOWN)
+    job.gather()
+    until(job, lambda view: view.phase is Phase.READY)
+    job.train()
+    view = until(job, lambda view: not view.busy)
+    assert view.phase is Phase.READY and "No space left" in view.problem
+    assert list(job.place.iterdir()) == []
+    job.train()  # its output's place is free
+    assert until(job, lambda view: not view.busy).phase is Phase.DONE
+
+
 def test_only_one_thing_goes_on(job, asked):
     job.look(asked("endless"))
     with pytest.raises(BadInput, match="stop it"):

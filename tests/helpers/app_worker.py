@@ -1,7 +1,8 @@
 """A worker process for the app that computes nothing: `Job(place, app_worker.serve)`.
 
 The concept's name says how it behaves: "unknown" is not named, "refused" cannot be used, "dies"
-ends the process, "slow" never ends its training, and "endless" not even its first question.
+ends the process, "slow" never ends its training, "endless" not even its first question, and "full"
+cannot pack its first result.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ def serve(connection: Connection, settings: Mapping[str, Any], recipe: Mapping[s
         if asked.concept == "refused":
             connection.send(("refused", "It cannot be used: give another."))
             continue
-        connection.send(("result", globals()[command](connection, *arguments)))
+        try:
+            connection.send(("result", globals()[command](connection, *arguments)))
+        except OSError as error:
+            connection.send(("refused", str(error)))
 
 
 def look(connection: Connection, asked: Any) -> list[tuple[str, str, bool]]:
@@ -66,6 +70,9 @@ def train(connection: Connection, asked: Any, destination: Path, archive: Path) 
     destination.mkdir()
     (destination / "report.html").write_text("the report")
     archive.write_bytes(b"the archive")
+    if asked.concept == "full" and not (marker := destination.parent.parent / "was full").exists():
+        marker.touch()
+        raise OSError("No space left on device.")
     rate = {"value": 1.0, "low": 0.9, "high": 1.0, "n": 30}
     return {
         "forgotten": True,
