@@ -207,6 +207,17 @@ class UnlearningTrainer(Trainer):
                 f"The checkpoint {folder} was made with another adapter ({stray[0]} has no "
                 "counterpart): resume with the same recipe."
             )
+        for key, name in names.items():
+            if stored[key].shape != trained[name].shape:
+                raise BadInput(
+                    f"The checkpoint {folder} was made with another adapter ({key} has another "
+                    "size): resume with the same recipe."
+                )
+            if not torch.isfinite(stored[key]).all():
+                raise NumericFailure(
+                    f"{key} of the checkpoint {folder} holds NaN or infinite numbers: resume from "
+                    "an earlier one."
+                )
         with torch.no_grad():
             for key, name in names.items():
                 trained[name].copy_(_as(stored[key], trained[name]))

@@ -9,17 +9,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # torchrun knows no pytest
+import calls  # noqa: E402
 import shares as made  # noqa: E402
 
 from fastsiu import session, train  # noqa: E402
+from fastsiu.model import adapter  # noqa: E402
 from fastsiu.objectives import siu  # noqa: E402
-from fastsiu.request import BadInput, Recipe  # noqa: E402
+from fastsiu.request import BadInput, NumericFailure, Recipe  # noqa: E402
 from fastsiu.step.look import Look  # noqa: E402
 
 FOLDER = Path(__file__).parent
@@ -141,6 +144,33 @@ def test_what_the_trainer_does_not_do_is_refused(loaded, tmp_path, change, optio
     recipe = dataclasses.replace(RECIPE, **change)
     with pytest.raises(BadInput, match=sentence):
         UnlearningTrainer(loaded, [None], recipe, arguments(tmp_path, **options))
+
+
+@pytest.mark.parametrize(
+    "stored, error, sentence",
+    [
+        ((1, 1.0), BadInput, "has another size"),  # which copying would stretch without a word
+        ((2, 1.0), BadInput, "has another size"),
+        ((4, float("nan")), NumericFailure, "NaN or infinite"),
+    ],
+)
+def test_a_checkpoint_of_another_adapter_is_refused(loaded, tmp_path, stored, error, sentence):
+    from fastsiu.trainers import UnlearningTrainer
+
+    (rank, number), before = stored, {}
+    go_on = UnlearningTrainer._load_from_checkpoint
+    trainer = SimpleNamespace(loaded=loaded)
+    try:
+        calls.bent(loaded, Recipe(rank=rank), number)
+        adapter.save(loaded, tmp_path)
+        adapter.detach(loaded)
+        calls.bent(loaded, Recipe(rank=4), 0.5)
+        before = weights(loaded.model).clone()
+        with pytest.raises(error, match=sentence):
+            go_on(trainer, str(tmp_path))
+        assert torch.equal(weights(loaded.model), before)
+    finally:
+        adapter.detach(loaded)
 
 
 # The mix-in --------------------------------------------------------------------------------------
