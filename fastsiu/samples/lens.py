@@ -61,14 +61,18 @@ class Lens:
 
 def lens(vlm: VLM, size: tuple[int, int]) -> Lens | None:
     """The lens for pictures of `size`, (width, height) in pixels. None where the model gets no
-    "pixel_values", where one number shows several colours, or where the number is no linear
-    function of the level."""
+    "pixel_values" of floating point, where the picture is shown in anything else as well, where one
+    number shows several colours, or where the number is no linear function of the level."""
     width, height = size
+
+    besides: list[dict[str, Any]] = []
 
     def seen(pixels: np.ndarray[Any, Any]) -> Tensor | None:
         wide = np.broadcast_to(pixels, (height, width, 3)).round().astype(np.uint8)
-        found = vlm.image_inputs(Image.fromarray(wide)).get(PIXELS)
-        return found if isinstance(found, Tensor) else None
+        inputs = dict(vlm.image_inputs(Image.fromarray(wide)))
+        found = inputs.pop(PIXELS, None)
+        besides.append(inputs)
+        return found if isinstance(found, Tensor) and found.is_floating_point() else None
 
     across = (np.arange(width) + 0.5) / width * LEVELS
     down = (np.arange(height) + 0.5) / height * LEVELS
@@ -76,6 +80,8 @@ def lens(vlm: VLM, size: tuple[int, int]) -> Lens | None:
     found = [seen(test) for test in (*tests, across[None, :, None], down[:, None, None])]
     given = [numbers.reshape(-1).float() for numbers in found if numbers is not None]
     if len(given) < len(found) or len({numbers.shape for numbers in given}) > 1:
+        return None
+    if not all(_same(one, besides[0]) for one in besides):  # as where two towers see it
         return None
     black, grey, red, green, blue, *ramps = given
     reach = torch.stack([red, green, blue]) - black  # [3, n]
@@ -92,6 +98,17 @@ def lens(vlm: VLM, size: tuple[int, int]) -> Lens | None:
     return Lens(
         place.masked_fill(padding[:, None], 0.0), colour, black, stretch.masked_fill(padding, 0.0)
     )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two processors' outputs hold the same."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(np.array_equal(one, other))
 
 
 def with_grid(image: Image.Image, grid: Tensor) -> Image.Image:

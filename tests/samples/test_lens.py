@@ -110,6 +110,21 @@ def test_a_processor_that_mixes_or_bends_has_no_lens(way):
     assert lens(model(way), (32, 32)) is None
 
 
+@pytest.mark.parametrize("second", [resized, lambda image: np.asarray(image).tolist()])
+def test_a_processor_that_shows_the_picture_twice_has_no_lens(second):
+    """As DeepSeek-VL's for two towers: a dream would move for one of them alone."""
+    both = lambda image: {PIXELS: resized(image), "high_res_pixel_values": second(image)}
+    assert lens(SimpleNamespace(image_inputs=both), (32, 32)) is None
+    beside = lambda image: {PIXELS: resized(image), "image_sizes": torch.tensor([[32, 32]])}
+    assert lens(SimpleNamespace(image_inputs=beside), (32, 32)) is not None
+
+
+def test_whole_numbers_have_no_lens():
+    """No gradient goes through them."""
+    levels = lambda image: torch.from_numpy(np.array(image))
+    assert lens(model(levels), (32, 32)) is None
+
+
 def test_a_model_without_pixels_has_no_lens():
     assert lens(SimpleNamespace(image_inputs=lambda image: {}), (32, 32)) is None
 
