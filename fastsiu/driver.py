@@ -198,7 +198,7 @@ def write(
         outputs.write_card(
             staging, reports, base_of(loaded, written[0]["model"], named), redact=redact
         )
-        outputs.write_run(staging, sealed.run)
+        outputs.write_run(staging, sealed.run, named=named)
         for number, (request, report) in enumerate(
             zip(requests[-len(reports) :], reports, strict=True), 1
         ):

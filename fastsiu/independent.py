@@ -22,6 +22,7 @@ from .guards.strict_json import read_json
 from .images import load_directory, load_image
 from .model import vlm
 from .model.memory import Layout, budget
+from .report.redact import MODEL, redacted
 from .report.sentences import sentence
 from .report.words import CONCEPT
 from .request import BadInput, Recipe, Request
@@ -144,7 +145,8 @@ def unlearn_each(
     claims = Claims(work.output, sharing.pace, work.asked_under)
     work.begin()
     if report.run:
-        staging.replace_file(work.output / outputs.RUN, report.run.encode("utf-8"))
+        run = report.run if work.names_the_model else outputs.without_model(report.run)
+        staging.replace_file(work.output / outputs.RUN, run.encode("utf-8"))
     with nullcontext() if sharing.join else _alone(work.output):
         claims.open(work.digest_of_options())
         resumed = sum(map(work.is_done, work.lines))
@@ -242,6 +244,14 @@ class Requests:
     @property
     def recipe(self) -> Recipe:
         return self.sealed.recipe
+
+    @property
+    def names_the_model(self) -> bool:
+        """Whether its name may stand in what is redacted: it tells no concept's."""
+        if not self.sealed.settings.get("redact"):
+            return True
+        told = ({"concept": r.concept, "aliases": r.aliases} for r in self.asked.values())
+        return all(redacted({**one, "model": self.model.name})["model"] != MODEL for one in told)
 
     def begin(self) -> None:
         """Makes the directory and its empty table. Raises BadInput where it holds anything else."""

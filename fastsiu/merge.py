@@ -208,7 +208,8 @@ def merge(
             staging, [told_now], _base(name, revision, shown, terms), merged=True, redact=redact
         )
         # An adapter without names makes an output without them, whatever the command line says.
-        outputs.write_run(staging, writing.run if redact == writing.redact else "")
+        run = writing.run if redact == writing.redact else ""
+        outputs.write_run(staging, run, named=shown != MODEL)
         written = redacted(told_now) if redact else told_now
         # A merge is no training: what the recipe and the masks were is in the adapter's own
         # manifest.

@@ -294,10 +294,22 @@ def pictures_of(request: Request, redact: bool) -> dict[str, Path]:
     return found
 
 
-def write_run(folder: Path, run: str) -> None:
-    """Writes run.toml, for its owner alone; nothing where its text is empty."""
+def write_run(folder: Path, run: str, *, named: bool = True) -> None:
+    """Writes run.toml, for its owner alone; nothing where its text is empty.
+
+    named: whether it may name the model
+    """
     if run:
-        staging.write(folder / RUN, run.encode("utf-8"))
+        staging.write(folder / RUN, (run if named else without_model(run)).encode("utf-8"))
+
+
+def without_model(run: str) -> str:
+    """The text of run.toml without the model, whose name may tell the concept's."""
+    lines = run.splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith("model = ")]
+    if len(kept) == len(lines):
+        return run
+    return "# Left out, since its name may tell the concept's: model.\n" + "".join(kept)
 
 
 def check_shown(redact: bool, embed_image: bool) -> None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 
 import tomllib
 
+import calls
 import pytest
 import typer
 
-from fastsiu import cli
+from fastsiu import cli, driver, independent
+from fastsiu import output as outputs
 from fastsiu.cli import config
 from fastsiu.cli.app import app
-from fastsiu.request import BadInput
+from fastsiu.model import adapter
+from fastsiu.model.memory import Layout
+from fastsiu.model.vlm import Budget
+from fastsiu.request import BadInput, Recipe, Request
+from fastsiu.settings import ModelRef
 
 GROUP = typer.main.get_command(app)
 NEEDED = {
@@ -186,6 +192,43 @@ def test_a_redacted_file_names_nobody(tmp_path, monkeypatch):
     assert text.startswith("# Left out, since the output is redacted: image, concept, model, ")
     hub = context_of("unlearn", ["--model", "owner/name", "--redact"])
     assert 'model = "owner/name"' in config.as_toml(hub, redact=True)
+
+
+TELLING = 'verb = "unlearn"\nredact = true\nmodel = "owner/zorblax-vlm"\nsteps = 3\n'
+
+
+@pytest.mark.parametrize("redact", [True, False])
+def test_a_hub_model_whose_name_may_tell_stays_out_as_in_the_report(loaded, cast, tmp_path, redact):
+    told = {"verdict": "forgotten", "reasons": [], "caveats": [], "masks": {}, "kind": "person"}
+    told |= {"concept": "Zorblax Quint", "model": "owner/zorblax-vlm"}
+    request = Request("Zorblax Quint", cast.image)
+    sealed = driver.Sealed(Recipe(rank=2), {}, "d", {}, {"redact": redact}, TELLING)
+    calls.bent(loaded, Recipe(rank=2), 0.02)
+    try:
+        driver.write(tmp_path / "o", loaded, [request], [told], sealed)
+    finally:
+        adapter.detach(loaded)
+    holding = {
+        path.name for path in (tmp_path / "o").iterdir() if b"zorblax" in path.read_bytes().lower()
+    }
+    assert holding == set() if redact else "run.toml" in holding
+    assert "steps = 3" in (tmp_path / "o/run.toml").read_text()
+
+
+def test_it_stays_out_of_the_file_beside_many_requests(cast, tmp_path):
+    def names(model, redact):
+        sealed = driver.Sealed(Recipe(), {}, "", None, {"redact": redact})
+        request = Request("Zorblax Quint", cast.image)
+        asked = ({1: request}, {"001": 1}, ModelRef(model), sealed, Layout(), Budget())
+        return independent.Requests(tmp_path, *asked).names_the_model
+
+    assert not names("owner/zorblax-vlm", True)
+    assert names("owner/sees", True) and names("owner/zorblax-vlm", False)
+    assert outputs.without_model(TELLING).splitlines()[1:] == [
+        'verb = "unlearn"',
+        "redact = true",
+        "steps = 3",
+    ]
 
 
 def test_a_name_from_standard_input_is_not_repeated():

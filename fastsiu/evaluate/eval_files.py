@@ -183,13 +183,13 @@ def write_output(
     """
     redact = settings.get("redact", False)
     written = redacted(report) if redact else report
-    weights = model.weights
-    if written["model"] != report["model"]:  # a file of the model's directory may have any name
+    weights, named = model.weights, written["model"] == report["model"]
+    if not named:  # a file of the model's directory may have any name
         weights = {f"{number:03d}": sha for number, sha in enumerate(weights.values(), 1)}
     transaction = outputs.Transaction(destination)
     with transaction as staging:
         outputs.write_reports(staging, report, redact=redact, picture=picture)
-        outputs.write_run(staging, run)
+        outputs.write_run(staging, run, named=named)
         if not redact:
             write(
                 staging / UNTOUCHED,
