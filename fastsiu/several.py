@@ -27,6 +27,7 @@ from .model.memory import budget
 from .pictures.transforms import variants
 from .request import BadInput
 from .samples.beside import Prepared
+from .samples.corpus import read_data
 from .samples.kinds import wordings
 from .session import Listener, Trained
 from .settings import (
@@ -107,6 +108,8 @@ def unlearn_several(
             load_image(request.image)
             for directory in (request.images, request.retain):
                 load_directory(directory)
+            if request.data is not None:
+                read_data(request.data, request.image)
         except BadInput as error:
             raise BadInput(f"{file}, line {number}: {error}") from error
     chosen, origins = choose_recipe(model.name, recipe, model.revision)

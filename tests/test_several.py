@@ -154,6 +154,19 @@ def test_what_cannot_be_used_is_said_before_the_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("mode", ["sequence", "joint"])
+def test_samples_that_cannot_be_used_are_told_before_the_model_is_loaded(
+    tmp_path, monkeypatch, lines, mode
+):
+    """Else the training of the requests before them would be over."""
+    monkeypatch.setattr(driver.vlm, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    (tmp_path / "own.jsonl").write_text('{"question": "Who?"}\n')
+    file = write(tmp_path / "r.jsonl", lines.target, dict(lines.other, data="own.jsonl"))
+    with pytest.raises(BadInput, match="line 2: .*own.jsonl, line 1"):
+        calls.unlearn_several(file, **(dict(output=tmp_path / "out", mode=mode) | QUICK))
+    assert not (tmp_path / "out").exists()
+
+
 # --------------------------------------------------------------------------------------------------
 # one after another
 
