@@ -157,6 +157,7 @@ def combine(
     if any(one.told.get("redacted") for one in chosen) and not report.redact:
         # reports without names make a report without names, and no file that repeats the command
         report = replace(report, redact=True, run="")
+        outputs.check_shown(report.redact, report.embed_image)
     images = []
     for one in chosen:
         try:

@@ -104,6 +104,15 @@ def deltas(loaded, directory):
         adapter.detach(loaded)
 
 
+def test_a_picture_beside_a_report_without_names_is_refused_before_anything_is_asked(
+    outputs, file, asked, tmp_path
+):
+    shown = ReportOptions(embed_image=True)
+    with pytest.raises(BadInput, match="exclude each other"):
+        added([outputs / "one", outputs / "hidden"], file, tmp_path / "sum", report=shown)
+    assert not asked.scenes and not (tmp_path / "sum").exists()
+
+
 def test_the_sum_is_an_output_with_the_verdict_of_each(
     outputs, file, asked, loaded, cast, tmp_path
 ):
