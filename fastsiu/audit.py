@@ -46,6 +46,7 @@ SHAPE = {  # of those entries of an adapter's report that an audit reads
         {"kind": str, "question": str, "picture": (str, None), "before": str, "after": str}
     ],
 }
+PROMISED = ("question", "picture", "before", "after")  # what an audit reads of each answer
 BY_TEXT_ALONE = (
     "A server takes no begun answer and scores no given name: begun-name, begun-fact and rank were "
     "not asked."
@@ -234,16 +235,20 @@ class Promise:
 
     @classmethod
     def of(cls, directory: Path | None) -> Promise:
-        """Reads the promise. Raises BadInput where there is no adapter, or where it was changed."""
+        """Reads the promise. Raises BadInput where there is no adapter, where it was changed, and
+        where its report cannot be used."""
         if directory is None:
             return cls()
         sealed = adapter_files.manifest_of(directory)
         adapter_files.check_files(directory, sealed)
         path, told = directory / outputs.REPORT, dict[str, Any]()
         if path.is_file():
-            told = dict(
-                read_json(path, what=str(path), remedy="restore it or remove it", shape=SHAPE)
-            )
+            remedy = "restore it or remove it"
+            told = dict(read_json(path, what=str(path), remedy=remedy, shape=SHAPE))
+            for number, answer in enumerate(told.get("answers", []), 1):
+                for key in PROMISED:
+                    if key not in answer:
+                        raise BadInput(f"Answer {number} in {path} lacks {key!r}: {remedy}.")
         return cls(told, sealed)
 
     @property

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from chat_server import ChatServer
 from PIL import Image
+from safetensors.numpy import save_file
 
 from fastsiu import audit as auditing
 from fastsiu import cli
@@ -100,6 +101,24 @@ def test_a_served_model_that_forgot_is_told_so(server, picture):
     assert auditing.BY_TEXT_ALONE in found.report["caveats"]
     assert NO_LIKELIHOOD in found.report["caveats"]
     assert auditing.NO_PROMISE in found.report["caveats"]
+
+
+@pytest.mark.parametrize("missing", ["question", "picture", "before", "after"])
+def test_a_promise_that_lacks_something_is_told(tmp_path, missing):
+    """A report that somebody else has written."""
+    answer = {"kind": "facts", "question": "Q?", "picture": None, "before": "b", "after": "a"}
+    told = {"verdict": "forgotten", "reasons": [], "answers": [answer]}
+    layer, ones = "base_model.model.q_proj.lora_{}.weight", np.ones((2, 2), np.float32)
+    sides = {layer.format(side): ones for side in "AB"}
+    save_file(sides, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "report.json").write_text(json.dumps(told))
+    assert auditing.Promise.of(tmp_path).answers == {("Q?", None): ("b", "a")}
+    del answer[missing]
+    (tmp_path / "report.json").write_text(json.dumps(told))
+    with pytest.raises(BadInput, match=f"lacks '{missing}'.*restore it or remove it"):
+        auditing.Promise.of(tmp_path)
 
 
 def test_a_server_that_ignores_the_adapter_is_caught(server, picture):
