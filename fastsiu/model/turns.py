@@ -132,8 +132,20 @@ class Turns:
 
     @functools.cached_property
     def _marks(self) -> re.Pattern[str]:
-        tokens = {t for t in self.tokenizer.all_special_tokens if t.strip() and not t.isalnum()}
+        tokens = {t for t in self._special if t.strip() and not t.isalnum()}
         return re.compile("|".join(["[\ud800-\udfff]", *map(re.escape, sorted(tokens))]))
+
+    @functools.cached_property
+    def _special(self) -> frozenset[str]:
+        """The tokens that no person writes. Those that have a name, such as that of the end, are
+        only a part of them: Gemma's <end_of_turn> has none."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        own = {token.content for token in added if token.special}
+        return frozenset(self.tokenizer.all_special_tokens) | own
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.convert_tokens_to_ids(sorted(self._special)))
 
     def _templated(self, question: str, with_image: bool, answer: str | None = None) -> str:
         """A question, or a question with its answer, as the chat template writes it."""
@@ -177,9 +189,7 @@ class Turns:
                 )
             before, closing = whole.split(MARK)
             gap = before.removeprefix(prompt) if before.startswith(prompt) else ""
-            if self.tokenizer.eos_token and not any(
-                token in closing for token in self.tokenizer.all_special_tokens
-            ):
+            if self.tokenizer.eos_token and not any(token in closing for token in self._special):
                 closing = closing.rstrip() + self.tokenizer.eos_token
             self._frames[with_image] = ("" if gap.strip() else gap, closing)
         return self._frames[with_image]
@@ -256,7 +266,7 @@ class Turns:
             )
         stop = start + len(answer)
         after = [i for i in range(first, len(ids)) if offsets[i][0] >= stop or offsets[i][1] > stop]
-        special = set(self.tokenizer.all_special_ids)
+        special = self._special_ids
         end = after[0] if after else len(ids)
         end = next((i + 1 for i in after if ids[i] in special), end) if closed else end
         shift = inputs["input_ids"].shape[1] - len(ids)

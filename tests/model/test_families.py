@@ -66,6 +66,7 @@ def test_rounding_moves_the_answers_and_no_weight(case):
 
 def test_turns_hold_their_answers(case):
     tokenizer = case.vlm.tokenizer
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     for (_, answer, which), turn in zip(families.SAID, case.turns, strict=True):
         assert torch.equal(turn.inputs["input_ids"][0, turn.rows + 1], turn.labels)
         said = [
@@ -74,10 +75,8 @@ def test_turns_hold_their_answers(case):
             if end > start
         ]
         assert tokenizer.decode(said).strip() == answer
-        assert (
-            turn.labels[-1] in tokenizer.all_special_ids
-            and not turn.offsets[-1][1] > turn.offsets[-1][0]
-        )
+        assert int(turn.labels[-1]) in special
+        assert not turn.offsets[-1][1] > turn.offsets[-1][0]
         image = getattr(case.vlm.base.config, "image_token_id", None)
         assert bool((turn.inputs["input_ids"] == image).any()) is (which is not None)
 
@@ -126,6 +125,26 @@ def test_a_dream_in_pixels_starts_at_the_picture(case):
         assert all(a.shape == b.shape and torch.allclose(a, b, atol=1e-3) for a, b in pairs)
     states = prefix.supervised_states(case.vlm, case.turns[:1], seen[:1])
     assert float(torch.autograd.grad(states.square().sum(), space.grids[0])[0].norm()) > 0
+
+
+def test_tokens_that_no_person_writes_end_a_turn_and_stand_in_no_text(case):
+    """Also those that the tokenizer has no name for, such as Gemma's <end_of_turn>."""
+    model = case.vlm
+    special = [t.content for t in model.tokenizer.added_tokens_decoder.values() if t.special]
+    for token in special:
+        with pytest.raises(BadInput, match="reads no words there"):
+            model.check_text(f"Who {token} is this?")
+    turn = model.encode("Who is this?", "Nobody.", None)
+    ends = [
+        token for token, (start, end) in zip(turn.labels, turn.offsets, strict=True) if start == end
+    ]
+    assert len(ends) == 1 and model.tokenizer.decode(ends) in special
+    if not model.suffixed:
+        _, whole = (model._templated("Who is this?", False, said) for said in (None, "Nobody."))
+        if any(token in whole.split("Nobody.")[1] for token in special):
+            assert model.render("Who is this?", False, "Nobody.").endswith(
+                whole.split("Nobody.")[1]
+            )
 
 
 def test_kept_prompts_are_what_the_processor_makes_of_every_turn(case):
