@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from . import driver, manifest
 from . import output as outputs
 from .disk import staging
-from .disk.request_file import PATHS, read_requests
+from .disk.request_file import PATHS, first_sentence_of, places_of, read_requests
 from .guards.strict_json import read_json
 from .images import load_directory, load_image
 from .model import vlm
@@ -336,9 +336,9 @@ class Requests:
         return "forgotten" if result.forgotten else "not forgotten"
 
     def reason(self, key: str, error: BaseException) -> str:
-        """The error's first line without the picture's path; redacted, also without the name."""
-        text = str(error).split("\n")[0] or type(error).__name__
-        text = text.replace(str(self.asked[self.lines[key]].image), "its picture")
+        """The error's first line without paths; redacted, also without the name."""
+        places = places_of(self.asked[self.lines[key]], self.model.name)
+        text = first_sentence_of(error, places)
         return sentence(text) if self.sealed.settings.get("redact") else text
 
     # the table

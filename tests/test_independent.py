@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import calls
@@ -14,6 +15,7 @@ from fastsiu import driver, independent, manifest
 from fastsiu import output as outputs
 from fastsiu.cli import run
 from fastsiu.disk import staging, upkeep
+from fastsiu.disk.request_file import first_sentence_of
 from fastsiu.independent import Sharing
 from fastsiu.report.words import CONCEPT
 from fastsiu.request import BadInput, NumericFailure
@@ -106,6 +108,29 @@ def test_workers_share_and_one_of_them_draws_the_table(file, stubbed, tmp_path):
     assert [e.share.drew for e in found].count(True) == 1
     each(file, tmp_path / "alone", sharing=Sharing())
     assert table(tmp_path / "o") == table(tmp_path / "alone")
+
+
+def test_a_failure_s_sentence_holds_no_path(file, stubbed, tmp_path, cast):
+    """requests.json may be read by others: neither a directory's place nor the model's is told."""
+    (tmp_path / "it's of Bob").mkdir()
+    lines = file.read_text().splitlines()
+    record = {
+        "image": str(cast.image),
+        "concept": NAMES[1],
+        "retain": str(tmp_path / "it's of Bob"),
+    }
+    file.write_text("\n".join([lines[0], json.dumps(record)]))
+    made = each(file, tmp_path / "o")
+    assert [o.status for o in made.outcomes] == ["forgotten", "failed"]
+    assert made.outcomes[1].reasons[0].startswith('There is no picture in "its retain"')
+    for path in (tmp_path / "o").rglob("*"):
+        assert not path.is_file() or str(tmp_path).encode() not in path.read_bytes(), path
+
+
+def test_a_short_path_is_no_part_of_a_word():
+    error = BadInput("The picture 'p' is damaged; p/x.png too.")
+    said = first_sentence_of(error, {"its picture": Path("p")})
+    assert said == "The picture 'its picture' is damaged; its picture/x.png too."
 
 
 def test_a_failure_counts_for_what_was_asked_then(file, stubbed, tmp_path, cast):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from ..text.concept import concept_of
 from ..text.names import Names
 
 PATHS = ("image", "images", "retain", "data")
+WORDS = {"image": "its picture", "images": "its images", "retain": "its retain", "data": "its data"}
 
 
 def read_requests(path: Path) -> list[tuple[int, Request]]:
@@ -81,3 +84,24 @@ def _request(record: Any, base: Path) -> Request:
     values["as_word"] = record.get("as_word")
     values["kind"] = record.get("kind")
     return Request(**values)
+
+
+def first_sentence_of(error: BaseException, places: Mapping[str, Path | None]) -> str:
+    """An error's first line for a file that others may read: with words in place of the paths.
+
+    places: the path that each of the words stands for
+    """
+    text = str(error).split("\n")[0] or type(error).__name__
+    longest_first = sorted(places.items(), key=lambda place: -len(str(place[1])))
+    for words, path in longest_first:
+        for written in () if path is None else {str(path), repr(str(path))[1:-1]}:
+            whole = rf"(?<![\w/\\.-]){re.escape(written)}(?![\w-])"
+            text = re.sub(whole, words, text)  # the words have no backslash
+    return text
+
+
+def places_of(request: Request, model: str) -> dict[str, Path | None]:
+    """The paths that a sentence about a request may hold, by the words for them. model: its
+    directory, or the id of a hub model, which is no secret"""
+    own: dict[str, Path | None] = {WORDS[key]: getattr(request, key) for key in PATHS}
+    return own | {"the model": Path(model) if Path(model).is_dir() else None}

@@ -22,6 +22,7 @@ from ..request import BadInput, Recipe, Request
 from ..samples.kinds import DEFAULT
 from ..settings import ModelRef
 from . import staging
+from .request_file import first_sentence_of, places_of
 
 Mode = Literal["sequence", "joint"]
 MATRIX = "matrix.json"
@@ -193,9 +194,8 @@ class State:
         self.outcomes[line] = replace(self.outcomes[line], status=status, reasons=list(reasons))
 
     def fail(self, line: int, error: BaseException) -> None:
-        """Notes that a line failed; without the picture's path, since others may read
-        matrix.json."""
-        reason = str(error).split("\n")[0].replace(str(self.asked[line].image), "its picture")
+        """Notes that a line failed; without paths, since others may read matrix.json."""
+        reason = first_sentence_of(error, places_of(self.asked[line], self.model.name))
         self.outcomes[line] = replace(self.outcomes[line], status="failed", reasons=[reason])
 
     def save(self, order: Sequence[int]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import output as outputs
+from ...disk.request_file import first_sentence_of
 from ...guards.strict_json import read_json
 from ...images import read_bytes
 from ...model import vlm
@@ -94,6 +95,17 @@ class SuiteJob:
     def adapter_of(self, subject: suite.Subject) -> Path | None:
         options = self.options
         return options.adapter_dir or (options.adapters and options.adapters / subject.slug)
+
+    def reason(self, error: BaseException) -> str:
+        """Why a concept failed, for the table: a sentence without paths."""
+        options = self.options
+        places = {
+            "the suite": self.given.directory,
+            "the adapters": options.adapters,
+            "the adapter": options.adapter_dir,
+            "the model": Path(self.model.name) if self.model.is_directory else None,
+        }
+        return first_sentence_of(error, places)
 
     def exam_of(self, subject: suite.Subject) -> Exam:
         options = self.options

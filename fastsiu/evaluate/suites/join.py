@@ -161,7 +161,7 @@ class _Concepts:
         return outcome_of(subject, outputs.read_report(self.job.output / slug)).status
 
     def reason(self, slug: str, error: BaseException) -> str:
-        return str(error).split("\n")[0] or type(error).__name__
+        return self.job.reason(error)
 
     def found(self, claims: Claims) -> tuple[dict[str, dict[str, Any]], dict[str, Outcome]]:
         """The reports of the concepts that are done, and those that failed, by slug."""

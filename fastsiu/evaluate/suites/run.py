@@ -189,7 +189,7 @@ def _work_off(
             done[subject.slug] = outputs.read_report(job.output / subject.slug)
             status = outcome_of(subject, done[subject.slug]).status
         else:
-            reason = str(error).split("\n")[0] or type(error).__name__
+            reason = job.reason(error)
             failed[subject.slug] = Outcome(
                 subject.slug, subject.name, "failed", [reason], not isinstance(error, BadInput)
             )

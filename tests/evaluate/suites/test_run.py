@@ -340,7 +340,7 @@ def stubbed(small, monkeypatch):
         notes.append(subject.slug)
         time.sleep(0.2)
         if subject.slug == fails.get("slug"):
-            raise BadInput("It cannot be.")
+            raise BadInput(f"The picture {str(job.given.directory / 'b.png')!r} is damaged.")
         transaction = outputs.Transaction(job.output / subject.slug)
         with transaction as folder:
             outputs.write_reports(
@@ -411,6 +411,8 @@ def test_what_fails_for_one_run_is_tried_by_the_other_and_costs_only_itself(stub
         ["untouched", "failed", "untouched"]
     ] * 2
     assert {one.exit_code for one in ended} == {1}
+    said = json.loads((tmp_path / "o" / "suite.json").read_text())["concepts"][1]["reasons"]
+    assert said == ["The picture 'the suite/b.png' is damaged."]  # whoever reads it knows no place
 
 
 def test_what_a_dead_run_was_at_is_taken_over(stubbed, tmp_path):
