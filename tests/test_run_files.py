@@ -231,6 +231,19 @@ def test_it_stays_out_of_the_file_beside_many_requests(cast, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("before", [[], ["--debug"]])
+def test_a_value_is_no_verb(tmp_path, before):
+    """A directory may be called as a verb is."""
+    file = tmp_path / "mine.toml"
+    file.write_text('verb = "unlearn"\nsteps = 3\n')
+    given = [*before, "--concept", "demo", "--output", "app"]
+    arguments, filled = config.defaults(GROUP, given, file)
+    assert filled == {"unlearn": {"steps": "3"}}
+    assert arguments == [*before, "unlearn", "--concept", "demo", "--output", "app"]
+    arguments, _ = config.defaults(GROUP, [*before, "unlearn", "--output", "app"], file)
+    assert arguments == [*before, "unlearn", "--output", "app"]
+
+
 def test_a_name_from_standard_input_is_not_repeated():
     text = config.as_toml(context_of("unlearn", ["--concept", "-"]))
     assert "Left out" in text and "concept =" not in text

@@ -13,6 +13,7 @@ import os
 import tomllib
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,11 @@ def defaults(group: Any, arguments: Sequence[str], file: Path) -> tuple[list[str
     named = values.pop(VERB, None)
     if named is not None and named not in group.commands:
         raise BadInput(f"{file}: there is no verb {named!r}: {_near(str(named), group.commands)}")
-    given = next((a for a in arguments if a in group.commands), None)
+    # Only flags may stand before the verb: what stands later is somebody's value, such as a name.
+    flags = {name for parameter in group.params for name in parameter.opts}
+    before = list(takewhile(flags.__contains__, arguments))
+    rest = list(arguments[len(before) :])
+    given = rest[0] if rest and rest[0] in group.commands else None
     verb = given or named
     if verb is None:
         raise BadInput(
@@ -88,7 +93,7 @@ def defaults(group: Any, arguments: Sequence[str], file: Path) -> tuple[list[str
                 f"{_near(key.replace('_', '-'), known)}"
             )
         filled[parameter.name] = _value(file, key, value, parameter)
-    return (list(arguments) if given else [verb, *arguments]), {verb: filled}
+    return ([*before, *rest] if given else [*before, verb, *rest]), {verb: filled}
 
 
 def _read(file: Path) -> dict[str, Any]:
