@@ -408,6 +408,16 @@ def test_a_server_that_sends_byte_after_byte(server, status):
     assert time.monotonic() - begun < 5 and server.host in told
 
 
+@pytest.mark.parametrize("value", ["nan", "-inf", "1", True, None])
+def test_log_probabilities_that_are_no_numbers_are_none(server, value):
+    """NaN would end the audit with its last file."""
+    server.logprobs = lambda model, question, image: [{"Ann": value}]
+    served = Served(Connection(Endpoint(server.url)), "base")
+    assert served.openings([("Who?", None)], max_new_tokens=2) is None
+    server.logprobs = lambda model, question, image: [{"Ann": -2}]
+    assert served.openings([("Who?", None)], max_new_tokens=2) == [[{"Ann": -2.0}]]
+
+
 def test_a_wait_that_is_no_number(server):
     server.intercept = lambda number: (429, {"Retry-After": "\xb2"}, b"") if not number else None
     served = Served(Connection(Endpoint(server.url)), "base")

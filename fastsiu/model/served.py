@@ -33,7 +33,7 @@ from ..guards.endpoint import (
     read_key,
     read_within,
 )
-from ..guards.strict_json import parse_json
+from ..guards.strict_json import check, parse_json
 from ..guards.terminal import visible
 from ..request import BadInput
 from .turns import Picture
@@ -337,8 +337,9 @@ def _openings(reply: dict[str, Any]) -> Openings | None:
     """None where the reply holds no log-probabilities in OpenAI's form."""
     try:
         places = reply["choices"][0]["logprobs"]["content"]
+        check(places, [{"top_logprobs": [{"token": str, "logprob": float}]}])
         return [
-            {str(one["token"]): float(one["logprob"]) for one in place["top_logprobs"]}
+            {one["token"]: float(one["logprob"]) for one in place["top_logprobs"]}
             for place in places
         ]
     except (KeyError, TypeError, ValueError):
