@@ -25,7 +25,7 @@ from ..evaluate.held_out import decide
 from ..guards.failure import places
 from ..images import load_image
 from ..manifest import KEY
-from ..model import adapter, ask, vlm
+from ..model import adapter, adapter_files, ask, vlm
 from ..model.memory import Layout, budget
 from ..report.summary import standing
 from ..report.words import MEASURES, REMAINS
@@ -96,6 +96,9 @@ class Work:
         )
         self.loaded: vlm.VLM | None = None
         self.layout = Layout()
+        self.files: tuple[Any, ...] = ()  # of the loaded model's directory, as they were then
+        self.weights: dict[str, str] | None = None  # their SHA-256, by name
+        self.planned = 0  # pixels of the largest picture that the layout is for
         self.prepared: tuple[Asked, Prepared] | None = None
         self.trained: Path | None = None  # the output whose adapter is on
         self.seconds: dict[str, float] = {}
@@ -154,10 +157,9 @@ class Work:
         prepared, loaded = self.prepared[1], self.loaded
         recipe, origins = self._recipe(asked)
         model, shown = ModelRef(asked.model or None), ReportOptions(asked.redact)
-        weights = outputs.digest_model(model.name) if model.is_directory else None
         decides = {"dtype": self.settings.dtype} | deciding(self.layout) | shown.deciding
         digest = outputs.request_digest(
-            prepared.request, recipe, model.name, None, weights=weights, **decides
+            prepared.request, recipe, model.name, None, weights=self.weights, **decides
         )
         with vlm.threads(loaded):
             samples, history = session.learn(
@@ -171,7 +173,7 @@ class Work:
                 verdict, answers = decide(trained.scene)
         report = report_of(prepared.request, recipe, model.name, verdict, answers, trained)
         self.listener.stage("Writing adapter and report")
-        sealed = Sealed(recipe, origins, digest, weights, decides)
+        sealed = Sealed(recipe, origins, digest, self.weights, decides)
         write(destination, loaded, [prepared.request], [report], sealed)
         _pack(destination, archive)
         self.trained = destination
@@ -198,6 +200,7 @@ class Work:
         image = None if picture is None else load_image(picture)
         if self.loaded is None or self.trained != destination:
             loaded = self._model(asked, self._recipe(asked)[0], load_image(asked.picture))
+            adapter_files.check_belongs(destination, loaded.name, loaded.revision, self.weights)
             adapter.load(loaded, destination)
             self.trained = destination
         else:
@@ -217,18 +220,34 @@ class Work:
         return choose_recipe(ModelRef(asked.model or None).name, self.choice)
 
     def _model(self, asked: Asked, recipe: Recipe, picture: Image) -> vlm.VLM:
-        """The untouched model, loaded unless it is already."""
+        """The untouched model, loaded unless it is already: from the same files and, under a memory
+        limit, for pictures as large as this one."""
         model = ModelRef(asked.model or None)
+        files, pixels = _files(model), picture.width * picture.height
         self.trained = None
         if self.loaded is not None:
             adapter.detach(self.loaded)
-            if self.loaded.name == model.name:
+            fits = not self.settings.limited or pixels <= self.planned
+            if fits and (self.loaded.name, self.files) == (model.name, files):
                 return self.loaded
         self.loaded = self.prepared = None  # there may be no room for two
         self.layout = choose_layout(model, self.settings, recipe, picture, self.listener)
         room = budget(self.layout, recipe.batch_size, self.settings.limited)
+        self.weights = outputs.digest_model(model.name) if model.is_directory else None
         self.loaded = load(model, self.layout, room, self.listener)
+        self.files, self.planned = files, pixels
         return self.loaded
+
+
+def _files(model: ModelRef) -> tuple[Any, ...]:
+    """What changes with the files of a model's directory; () for a hub model: its commit stays."""
+    if not model.is_directory:
+        return ()
+    try:
+        files = [path for path in sorted(Path(model.name).iterdir()) if path.is_file()]
+        return tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+    except OSError:  # whoever loads it says so
+        return ()
 
 
 def _request(asked: Asked) -> Request:

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from fastsiu import manifest
+from fastsiu.app import work as working
 from fastsiu.app.job import Asked
 from fastsiu.app.work import Work, _done
-from fastsiu.request import BadInput
+from fastsiu.model.memory import Layout
+from fastsiu.request import BadInput, Recipe
 
 FEW = {"steps": 9, "lr": 3e-3, "dreams": 1, "dream_steps": 5, "strangers": 0, "neighbours": 1}
 RECIPE = {**FEW, "batch_size": 8, "seed": 3}
@@ -82,6 +85,56 @@ def test_what_cannot_be_used_is_a_sentence(tmp_path):
     )
     with pytest.raises(BadInput):
         work.look(asked)
+
+
+@pytest.fixture
+def loads(monkeypatch, tmp_path):
+    """A model's directory, and a worker whose loads are counted."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    made, planned = [], []
+
+    def load(model, layout, room, listener):
+        made.append(layout)
+        return SimpleNamespace(name=model.name)
+
+    def choose(model, settings, recipe, picture, listener):
+        planned.append(picture.size)
+        return Layout(micro_batch=len(planned))
+
+    monkeypatch.setattr(working, "load", load)
+    monkeypatch.setattr(working, "choose_layout", choose)
+    monkeypatch.setattr(working.adapter, "detach", lambda loaded: None)
+
+    def worker(**settings):
+        work = Work(lambda kind, value: None, settings, {})
+        asked = Asked("Ann Bole", tmp_path / "p.png", str(tmp_path))
+        return work, lambda side: work._model(asked, Recipe(), Image.new("RGB", (side, side)))
+
+    return SimpleNamespace(place=tmp_path, made=made, planned=planned, worker=worker)
+
+
+def test_a_model_that_changed_on_the_disk_is_loaded_anew(loads):
+    """Else the manifest would say that the new files were trained on."""
+    work, model = loads.worker()
+    assert model(8) is model(8) and len(loads.made) == 1
+    before = work.weights
+    (loads.place / "model.safetensors").write_bytes(b"trained on")
+    assert work.weights == before  # those of the weights in memory
+    model(8)
+    assert len(loads.made) == 2 and work.weights != before
+    assert work.weights == manifest.digest_model(loads.place)
+
+
+def test_a_larger_picture_is_planned_for_under_a_memory_limit(loads):
+    work, model = loads.worker(memory=4.0)
+    for side in (8, 4, 8, 16, 8):
+        model(side)
+    assert loads.planned == [(8, 8), (16, 16)] and len(loads.made) == 2
+    _, model = loads.worker()
+    for side in (8, 16):
+        model(side)
+    assert len(loads.made) == 3
 
 
 def test_a_failure_of_our_own_is_told_without_its_values(capfd):
