@@ -121,6 +121,8 @@ def audit(
     check_kind(request.kind)
     _check(adapter_dir, base, server)
     outputs.check_shown(report.redact, report.embed_image)
+    if report.embed_image and output is None:
+        raise BadInput("--embed-image is about report.html: give --output DIR, or leave it out.")
     image = load_image(request.image)
     more = load_directory(request.images)
     promise = Promise.of(adapter_dir)
@@ -216,6 +218,8 @@ def audit(
     }
     if output is not None:
         told = _write(output, told, request, report, image)
+    elif report.redact:  # what is printed may go to a file, too
+        told = redacted(told)
     return Audited(found.status, told, output)
 
 

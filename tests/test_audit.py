@@ -329,6 +329,18 @@ def test_a_redacted_report_names_nobody(server, picture, tmp_path):
         assert redacted(found.report) == found.report
 
 
+def test_what_is_only_printed_names_nobody_either(server, picture):
+    """--redact --json without --output: the report goes to a file of the shell's."""
+    from fastsiu.settings import ReportOptions
+
+    shown = ReportOptions(redact=True)
+    found = audited(server, picture, report=shown, asking=auditing.Asking(0.1))
+    text = json.dumps(found.report)
+    assert not [w for w in (ANN, "Ann", "Bole", *OTHERS, "Cairo", server.host) if w in text]
+    with pytest.raises(BadInput, match="--embed-image is about report.html: give --output"):
+        audited(server, picture, report=ReportOptions(embed_image=True))
+
+
 # A server that is not as it should be.
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from .. import output as outputs
 from ..images import load_image, read_bytes
 from ..model import adapter, adapter_files, decode, vlm
+from ..report.redact import redacted
 from ..request import BadInput, Recipe
 from ..samples.targets import Scene, neighbours
 from ..session import Listener
@@ -218,6 +219,8 @@ def evaluate(
             load_image(image) if report.embed_image and image is not None else None,
             report.run,
         )
+    elif report.redact:  # what is printed may go to a file, too
+        told = redacted(told)
     return Evaluation(None if after is None else told["verdict"] == "forgotten", told, output)
 
 

@@ -358,6 +358,9 @@ def test_eval_that_names_nobody(cast, demo_dir, tmp_path, monkeypatch, capsys):
         cli.run([*command, "--lmms-eval", str(tmp_path)]) == 2
         and "--base" in capsys.readouterr().err
     )
+    assert cli.run([*command, "--redact", "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert '"redacted": true' in printed and not [w for w in cast.target.split() if w in printed]
     assert cli.run([*command, "--output", str(out), "--redact"]) == 0
     assert {p.name for p in out.iterdir()} == {
         "report.json",
