@@ -50,6 +50,7 @@ class Several:
     """What `unlearn_several` returns.
 
     outcomes: one a request, in the file's order
+    printed:  the same as they may be printed; redacted, without names
     matrix:   one row a training, in the order in which they happened: {"after": lines trained so
               far, "named": {line: share}}. The share is of answers about that line's picture, its
               held-out transforms and wordings: those that still name it
@@ -59,6 +60,7 @@ class Several:
     matrix: list[dict[str, Any]]
     output: Path
     resumed: int = 0
+    printed: list[Outcome] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -68,7 +70,7 @@ class Several:
     def as_dict(self) -> dict[str, Any]:
         return {
             "forgotten": self.forgotten,
-            "requests": [vars(o) for o in self.outcomes],
+            "requests": [vars(o) for o in self.printed],
             "matrix": self.matrix,
         }
 
@@ -134,7 +136,9 @@ def unlearn_several(
                 _Job(state, loaded, origins, listener, report.run).run(done, todo)
         finally:
             adapter.detach(loaded)
-    return Several([state.outcomes[line] for line in asked], state.matrix, state.output, len(done))
+    outcomes = [state.outcomes[line] for line in asked]
+    printed = list(map(state.shown, outcomes))
+    return Several(outcomes, state.matrix, state.output, len(done), printed)
 
 
 @dataclass
@@ -229,7 +233,7 @@ class _Job:
     def say(self, line: int) -> None:
         self.listener.note(
             f"Request {list(self.state.asked).index(line) + 1} of {len(self.state.asked)}: "
-            f"{self.state.asked[line].concept}"
+            f"{self.state.shown(self.state.outcomes[line]).concept}"
         )
 
     def prepare(self, line: int, others: Sequence[Concept], seconds: dict[str, float]) -> Prepared:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastsiu import driver, images, session, settings, train
+from fastsiu import cli, driver, images, session, settings, train
 from fastsiu.demo.world import LOOKALIKES
 from fastsiu.disk import request_file
 from fastsiu.model import ask
@@ -165,6 +165,17 @@ def test_samples_that_cannot_be_used_are_told_before_the_model_is_loaded(
     with pytest.raises(BadInput, match="line 2: .*own.jsonl, line 1"):
         calls.unlearn_several(file, **(dict(output=tmp_path / "out", mode=mode) | QUICK))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_printed_of_redacted_requests_names_nobody(tmp_path, capsys, cast):
+    """Neither the JSON of the result nor the notes on the way, which a log may keep."""
+    lines = [{"image": str(cast.image), "concept": name} for name in ("Zorblax Quint", "Bob Mar")]
+    file = write(tmp_path / "r.jsonl", *lines)
+    command = ["unlearn", "--request", str(file), "--mode", "joint", "--redact", "--json"]
+    assert cli.run([*command, "--device", "cpu", "--output", str(tmp_path / "o")]) == 2
+    printed = "".join(capsys.readouterr())
+    assert '"failed"' in printed
+    assert not [w for w in ("Zorblax", "Quint", "Bob", "Mar ", cast.image.name) if w in printed]
 
 
 # --------------------------------------------------------------------------------------------------

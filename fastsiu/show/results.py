@@ -120,7 +120,7 @@ def families_table(console: Console, report: Mapping[str, Any]) -> None:
 
 def several_table(console: Console, several: Several) -> None:
     """What became of each request, and who is still named after each training."""
-    lines = [str(o.line) for o in several.outcomes]
+    lines = [str(o.line) for o in several.printed]
     table = Table(
         title="Share of answers that still give the name, after each training", title_justify="left"
     )
@@ -131,12 +131,12 @@ def several_table(console: Console, several: Several) -> None:
         *(f"after {row['after'][-1]}" for row in several.matrix),
     ):
         table.add_column(heading, overflow="fold")
-    for line, outcome in zip(lines, several.outcomes, strict=True):
+    for line, outcome in zip(lines, several.printed, strict=True):
         shares = [row["named"].get(line) for row in several.matrix]
         shown = ["-" if share is None else f"{share:.0%}" for share in shares]
         table.add_row(line, cell(outcome.concept), outcome.status or "-", *shown)
     console.print(table)
-    for outcome in several.outcomes:
+    for outcome in several.printed:
         for reason in outcome.reasons:
             console.print(f"  line {outcome.line}: {reason}", soft_wrap=True)
     if several.resumed:
