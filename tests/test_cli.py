@@ -641,3 +641,31 @@ def test_a_disk_that_is_too_full_for_the_adapter_is_told_before_the_model_is_loa
     assert code == 2 and "40 MiB left" in one_sentence(err) and list(tmp_path.iterdir()) == []
     # there is room for that one: loading begins
     assert call(*quick(cast, "--rank", "1", "--quiet"))[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["benchmark", "clear", ".", "--check", "--suite", "s"], "--suite"),
+        (["benchmark", "clear", ".", "--check", "--limit", "2"], "--limit"),
+        (["benchmark", "clear", ".", "--suite", "s", "--set", "forget10"], "--set"),
+        (["benchmark", "clear", ".", "--suite", "s", "--output", "o.json"], "--output"),
+        (["suite", ".", "--check", "--unlearn"], "--unlearn"),
+        (["merge", "--adapter", "a", "--output", "o", "--no-verify", "--image", "i"], "--image"),
+        (
+            ["merge", "--adapter", "a", "--output", "o", "--no-verify", "--verify", "nf4"],
+            "--verify",
+        ),
+        (["audit", "--image", "i", "--concept", "A", "--url-key", "k"], "--url-key"),
+        (["audit", "--image", "i", "--concept", "A", "--within", "5"], "--within"),
+        (["demo", "--export", "d", "--output", "o"], "--output"),
+        (["demo", "--per-concept", "5"], "--per-concept"),
+    ],
+)
+def test_an_option_that_would_not_be_read_is_refused(
+    arguments, option, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(arguments) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert option in said and "leave" in said and not list(tmp_path.iterdir())

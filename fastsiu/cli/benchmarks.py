@@ -18,11 +18,13 @@ from .options import (
     Model,
     Quantize,
     Revision,
+    refuse,
 )
 
 
 @app.command()
 def benchmark(
+    context: typer.Context,
     name: Annotated[
         str,
         typer.Argument(help="mmubench, mlubench, fiubench, clear, mllmu or ppubench."),
@@ -76,6 +78,15 @@ def benchmark(
     own metrics under its own names."""
     if names is not None and suite is None:
         raise BadInput("--names is about the suite that is written: add --suite DIR, or leave it.")
+
+    asking = {str(parameter.name) for parameter in context.command.params}
+    asking -= {"name", "directory", "ratio", "check", "suite", "names"}
+    if check:
+        said = "--check reads the set and stops, so {} would not be read: leave one of them out."
+        refuse(context, said, asking | {"suite", "names"})
+    if suite is not None:
+        said = "--suite writes a suite and stops, so {} would not be read: leave one of them out."
+        refuse(context, said, asking)
 
     from ..evaluate.benchmarks import as_suite, run
 

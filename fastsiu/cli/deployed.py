@@ -23,6 +23,7 @@ from .options import (
     Redact,
     Revision,
     finite,
+    refuse,
 )
 
 LONGEST, MOST_AT_ONCE = 1e6, 64  # seconds; questions
@@ -30,6 +31,7 @@ LONGEST, MOST_AT_ONCE = 1e6, 64  # seconds; questions
 
 @app.command()
 def audit(
+    context: typer.Context,
     image: Image,
     concept: Concept = None,
     concept_file: ConceptFile = None,
@@ -125,6 +127,10 @@ def audit(
         raise BadInput("The concept's name is missing: give it with --concept or --concept-file.")
     if url is None and untouched is not None:
         raise BadInput("--untouched names a model of a server: give the server with --url.")
+    if url is None:
+        said = "{} is about a server: give the server with --url, or leave it out."
+        unread = ("url_key", "allow_network", "plain_http", "timeout", "within", "at_once")
+        refuse(context, said, unread)
     if url is not None and model is None:
         raise BadInput("--url needs the deployed model's name at the server: give it with --model.")
 

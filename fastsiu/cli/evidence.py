@@ -29,6 +29,7 @@ from .options import (
     Redact,
     Revision,
     finite,
+    refuse,
 )
 
 
@@ -201,6 +202,9 @@ def merge(
     forms = [] if no_verify else [form.strip() for form in verify.split(",") if form.strip()]
     if not forms and not no_verify:
         raise BadInput("--verify names no form: give stored, int8 or nf4, or --no-verify.")
+    if no_verify:
+        said = "--no-verify asks nothing, so {} would not be read: leave one of them out."
+        refuse(context, said, ("image", "images", "retain", "verify"))
 
     from .. import merge as merging
     from ..settings import ModelRef, Settings

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..request import KINDS, NUMBERS, WHOLE
+from ..request import KINDS, NUMBERS, WHOLE, BadInput
 
 
 class Substitute(StrEnum):
@@ -38,6 +39,19 @@ def finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no finite number.")
     return value
+
+
+def refuse(context: typer.Context, sentence: str, unread: Container[str]) -> None:
+    """Raises BadInput where an option was given that would not be read.
+
+    sentence: with {} for the option
+    unread:   names of parameters
+    """
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        given = source is not None and source.name not in ("DEFAULT", "PROMPT")
+        if given and parameter.name in unread:
+            raise BadInput(sentence.format(parameter.opts[0]))
 
 
 MOST_TOKENS, MOST_PICTURES, MOST_PROCESSES, MOST_MEMORY = 65_536, 100_000, 256, 1e5  # GB

@@ -31,6 +31,7 @@ from .options import (
     Revision,
     Seed,
     Steps,
+    refuse,
 )
 
 if TYPE_CHECKING:
@@ -103,6 +104,9 @@ def suite(
     """Measure many concepts, and with --unlearn forget each first; run again, it does what is
     missing. Exit code 1 when one is not forgotten."""
     if check:
+        others = {str(parameter.name) for parameter in context.command.params}
+        said = "--check reads the suite and stops, so {} would not be read: leave one of them out."
+        refuse(context, said, others - {"directory", "check"})
         from ..evaluate.suites import suite as suites
 
         say.print(suites.told(suites.read(directory)), soft_wrap=True)

@@ -46,6 +46,7 @@ from .options import (
     Substitute,
     Weight,
     finite,
+    refuse,
 )
 
 
@@ -349,6 +350,7 @@ def ask(
 
 @app.command()
 def demo(
+    context: typer.Context,
     export: Annotated[
         Path | None,
         typer.Option(help="Write model, pictures and questions to this directory instead."),
@@ -364,7 +366,12 @@ def demo(
     ] = None,
 ) -> None:
     """The whole story on the embedded model: offline, on a CPU, in under two minutes."""
-    if export is not None:
+    if export is None:
+        said = "{} is about --export: add that, or leave it out."
+        refuse(context, said, ("per_concept",))
+    else:
+        said = "--export tells no story, so {} would not be read: leave one of them out."
+        refuse(context, said, ("output",))
         from ..demo.export import export as write
 
         write(export, per_concept, seed)
