@@ -17,6 +17,7 @@ from .form import Answer, Item, Value, mean
 NO_ITEMS = "No item of this part was asked."
 NO_WRONG = "The items of this part have no wrong answers."
 NO_RETRAINED = "It compares with a model that never learned the set: give its answers."
+NOT_THE_SAME = "The other model was not asked all of these items: ask it the same ones."
 NO_JUDGE = "It is graded by a language model, and none was asked."
 # FIUBench's weights of the lowest 10, 20, 30, 40 and 50 % of an answer's tokens.
 MIN_K = ((0.1, 0.3), (0.2, 0.3), (0.3, 0.2), (0.4, 0.1), (0.5, 0.1))
@@ -150,6 +151,8 @@ def forget_quality(ours: Pairs, retrained: Pairs | None) -> Value:
     apart."""
     if retrained is None:
         return {"value": None, "reason": NO_RETRAINED}
+    if {item.id for item, _ in ours} - {item.id for item, _ in retrained}:
+        return {"value": None, "reason": NOT_THE_SAME}
     mine, theirs = _ratios(ours), _ratios(retrained)
     if not mine or not theirs:
         return {"value": None, "reason": NO_WRONG}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -91,6 +92,16 @@ def test_no_answer_is_too_unlikely(same, wrong):
     assert scores.truth_ratio_retain(pairs)["value"] == (same < wrong)
     assert scores.chosen_probability(pairs)["value"] == (same < wrong)
     assert scores.forget_quality(pairs, pairs)["value"] == 1
+
+
+def test_forget_quality_compares_the_same_items():
+    """Not all of ours with the few that --limit left of the other's."""
+    items = [replace(item("a"), id=str(i)) for i in range(9)]
+    asked = [(one, Answer("x", same=1.0, wrong=(i / 9,))) for i, one in enumerate(items)]
+    few = scores.forget_quality(asked, asked[:3])
+    assert few["value"] is None and "not asked all of these items" in few["reason"]
+    assert scores.forget_quality(asked, [])["reason"] == few["reason"]
+    assert scores.forget_quality(asked, asked)["value"] == 1
 
 
 def test_probabilities_have_the_answers_length_taken_out():
