@@ -47,6 +47,11 @@ def write(
     Raises BadInput where an entity has no name or two have the same, and where something is at
     `directory`.
     """
+    known = {entity.id for entity in benchmark.entities}
+    if unknown := sorted(set(names or {}) - known):
+        raise BadInput(
+            f"{benchmark.name} has no entity {unknown[0]!r}, which --names names: correct the file."
+        )
     check_new(directory, "give another directory")
     place = Path(os.path.abspath(directory))
     with Staging(place.parent) as folder:

@@ -142,6 +142,11 @@ def measure(
     listener = listener or Listener()
     if output is not None:
         check_new(output, "give another file")
+    if retrained is not None and name in READERS and name not in LIKELY:
+        raise BadInput(
+            f"{READERS[name].NAME} has no metric that compares with another model: leave "
+            "--retrained out."
+        )
     split = functools.partial(scores.tokens, stem=scores.porter() if stem else None)
     benchmark = read(name, directory, ratio)
     items = chosen(benchmark, choice)

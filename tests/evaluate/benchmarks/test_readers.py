@@ -441,3 +441,7 @@ def test_a_set_without_names_asks_for_them(sets, tmp_path):
     )
     written = as_suite.write(found, tmp_path / "suite", as_suite.names_of(names))
     assert [s.name for s in written.subjects] == [f"Name {k}" for k in range(7)]
+    named = mmubench.read(sets["mmubench"])
+    with pytest.raises(BadInput, match="MMUBench has no entity 'Nobody'"):
+        as_suite.write(named, tmp_path / "other", {"Nobody": "Ann"})
+    assert not (tmp_path / "other").exists()
