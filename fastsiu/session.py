@@ -361,7 +361,8 @@ def _dream(scene: Scene) -> list[dict[str, Any]]:
     if not scene.neighbours or not recipe.dreams:
         return []
     in_pixels = recipe.dream_in == "pixels"
-    if in_pixels and spaces.lenses_for(scene.vlm, scene.pictures[:1]) is None:
+    starts = [*scene.pictures[:1], *scene.views]  # a view may have another size
+    if in_pixels and spaces.lenses_for(scene.vlm, starts) is None:
         in_pixels = False
         scene.notes.append(MIXED)
     if recipe.adapt == "vision" and not in_pixels:

@@ -235,6 +235,33 @@ def test_where_no_processor_can_be_looked_through_dreams_are_features(gathered, 
     assert session._dream(bare) == []
 
 
+def test_a_view_that_cannot_be_looked_through_is_told_as_well(gathered, monkeypatch):
+    """Dreams start at views, too, which may have another size."""
+    scene, own = gathered.scene, gathered.scene.pictures[0].image.size
+    assert any(view.image.size != own for view in scene.views)
+    real = spaces.lens
+    monkeypatch.setattr(spaces, "lens", lambda vlm, size: real(vlm, size) if size == own else None)
+    vision = replace(scene.recipe, adapt="vision", dream_in="pixels")
+    bare = replace(scene, recipe=vision, pictures=scene.pictures[:1], notes=[])
+    assert session._dream(bare) == [] and session.MIXED in bare.notes
+
+
+@pytest.mark.parametrize("error", [ValueError, IndexError, AssertionError, TypeError])
+def test_a_tower_that_takes_one_picture_sees_one_at_a_time(gathered, monkeypatch, error):
+    vlm, scene = gathered.vlm, gathered.scene
+    recipe, starts = replace(scene.recipe, dream_in="pixels"), [scene.pictures[0], scene.views[0]]
+    seen = vlm.seen
+
+    def single(inputs):
+        if len(inputs["pixel_values"]) > 1:
+            raise error("one picture")
+        return seen(inputs)
+
+    monkeypatch.setattr(vlm, "seen", single)
+    space = spaces.space_of(vlm, recipe, starts, 0)
+    assert not space.at_once and len(space.shown([0, 1])) == 2
+
+
 def test_a_tower_that_mixes_pictures_sees_one_at_a_time(gathered, monkeypatch):
     """Two pictures at once have to get the features that each gets alone."""
     vlm, scene = gathered.vlm, gathered.scene
