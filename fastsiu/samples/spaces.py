@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ..model.adapter import projector
-from ..model.faults import out_of_memory
+from ..model.faults import of_the_device
 from ..model.features import READ, feature_tensors, map_features, split_features
 from ..model.memory import DREAMS_SEEN
 from ..model.turns import Picture
@@ -158,8 +158,8 @@ class InPixels:
             return False
         try:
             together = self._seen([0, len(self.inputs) - 1])
-        except (ValueError, RuntimeError) as error:
-            if out_of_memory(error):
+        except Exception as error:  # any: the model's code says so in its own way
+            if of_the_device(error):
                 raise
             return False  # the family takes one picture a turn, so each is shown alone
         for features, start in zip(together, (self.starts[0], self.starts[-1]), strict=True):
