@@ -144,11 +144,11 @@ def unlearn_each(
     work = _prepared(Path(file), Path(output), model, recipe, settings, report, listener)
     claims = Claims(work.output, sharing.pace, work.asked_under)
     work.begin()
-    if report.run:
-        run = report.run if work.names_the_model else outputs.without_model(report.run)
-        staging.replace_file(work.output / outputs.RUN, run.encode("utf-8"))
     with nullcontext() if sharing.join else _alone(work.output):
         claims.open(work.digest_of_options())
+        if report.run:
+            run = report.run if work.names_the_model else outputs.without_model(report.run)
+            staging.replace_file(work.output / outputs.RUN, run.encode("utf-8"))
         resumed = sum(map(work.is_done, work.lines))
         try:
             share = joining.work_off(claims, list(work.lines), work, listener)

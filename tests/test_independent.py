@@ -110,6 +110,22 @@ def test_workers_share_and_one_of_them_draws_the_table(file, stubbed, tmp_path):
     assert table(tmp_path / "o") == table(tmp_path / "alone")
 
 
+@pytest.mark.parametrize("join", [True, False])
+def test_a_run_that_is_refused_leaves_run_toml_as_it_is(file, stubbed, tmp_path, join):
+    shown = lambda text: ReportOptions(run=text)
+    each(file, tmp_path / "o", report=shown("first"))
+    other = RecipeChoice(changes={"steps": 7})
+    with pytest.raises(BadInput):
+        each(
+            file,
+            tmp_path / "o",
+            recipe=other,
+            report=shown("second"),
+            sharing=Sharing(join, FAST),
+        )
+    assert (tmp_path / "o/run.toml").read_text() == "first"
+
+
 def test_a_failure_s_sentence_holds_no_path(file, stubbed, tmp_path, cast):
     """requests.json may be read by others: neither a directory's place nor the model's is told."""
     (tmp_path / "it's of Bob").mkdir()

@@ -72,10 +72,10 @@ def join_suite(
     job.output.mkdir(mode=0o700, exist_ok=True)
     if not (job.output / SUITE).is_file():
         write_table(job, {}, {})
-    write_run(job, run)
     work = _Concepts(job)
     claims = Claims(job.output, pace, work.asked_under)
     claims.open(_digest_of_options(job))
+    write_run(job, run)
     keys = [subject.slug for subject in subjects]
     resumed = sum(map(work.is_done, keys))
     try:
