@@ -128,10 +128,11 @@ def unlearn_each(
 
     output: the directory of all outputs
 
-    Run again, it does the requests that are missing. If only failed requests are missing, it tries
-    those again. Raises BadInput where the file or the output cannot be used, and where another run
-    is at work in `output` but `sharing.join` is not set; no model is loaded then. A request that
-    fails later stops no other: its `Outcome` says why it failed.
+    Run again, it does the requests that are missing, and those that failed and were mended since.
+    If only failed requests are missing, it tries those again. Raises BadInput where the file or the
+    output cannot be used, and where another run is at work in `output` but `sharing.join` is not
+    set; no model is loaded then. A request that fails later stops no other: its `Outcome` says why
+    it failed.
     """
     listener = listener or Listener()
     if sharing.join and output is None:
