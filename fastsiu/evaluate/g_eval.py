@@ -23,19 +23,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..guards.endpoint import (
-    NoRedirect,
-    asked_to_wait,
-    host_of,
-    is_local,
-    read_key,
-    read_within,
-)
+from ..guards.endpoint import Caller, asked_to_wait, host_of
 from ..guards.strict_json import parse_json
 from ..request import BadInput
 from ..text.rate import wilson
 
-LONGEST_REPLY = 1_000_000  # bytes
 LONGEST_WAIT = 60.0  # seconds that a server may ask to be left alone
 GIVE_UP = 5  # pairs without any reply, one after the other, after which no more are sent
 
@@ -272,20 +264,8 @@ def _poster(grader: Grader) -> Callable[[bytes], bytes]:
     _host(grader)
     url = grader.url.rstrip("/")
     url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
-    headers = {"Content-Type": "application/json", "User-Agent": "fastsiu"}
-    if grader.key_file is not None:
-        headers["Authorization"] = f"Bearer {read_key(grader.key_file, '--judge-key')}"
-    # A request to this machine goes to no proxy.
-    direct = [urllib.request.ProxyHandler({})] if is_local(url) else []
-    opener = urllib.request.build_opener(NoRedirect, *direct)
-
-    def post(data: bytes) -> bytes:
-        with opener.open(
-            urllib.request.Request(url, data, headers, method="POST"), timeout=grader.timeout
-        ) as reply:
-            return read_within(reply, LONGEST_REPLY, grader.timeout)
-
-    return post
+    caller = Caller(url, grader.key_file, "--judge-key")
+    return lambda data: caller.call(url, grader.timeout, data)
 
 
 def _host(grader: Grader) -> str:

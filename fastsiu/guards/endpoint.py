@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from ..request import BadInput
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
-LONGEST_KEY = 4096  # bytes
+LONGEST_KEY, LONGEST_REPLY = 4096, 4_000_000  # bytes
 
 
 def is_local(url: str) -> bool:
@@ -76,14 +76,14 @@ def read_key(place: Path, option: str) -> str:
     return key
 
 
-def read_within(reply: Any, most: int, seconds: float) -> bytes:
-    """At most so many bytes of a reply. Raises TimeoutError where they are not there in time: a
-    socket's own limit begins anew with each byte that comes.
+def read_within(reply: Any, seconds: float) -> bytes:
+    """At most `LONGEST_REPLY` bytes of a reply. Raises TimeoutError where they are not there in
+    time: a socket's own limit begins anew with each byte that comes.
 
     reply: of `urllib`, also an HTTPError
     """
     ends, pieces, size = time.monotonic() + seconds, list[bytes](), 0
-    while size < most and (piece := reply.read1(min(2**16, most - size))):
+    while size < LONGEST_REPLY and (piece := reply.read1(min(2**16, LONGEST_REPLY - size))):
         pieces.append(piece)
         size += len(piece)
         if time.monotonic() > ends:
@@ -110,3 +110,30 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         newurl: str,
     ) -> None:
         return None
+
+
+class Caller:
+    """Calls one server, with the key for it. No redirect is followed, and a call to this machine
+    goes to no proxy.
+
+    url:      one that `host_of` has taken
+    key_file: with the key; None: there is none
+    option:   the option that the file comes from
+
+    Raises BadInput for a key that may not be used.
+    """
+
+    def __init__(self, url: str, key_file: Path | None, option: str) -> None:
+        self._headers = {"User-Agent": "fastsiu"}
+        if key_file is not None:
+            self._headers["Authorization"] = f"Bearer {read_key(key_file, option)}"
+        direct = [urllib.request.ProxyHandler({})] if is_local(url) else []
+        self._opener = urllib.request.build_opener(NoRedirect, *direct)
+
+    def call(self, url: str, seconds: float, data: bytes | None = None) -> bytes:
+        """The reply to a GET or, with JSON in `data`, to a POST, within so many seconds. Raises
+        what `urllib` raises."""
+        kind = {} if data is None else {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, data, self._headers | kind)
+        with self._opener.open(request, timeout=seconds) as reply:
+            return read_within(reply, seconds)

@@ -25,20 +25,12 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from ..guards.endpoint import (
-    NoRedirect,
-    asked_to_wait,
-    host_of,
-    is_local,
-    read_key,
-    read_within,
-)
+from ..guards.endpoint import Caller, asked_to_wait, host_of, is_local, read_within
 from ..guards.strict_json import check, parse_json
 from ..guards.terminal import visible
 from ..request import BadInput
 from .turns import Picture
 
-LONGEST_REPLY = 4_000_000  # bytes
 LONGEST_WAIT = 30.0  # seconds that a server may ask to be left alone
 FIRST_WAIT = 0.5  # seconds before the second attempt, doubled for each further one
 ALTERNATIVES = 20  # the most that OpenAI's interface gives for a token
@@ -108,12 +100,7 @@ class Connection:
                 f"The pictures, and questions with the name, would be sent to {self.host}. Nothing "
                 "was sent: add --allow-network to agree."
             )
-        self._headers = {"Content-Type": "application/json", "User-Agent": "fastsiu"}
-        if endpoint.key_file is not None:
-            self._headers["Authorization"] = f"Bearer {read_key(endpoint.key_file, '--url-key')}"
-        # A request to this machine goes to no proxy.
-        direct = [urllib.request.ProxyHandler({})] if is_local(endpoint.url) else []
-        self._opener = urllib.request.build_opener(NoRedirect, *direct)
+        self._caller = Caller(endpoint.url, endpoint.key_file, "--url-key")
         self._ends = time.monotonic() + endpoint.within
         self.called: dict[str, str] = {}  # model's name -> what replies call it
 
@@ -166,9 +153,7 @@ class Connection:
         )
 
     def _read(self, data: bytes, timeout: float) -> dict[str, Any]:
-        request = urllib.request.Request(self.endpoint.path, data, self._headers, method="POST")
-        with self._opener.open(request, timeout=timeout) as reply:
-            text = read_within(reply, LONGEST_REPLY, timeout)
+        text = self._caller.call(self.endpoint.path, timeout, data)
         try:
             value = parse_json(text.decode("utf-8"))
             if not isinstance(value["choices"][0]["message"], dict):
@@ -203,12 +188,8 @@ class Connection:
     def models(self) -> list[str]:
         """The names that the server lists; none where it lists nothing of use."""
         place = self.endpoint.path.removesuffix("/chat/completions") + "/models"
-        headers = {k: v for k, v in self._headers.items() if k != "Content-Type"}
         try:
-            request = urllib.request.Request(place, headers=headers)
-            timeout = self.endpoint.timeout
-            with self._opener.open(request, timeout=timeout) as reply:
-                text = read_within(reply, LONGEST_REPLY, timeout)
+            text = self._caller.call(place, self.endpoint.timeout)
             listed = parse_json(text.decode("utf-8"))["data"]
             return [visible(str(one["id"])) for one in listed]
         except (OSError, HTTPException, ValueError, KeyError, TypeError):
@@ -350,7 +331,7 @@ def _words(error: urllib.error.HTTPError, seconds: float) -> str:
     """The server's own words about a refusal, on one short line. They may hold anything. They are
     read for at most so many seconds."""
     try:
-        text = read_within(error, LONGEST_REPLY, seconds).decode("utf-8", "replace")
+        text = read_within(error, seconds).decode("utf-8", "replace")
         value = parse_json(text)
         for key in ("error", "detail", "message"):
             if isinstance(value, dict) and key in value:

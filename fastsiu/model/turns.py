@@ -136,16 +136,16 @@ class Turns:
         return re.compile("|".join(["[\ud800-\udfff]", *map(re.escape, sorted(tokens))]))
 
     @functools.cached_property
-    def _special(self) -> frozenset[str]:
-        """The tokens that no person writes. Those that have a name, such as that of the end, are
-        only a part of them: Gemma's <end_of_turn> has none."""
-        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-        own = {token.content for token in added if token.special}
-        return frozenset(self.tokenizer.all_special_tokens) | own
+    def _special(self) -> dict[str, int]:
+        """The tokens that no person writes, with their ids. Those that have a name, such as that of
+        the end, are only a part of them: Gemma's <end_of_turn> has none."""
+        named = zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True)
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).items()
+        return dict(named) | {token.content: i for i, token in added if token.special}
 
     @functools.cached_property
     def _special_ids(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.convert_tokens_to_ids(sorted(self._special)))
+        return frozenset(self._special.values())
 
     def _templated(self, question: str, with_image: bool, answer: str | None = None) -> str:
         """A question, or a question with its answer, as the chat template writes it."""
