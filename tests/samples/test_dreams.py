@@ -51,6 +51,7 @@ def test_the_teacher_names_every_dream_in_every_training_wording(gathered, cast)
             assert not scene.concept.named_in(answer)
 
 
+@pytest.mark.slow
 def test_dreams_repeat_for_a_seed_and_not_for_another(gathered):
     one, record = again(gathered)
     two, _ = again(gathered)

@@ -133,6 +133,7 @@ def test_a_file_is_refused_as_by_comparing_each_with_each(tmp_path_factory, give
     assert said == expected
 
 
+@pytest.mark.slow
 def test_many_more_names_take_a_little_more_work_each(tmp_path):
     """The calls of functions that a file takes: eight times the names, at most twelve times the
     calls, though all names have a word in common and are made of the same few syllables."""
