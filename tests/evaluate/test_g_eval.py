@@ -284,6 +284,7 @@ def test_the_interval_is_never_too_narrow():
     )
 
 
+@pytest.mark.slow
 def test_eval_grades_what_is_said_of_the_concept(
     stub, cast, demo_dir, tmp_path, monkeypatch, capsys
 ):
@@ -333,6 +334,7 @@ def test_eval_grades_what_is_said_of_the_concept(
     assert "G-Eval" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_eval_that_names_nobody(cast, demo_dir, tmp_path, monkeypatch, capsys):
     """--redact reaches everything that eval writes, and --embed-image only its page."""
     questions = (
