@@ -108,6 +108,7 @@ WHOLE = {
     "dreams": (0, 64),
     "dream_steps": (0, 10_000),
     "strangers": (0, 256),
+    "directions": (0, 4096),
     "seed": (0, 2**63 - 1),
 }
 NUMBERS = {
@@ -152,6 +153,9 @@ class Recipe:
                   alone
     temperature:  of the distributions that are compared with strangers': names are far out in their
                   tails
+    directions:   of each layer's input, that the LoRA factors may read: those in which what is to
+                  change differs most from what is to stay. The fewer, the less of all else changes.
+                  0: all. All, too, where there are no strangers, whose lessons tell them apart
     level:        weight of what the concept's own answers may cost, against what they cost about
                   strangers
     token_mask, vocab_mask, dreams: switches for ablations; all three belong to the method
@@ -182,6 +186,7 @@ class Recipe:
     dream_noise: float = 0.5
     dream_in: Literal["pixels", "features"] = "pixels"
     strangers: int = 4
+    directions: int = 32
     temperature: float = 4.0
     level: float = 0.1
     seed: int = 0
@@ -225,6 +230,14 @@ class Recipe:
         gets fewer, since it would not look at more; but at least `least`."""
         return min(full, max(least, round(full * self.steps * self.batch_size / LONG)))
 
+    def for_requests(self, count: int) -> Recipe:
+        """The recipe for so many requests that are trained together: so many times the steps, of
+        which training takes fewer where it can, and the directions."""
+        most = WHOLE["directions"][1]
+        return self.with_overrides(
+            steps=self.steps * count, directions=min(most, self.directions * count)
+        )
+
     def with_overrides(self, **values: Any) -> Recipe:
         """The same recipe with every value that is not None replaced."""
         return replace(self, **{k: v for k, v in values.items() if v is not None})
@@ -249,6 +262,7 @@ PAPER = Recipe(
     generic=0,
     dreams=0,
     strangers=0,
+    directions=0,
 )
 
 

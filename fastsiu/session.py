@@ -28,6 +28,7 @@ from .samples import alternatives, border, corpus, dreams, generic, kinds, lesso
 from .samples.beside import Prepared, lessons_beside, samples_beside
 from .samples.corpus import Corpus
 from .samples.targets import Scene
+from .step import directions
 from .step.look import Look, Probe
 from .text.concept import Concept, ambiguous, concept_of
 
@@ -192,11 +193,15 @@ def learn(
     samples of all requests, and still the last adapter lost 13 points of others' naming
     (benches/several.py at commit 9a96c9b).
     """
-    # The most steps: training ends earlier once all names are gone and everything else holds.
-    recipe = recipe.with_overrides(steps=recipe.steps * len(prepared))
+    recipe = recipe.for_requests(len(prepared))
     listener.stage("Running the teacher")
     with timed(seconds, "teacher"):
         samples, taught = run_teacher(loaded, prepared, recipe, listener.note)
+    held = directions.FREE
+    if recipe.directions and taught:
+        listener.stage("Finding what the adapter may read")
+        with timed(seconds, "directions"):
+            held = directions.find(loaded, [lessons for lessons, _ in taught], recipe)
     listener.stage("Training")
     with timed(seconds, "train"):
         probe = Probe([one.scene for one in prepared], samples)
@@ -220,6 +225,7 @@ def learn(
                 watch=None if shown is None else watch,
                 lessons=taught,
                 gone=probe.gone,
+                held=held,
             )
         finally:
             loaded.model.eval()

@@ -25,6 +25,7 @@ from .session import Listener
 # what a model's own directory may say about the hyper-parameters it needs
 MODEL_RECIPE = "fastsiu.json"
 RATES = (1e-4, 1.5e-3)  # bounds of the learning rate that follows from a model's width
+HELD = 2.0  # times that rate, where the adapter reads a few directions only
 # the path alone: what draws and trains it is the command line's
 EMBEDDED = Path(__file__).parent / "demo" / "model"
 DEMO_NOTE = (
@@ -207,18 +208,23 @@ def choose_recipe(
     origin = dict.fromkeys(known, "preset paper" if paper else "default")
     origin |= dict.fromkeys(own, "model directory") | dict.fromkeys(given, "command line")
     if origin["lr"] == "default" and (width := _width(model, revision)):
-        recipe, origin["lr"] = recipe.with_overrides(lr=rate_for(width)), "model width"
+        held = recipe.directions > 0 and recipe.strangers > 0
+        recipe, origin["lr"] = recipe.with_overrides(lr=rate_for(width, held)), "model width"
     return recipe, origin
 
 
-def rate_for(width: int) -> float:
+def rate_for(width: int, held: bool) -> float:
     """The learning rate of LoRA for a language model of so many hidden units, two digits.
 
     The best rate falls with the width to the power of about 3/4, from about 5e-4 at 2000 (Schulman
     et al., "LoRA Without Regret", Thinking Machines 2025). Measured here at 576 only.
+
+    held: whether the factors read a few directions only (`step.directions`): they take twice the
+          rate then, to be as far after as many steps
     """
     low, high = RATES
-    return float(f"{min(high, max(low, 5e-4 * (2000 / width) ** 0.75)):.1e}")
+    rate = min(high, max(low, 5e-4 * (2000 / width) ** 0.75))
+    return float(f"{HELD * rate if held else rate:.1e}")
 
 
 def _width(model: str, revision: str | None) -> int | None:

@@ -17,6 +17,7 @@ from .objectives import Objective
 from .request import NumericFailure, OutOfMemory, Recipe
 from .samples.corpus import Corpus
 from .step.batches import batches, forward, lesson_batches
+from .step.directions import FREE, Directions
 from .step.look import Look
 
 # Schedule "decay": the rate falls after the share FROM of the steps, down to DOWN_TO times itself.
@@ -70,6 +71,7 @@ def fit(
     watch: Callable[[int], bool] | None = None,
     lessons: Sequence[tuple[Corpus, Objective]] = (),
     gone: Callable[[], bool] | None = None,
+    held: Directions = FREE,
 ) -> list[Step]:
     """Trains the adapter that is on; returns one Step per optimisation step. A step that does not
     fit into memory is repeated, first with half as many samples in a forward, and so on, then with
@@ -84,6 +86,8 @@ def fit(
              its teacher and its objective. Every step has a batch of each. All steps are run then:
              the decay of the rate at the end is part of the method
     gone:    a glance at the names: with the schedule "gone" the rate falls once they are gone
+    held:    what the adapter may read: it is held there from the first step on, and settles after
+             the last
 
     Raises NumericFailure on a loss or a gradient that is not finite, OutOfMemory where one sample
     at a time does not fit either.
@@ -94,6 +98,7 @@ def fit(
     rates = Schedule(recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rates.factor)
     history: list[Step] = []
+    held.hold()
     look, good = probe(), 0
     training_mode(vlm, recipe)
     torch.manual_seed(recipe.seed)
@@ -113,12 +118,15 @@ def fit(
                 f"The gradient is not finite at step {step}: lower --lr or use --dtype float32."
             )
         optimiser.step()
+        held.hold()
         schedule.step()
         if gone is not None and rates.waits and step % CHECK_EVERY == 0:
             vlm.model.eval()
             if gone():
                 rates.fall(step)
             training_mode(vlm, recipe)
+        if step == rates.last:
+            held.settle()
         due = step % CHECK_EVERY == 0 and not lessons  # with lessons no look can end the training
         if due or step == rates.last:
             vlm.model.eval()
@@ -136,6 +144,8 @@ def fit(
         if watch is not None:
             vlm.model.eval()
             if watch(step):
+                if step < rates.last:
+                    held.settle()
                 break
             training_mode(vlm, recipe)
         if step >= rates.last:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from peft import LoraConfig
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from . import session
@@ -28,6 +29,7 @@ from .model.vlm import VLM
 from .objectives import siu
 from .request import BadInput, NumericFailure, Recipe
 from .samples.beside import Prepared
+from .step import directions
 from .step.distillation import Distillation, UnlearningMixin
 from .step.shares import PARTS, StepShares
 from .train import Schedule, optimiser_of, parameter_groups, work_of_steps
@@ -76,7 +78,7 @@ class UnlearningTrainer(Trainer):
         other samples.
         """
         requests = [prepared] if isinstance(prepared, Prepared) else list(prepared)
-        recipe = recipe.with_overrides(steps=recipe.steps * len(requests))
+        recipe = recipe.for_requests(len(requests))
         _check(loaded, recipe, args)
         if lora is not None and lora.modules_to_save:
             raise BadInput(
@@ -84,6 +86,7 @@ class UnlearningTrainer(Trainer):
                 "teacher would move along: name them in target_modules instead."
             )
         samples, lessons = session.run_teacher(loaded, requests, recipe, note, lora)
+        held = directions.find(loaded, [corpus for corpus, _ in lessons], recipe)
         shares = args.world_size * args.gradient_accumulation_steps
         steps = islice(work_of_steps(samples, siu, recipe, lessons), recipe.steps)
         step = StepShares(loaded, recipe, list(steps), shares)
@@ -104,6 +107,11 @@ class UnlearningTrainer(Trainer):
                 )
             step.ranks = args.world_size
         self.loaded, self.recipe = loaded, recipe
+        # Every rank has found its own, equal but for rounding; all take those of the first.
+        for kept in held.of.values():
+            broadcast(kept.basis)
+            broadcast(kept.calm)
+        self.add_callback(_Hold(held))
         self._parts = torch.zeros(len(PARTS), device=args.device)
         self._logged = 0
 
@@ -225,6 +233,23 @@ class UnlearningTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class _Hold(TrainerCallback):
+    """Keeps the adapter's factors in their directions, as `train.fit` does. Checkpoints hold them
+    as they are before they settle."""
+
+    def __init__(self, held: directions.Directions) -> None:
+        self.held = held
+
+    def on_train_begin(self, *args: Any, **options: Any) -> None:
+        self.held.hold()
+
+    def on_optimizer_step(self, *args: Any, **options: Any) -> None:
+        self.held.hold()
+
+    def on_train_end(self, *args: Any, **options: Any) -> None:
+        self.held.settle()
 
 
 def _numbered(shares: list[int]) -> dict[str, int]:

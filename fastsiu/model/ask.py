@@ -25,6 +25,7 @@ from .vlm import VLM
 Question = tuple[str, Picture | None]
 Model = VLM | Served  # what can be asked: loaded here, or served elsewhere
 FEW = 3  # prompts from which on it is worth trying what is exact on a model
+MADE_UP = 40  # tokens of a question that the model makes up, and of its answer
 ROWS = 256  # supervised positions whose logits exist at a time
 
 
@@ -137,6 +138,51 @@ def replies(
         for b, text in zip(begins, texts, strict=True)
     ]
     return [Reply(text.strip(), not ends.isdisjoint(said[i])) for i, text in enumerate(whole)]
+
+
+@torch.no_grad()
+def made_up(vlm: VLM, count: int, seed: int) -> list[Encoded]:
+    """Turns of nothing in particular, without a picture, that the model makes up itself: what a
+    person might ask, drawn at temperature 1 from where its chat template has the question, and the
+    beginning of its own greedy answer. Two calls give the same turns.
+
+    Fewer than `count` where a question has no word; none where the template begins with the
+    question.
+    """
+    begun = vlm.before_question()
+    if not begun["input_ids"].numel():
+        return []
+
+    def draw(rows: int) -> list[list[int]]:
+        drawn = []
+        for at in range(0, count, rows):
+            many = min(rows, count - at)
+            ids = vlm.model.generate(
+                **{k: v.expand(many, *v.shape[1:]) for k, v in begun.items()},
+                max_new_tokens=MADE_UP,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=0.95,
+                num_beams=1,
+                pad_token_id=vlm.tokenizer.pad_token_id,
+            )
+            drawn += ids[:, begun["input_ids"].shape[1] :].tolist()
+        return drawn
+
+    with torch.random.fork_rng([d for d in vlm.devices if d.type == "cuda"]):
+        torch.manual_seed(seed)
+        drawn = fitting(vlm, draw, count)
+    questions = [vlm.words_of(ids) for ids in drawn]
+    asked: list[Question] = [(q, None) for q in questions if any(c.isalpha() for c in q)]
+    said = [
+        (question, reply)
+        for (question, _), reply in zip(
+            asked, replies(vlm, asked, max_new_tokens=MADE_UP), strict=True
+        )
+        if reply.text
+    ]
+    return [vlm.encode(question, reply.text, None, reply.closed) for question, reply in said]
 
 
 def fitting(vlm: VLM, run: Callable[[int], Any], most: int) -> Any:

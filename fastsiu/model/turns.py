@@ -4,6 +4,7 @@ where the tokens of the answer stand."""
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -109,6 +110,17 @@ class Turns:
             return prompt
         gap, closing = self._frame(with_image)
         return prompt + gap + answer + closing
+
+    def before_question(self) -> dict[str, Tensor]:
+        """What stands before a question without a picture, as `tokenise` gives it; without a token
+        where nothing does."""
+        begun = self.render(MARK, False).split(MARK)[0]
+        return self.tokenise(begun, None)
+
+    def words_of(self, ids: Sequence[int]) -> str:
+        """The text of tokens up to the first that no person writes."""
+        said = itertools.takewhile(lambda i: i not in self._special_ids, ids)
+        return str(self.tokenizer.decode(list(said))).strip()
 
     @functools.cached_property
     def _takes_words(self) -> bool:

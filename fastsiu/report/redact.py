@@ -36,6 +36,7 @@ STAGES = (
     "dreams",
     "strangers",
     "teacher",
+    "directions",
     "train",
     "verdict",
     "untouched",

@@ -23,6 +23,7 @@ from fastsiu import session, train  # noqa: E402
 from fastsiu.model import adapter  # noqa: E402
 from fastsiu.objectives import siu  # noqa: E402
 from fastsiu.request import BadInput, NumericFailure, Recipe  # noqa: E402
+from fastsiu.step import directions  # noqa: E402
 from fastsiu.step.look import Look  # noqa: E402
 
 FOLDER = Path(__file__).parent
@@ -79,8 +80,9 @@ def own():
     samples, lessons = session.run_teacher(
         loaded, [made.prepared(loaded, RECIPE)], RECIPE, lambda text: None
     )
+    held = directions.find(loaded, [half for half, _ in lessons], RECIPE)
     look = lambda: Look(1.0, 0.0, 0.0)
-    steps = train.fit(loaded, samples, siu, RECIPE, look, lessons=lessons)
+    steps = train.fit(loaded, samples, siu, RECIPE, look, lessons=lessons, held=held)
     return [[s.loss, s.ce, s.kl, s.strange] for s in steps], weights(loaded.model)
 
 
@@ -93,9 +95,10 @@ def with_head(tmp_path_factory):
 
 
 def check(found, expected):
-    """Parts and weights agree to 1e-5; the weights of our recipe's steps are about 1."""
+    """Parts agree to 1e-5. Weights do to 1e-4: what rounding makes of a gradient of nothing, Adam's
+    first steps make as large as any other."""
     torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=0)
-    assert (found[1] - expected[1]).norm() < 1e-5 * expected[1].norm()
+    assert (found[1] - expected[1]).norm() < 1e-4 * expected[1].norm()
 
 
 @pytest.mark.parametrize("micro", [1, 3])

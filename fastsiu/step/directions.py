@@ -1,0 +1,298 @@
+"""What the LoRA factors may read: a few directions of each layer's input.
+
+LoRA adds B A x to what a linear layer makes of its input x. Whatever A reads changes, for every
+input, also in texts that no sample holds. So the rows of A stay in the directions F [d, k] in which
+the inputs of what is to change have the most energy against those of what is to stay:
+
+    maximise  tr(F^T C F)  against  tr(F^T S F)
+
+C and S are second moments (the mean of x x^T, divided by its trace): C of the lessons that change
+something; S the sum of two, of the lessons that keep something and of texts that the untouched
+model makes up itself. The solution is the generalised eigenvectors C v = w S v of the largest w.
+After each step of the optimiser A becomes A F F^T. The adapter stays an ordinary one.
+
+No part of the paper. The idea of keeping updates out of the inputs that are to stay is that of the
+null space of features (Wang et al., "Training Networks in Null Space of Feature Covariance for
+Continual Learning", CVPR 2021); a null space alone was not enough here (docs/real-models.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..model import adapter, ask, prefix
+from ..model.features import map_features
+from ..model.turns import Encoded
+from ..model.vlm import VLM
+from ..request import CHANGES, KEEPS, Recipe
+from ..samples.corpus import Corpus
+
+LESSONS = 64  # of each half, evenly spread
+TEXTS = 32  # that the untouched model makes up
+TURNS = 16  # in one forward
+SWEEPS = 8  # over the ratio of both energies, to find its largest eigenvectors
+RIDGE = 1e-3  # added to S, in units of the mean of its diagonal: some directions are never used
+CALM = 1.0  # what a change of S weighs against one of C, once training is over
+# Of each kind about so many tokens count. Their inputs are summed up as second moments; those wider
+# than `WIDE` are kept as they are, since a moment of 11,008 would take 0.5 GB.
+TOKENS, WIDE = 2048, 2048
+BYTES = 5 * 2**28  # of all that at a time; for layers beyond that the model runs once more
+
+
+class Kept(NamedTuple):
+    """What a factor may read of an input of width d.
+
+    basis: F [d, k], orthonormal, fp32, on the layer's device. k is 0 where nothing that is to
+           change reaches the layer
+    calm:  [k, k], what `Directions.settle` multiplies A F with
+    """
+
+    basis: Tensor
+    calm: Tensor
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What the adapter's factors may read, by adapted layer."""
+
+    of: dict[nn.Module, Kept]
+
+    def hold(self) -> None:
+        """Takes out of every factor A what lies in other directions."""
+        for layer, (basis, _) in self.of.items():
+            _change(layer, basis, basis.T)
+
+    def settle(self) -> None:
+        """Once, after the last step: every factor A gives way to the one that does about the same
+        to what is to change and less to what is to stay, A C (C + CALM S)^-1."""
+        for layer, (basis, calm) in self.of.items():
+            _change(layer, basis, calm, basis.T)
+
+
+FREE = Directions({})  # nothing is held anywhere
+
+
+@torch.no_grad()
+def _change(layer: nn.Module, *by: Tensor) -> None:
+    """Multiplies the layer's factor A with matrices, from the right."""
+    weight: Any = _factor(layer).weight
+    # FSDP2 shards the rows; each rank changes its own
+    own = weight.to_local() if hasattr(weight, "to_local") else weight
+    product = own
+    for matrix in by:
+        product = product @ matrix
+    own.copy_(product)
+
+
+def find(vlm: VLM, lessons: Sequence[Corpus], recipe: Recipe) -> Directions:
+    """The `recipe.directions` directions of each adapted layer of the language model. Layers with a
+    narrower input stay free; so do all where no lesson changes anything.
+
+    An adapter is on, and off while the model runs.
+
+    lessons: those that change something, and those that keep something
+
+    Raises OutOfMemory where one turn at a time does not fit.
+    """
+    count = recipe.directions
+    of_changing, of_kept = _Turns.of(lessons, CHANGES), _Turns.of(lessons, KEEPS)
+    if not count or not of_changing.turns:
+        return FREE
+    found: dict[nn.Module, Kept] = {}
+    with (
+        torch.no_grad(),
+        adapter.teacher(vlm),
+        torch.random.fork_rng([d for d in vlm.devices if d.type == "cuda"]),
+    ):
+        torch.manual_seed(recipe.seed)
+        texts = ask.made_up(vlm, TEXTS, recipe.seed)
+        kinds = [of_changing, of_kept, _Turns(texts, [None] * len(texts))]
+        shared = _same_inputs(vlm, of_changing, count)
+        for group in _groups(list(shared)):
+            changing, *staying = (_inputs(vlm, group, turns) for turns in kinds)
+            for layer in group:
+                kept = [inputs.pop(layer) for inputs in staying]
+                few = _factor(layer).in_features > WIDE
+                own = (apart_in_span if few else apart)(changing.pop(layer), kept, count)
+                found |= dict.fromkeys([layer, *shared[layer]], own)
+    return Directions(found)
+
+
+def apart(changing: Tensor, staying: Sequence[Tensor], count: int) -> Kept:
+    """The `count` directions in which `changing` has the most energy against the sum of `staying`,
+    each in units of its own whole energy; none where `changing` has none.
+
+    changing, staying: second moments, or sums of x x^T, [d, d]
+
+    Twice as many directions are looked for as are wanted (Halko, Martinsson and Tropp 2011); the
+    better half is exact to rounding then.
+    """
+    d = len(changing)
+    if not bool(changing.any()):
+        return Kept(changing.new_zeros(d, 0), changing.new_zeros(0, 0))
+    change = changing.double() / changing.double().trace()
+    stay = sum(
+        (x.double() / x.double().trace() for x in staying if bool(x.any())),
+        start=torch.zeros_like(change),
+    )
+    stay.diagonal().add_(RIDGE * max(1.0, float(stay.trace())) / d)
+    root = torch.linalg.cholesky(stay)
+    half = torch.linalg.solve_triangular(root, change, upper=False)
+    ratio = torch.linalg.solve_triangular(root, half.T, upper=False)
+    most = min(count, d)
+    vectors, _, _ = torch.svd_lowrank(ratio, q=min(2 * most, d), niter=SWEEPS)
+    best = torch.linalg.solve_triangular(root.T, vectors[:, :most], upper=True)
+    basis = torch.linalg.qr(best).Q
+    # Eigenvectors span it, so the pencil may be cut down to it.
+    own, other = basis.T @ change @ basis, basis.T @ stay @ basis
+    calm = torch.linalg.solve(own + CALM * other, own).T
+    return Kept(basis.float().contiguous(), calm.float().contiguous())
+
+
+def apart_in_span(changing: Tensor, staying: Sequence[Tensor], count: int) -> Kept:
+    """`apart` for inputs [n, d] of few rows. The best directions lie in the span of all inputs,
+    because outside of it nothing is to change; so the moments are those of that span."""
+    given = [changing, *staying]
+    span = torch.linalg.qr(torch.cat(given).double().T).Q
+    inside = [x.double() @ span for x in given]
+    change, *stay = (x.T @ x for x in inside)
+    basis, calm = apart(change, stay, count)
+    return Kept((span @ basis.double()).float().contiguous(), calm.float())
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """Turns with the features that each shows."""
+
+    turns: Sequence[Encoded]
+    features: Sequence[Any]
+
+    @classmethod
+    def of(cls, lessons: Sequence[Corpus], facets: tuple[str, ...]) -> _Turns:
+        """At most `LESSONS` of the lessons of these facets, evenly spread."""
+        turns, features = [], []
+        for corpus in lessons:
+            members = [i for i, sample in enumerate(corpus.samples) if sample.facet in facets]
+            shown, few = corpus.shown(), min(LESSONS, len(members))
+            for i in (members[k * len(members) // few] for k in range(few)):
+                turns.append(corpus.turns[i])
+                features.append(None if (p := shown[i]) is None else p.features)
+        return cls(turns, features)
+
+    @property
+    def tokens(self) -> int:
+        """Of all turns, shared prefixes counted for each."""
+        return sum(turn.inputs["input_ids"].shape[1] for turn in self.turns)
+
+    def run(self, vlm: VLM, size: int) -> None:
+        """The model's forwards, `size` turns at a time."""
+        for at in range(0, len(self.turns), size):
+            turns, shown = self.turns[at : at + size], self.features[at : at + size]
+            here = {
+                id(x): map_features(x, lambda t: t.to(vlm.device)) for x in shown if x is not None
+            }
+            prefix.supervised_states(
+                vlm, turns, [None if x is None else here[id(x)] for x in shown], micro_batch=size
+            )
+
+
+def _adapted(vlm: VLM) -> list[nn.Module]:
+    """The adapted linear layers of the language model."""
+    inside: Iterator[nn.Module] = vlm.base.get_decoder().modules()
+    return [x for x in inside if isinstance(x, LoraLayer) and "default" in x.lora_A]
+
+
+def _factor(layer: nn.Module) -> nn.Linear:
+    """The factor A, that reads the layer's input."""
+    factor = layer.lora_A["default"]  # type: ignore[index]  # a ModuleDict of PEFT's
+    assert isinstance(factor, nn.Linear)
+    return factor
+
+
+def _same_inputs(vlm: VLM, turns: _Turns, count: int) -> dict[nn.Module, list[nn.Module]]:
+    """The layers with inputs wider than `count`, each with those that read the very same input
+    after it, as keys and values do beside queries. One turn tells."""
+    wide = [layer for layer in _adapted(vlm) if _factor(layer).in_features > count]
+    last: list[tuple[nn.Module, Tensor]] = []
+    reads_with: dict[nn.Module, nn.Module] = {}
+
+    def heard(layer: nn.Module, x: Tensor) -> None:
+        if last and last[0][1] is x:
+            reads_with[layer] = last[0][0]
+        else:
+            last[:] = [(layer, x)]
+
+    with _listening(wide, heard):
+        _Turns(turns.turns[:1], turns.features[:1]).run(vlm, 1)
+    shared: dict[nn.Module, list[nn.Module]] = {
+        layer: [] for layer in wide if layer not in reads_with
+    }
+    for layer, first in reads_with.items():
+        shared[first].append(layer)
+    return shared
+
+
+def _groups(layers: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
+    """The layers in groups whose inputs, of three kinds, take at most `BYTES`."""
+    group: list[nn.Module] = []
+    taken = 0
+    for layer in layers:
+        d = _factor(layer).in_features
+        size = 3 * 4 * d * (d if d <= WIDE else TOKENS)
+        if group and taken + size > BYTES:
+            yield group
+            group, taken = [], 0
+        group.append(layer)
+        taken += size
+    if group:
+        yield group
+
+
+def _inputs(vlm: VLM, layers: Sequence[nn.Module], turns: _Turns) -> dict[nn.Module, Tensor]:
+    """What the layers read of some tokens of the turns: the sum of x x^T, [d, d], or for a layer
+    wider than `WIDE` the inputs x themselves, [n, d]. fp32."""
+    every = max(1, math.ceil(turns.tokens / TOKENS))
+
+    def run(size: int) -> dict[nn.Module, Tensor]:
+        read: dict[nn.Module, Tensor] = {}
+        for layer in layers:
+            factor = _factor(layer)
+            d = factor.in_features
+            read[layer] = torch.zeros(d if d <= WIDE else 0, d, device=factor.weight.device)
+
+        def heard(layer: nn.Module, x: Tensor) -> None:
+            some = x.reshape(-1, x.shape[-1])[::every].float()
+            if some.shape[1] <= WIDE:
+                read[layer].addmm_(some.T, some)
+            else:
+                read[layer] = torch.cat([read[layer], some])
+
+        with _listening(layers, heard):
+            turns.run(vlm, size)
+        return read
+
+    return ask.fitting(vlm, run, TURNS)
+
+
+@contextmanager
+def _listening(
+    layers: Sequence[nn.Module], heard: Callable[[nn.Module, Tensor], None]
+) -> Iterator[None]:
+    """Inside, `heard` gets each of the layers with what goes into it."""
+    handles = [
+        layer.register_forward_pre_hook(lambda layer, given: heard(layer, given[0]))
+        for layer in layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

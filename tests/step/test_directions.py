@@ -1,0 +1,235 @@
+"""The directions that the adapter may read: the best ones, the same however they are computed, and
+never left while something trains."""
+
+from __future__ import annotations
+
+import shares as made
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+
+from fastsiu import session, train
+from fastsiu.model import adapter, ask
+from fastsiu.objectives import siu
+from fastsiu.request import Recipe
+from fastsiu.step import directions
+from fastsiu.step.look import Look
+
+RECIPE = Recipe(steps=3, lr=1e-2, rank=4, batch_size=8, directions=8, early_stop=False)
+
+
+def halves(loaded, recipe=RECIPE):
+    return session.run_teacher(loaded, [made.prepared(loaded, recipe)], recipe, lambda text: None)
+
+
+def factors(loaded):
+    return {
+        name: module.lora_A["default"].weight
+        for name, module in loaded.base.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def named(loaded, found):
+    """The bases by the layer's name."""
+    names = {module: name for name, module in loaded.base.named_modules()}
+    return {names[layer]: kept.basis for layer, kept in found.of.items()}
+
+
+def same_space(a, b, tolerance=1e-4):
+    """Whether two orthonormal bases span one space."""
+    return a.shape == b.shape and bool(torch.linalg.svdvals(a.T @ b).min() > 1 - tolerance)
+
+
+def moments(seed, d=24, n=60):
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(d, generator=generator) * 3
+    return torch.randn(n, d, generator=generator) * scale
+
+
+# The best directions ------------------------------------------------------------------------------
+
+
+def test_what_only_the_changing_inputs_have_comes_first():
+    own, both = torch.zeros(10), torch.zeros(10)
+    own[3], both[7] = 1.0, 1.0
+    found, _ = directions.apart(
+        torch.outer(own, own) + 50 * torch.outer(both, both), [torch.outer(both, both)], 1
+    )
+    assert abs(found[3, 0]) > 0.99
+
+
+def test_they_are_the_eigenvectors_of_the_largest_ratios():
+    """Beside fp64: the eigenvectors of S^(-1/2) C S^(-1/2)."""
+    x, y, z = (moments(seed) for seed in range(3))
+    own = lambda rows: (m := rows.double().T @ rows.double()) / m.trace()
+    d, stay = x.shape[1], own(y) + own(z)
+    values, vectors = torch.linalg.eigh(stay + directions.RIDGE * 2 / d * torch.eye(d).double())
+    inverse = vectors @ torch.diag(values**-0.5) @ vectors.T
+    best = inverse @ torch.linalg.eigh(inverse @ own(x) @ inverse)[1][:, -5:]
+    found, _ = directions.apart(x.T @ x, [y.T @ y, z.T @ z], 5)
+    assert same_space(found.double(), torch.linalg.qr(best).Q)
+    torch.testing.assert_close(found.T @ found, torch.eye(5))
+
+
+def test_settling_keeps_what_only_the_changing_inputs_read():
+    """A direction where the changing inputs have all the energy stays as it is; one where both
+    kinds have as much is halved. In full width: A C (C + S)^-1 of what lies in the directions."""
+    change = torch.diag(torch.tensor([4.0, 1.0, 0.0, 0.0]))
+    stay = torch.diag(torch.tensor([0.0, 1.0, 4.0, 0.0]))
+    basis, calm = directions.apart(change, [stay], 2)
+    after = basis @ calm @ basis.T
+    torch.testing.assert_close(after.diagonal(), torch.tensor([1.0, 0.5, 0, 0]), atol=1e-3, rtol=0)
+    x, y = moments(0).double(), moments(1).double()
+    own = lambda rows: (m := rows.T @ rows) / m.trace()
+    basis, calm = (t.double() for t in directions.apart(x.T @ x, [y.T @ y], 6))
+    stay = own(y) + directions.RIDGE / len(basis) * torch.eye(len(basis)).double()
+    read = torch.randn(3, 6, generator=torch.Generator().manual_seed(2)).double() @ basis.T
+    full = read @ own(x) @ torch.linalg.inv(own(x) + directions.CALM * stay)
+    torch.testing.assert_close(read @ basis @ calm @ basis.T, full, atol=1e-4, rtol=1e-3)
+
+
+def test_few_inputs_give_what_their_moments_give():
+    x, y = moments(0, d=40, n=12), moments(1, d=40, n=15)
+    found, _ = directions.apart_in_span(x, [y], 3)
+    inside = torch.linalg.qr(torch.cat([x, y]).T).Q
+    assert torch.allclose(inside @ (inside.T @ found), found, atol=1e-5)
+    ratio = lambda f: float((x @ f).norm() ** 2 / (y @ f).norm() ** 2)
+    others = torch.linalg.qr(torch.randn(40, 3, generator=torch.Generator().manual_seed(0))).Q
+    assert ratio(found) > 100 * ratio(others)
+
+
+def test_where_nothing_changes_nothing_is_read():
+    found, _ = directions.apart(torch.zeros(6, 6), [torch.eye(6)], 2)
+    assert found.shape == (6, 0)
+
+
+def test_no_kept_inputs_are_no_reason_to_fail():
+    found, _ = directions.apart(torch.diag(torch.tensor([1.0, 5.0, 2.0])), [torch.zeros(3, 3)], 1)
+    assert abs(found[1, 0]) > 0.99
+
+
+# On a model ---------------------------------------------------------------------------------------
+
+
+def test_every_layer_of_the_language_model_has_its_directions():
+    loaded = made.load()
+    wanted = adapter.language_linears(loaded.base)
+    _, lessons = halves(loaded)
+    found = named(loaded, directions.find(loaded, [half for half, _ in lessons], RECIPE))
+    assert set(found) == set(factors(loaded)) == set(wanted)
+    for name, basis in found.items():
+        assert basis.shape == (factors(loaded)[name].shape[1], 8)
+    q, k, o = (found[f"model.language_model.layers.0.self_attn.{x}_proj"] for x in "qko")
+    assert q is k and not same_space(q, o)  # queries and keys read the same input
+
+
+def test_how_many_layers_go_at_a_time_changes_nothing(monkeypatch):
+    loaded = made.load()
+    _, lessons = halves(loaded)
+    corpora = [half for half, _ in lessons]
+    once = named(loaded, directions.find(loaded, corpora, RECIPE))
+    monkeypatch.setattr(directions, "BYTES", 1)
+    again = named(loaded, directions.find(loaded, corpora, RECIPE))
+    assert all(same_space(once[name], again[name], 1e-3) for name in once)
+
+
+def test_wide_inputs_are_kept_as_they_are(monkeypatch):
+    loaded = made.load()
+    _, lessons = halves(loaded)
+    corpora = [half for half, _ in lessons]
+    once = named(loaded, directions.find(loaded, corpora, RECIPE))
+    monkeypatch.setattr(directions, "WIDE", 127)
+    again = named(loaded, directions.find(loaded, corpora, RECIPE))
+    assert set(again) == set(once)
+    for basis in again.values():
+        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-4, rtol=0)
+
+
+def test_training_leaves_nothing_outside_of_them():
+    loaded = made.load()
+    samples, lessons = halves(loaded)
+    found = directions.find(loaded, [half for half, _ in lessons], RECIPE)
+    look = lambda: Look(1.0, 0.0, 0.0)
+    train.fit(loaded, samples, siu, RECIPE, look, lessons=lessons, held=found)
+    for name, basis in named(loaded, found).items():
+        weight = factors(loaded)[name]
+        assert weight.norm() > 0
+        assert (weight - weight @ basis @ basis.T).norm() < 1e-5 * weight.norm()
+
+
+def test_without_them_the_factors_read_everything():
+    """The test before can fail."""
+    loaded = made.load()
+    samples, lessons = halves(loaded)
+    found = directions.find(loaded, [half for half, _ in lessons], RECIPE)
+    train.fit(loaded, samples, siu, RECIPE, lambda: Look(1.0, 0.0, 0.0), lessons=lessons)
+    name, basis = next(iter(named(loaded, found).items()))
+    weight = factors(loaded)[name]
+    assert (weight - weight @ basis @ basis.T).norm() > 0.5 * weight.norm()
+
+
+def test_training_settles_once_at_its_end():
+    calls = []
+
+    class Told(directions.Directions):
+        def hold(self):
+            calls.append("hold")
+
+        def settle(self):
+            calls.append("settle")
+
+    for last, watch in ((3, None), (2, lambda step: step == 2), (3, lambda step: step == 3)):
+        loaded, held = made.load(), Told({})
+        samples, lessons = halves(loaded)
+        look = lambda: calls.append("look") or Look(1.0, 0.0, 0.0)
+        train.fit(loaded, samples, siu, RECIPE, look, lessons=lessons, held=held, watch=watch)
+        looks = ["look"] if last == 3 else []  # the last look sees what was settled
+        assert calls == ["hold", "look", *["hold"] * last, "settle", *looks]
+        calls.clear()
+
+
+def test_layers_that_are_narrower_stay_free():
+    loaded = made.load()
+    recipe = Recipe(steps=1, rank=4, batch_size=8, directions=128)
+    _, lessons = halves(loaded, recipe)
+    found = named(loaded, directions.find(loaded, [half for half, _ in lessons], recipe))
+    assert found and all(name.endswith("down_proj") for name in found)  # 320 wide, the rest 128
+
+
+def test_neither_a_recipe_without_nor_lessons_that_change_nothing_hold_anything():
+    loaded = made.load()
+    _, lessons = halves(loaded)
+    corpora = [half for half, _ in lessons]
+    assert not directions.find(loaded, corpora, Recipe(directions=0)).of
+    assert not directions.find(loaded, corpora[1:], RECIPE).of
+    directions.Directions({}).hold()
+
+
+def test_a_factor_on_the_head_stays_free():
+    loaded = made.load(tied=False)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], exclude_modules=".*vision.*")
+    _, lessons = session.run_teacher(
+        loaded, [made.prepared(loaded, RECIPE)], RECIPE, lambda text: None, lora
+    )
+    found = named(loaded, directions.find(loaded, [half for half, _ in lessons], RECIPE))
+    assert found and all(name.endswith("q_proj") for name in found)
+
+
+# Texts that the model makes up --------------------------------------------------------------------
+
+
+def test_made_up_turns_repeat_and_leave_the_random_numbers_alone(loaded):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, again, other = (ask.made_up(loaded, 6, seed) for seed in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    ids = lambda turns: [turn.inputs["input_ids"].tolist() for turn in turns]
+    assert ids(first) == ids(again) != ids(other)
+    assert 0 < len(first) <= 6
+
+
+def test_made_up_questions_hold_no_token_that_no_person_writes(loaded):
+    ends = [loaded.tokenizer.eos_token_id]
+    assert loaded.words_of([300, 301, *ends, 302]) == loaded.tokenizer.decode([300, 301]).strip()
+    assert loaded.words_of(ends) == ""
