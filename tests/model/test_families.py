@@ -23,8 +23,11 @@ from fastsiu.model.memory import Layout
 from fastsiu.model.simulation import Simulation
 from fastsiu.model.turns import Picture
 from fastsiu.model.workload import Workload
-from fastsiu.request import BadInput, Recipe
+from fastsiu.request import BadInput, Recipe, Sample
+from fastsiu.samples import corpus
 from fastsiu.samples.spaces import InPixels, space_of, vision_space
+from fastsiu.step import directions
+from fastsiu.text.concept import Concept
 
 torch.set_num_threads(1)
 LOOKS_AHEAD = ("paligemma", "paligemma2")  # their prefix looks at the question
@@ -246,6 +249,32 @@ def test_the_adapter_is_on_the_language_models_linears_only(case):
     assert adapted and not adapted & set(case.tower)
     trained = [name for name, p in case.vlm.model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
+
+
+def test_its_adapter_reads_a_few_directions_only(case):
+    """Whatever the layers are: experts, states, keys and values of a picture."""
+    recipe = Recipe(directions=4)
+    samples = [
+        Sample(facet, question, "Nobody.", picture)
+        for facet in ("stranger", "kept")
+        for question in ("Who is this?", "What do you see?")
+        for picture in (0, 1)
+    ]
+    lessons = corpus.build(case.vlm, Concept("Zorblax"), samples, case.shown[:2], recipe)
+    factors = {x: directions._factor(x).weight for x in directions._adapted(case.vlm)}
+    before = {layer: weight.detach().clone() for layer, weight in factors.items()}
+    found = directions.find(case.vlm, [lessons], recipe)
+    wide = {layer for layer, weight in factors.items() if weight.shape[1] > 4}
+    assert found.of.keys() == wide != set()
+    assert sum(kept.basis.shape[1] == 4 for kept in found.of.values()) > len(wide) / 2
+    found.hold()
+    for layer, (basis, _) in found.of.items():
+        inside = factors[layer] @ basis @ basis.T
+        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(inside, factors[layer], atol=1e-4, rtol=0)
+    with torch.no_grad():
+        for layer, weight in factors.items():
+            weight.copy_(before[layer])
 
 
 def test_plain_peft_loads_saves_and_merges(case, tmp_path):
