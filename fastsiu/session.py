@@ -226,6 +226,7 @@ def learn(
                 lessons=taught,
                 gone=probe.gone,
                 held=held,
+                stay_gone=probe.all_gone,
             )
         finally:
             loaded.model.eval()

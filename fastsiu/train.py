@@ -72,6 +72,7 @@ def fit(
     lessons: Sequence[tuple[Corpus, Objective]] = (),
     gone: Callable[[], bool] | None = None,
     held: Directions = FREE,
+    stay_gone: Callable[[], bool] | None = None,
 ) -> list[Step]:
     """Trains the adapter that is on; returns one Step per optimisation step. A step that does not
     fit into memory is repeated, first with half as many samples in a forward, and so on, then with
@@ -86,8 +87,9 @@ def fit(
              its teacher and its objective. Every step has a batch of each. All steps are run then:
              the decay of the rate at the end is part of the method
     gone:    a glance at the names: with the schedule "gone" the rate falls once they are gone
-    held:    what the adapter may read: it is held there from the first step on, and settles after
-             the last
+    held:    what the adapter may read, from before the first step on
+    stay_gone: a glance at all names: after the last step the adapter settles as far as they stay
+             gone (`Directions.settle`); it does not where there is no glance
 
     Raises NumericFailure on a loss or a gradient that is not finite, OutOfMemory where one sample
     at a time does not fit either.
@@ -125,8 +127,9 @@ def fit(
             if gone():
                 rates.fall(step)
             training_mode(vlm, recipe)
-        if step == rates.last:
-            held.settle()
+        if step == rates.last and stay_gone is not None:
+            vlm.model.eval()
+            held.settle(stay_gone)
         due = step % CHECK_EVERY == 0 and not lessons  # with lessons no look can end the training
         if due or step == rates.last:
             vlm.model.eval()
@@ -144,8 +147,8 @@ def fit(
         if watch is not None:
             vlm.model.eval()
             if watch(step):
-                if step < rates.last:
-                    held.settle()
+                if step < rates.last and stay_gone is not None:
+                    held.settle(stay_gone)
                 break
             training_mode(vlm, recipe)
         if step >= rates.last:

@@ -110,7 +110,6 @@ class UnlearningTrainer(Trainer):
         # Every rank has found its own, equal but for rounding; all take those of the first.
         for kept in held.of.values():
             broadcast(kept.basis)
-            broadcast(kept.calm)
         self.add_callback(_Hold(held))
         self._parts = torch.zeros(len(PARTS), device=args.device)
         self._logged = 0
@@ -236,8 +235,8 @@ class UnlearningTrainer(Trainer):
 
 
 class _Hold(TrainerCallback):
-    """Keeps the adapter's factors in their directions, as `train.fit` does. Checkpoints hold them
-    as they are before they settle."""
+    """Keeps the adapter's factors in their directions, as `train.fit` does; they do not
+    settle, since nothing looks at the names."""
 
     def __init__(self, held: directions.Directions) -> None:
         self.held = held
@@ -247,9 +246,6 @@ class _Hold(TrainerCallback):
 
     def on_optimizer_step(self, *args: Any, **options: Any) -> None:
         self.held.hold()
-
-    def on_train_end(self, *args: Any, **options: Any) -> None:
-        self.held.settle()
 
 
 def _numbered(shares: list[int]) -> dict[str, int]:

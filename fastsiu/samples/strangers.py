@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import compress
 from statistics import fmean
 from typing import NamedTuple
@@ -25,7 +24,7 @@ from .border import NAMING
 from .lesson import LONGEST
 from .nobody import shows_nobody
 from .targets import Scene, about_the_one_shown
-from .wishes import Wish, fulfil
+from .wishes import Wish, fulfil, in_features
 
 AGREE = 0.6  # share of the strangers that must get the same answer, for it to be the usual one
 FEWEST = 3  # with fewer strangers than this, some are dreamed
@@ -77,9 +76,8 @@ def strangers(scene: Scene, notes: list[str] | None = None) -> list[Stranger]:
             Wish(start, [(q, unknown) for q in who], DREAM_DECAY, must=lambda reply: 0)
             for start in starts
         ]
-        # A stranger may look like nothing: free features get there, few cells of a picture do not.
-        free = replace(scene, recipe=scene.recipe.with_overrides(dream_in="features"))
-        dreams = [dream for dream in fulfil(free, wishes, DREAM_LUCK) if dream is not None]
+        dreamed = fulfil(in_features(scene), wishes, DREAM_LUCK)
+        dreams = [dream for dream in dreamed if dream is not None]
         found += accepted(dreams, False)
     if len(found) < FEWEST and notes is not None:
         notes.append(

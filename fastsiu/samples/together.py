@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from PIL import Image
@@ -22,7 +21,7 @@ from ..text.concept import Concept
 from . import drawn
 from .lesson import LONGEST, QUESTIONS, Lessons, Words, keep
 from .targets import Scene
-from .wishes import Pair, Wish, fulfil
+from .wishes import Pair, Wish, fulfil, in_features
 
 PAIRS = 8  # pictures of the concept beside another one, and as many of two strangers
 TRIES = 4  # times `PAIRS` pictures of two, until the teacher tells the two apart
@@ -188,7 +187,7 @@ def _add_dreamed(
         beside_strangers.append(wish(left, right, reply))
     # Two in one picture are small and fine: a coarse grid of colours does not turn one of them into
     # somebody else, and the names of pairs were lost.
-    free = replace(scene, recipe=scene.recipe.with_overrides(dream_in="features"))
+    free = in_features(scene)
     kept = fulfil(free, beside_strangers, 0.6)
     bent = fulfil(free, [wish(image, image, reply) for reply in named_beside], 0.7)
     for (name, _), reply, forced, with_stranger, with_concept in zip(

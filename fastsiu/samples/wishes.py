@@ -74,6 +74,12 @@ def fulfil(
     return work.accepted()
 
 
+def in_features(scene: Scene) -> Scene:
+    """The scene with dreams in features, whatever its recipe has: they get further than few cells
+    of a picture, and may look like nothing."""
+    return replace(scene, recipe=scene.recipe.with_overrides(dream_in="features"))
+
+
 class _Dreams:
     """The dreams of `fulfil` while they are optimised."""
 

@@ -40,23 +40,36 @@ TEXTS = 32  # that the untouched model makes up
 TURNS = 16  # in one forward
 SWEEPS = 8  # over the ratio of both energies, to find its largest eigenvectors
 RIDGE = 1e-3  # added to S, in units of the mean of its diagonal: some directions are never used
-CALM = 1.0  # what a change of S weighs against one of C, once training is over
+# What a change of S weighs against one of C, once training is over: the first at which the names
+# stay gone.
+CALM = (1.0, 0.3, 0.1)
 # Of each kind about so many tokens count. Their inputs are summed up as second moments; those wider
 # than `WIDE` are kept as they are, since a moment of 11,008 would take 0.5 GB.
 TOKENS, WIDE = 2048, 2048
-BYTES = 5 * 2**28  # of all that at a time; for layers beyond that the model runs once more
+# Of all that at a time; for layers beyond that the model runs once more. Where memory is scarce an
+# eighth of it, and a quarter of the tokens: less than a step takes, whose gradients and optimiser
+# states are not there yet.
+BYTES = 5 * 2**28
 
 
 class Kept(NamedTuple):
     """What a factor may read of an input of width d.
 
-    basis: F [d, k], orthonormal, fp32, on the layer's device. k is 0 where nothing that is to
-           change reaches the layer
-    calm:  [k, k], what `Directions.settle` multiplies A F with
+    basis:    F [d, k], orthonormal, fp32, on the layer's device. k is 0 where nothing that is to
+              change reaches the layer
+    changing: F^T C F, [k, k]
+    staying:  F^T S F, [k, k]
     """
 
     basis: Tensor
-    calm: Tensor
+    changing: Tensor
+    staying: Tensor
+
+    def calm(self, weight: float) -> Tensor:
+        """[k, k]: A F times this does about the same to what is to change, and less to what is to
+        stay; A C (C + weight S)^-1 in these directions."""
+        own, other = self.changing.double(), self.staying.double()
+        return torch.linalg.solve(own + weight * other, own).T.float()
 
 
 @dataclass(frozen=True)
@@ -67,29 +80,45 @@ class Directions:
 
     def hold(self) -> None:
         """Takes out of every factor A what lies in other directions."""
-        for layer, (basis, _) in self.of.items():
-            _change(layer, basis, basis.T)
+        for layer, kept in self.of.items():
+            _change(layer, kept.basis, kept.basis.T)
 
-    def settle(self) -> None:
-        """Once, after the last step: every factor A gives way to the one that does about the same
-        to what is to change and less to what is to stay, A C (C + CALM S)^-1."""
-        for layer, (basis, calm) in self.of.items():
-            _change(layer, basis, calm, basis.T)
+    def settle(self, gone: Callable[[], bool]) -> float:
+        """After the last step: every factor A gives way to one that reads less of what is to stay,
+        as much less as the names stay gone. Returns the weight of `CALM` that was taken; 0 where
+        all stays as it was.
+
+        gone: whether the names are gone
+        """
+        if not self.of:
+            return 0.0
+        before = {layer: _own(layer).clone() for layer in self.of}
+        for weight in CALM:
+            for layer, kept in self.of.items():
+                _own(layer).copy_(before[layer])
+                _change(layer, kept.basis, kept.calm(weight), kept.basis.T)
+            if gone():
+                return weight
+        for layer, factor in before.items():
+            _own(layer).copy_(factor)
+        return 0.0
 
 
 FREE = Directions({})  # nothing is held anywhere
 
 
-@torch.no_grad()
 def _change(layer: nn.Module, *by: Tensor) -> None:
     """Multiplies the layer's factor A with matrices, from the right."""
-    weight: Any = _factor(layer).weight
-    # FSDP2 shards the rows; each rank changes its own
-    own = weight.to_local() if hasattr(weight, "to_local") else weight
-    product = own
+    product = own = _own(layer)
     for matrix in by:
         product = product @ matrix
     own.copy_(product)
+
+
+def _own(layer: nn.Module) -> Tensor:
+    """The layer's factor A without a graph, as far as it is on this rank: FSDP2 shards its rows."""
+    weight: Any = _factor(layer).weight
+    return (weight.to_local() if hasattr(weight, "to_local") else weight).detach()
 
 
 def find(vlm: VLM, lessons: Sequence[Corpus], recipe: Recipe) -> Directions:
@@ -116,8 +145,9 @@ def find(vlm: VLM, lessons: Sequence[Corpus], recipe: Recipe) -> Directions:
         texts = ask.made_up(vlm, TEXTS, recipe.seed)
         kinds = [of_changing, of_kept, _Turns(texts, [None] * len(texts))]
         shared = _same_inputs(vlm, of_changing, count)
-        for group in _groups(list(shared)):
-            changing, *staying = (_inputs(vlm, group, turns) for turns in kinds)
+        tokens, room = (TOKENS // 4, BYTES // 8) if vlm.budget.sparing else (TOKENS, BYTES)
+        for group in _groups(list(shared), tokens, room):
+            changing, *staying = (_inputs(vlm, group, turns, tokens) for turns in kinds)
             for layer in group:
                 kept = [inputs.pop(layer) for inputs in staying]
                 few = _factor(layer).in_features > WIDE
@@ -137,7 +167,7 @@ def apart(changing: Tensor, staying: Sequence[Tensor], count: int) -> Kept:
     """
     d = len(changing)
     if not bool(changing.any()):
-        return Kept(changing.new_zeros(d, 0), changing.new_zeros(0, 0))
+        return Kept(changing.new_zeros(d, 0), *(changing.new_zeros(0, 0) for _ in range(2)))
     change = changing.double() / changing.double().trace()
     stay = sum(
         (x.double() / x.double().trace() for x in staying if bool(x.any())),
@@ -152,9 +182,9 @@ def apart(changing: Tensor, staying: Sequence[Tensor], count: int) -> Kept:
     best = torch.linalg.solve_triangular(root.T, vectors[:, :most], upper=True)
     basis = torch.linalg.qr(best).Q
     # Eigenvectors span it, so the pencil may be cut down to it.
-    own, other = basis.T @ change @ basis, basis.T @ stay @ basis
-    calm = torch.linalg.solve(own + CALM * other, own).T
-    return Kept(basis.float().contiguous(), calm.float().contiguous())
+    return Kept(
+        *(x.float().contiguous() for x in (basis, *(basis.T @ x @ basis for x in (change, stay))))
+    )
 
 
 def apart_in_span(changing: Tensor, staying: Sequence[Tensor], count: int) -> Kept:
@@ -164,8 +194,8 @@ def apart_in_span(changing: Tensor, staying: Sequence[Tensor], count: int) -> Ke
     span = torch.linalg.qr(torch.cat(given).double().T).Q
     inside = [x.double() @ span for x in given]
     change, *stay = (x.T @ x for x in inside)
-    basis, calm = apart(change, stay, count)
-    return Kept((span @ basis.double()).float().contiguous(), calm.float())
+    found = apart(change, stay, count)
+    return found._replace(basis=(span @ found.basis.double()).float().contiguous())
 
 
 @dataclass(frozen=True)
@@ -240,14 +270,15 @@ def _same_inputs(vlm: VLM, turns: _Turns, count: int) -> dict[nn.Module, list[nn
     return shared
 
 
-def _groups(layers: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
-    """The layers in groups whose inputs, of three kinds, take at most `BYTES`."""
+def _groups(layers: Sequence[nn.Module], tokens: int, room: int) -> Iterator[list[nn.Module]]:
+    """The layers in groups whose inputs, of three kinds and so many tokens each, take at most
+    `room` bytes."""
     group: list[nn.Module] = []
     taken = 0
     for layer in layers:
         d = _factor(layer).in_features
-        size = 3 * 4 * d * (d if d <= WIDE else TOKENS)
-        if group and taken + size > BYTES:
+        size = 3 * 4 * d * (d if d <= WIDE else tokens)
+        if group and taken + size > room:
             yield group
             group, taken = [], 0
         group.append(layer)
@@ -256,10 +287,12 @@ def _groups(layers: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
         yield group
 
 
-def _inputs(vlm: VLM, layers: Sequence[nn.Module], turns: _Turns) -> dict[nn.Module, Tensor]:
-    """What the layers read of some tokens of the turns: the sum of x x^T, [d, d], or for a layer
-    wider than `WIDE` the inputs x themselves, [n, d]. fp32."""
-    every = max(1, math.ceil(turns.tokens / TOKENS))
+def _inputs(
+    vlm: VLM, layers: Sequence[nn.Module], turns: _Turns, tokens: int
+) -> dict[nn.Module, Tensor]:
+    """What the layers read of about so many tokens of the turns: the sum of x x^T, [d, d], or for a
+    layer wider than `WIDE` the inputs x themselves, [n, d]. fp32."""
+    every = max(1, math.ceil(turns.tokens / tokens))
 
     def run(size: int) -> dict[nn.Module, Tensor]:
         read: dict[nn.Module, Tensor] = {}

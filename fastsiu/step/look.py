@@ -110,6 +110,10 @@ class Probe:
         self._good = self._good + 1 if self._p_name(share) <= GONE else 0
         return self._good >= self.shares
 
+    def all_gone(self) -> bool:
+        """A glance at all names: whether they are gone."""
+        return self._p_name(slice(None)) <= GONE
+
     def _p_name(self, share: slice) -> float:
         naming = self._asked[share]
         if self.recipe.sees_anew:  # what trains sees differently
