@@ -268,7 +268,7 @@ def test_its_adapter_reads_a_few_directions_only(case):
     assert found.of.keys() == wide != set()
     assert sum(kept.basis.shape[1] == 4 for kept in found.of.values()) > len(wide) / 2
     found.hold()
-    for layer, (basis, _) in found.of.items():
+    for layer, (basis, _, _) in found.of.items():
         inside = factors[layer] @ basis @ basis.T
         torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-4, rtol=0)
         torch.testing.assert_close(inside, factors[layer], atol=1e-4, rtol=0)

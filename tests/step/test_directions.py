@@ -3,6 +3,9 @@ never left while something trains."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import shares as made
 import torch
 from peft import LoraConfig
@@ -53,7 +56,7 @@ def moments(seed, d=24, n=60):
 def test_what_only_the_changing_inputs_have_comes_first():
     own, both = torch.zeros(10), torch.zeros(10)
     own[3], both[7] = 1.0, 1.0
-    found, _ = directions.apart(
+    found, _, _ = directions.apart(
         torch.outer(own, own) + 50 * torch.outer(both, both), [torch.outer(both, both)], 1
     )
     assert abs(found[3, 0]) > 0.99
@@ -67,31 +70,33 @@ def test_they_are_the_eigenvectors_of_the_largest_ratios():
     values, vectors = torch.linalg.eigh(stay + directions.RIDGE * 2 / d * torch.eye(d).double())
     inverse = vectors @ torch.diag(values**-0.5) @ vectors.T
     best = inverse @ torch.linalg.eigh(inverse @ own(x) @ inverse)[1][:, -5:]
-    found, _ = directions.apart(x.T @ x, [y.T @ y, z.T @ z], 5)
+    found, _, _ = directions.apart(x.T @ x, [y.T @ y, z.T @ z], 5)
     assert same_space(found.double(), torch.linalg.qr(best).Q)
     torch.testing.assert_close(found.T @ found, torch.eye(5))
 
 
-def test_settling_keeps_what_only_the_changing_inputs_read():
+def test_calm_keeps_what_only_the_changing_inputs_read():
     """A direction where the changing inputs have all the energy stays as it is; one where both
-    kinds have as much is halved. In full width: A C (C + S)^-1 of what lies in the directions."""
+    kinds have as much is halved. In full width: A C (C + 2 S)^-1 of what lies in the directions."""
     change = torch.diag(torch.tensor([4.0, 1.0, 0.0, 0.0]))
     stay = torch.diag(torch.tensor([0.0, 1.0, 4.0, 0.0]))
-    basis, calm = directions.apart(change, [stay], 2)
-    after = basis @ calm @ basis.T
+    kept = directions.apart(change, [stay], 2)
+    after = kept.basis @ kept.calm(1.0) @ kept.basis.T
     torch.testing.assert_close(after.diagonal(), torch.tensor([1.0, 0.5, 0, 0]), atol=1e-3, rtol=0)
     x, y = moments(0).double(), moments(1).double()
     own = lambda rows: (m := rows.T @ rows) / m.trace()
-    basis, calm = (t.double() for t in directions.apart(x.T @ x, [y.T @ y], 6))
-    stay = own(y) + directions.RIDGE / len(basis) * torch.eye(len(basis)).double()
+    kept = directions.apart(x.T @ x, [y.T @ y], 6)
+    basis, d = kept.basis.double(), x.shape[1]
+    stay = own(y) + directions.RIDGE / d * torch.eye(d).double()
     read = torch.randn(3, 6, generator=torch.Generator().manual_seed(2)).double() @ basis.T
-    full = read @ own(x) @ torch.linalg.inv(own(x) + directions.CALM * stay)
-    torch.testing.assert_close(read @ basis @ calm @ basis.T, full, atol=1e-4, rtol=1e-3)
+    full = read @ own(x) @ torch.linalg.inv(own(x) + 2 * stay)
+    found = read @ basis @ kept.calm(2.0).double() @ basis.T
+    torch.testing.assert_close(found, full, atol=1e-4, rtol=1e-3)
 
 
 def test_few_inputs_give_what_their_moments_give():
     x, y = moments(0, d=40, n=12), moments(1, d=40, n=15)
-    found, _ = directions.apart_in_span(x, [y], 3)
+    found, _, _ = directions.apart_in_span(x, [y], 3)
     inside = torch.linalg.qr(torch.cat([x, y]).T).Q
     assert torch.allclose(inside @ (inside.T @ found), found, atol=1e-5)
     ratio = lambda f: float((x @ f).norm() ** 2 / (y @ f).norm() ** 2)
@@ -100,12 +105,14 @@ def test_few_inputs_give_what_their_moments_give():
 
 
 def test_where_nothing_changes_nothing_is_read():
-    found, _ = directions.apart(torch.zeros(6, 6), [torch.eye(6)], 2)
+    found, _, _ = directions.apart(torch.zeros(6, 6), [torch.eye(6)], 2)
     assert found.shape == (6, 0)
 
 
 def test_no_kept_inputs_are_no_reason_to_fail():
-    found, _ = directions.apart(torch.diag(torch.tensor([1.0, 5.0, 2.0])), [torch.zeros(3, 3)], 1)
+    found, _, _ = directions.apart(
+        torch.diag(torch.tensor([1.0, 5.0, 2.0])), [torch.zeros(3, 3)], 1
+    )
     assert abs(found[1, 0]) > 0.99
 
 
@@ -169,6 +176,37 @@ def test_without_them_the_factors_read_everything():
     assert (weight - weight @ basis @ basis.T).norm() > 0.5 * weight.norm()
 
 
+@pytest.fixture
+def found():
+    """A model with its directions, and its factors as they were."""
+    loaded = made.load()
+    _, lessons = halves(loaded)
+    held = directions.find(loaded, [half for half, _ in lessons], RECIPE)
+    held.hold()
+    before = {name: weight.detach().clone() for name, weight in factors(loaded).items()}
+    return SimpleNamespace(loaded=loaded, held=held, before=before)
+
+
+@pytest.mark.parametrize(("answers", "weight"), [([1], 1.0), ([0, 1], 0.3), ([0, 0, 0], 0.0)])
+def test_it_settles_as_far_as_the_names_stay_gone(found, answers, weight):
+    asked = iter(answers)
+    assert found.held.settle(lambda: bool(next(asked))) == weight
+    assert not list(asked)
+    names = {module: name for name, module in found.loaded.base.named_modules()}
+    for layer, kept in found.held.of.items():
+        before, after = (x[names[layer]] for x in (found.before, factors(found.loaded)))
+        if not weight:
+            assert torch.equal(after, before)
+            continue
+        wanted = before @ kept.basis @ kept.calm(weight) @ kept.basis.T
+        torch.testing.assert_close(after, wanted, atol=1e-6, rtol=0)
+        assert (after - before).norm() > 1e-3 * before.norm()
+
+
+def test_what_is_free_has_nothing_to_settle():
+    assert directions.FREE.settle(lambda: pytest.fail("nobody asks")) == 0.0
+
+
 def test_training_settles_once_at_its_end():
     calls = []
 
@@ -176,14 +214,15 @@ def test_training_settles_once_at_its_end():
         def hold(self):
             calls.append("hold")
 
-        def settle(self):
-            calls.append("settle")
+        def settle(self, gone):
+            calls.append("settle" if gone() else "")
 
+    look = lambda: calls.append("look") or Look(1.0, 0.0, 0.0)
     for last, watch in ((3, None), (2, lambda step: step == 2), (3, lambda step: step == 3)):
-        loaded, held = made.load(), Told({})
+        loaded = made.load()
         samples, lessons = halves(loaded)
-        look = lambda: calls.append("look") or Look(1.0, 0.0, 0.0)
-        train.fit(loaded, samples, siu, RECIPE, look, lessons=lessons, held=held, watch=watch)
+        options = dict(lessons=lessons, held=Told({}), watch=watch, stay_gone=lambda: True)
+        train.fit(loaded, samples, siu, RECIPE, look, **options)
         looks = ["look"] if last == 3 else []  # the last look sees what was settled
         assert calls == ["hold", "look", *["hold"] * last, "settle", *looks]
         calls.clear()
