@@ -186,7 +186,7 @@ class Recipe:
     dream_noise: float = 0.5
     dream_in: Literal["pixels", "features"] = "pixels"
     strangers: int = 4
-    directions: int = 32
+    directions: int = 0
     temperature: float = 4.0
     level: float = 0.1
     seed: int = 0
@@ -262,7 +262,6 @@ PAPER = Recipe(
     generic=0,
     dreams=0,
     strangers=0,
-    directions=0,
 )
 
 

@@ -27,7 +27,7 @@ from fastsiu.step import directions  # noqa: E402
 from fastsiu.step.look import Look  # noqa: E402
 
 FOLDER = Path(__file__).parent
-RECIPE = Recipe(steps=3, lr=1e-3, rank=4, batch_size=8, early_stop=False)
+RECIPE = Recipe(steps=3, lr=1e-3, rank=4, batch_size=8, directions=32, early_stop=False)
 PARTS = ("loss", "ce", "kl", "strange")
 ADAPTED = ("q_proj", "v_proj", "lm_head")
 
