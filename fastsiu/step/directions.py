@@ -13,7 +13,7 @@ After each step of the optimiser A becomes A F F^T. The adapter stays an ordinar
 
 No part of the paper. The idea of keeping updates out of the inputs that are to stay is that of the
 null space of features (Wang et al., "Training Networks in Null Space of Feature Covariance for
-Continual Learning", CVPR 2021); a null space alone was not enough here (docs/real-models.md).
+Continual Learning", CVPR 2021).
 """
 
 from __future__ import annotations
