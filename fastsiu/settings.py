@@ -220,7 +220,7 @@ def rate_for(width: int, held: bool) -> float:
     et al., "LoRA Without Regret", Thinking Machines 2025). Measured here at 576 only.
 
     held: whether the factors read a few directions only (`step.directions`): they take twice the
-          rate then, to be as far after as many steps
+          rate then, which was chosen on one concept
     """
     low, high = RATES
     rate = min(high, max(low, 5e-4 * (2000 / width) ** 0.75))

@@ -107,7 +107,8 @@ class UnlearningTrainer(Trainer):
                 )
             step.ranks = args.world_size
         self.loaded, self.recipe = loaded, recipe
-        # Every rank has found its own, equal but for rounding; all take those of the first.
+        # Every rank has found its own, equal but for rounding; all take those of the first. What
+        # `settle` needs stays: nobody calls it here.
         for kept in held.of.values():
             broadcast(kept.basis)
         self.add_callback(_Hold(held))

@@ -83,25 +83,23 @@ class Directions:
         for layer, kept in self.of.items():
             _change(layer, kept.basis, kept.basis.T)
 
-    def settle(self, gone: Callable[[], bool]) -> float:
+    def settle(self, gone: Callable[[], bool]) -> None:
         """After the last step: every factor A gives way to one that reads less of what is to stay,
-        as much less as the names stay gone. Returns the weight of `CALM` that was taken; 0 where
-        all stays as it was.
+        as much less (`CALM`) as the names stay gone; all stays as it was where they never do.
 
         gone: whether the names are gone
         """
         if not self.of:
-            return 0.0
+            return
         before = {layer: _own(layer).clone() for layer in self.of}
         for weight in CALM:
             for layer, kept in self.of.items():
                 _own(layer).copy_(before[layer])
                 _change(layer, kept.basis, kept.calm(weight), kept.basis.T)
             if gone():
-                return weight
+                return
         for layer, factor in before.items():
             _own(layer).copy_(factor)
-        return 0.0
 
 
 FREE = Directions({})  # nothing is held anywhere
@@ -156,11 +154,14 @@ def find(vlm: VLM, lessons: Sequence[Corpus], recipe: Recipe) -> Directions:
     return Directions(found)
 
 
-def apart(changing: Tensor, staying: Sequence[Tensor], count: int) -> Kept:
+def apart(
+    changing: Tensor, staying: Sequence[Tensor], count: int, width: int | None = None
+) -> Kept:
     """The `count` directions in which `changing` has the most energy against the sum of `staying`,
     each in units of its own whole energy; none where `changing` has none.
 
     changing, staying: second moments, or sums of x x^T, [d, d]
+    width:             of the inputs, where the moments are those of a part of their space
 
     Twice as many directions are looked for as are wanted (Halko, Martinsson and Tropp 2011); the
     better half is exact to rounding then.
@@ -173,7 +174,7 @@ def apart(changing: Tensor, staying: Sequence[Tensor], count: int) -> Kept:
         (x.double() / x.double().trace() for x in staying if bool(x.any())),
         start=torch.zeros_like(change),
     )
-    stay.diagonal().add_(RIDGE * max(1.0, float(stay.trace())) / d)
+    stay.diagonal().add_(RIDGE * max(1.0, float(stay.trace())) / (width or d))
     root = torch.linalg.cholesky(stay)
     half = torch.linalg.solve_triangular(root, change, upper=False)
     ratio = torch.linalg.solve_triangular(root, half.T, upper=False)
@@ -182,9 +183,8 @@ def apart(changing: Tensor, staying: Sequence[Tensor], count: int) -> Kept:
     best = torch.linalg.solve_triangular(root.T, vectors[:, :most], upper=True)
     basis = torch.linalg.qr(best).Q
     # Eigenvectors span it, so the pencil may be cut down to it.
-    return Kept(
-        *(x.float().contiguous() for x in (basis, *(basis.T @ x @ basis for x in (change, stay))))
-    )
+    parts = (basis, basis.T @ change @ basis, basis.T @ stay @ basis)
+    return Kept(*(x.float().contiguous() for x in parts))
 
 
 def apart_in_span(changing: Tensor, staying: Sequence[Tensor], count: int) -> Kept:
@@ -194,7 +194,7 @@ def apart_in_span(changing: Tensor, staying: Sequence[Tensor], count: int) -> Ke
     span = torch.linalg.qr(torch.cat(given).double().T).Q
     inside = [x.double() @ span for x in given]
     change, *stay = (x.T @ x for x in inside)
-    found = apart(change, stay, count)
+    found = apart(change, stay, count, changing.shape[1])
     return found._replace(basis=(span @ found.basis.double()).float().contiguous())
 
 

@@ -96,12 +96,10 @@ def test_calm_keeps_what_only_the_changing_inputs_read():
 
 def test_few_inputs_give_what_their_moments_give():
     x, y = moments(0, d=40, n=12), moments(1, d=40, n=15)
-    found, _, _ = directions.apart_in_span(x, [y], 3)
-    inside = torch.linalg.qr(torch.cat([x, y]).T).Q
-    assert torch.allclose(inside @ (inside.T @ found), found, atol=1e-5)
-    ratio = lambda f: float((x @ f).norm() ** 2 / (y @ f).norm() ** 2)
-    others = torch.linalg.qr(torch.randn(40, 3, generator=torch.Generator().manual_seed(0))).Q
-    assert ratio(found) > 100 * ratio(others)
+    few, whole = directions.apart_in_span(x, [y], 3), directions.apart(x.T @ x, [y.T @ y], 3)
+    assert same_space(few.basis, whole.basis)
+    turn = whole.basis.T @ few.basis  # one space, other axes
+    torch.testing.assert_close(few.calm(1.0), turn.T @ whole.calm(1.0) @ turn, atol=1e-3, rtol=0)
 
 
 def test_where_nothing_changes_nothing_is_read():
@@ -141,16 +139,16 @@ def test_how_many_layers_go_at_a_time_changes_nothing(monkeypatch):
     assert all(same_space(once[name], again[name], 1e-3) for name in once)
 
 
-def test_wide_inputs_are_kept_as_they_are(monkeypatch):
+def test_inputs_that_are_kept_as_they_are_tell_the_same(monkeypatch):
+    monkeypatch.setattr(directions, "TOKENS", 100_000)  # every token counts, in either form
     loaded = made.load()
     _, lessons = halves(loaded)
     corpora = [half for half, _ in lessons]
-    once = named(loaded, directions.find(loaded, corpora, RECIPE))
+    summed = named(loaded, directions.find(loaded, corpora, RECIPE))
     monkeypatch.setattr(directions, "WIDE", 127)
-    again = named(loaded, directions.find(loaded, corpora, RECIPE))
-    assert set(again) == set(once)
-    for basis in again.values():
-        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-4, rtol=0)
+    kept = named(loaded, directions.find(loaded, corpora, RECIPE))
+    assert kept.keys() == summed.keys()
+    assert all(same_space(summed[name], kept[name], 1e-3) for name in kept)
 
 
 def test_training_leaves_nothing_outside_of_them():
@@ -190,7 +188,7 @@ def found():
 @pytest.mark.parametrize(("answers", "weight"), [([1], 1.0), ([0, 1], 0.3), ([0, 0, 0], 0.0)])
 def test_it_settles_as_far_as_the_names_stay_gone(found, answers, weight):
     asked = iter(answers)
-    assert found.held.settle(lambda: bool(next(asked))) == weight
+    found.held.settle(lambda: bool(next(asked)))
     assert not list(asked)
     names = {module: name for name, module in found.loaded.base.named_modules()}
     for layer, kept in found.held.of.items():
@@ -204,7 +202,7 @@ def test_it_settles_as_far_as_the_names_stay_gone(found, answers, weight):
 
 
 def test_what_is_free_has_nothing_to_settle():
-    assert directions.FREE.settle(lambda: pytest.fail("nobody asks")) == 0.0
+    directions.FREE.settle(lambda: pytest.fail("nobody asks"))
 
 
 def test_training_settles_once_at_its_end():

@@ -28,6 +28,7 @@ from fastsiu.step.look import Look  # noqa: E402
 
 FOLDER = Path(__file__).parent
 RECIPE = Recipe(steps=3, lr=1e-3, rank=4, batch_size=8, early_stop=False)
+HELD = dataclasses.replace(RECIPE, directions=32)
 PARTS = ("loss", "ce", "kl", "strange")
 ADAPTED = ("q_proj", "v_proj", "lm_head")
 
@@ -114,10 +115,9 @@ def test_the_steps_are_those_of_our_own_loop(own, tmp_path, micro):
 
 
 def test_the_factors_stay_where_our_own_loop_holds_them(own, tmp_path):
-    recipe = dataclasses.replace(RECIPE, directions=32)
-    trainer = trainer_of(tmp_path, recipe)
+    trainer = trainer_of(tmp_path, HELD)
     trainer.train()
-    expected = ours(recipe)
+    expected = ours(HELD)
     check((told(trainer), weights(trainer.loaded.model)), expected)
     assert (expected[1] - own[1]).norm() > 0.1 * own[1].norm()  # it is another training
 
@@ -304,7 +304,22 @@ def train_as_a_rank(folder, *kinds):
             again = trainer_of(f"{folder}/again", **options | dict(save_strategy="no"))
             again.train(resume_from_checkpoint=f"{folder}/run/checkpoint-2")
             out["resumed"] = told(trainer), weights(again.loaded.model)
+    for wrap in ("ddp", "fsdp") if "unlearning" in kinds else ():
+        trainer = trainer_of(f"{folder}/run", HELD, **fsdp(wrap))
+        trainer.train()
+        out["held", wrap] = told(trainer), weights(trainer.loaded.model), outside(trainer)
     torch.save(out, f"{folder}/{os.environ['RANK']}.pt")
+
+
+def outside(trainer):
+    """The largest share of a factor A that lies in no direction which it may read."""
+    (held,) = (one.held for one in trainer.callback_handler.callbacks if hasattr(one, "held"))
+    shares = []
+    for layer, kept in held.of.items():
+        weight = layer.lora_A["default"].weight
+        weight = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach()
+        shares.append(float((weight - weight @ kept.basis @ kept.basis.T).norm() / weight.norm()))
+    return max(shares)
 
 
 def of_mixin(folder, tied, head, **options):
@@ -339,6 +354,18 @@ def test_two_ranks_train_as_one_process(case, own, with_head, ranks):
     _, one, other = ranks
     assert torch.equal(one[case][1], other[case][1])
     check(one[case], with_head if case[2] else own)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_two_ranks_hold_the_factors_in_one_ranks_directions(wrap, ranks):
+    """Parts as in our own loop. Weights are the same on both ranks, and nothing of them is outside
+    of the directions."""
+    _, one, other = ranks
+    found, again = one["held", wrap], other["held", wrap]
+    assert torch.equal(found[1], again[1])
+    torch.testing.assert_close(found[0], ours(HELD)[0], atol=1e-5, rtol=0)
+    assert max(found[2], again[2]) < 1e-5
 
 
 @pytest.mark.slow
