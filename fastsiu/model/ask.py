@@ -157,16 +157,9 @@ def made_up(vlm: VLM, count: int, seed: int) -> list[Encoded]:
         drawn = []
         for at in range(0, count, rows):
             many = min(rows, count - at)
-            ids = vlm.model.generate(
-                **{k: v.expand(many, *v.shape[1:]) for k, v in begun.items()},
-                max_new_tokens=MADE_UP,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=0.95,
-                num_beams=1,
-                pad_token_id=vlm.tokenizer.pad_token_id,
-            )
+            inputs = {k: v.expand(many, *v.shape[1:]) for k, v in begun.items()}
+            drawing = dict(do_sample=True, temperature=1.0, top_k=0, top_p=0.95)
+            ids = _generate(vlm, inputs, MADE_UP, **drawing)
             drawn += ids[:, begun["input_ids"].shape[1] :].tolist()
         return drawn
 
@@ -248,21 +241,24 @@ def generated(
             chosen = members[at : at + batch_size]
             inputs = collate([turns[i].inputs for i in chosen], vlm.tokenizer.pad_token_id)
             inputs = vlm.prompts(inputs, [features[i] for i in chosen if features[i] is not None])
-            try:
-                ids = vlm.model.generate(
-                    **inputs,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    pad_token_id=vlm.tokenizer.pad_token_id,
-                    **options,
-                )
-            except (ValueError, TypeError) as error:
-                raise BadInput(
-                    "The model's generation_config.json asks for what transformers' generate "
-                    f"refuses ({error}): mend it or remove it."
-                ) from error
+            ids = _generate(vlm, inputs, max_new_tokens, do_sample=False, **options)
             yield from zip(chosen, ids[:, length:].tolist(), strict=True)
+
+
+def _generate(vlm: VLM, inputs: dict[str, Any], max_new_tokens: int, **options: Any) -> Tensor:
+    """transformers' `generate` without a search. Raises BadInput where it refuses the model's
+    generation_config."""
+    pad = vlm.tokenizer.pad_token_id
+    try:
+        ids: Tensor = vlm.model.generate(
+            **inputs, max_new_tokens=max_new_tokens, num_beams=1, pad_token_id=pad, **options
+        )
+    except (ValueError, TypeError) as error:
+        raise BadInput(
+            "The model's generation_config.json asks for what transformers' generate refuses "
+            f"({error}): mend it or remove it."
+        ) from error
+    return ids
 
 
 @torch.no_grad()

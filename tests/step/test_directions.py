@@ -21,8 +21,13 @@ from fastsiu.step.look import Look
 RECIPE = Recipe(steps=3, lr=1e-2, rank=4, batch_size=8, directions=8, early_stop=False)
 
 
-def halves(loaded, recipe=RECIPE):
-    return session.run_teacher(loaded, [made.prepared(loaded, recipe)], recipe, lambda text: None)
+def begun(recipe=RECIPE, lora=None, **options):
+    """A model with a fresh adapter, its samples and lessons with their teachers, and the lessons
+    alone."""
+    loaded = made.load(**options)
+    prepared = [made.prepared(loaded, recipe)]
+    samples, lessons = session.run_teacher(loaded, prepared, recipe, lambda text: None, lora)
+    return loaded, samples, lessons, [half for half, _ in lessons]
 
 
 def factors(loaded):
@@ -118,10 +123,9 @@ def test_no_kept_inputs_are_no_reason_to_fail():
 
 
 def test_every_layer_of_the_language_model_has_its_directions():
-    loaded = made.load()
-    wanted = adapter.language_linears(loaded.base)
-    _, lessons = halves(loaded)
-    found = named(loaded, directions.find(loaded, [half for half, _ in lessons], RECIPE))
+    wanted = adapter.language_linears(made.load().base)
+    loaded, _, _, corpora = begun()
+    found = named(loaded, directions.find(loaded, corpora, RECIPE))
     assert set(found) == set(factors(loaded)) == set(wanted)
     for name, basis in found.items():
         assert basis.shape == (factors(loaded)[name].shape[1], 8)
@@ -130,9 +134,7 @@ def test_every_layer_of_the_language_model_has_its_directions():
 
 
 def test_how_many_layers_go_at_a_time_changes_nothing(monkeypatch):
-    loaded = made.load()
-    _, lessons = halves(loaded)
-    corpora = [half for half, _ in lessons]
+    loaded, _, _, corpora = begun()
     once = named(loaded, directions.find(loaded, corpora, RECIPE))
     monkeypatch.setattr(directions, "BYTES", 1)
     again = named(loaded, directions.find(loaded, corpora, RECIPE))
@@ -141,9 +143,7 @@ def test_how_many_layers_go_at_a_time_changes_nothing(monkeypatch):
 
 def test_inputs_that_are_kept_as_they_are_tell_the_same(monkeypatch):
     monkeypatch.setattr(directions, "TOKENS", 100_000)  # every token counts, in either form
-    loaded = made.load()
-    _, lessons = halves(loaded)
-    corpora = [half for half, _ in lessons]
+    loaded, _, _, corpora = begun()
     summed = named(loaded, directions.find(loaded, corpora, RECIPE))
     monkeypatch.setattr(directions, "WIDE", 127)
     kept = named(loaded, directions.find(loaded, corpora, RECIPE))
@@ -151,10 +151,21 @@ def test_inputs_that_are_kept_as_they_are_tell_the_same(monkeypatch):
     assert all(same_space(summed[name], kept[name], 1e-3) for name in kept)
 
 
+@pytest.mark.parametrize("left_out", ["lessons that keep", "texts"])
+def test_both_kinds_of_what_stays_count(left_out, monkeypatch):
+    loaded, _, _, corpora = begun()
+    both = named(loaded, directions.find(loaded, corpora, RECIPE))
+    if left_out == "texts":
+        monkeypatch.setattr(ask, "made_up", lambda *args: [])
+    else:
+        corpora = corpora[:1]
+    one = named(loaded, directions.find(loaded, corpora, RECIPE))
+    assert not any(same_space(both[name], one[name]) for name in both)
+
+
 def test_training_leaves_nothing_outside_of_them():
-    loaded = made.load()
-    samples, lessons = halves(loaded)
-    found = directions.find(loaded, [half for half, _ in lessons], RECIPE)
+    loaded, samples, lessons, corpora = begun()
+    found = directions.find(loaded, corpora, RECIPE)
     look = lambda: Look(1.0, 0.0, 0.0)
     train.fit(loaded, samples, siu, RECIPE, look, lessons=lessons, held=found)
     for name, basis in named(loaded, found).items():
@@ -165,9 +176,8 @@ def test_training_leaves_nothing_outside_of_them():
 
 def test_without_them_the_factors_read_everything():
     """The test before can fail."""
-    loaded = made.load()
-    samples, lessons = halves(loaded)
-    found = directions.find(loaded, [half for half, _ in lessons], RECIPE)
+    loaded, samples, lessons, corpora = begun()
+    found = directions.find(loaded, corpora, RECIPE)
     train.fit(loaded, samples, siu, RECIPE, lambda: Look(1.0, 0.0, 0.0), lessons=lessons)
     name, basis = next(iter(named(loaded, found).items()))
     weight = factors(loaded)[name]
@@ -177,9 +187,8 @@ def test_without_them_the_factors_read_everything():
 @pytest.fixture
 def found():
     """A model with its directions, and its factors as they were."""
-    loaded = made.load()
-    _, lessons = halves(loaded)
-    held = directions.find(loaded, [half for half, _ in lessons], RECIPE)
+    loaded, _, _, corpora = begun()
+    held = directions.find(loaded, corpora, RECIPE)
     held.hold()
     before = {name: weight.detach().clone() for name, weight in factors(loaded).items()}
     return SimpleNamespace(loaded=loaded, held=held, before=before)
@@ -217,8 +226,7 @@ def test_training_settles_once_at_its_end():
 
     look = lambda: calls.append("look") or Look(1.0, 0.0, 0.0)
     for last, watch in ((3, None), (2, lambda step: step == 2), (3, lambda step: step == 3)):
-        loaded = made.load()
-        samples, lessons = halves(loaded)
+        loaded, samples, lessons, _ = begun()
         options = dict(lessons=lessons, held=Told({}), watch=watch, stay_gone=lambda: True)
         train.fit(loaded, samples, siu, RECIPE, look, **options)
         looks = ["look"] if last == 3 else []  # the last look sees what was settled
@@ -227,29 +235,23 @@ def test_training_settles_once_at_its_end():
 
 
 def test_layers_that_are_narrower_stay_free():
-    loaded = made.load()
     recipe = Recipe(steps=1, rank=4, batch_size=8, directions=128)
-    _, lessons = halves(loaded, recipe)
-    found = named(loaded, directions.find(loaded, [half for half, _ in lessons], recipe))
+    loaded, _, _, corpora = begun(recipe)
+    found = named(loaded, directions.find(loaded, corpora, recipe))
     assert found and all(name.endswith("down_proj") for name in found)  # 320 wide, the rest 128
 
 
 def test_neither_a_recipe_without_nor_lessons_that_change_nothing_hold_anything():
-    loaded = made.load()
-    _, lessons = halves(loaded)
-    corpora = [half for half, _ in lessons]
+    loaded, _, _, corpora = begun()
     assert not directions.find(loaded, corpora, Recipe(directions=0)).of
     assert not directions.find(loaded, corpora[1:], RECIPE).of
     directions.Directions({}).hold()
 
 
 def test_a_factor_on_the_head_stays_free():
-    loaded = made.load(tied=False)
     lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], exclude_modules=".*vision.*")
-    _, lessons = session.run_teacher(
-        loaded, [made.prepared(loaded, RECIPE)], RECIPE, lambda text: None, lora
-    )
-    found = named(loaded, directions.find(loaded, [half for half, _ in lessons], RECIPE))
+    loaded, _, _, corpora = begun(lora=lora, tied=False)
+    found = named(loaded, directions.find(loaded, corpora, RECIPE))
     assert found and all(name.endswith("q_proj") for name in found)
 
 
