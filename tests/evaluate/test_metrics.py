@@ -5,6 +5,7 @@ import math
 import random
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,7 +31,6 @@ def test_c_dis_is_higher_the_more_is_forgotten():
 
 
 def test_c_dis_of_a_whole_vocabulary_is_the_kullback_leibler_divergence():
-    torch = pytest.importorskip("torch")
     z = torch.randn(2, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     p0, p = z.log_softmax(-1)
     kl = torch.nn.functional.kl_div(p, p0, log_target=True, reduction="sum")
