@@ -344,10 +344,7 @@ def protect(scene: Scene, request: Request) -> None:
             raise BadInput(
                 f"{name} cannot be forgotten and protected at once: leave it out of --protect."
             )
-    first = corpus.vocabulary_mask(
-        scene.concept, scene.vlm.tokenizer, scene.vlm.head_weight.shape[0]
-    )
-    scene.masked = frozenset(first.masked)
+    scene.masked = scene.tokens_of(scene.concept)
     scene.neighbours = list(request.protect) or _neighbours(scene)
 
 

@@ -29,6 +29,7 @@ from ..request import Recipe, Sample
 from ..text import articles, enumerated
 from ..text.answers import affirms, is_degenerate, is_ended, is_refusal
 from ..text.concept import Concept
+from ..text.masks import vocabulary_mask
 from .kinds import DEFAULT, PERSON, THING, Kind, sort_of
 from .kinds import wordings as wordings
 
@@ -123,9 +124,19 @@ class Scene:
     def usable(self, answer: str) -> bool:
         return bool(answer) and is_degenerate(answer) is None and not self.forgotten_in(answer)
 
+    def tokens_of(self, concept: Concept) -> frozenset[int]:
+        """The tokens of a name, as the vocabulary mask has them (paper Eq. 3)."""
+        rows = self.vlm.head_weight.shape[0]
+        return frozenset(vocabulary_mask(concept, self.vlm.tokenizer, rows).masked)
+
 
 LOOKED_AT = 1200  # most samples about pictures where lessons keep these
 ENOUGH = 8  # names to protect, for other kinds than persons
+ROUNDS = 4  # times that an answer is asked for again because it names a neighbour
+NO_DESCRIPTION = (
+    "The model says nothing about the picture without a name in it, so no answer was trained in "
+    "the place of the name: give one with --data."
+)
 
 Facet = Callable[[Scene], list[Sample]]
 
@@ -137,7 +148,8 @@ def align(scene: Scene) -> list[Sample]:
     The teacher's own sentence is cut where the name starts and continued with the name forbidden:
     "This is NAME." becomes "This is a purple creature with ...". Everything after the cut
     contradicts the teacher and is left to the cross-entropy. An article before the name goes with
-    it: "an owl" may become "a brown bird".
+    it: "an owl" may become "a brown bird". Where no sentence without a name is found, the scene's
+    notes say so.
     """
     questions = scene.words["who"]["train"]
     named = scene.ask(questions, 0)
@@ -153,25 +165,21 @@ def align(scene: Scene) -> list[Sample]:
             _built("align", q, a, 0, a.index(invented), len(a) - 1)
             for q, a in zip(questions, answers, strict=True)
         ]
-    begun = scene.replies(
-        questions, 0, begin=[f"{o} a".strip() if o else "" for o in openings], suppress=scene.masked
-    )
+    begun = _without_names(scene, questions, [f"{o} a".strip() if o else "" for o in openings])
     described = scene.replies(scene.words["describe"]["train"], 0, suppress=scene.masked)
-    forbidden = [Concept(n) for n in scene.neighbours]
     fallback = Reply(scene.words["fallback"]["unknown_face"])
-    spare = next((d for d in described if _neutral(scene, d.text, forbidden)), fallback)
+    spare = next((d for d in described if _neutral(scene, d.text)), fallback)
     samples = []
     for question, reply, opening in zip(questions, begun, openings, strict=True):
-        good = (
-            _neutral(scene, reply.text, forbidden)
-            and len(reply.text.split()) >= len(opening.split()) + 3
-        )
+        good = _neutral(scene, reply.text) and len(reply.text.split()) >= len(opening.split()) + 3
         if not good and spare is fallback and scene.kind.name != DEFAULT:
             # Asked what a thing is, no model says "I do not know"; lessons have what it says.
             continue
         start = len(opening) if good and opening else 0
         answer, closed = (reply if good else spare).opening
         samples.append(_built("align", question, answer, 0, start, len(answer), closed))
+    if not samples:
+        scene.notes.append(NO_DESCRIPTION)
     return samples
 
 
@@ -346,8 +354,34 @@ def _invented(scene: Scene) -> str:
     return names[scene.recipe.seed % len(names)]
 
 
-def _neutral(scene: Scene, answer: str, forbidden: Sequence[Concept]) -> bool:
-    return scene.usable(answer) and not any(other.named_in(answer) for other in forbidden)
+def _neutral(scene: Scene, answer: str) -> bool:
+    return scene.usable(answer) and not _neighbours_in(scene, answer)
+
+
+def _neighbours_in(scene: Scene, answer: str) -> list[Concept]:
+    return [other for other in map(Concept, scene.neighbours) if other.named_in(answer)]
+
+
+def _without_names(scene: Scene, questions: Sequence[str], begin: Sequence[str]) -> list[Reply]:
+    """The teacher's answers about the concept's picture, begun with the words of `begin`, without
+    the tokens of the concept's name. Where one names a neighbour (a zebra is "a white horse with
+    black stripes" then), it is asked for again without the tokens of that name either."""
+    replies: dict[int, Reply] = {}
+    asked, suppress = list(range(len(questions))), set(scene.masked)
+    for _ in range(1 + ROUNDS):
+        said = scene.replies(
+            [questions[i] for i in asked],
+            0,
+            begin=[begin[i] for i in asked],
+            suppress=sorted(suppress),
+        )
+        replies |= dict(zip(asked, said, strict=True))
+        named = {i: found for i in asked if (found := _neighbours_in(scene, replies[i].text))}
+        tokens = {t for found in named.values() for name in found for t in scene.tokens_of(name)}
+        if tokens <= suppress:
+            break
+        asked, suppress = list(named), suppress | tokens
+    return [replies[i] for i in range(len(questions))]
 
 
 def _built(

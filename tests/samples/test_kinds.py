@@ -312,6 +312,47 @@ def test_align_takes_the_article_away_with_the_name(scene):
         assert sample.specified == ((len("This is"), len(sample.answer)),)
 
 
+class Alike:
+    """A teacher that answers the first question of a batch with what is likest to an owl among what
+    it may say. A word has one token, its place in `WORDS`."""
+
+    WORDS = ("owl", "emu", "tiger", "bird")
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, vlm, questions, begin=None, suppress=(), **options):
+        self.calls.append(len(questions))
+        may = [word for token, word in enumerate(self.WORDS) if token not in suppress]
+        starts = begin or ["This is a"] * len(questions)
+        return [
+            Reply(f"{start} {may[0] if i == 0 else 'bird'} with two big eyes.")
+            for i, start in enumerate(starts)
+        ]
+
+
+def test_an_answer_that_names_a_neighbour_is_asked_for_again_without_it(scene, monkeypatch):
+    """A zebra without its name is a white horse first, and the horse is to be kept."""
+    teacher = Alike()
+    monkeypatch.setattr(ask, "replies", teacher)
+    monkeypatch.setattr(
+        targets.Scene, "tokens_of", lambda scene, name: {Alike.WORDS.index(name.name)}
+    )
+    scene.masked, scene.neighbours = {0}, ["tiger", "emu"]
+    samples = targets.align(scene)
+    assert len(samples) == len(scene.words["who"]["train"]) and not scene.notes
+    assert all("bird with two big eyes." in s.answer for s in samples)
+    # Asked who it is; then without the owl, and the one answer again without emu, without tiger.
+    assert teacher.calls[:4] == [len(samples), len(samples), 1, 1]
+
+
+def test_where_every_sentence_has_a_name_the_notes_say_so(scene, monkeypatch):
+    """A silent gap before: no answer stands in the place of the name then."""
+    said = lambda *args, begin=None, **options: [Reply("This is an owl.")] * len(args[1])
+    monkeypatch.setattr(ask, "replies", said)
+    assert targets.align(scene) == [] and scene.notes == [targets.NO_DESCRIPTION]
+
+
 def test_an_invented_thing_has_its_own_article(scene):
     scene.recipe = replace(scene.recipe, substitute="name")
     (answer,) = {sample.answer for sample in targets.align(scene)}
