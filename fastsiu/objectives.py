@@ -132,7 +132,7 @@ def strangers(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
 
     At temperature 1 the KL does not see a name that is unlikely to both models. It hardly tells a
     probability of e^-10 from e^-17, but with the first the name still ranks above all others. At
-    T = 4 the KL sees it, and so does the distance, which pulls the name to a stranger's level from
+    T = 2 the KL sees it, and so does the distance, which pulls the name to a stranger's level from
     either side. A name below that level would be a tell, too.
     """
     nats, whole = _nll(batch), batch.whole

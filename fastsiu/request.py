@@ -152,10 +152,11 @@ class Recipe:
     strangers:    pictures of nobody; the concept is to be answered like them. 0: the four targets
                   alone
     temperature:  of the distributions that are compared with strangers': names are far out in their
-                  tails
+                  tails. The larger the vocabulary, the more of a flat distribution is its tail
     directions:   of each layer's input, that the LoRA factors may read: those in which what is to
                   change differs most from what is to stay. The fewer, the less of all else changes.
-                  0: all. All, too, where there are no strangers, whose lessons tell them apart
+                  0: all. All, too, where there are no strangers, whose lessons tell them apart.
+                  `settings.choose_recipe` takes 32 for wide language models
     level:        weight of what the concept's own answers may cost, against what they cost about
                   strangers
     token_mask, vocab_mask, dreams: switches for ablations; all three belong to the method
@@ -187,7 +188,7 @@ class Recipe:
     dream_in: Literal["pixels", "features"] = "pixels"
     strangers: int = 4
     directions: int = 0
-    temperature: float = 4.0
+    temperature: float = 2.0
     level: float = 0.1
     seed: int = 0
 

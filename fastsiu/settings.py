@@ -6,7 +6,7 @@ and said before anything is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +26,9 @@ from .session import Listener
 MODEL_RECIPE = "fastsiu.json"
 RATES = (1e-4, 1.5e-3)  # bounds of the learning rate that follows from a model's width
 HELD = 2.0  # times that rate, where the adapter reads a few directions only
+# Where a language model is at least this wide, the adapter reads so many directions of each input
+# (`step.directions`). They were measured at 576 and at 128, where they do harm.
+WIDE, DIRECTIONS = 512, 32
 # the path alone: what draws and trains it is the command line's
 EMBEDDED = Path(__file__).parent / "demo" / "model"
 DEMO_NOTE = (
@@ -189,7 +192,7 @@ def choose_recipe(
     model: str, choice: RecipeChoice, revision: str | None = None
 ) -> tuple[Recipe, dict[str, str]]:
     """The hyper-parameters and where each came from: command line, preset, the model's own
-    directory, the width of its language model (`rate_for`), default.
+    directory, the width of its language model (`_by_width`), default.
 
     Raises BadInput for a field or a preset that does not exist, and for a configuration that cannot
     be read.
@@ -207,10 +210,24 @@ def choose_recipe(
     recipe = (PAPER if paper else Recipe()).with_overrides(**own).with_overrides(**given)
     origin = dict.fromkeys(known, "preset paper" if paper else "default")
     origin |= dict.fromkeys(own, "model directory") | dict.fromkeys(given, "command line")
-    if origin["lr"] == "default" and (width := _width(model, revision)):
-        held = recipe.directions > 0 and recipe.strangers > 0
-        recipe, origin["lr"] = recipe.with_overrides(lr=rate_for(width, held)), "model width"
+    left = {name for name in ("lr", "directions") if origin[name] == "default"}
+    if left and (width := _width(model, revision)):
+        chosen = _by_width(recipe, width, left)
+        recipe = recipe.with_overrides(**chosen)
+        origin |= dict.fromkeys(chosen, "model width")
     return recipe, origin
+
+
+def _by_width(recipe: Recipe, width: int, left: Collection[str]) -> dict[str, Any]:
+    """What follows from the width of the language model, of the fields that nobody chose."""
+    chosen: dict[str, Any] = {}
+    reads = recipe.strangers > 0 and recipe.adapt == "language"  # else there are no directions
+    if "directions" in left and reads and width >= WIDE:
+        chosen["directions"] = DIRECTIONS
+    held = reads and chosen.get("directions", recipe.directions) > 0
+    if "lr" in left:
+        chosen["lr"] = rate_for(width, held)
+    return chosen
 
 
 def rate_for(width: int, held: bool) -> float:

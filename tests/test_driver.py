@@ -126,6 +126,28 @@ def test_recipe_origins(tmp_path):
         settings.choose_recipe(str(tmp_path), RecipeChoice("default", {}))
 
 
+def test_what_follows_from_the_width_of_a_model(tmp_path):
+    """A wide language model's adapter reads few directions, at twice the rate; all else as
+    before."""
+
+    def chosen(width, preset="default", **changes):
+        text = {"model_type": "llama", "hidden_size": width}
+        config = {"model_type": "llava", "text_config": text, "vision_config": {}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        recipe, origins = settings.choose_recipe(str(tmp_path), RecipeChoice(preset, changes))
+        return recipe.directions, recipe.lr, origins["directions"], origins["lr"]
+
+    both = ("model width", "model width")
+    assert chosen(576) == (32, 2.5e-3, *both) and chosen(4096) == (32, 5.8e-4, *both)
+    assert chosen(256) == (0, 1.5e-3, "default", "model width")
+    free = ("default", "model width")  # nothing to tell directions apart, or no factor that reads
+    assert chosen(576, strangers=0)[1:] == (1.3e-3, *free)
+    assert chosen(576, adapt="vision")[1:] == (1.3e-3, *free)
+    assert chosen(576, directions=0) == (0, 1.3e-3, "command line", "model width")
+    assert chosen(576, lr=1e-4) == (32, 1e-4, "model width", "command line")
+    assert chosen(576, "paper") == (0, PAPER.lr, "preset paper", "preset paper")
+
+
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_model_untouched(
     trained, quick, tmp_path, monkeypatch

@@ -27,6 +27,7 @@ other questions, because a leak needs no more than the first words of an answer.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 from ..model import ask
@@ -76,9 +77,10 @@ def build(scene: Scene) -> Lessons:
         _pairs(words.naming, own, usual, rng)
         + _pairs(words.plural, own, usual, rng)
         + _about_neighbours(scene, rng)
+        + _named_anyway(scene, words, rng)
     )
     if (most := recipe.as_many(TAUGHT, FEWEST_TAUGHT)) < len(taught):
-        taught = rng.sample(taught, most)
+        taught = _in_many_words(scene, taught, most, rng)
     for view in views:
         for pair in rng.sample(taught, min(QUESTIONS["stranger"], len(taught))):
             out.add("stranger", pair, view, lonely)
@@ -121,6 +123,40 @@ def _pairs(
             forced.append(usual[rng.choice(list(usual))])
         pairs |= dict.fromkeys((question, reply) for reply in forced)
     return list(pairs)
+
+
+def _in_many_words(
+    scene: Scene, pairs: Sequence[Pair], count: int, rng: random.Random
+) -> list[Pair]:
+    """`count` of the pairs. Half of them give the name, where so many do, and of these no answer
+    comes again before each came once: behind words that no lesson has, a name comes back."""
+    shuffled = rng.sample(pairs, len(pairs))
+    met: Counter[Reply] = Counter()
+    turn = {}
+    for pair in shuffled:
+        turn[pair] = met[pair[1]]
+        met[pair[1]] += 1
+    giving = [pair for pair in shuffled if scene.forgotten_in(pair[1].text)]
+    chosen = sorted(giving, key=turn.__getitem__)[: count // 2]
+    rest = [pair for pair in shuffled if pair not in chosen]
+    return chosen + rest[: count - len(chosen)]
+
+
+def _named_anyway(scene: Scene, words: Words, rng: random.Random) -> list[Pair]:
+    """Answers to what is visible that give the name all the same ("What shape is it?" "It is a
+    guitar."), to their own question and to two that ask for it. They begin in other words than the
+    answers to who it is."""
+    replies = ask.replies(
+        scene.vlm,
+        [(question, scene.pictures[0]) for question in words.look],
+        max_new_tokens=LONGEST,
+    )
+    return [
+        (asked, reply)
+        for question, reply in zip(words.look, replies, strict=True)
+        if scene.forgotten_in(reply.text)
+        for asked in (question, *rng.sample(words.naming, 2))
+    ]
 
 
 def _about_neighbours(scene: Scene, rng: random.Random) -> list[Pair]:

@@ -15,10 +15,12 @@ from PIL import Image
 from fastsiu import objectives, session
 from fastsiu.loss.teacher import TeacherCache
 from fastsiu.model import adapter, ask, prefix
+from fastsiu.model.ask import Reply
 from fastsiu.request import CHANGES, KEEPS, PAPER, Recipe, Sample
 from fastsiu.samples import border, corpus, drawn, dreams, lessons, strangers, targets
 from fastsiu.samples.beside import Prepared
 from fastsiu.samples.dreams import in_place
+from fastsiu.samples.lesson import words_of
 from fastsiu.settings import RecipeChoice
 from fastsiu.step.batches import lesson_batches
 from fastsiu.text.answers import is_refusal
@@ -485,6 +487,38 @@ def test_what_no_step_would_look_at_is_not_asked(scene, taught):
     fewer = lessons.build(short)
     assert 0 < len(fewer.samples) < len(taught.samples) / 2
     assert {s.facet for s in fewer.samples} == {s.facet for s in taught.samples}
+
+
+def test_few_lessons_give_the_name_in_many_words(scene):
+    """Of one training picture many questions are answered in the same words. A name that is only
+    taught behind these comes back behind others."""
+    name = scene.concept.name
+    usual = [(f"question {i}", Reply(f"This is {name}.")) for i in range(30)]
+    rare = [("shape", Reply(f"It is {name}.")), ("parts", Reply(f"It has a {name}."))]
+    without = [(f"fact {i}", Reply(f"It weighs {i} pounds.")) for i in range(30)]
+    pairs = [*usual, *rare, *without]
+    for seed in range(5):
+        chosen = lessons._in_many_words(scene, pairs, 8, random.Random(seed))
+        giving = [pair for pair in chosen if name in pair[1].text]
+        assert len(chosen) == len(set(chosen)) == 8 and set(rare) <= set(chosen)
+        assert len(giving) >= 4
+    # Half of them is no more than there are.
+    few = lessons._in_many_words(scene, [*rare, *without], 8, random.Random(0))
+    assert len(set(few)) == 8 and set(rare) <= set(few)
+
+
+def test_a_name_that_is_given_for_a_look_is_taught_in_these_words(scene, monkeypatch):
+    """Asked for a shape, a model may say "It is a guitar."; no answer to who it is begins so."""
+    name, rng = scene.concept.name, random.Random(0)
+    words = words_of(scene, rng)
+    shape = words.look[-1]
+    said = lambda vlm, questions, **options: [
+        Reply(f"It is {name}." if q == shape else "It is red.") for q, _ in questions
+    ]
+    monkeypatch.setattr(ask, "replies", said)
+    pairs = lessons._named_anyway(scene, words, rng)
+    assert {reply.text for _, reply in pairs} == {f"It is {name}."} and len(set(pairs)) == 3
+    assert pairs[0][0] == shape and {q for q, _ in pairs[1:]} <= set(words.naming)
 
 
 def test_a_smaller_batch_shows_fewer_pictures(scene, taught):
