@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from itertools import pairwise
 
 
 def same_answer(one: str, other: str) -> bool:
@@ -57,9 +58,9 @@ def same_beginning(before: str, after: str, cut: tuple[bool, bool] = (False, Fal
 def is_degenerate(text: str) -> str | None:
     """Returns "empty", "repetition" or "gibberish" where a text is no answer, else None.
 
-    Repetition: a word four times in a row, a phrase three times in a row, or a run of letters
-    without end. Gibberish: no letter and no digit, a replacement character, mostly signs, or a
-    control token spelled out ("<image>").
+    Repetition: a word four times in a row, a phrase three times in a row, with hyphens between them
+    or without, or a run of letters without end. Gibberish: no letter and no digit, a replacement
+    character, mostly signs, or a control token spelled out ("<image>").
     """
     visible = [c for c in text if not c.isspace() and unicodedata.category(c) not in ("Cf", "Cc")]
     if not visible:
@@ -73,9 +74,16 @@ def is_degenerate(text: str) -> str | None:
         or (len(visible) >= 8 and wordlike < len(visible) / 2)
     ):
         return "gibberish"
-    if _LETTER_LOOP.search(text) or _loops(words(text)):
+    if _LETTER_LOOP.search(text) or _loops(words(text)) or _loops(_parts(text)):
         return "repetition"
     return None
+
+
+def repeats(text: str) -> bool:
+    """Do two words stand in a text beside each other twice, with a hyphen between them or without?
+    "a white-furred, white-furred animal" """
+    pairs = list(pairwise(_parts(text)))
+    return len(set(pairs)) < len(pairs)
 
 
 def is_refusal(text: str) -> bool:
@@ -154,6 +162,11 @@ def words(text: str) -> list[str]:
         for w in (w.strip(".,;:!?\"'()[]{}*_-|/\u3001\u3002\uff0c\uff01\uff1f") for w in spaced)
         if w
     ]
+
+
+def _parts(text: str) -> list[str]:
+    """`words`, those between hyphens one by one."""
+    return words(text.replace("-", " "))
 
 
 def _loops(words: list[str], longest: int = 64) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fastsiu.cli.options import Kind as KindOption
 from fastsiu.demo.world import KNOWN, World, draw
@@ -344,6 +345,31 @@ def test_an_answer_that_names_a_neighbour_is_asked_for_again_without_it(scene, m
     assert all("bird with two big eyes." in s.answer for s in samples)
     # Asked who it is; then without the owl, and the one answer again without emu, without tiger.
     assert teacher.calls[:4] == [len(samples), len(samples), 1, 1]
+
+
+def test_every_question_gets_the_ending_that_the_teacher_finds_likeliest(scene, monkeypatch):
+    """Kept from its name, a small model wanders: "a blue-green snake" for a tiger."""
+    wanders = ["blue and green snake", "red box", "old brown bird", "red box, red box"]
+    found = {"blue and green snake": -2.0, "red box": -3.0, "old brown bird": -1.0}
+    likely = found | {"red box, red box": -0.1}  # what repeats itself is likeliest, and no ending
+
+    def say(vlm, questions, begin=None, **options):
+        if not begin:
+            return [Reply("This is an owl.")] * len(questions)
+        return [Reply(f"{b} {wanders[i % 4]} of old.") for i, b in enumerate(begin)]
+
+    def score(vlm, turns, pictures):
+        text = [vlm.tokenizer.decode(turn.labels, skip_special_tokens=True) for turn in turns]
+        key = [max((w for w in likely if w in t), key=len) for t in text]
+        return [
+            SimpleNamespace(log_p=torch.full((len(turn.labels),), likely[k]))
+            for turn, k in zip(turns, key, strict=True)
+        ]
+
+    monkeypatch.setattr(ask, "replies", say)
+    monkeypatch.setattr(ask, "label_scores", score)
+    answers = {sample.answer for sample in targets.align(scene)}
+    assert answers == {"This is a old brown bird of old."}
 
 
 def test_where_every_sentence_has_a_name_the_notes_say_so(scene, monkeypatch):

@@ -1,10 +1,17 @@
-"""The first sentence of an answer, and whether two answers begin alike."""
+"""The first sentence of an answer, whether two answers begin alike, and what repeats itself."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsiu.text.answers import first_sentence, is_ended, same_answer, same_beginning
+from fastsiu.text.answers import (
+    first_sentence,
+    is_degenerate,
+    is_ended,
+    repeats,
+    same_answer,
+    same_beginning,
+)
 
 
 @pytest.mark.parametrize(
@@ -79,3 +86,22 @@ def test_what_is_the_same_answer_begins_alike(one, other):
 def test_is_ended():
     assert is_ended("Ann.") and is_ended('"Ann!" ') and is_ended("猫。")
     assert not is_ended("Ann") and not is_ended("") and not is_ended("3.5 tons")
+
+
+@pytest.mark.parametrize(
+    ("text", "again"),
+    [
+        ("This is a white-furred, white-furred animal.", True),
+        ("a red box, a red ball", True),
+        ("This is a white animal with a black stripe.", False),
+        ("It is red, red and blue.", False),
+        ("", False),
+    ],
+)
+def test_two_words_that_come_again_beside_each_other(text, again):
+    assert repeats(text) is again
+
+
+def test_a_loop_between_hyphens_is_repetition():
+    assert is_degenerate("a furred-white-black-black-black-black-black-black") == "repetition"
+    assert is_degenerate("a state-of-the-art, up-to-date, easy-to-use machine") is None
