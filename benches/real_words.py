@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ from forgetting import commit
 
 RESULTS = Path(__file__).parent / "results" / "real_words.jsonl"
 # None of these was used to choose a setting; those were chosen on TUNED.
-CONCEPTS = ("tiger", "zebra", "hamburger", "guitar", "Tokyo Tower", "mermaid")
-TUNED = ("lion", "pizza", "Santa Claus")
+CONCEPTS = ("penguin", "owl", "hamburger", "rocket", "Tokyo Tower", "mermaid")
+TUNED = ("lion", "pizza", "Santa Claus", "tiger", "zebra", "guitar")
 LOOKALIKES = (
     {"lion", "tiger", "cat", "red fox"},
     {"giraffe", "zebra", "elephant"},
@@ -170,17 +171,21 @@ class Judge:
         return math.exp(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
 
 
-def before(judge: Judge, folder: Path, tower: str) -> dict[str, Any]:
-    """What the untouched model says, kept beside it."""
+def before(judge: Judge, folder: Path, tower: str, names: Sequence[str]) -> dict[str, Any]:
+    """What the untouched model says, kept beside it; asked about the concepts of `names` that it
+    was not asked about before."""
     file = folder / f"{tower}-untouched.json"
     if file.exists():
-        return json.loads(file.read_text())
-    found = {
-        "own": {name: judge.named(judge.model, name) for name in (*CONCEPTS, *TUNED)},
-        "others": judge.others_named(judge.model),
-        "general": judge.general(judge.model),
-        "perplexity": judge.perplexity(judge.model),
-    }
+        found = json.loads(file.read_text())
+    else:
+        found = {
+            "own": {},
+            "others": judge.others_named(judge.model),
+            "general": judge.general(judge.model),
+            "perplexity": judge.perplexity(judge.model),
+        }
+    if new := [name for name in names if name not in found["own"]]:
+        found["own"] |= {name: judge.named(judge.model, name) for name in new}
     file.write_text(json.dumps(found))
     return found
 
@@ -326,7 +331,7 @@ def main() -> None:
     drawings = parts.Drawings(options.folder)
     place = real_eyes.build(options.tower, options.folder, drawings)
     judge = Judge(place, drawings)
-    was = before(judge, options.folder, options.tower)
+    was = before(judge, options.folder, options.tower, options.concepts)
     runs = []
     for name in options.concepts:
         for seed in range(options.seeds):

@@ -304,7 +304,8 @@ def scene(monkeypatch, gathered):
     }
     monkeypatch.setattr(ask, "replies", Words(**words, **{"": "This is an owl."}))
     thing = Kind("thing", "article", {"owl": "an owl"})
-    return replace(gathered.scene, concept=Concept("owl"), kind=thing, neighbours=["tiger", "emu"])
+    near = ["tiger", "emu"]
+    return replace(gathered.scene, concept=Concept("owl"), kind=thing, neighbours=near, notes=[])
 
 
 def test_align_takes_the_article_away_with_the_name(scene):
