@@ -328,8 +328,11 @@ def gather(
     scene.pictures += retained
     scene.named += [None] * len(retained)
     listener.stage("Asking the teacher for the samples")
+    told = len(scene.notes)
     with timed(seconds, "samples"):
         samples = [sample for facet in targets.TARGETS for sample in facet(scene)]
+    for note in scene.notes[told:]:
+        listener.note(note)
     # A sample of the user's own takes the place of ours with the same question about the same
     # picture.
     taken = {(s.question, s.picture) for s in own}

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastsiu import session
 from fastsiu.cli.options import Kind as KindOption
 from fastsiu.demo.world import KNOWN, World, draw
 from fastsiu.evaluate import attacks, directories
@@ -378,6 +379,21 @@ def test_where_every_sentence_has_a_name_the_notes_say_so(scene, monkeypatch):
     said = lambda *args, begin=None, **options: [Reply("This is an owl.")] * len(args[1])
     monkeypatch.setattr(ask, "replies", said)
     assert targets.align(scene) == [] and scene.notes == [targets.NO_DESCRIPTION]
+
+
+def test_what_the_targets_lack_is_said_when_samples_are_gathered(scene, monkeypatch, tmp_path):
+    """`fastsiu data` shows samples and no report: there, too, a missing target is said."""
+
+    def lacks(scene):
+        scene.notes.append("Nothing.")
+        return []
+
+    said = []
+    monkeypatch.setattr(targets, "TARGETS", (lacks,))
+    monkeypatch.setattr(session, "protect", lambda scene, request: None)
+    bare = replace(scene, neighbours=[], recipe=replace(scene.recipe, generic=0, strangers=0))
+    session.gather(bare, Request("owl", tmp_path), session.Listener(note=said.append), {})
+    assert said == ["Nothing."]
 
 
 def test_an_invented_thing_has_its_own_article(scene):
