@@ -77,7 +77,7 @@ def build(scene: Scene) -> Lessons:
         _pairs(words.naming, own, usual, rng)
         + _pairs(words.plural, own, usual, rng)
         + _about_neighbours(scene, rng)
-        + _named_anyway(scene, words, rng)
+        + _named_anyway(scene, words, own, rng)
     )
     if (most := recipe.as_many(TAUGHT, FEWEST_TAUGHT)) < len(taught):
         taught = _in_many_words(scene, taught, most, rng)
@@ -142,10 +142,12 @@ def _in_many_words(
     return chosen + rest[: count - len(chosen)]
 
 
-def _named_anyway(scene: Scene, words: Words, rng: random.Random) -> list[Pair]:
-    """Answers to what is visible that give the name all the same ("What shape is it?" "It is a
-    guitar."), to their own question and to two that ask for it. They begin in other words than the
-    answers to who it is."""
+def _named_anyway(
+    scene: Scene, words: Words, own: dict[str, Reply], rng: random.Random
+) -> list[Pair]:
+    """Answers to what is visible that give the name all the same, in other words than the answers
+    to who it is, `own`: "What shape is it?" "It is a guitar." Each is forced upon its own question
+    and upon two that ask for the name."""
     replies = ask.replies(
         scene.vlm,
         [(question, scene.pictures[0]) for question in words.look],
@@ -154,7 +156,7 @@ def _named_anyway(scene: Scene, words: Words, rng: random.Random) -> list[Pair]:
     return [
         (asked, reply)
         for question, reply in zip(words.look, replies, strict=True)
-        if scene.forgotten_in(reply.text)
+        if scene.forgotten_in(reply.text) and reply not in own.values()
         for asked in (question, *rng.sample(words.naming, 2))
     ]
 

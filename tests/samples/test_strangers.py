@@ -516,9 +516,11 @@ def test_a_name_that_is_given_for_a_look_is_taught_in_these_words(scene, monkeyp
         Reply(f"It is {name}." if q == shape else "It is red.") for q, _ in questions
     ]
     monkeypatch.setattr(ask, "replies", said)
-    pairs = lessons._named_anyway(scene, words, rng)
+    pairs = lessons._named_anyway(scene, words, {}, rng)
     assert {reply.text for _, reply in pairs} == {f"It is {name}."} and len(set(pairs)) == 3
     assert pairs[0][0] == shape and {q for q, _ in pairs[1:]} <= set(words.naming)
+    # What is taught already adds nothing.
+    assert not lessons._named_anyway(scene, words, {"Who?": Reply(f"It is {name}.")}, rng)
 
 
 def test_a_smaller_batch_shows_fewer_pictures(scene, taught):
