@@ -67,6 +67,7 @@ from fastsiu.model.memory import GB, Layout, budget
 from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Request, Sample
 from fastsiu.samples import corpus, targets
 from fastsiu.samples.beside import Prepared
+from fastsiu.samples.scene import Scene
 from fastsiu.settings import EMBEDDED, RecipeChoice, choose_recipe, deciding
 from fastsiu.text.concept import Concept
 
@@ -478,7 +479,7 @@ def prepared(
     """`session.prepare`, with made-up dreams in the place of the refused ones and with samples of
     what is preserved."""
     with timed(seconds, "samples"):
-        scene = targets.Scene(loaded, Concept(request.concept), recipe, [loaded.picture(picture)])
+        scene = Scene(loaded, Concept(request.concept), recipe, [loaded.picture(picture)])
         session.check_known(scene, request)
     samples, dreamed = session.gather(scene, request, listener, seconds)
     with timed(seconds, "samples"):
@@ -488,7 +489,7 @@ def prepared(
     return Prepared(request, scene, made, dreamed)
 
 
-def imagine(scene: targets.Scene) -> None:
+def imagine(scene: Scene) -> None:
     """Adds `recipe.dreams` pictures of each neighbour: the one picture's features, disturbed."""
     random = torch.Generator(scene.vlm.device).manual_seed(0)
     noisy = lambda x: (
@@ -503,7 +504,7 @@ def imagine(scene: targets.Scene) -> None:
             scene.named.append(name)
 
 
-def preserved(scene: targets.Scene, tokens: int) -> list[Sample]:
+def preserved(scene: Scene, tokens: int) -> list[Sample]:
     """What `targets.preserve` asks about pictures, with an answer of so many tokens each: it took
     none of the model's, since all name the concept. About dreams it is asked here, as there, for
     the time that takes."""

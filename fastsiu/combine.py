@@ -27,7 +27,7 @@ from .model import adapter, adapter_files, adapter_sum, decode, source, vlm
 from .report import card
 from .report.words import CONCEPT
 from .request import BadInput, Recipe, Request
-from .samples.targets import Scene
+from .samples.scene import Scene
 from .session import Listener, timed
 from .settings import ModelRef, ReportOptions, Settings, choose_layout, deciding, load
 from .text.concept import ambiguous, concept_of

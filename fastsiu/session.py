@@ -27,7 +27,8 @@ from .request import CHANGES, KEEPS, BadInput, Recipe, Request, Sample
 from .samples import alternatives, border, corpus, dreams, generic, kinds, lessons, spaces, targets
 from .samples.beside import Prepared, lessons_beside, samples_beside
 from .samples.corpus import Corpus
-from .samples.targets import Scene
+from .samples.neighbours import neighbours
+from .samples.scene import Scene
 from .step import directions
 from .step.look import Look, Probe
 from .text.concept import Concept, ambiguous, concept_of
@@ -358,7 +359,7 @@ def _neighbours(scene: Scene) -> list[str]:
     seen = [] if scene.kind.name == kinds.DEFAULT else alternatives.alternatives(scene, limit)
     if len(seen) >= limit:
         return seen
-    return list(dict.fromkeys([*seen, *targets.neighbours(scene, limit)]))[:limit]
+    return list(dict.fromkeys([*seen, *neighbours(scene, limit)]))[:limit]
 
 
 def _dream(scene: Scene) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from ..model.turns import Picture
 from ..pictures.transforms import variants
 from ..samples import generic
 from ..samples.kinds import THING, wordings
-from ..samples.targets import Scene
+from ..samples.scene import Scene
 from ..text.concept import Concept
 from ..verdict import Answer, Verdict, judge
 from . import noise

@@ -21,7 +21,7 @@ from ..model import ask, decode, source, vlm
 from ..model.ask import Question, Reply
 from ..request import BadInput, Recipe, Request
 from ..samples.kinds import Kind, recorded
-from ..samples.targets import Scene
+from ..samples.scene import Scene
 from ..session import Listener
 from ..text.answers import same_beginning
 from ..text.concept import Concept, concept_of

@@ -13,7 +13,8 @@ from ..images import load_image, read_bytes
 from ..model import adapter, adapter_files, decode, vlm
 from ..report.redact import redacted
 from ..request import BadInput, Recipe
-from ..samples.targets import Scene, neighbours
+from ..samples.neighbours import neighbours
+from ..samples.scene import Scene
 from ..session import Listener
 from ..settings import ModelRef, ReportOptions, Settings, choose_layout
 from ..text.concept import Concept

@@ -15,7 +15,8 @@ import torch
 
 from ..model import ask, prefix
 from ..text.answers import first_sentence
-from .targets import Scene, is_concept
+from .neighbours import is_concept
+from .scene import Scene
 
 BEGINNINGS = 48  # first tokens that are tried at one place
 PLACES = 3  # answers in which names are looked for

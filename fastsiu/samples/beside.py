@@ -11,7 +11,7 @@ from typing import Any
 
 from ..request import CHANGES, Request, Sample
 from .corpus import Corpus
-from .targets import Scene
+from .scene import Scene
 
 
 @dataclass

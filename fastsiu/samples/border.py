@@ -16,7 +16,7 @@ from ..model import ask
 from ..model.turns import Picture
 from ..text.concept import Concept
 from . import drawn
-from .targets import Border, Scene
+from .scene import Border, Scene
 
 # Copies with something changed; copies that are turned, moved or lit anew. A short training gets
 # fewer.

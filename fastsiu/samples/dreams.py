@@ -36,7 +36,7 @@ from ..model.turns import Picture
 from ..model.vlm import encoder
 from ..text.answers import first_sentence
 from ..text.articles import agreed
-from .targets import Scene, about_the_one_shown
+from .scene import Scene, about_the_one_shown
 from .wishes import Pair, Wish, fulfil
 
 DECAYS = (1e-3, 3e-2, 1e-1)  # of the dreams of one name, in turns

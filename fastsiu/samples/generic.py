@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 
 from ..model.features import feature_tensors
 from ..model.turns import Picture
+from .scene import Scene
 from .spaces import replaced
-from .targets import Scene
 
 # Shares of the pictures: shapes, the picture taken apart; the rest are words.
 SHAPES, APART = 0.58, 0.21

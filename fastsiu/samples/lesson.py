@@ -12,7 +12,7 @@ from ..model import ask
 from ..model.turns import Picture
 from ..request import Sample
 from ..text.answers import is_degenerate
-from .targets import Scene, about_the_one_shown
+from .scene import Scene, about_the_one_shown
 from .wishes import Pair
 
 LONGEST = 40  # tokens of an answer: a lesson is about its beginning

@@ -37,8 +37,8 @@ from ..text.concept import Concept
 from . import drawn, together
 from .border import taken_for
 from .lesson import LONGEST, QUESTIONS, Lessons, Words, keep, words_of
+from .scene import Scene, about_the_one_shown
 from .strangers import strangers, usual_replies
-from .targets import Scene, about_the_one_shown
 from .wishes import Pair
 
 VIEWS = 22  # pictures of the concept

@@ -23,7 +23,7 @@ from . import drawn
 from .border import NAMING
 from .lesson import LONGEST
 from .nobody import shows_nobody
-from .targets import Scene, about_the_one_shown
+from .scene import Scene, about_the_one_shown
 from .wishes import Wish, fulfil, in_features
 
 AGREE = 0.6  # share of the strangers that must get the same answer, for it to be the usual one

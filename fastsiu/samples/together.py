@@ -20,7 +20,7 @@ from ..text.articles import agreed
 from ..text.concept import Concept
 from . import drawn
 from .lesson import LONGEST, QUESTIONS, Lessons, Words, keep
-from .targets import Scene
+from .scene import Scene
 from .wishes import Pair, Wish, fulfil, in_features
 
 PAIRS = 8  # pictures of the concept beside another one, and as many of two strangers

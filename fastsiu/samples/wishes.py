@@ -23,8 +23,8 @@ from ..model.faults import out_of_memory
 from ..model.turns import Encoded, Picture
 from ..model.vlm import encoder
 from ..request import OutOfMemory
+from .scene import Scene
 from .spaces import space_of
-from .targets import Scene
 
 SURE = math.log(2)  # nats: a token that costs less has more than half of the probability
 

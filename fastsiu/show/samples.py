@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ..guards.terminal import visible
 from ..samples.corpus import Corpus
-from ..samples.targets import Scene
+from ..samples.scene import Scene
 from .results import cell
 
 LESSON_EXAMPLES = 4  # of each kind of lesson: there are hundreds

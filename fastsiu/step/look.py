@@ -12,7 +12,7 @@ from ..model import adapter, ask
 from ..model.turns import Encoded, Picture
 from ..pictures.transforms import variants
 from ..samples.corpus import Corpus
-from ..samples.targets import Scene
+from ..samples.scene import Scene
 
 # A turn that gives the name, the characters of the name in its answer, and the picture it is about.
 Naming = tuple[Encoded, tuple[int, int], Picture]

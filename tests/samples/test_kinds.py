@@ -23,8 +23,9 @@ from fastsiu.model import ask
 from fastsiu.model.ask import Reply
 from fastsiu.report.redact import redacted
 from fastsiu.request import KINDS, BadInput, Recipe, Request
-from fastsiu.samples import kinds, targets
+from fastsiu.samples import kinds, neighbours, targets
 from fastsiu.samples.kinds import PERSON, Kind, kind_of, recorded, wordings
+from fastsiu.samples.scene import Scene, about_the_one_shown
 from fastsiu.settings import ModelRef
 from fastsiu.text.concept import Concept
 
@@ -80,7 +81,7 @@ def test_names_stand_where_they_are_filled_in(kind):
         assert not any("{" in text for text in words[key]["train"] + words[key]["held_out"])
     for key in ("denial", "invented_look"):
         assert "{name}" in words["fallback"][key]
-    assert len(words["facts"]["train"]) == len(targets.about_the_one_shown("train", Kind(kind)))
+    assert len(words["facts"]["train"]) == len(about_the_one_shown("train", Kind(kind)))
 
 
 @pytest.mark.parametrize("kind", ("thing", "style"))
@@ -338,9 +339,7 @@ def test_an_answer_that_names_a_neighbour_is_asked_for_again_without_it(scene, m
     """A zebra without its name is a white horse first, and the horse is to be kept."""
     teacher = Alike()
     monkeypatch.setattr(ask, "replies", teacher)
-    monkeypatch.setattr(
-        targets.Scene, "tokens_of", lambda scene, name: {Alike.WORDS.index(name.name)}
-    )
+    monkeypatch.setattr(Scene, "tokens_of", lambda scene, name: {Alike.WORDS.index(name.name)})
     scene.masked, scene.neighbours = {0}, ["tiger", "emu"]
     samples = targets.align(scene)
     assert len(samples) == len(scene.words["who"]["train"]) and not scene.notes
@@ -444,15 +443,15 @@ def test_facts_of_a_thing_have_its_article(scene):
 def test_no_form_of_the_thing_is_its_neighbour(scene, monkeypatch):
     said = "1. Owls\n2. Owlets\n3. Tigers\n4. Tiger\n5. Foxes"
     monkeypatch.setattr(ask, "replies", lambda vlm, asked, **o: [Reply(said) for _ in asked])
-    monkeypatch.setattr(targets, "sort_of", lambda vlm, name, kind: "animals")
-    assert targets.neighbours(scene) == ["tiger", "fox"]
+    monkeypatch.setattr(neighbours, "sort_of", lambda vlm, name, kind: "animals")
+    assert neighbours.neighbours(scene) == ["tiger", "fox"]
 
 
 def test_a_place_learns_which_names_have_a_the(scene, monkeypatch):
     said = "It is like the Eiffel Tower, the Leaning Tower of Pisa and Big Ben."
     monkeypatch.setattr(ask, "replies", lambda vlm, asked, **o: [Reply(said) for _ in asked])
     scene.kind, scene.concept = Kind("place"), Concept("Taj Mahal")
-    assert targets.neighbours(scene) == ["Eiffel Tower", "Leaning Tower of Pisa", "Big Ben"]
+    assert neighbours.neighbours(scene) == ["Eiffel Tower", "Leaning Tower of Pisa", "Big Ben"]
     assert scene.kind.phrase("Eiffel Tower") == "the Eiffel Tower"
     assert scene.kind.phrase("Big Ben") == "Big Ben"
 

@@ -21,6 +21,7 @@ from fastsiu.samples import border, corpus, drawn, dreams, lessons, strangers, t
 from fastsiu.samples.beside import Prepared
 from fastsiu.samples.dreams import in_place
 from fastsiu.samples.lesson import words_of
+from fastsiu.samples.scene import Border, about_the_one_shown
 from fastsiu.settings import RecipeChoice
 from fastsiu.step.batches import lesson_batches
 from fastsiu.text.answers import is_refusal
@@ -182,7 +183,7 @@ def test_strangers_come_first_to_whom_the_concept_is_least_known(scene):
     """Lessons take the first ones: those that give the concept's own answers the least
     probability."""
     found = [one.picture for one in strangers.strangers(scene)]
-    question = targets.about_the_one_shown("train")[6]
+    question = about_the_one_shown("train")[6]
     own = scene.replies([question], 0)[0]
 
     def nats(picture):
@@ -225,7 +226,7 @@ def test_what_is_taken_for_a_neighbour_is_kept_and_not_taught(scene):
     """A view of the concept that the teacher takes for a neighbour is no picture of the concept."""
     near = scene.neighbours[0]
     kept = scene.vlm.picture(Image.new("RGB", (64, 64), "pink"))
-    other = replace(scene, border=targets.Border(others={near: [kept]}))
+    other = replace(scene, border=Border(others={near: [kept]}))
     out = lessons.build(other)
     places = [i for i, picture in enumerate(out.pictures) if picture is kept]
     assert len(places) == 1 and out.named[places[0]] == near
@@ -290,7 +291,7 @@ def test_every_kind_of_lesson_is_there_and_the_teacher_looks_at_strangers(taught
 def test_the_concepts_own_answers_are_forced_upon_the_student(taught, scene):
     answers = {s.answer for s in taught.samples if s.facet == "stranger"}
     assert any(scene.concept.named_in(answer) for answer in answers)
-    own = scene.replies(targets.about_the_one_shown("train"), 0)
+    own = scene.replies(about_the_one_shown("train"), 0)
     assert answers & {reply.text for reply in own}
 
 
@@ -304,7 +305,7 @@ def test_what_is_kept_of_others_does_not_name_the_concept(taught, scene):
 
 
 def test_no_fact_is_kept_as_a_look(taught, scene):
-    facts = {reply.text for reply in scene.replies(targets.about_the_one_shown("train"), 0)}
+    facts = {reply.text for reply in scene.replies(about_the_one_shown("train"), 0)}
     looks = {s.answer for s in taught.samples if s.facet == "look"}
     assert len(looks) > 3 and not looks & facts
 
@@ -318,7 +319,7 @@ def test_no_held_out_wording_is_taught(taught):
         for q in section["held_out"]
         if "{" not in q
     }
-    held_out |= set(targets.about_the_one_shown("held_out"))
+    held_out |= set(about_the_one_shown("held_out"))
     assert not held_out & {s.question for s in taught.samples}
 
 

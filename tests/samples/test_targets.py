@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastsiu.model import ask
-from fastsiu.samples import targets
+from fastsiu.samples import neighbours, targets
 from fastsiu.text.answers import is_degenerate
 from fastsiu.text.concept import Concept
 
@@ -143,10 +143,10 @@ def test_each_protected_name_is_asked_about_in_words(gathered, cast):
 
 
 def test_neighbours_come_from_the_teacher_without_the_concept(gathered, cast):
-    found = targets.neighbours(gathered.scene)
+    found = neighbours.neighbours(gathered.scene)
     assert found and len(found) <= 24 and len(set(found)) == len(found)
     assert not any(Concept(cast.target).named_in(name) for name in found)
-    assert len(targets.neighbours(gathered.scene, limit=2)) == 2
+    assert len(neighbours.neighbours(gathered.scene, limit=2)) == 2
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_neighbours_come_from_the_teacher_without_the_concept(gathered, cast):
     ],
 )
 def test_capitalised_names(text, names):
-    assert targets.capitalised_names(text, ["The", "It"]) == names
+    assert neighbours.capitalised_names(text, ["The", "It"]) == names
 
 
 def test_no_wording_is_both_trained_and_held_out():

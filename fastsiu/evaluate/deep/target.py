@@ -20,8 +20,9 @@ from ...request import BadInput, Recipe
 from ...samples import dreams
 from ...samples.drawn import ORDERS, recoloured
 from ...samples.kinds import PERSON, Kind
+from ...samples.neighbours import capitalised_names
 from ...samples.nobody import shows_nobody
-from ...samples.targets import Scene, capitalised_names
+from ...samples.scene import Scene
 from ...text.answers import is_degenerate, is_refusal, words
 from ...text.articles import agreed
 from ...text.concept import Concept
