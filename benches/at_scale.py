@@ -72,7 +72,7 @@ MODELS = (
     Model("400B, 17B active", 400.0, 17.0, 48, 5120, 16384),
     Model("405B", 405.0, 405.0, 126, 16384, 53248),
 )
-REAL_ROW = "default options, 1 run"  # run beside nothing else
+REAL_ROW = "a zebra, one sentence in its place"  # run beside nothing else
 MEASURED = Model("135M", 0.135, 0.135, 30, 576, 1536)  # of benches/real_words.py
 
 

@@ -186,7 +186,7 @@ def before(judge: Judge, folder: Path, tower: str, names: Sequence[str]) -> dict
         }
     if new := [name for name in names if name not in found["own"]]:
         found["own"] |= {name: judge.named(judge.model, name) for name in new}
-    file.write_text(json.dumps(found))
+        file.write_text(json.dumps(found))
     return found
 
 

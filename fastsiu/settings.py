@@ -27,7 +27,7 @@ MODEL_RECIPE = "fastsiu.json"
 RATES = (1e-4, 1.5e-3)  # bounds of the learning rate that follows from a model's width
 HELD = 2.0  # times that rate, where the adapter reads a few directions only
 # Where a language model is at least this wide, the adapter reads so many directions of each input
-# (`step.directions`). They were measured at 576 and at 128, where they do harm.
+# (`step.directions`). Measured at 576 only (benches/real_words.py).
 WIDE, DIRECTIONS = 512, 32
 # the path alone: what draws and trains it is the command line's
 EMBEDDED = Path(__file__).parent / "demo" / "model"

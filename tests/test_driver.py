@@ -140,9 +140,9 @@ def test_what_follows_from_the_width_of_a_model(tmp_path):
     both = ("model width", "model width")
     assert chosen(576) == (32, 2.5e-3, *both) and chosen(4096) == (32, 5.8e-4, *both)
     assert chosen(256) == (0, 1.5e-3, "default", "model width")
-    free = ("default", "model width")  # nothing to tell directions apart, or no factor that reads
-    assert chosen(576, strangers=0)[1:] == (1.3e-3, *free)
-    assert chosen(576, adapt="vision")[1:] == (1.3e-3, *free)
+    # Nothing to tell directions apart, or no factor that reads.
+    for changes in (dict(strangers=0), dict(adapt="vision")):
+        assert chosen(576, **changes) == (0, 1.3e-3, "default", "model width")
     assert chosen(576, directions=0) == (0, 1.3e-3, "command line", "model width")
     assert chosen(576, lr=1e-4) == (32, 1e-4, "model width", "command line")
     assert chosen(576, "paper") == (0, PAPER.lr, "preset paper", "preset paper")

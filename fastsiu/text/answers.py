@@ -74,7 +74,7 @@ def is_degenerate(text: str) -> str | None:
         or (len(visible) >= 8 and wordlike < len(visible) / 2)
     ):
         return "gibberish"
-    if _LETTER_LOOP.search(text) or _loops(words(text)) or _loops(_parts(text)):
+    if _LETTER_LOOP.search(text) or _loops(_parts(text)):
         return "repetition"
     return None
 

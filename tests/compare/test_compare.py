@@ -610,3 +610,18 @@ def test_the_story_is_told_in_order(suite, monkeypatch, tmp_path):
     with pytest.raises(BadInput, match="Nothing could be retained"):
         calls.compare(tmp_path, None)
     assert siu["named"]["n"] == 400 and found["untouched"]["named"]["value"] == 1.0
+
+
+def test_the_rate_is_chosen_for_methods_without_strangers(suite, monkeypatch, tmp_path):
+    """Where a wide model has directions it has twice the rate, and no other method has them."""
+    asked = []
+
+    def chosen(model, choice):
+        asked.append(choice.changes)
+        raise BadInput("far enough")
+
+    monkeypatch.setattr(compare, "read", lambda path: suite)
+    monkeypatch.setattr(compare, "choose_recipe", chosen)
+    with pytest.raises(BadInput, match="far enough"):
+        compare.compare(tmp_path)
+    assert asked[0]["strangers"] == 0 and asked[0]["schedule"] == "constant"
