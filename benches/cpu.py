@@ -74,20 +74,22 @@ def measure(
 
 
 def table(rows: loss.Rows) -> str:
-    """A line for each shape, level and number of threads."""
+    """A line for each processor, shape, level and number of threads."""
     groups: dict[tuple[str, ...], dict[str, dict]] = {}
     for r in rows:
-        key = (r["N"], r["V"], r["D"], r["dtype"], r["level"], r["threads"])
+        maker = r["device"].split(",")[0].replace("(R)", "").removesuffix(" Processor")
+        key = (maker, r["N"], r["V"], r["D"], r["dtype"], r["level"], r["threads"])
         groups.setdefault(key, {})[r["contender"]] = r
     lines = [
-        "| N, V, D | dtype | level, threads | two GEMMs | tiled | cpu | cpu / two GEMMs | "
-        "tiled / cpu | best / best | error at KL 10, 0.01, 0.0001 |",
-        "|" + "---|" * 10,
+        "| processor | N, V, D | dtype | level, threads | two GEMMs | tiled | cpu | "
+        "cpu / two GEMMs | tiled / cpu | best / best | error at KL 10, 0.01, 0.0001 |",
+        "|" + "---|" * 11,
     ]
-    for (N, V, D, dtype, level, threads), found in groups.items():
+    for (maker, N, V, D, dtype, level, threads), found in groups.items():
+        where = f"{maker} | {N}, {V}, {D} | {dtype} | {level}, {threads}"
         floor, tiled, cpu = (found[name] for name in OURS)
         if cpu["missing"]:
-            lines.append(f"| {N}, {V}, {D} | {dtype} | {level}, {threads} | {cpu['missing']} |")
+            lines.append(f"| {where} | {cpu['missing']} |")
             continue
         ms = [loss.milliseconds(r["ms"]["median"]) for r in (floor, tiled, cpu)]
         ratios = [
@@ -96,7 +98,7 @@ def table(rows: loss.Rows) -> str:
             tiled["ms"]["min"] / cpu["ms"]["min"],
         ]
         errors = [loss.at(cpu, kl, "grad_error") for kl in KL]
-        cells = [f"{N}, {V}, {D}", dtype, f"{level}, {threads}", *(f"{x} ms" for x in ms)]
+        cells = [where, *(f"{x} ms" for x in ms)]
         cells += [f"{x:.2f}" for x in ratios]
         cells.append(", ".join("-" if x is None else f"{x:.1e}" for x in errors))
         lines.append("| " + " | ".join(cells) + " |")

@@ -43,16 +43,26 @@ class CannotBuild(Exception):
 
 
 @functools.cache
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor; nothing on other systems."""
+    if sys.platform != "linux":
+        return {}
+    lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+
+
+def maker() -> str:
+    """Who made the processor: "Intel", "AMD", or "another" where Linux names neither."""
+    vendor = _cpuinfo().get("vendor_id", "")
+    return {"GenuineIntel": "Intel", "AuthenticAMD": "AMD"}.get(vendor, "another")
+
+
+@functools.cache
 def executes() -> tuple[str, ...]:
     """The levels that this processor executes, best first; none on an unknown operating system."""
     if sys.platform not in ("linux", "darwin"):
         return ()
-    has: set[str] = set()
-    if sys.platform == "linux" and platform.machine() == "x86_64":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                has = set(line.split(":", 1)[1].split())
-                break
+    has = set(_cpuinfo().get("flags", "").split()) if platform.machine() == "x86_64" else set()
     return tuple(level for level, (needs, _) in LEVELS.items() if has.issuperset(needs))
 
 

@@ -95,6 +95,11 @@ def best() -> str | None:
     return cpu_build.executes()[0] if cpu_build.executes() else None
 
 
+def processor() -> str | None:
+    """Maker and level, as `launch.CPU` has them; None where there is no level."""
+    return None if best() is None else f"{cpu_build.maker()} {best()}"
+
+
 def why_no_library() -> str | None:
     """Returns None where the processor's library can be used, after building it if necessary; else
     why it cannot, as one sentence."""

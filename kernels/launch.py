@@ -39,10 +39,20 @@ SMALL_LOGITS, SMALL_HEAD = 2**17, 2**20  # N * V and V * D
 #     [2048, 16,000] D 1024 bf16  569  552  569  561  577
 TILE_BYTES = 2**24
 
-# Where the C++ is at least 1.1 times as fast as tiled: (level, dtype of all operands) -> why.
+# Where the C++ is at least 1.1 times as fast as tiled at every shape of benches/cpu.py, with one
+# thread and with two: (maker and level of the processor, dtype of all operands) -> why. MKL, on
+# which tiled runs, is further from the floor on AMD's processors than on Intel's.
 CPU: dict[tuple[str | None, torch.dtype], str] = {
-    ("amx", torch.bfloat16): "bf16 products by AMX (measured 2026-11-29: 3 to 5 times tiled)",
+    ("Intel amx", torch.bfloat16): "measured 2026-11-29 with AMX: 2 to 5 times tiled",
+    ("AMD avx512_bf16", torch.bfloat16): "measured 2026-11-30 on Zen 4: 1.6 to 2.1 times tiled",
+    ("AMD avx512_bf16", torch.float32): "measured 2026-11-30 on Zen 4: 1.1 to 1.9 times tiled",
+    ("AMD avx512", torch.bfloat16): "measured 2026-11-30 on Zen 4: 1.2 to 1.8 times tiled",
+    ("AMD avx512", torch.float32): "measured 2026-11-30 on Zen 4: 1.2 to 1.5 times tiled",
 }
+# With a smaller head the start of its threads costs more than it saves. With two threads of a Zen 4
+# it took 1.2 times as long as tiled at [400, 4000], D 256, as long at [16, 32,000], D 96, and half
+# as long at [32, 32,000], D 1024, bf16.
+CPU_HEAD = 2**24  # V * D
 
 
 def launch(
@@ -52,8 +62,8 @@ def launch(
 
     dtype   of the head
     device  its type: "cpu", "cuda", ...
-    target  the GPU's name in triton_launch.TARGETS, or the CPU's level in cpu_build.LEVELS; None
-            where neither kernel can run
+    target  the GPU's name in triton_launch.TARGETS, or the CPU's maker and level
+            (`cpu_sweep.processor`); None where neither kernel can run
     """
     element = 8 if dtype == torch.float64 else 4
     # a GPU multiplies bf16 as it is: no head rows beside the logits
@@ -63,7 +73,7 @@ def launch(
     if device == "cpu" and N * V <= SMALL_LOGITS and V * D <= SMALL_HEAD:
         return Launch("reference", tile, f"few logits and a small head ({known})")
     if device == "cpu":
-        faster_cpu = CPU.get((target, dtype))
+        faster_cpu = CPU.get((target, dtype)) if V * D >= CPU_HEAD else None
         if faster_cpu is None:
             return Launch("tiled", tile, f"tiles of {TILE_BYTES >> 20} MiB ({known})")
         return Launch("cpu", tile, faster_cpu)

@@ -59,7 +59,7 @@ def chosen(
     if hidden.device.type == "cuda" and len(dtypes) == 1 and len(hidden):
         target = _target(hidden.device, hidden.dtype)
     elif hidden.device.type == "cpu":
-        target = _cpu_level()
+        target = _processor()
     V, D = head_weight.shape
     plan = launch(len(hidden), V, D, head_weight.dtype, hidden.device.type, target)
     if backend != "auto":
@@ -100,8 +100,8 @@ def _target(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _cpu_level() -> str | None:
-    return cpu_sweep.best()
+def _processor() -> str | None:
+    return cpu_sweep.processor()
 
 
 @torch.compiler.assume_constant_result

@@ -26,7 +26,9 @@ from .kinds import DEFAULT
 from .kinds import wordings as wordings
 from .scene import Scene
 
-LOOKED_AT = 1200  # most samples about pictures where lessons keep these
+# Most samples about pictures where lessons keep these, of a long training, and the least. They only
+# tell the share that still holds, yet each is asked, taken to the teacher and scored twice.
+LOOKED_AT, LEAST = 600, 40
 NO_DESCRIPTION = (
     "The model says nothing about the picture without a name in it, so no answer was trained in "
     "the place of the name: give one with --data."
@@ -147,7 +149,7 @@ def preserve(scene: Scene) -> list[Sample]:
         if named:
             pairs += [(fill(rng.choice(words["yesno"]["train"]), name=named), index)]
     # With lessons, these alone keep the pictures of others; the samples are looked at, not trained.
-    most = scene.recipe.as_many(LOOKED_AT, 60) if scene.recipe.strangers else len(pairs)
+    most = scene.recipe.as_many(LOOKED_AT, LEAST) if scene.recipe.strangers else len(pairs)
     if most < len(pairs):
         pairs = rng.sample(pairs, most)
     scene.left_out = 0

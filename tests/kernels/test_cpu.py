@@ -1,6 +1,7 @@
 """The C++ sweep at every level that this processor executes, how it is built, and what a machine
 without a compiler does. The hard cases of every backend are in tests/loss/test_fused_hard.py."""
 
+import itertools
 import logging
 import subprocess
 import sys
@@ -11,8 +12,8 @@ import pytest
 import torch
 
 from fastsiu import TeacherCache, fused_dmk_ce, why_not
-from fastsiu.kernels import cpu_build, cpu_sweep, inputs, tiled
-from fastsiu.kernels.launch import CPU
+from fastsiu.kernels import cpu_build, cpu_sweep, inputs, launch, tiled
+from fastsiu.kernels.launch import CPU, CPU_HEAD
 from fastsiu.loss.backend import chosen
 
 ROOT = Path(__file__).parents[2]
@@ -288,20 +289,34 @@ def test_what_is_left_to_tiled_is_said():
 
 @needs_library
 def test_auto_takes_it_where_it_was_measured(monkeypatch):
-    plan = lambda dtype, *rest: chosen(
-        rand(256, 64, dtype=dtype), rand(3000, 64, dtype=dtype), *rest
-    )
+    head = lambda V, dtype: torch.empty(V, 64, dtype=dtype)  # what it holds decides nothing
+    plan = lambda dtype, V=CPU_HEAD // 64: chosen(rand(256, 64, dtype=dtype), head(V, dtype))
     # the choice, not this machine: some systems keep AMX from a process
     monkeypatch.setattr(cpu_sweep, "why_no_library", lambda: None)
-    for level in cpu_build.LEVELS:
+    for maker, level in itertools.product(("Intel", "AMD", "another"), cpu_build.LEVELS):
+        monkeypatch.setattr(cpu_build, "maker", lambda maker=maker: maker)
         monkeypatch.setattr(cpu_sweep, "best", lambda level=level: level)
         for dtype in (F32, BF16):
-            assert (plan(dtype).backend == "cpu") == ((level, dtype) in CPU)
-    monkeypatch.setattr(cpu_sweep, "best", lambda: "amx")
-    assert plan(F64).backend == "tiled" and plan(BF16).why.startswith("bf16 products by AMX")
-    trains = rand(3000, 64, dtype=BF16).requires_grad_()
+            assert (plan(dtype).backend == "cpu") == ((f"{maker} {level}", dtype) in CPU)
+            assert plan(dtype, CPU_HEAD // 64 - 1).backend == "tiled"
+    monkeypatch.setattr(cpu_sweep, "processor", lambda: "Intel amx")
+    assert plan(F64).backend == "tiled" and "with AMX" in plan(BF16).why
+    trains = head(CPU_HEAD // 64, BF16).requires_grad_()
     plan = chosen(rand(256, 64, dtype=BF16), trains)
     assert plan.backend == "tiled" and "trains" in plan.why
+
+
+def test_the_maker_is_read_from_what_linux_says(monkeypatch):
+    assert cpu_build.maker() in ("Intel", "AMD", "another")
+    for vendor, maker in (
+        ("GenuineIntel", "Intel"),
+        ("AuthenticAMD", "AMD"),
+        ("Nobody", "another"),
+    ):
+        monkeypatch.setattr(cpu_build, "_cpuinfo", lambda vendor=vendor: {"vendor_id": vendor})
+        assert cpu_build.maker() == maker
+    monkeypatch.setattr(cpu_build, "_cpuinfo", dict)  # another system
+    assert cpu_build.maker() == "another" and cpu_sweep.processor() != cpu_sweep.best()
 
 
 def test_a_machine_without_a_compiler_goes_on_with_tiled(monkeypatch, caplog, tmp_path):
@@ -309,7 +324,8 @@ def test_a_machine_without_a_compiler_goes_on_with_tiled(monkeypatch, caplog, tm
     monkeypatch.setattr(cpu_build.shutil, "which", lambda name: None)
     # beside this source lies no library that setup.py has built
     monkeypatch.setattr(cpu_build, "SOURCE", tmp_path / "sweep.cpp")
-    monkeypatch.setattr(cpu_sweep, "best", lambda: "amx")
+    monkeypatch.setattr(cpu_sweep, "processor", lambda: "Intel amx")
+    monkeypatch.setattr(launch, "CPU_HEAD", 0)
     caches = (cpu_build.load, cpu_build.why_not, cpu_sweep.log_once)
     for one in caches:
         one.cache_clear()

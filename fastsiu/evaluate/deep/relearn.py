@@ -36,7 +36,8 @@ from .target import (
     see,
 )
 
-STEPS = (1, 2, 3, 5, 8, 12, 20)  # after which the name is asked for
+# After which the name is asked for: each one where names have been seen to come back.
+STEPS = (1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 20)
 BENIGN = 30  # steps of training on anything else
 RECOVERED = 0.5  # with at least this share of naming answers a name has come back
 RATE = 2e-4  # of AdamW
