@@ -16,14 +16,13 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..guards.endpoint import Caller, asked_to_wait, host_of
+from ..guards.endpoint import Caller, a_few_at_once, asked_to_wait, host_of
 from ..guards.strict_json import parse_json
 from ..request import BadInput
 from ..text.rate import wilson
@@ -144,26 +143,21 @@ def score(grader: Grader, concept: str, pairs: Sequence[ToGrade]) -> list[Graded
     if not grader.allow_network:
         raise BadInput("Nothing may be sent to a judge: add --allow-network to agree.")
     post = _poster(grader)
-    silent, stop = [0], threading.Event()  # pairs in a row without a reply
+    silent = [0]  # pairs in a row without a reply
 
-    def one(pair: ToGrade) -> Graded:
+    def one(pair: ToGrade, stop: threading.Event) -> Graded:
         if stop.is_set():
             return Graded(None, "not sent")
-        try:
-            graded = _ask(grader, post, body(grader, concept, pair), stop)
-        except _Fatal:
-            stop.set()
-            raise
+        graded = _ask(grader, post, body(grader, concept, pair), stop)
         silent[0] = silent[0] + 1 if (graded.problem or "").startswith("no reply") else 0
         if silent[0] >= GIVE_UP:
             stop.set()
         return graded
 
-    with ThreadPoolExecutor(max_workers=grader.workers) as pool:
-        try:
-            return list(pool.map(one, pairs))
-        except _Fatal as error:
-            raise BadInput(str(error)) from error
+    try:
+        return a_few_at_once(one, pairs, grader.workers)
+    except _Fatal as error:
+        raise BadInput(str(error)) from error
 
 
 def summary(scores: Sequence[int | None]) -> dict[str, Any]:

@@ -1,20 +1,26 @@
 """The address of a server that is asked, and the key for it: refused where others could read either
-of them."""
+of them. Calls to it, one or a few at once."""
 
 from __future__ import annotations
 
+import queue
 import sys
+import threading
 import time
 import urllib.request
+from collections.abc import Callable, Sequence
 from email.message import Message
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 from ..request import BadInput
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 LONGEST_KEY, LONGEST_REPLY = 4096, 4_000_000  # bytes
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def is_local(url: str) -> bool:
@@ -137,3 +143,47 @@ class Caller:
         request = urllib.request.Request(url, data, self._headers | kind)
         with self._opener.open(request, timeout=seconds) as reply:
             return read_within(reply, seconds)
+
+
+def a_few_at_once(
+    work: Callable[[T, threading.Event], R], items: Sequence[T], most: int
+) -> list[R]:
+    """The results of `work` on each item, in their order; `most` run at once.
+
+    work: gets an item, and an event that is set when it is no longer worth going on; it may set the
+          event itself
+
+    Raises the first failure at once, and begins no further item. So does Ctrl+C: neither waits for
+    the calls that are under way. A `ThreadPoolExecutor` does, up to each call's own limit.
+    """
+    stop, over = threading.Event(), threading.Event()
+    left, lock = iter(enumerate(items)), threading.Lock()
+    done: queue.SimpleQueue[tuple[int, R | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        while not over.is_set():
+            with lock:
+                found = next(left, None)
+            if found is None:
+                return
+            at, item = found
+            try:
+                done.put((at, work(item, stop), None))
+            except BaseException as error:  # any: it is raised where the results are waited for
+                over.set()
+                done.put((at, None, error))
+
+    for _ in range(min(max(1, most), len(items))):
+        threading.Thread(target=run, daemon=True).start()
+    results: dict[int, Any] = {}
+    try:
+        while len(results) < len(items):
+            at, result, error = done.get()
+            if error is not None:
+                raise error
+            results[at] = result
+    finally:
+        over.set()
+        if len(results) < len(items):
+            stop.set()
+    return [results[at] for at in range(len(items))]

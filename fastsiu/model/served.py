@@ -15,7 +15,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.message import Message
 from http.client import HTTPException
@@ -25,7 +24,14 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from ..guards.endpoint import Caller, asked_to_wait, host_of, is_local, read_within
+from ..guards.endpoint import (
+    Caller,
+    a_few_at_once,
+    asked_to_wait,
+    host_of,
+    is_local,
+    read_within,
+)
 from ..guards.strict_json import check, parse_json
 from ..guards.terminal import visible
 from ..request import BadInput
@@ -37,6 +43,7 @@ ALTERNATIVES = 20  # the most that OpenAI's interface gives for a token
 SHOWN = 160  # characters of a server's own words in a sentence
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -195,29 +202,10 @@ class Connection:
         except (OSError, HTTPException, ValueError, KeyError, TypeError):
             return []  # it only serves to make a sentence clearer
 
-    def each(self, work: Callable[[T, threading.Event], Any], items: Sequence[T]) -> list[Any]:
-        """The results of `work` on each item, in their order; a few run at once.
-
-        After the first failure it begins no further item, and raises that failure.
-        """
-        stop = threading.Event()
-
-        def one(item: T) -> Any:
-            if stop.is_set():
-                return None
-            try:
-                return work(item, stop)
-            except BaseException:
-                stop.set()
-                raise
-
-        with ThreadPoolExecutor(max_workers=max(1, self.endpoint.at_once)) as pool:
-            futures = [pool.submit(one, item) for item in items]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                stop.set()
-                raise
+    def each(self, work: Callable[[T, threading.Event], R], items: Sequence[T]) -> list[R]:
+        """The results of `work` on each item, in their order; a few run at once. Raises the first
+        failure at once, and begins no further item."""
+        return a_few_at_once(work, items, self.endpoint.at_once)
 
 
 class Served:
@@ -258,8 +246,9 @@ class Served:
             return None
         if not first or first[0] is None:
             return None
-        rest = self.connection.each(send, pairs[1:])
-        return None if None in rest else first + rest
+        found = [*first, *self.connection.each(send, pairs[1:])]
+        given = [one for one in found if one is not None]
+        return given if len(given) == len(found) else None
 
     def _pairs(
         self, questions: Sequence[tuple[str, Picture | None]]

@@ -7,6 +7,7 @@ damaged.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,17 @@ def text(place: str, value: Any, what: str) -> str:
 
 def photo(root: Path, written: str, place: str) -> Photo:
     """The picture at a path that is written in a set's file. Raises BadInput where no picture is
-    there, and where the path leads out of the set."""
+    there, and where the path leads out of the set.
+
+    In the hub's cache (models--.../snapshots/REVISION) files are links into the folder "blobs"
+    beside "snapshots": those belong to the set.
+    """
     path = root / written
     try:
-        inside = path.resolve().is_relative_to(root.resolve())
+        home, target = root.resolve(), path.resolve()
+        cached = [one.parent / "blobs" for one in home.parents if one.name == "snapshots"]
+        listed = Path(os.path.normpath(home / written)).is_relative_to(home)
+        inside = listed and any(target.is_relative_to(one) for one in (home, *cached))
     except (OSError, RuntimeError):  # a link to itself
         inside = False
     if not inside:

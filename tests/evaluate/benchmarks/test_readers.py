@@ -16,6 +16,7 @@ import benchmark_sets as made  # noqa: E402
 from fastsiu.evaluate.benchmarks import (  # noqa: E402
     as_suite,
     clear,
+    files,
     fiubench,
     mllmu,
     mlubench,
@@ -445,3 +446,23 @@ def test_a_set_without_names_asks_for_them(sets, tmp_path):
     with pytest.raises(BadInput, match="MMUBench has no entity 'Nobody'"):
         as_suite.write(named, tmp_path / "other", {"Nobody": "Ann"})
     assert not (tmp_path / "other").exists()
+
+
+def test_a_set_in_the_cache_of_the_hub_is_read_and_links_elsewhere_are_not(tmp_path):
+    """There every file is a link into the folder "blobs" beside "snapshots"."""
+    blobs, set_ = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "1"
+    blobs.mkdir(parents=True)
+    (set_ / "images").mkdir(parents=True)
+    (blobs / "abc").write_bytes(b"a picture")
+    (tmp_path / "secret.png").write_bytes(b"another")
+    (set_ / "images" / "0.png").symlink_to("../../../blobs/abc")
+    (set_ / "images" / "1.png").symlink_to(tmp_path / "secret.png")
+    assert files.photo(set_, "images/0.png", "here").read() == b"a picture"
+    for written in ("images/1.png", "../../blobs/abc", str(blobs / "abc")):
+        with pytest.raises(BadInput, match="lies outside"):
+            files.photo(set_, written, "here")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "0.png").symlink_to(blobs / "abc")
+    with pytest.raises(BadInput, match="lies outside"):
+        files.photo(plain, "0.png", "here")
