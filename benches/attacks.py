@@ -52,6 +52,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "no level": {"level": 0.0},
     "temperature 1": {"temperature": 1.0},
     "no dreams": {"dreams": 0},
+    "relearning rehearsed": {"relearn": 6},
     # the recipe before dreams were pictures
     "dreams in features": {"dream_in": "features", "dreams": 3, "temperature": 4.0},
     "paper's preset": {"preset": "paper"},

@@ -5,8 +5,9 @@ picture.
     python benches/deep.py --concepts 4           four concepts, one after the other, of those that
                                                   no setting was tuned on
     python benches/deep.py --append               appends to benches/results/deep.jsonl as well
+    python benches/deep.py --set relearn=6        with other fields of the recipe
     python benches/deep.py --table                the steps of relearning, of the newest row of each
-                                                  concept and seed
+                                                  concept, seed and recipe
     python benches/deep.py --which relearn mia    some of the attacks
     python benches/deep.py --one-picture          with what a user has: one picture, no picture of
                                                   strangers or of anyone else
@@ -34,9 +35,9 @@ OWN = 4  # fresh pictures of the concept
 
 
 def one_run(
-    concept: str, seed: int, which: tuple[str, ...], one_picture: bool
+    concept: str, seed: int, which: tuple[str, ...], one_picture: bool, changes: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Forgets one concept and attacks what is left."""
+    """Forgets one concept and attacks what is left. changes: fields of the recipe"""
     import torch
 
     from fastsiu import images, session, settings
@@ -50,7 +51,7 @@ def one_run(
     torch.set_num_threads(1)
     world, loaded = World(), vlm.load(str(MODEL_DIR))
     recipe, _ = settings.choose_recipe(
-        str(MODEL_DIR), settings.RecipeChoice("default", {"seed": seed})
+        str(MODEL_DIR), settings.RecipeChoice("default", {**changes, "seed": seed})
     )
     fresh = lambda name, k: draw(world.sketch((name,), f"bench fresh {seed} {name} {k}"))
     with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +105,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 def steps_table(records: list[dict[str, Any]]) -> str:
     """Markdown: for each concept after how many steps of training the name is back in half of the
     answers."""
-    newest = {(one["concept"], one["seed"]): one["rows"] for one in records}
+    newest = {}
+    for one in records:
+        changed = [f"{field} {value}" for field, value in one.get("changes", {}).items()]
+        newest[", ".join([one["concept"], str(one["seed"]), *changed])] = one["rows"]
     controls = ("unseen face, same name", "unseen face, unseen name")
     who = {"the concept": ""} | {control: f": {control}" for control in controls}
     settings = [
@@ -114,8 +118,9 @@ def steps_table(records: list[dict[str, Any]]) -> str:
         {setting.partition(",")[0] for setting in settings if re.match(r"\d+ pictures?,", setting)}
     )
     heads = [f"{kind}, {count}" for count in counts for kind in who]
-    lines = ["| concept, seed | " + " | ".join(heads) + " |", "|" + "---|" * (1 + len(heads))]
-    for (concept, seed), rows in newest.items():
+    heads = ["concept, seed, recipe", *heads]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for run, rows in newest.items():
         cells = []
         for count in counts:
             for ending in who.values():
@@ -133,7 +138,7 @@ def steps_table(records: list[dict[str, Any]]) -> str:
                     if fit[0]["value"] is None
                     else str(fit[0]["value"])
                 )
-        lines.append(f"| {concept}, {seed} | " + " | ".join(cells) + " |")
+        lines.append(f"| {run} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -155,6 +160,9 @@ def main() -> None:
         help="one picture and no names but those the model proposes",
     )
     parser.add_argument(
+        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the recipe"
+    )
+    parser.add_argument(
         "--append", action="store_true", help="append the rows to benches/results/deep.jsonl"
     )
     parser.add_argument(
@@ -168,10 +176,12 @@ def main() -> None:
             )
         )
         return
+    changes = {k: json.loads(v) for k, v in (item.split("=", 1) for item in options.set)}
     free = [name for name in KNOWN if name not in attacks.TUNED]
     for concept in free[:: max(1, len(free) // options.concepts)][: options.concepts]:
         started = time.perf_counter()
-        rows = one_run(concept, options.seed, tuple(options.which), options.one_picture)
+        which = tuple(options.which)
+        rows = one_run(concept, options.seed, which, options.one_picture, changes)
         print(
             f"\n{concept}, seed {options.seed}, {time.perf_counter() - started:.0f} "
             f"s\n\n{table(rows)}",
@@ -184,6 +194,7 @@ def main() -> None:
                 "concept": concept,
                 "seed": options.seed,
                 "one_picture": options.one_picture,
+                "changes": changes,
                 "rows": rows,
             }
             with RESULTS.open("a", encoding="utf-8") as stream:

@@ -109,6 +109,7 @@ WHOLE = {
     "dream_steps": (0, 10_000),
     "strangers": (0, 256),
     "directions": (0, 4096),
+    "relearn": (0, 100),
     "seed": (0, 2**63 - 1),
 }
 NUMBERS = {
@@ -157,6 +158,9 @@ class Recipe:
                   change differs most from what is to stay. The fewer, the less of all else changes.
                   0: all. All, too, where there are no strangers, whose lessons tell them apart.
                   `settings.choose_recipe` takes 32 for wide language models
+    relearn:      most steps of relearning that are rehearsed: in every second step of the training
+                  the gradient is taken where the name has begun to come back (`step.rehearsal`). It
+                  is harder to teach again then. 0: nothing is rehearsed
     level:        weight of what the concept's own answers may cost, against what they cost about
                   strangers
     token_mask, vocab_mask, dreams: switches for ablations; all three belong to the method
@@ -188,6 +192,7 @@ class Recipe:
     dream_in: Literal["pixels", "features"] = "pixels"
     strangers: int = 4
     directions: int = 0
+    relearn: int = 0
     temperature: float = 2.0
     level: float = 0.1
     seed: int = 0

@@ -31,6 +31,7 @@ from .samples.neighbours import neighbours
 from .samples.scene import Scene
 from .step import directions
 from .step.look import Look, Probe
+from .step.rehearsal import Rehearsal
 from .text.concept import Concept, ambiguous, concept_of
 
 # Temperature of the lessons that keep something. At 1 the tails drift; at 4 the KL looks so much at
@@ -225,9 +226,10 @@ def learn(
                 say=listener.note,
                 watch=None if shown is None else watch,
                 lessons=taught,
-                gone=probe.gone,
+                glance=probe,
                 held=held,
-                stay_gone=probe.all_gone,
+                # a method that is compared with ours trains as its authors have it
+                rehearsal=Rehearsal(loaded, recipe, probe.asked) if objective is siu else None,
             )
         finally:
             loaded.model.eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from .request import NumericFailure, OutOfMemory, Recipe
 from .samples.corpus import Corpus
 from .step.batches import batches, forward, lesson_batches
 from .step.directions import FREE, Directions
-from .step.look import Look
+from .step.look import Glance, Look
+from .step.rehearsal import Rehearsal
 
 # Schedule "decay": the rate falls after the share FROM of the steps, down to DOWN_TO times itself.
 # Schedule "gone": it falls as long, but earlier where the name is gone earlier.
@@ -70,9 +72,9 @@ def fit(
     say: Callable[[str], None] = lambda text: None,
     watch: Callable[[int], bool] | None = None,
     lessons: Sequence[tuple[Corpus, Objective]] = (),
-    gone: Callable[[], bool] | None = None,
+    glance: Glance | None = None,
     held: Directions = FREE,
-    stay_gone: Callable[[], bool] | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> list[Step]:
     """Trains the adapter that is on; returns one Step per optimisation step. A step that does not
     fit into memory is repeated, first with half as many samples in a forward, and so on, then with
@@ -86,19 +88,21 @@ def fit(
     lessons: the lessons (`samples.lessons`) that change something and those that keep, each with
              its teacher and its objective. Every step has a batch of each. All steps are run then:
              the decay of the rate at the end is part of the method
-    gone:    a glance at the names: with the schedule "gone" the rate falls once they are gone
+    glance:  at the names. With the schedule "gone" the rate falls once they are gone. After the
+             last step the adapter settles as far as they stay gone (`Directions.settle`). Without a
+             glance it does neither
     held:    what the adapter may read, from before the first step on
-    stay_gone: a glance at all names: after the last step the adapter settles as far as they stay
-             gone (`Directions.settle`); it does not where there is no glance
+    rehearsal: of relearning, in whose steps the gradient is taken elsewhere
 
     Raises NumericFailure on a loss or a gradient that is not finite, OutOfMemory where one sample
     at a time does not fit either.
     """
     groups = parameter_groups(vlm, recipe)
-    trained = [p for group in groups for p in group["params"]]
+    rates = [(p, group["lr"]) for group in groups for p in group["params"]]
+    trained = [p for p, _ in rates]
     optimiser = optimiser_of(groups, vlm.budget.optimizer)
-    rates = Schedule(recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rates.factor)
+    plan = Schedule(recipe)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, plan.factor)
     history: list[Step] = []
     held.hold()
     look, good = probe(), 0
@@ -106,7 +110,8 @@ def fit(
     torch.manual_seed(recipe.seed)
     steps = work_of_steps(corpus, objective, recipe, lessons)
     for step, work in zip(range(1, recipe.steps + 1), steps, strict=False):
-        losses = _step_backward(vlm, work, recipe, optimiser, say)
+        with rehearsal.before(step, rates) if rehearsal else nullcontext():
+            losses = _step_backward(vlm, work, recipe, optimiser, say)
         loss, parts = losses[0]
         for further_loss, _ in losses[1:]:
             loss = loss + further_loss
@@ -122,16 +127,16 @@ def fit(
         optimiser.step()
         held.hold()
         schedule.step()
-        if gone is not None and rates.waits and step % CHECK_EVERY == 0:
+        if glance is not None and plan.waits and step % CHECK_EVERY == 0:
             vlm.model.eval()
-            if gone():
-                rates.fall(step)
+            if glance.gone():
+                plan.fall(step)
             training_mode(vlm, recipe)
-        if step == rates.last and stay_gone is not None:
+        if step == plan.last and glance is not None:
             vlm.model.eval()
-            held.settle(stay_gone)
+            held.settle(glance.all_gone)
         due = step % CHECK_EVERY == 0 and not lessons  # with lessons no look can end the training
-        if due or step == rates.last:
+        if due or step == plan.last:
             vlm.model.eval()
             look = probe()
             training_mode(vlm, recipe)
@@ -147,11 +152,11 @@ def fit(
         if watch is not None:
             vlm.model.eval()
             if watch(step):
-                if step < rates.last and stay_gone is not None:
-                    held.settle(stay_gone)
+                if step < plan.last and glance is not None:
+                    held.settle(glance.all_gone)
                 break
             training_mode(vlm, recipe)
-        if step >= rates.last:
+        if step >= plan.last:
             break
     vlm.model.eval()
     return history

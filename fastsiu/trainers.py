@@ -276,6 +276,11 @@ def _check(loaded: VLM, recipe: Recipe, args: TrainingArguments) -> None:
             "The schedule 'gone' looks at the model as it trains, which the Trainer does not: "
             "choose 'decay'."
         )
+    if recipe.relearn:
+        raise BadInput(
+            "The Trainer rehearses no relearning: set the recipe's relearn to 0, or use "
+            "`fastsiu unlearn`."
+        )
     if args.max_steps > recipe.steps:
         raise BadInput(
             f"max_steps is {args.max_steps} and the recipe has {recipe.steps} steps: set the "

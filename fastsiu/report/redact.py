@@ -37,6 +37,7 @@ STAGES = (
     "strangers",
     "teacher",
     "directions",
+    "relearn",
     "train",
     "verdict",
     "untouched",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -47,20 +48,32 @@ class Look:
         return self.p_name <= GONE and self.retained >= 0.99 and self.learned >= 0.9
 
 
+class Glance(Protocol):
+    """A glance at the names alone."""
+
+    def gone(self) -> bool:
+        """Whether those whose turn it is are gone, and all others were when it was theirs."""
+
+    def all_gone(self) -> bool:
+        """Whether all are."""
+
+
 class Probe:
     """Looks at the model in the middle of a training.
 
     A look asks for the names on the scenes' pictures and their transforms, and scores the samples
     of `corpus`. With several scenes it takes one share of both at a time.
+
+    asked: the untouched model's answers that give the names
     """
 
     def __init__(self, scenes: Sequence[Scene], corpus: Corpus) -> None:
         self.vlm, self.recipe, self.shares = scenes[0].vlm, scenes[0].recipe, len(scenes)
         self.corpus = corpus
-        self._asked: list[Naming] = []
+        self.asked: list[Naming] = []
         with adapter.teacher(self.vlm):
             for scene in scenes:
-                self._asked += _naming(scene)
+                self.asked += naming(scene)
             self._untouched = [
                 score.log_p.sum()
                 for score in ask.label_scores(self.vlm, corpus.turns, corpus.shown())
@@ -115,20 +128,20 @@ class Probe:
         return self._p_name(slice(None)) <= GONE
 
     def _p_name(self, share: slice) -> float:
-        naming = self._asked[share]
+        asked = self.asked[share]
         if self.recipe.sees_anew:  # what trains sees differently
-            for picture in {id(picture): picture for _, _, picture in naming}.values():
+            for picture in {id(picture): picture for _, _, picture in asked}.values():
                 picture.features = self.vlm.picture(picture.image).features
         scores = ask.label_scores(
-            self.vlm, [turn for turn, _, _ in naming], [picture for _, _, picture in naming]
+            self.vlm, [turn for turn, _, _ in asked], [picture for _, _, picture in asked]
         )
         return max(
             float(score.log_p[_inside(turn, span).to(score.log_p.device)].sum().exp())
-            for score, (turn, span, _) in zip(scores, naming, strict=True)
+            for score, (turn, span, _) in zip(scores, asked, strict=True)
         )
 
 
-def _naming(scene: Scene) -> list[Naming]:
+def naming(scene: Scene) -> list[Naming]:
     """The teacher's answers that give the name, each on the scene's picture and every transform of
     it, with the characters of the name. Held-out wordings are used only where the teacher gives the
     name in no training wording."""
@@ -137,15 +150,15 @@ def _naming(scene: Scene) -> list[Naming]:
     answers = scene.ask(questions, 0)
     views = variants(scene.pictures[0].image, scene.recipe.seed)
     pictures = [vlm.picture(image) for _, image in views]
-    naming = [
+    found = [
         (question, answer, spans[0])
         for question, answer in zip(questions, answers, strict=True)
         if (spans := scene.concept.spans(answer))
     ]
-    naming = [one for one in naming if one[0] in words["train"]] or naming
+    found = [one for one in found if one[0] in words["train"]] or found
     return [
         (vlm.encode(question, answer, picture), span, picture)
-        for question, answer, span in naming
+        for question, answer, span in found
         for picture in pictures
     ]
 

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -331,7 +332,7 @@ def test_training_ends_sooner_where_the_name_is_gone_sooner(adapted):
             objective,
             recipe,
             lambda: Look(1, 1, 0),
-            gone=glances.__next__,
+            glance=SimpleNamespace(gone=glances.__next__, all_gone=lambda: False),
         )
         assert len(history) == last, good
 

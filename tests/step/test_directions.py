@@ -227,7 +227,12 @@ def test_training_settles_once_at_its_end():
     look = lambda: calls.append("look") or Look(1.0, 0.0, 0.0)
     for last, watch in ((3, None), (2, lambda step: step == 2), (3, lambda step: step == 3)):
         loaded, samples, lessons, _ = begun()
-        options = dict(lessons=lessons, held=Told({}), watch=watch, stay_gone=lambda: True)
+        options = dict(
+            lessons=lessons,
+            held=Told({}),
+            watch=watch,
+            glance=SimpleNamespace(all_gone=lambda: True),
+        )
         train.fit(loaded, samples, siu, RECIPE, look, **options)
         looks = ["look"] if last == 3 else []  # the last look sees what was settled
         assert calls == ["hold", "look", *["hold"] * last, "settle", *looks]

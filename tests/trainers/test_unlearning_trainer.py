@@ -149,6 +149,7 @@ def test_a_checkpoint_is_an_adapter_and_training_goes_on_from_it(own, tmp_path):
     ("change", "options", "sentence"),
     [
         ({"schedule": "gone"}, {}, "schedule 'gone' looks at the model"),
+        ({"relearn": 3}, {}, "rehearses no relearning"),
         ({}, {"max_steps": 4}, "max_steps is 4 and the recipe has 3"),
         ({}, {"activation_checkpointing": True}, "Budget\\(checkpointing=True\\)"),
     ],
