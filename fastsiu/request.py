@@ -158,9 +158,10 @@ class Recipe:
                   change differs most from what is to stay. The fewer, the less of all else changes.
                   0: all. All, too, where there are no strangers, whose lessons tell them apart.
                   `settings.choose_recipe` takes 32 for wide language models
-    relearn:      most steps of relearning that are rehearsed: in every second step of the training
-                  the gradient is taken where the name has begun to come back (`step.rehearsal`). It
-                  is harder to teach again then. 0: nothing is rehearsed
+    relearn:      most steps of relearning that are rehearsed: in every second step, after the first
+                  eighth, the gradient is taken where the name has begun to come back
+                  (`step.rehearsal`). It is harder to teach again then (docs/results.md). 0: nothing
+                  is rehearsed
     level:        weight of what the concept's own answers may cost, against what they cost about
                   strangers
     token_mask, vocab_mask, dreams: switches for ablations; all three belong to the method

@@ -207,6 +207,10 @@ def learn(
     listener.stage("Training")
     with timed(seconds, "train"):
         probe = Probe([one.scene for one in prepared], samples)
+        # A method that is compared with ours trains as its authors have it.
+        rehearsal = Rehearsal.of(loaded, recipe, probe.asked) if objective is siu else None
+        if rehearsal and rehearsal.note:
+            listener.note(rehearsal.note)
         on_step = lambda step: listener.step(step, recipe.steps)
         shown = listener.look
 
@@ -228,8 +232,7 @@ def learn(
                 lessons=taught,
                 glance=probe,
                 held=held,
-                # a method that is compared with ours trains as its authors have it
-                rehearsal=Rehearsal(loaded, recipe, probe.asked) if objective is siu else None,
+                rehearsal=rehearsal,
             )
         finally:
             loaded.model.eval()

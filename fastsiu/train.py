@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -110,8 +111,8 @@ def fit(
     torch.manual_seed(recipe.seed)
     steps = work_of_steps(corpus, objective, recipe, lessons)
     for step, work in zip(range(1, recipe.steps + 1), steps, strict=False):
-        with rehearsal.before(step, rates) if rehearsal else nullcontext():
-            losses = _step_backward(vlm, work, recipe, optimiser, say)
+        moved = partial(rehearsal.before, step, rates) if rehearsal else nullcontext
+        losses = _step_backward(vlm, work, recipe, optimiser, say, moved)
         loss, parts = losses[0]
         for further_loss, _ in losses[1:]:
             loss = loss + further_loss
@@ -206,12 +207,16 @@ def _step_backward(
     recipe: Recipe,
     optimiser: torch.optim.Optimizer,
     say: Callable[[str], None],
+    moved: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Losses:
     """The losses of a step, with the gradients; in as little memory as it takes. Raises
-    OutOfMemory."""
+    OutOfMemory.
+
+    moved: inside, the parameters are where the gradient is to be taken
+    """
     while True:
         optimiser.zero_grad(set_to_none=True)
-        losses = _attempt(vlm, work, recipe)
+        losses = _attempt(vlm, work, recipe, moved)
         if losses is not None:
             return losses
         # Here, and not where the error was caught: there the traceback holds the failed step's
@@ -219,19 +224,25 @@ def _step_backward(
         _use_less(vlm, max(len(batch.chosen) for batch in work), recipe, say)
 
 
-def _attempt(vlm: VLM, work: Sequence[StepBatch], recipe: Recipe) -> Losses | None:
+def _attempt(
+    vlm: VLM,
+    work: Sequence[StepBatch],
+    recipe: Recipe,
+    moved: Callable[[], AbstractContextManager[None]],
+) -> Losses | None:
     """The losses of a step, with the gradients; None where memory did not suffice, and then the
     random generators are as they were. One batch's graph is gone before the next one's is built."""
     devices = [device for device in vlm.devices if device.type == "cuda"]
     state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
     try:
         losses = []
-        for corpus, chosen, objective in work:
-            loss, parts = objective(
-                forward(vlm, corpus, chosen, recipe, vlm.budget.micro_batch), recipe
-            )
-            loss.backward()
-            losses.append((loss.detach(), parts))
+        with moved():
+            for corpus, chosen, objective in work:
+                loss, parts = objective(
+                    forward(vlm, corpus, chosen, recipe, vlm.budget.micro_batch), recipe
+                )
+                loss.backward()
+                losses.append((loss.detach(), parts))
         return losses
     except RuntimeError as error:
         if not out_of_memory(error):

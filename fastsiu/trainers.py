@@ -279,7 +279,7 @@ def _check(loaded: VLM, recipe: Recipe, args: TrainingArguments) -> None:
     if recipe.relearn:
         raise BadInput(
             "The Trainer rehearses no relearning: set the recipe's relearn to 0, or use "
-            "`fastsiu unlearn`."
+            "fastsiu.unlearn(..., relearn=N)."
         )
     if args.max_steps > recipe.steps:
         raise BadInput(

@@ -39,20 +39,19 @@ SMALL_LOGITS, SMALL_HEAD = 2**17, 2**20  # N * V and V * D
 #     [2048, 16,000] D 1024 bf16  569  552  569  561  577
 TILE_BYTES = 2**24
 
-# Where the C++ is at least 1.1 times as fast as tiled at every shape of benches/cpu.py, with one
-# thread and with two: (maker and level of the processor, dtype of all operands) -> why. MKL, on
-# which tiled runs, is further from the floor on AMD's processors than on Intel's.
+# Where the C++ is at least 1.1 times as fast as tiled at every shape of benches/cpu.py, with two
+# threads (on AMD's with one, too): (maker and level of the processor, dtype of all operands) ->
+# why. torch's fp32 products, on which tiled runs, take longer on AMD's processors than on Intel's.
 CPU: dict[tuple[str | None, torch.dtype], str] = {
-    ("Intel amx", torch.bfloat16): "measured 2026-11-29 with AMX: 2 to 5 times tiled",
+    ("Intel amx", torch.bfloat16): "measured 2026-11-29 with AMX: 2.2 to 3.9 times tiled",
     ("AMD avx512_bf16", torch.bfloat16): "measured 2026-11-30 on Zen 4: 1.6 to 2.1 times tiled",
     ("AMD avx512_bf16", torch.float32): "measured 2026-11-30 on Zen 4: 1.1 to 1.9 times tiled",
     ("AMD avx512", torch.bfloat16): "measured 2026-11-30 on Zen 4: 1.2 to 1.8 times tiled",
     ("AMD avx512", torch.float32): "measured 2026-11-30 on Zen 4: 1.2 to 1.5 times tiled",
 }
-# With a smaller head the start of its threads costs more than it saves. With two threads of a Zen 4
-# it took 1.2 times as long as tiled at [400, 4000], D 256, as long at [16, 32,000], D 96, and half
-# as long at [32, 32,000], D 1024, bf16.
-CPU_HEAD = 2**24  # V * D
+# V * D from which on it is taken. The smallest head in benches/results/cpu.jsonl has 28 million
+# entries; with few of them the start of the threads, at each call, takes as long as the work.
+CPU_HEAD = 2**24
 
 
 def launch(

@@ -241,6 +241,8 @@ def _ask(
             problem = "no reply (timeout)" if timeout else "no reply (no connection)"
         if attempt + 1 < grader.attempts:
             stop.wait(min(LONGEST_WAIT, max(wait, grader.wait * 2**attempt)))
+            if stop.is_set():
+                break
     return Graded(None, problem)
 
 

@@ -161,22 +161,23 @@ def a_few_at_once(
     done: queue.SimpleQueue[tuple[int, R | None, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
-        while not over.is_set():
+        while True:
             with lock:
-                found = next(left, None)
+                found = None if over.is_set() else next(left, None)
             if found is None:
                 return
             at, item = found
             try:
                 done.put((at, work(item, stop), None))
             except BaseException as error:  # any: it is raised where the results are waited for
-                over.set()
+                with lock:
+                    over.set()
                 done.put((at, None, error))
 
-    for _ in range(min(max(1, most), len(items))):
-        threading.Thread(target=run, daemon=True).start()
     results: dict[int, Any] = {}
     try:
+        for _ in range(min(max(1, most), len(items))):
+            threading.Thread(target=run, daemon=True).start()
         while len(results) < len(items):
             at, result, error = done.get()
             if error is not None:

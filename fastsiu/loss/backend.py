@@ -166,8 +166,8 @@ def why_not(
     "triton"     forms the tiles in its own kernels, on a GPU
     "cpu"        C++ for fp32 and bf16: one frozen head of student and teacher without a softcap, or
                  no teacher; the first call compiles it, once on a machine
-    "auto"       chooses among these, see `chosen`; "triton" for 16 bit on a GPU, "cpu" for bf16
-                 where the processor multiplies it in tiles (AMX)
+    "auto"       chooses among these, see `chosen`; "triton" for 16 bit on a GPU; on a CPU "cpu"
+                 for large heads where it was measured to be faster (`kernels.launch.CPU`)
 
     Only "cpu" leaves some options and teachers to "tiled". A head in parts (`group`, or a teacher
     that has one) is computed by "tiled" alone, on CPU and GPU, and "auto" is then "tiled".

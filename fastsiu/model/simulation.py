@@ -117,7 +117,9 @@ class Simulation:
             trained=trained,
             gradient=trained,
             optimizer=states,
-            activations=self._run("step", replace(settings, ask_batch=0)),
+            # a rehearsal keeps the parameters as they were until the step is done
+            activations=self._run("step", replace(settings, ask_batch=0))
+            + (trained if self.recipe.relearn else 0),
             kept=features + statistics,
             overhead=int(OVERHEAD) if settings.device != "cpu" else 0,
             asking=self._run("asking", replace(settings, micro_batch=None, optimizer="adamw")),

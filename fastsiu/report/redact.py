@@ -37,7 +37,6 @@ STAGES = (
     "strangers",
     "teacher",
     "directions",
-    "relearn",
     "train",
     "verdict",
     "untouched",

@@ -1,2 +1,2 @@
 """One step of training: what it trains on, its shares for ranks and micro-batches, the look after
-it; and its loss in other trainers."""
+it, relearning rehearsed before it; and its loss in other trainers."""

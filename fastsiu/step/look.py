@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -15,11 +15,23 @@ from ..pictures.transforms import variants
 from ..samples.corpus import Corpus
 from ..samples.scene import Scene
 
-# A turn that gives the name, the characters of the name in its answer, and the picture it is about.
-Naming = tuple[Encoded, tuple[int, int], Picture]
-
 GONE = 0.01  # a name that is at most so likely is gone
 MARGIN = 0.1  # nats by which a retained answer may become less likely before it counts as bent
+
+
+class Naming(NamedTuple):
+    """An answer of the untouched model that gives the name.
+
+    turn:     the question and the answer
+    span:     characters of the name in the answer
+    shown:    the picture it is about
+    held_out: whether the question has a held-out wording
+    """
+
+    turn: Encoded
+    span: tuple[int, int]
+    shown: Picture
+    held_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,14 +142,14 @@ class Probe:
     def _p_name(self, share: slice) -> float:
         asked = self.asked[share]
         if self.recipe.sees_anew:  # what trains sees differently
-            for picture in {id(picture): picture for _, _, picture in asked}.values():
+            for picture in {id(one.shown): one.shown for one in asked}.values():
                 picture.features = self.vlm.picture(picture.image).features
         scores = ask.label_scores(
-            self.vlm, [turn for turn, _, _ in asked], [picture for _, _, picture in asked]
+            self.vlm, [one.turn for one in asked], [one.shown for one in asked]
         )
         return max(
-            float(score.log_p[_inside(turn, span).to(score.log_p.device)].sum().exp())
-            for score, (turn, span, _) in zip(scores, asked, strict=True)
+            float(score.log_p[_inside(one.turn, one.span).to(score.log_p.device)].sum().exp())
+            for score, one in zip(scores, asked, strict=True)
         )
 
 
@@ -157,7 +169,7 @@ def naming(scene: Scene) -> list[Naming]:
     ]
     found = [one for one in found if one[0] in words["train"]] or found
     return [
-        (vlm.encode(question, answer, picture), span, picture)
+        Naming(vlm.encode(question, answer, picture), span, picture, question not in words["train"])
         for question, answer, span in found
         for picture in pictures
     ]

@@ -7,9 +7,10 @@ cross-entropy of the untouched model's own answers that give the name. There the
 step is taken; it is applied where the parameters were before. What is learned then is what still
 forgets after so many steps of relearning.
 
-No part of the paper. It is the first-order form of training against tampering (Tamirisa et al.,
-"Tamper-Resistant Safeguards for Open-Weight LLMs", arXiv 2408.00761), where the gradient does not
-go through the steps that are rehearsed.
+No part of the paper. The idea is that of training against tampering (Tamirisa et al.,
+"Tamper-Resistant Safeguards for Open-Weight LLMs", arXiv 2408.00761). Here the gradient does not go
+through the steps that are rehearsed, and the whole loss of the step is taken there, also of what is
+to stay.
 """
 
 from __future__ import annotations
@@ -28,19 +29,34 @@ from ..model.vlm import VLM
 from ..request import Recipe
 from .look import Naming
 
-# Every second step rehearses, once the first ones have taught what to say instead: as long as the
+# Every second step rehearses, after the first eighth has taught what to say instead: as long as the
 # name is there, nobody needs to bring it back.
-FIRST, EVERY = 10, 2
-TAUGHT = 2  # answers that give the name, in all steps of one rehearsal: fewer than a step trains on
+FROM, EVERY = 1 / 8, 2
+TAUGHT = 2  # answers that give the name, in all steps of one rehearsal
+NOTHING_TO_TEACH = (
+    "The untouched model gives the name in none of the wordings that are trained, so no relearning "
+    "was rehearsed."
+)
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """naming: the untouched model's answers that give the name; none: nothing is rehearsed"""
+    """naming: the untouched model's answers that give the name, in trained wordings; none: nothing
+    is rehearsed"""
 
     vlm: VLM
     recipe: Recipe
     naming: Sequence[Naming]
+
+    @classmethod
+    def of(cls, vlm: VLM, recipe: Recipe, asked: Sequence[Naming]) -> Rehearsal:
+        """Held-out wordings are what the verdict asks: they are not rehearsed."""
+        return cls(vlm, recipe, [one for one in asked if not one.held_out])
+
+    @property
+    def note(self) -> str:
+        """Why nothing is rehearsed although the recipe asks for it; "" where it is."""
+        return NOTHING_TO_TEACH if self.recipe.relearn and not self.naming else ""
 
     @contextmanager
     def before(self, step: int, rates: Sequence[tuple[Tensor, float]]) -> Iterator[None]:
@@ -49,15 +65,16 @@ class Rehearsal:
 
         rates: each trained parameter with its learning rate
         """
-        most = self.recipe.relearn
-        if not most or not self.naming or step < FIRST or step % EVERY:
+        recipe = self.recipe
+        first = FROM * recipe.steps
+        if not recipe.relearn or not self.naming or step < first or step % EVERY:
             yield
             return
-        rng = random.Random(f"{self.recipe.seed} {step}")
-        taught = rng.sample(list(self.naming), min(TAUGHT, len(self.naming)))
+        rng = random.Random(f"{recipe.seed} {step}")
+        taught = rng.sample(list(self.naming), min(TAUGHT, recipe.batch_size, len(self.naming)))
         before = [parameter.detach().clone() for parameter, _ in rates]
         try:
-            for _ in range(rng.randint(1, most)):
+            for _ in range(rng.randint(1, recipe.relearn)):
                 self._teach(taught, rates)
             yield
         finally:
@@ -70,14 +87,14 @@ class Rehearsal:
         vlm = self.vlm
         states = prefix.supervised_states(
             vlm,
-            [turn for turn, _, _ in taught],
+            [one.turn for one in taught],
             [
-                vlm.image_features(shown.image) if self.recipe.sees_anew else shown.features
-                for _, _, shown in taught
+                vlm.image_features(one.shown.image) if self.recipe.sees_anew else one.shown.features
+                for one in taught
             ],
             micro_batch=vlm.budget.micro_batch,
         )
-        labels = torch.cat([turn.labels for turn, _, _ in taught])
+        labels = torch.cat([one.turn.labels for one in taught])
         loss = fused_dmk_ce(
             states, vlm.head_weight, labels, alpha=1.0, return_parts=False, **vlm.head_options
         )

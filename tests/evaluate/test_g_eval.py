@@ -172,6 +172,15 @@ def test_a_busy_server_is_asked_again(stub):
     )
 
 
+def test_nothing_more_is_sent_once_the_judge_refuses_altogether(stub):
+    """Also by a pair that is waiting to be sent again."""
+    stub.answer = lambda i, given: (401 if i == 1 else 503, {}, b"")
+    with pytest.raises(BadInput, match="refuses"):
+        grade_answers(options(stub, workers=2, wait=5.0), "Ann", PAIRS, lambda text: None)
+    time.sleep(0.5)
+    assert len(stub.seen) == 2
+
+
 def test_a_wait_that_is_no_number(stub):
     stub.answer = lambda i, given: said("5") if i else (429, {"Retry-After": "\xb2"}, b"")
     assert grade_answers(options(stub), "Ann", PAIRS[:1], lambda text: None)["value"] == 5.0

@@ -52,7 +52,27 @@ def test_the_first_failure_ends_it_at_once_and_nothing_further_begins():
         a_few_at_once(work, range(50), 2)
     assert time.monotonic() - start < FOREVER / 2
     time.sleep(0.2)
-    assert begun == [0, 1] and told == [True]
+    assert sorted(begun) == [0, 1] and told == [True]
+
+
+def test_nothing_begins_where_not_all_threads_could(monkeypatch):
+    start, started, done = threading.Thread.start, [], []
+
+    def fails(thread):
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    def work(item, stop):
+        stop.wait(FOREVER)
+        done.append(item)
+
+    monkeypatch.setattr(threading.Thread, "start", fails)
+    with pytest.raises(RuntimeError, match="new thread"):
+        a_few_at_once(work, range(20), 2)
+    started[0].join(FOREVER)
+    assert done == [0]
 
 
 def test_whoever_sets_the_event_still_gets_every_result():

@@ -3,6 +3,7 @@ step is taken."""
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +12,15 @@ import torch
 
 from fastsiu import objectives, session, train
 from fastsiu.model import adapter, prefix
+from fastsiu.model.vlm import checkpoint_layers
 from fastsiu.objectives import siu
 from fastsiu.request import Recipe
-from fastsiu.step import rehearsal
-from fastsiu.step.look import Look
-from fastsiu.step.rehearsal import EVERY, FIRST, Rehearsal
+from fastsiu.step.look import Look, Naming
+from fastsiu.step.rehearsal import EVERY, FROM, Rehearsal
 
+FIRST = EVERY  # the first step that rehearses in a training of so few
 RECIPE = Recipe(steps=FIRST, lr=1e-2, rank=4, batch_size=8, relearn=4, early_stop=False)
+LONG = 80  # steps of a training whose first ones do not rehearse
 ANSWERS = [("Who is this?", "This is Zorblax."), ("Name it.", "It is called Zorblax.")]
 
 
@@ -27,7 +30,7 @@ def begun(recipe=RECIPE):
     prepared = [made.prepared(loaded, recipe)]
     samples, lessons = session.run_teacher(loaded, prepared, recipe, lambda text: None)
     shown = samples.pictures[0]
-    naming = [(loaded.encode(q, a, shown), (0, 1), shown) for q, a in ANSWERS]
+    naming = [Naming(loaded.encode(q, a, shown), (0, 1), shown) for q, a in ANSWERS]
     return SimpleNamespace(
         loaded=loaded,
         samples=samples,
@@ -52,9 +55,9 @@ def cost(found):
     see = lambda shown: loaded.image_features(shown.image) if recipe.sees_anew else shown.features
     with torch.no_grad():
         states = prefix.supervised_states(
-            loaded, [turn for turn, _, _ in naming], [see(shown) for _, _, shown in naming]
+            loaded, [one.turn for one in naming], [see(one.shown) for one in naming]
         )
-    labels = torch.cat([turn.labels for turn, _, _ in naming])
+    labels = torch.cat([one.turn.labels for one in naming])
     return float(torch.nn.functional.cross_entropy(loaded.logits(states).float(), labels))
 
 
@@ -83,10 +86,15 @@ def test_each_step_has_its_own_rehearsal_and_the_same_one_each_time():
 
 @pytest.mark.parametrize(
     "step, relearn, answers",
-    [(FIRST - 1, 4, 2), (FIRST - EVERY, 4, 2), (FIRST + 1, 4, 2), (FIRST, 0, 2), (FIRST, 4, 0)],
+    [
+        (round(FROM * LONG) - EVERY, 4, 2),
+        (round(FROM * LONG) + 1, 4, 2),
+        (round(FROM * LONG), 0, 2),
+        (round(FROM * LONG), 4, 0),
+    ],
 )
 def test_nothing_is_rehearsed_elsewhere(step, relearn, answers, monkeypatch):
-    found = begun(RECIPE.with_overrides(relearn=relearn))
+    found = begun(RECIPE.with_overrides(relearn=relearn, steps=LONG))
     monkeypatch.setattr(Rehearsal, "_teach", lambda *given: pytest.fail("somebody teaches"))
     own = Rehearsal(found.loaded, found.rehearsal.recipe, found.rehearsal.naming[:answers])
     with own.before(step, found.rates):
@@ -146,4 +154,58 @@ def test_methods_that_are_compared_rehearse_nothing(objective, rehearsed, monkey
             objective=objective,
         )
     adapter.detach(loaded)
-    assert rehearsal.TAUGHT <= RECIPE.batch_size
+
+
+def test_a_small_step_teaches_no_more_than_it_trains(monkeypatch):
+    found, counts = begun(RECIPE.with_overrides(batch_size=1)), []
+    monkeypatch.setattr(Rehearsal, "_teach", lambda own, taught, rates: counts.append(len(taught)))
+    with found.rehearsal.before(FIRST, found.rates):
+        pass
+    assert counts and set(counts) == {1}
+
+
+def test_held_out_wordings_are_not_rehearsed_and_the_notes_say_so():
+    found = begun()
+    one, other = found.rehearsal.naming
+    own = Rehearsal.of(found.loaded, RECIPE, [one, other._replace(held_out=True)])
+    assert list(own.naming) == [one] and not own.note
+    none = Rehearsal.of(found.loaded, RECIPE, [other._replace(held_out=True)])
+    assert "no relearning was rehearsed" in none.note
+    assert not Rehearsal.of(found.loaded, RECIPE.with_overrides(relearn=0), []).note
+
+
+@pytest.mark.parametrize("kept", [{"micro_batch": 1}, {"checkpointing": True}], ids=str)
+def test_a_rehearsal_is_the_same_in_less_memory(kept):
+    found = begun()
+    with found.rehearsal.before(FIRST, found.rates):
+        moved = now(found)
+    found.loaded.budget = dataclasses.replace(found.loaded.budget, **kept)
+    if found.loaded.budget.checkpointing:
+        checkpoint_layers(found.loaded.base)
+        train.training_mode(found.loaded, RECIPE)
+    with found.rehearsal.before(FIRST, found.rates):
+        alike = [torch.isclose(a, b, atol=1e-6) for a, b in zip(now(found), moved, strict=True)]
+    # a gradient of nearly 0 may get the other sign by rounding
+    assert torch.cat([x.flatten() for x in alike]).float().mean() > 0.99
+
+
+def test_a_rehearsal_that_does_not_fit_is_tried_with_less(monkeypatch):
+    found, before, said = begun(), None, []
+    teach = Rehearsal._teach
+
+    def scarce(own, taught, rates):
+        if own.vlm.budget.micro_batch is None:
+            raise torch.OutOfMemoryError("out of memory")
+        teach(own, taught, rates)
+
+    before = now(found)
+    monkeypatch.setattr(Rehearsal, "_teach", scarce)
+    monkeypatch.setattr(train, "optimiser_of", lambda groups, name: torch.optim.SGD(groups, lr=0.0))
+    look = lambda: Look(1.0, 0.0, 0.0)
+    recipe = RECIPE.with_overrides(lr=0.0)
+    own = Rehearsal(found.loaded, recipe, found.rehearsal.naming)
+    history = train.fit(
+        found.loaded, found.samples, siu, recipe, look, say=said.append, rehearsal=own
+    )
+    assert len(history) == FIRST and len(said) == 1 and "Out of memory" in said[0]
+    assert same(now(found), before)

@@ -18,6 +18,7 @@ from ...request import BadInput
 from .form import Photo
 
 AGAIN = "download the set again"
+CACHED = ("datasets--", "models--")  # how the hub's cache names the folder of a repository
 
 
 def directory(root: Path, name: str, what: str) -> Path:
@@ -61,13 +62,17 @@ def photo(root: Path, written: str, place: str) -> Photo:
     """The picture at a path that is written in a set's file. Raises BadInput where no picture is
     there, and where the path leads out of the set.
 
-    In the hub's cache (models--.../snapshots/REVISION) files are links into the folder "blobs"
-    beside "snapshots": those belong to the set.
+    In the hub's cache (datasets--OWNER--NAME/snapshots/REVISION) files are links into the folder
+    "blobs" beside "snapshots": those belong to the set.
     """
     path = root / written
     try:
         home, target = root.resolve(), path.resolve()
-        cached = [one.parent / "blobs" for one in home.parents if one.name == "snapshots"]
+        cached = [
+            one.parent / "blobs"
+            for one in home.parents
+            if one.name == "snapshots" and one.parent.name.startswith(CACHED)
+        ]
         listed = Path(os.path.normpath(home / written)).is_relative_to(home)
         inside = listed and any(target.is_relative_to(one) for one in (home, *cached))
     except (OSError, RuntimeError):  # a link to itself

@@ -450,7 +450,8 @@ def test_a_set_without_names_asks_for_them(sets, tmp_path):
 
 def test_a_set_in_the_cache_of_the_hub_is_read_and_links_elsewhere_are_not(tmp_path):
     """There every file is a link into the folder "blobs" beside "snapshots"."""
-    blobs, set_ = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "1"
+    blobs = tmp_path / "datasets--a--b" / "blobs"
+    set_ = tmp_path / "datasets--a--b" / "snapshots" / "1"
     blobs.mkdir(parents=True)
     (set_ / "images").mkdir(parents=True)
     (blobs / "abc").write_bytes(b"a picture")
@@ -461,8 +462,10 @@ def test_a_set_in_the_cache_of_the_hub_is_read_and_links_elsewhere_are_not(tmp_p
     for written in ("images/1.png", "../../blobs/abc", str(blobs / "abc")):
         with pytest.raises(BadInput, match="lies outside"):
             files.photo(set_, written, "here")
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    (plain / "0.png").symlink_to(blobs / "abc")
-    with pytest.raises(BadInput, match="lies outside"):
-        files.photo(plain, "0.png", "here")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "secret").write_bytes(b"another")
+    for plain, link in (("plain", blobs / "abc"), ("snapshots/1", tmp_path / "blobs" / "secret")):
+        (tmp_path / plain).mkdir(parents=True)
+        (tmp_path / plain / "0.png").symlink_to(link)
+        with pytest.raises(BadInput, match="lies outside"):
+            files.photo(tmp_path / plain, "0.png", "here")
