@@ -487,6 +487,9 @@ def test_each_saving_saves():
         Simulation(config, replace(recipe, rank=64), work).estimate(Layout()).trained
         == 4 * plain.trained
     )
+    # the parameters as they were, beside those of the rehearsal
+    rehearsed = Simulation(config, replace(recipe, relearn=3), work).estimate(Layout())
+    assert rehearsed.activations == plain.activations + plain.trained
 
 
 def test_the_least_lossy_settings_that_fit_are_picked():
