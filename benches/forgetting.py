@@ -43,8 +43,6 @@ VISION = {
     "schedule": "gone",
     "steps": 80,
     "batch_size": 24,
-    "generic": 60,
-    "dreams": 0,
 }
 ROWS: dict[str, dict[str, Any]] = {
     "with strangers": {},
