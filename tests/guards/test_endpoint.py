@@ -86,12 +86,12 @@ def test_whoever_sets_the_event_still_gets_every_result():
 
 def test_ctrl_c_waits_for_no_call():
     text = (
-        "import signal, sys, time\n"
+        "import os, signal, sys, time\n"
         "from fastsiu.guards.endpoint import a_few_at_once\n"
         # a job in the background of a shell is started with Ctrl+C ignored
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def work(item, stop):\n"
-        "    print('begun', flush=True)\n"
+        "    os.write(1, b'begun\\n')  # in one piece\n"
         f"    time.sleep({FOREVER})\n"
         "try:\n"
         "    a_few_at_once(work, range(4), 2)\n"
