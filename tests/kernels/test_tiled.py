@@ -196,6 +196,11 @@ def test_thousands_of_rows(backend):
 # --------------------------------------------------------------------------------------------------
 # the compiler
 
+# for torch's own, which writes C++
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"
+)
+
 
 def compiled(kind, compiler, dynamic=None):
     run, _ = step(kind, 24, 3000, 16)
@@ -234,9 +239,7 @@ def test_one_graph_without_a_break(kind, fresh_compiler):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"
-)
+@needs_compiler
 def test_the_default_compiler(fresh_compiler):
     compiled("shared", "inductor")
 
@@ -373,6 +376,7 @@ def test_auto_compiles_on_small_shapes_with_a_bias(bias):
     torch.testing.assert_close(*(torch.autograd.grad(x, h)[0] for x in (loss, f(h))))
 
 
+@needs_compiler
 def test_a_transposed_head_that_trains():
     h, y = torch.randn(6, 8, requires_grad=True), torch.arange(6)
     W = torch.randn(8, 50, requires_grad=True)
