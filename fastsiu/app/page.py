@@ -51,9 +51,14 @@ def looks() -> dict[str, Any]:
         radius_size="md",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
-    ).set(  # the theme's own is too pale on white
+    ).set(  # the theme's own is too pale on white, and its links too dark on black
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_300",
+        **{
+            f"link_text_color{state}{mode}": colour
+            for state in ("", "_active", "_hover", "_visited")
+            for mode, colour in (("", "*primary_700"), ("_dark", "*primary_300"))
+        },
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
     )
