@@ -137,14 +137,17 @@ def application(desk: Desk, examples: Sequence[Example]) -> Any:
 
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
-    @app.get("/result/{name}")
-    def result(name: str, request: fastapi.Request, view: bool = False) -> FileResponse:
+    # A handler of Starlette's: FastAPI reads annotations, and those here are text, which it looks
+    # up among this file's names, where `fastapi` is none.
+    def result(request: Any) -> Any:
         visitor = desk.visit(request.cookies.get(COOKIE, ""))
-        file, called = FILES.get(name, ("", ""))
+        file, called = FILES.get(request.path_params["name"], ("", ""))
         path = desk.job.place / file
         if not (file and desk.owns(visitor) and path.is_file()):
             raise fastapi.HTTPException(404, "There is no such result.")
-        return FileResponse(path, filename=None if view else called)
+        return FileResponse(path, filename=None if "view" in request.query_params else called)
+
+    app.add_route("/result/{name}", result, methods=["GET"])
 
     return gradio.mount_gradio_app(
         app,

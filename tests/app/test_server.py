@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -143,3 +144,37 @@ def test_neither_gradio_nor_torch_is_imported_before_it_is_needed():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "address, key, status, called",
+    [
+        ("adapter.zip", "own", 200, "fastsiu-adapter.zip"),
+        ("report.html", "own", 200, "fastsiu-report.html"),
+        ("report.html?view=1", "own", 200, None),
+        ("report.json", "own", 404, None),  # it is not there yet
+        ("private.key", "own", 404, None),
+        ("adapter.zip", "another", 404, None),
+    ],
+)
+def test_results_are_for_their_owner_alone(address, key, status, called, tmp_path, monkeypatch):
+    gradio = pytest.importorskip("gradio", reason="needs the extra [app]")
+    from starlette.testclient import TestClient
+
+    from fastsiu.app import page
+
+    owner = object()
+    (tmp_path / "result").mkdir()
+    for name in ("adapter.zip", "result/report.html", "result/private.key"):
+        (tmp_path / name).write_text(name)
+    desk = SimpleNamespace(
+        job=SimpleNamespace(place=tmp_path),
+        visit=lambda given: owner if given == "own" else object(),
+        owns=lambda visitor: visitor is owner,
+    )
+    monkeypatch.setattr(page, "build", lambda *given: gradio.Blocks())
+    client = TestClient(server.application(desk, []), cookies={server.COOKIE: key})
+    reply = client.get(f"/result/{address}")
+    assert reply.status_code == status
+    told = reply.headers.get("content-disposition")
+    assert told is None if called is None else f'filename="{called}"' in told
