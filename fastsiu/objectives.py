@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .loss.fused import fused_dmk_ce
 from .loss.teacher import TeacherCache
+from .model.vlm import VLM
 from .request import Recipe
 
 KEEP = 1.5  # weight of the lessons that keep something, against those that change something
@@ -324,6 +325,16 @@ def _nll(batch: Batch) -> Tensor:
         alpha=1.0,
         reduction="none",
         **batch.head_options,
+    )
+
+
+def answer_loss(vlm: VLM, states: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of an answer's tokens, nats, a scalar with its graph.
+
+    states: [N, D] where the answer is supervised;  labels: [N] int64
+    """
+    return fused_dmk_ce(
+        states, vlm.head_weight, labels, alpha=1.0, return_parts=False, **vlm.head_options
     )
 
 

@@ -111,7 +111,7 @@ def fit(
     torch.manual_seed(recipe.seed)
     steps = work_of_steps(corpus, objective, recipe, lessons)
     for step, work in zip(range(1, recipe.steps + 1), steps, strict=False):
-        moved = partial(rehearsal.before, step, rates) if rehearsal else nullcontext
+        moved = partial(rehearsal.moved, step, rates) if rehearsal else nullcontext
         losses = _step_backward(vlm, work, recipe, optimiser, say, moved)
         loss, parts = losses[0]
         for further_loss, _ in losses[1:]:

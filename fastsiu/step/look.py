@@ -85,7 +85,7 @@ class Probe:
         self.asked: list[Naming] = []
         with adapter.teacher(self.vlm):
             for scene in scenes:
-                self.asked += naming(scene)
+                self.asked += _naming(scene)
             self._untouched = [
                 score.log_p.sum()
                 for score in ask.label_scores(self.vlm, corpus.turns, corpus.shown())
@@ -153,7 +153,7 @@ class Probe:
         )
 
 
-def naming(scene: Scene) -> list[Naming]:
+def _naming(scene: Scene) -> list[Naming]:
     """The teacher's answers that give the name, each on the scene's picture and every transform of
     it, with the characters of the name. Held-out wordings are used only where the teacher gives the
     name in no training wording."""

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..loss.fused import fused_dmk_ce
 from ..model import prefix
 from ..model.vlm import VLM
+from ..objectives import answer_loss
 from ..request import Recipe
 from .look import Naming
 
@@ -59,7 +59,7 @@ class Rehearsal:
         return NOTHING_TO_TEACH if self.recipe.relearn and not self.naming else ""
 
     @contextmanager
-    def before(self, step: int, rates: Sequence[tuple[Tensor, float]]) -> Iterator[None]:
+    def moved(self, step: int, rates: Sequence[tuple[Tensor, float]]) -> Iterator[None]:
         """Inside, the parameters are where relearning would have taken them, in a step that
         rehearses; afterwards they are where they were.
 
@@ -95,9 +95,7 @@ class Rehearsal:
             micro_batch=vlm.budget.micro_batch,
         )
         labels = torch.cat([one.turn.labels for one in taught])
-        loss = fused_dmk_ce(
-            states, vlm.head_weight, labels, alpha=1.0, return_parts=False, **vlm.head_options
-        )
+        loss = answer_loss(vlm, states, labels)
         moved = [parameter for parameter, _ in rates]
         gradients = torch.autograd.grad(loss, moved, allow_unused=True)
         with torch.no_grad():

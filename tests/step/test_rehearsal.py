@@ -65,12 +65,12 @@ def cost(found):
 def test_the_parameters_go_where_the_name_comes_back_and_return(adapt):
     found = begun(RECIPE.with_overrides(adapt=adapt))
     before, untouched = now(found), cost(found)
-    with found.rehearsal.before(FIRST, found.rates):
+    with found.rehearsal.moved(FIRST, found.rates):
         assert not same(now(found), before) and cost(found) < untouched - 0.1
         moved = torch.cat([(a - b).flatten() for a, b in zip(now(found), before, strict=True)])
         assert 0 < moved.abs().max() <= RECIPE.relearn * RECIPE.lr * 1.001
     assert same(now(found), before) and all(p.grad is None for p, _ in found.rates)
-    with pytest.raises(ZeroDivisionError), found.rehearsal.before(FIRST, found.rates):
+    with pytest.raises(ZeroDivisionError), found.rehearsal.moved(FIRST, found.rates):
         raise ZeroDivisionError
     assert same(now(found), before)
 
@@ -79,7 +79,7 @@ def test_each_step_has_its_own_rehearsal_and_the_same_one_each_time():
     found = begun()
     seen = []
     for step in (FIRST, FIRST, FIRST + EVERY):
-        with found.rehearsal.before(step, found.rates):
+        with found.rehearsal.moved(step, found.rates):
             seen.append(now(found))
     assert same(seen[0], seen[1]) and not same(seen[0], seen[2])
 
@@ -97,7 +97,7 @@ def test_nothing_is_rehearsed_elsewhere(step, relearn, answers, monkeypatch):
     found = begun(RECIPE.with_overrides(relearn=relearn, steps=LONG))
     monkeypatch.setattr(Rehearsal, "_teach", lambda *given: pytest.fail("somebody teaches"))
     own = Rehearsal(found.loaded, found.rehearsal.recipe, found.rehearsal.naming[:answers])
-    with own.before(step, found.rates):
+    with own.moved(step, found.rates):
         pass
 
 
@@ -159,7 +159,7 @@ def test_methods_that_are_compared_rehearse_nothing(objective, rehearsed, monkey
 def test_a_small_step_teaches_no_more_than_it_trains(monkeypatch):
     found, counts = begun(RECIPE.with_overrides(batch_size=1)), []
     monkeypatch.setattr(Rehearsal, "_teach", lambda own, taught, rates: counts.append(len(taught)))
-    with found.rehearsal.before(FIRST, found.rates):
+    with found.rehearsal.moved(FIRST, found.rates):
         pass
     assert counts and set(counts) == {1}
 
@@ -177,13 +177,13 @@ def test_held_out_wordings_are_not_rehearsed_and_the_notes_say_so():
 @pytest.mark.parametrize("kept", [{"micro_batch": 1}, {"checkpointing": True}], ids=str)
 def test_a_rehearsal_is_the_same_in_less_memory(kept):
     found = begun()
-    with found.rehearsal.before(FIRST, found.rates):
+    with found.rehearsal.moved(FIRST, found.rates):
         moved = now(found)
     found.loaded.budget = dataclasses.replace(found.loaded.budget, **kept)
     if found.loaded.budget.checkpointing:
         checkpoint_layers(found.loaded.base)
         train.training_mode(found.loaded, RECIPE)
-    with found.rehearsal.before(FIRST, found.rates):
+    with found.rehearsal.moved(FIRST, found.rates):
         alike = [torch.isclose(a, b, atol=1e-6) for a, b in zip(now(found), moved, strict=True)]
     # a gradient of nearly 0 may get the other sign by rounding
     assert torch.cat([x.flatten() for x in alike]).float().mean() > 0.99

@@ -15,7 +15,8 @@ from ...model import prefix
 from ...model.features import feature_tensors, map_features
 from ...model.turns import Picture
 from ...model.vlm import VLM
-from .target import Naming, answer_loss
+from ...objectives import answer_loss
+from .target import Naming
 
 
 class Unreached(Exception):

@@ -11,8 +11,8 @@ from peft import LoraConfig, LoraModel, PeftModel
 from ...model import prefix
 from ...model.turns import Encoded, Picture
 from ...model.vlm import VLM
+from ...objectives import answer_loss
 from ...request import BadInput
-from .target import answer_loss
 
 BATCH = 16  # samples in a step
 RANK = 16  # of the second LoRA

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ...model import prefix
 from ...model.turns import Picture
 from ...model.vlm import VLM
-from .target import Naming, answer_loss
+from ...objectives import answer_loss
+from .target import Naming
 
 PROMPT = 6  # embeddings
 RATE = 0.1  # of Adam, in standard deviations of the model's embeddings

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ...loss.fused import fused_dmk_ce
 from ...model import adapter, ask
 from ...model.turns import Encoded, Picture, Span
 from ...model.vlm import VLM
@@ -299,16 +298,6 @@ def at_name(loaded: VLM, naming: Naming, picture: Picture) -> tuple[Encoded, int
     first = next(i for i, (s, e) in enumerate(turn.offsets) if s < end and e > start)
     one = slice(first, first + 1)
     return Encoded(turn.inputs, turn.rows[one], turn.labels[one], turn.offsets[one]), first
-
-
-def answer_loss(loaded: VLM, states: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross-entropy of an answer's tokens, nats, a scalar with its graph.
-
-    states: [N, D] where the answer is supervised;  labels: [N] int64
-    """
-    return fused_dmk_ce(
-        states, loaded.head_weight, labels, alpha=1.0, return_parts=False, **loaded.head_options
-    )
 
 
 def adapted(loaded: VLM) -> None:
