@@ -495,7 +495,19 @@ def tables(records: list[dict[str, Any]]) -> str:
 def newest() -> list[dict[str, Any]]:
     """The newest record of every row, in the order of the rows."""
     found = {r["row"]: r for r in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())}
-    return [found[row] for row in (*ROWS, *METHODS) if row in found]
+    records = [found[row] for row in (*ROWS, *METHODS) if row in found]
+    if "siu" in found and "no level" in found:
+        records.insert(1, same_runs(found["siu"], found["no level"]))
+    return records
+
+
+def same_runs(wide: dict[str, Any], narrow: dict[str, Any]) -> dict[str, Any]:
+    """Of a wide record what it has of the concepts and seeds of a narrow one, to lay beside it."""
+    chosen = {(run["concept"], run["seed"]) for run in narrow["runs"]}
+    runs = [run for run in wide["runs"] if (run["concept"], run["seed"]) in chosen]
+    cpu = sum(run["cpu"] for run in runs) / len(runs)
+    row = f"{wide['row']}, {len(runs)} runs"
+    return {**wide, "row": row, "runs": runs, "pooled": pooled(runs), "cpu": cpu}
 
 
 def settings() -> dict[str, tuple[float, int]]:
