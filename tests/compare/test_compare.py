@@ -624,4 +624,5 @@ def test_the_rate_is_chosen_for_methods_without_strangers(suite, monkeypatch, tm
     monkeypatch.setattr(compare, "choose_recipe", chosen)
     with pytest.raises(BadInput, match="far enough"):
         compare.compare(tmp_path)
-    assert asked[0]["strangers"] == 0 and asked[0]["schedule"] == "constant"
+    assert asked[0]["strangers"] == asked[0]["relearn"] == 0
+    assert asked[0]["schedule"] == "constant"
