@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
 
 from .pictures.pixels import upright, usable
 from .request import BadInput
@@ -22,7 +23,9 @@ SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"}
 )
 MAX_PIXELS = 100_000_000
-MAX_WEBP_PIXELS = 51_000_000  # 8192 x 6144 and a little: its decoder holds a picture five times
+# 8192 x 6144 and a little, where a decoder holds a picture more than once: WEBP five times, and a
+# TIFF that is to be turned twice.
+MAX_COSTLY_PIXELS = 51_000_000
 MAX_BYTES = 512 * 2**20
 # The longer side by the shorter one. Image processors that keep the shape refuse more.
 MAX_ASPECT = 200
@@ -57,8 +60,8 @@ def load_image(path: str | Path) -> Image.Image:
 
     Raises BadInput for anything that is not such a picture: missing, a directory, empty, damaged,
     of another format, or with negative or undefined brightness. Also above `MAX_PIXELS` pixels
-    (WEBP: `MAX_WEBP_PIXELS`) or `MAX_BYTES` bytes, and where one side is more than `MAX_ASPECT`
-    times the other.
+    (WEBP, and a TIFF that is to be turned: `MAX_COSTLY_PIXELS`) or `MAX_BYTES` bytes, and where one
+    side is more than `MAX_ASPECT` times the other.
     """
     return picture_of(read_bytes(path), Path(path))
 
@@ -203,7 +206,9 @@ def _check_local(path: Path) -> None:
 
 
 def _check_size(path: Path, opened: Image.Image) -> None:
-    (width, height), most = opened.size, MAX_WEBP_PIXELS if opened.format == "WEBP" else MAX_PIXELS
+    turned = opened.format == "TIFF" and opened.getexif().get(Base.Orientation, 1) != 1
+    (width, height), costly = opened.size, opened.format == "WEBP" or turned
+    most = MAX_COSTLY_PIXELS if costly else MAX_PIXELS
     if width * height > most:
         raise _too_large(path, f"{width} x {height} pixels", most)
     if max(width, height) > MAX_ASPECT * min(width, height):

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
+from PIL.ExifTags import Base
 
 from fastsiu import images
 from fastsiu.images import commitment, list_images, load_image
@@ -730,6 +731,10 @@ def test_small_files_that_would_keep_a_decoder_busy_are_refused(tmp_path, monkey
     assert "scans" in refused(tmp_path / "x.jpg")
 
 
+TURNED = Image.Exif()
+TURNED[Base.Orientation] = 6
+
+
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
 def test_a_text_or_profile_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, kind):
     pack = zlib.compressobj(9)
@@ -741,9 +746,16 @@ def test_a_text_or_profile_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, k
     assert "MAX_TEXT" in refused(tmp_path / "x.png")
 
 
-def test_webp_has_a_bound_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MAX_WEBP_PIXELS", 64 * 48 - 1)
-    (tmp_path / "x").write_bytes(encoded(photo(), "WEBP"))
-    assert "64 x 48 pixels" in refused(tmp_path / "x")
-    (tmp_path / "x").write_bytes(encoded(photo(), "PNG"))
+@pytest.mark.parametrize(
+    "format_, options", [("WEBP", {}), ("TIFF", {"tiffinfo": {274: 6}}), ("TIFF", {"exif": TURNED})]
+)
+def test_a_decoder_that_holds_a_picture_more_than_once_has_a_bound_of_its_own(
+    tmp_path, monkeypatch, format_, options
+):
+    monkeypatch.setattr(images, "MAX_COSTLY_PIXELS", 64 * 48 - 1)
+    photo().save(tmp_path / "x", format_, **options)
+    assert "pixels" in refused(tmp_path / "x")
+    photo().save(tmp_path / "x", "TIFF")
     assert load_image(tmp_path / "x").size == (64, 48)
+    photo().save(tmp_path / "x", "PNG", exif=TURNED)
+    assert load_image(tmp_path / "x").size == (48, 64)

@@ -149,7 +149,9 @@ def chart(
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
     left, right = min(xs), max(xs)
-    low, high = min(0.0, *ys), max(ys) if top is None else max(top, *ys)
+    high = max(ys) if top is None else max(top, *ys)
+    # what rounding leaves below zero, of a divergence for instance, is no end of an axis
+    low = min(ys) if min(ys) < -1e-3 * high else 0.0
     high = high if high > low else low + 1.0
 
     def place(x: float, y: float) -> str:

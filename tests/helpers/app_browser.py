@@ -123,7 +123,7 @@ class Visit:
             self.page.keyboard.press("Enter")
         chooser.value.set_files(file)
 
-    def wait(self, text: str) -> None:
+    def wait(self, text: str | re.Pattern[str]) -> None:
         self.page.get_by_text(text).first.wait_for()
 
     def violations(self) -> list[str]:

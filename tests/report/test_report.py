@@ -12,7 +12,7 @@ from PIL import Image
 from reports import evaluation, family, rate, report
 
 from fastsiu.report import render
-from fastsiu.report.plot import HEIGHT, WIDTH, trade_off
+from fastsiu.report.plot import HEIGHT, WIDTH, chart, trade_off
 from fastsiu.report.render import FEW, LIMITS, render_html, render_markdown
 from fastsiu.report.summary import inside as attacked_inside
 from fastsiu.report.summary import standing
@@ -577,3 +577,9 @@ def test_the_first_sentence_says_no_more_than_was_asked(changes, said):
     assert standing(given).startswith(said) and bool(standing(given)) is bool(said)
     more = evaluation(after={**given["after"], "generality": given["after"]["efficacy"]})
     assert "on this picture, its transforms and other pictures of it the" in standing(more)
+
+
+@pytest.mark.parametrize("least, low", [(-8.5e-12, 0.0), (0.5, 0.0), (-0.4, -0.4)])
+def test_an_axis_ends_at_zero_where_only_rounding_is_below_it(least, low):
+    rows = [{"step": 1, "kl": 2.2}, {"step": 2, "kl": least}]
+    assert chart(rows, ("kl",))["low"] == low
