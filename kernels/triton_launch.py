@@ -71,19 +71,18 @@ CHUNK = 2**26
 WAVES = 2  # programs per multiprocessor
 
 # Rows by family, ascending in BLOCK_N. All are predicted: the widest blocks that compile without a
-# spill and within the target's shared memory (benches/compile_kernels.py, triton 3.7.1). With
-# triton 3.6 some of them spill a few bytes; rows that are free of spills with 3.6 spill with 3.7
-# (notes/triton-sweep.md). ampere: mma.sync; hopper: wgmma or tcgen05 from 64 rows.
+# spill, with triton 3.6 and with 3.7, and within the target's shared memory
+# (benches/compile_kernels.py). ampere: mma.sync; hopper: wgmma or tcgen05, which take 64 rows, so
+# that a block of 32 gains nothing (notes/triton-sweep.md).
 SUMS = {
     "ampere": (
         Blocks(16, 128, 64, 4, 4),
-        Blocks(32, 128, 64, 4, 3),
+        Blocks(32, 128, 32, 4, 4),
         Blocks(64, 128, 64, 8, 3),
-        Blocks(128, 128, 32, 8, 4),
+        Blocks(128, 128, 32, 8, 3),
     ),
     "hopper": (
-        Blocks(16, 128, 64, 4, 5),
-        Blocks(32, 128, 32, 4, 4),
+        Blocks(16, 64, 64, 4, 4),
         Blocks(64, 128, 64, 8, 4),
         Blocks(128, 128, 64, 8, 4),
     ),
@@ -95,20 +94,20 @@ SUMS = {
     ),
     "rdna": (Blocks(16, 128, 64, 4, 2), Blocks(64, 64, 64, 8, 2)),
     # no matrix instructions, since fp32 must not become TF32; `tiled` should be faster
-    "fp32": (Blocks(16, 32, 32, 8, 2),),
-    "fp32 hopper": (Blocks(16, 32, 32, 4, 2),),
+    "fp32": (Blocks(16, 128, 16, 16, 2),),
+    "fp32 amd": (Blocks(16, 32, 32, 8, 2),),
+    "fp32 hopper": (Blocks(16, 256, 16, 8, 2),),
     "interpreter": (Blocks(16, 64, 64, 1, 1),),
 }
 PRODUCT = {
     "ampere": (
-        Blocks(16, 64, 128, 8, 4),
+        Blocks(16, 64, 128, 8, 3),
         Blocks(32, 32, 128, 4, 4),
         Blocks(64, 64, 128, 8, 4),
         Blocks(128, 32, 128, 8, 4),
     ),
     "hopper": (
-        Blocks(16, 64, 128, 4, 4),
-        Blocks(32, 32, 128, 4, 4),
+        Blocks(16, 64, 128, 8, 4),
         Blocks(64, 64, 128, 8, 4),
         Blocks(128, 64, 128, 8, 4),
     ),
@@ -120,6 +119,7 @@ PRODUCT = {
     ),
     "rdna": (Blocks(16, 32, 128, 4, 2), Blocks(64, 32, 128, 8, 2)),
     "fp32": (Blocks(16, 32, 32, 8, 2),),
+    "fp32 amd": (Blocks(16, 32, 32, 8, 2),),
     "fp32 hopper": (Blocks(16, 32, 64, 4, 2),),
     "interpreter": (Blocks(16, 32, 64, 1, 1),),
 }
@@ -134,6 +134,7 @@ FAMILY = dict(
     gfx1100="rdna",
     interpreter="interpreter",
 )
+FP32 = dict(ampere="fp32", hopper="fp32 hopper", cdna="fp32 amd", rdna="fp32 amd")
 # Most rows of a block where a second Sums or a softcap needs registers: a larger block spills.
 HEAVY = dict(ampere=32, hopper=64, cdna=64, rdna=64, interpreter=64)
 
@@ -144,9 +145,7 @@ def heaviest(target: str) -> int:
 
 def _family(target: str, dtype: torch.dtype) -> str:
     family = FAMILY[target]
-    if dtype.itemsize > 2 and family != "interpreter":
-        family = "fp32 hopper" if family == "hopper" else "fp32"
-    return family
+    return FP32.get(family, family) if dtype.itemsize > 2 else family
 
 
 def rows(target: str, dtype: torch.dtype) -> tuple[tuple[Blocks, ...], tuple[Blocks, ...]]:
@@ -368,7 +367,8 @@ PAIR = {
     "cdna": (Blocks(16, 128, 64, 4, 2), Blocks(64, 64, 64, 8, 2)),
     "rdna": (Blocks(16, 64, 64, 4, 2), Blocks(64, 32, 64, 8, 2)),
     "fp32": (Blocks(16, 32, 16, 8, 2),),
-    "fp32 hopper": (Blocks(16, 32, 32, 4, 2),),
+    "fp32 amd": (Blocks(16, 32, 16, 8, 2),),
+    "fp32 hopper": (Blocks(16, 64, 32, 8, 2),),
     "interpreter": (Blocks(16, 64, 64, 1, 1),),
 }
 OUTER = {
@@ -377,6 +377,7 @@ OUTER = {
     "cdna": Blocks(32, 128, 64, 8, 2),
     "rdna": Blocks(32, 64, 64, 8, 2),
     "fp32": Blocks(32, 32, 32, 4, 2),
+    "fp32 amd": Blocks(32, 32, 32, 4, 2),
     "fp32 hopper": Blocks(32, 32, 32, 4, 2),
     "interpreter": Blocks(16, 128, 64, 1, 1),
 }
