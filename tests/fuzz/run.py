@@ -15,7 +15,8 @@ Targets are in the files fuzz_*.py beside this one. Such a file has
 
 The same --seed gives the same inputs. DIR/NAME may hold more seeds; failures are written there as
 failed-HASH. What runs is in DIR/NAME/running, so that an input which kills the process is not lost:
-the next run reports it.
+the next run reports it. --results FILE gets a line of JSON for each target. Do not stop a run with a
+signal and continue it: the clock goes on, and what runs then counts as too long.
 
 No coverage guides this: the readers that matter are C and Rust, of which a Python fuzzer sees
 nothing.
@@ -27,15 +28,18 @@ import argparse
 import faulthandler
 import hashlib
 import importlib.util
+import json
 import random
 import re
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 
@@ -256,6 +260,12 @@ def kind(trace: str) -> str:
     )
 
 
+def commit() -> str:
+    """The commit of this file, with "-dirty" where the tree differs from it."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
 def run(
     name: str, target: Callable[[bytes], None], module: ModuleType, options: argparse.Namespace
 ) -> int:
@@ -270,7 +280,8 @@ def run(
         kinds.add("killed")
         print(f"{name}: {lost} ended the process of an earlier run.")
     more = [path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()]
-    end = time.process_time() + options.seconds
+    began = time.process_time()
+    end = began + options.seconds
     for data in inputs(name, module, more, options.seed):
         if done == options.runs or (options.runs is None and time.process_time() > end):
             break
@@ -286,6 +297,11 @@ def run(
                 break
     running.unlink(missing_ok=True)
     print(f"{name}: {done} inputs, {len(kinds)} kinds of failures.")
+    if options.results:
+        row = dict(date=datetime.now(UTC).date().isoformat(), commit=commit(), target=name)
+        row |= dict(seed=options.seed, cpu_seconds=round(time.process_time() - began))
+        with options.results.open("a") as file:
+            file.write(json.dumps(row | dict(inputs=done, kinds_of_failures=len(kinds))) + "\n")
     return len(kinds)
 
 
@@ -301,6 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--corpus", type=Path, default=Path(tempfile.gettempdir()) / "fastsiu-fuzz", metavar="DIR"
     )
+    parser.add_argument("--results", type=Path, metavar="FILE", help="append a line of JSON there")
     parser.add_argument(
         "--input-seconds", type=float, default=10.0, help="limit for one input, in CPU-seconds"
     )

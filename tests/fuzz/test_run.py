@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -99,10 +100,14 @@ def test_an_input_that_ends_the_process_is_not_lost(planted, tmp_path):
 
 
 def test_what_is_allowed_is_no_failure(planted, tmp_path):
-    done = fuzz(planted, tmp_path, "fine", "--runs", "200")
+    rows = tmp_path / "rows.jsonl"
+    done = fuzz(planted, tmp_path, "fine", "--runs", "200", "--results", str(rows))
     assert done.returncode == 0 and done.stdout == "fine: 200 inputs, 0 kinds of failures.\n", (
         done.stdout + done.stderr
     )
+    row = json.loads(rows.read_text())
+    told = {key: row[key] for key in ("target", "seed", "inputs", "kinds_of_failures")}
+    assert told == {"target": "fine", "seed": 0, "inputs": 200, "kinds_of_failures": 0}
     assert fuzz(planted, tmp_path, "unknown").returncode == 2
 
 
