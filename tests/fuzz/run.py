@@ -15,7 +15,7 @@ Targets are in the files fuzz_*.py beside this one. Such a file has
 
 The same --seed gives the same inputs. DIR/NAME may hold more seeds; failures are written there as
 failed-HASH. What runs is in DIR/NAME/running, so that an input which kills the process is not lost:
-the next run reports it. --results FILE gets a line of JSON for each target. Do not stop a run with a
+the next run reports it. --results FILE gets a line of JSON for each target. Do not stop a run by a
 signal and continue it: the clock goes on, and what runs then counts as too long.
 
 No coverage guides this: the readers that matter are C and Rust, of which a Python fuzzer sees
