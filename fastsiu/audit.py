@@ -25,13 +25,13 @@ from .evaluate.attacks import not_asked
 from .evaluate.deployed_exam import Asking, DeployedExam, thinned
 from .evaluate.merge_verdict import questions_of
 from .guards.strict_json import read_json
-from .images import load_directory, load_image, read_bytes
+from .images import beside, load_image, read_bytes
 from .model import adapter, adapter_files, ask, source
 from .model.ask import Reply
 from .model.served import Connection, Endpoint, Served
 from .report.redact import redacted
 from .request import BadInput, Recipe, Request, check_kind
-from .samples.kinds import recorded
+from .samples.kinds import recorded, reported
 from .session import Listener
 from .settings import ModelRef, ReportOptions, Settings, choose_layout
 from .text.concept import Concept, concept_of
@@ -124,9 +124,11 @@ def audit(
     if report.embed_image and output is None:
         raise BadInput("--embed-image is about report.html: give --output DIR, or leave it out.")
     image = load_image(request.image)
-    more = load_directory(request.images)
+    given = beside(request)
+    for note in given.notes:
+        listener.note(note)
     promise = Promise.of(adapter_dir)
-    concept = concept_of(request)
+    concept = reported(concept_of(request), promise.told)
     kind = recorded(concept, request.kind or promise.sealed.get("kind"), promise.told)
     names = list(request.protect) or promise.others
     asked = questions_of(request, concept, kind, promise.seed, promise.told)
@@ -140,7 +142,9 @@ def audit(
     connection = None if server is None else Connection(server.endpoint)
     if output is not None:
         outputs.check_destination(output, "")
-    exam = DeployedExam(asked, image, more, concept, kind, names, promise.seed, asking, listener)
+    exam = DeployedExam(
+        asked, image, given.more, concept, kind, names, promise.seed, asking, listener
+    )
 
     def here(ref: ModelRef) -> eval_files.Loadable:
         return eval_files.Loadable(

@@ -22,7 +22,7 @@ from .disk.request_file import read_requests
 from .disk.staging import check_space
 from .evaluate.attacks import not_asked
 from .evaluate.held_out import decide
-from .images import commitment, load_directory, load_image, read_bytes
+from .images import beside, commitment, load_image, read_bytes
 from .model import adapter, adapter_files, adapter_sum, decode, source, vlm
 from .report import card
 from .report.words import CONCEPT
@@ -162,8 +162,7 @@ def combine(
     for one in chosen:
         try:
             images.append(load_image(one.request.image))
-            for directory in (one.request.images, one.request.retain):
-                load_directory(directory)
+            beside(one.request)
         except BadInput as error:
             raise BadInput(f"{file}, line {one.line}: {error}") from error
     weights = outputs.digest_model(model.name) if model.is_directory else None
@@ -368,10 +367,9 @@ def _scene(loaded: vlm.VLM, one: PartConcept, chosen: Sequence[PartConcept]) -> 
 
 def _judged(one: PartConcept, scene: Scene, model: str, notes: Sequence[str]) -> dict[str, Any]:
     """The report of one concept, asked of the sum."""
-    verdict, answers = decide(
-        scene, load_directory(one.request.images), load_directory(one.request.retain)
-    )
-    caveats = [adapter.DROPPABLE, *notes]
+    given = beside(one.request)
+    verdict, answers = decide(scene, given.more, given.rest)
+    caveats = [adapter.DROPPABLE, *notes, *given.notes]
     if told := ambiguous(scene.concept):
         caveats.append(told)
     caveats += [*decode.remarks(scene.vlm), *verdict.remarks]

@@ -17,10 +17,9 @@ from transformers.utils import cached_file
 
 from . import output as outputs
 from .disk.staging import check_space
-from .evaluate.asked_pictures import Shown
 from .evaluate.attacks import not_asked
 from .evaluate.held_out import decide
-from .images import load_directory, load_image, read_bytes
+from .images import Beside, beside, load_image, read_bytes
 from .model import adapter, adapter_files, ask, decode, source, vlm
 from .model.memory import budget
 from .report import card
@@ -90,7 +89,7 @@ def unlearn(
             return _repeat(destination)
         check_space(destination.absolute(), _room(model, chosen.rank))
         # A damaged picture is told now, not after the training.
-        more, rest = load_directory(request.images), load_directory(request.retain)
+        given = beside(request)
 
         seconds: dict[str, float] = {}
         with timed(seconds, "load"):
@@ -100,7 +99,7 @@ def unlearn(
         return unlearn_on(
             loaded,
             request,
-            (picture, more, rest),
+            (picture, given),
             model.name,
             sealed,
             destination,
@@ -131,7 +130,7 @@ class Sealed:
 def unlearn_on(
     loaded: vlm.VLM,
     request: Request,
-    pictures: tuple[Image, Sequence[Shown], Sequence[Shown]],
+    pictures: tuple[Image, Beside],
     name: str,
     sealed: Sealed,
     destination: Path,
@@ -141,11 +140,11 @@ def unlearn_on(
 ) -> Result:
     """`unlearn` on a model that is loaded; the model is untouched afterwards.
 
-    pictures: the training picture, more of the concept, and pictures of anything else
+    pictures: the training picture, and those beside it
     name:     of the model, as it was asked for
     seconds:  of the stages before; the others are added
     """
-    picture, more, rest = pictures
+    picture, given = pictures
     try:
         with vlm.threads(loaded):
             trained = forget(
@@ -153,7 +152,7 @@ def unlearn_on(
             )
             listener.stage("Asking again, with the adapter on and off")
             with timed(seconds, "verdict"):
-                verdict, answers = decide(trained.scene, more, rest)
+                verdict, answers = decide(trained.scene, given.more, given.rest)
         told = report_of(request, sealed.recipe, name, verdict, answers, trained)
         listener.stage("Writing the output")
         written = write(destination, loaded, [request], [told], sealed)[0]

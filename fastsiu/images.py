@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from .pictures.pixels import upright, usable
-from .request import BadInput
+from .request import BadInput, Request
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # JPEG covers the MPO of phones
 SUFFIXES = frozenset(
@@ -180,6 +181,59 @@ def load_directory(directory: str | Path | None) -> list[tuple[str, Image.Image]
     """
     files = list_images(directory) if directory is not None else []
     return [(path.name, load_image(path)) for path in files]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The pictures of a request beside its training picture, each with its file's name.
+
+    more:  other pictures of the concept
+    rest:  pictures of anything else
+    notes: a sentence for each directory of which pictures were left out
+    """
+
+    more: list[tuple[str, Image.Image]]
+    rest: list[tuple[str, Image.Image]]
+    notes: list[str]
+
+
+def beside(request: Request) -> Beside:
+    """The pictures in the two directories of a request. A copy of the training picture is no other
+    picture of the concept, and nothing else either: copies are left out, by their pixels. So are
+    pictures that a directory holds twice, and those of `images` from `retain`.
+
+    Raises BadInput as `load_directory`, and where a directory holds nothing but copies.
+    """
+    seen, notes = {content(load_image(request.image))}, []
+
+    def others(option: str, directory: Path | None) -> list[tuple[str, Image.Image]]:
+        given = load_directory(directory)
+        kept = []
+        for name, image in given:
+            if (pixels := content(image)) not in seen:
+                seen.add(pixels)
+                kept.append((name, image))
+        if given and not kept:
+            raise BadInput(
+                f"{str(directory)!r} holds nothing but copies of pictures that are given already, "
+                f"of the training picture for instance: give {option} other pictures, or leave it "
+                "out."
+            )
+        if left_out := len(given) - len(kept):
+            pictures = "1 picture" if left_out == 1 else f"{left_out} pictures"
+            notes.append(
+                f"{pictures} of {option} left out: copies of the training picture or of others "
+                "that are given."
+            )
+        return kept
+
+    more = others("--images", request.images)
+    return Beside(more, others("--retain", request.retain), notes)
+
+
+def content(image: Image.Image) -> str:
+    """SHA-256 of a picture's mode, size and pixels."""
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
 
 
 def commitment(image_bytes: bytes, key: bytes) -> str:

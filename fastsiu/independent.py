@@ -19,7 +19,7 @@ from . import output as outputs
 from .disk import staging
 from .disk.request_file import PATHS, first_sentence_of, places_of, read_requests
 from .guards.strict_json import read_json
-from .images import load_directory, load_image
+from .images import beside, load_image
 from .model import vlm
 from .model.memory import Layout, budget
 from .report.redact import MODEL, redacted
@@ -309,7 +309,7 @@ class Requests:
     def do(self, key: str, listener: Listener) -> str:
         request = self.asked[self.lines[key]]
         image = load_image(request.image)
-        more, rest = load_directory(request.images), load_directory(request.retain)
+        given = beside(request)
         if self.loaded is None:
             self.loaded = load(self.model, self.layout, self.room, listener)
         loaded, shares = self.loaded, self.loaded.shares
@@ -317,7 +317,7 @@ class Requests:
             result = driver.unlearn_on(
                 loaded,
                 request,
-                (image, more, rest),
+                (image, given),
                 self.model.name,
                 driver.Sealed(
                     self.recipe,

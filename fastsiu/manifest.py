@@ -15,7 +15,7 @@ import json
 import platform
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -53,6 +53,8 @@ LOADABLE = (
     ".py",
     ".gguf",
 )
+LOADABLE_TEXTS = ("merges.txt", "vocab.txt")
+TEMPLATES = "additional_chat_templates"  # the directory whose files a tokenizer reads by itself
 # suffixes of the files that make a model
 OF_MODEL = (
     ".safetensors",
@@ -67,6 +69,7 @@ SHAPE = {
     "request": str,
     "files": {"*": {"bytes": int, "sha256": str}},
     SEAL: str,
+    KEY: str,
     "revision": (str, None),
     "model": {"id": (str, None), "revision": (str, None), "sha256": {"*": str}},
     "seeds": {"recipe": int},
@@ -257,26 +260,44 @@ def changed(directory: Path, sealed: Mapping[str, Any]) -> dict[str, str]:
     """The files that are not as the manifest says: name -> "is missing", "is not as written" or
     "was added". It takes about a second per gigabyte.
 
-    A file that the manifest does not list counts as added where a loader may read it (`LOADABLE`).
+    A file that the manifest does not list counts as added where a loader may read it (`loadable`),
+    in any directory but those with a manifest of their own. The key may be missing: a published
+    output has none.
 
     sealed: from `read`
     """
     wrong = {}
     if SEAL in sealed and sealed[SEAL] != seal(sealed):
         wrong[MANIFEST] = "is not as written"
+    if KEY in sealed and _is_file(directory / KEY) and digest_file(directory / KEY) != sealed[KEY]:
+        wrong[KEY] = "is not as written"
     for name, entry in sealed["files"].items():
         path = directory / name
         if not _is_file(path):
             wrong[name] = "is missing"
         elif path.stat().st_size != entry.get("bytes") or digest_file(path) != entry.get("sha256"):
             wrong[name] = "is not as written"
-    for folder in sorted({directory, *((directory / name).parent for name in sealed["files"])}):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            name = path.relative_to(directory).as_posix()
-            known = name in sealed["files"] or name in (MANIFEST, KEY)
-            if not known and path.is_file() and path.suffix.lower() in LOADABLE:
-                wrong[name] = "was added"
+    for path in _files_in(directory):
+        name = path.relative_to(directory).as_posix()
+        if name not in sealed["files"] and name not in (MANIFEST, KEY) and loadable(path.name):
+            wrong[name] = "was added"
     return wrong
+
+
+def _files_in(directory: Path) -> Iterator[Path]:
+    """The files of an output, those in its directories too. A result of its own in one of them is
+    left out; so are directories behind links."""
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if _is_file(path):
+            yield path
+        elif path.is_dir() and not path.is_symlink():
+            if path.name == TEMPLATES or not _is_file(path / MANIFEST):
+                yield from _files_in(path)
+
+
+def loadable(name: str) -> bool:
+    """Whether a loader may read a file of this name."""
+    return name.lower().endswith(LOADABLE) or name in LOADABLE_TEXTS
 
 
 def _is_file(path: Path) -> bool:

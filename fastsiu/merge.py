@@ -26,8 +26,10 @@ from .model.fold import SHARD, fold, save
 from .report import card
 from .report.redact import MODEL, redacted
 from .request import BadInput, Recipe, Request
+from .samples.kinds import reported
 from .session import Listener, timed
 from .settings import ModelRef, ReportOptions, Settings
+from .text.concept import Concept
 
 SHAPE = {  # of what is read of an adapter's report, and of a manifest
     "concept": str,
@@ -302,13 +304,14 @@ def _request(
             "without a verdict."
         )
     more, rest = (None if d is None else Path(d) for d in (images, retain))
+    asked = reported(Concept(concept.strip(), tuple(aliases)), told)
     return Request(
-        concept.strip(),
+        asked.name,
         Path(image),
-        tuple(aliases),
+        asked.aliases,
         images=more,
         retain=rest,
-        as_word=told.get("as_word"),
+        as_word=asked.as_word,
         kind=told.get("kind") if isinstance(told.get("kind"), str) else None,
     )
 

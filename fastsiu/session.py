@@ -325,10 +325,11 @@ def gather(
         if scene.recipe.strangers:
             scene.border = border.border(scene)
         dreamed = _dream(scene)
-    retained = [
-        scene.vlm.picture(images.load_image(path))
-        for path in (images.list_images(request.retain) if request.retain else ())
-    ]
+    given = images.beside(request)
+    for note in given.notes:
+        listener.note(note)
+    scene.notes += given.notes
+    retained = [scene.vlm.picture(image) for _, image in given.rest]
     if not retained:
         retained = generic.generic(scene, scene.recipe.seed, scene.recipe.generic)
     scene.pictures += retained

@@ -21,7 +21,7 @@ from . import output as outputs
 from .disk.request_file import read_requests
 from .disk.several_state import Mode, Outcome, State
 from .evaluate.held_out import decide
-from .images import load_directory, load_image
+from .images import beside, load_image
 from .model import adapter, ask, vlm
 from .model.memory import budget
 from .pictures.transforms import variants
@@ -107,9 +107,7 @@ def unlearn_several(
     asked = dict(read_requests(Path(file)))
     for number, request in asked.items():
         try:
-            load_image(request.image)
-            for directory in (request.images, request.retain):
-                load_directory(directory)
+            beside(request)
             if request.data is not None:
                 read_data(request.data, request.image)
         except BadInput as error:
@@ -254,9 +252,8 @@ class _Job:
         """The report of one request, whose outcome it settles."""
         request = self.state.asked[line]
         self.listener.stage("Asking again, with the adapter on and off")
-        verdict, answers = decide(
-            trained.scene, load_directory(request.images), load_directory(request.retain)
-        )
+        given = beside(request)
+        verdict, answers = decide(trained.scene, given.more, given.rest)
         self.state.decided(line, verdict.forgotten, verdict.reasons)
         return driver.report_of(
             request, self.state.recipe, self.state.model.name, verdict, answers, trained

@@ -57,7 +57,8 @@ def mistakes(cast, folder):
         "missing picture": ({"--image": folder / "none.png"}, "none.png"),
         "directory as picture": ({"--image": folder}, folder.name),
         "text as picture": ({"--image": folder / "text.jpg"}, "text.jpg"),
-        "empty name": ({"--concept": ""}, "name is empty"),
+        "empty name": ({"--concept": ""}, "--concept is empty"),
+        "blank name": ({"--concept": " "}, "name is empty"),
         "unknown name": ({"--concept": "Nobody Known"}, "does not name Nobody Known"),
         "existing output": ({"--output": folder / "full"}, "choose another --output"),
         "model without processor": ({"--model": folder / "bare"}, "processor"),
@@ -82,6 +83,20 @@ def test_every_mistake_is_one_sentence_and_exit_code_2(call, cast, tmp_path, tmp
         code, out, err = call(*arguments, "--quiet")
         assert code == 2 and out == "" and part in one_sentence(err), (name, code, out, err)
         assert list(tmp_path.iterdir()) == [], name
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["unlearn", "--image", "a.png", "--concept", "Ann", "--retain", ""], "--retain"),
+        (["unlearn", "--image", "a.png", "--concept", "Ann", "--images="], "--images"),
+        (["merge", "--adapter", "", "--output", "out"], "--adapter"),
+        (["verify", ""], "an argument"),
+    ],
+)
+def test_an_empty_argument_is_no_current_directory(call, arguments, named):
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "") and f"fastsiu: {named} is empty" in " ".join(err.split())
 
 
 def test_missing_options_and_unknown_verbs(call):

@@ -18,10 +18,10 @@ from PIL import Image, ImageFile, ImageOps
 from PIL.ExifTags import Base
 
 from fastsiu import images
-from fastsiu.images import commitment, list_images, load_image
+from fastsiu.images import beside, commitment, list_images, load_image
 from fastsiu.pictures import pixels, transforms
 from fastsiu.pictures.transforms import variants
-from fastsiu.request import BadInput
+from fastsiu.request import BadInput, Request
 from fastsiu.samples import drawn
 
 
@@ -759,3 +759,27 @@ def test_a_decoder_that_holds_a_picture_more_than_once_has_a_bound_of_its_own(
     assert load_image(tmp_path / "x").size == (64, 48)
     photo().save(tmp_path / "x", "PNG", exif=TURNED)
     assert load_image(tmp_path / "x").size == (48, 64)
+
+
+def test_a_copy_of_the_training_picture_is_no_other_picture(tmp_path):
+    own, more, rest = tmp_path / "own.png", tmp_path / "more", tmp_path / "rest"
+    more.mkdir(), rest.mkdir()
+    photo().save(own)
+    (more / "bytes.png").write_bytes(own.read_bytes())
+    photo().save(more / "saved_again.bmp")
+    request = Request("Ann Lee", own, images=more, retain=rest)
+    photo((70, 50)).save(rest / "else.png")
+    with pytest.raises(BadInput, match="more' holds nothing but copies.*--images"):
+        beside(request)
+    photo((80, 50)).save(more / "new.png")
+    photo((80, 50)).save(more / "new_again.png")
+    photo((80, 50)).save(rest / "of_the_concept.png")
+    photo().save(rest / "own.png")
+    given = beside(request)
+    assert [name for name, _ in given.more] == ["new.png"]
+    assert [name for name, _ in given.rest] == ["else.png"]
+    assert [note.split(":")[0] for note in given.notes] == [
+        "3 pictures of --images left out",
+        "2 pictures of --retain left out",
+    ]
+    assert beside(Request("Ann Lee", own)) == images.Beside([], [], [])

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 from fastsiu import cli, output
 from fastsiu.evaluate.merge_verdict import judge_form
 from fastsiu.images import load_image
-from fastsiu.merge import _report
+from fastsiu.merge import _report, _request
 from fastsiu.model import adapter, adapter_files, source, vlm
 from fastsiu.model.ask import Reply
 from fastsiu.model.fold import Change
@@ -546,6 +546,14 @@ def test_what_cannot_be_merged_is_refused(copied, trained, demo_dir, cast, tmp_p
     save_file(weights, folder / "adapter_model.safetensors")
     if config.get("tie_word_embeddings", config["text_config"].get("tie_word_embeddings")):
         refused("tied", folder, out, model=demo_dir)
+
+
+def test_the_aliases_of_the_adapters_report_are_asked_about(trained, cast):
+    told = {"concept": cast.target, "aliases": ["The Blue One"], "as_word": True}
+    asked = _request(cast.image, None, ("Zorbie",), None, None, told)
+    assert asked.aliases == ("Zorbie", "The Blue One") and asked.as_word is True
+    other = _request(cast.image, "Somebody Else", (), None, None, told)
+    assert (other.aliases, other.as_word) == ((), None)
 
 
 def test_the_command_line(trained, tmp_path, capsys):

@@ -74,6 +74,8 @@ def sequence(lines, tmp_path_factory):
         ("{", "line 2: "),
         ([], "must be strings"),
         ({"image": "x.png"}, "must be strings"),
+        ({"image": "", "concept": "Ann"}, "'image' is empty"),
+        ({"image": "x.png", "concept": "Ann", "retain": ""}, "'retain' is empty"),
         ({"image": "x.png", "concept": " "}, "name is empty"),
         ({"image": "x.png", "concept": "A", "colour": 1}, "'colour' is none of"),
         ({"image": "x.png", "concept": "A", "aliases": "B"}, "must be a list of names"),

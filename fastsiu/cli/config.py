@@ -35,6 +35,20 @@ HARMLESS = frozenset(
 )
 
 
+def no_empty(arguments: Sequence[str]) -> None:
+    """Raises BadInput for an argument without text: an unset variable of the shell gives one, and
+    an empty path would be the current directory."""
+    before = ""
+    for argument in arguments:
+        if not argument or argument.startswith("--") and argument.endswith("="):
+            option = argument[:-1] or (before if before.startswith("-") else "an argument")
+            raise BadInput(
+                f"{option} is empty: give it a value, or leave it out (is a variable of the shell "
+                "not set?)."
+            )
+        before = argument
+
+
 def split(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """The command line without `--config FILE`, and the file. Raises BadInput where it is given
     twice or without a file."""

@@ -63,6 +63,7 @@ def _run(arguments: list[str]) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     state = {"debug": False}
     try:
+        config.no_empty(arguments)
         arguments, file = config.split(arguments)
         filled: dict[str, Any] = {}
         if file is not None:

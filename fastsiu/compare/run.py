@@ -126,7 +126,8 @@ def compare(
     search = search.resolved()
     processes = 1 if search.quick else processes
     held = read(suite)
-    subjects = [held.subject(c) for c in dict.fromkeys(search.concepts)] or _some(held)
+    wanted = {s.slug: s for s in map(held.subject, search.concepts)}  # a concept has several names
+    subjects = [*wanted.values()] or _some(held)
     subjects = subjects[:1] if search.quick else subjects
     for one in held.subjects:
         if len(one.further) < 2:
@@ -281,9 +282,13 @@ def _searched(report: Mapping[str, Any], name: str) -> list[Point]:
 
 
 def _some(suite: Suite) -> list[Subject]:
-    names = {s.name for s in suite.subjects}
-    alike = next((s for s in suite.subjects if names & set(s.lookalikes)), None)
-    alone = next((s for s in suite.subjects if not names & set(s.lookalikes)), None)
+    """One concept that has a look-alike in the suite, and one that has none."""
+    has = {
+        s.slug: any(other.bears(name) for other in suite.subjects for name in s.lookalikes)
+        for s in suite.subjects
+    }
+    alike = next((s for s in suite.subjects if has[s.slug]), None)
+    alone = next((s for s in suite.subjects if not has[s.slug]), None)
     return [s for s in (alike, alone) if s is not None]
 
 

@@ -123,7 +123,7 @@ def exam(suite: Suite, subject: Subject, part: str) -> Exam:
     def seen(path: Path, role: str, name: str) -> Seen:
         return Seen(path.relative_to(suite.directory).as_posix(), path, role, name)
 
-    alike = [s for s in suite.subjects if s.name in subject.lookalikes]
+    alike = [s for s in suite.subjects if any(map(s.bears, subject.lookalikes))]
     rest = [s for s in suite.subjects if s is not subject and s not in alike]
     pictures = [seen(p, "concept", subject.name) for p in evenly(half(subject), size.own)]
     for role, some, most in (("lookalike", alike, size.alike), ("other", rest, size.other)):

@@ -73,6 +73,8 @@ def _request(record: Any, base: Path) -> Request:
     values: dict[str, Any] = {"concept": record["concept"].strip()}
     for key in PATHS:
         if record.get(key) is not None:
+            if not record[key]:
+                raise ValueError(f"{key!r} is empty: give a path, or leave it out")
             values[key] = base / record[key]
     for key in ("aliases", "protect"):
         names = record.get(key, [])

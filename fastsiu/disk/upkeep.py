@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import manifest
 from ..guards.strict_json import read_json
-from ..manifest import KEY, LOADABLE, MANIFEST, REPORT
+from ..manifest import KEY, MANIFEST, REPORT, TEMPLATES, loadable
 from ..request import BadInput
 from ..workers import claims
 from ..workers.claims import Pace
@@ -79,6 +79,7 @@ def verify(directory: Path, model: Path | None = None) -> Checked:
     """
     checked = Checked()
     places = _outputs(directory)
+    checked.wrong += _lost(directory)
     for place in places:
         sealed = manifest.read(place)
         checked.files += len(sealed["files"]) + 1
@@ -166,6 +167,27 @@ def _outputs(directory: Path) -> list[Path]:
     )
 
 
+def _lost(directory: Path) -> list[str]:
+    """A sentence for each output that a directory's table names and that is not there."""
+    table = next((name for name in TABLES if (directory / name).is_file()), None)
+    if table is None or (directory / MANIFEST).is_file():
+        return []
+    shape = {"concepts": [dict], "requests": [dict]}
+    stored = read_json(
+        directory / table, what=str(directory / table), remedy="restore it", shape=shape
+    )
+    done = [
+        entry.get("slug") or entry.get("output")
+        for entry in (*stored.get("concepts", ()), *stored.get("requests", ()))
+        if entry.get("status") not in ("failed", "", None)
+    ]
+    return [
+        f"{directory / name} is missing, which {table} names."
+        for name in done
+        if isinstance(name, str) and not (directory / name / MANIFEST).is_file()
+    ]
+
+
 def _compare(sealed: dict[str, Any], model: Path, checked: Checked) -> None:
     """Adds to `checked` the files of `model` that are not those of the manifest."""
     if not model.is_dir():
@@ -177,15 +199,15 @@ def _compare(sealed: dict[str, Any], model: Path, checked: Checked) -> None:
         expected = {
             n: sha
             for n, sha in written.items()
-            if "/" not in n and n not in OF_EVALUATION and _loadable(n)
+            if n.rpartition("/")[0] in ("", TEMPLATES) and n not in OF_EVALUATION and loadable(n)
         }
-        here = {p.name: p for p in _entries(model) if p.is_file() and _loadable(p.name)}
+        here = _parts(model)
     elif any((model / name).is_file() for name in ADAPTER):
         expected = {name: sha for name, sha in written.items() if name in ADAPTER}
         here = {
             p.name: p
             for p in _entries(model)
-            if p.is_file() and p.name.startswith("adapter_") and _loadable(p.name)
+            if p.is_file() and p.name.startswith("adapter_") and loadable(p.name)
         }
     else:
         expected = dict((sealed.get("model") or {}).get("sha256") or {})
@@ -218,8 +240,15 @@ def _compare(sealed: dict[str, Any], model: Path, checked: Checked) -> None:
     checked.files += len(expected)
 
 
-def _loadable(name: str) -> bool:
-    return name.lower().endswith(LOADABLE) or name in ("merges.txt", "vocab.txt")
+def _parts(model: Path) -> dict[str, Path]:
+    """The files of a model's directory that a loader may read, by their names in it."""
+    templates = model / TEMPLATES
+    places = [*_entries(model), *(_entries(templates) if templates.is_dir() else ())]
+    return {
+        path.relative_to(model).as_posix(): path
+        for path in places
+        if path.is_file() and loadable(path.name)
+    }
 
 
 def _is_result(path: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..images import list_images, load_image, read_bytes
+from ..images import content, list_images, load_image, read_bytes
 from ..pictures.transforms import variants
 from ..request import BadInput
 from ..samples.kinds import PERSON, Kind
@@ -86,11 +86,12 @@ def exam_of(
         Seen(f"training picture, {label}", view, "training", concept.name)
         for label, view in (variants(load_image(image), held_out=True) if image else ())
     ]
-    own = {_digest(image)} if image else set()
+    own = {_digest(image), content(load_image(image))} if image else set()
     for path in list_images(images) if images else ():
-        if (digest := _digest(path)) not in own:
-            own.add(digest)
+        copies = {_digest(path), content(load_image(path))}
+        if not copies & own:
             seen.append(Seen(path.name, path, "concept", concept.name))
+        own |= copies
     named: list[str] = []
     for directory, role in ((others, "other"), (lookalikes, "lookalike")):
         for name, path in _by_name(directory, concept) if directory else ():
@@ -105,7 +106,11 @@ def exam_of(
         if _digest(path) not in own
     ]
     if control is not None:
-        seen += [Seen(path.name, path, "control") for path in list_images(control)]
+        seen += [
+            Seen(path.name, path, "control")
+            for path in list_images(control)
+            if _digest(path) not in own
+        ]
     else:
         shown = [
             s
@@ -220,4 +225,4 @@ def _by_name(directory: Path, concept: Concept) -> Iterator[tuple[str | None, Pa
 def _digest(source: Path | Image.Image) -> str:
     if isinstance(source, Path):
         return hashlib.sha256(read_bytes(source)).hexdigest()
-    return hashlib.sha256(f"{source.mode} {source.size} ".encode() + source.tobytes()).hexdigest()
+    return content(source)

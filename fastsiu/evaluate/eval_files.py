@@ -20,7 +20,7 @@ from ..model import adapter_files, source, vlm
 from ..model.memory import Layout
 from ..report.redact import redacted
 from ..request import BadInput, Recipe, check_kind
-from ..samples.kinds import Kind, recorded
+from ..samples.kinds import Kind, recorded, reported
 from ..session import Listener
 from ..settings import ModelRef, deciding, load
 from ..text.concept import Concept
@@ -71,18 +71,24 @@ class Loadable:
             yield model
 
 
-def evaluated_kind(
+def evaluated(
     concept: Concept,
     given: str | None,
     adapter_dir: Path | None,
     model: ModelRef,
     base: str | Path | None,
-) -> Kind:
-    """Given, or as it was when the concept was unlearned. Raises BadInput for an unknown kind."""
+) -> tuple[Concept, Kind]:
+    """The concept and its kind: given, or else as they were when it was unlearned. Raises BadInput
+    for an unknown kind, and for a report that cannot be used."""
     check_kind(given)
     made = adapter_dir if base is None else Path(model.name)
-    sealed = {} if made is None else adapter_files.manifest_of(made)
-    return recorded(concept, given or sealed.get("kind"), {})
+    if made is None:
+        return concept, recorded(concept, given, {})
+    sealed, report, told = adapter_files.manifest_of(made), made / outputs.REPORT, dict[str, Any]()
+    if report.is_file():
+        remedy = "restore it or remove it"
+        told = dict(read_json(report, what=str(report), remedy=remedy, shape=dict))
+    return reported(concept, told), recorded(concept, given or sealed.get("kind"), {})
 
 
 def rate_of(adapter_dir: Path | None) -> float:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..images import load_directory, load_image
+from ..images import beside, load_image
 from ..judging.family import Family
 from ..model import ask, decode, source, vlm
 from ..model.ask import Question, Reply
@@ -118,7 +118,7 @@ class Verifier:
                 self.concept,
                 image,
                 neighbours=[other.name for other in self.others],
-                more=load_directory(self.request.images),
+                more=beside(self.request).more,
                 seed=self.seed,
                 kind=self.kind,
             )
@@ -275,9 +275,8 @@ def questions_of(
     neighbours is in its report."""
     picture = vlm.Picture(load_image(request.image), None, real=False)
     scene = Scene(None, concept, Recipe(seed=seed), [picture], kind=kind)  # type: ignore[arg-type]  # questions need no model
-    asked = held_out.questions(
-        scene, load_directory(request.images), load_directory(request.retain)
-    )
+    given = beside(request)
+    asked = held_out.questions(scene, given.more, given.rest)
     had = {(kind, question) for kind, question, _ in asked}
     facts = [
         a for a in told.get("answers", []) if a.get("kind") == "facts" and a.get("picture") is None

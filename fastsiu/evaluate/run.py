@@ -22,7 +22,7 @@ from . import attacking, directories, g_eval, lmms
 from .eval_files import (
     Loadable,
     digest_of,
-    evaluated_kind,
+    evaluated,
     rate_of,
     read_untouched,
     same_exam,
@@ -100,6 +100,7 @@ def evaluate(
 ) -> Evaluation:
     """What a model knows of a concept, and what it has lost of all else.
 
+    concept:     gets the aliases in the report of the adapter or of the merged model beside its own
     kind:        of the concept, of `request.KINDS`; None: what the manifest of the adapter or of
                  the merged model says, else "person"
     adapter_dir: an --output directory of `unlearn`; the untouched model is `model` without it
@@ -118,9 +119,8 @@ def evaluate(
         raise BadInput("The concept's name is empty: pass the name with --concept NAME.")
     _check(files, adapter_dir, base, report, extras, output)
     tried = attacking.chosen(extras.attacks)
-    exam = directories.exam_of(
-        concept, **vars(files), kind=evaluated_kind(concept, kind, adapter_dir, model, base)
-    )
+    concept, as_was = evaluated(concept, kind, adapter_dir, model, base)
+    exam = directories.exam_of(concept, **vars(files), kind=as_was)
     for seen in exam.pictures:
         seen.load()  # a damaged picture is told now, not after an hour
 

@@ -134,6 +134,23 @@ def recorded(concept: Concept, kind: Any, told: Mapping[str, Any]) -> Kind:
     return Kind(known, "given" if kind in KINDS else "default", phrases)
 
 
+def reported(concept: Concept, told: Mapping[str, Any]) -> Concept:
+    """The concept as it was unlearned: with the aliases of a report of the same name beside those
+    that were given, and with its `as_word` where none was given.
+
+    told: the report; a redacted one has no names, and changes nothing
+    """
+    name, aliases, as_word = told.get("concept"), told.get("aliases"), told.get("as_word")
+    if not isinstance(name, str) or not concept.same(name):
+        return concept
+    own = [one for one in aliases if isinstance(one, str)] if isinstance(aliases, list) else []
+    return Concept(
+        concept.name,
+        tuple(dict.fromkeys((*concept.aliases, *own))),
+        as_word if concept.as_word is None and isinstance(as_word, bool) else concept.as_word,
+    )
+
+
 def kind_of(vlm: VLM, concept: Concept, picture: Picture | None, given: str | None = None) -> Kind:
     """The kind of a concept, and its phrase. The model is the untouched one, its adapter off.
 

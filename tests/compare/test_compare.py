@@ -191,6 +191,14 @@ def test_search_and_test_share_no_picture_and_neither_sees_training(suite):
     assert sum(c.question.kind == "fact" for c in test.cells) == 5 * 4  # about everyone
 
 
+def test_a_lookalike_in_another_spelling_is_one(suite):
+    ann = replace(suite.subjects[0], lookalikes=("bea LO",))
+    other = replace(suite, subjects=(ann, *suite.subjects[1:]))
+    seen = trials.exam(other, ann, "test").pictures
+    assert {s.shows for s in seen if s.role == "lookalike"} == {"Bea Lo"}
+    assert [s.slug for s in compare._some(other)] == ["ann", "bea"]
+
+
 def test_answers_are_counted_by_hand(suite):
     asked = trials.exam(suite, suite.subjects[0], "search")
     before, after, expected = [], [], {key: [0, 0] for key in trials.COUNTS}

@@ -94,6 +94,47 @@ def test_verify_names_what_is_missing_and_what_was_added(call, tmp_path):
     assert code == 1 and "report.md is missing" in said and "adapter_model.bin was added" in said
 
 
+@pytest.mark.parametrize(
+    "name", ["additional_chat_templates/default.jinja", "merges.txt", "a/b/model.safetensors"]
+)
+def test_what_a_loader_would_read_is_told_wherever_it_was_added(call, tmp_path, name):
+    out = written(tmp_path / "out")
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text("{{ foreign }}")
+    code, said, _ = call("verify", "out")
+    assert code == 1 and f"{name} was added" in "".join(said.split("\n"))
+    written(out / "evaluated")  # a result of its own
+    (out / name).unlink()
+    assert call("verify", "out")[0] == 0
+
+
+def test_another_key_is_told_and_a_published_output_has_none(call, tmp_path):
+    out = written(tmp_path / "out")
+    (out / "private.key").write_text("0" * 64 + "\n")
+    code, said, _ = call("verify", "out")
+    assert code == 1 and "private.key is not as written" in " ".join(said.split())
+    (out / "private.key").unlink()
+    assert call("verify", "out")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "table, key, name",
+    [("requests.json", "requests", "output"), ("suite.json", "concepts", "slug")],
+)
+def test_verify_misses_an_output_that_the_table_names(call, tmp_path, table, key, name):
+    place = tmp_path / "all"
+    place.mkdir()
+    for one in ("001", "002"):
+        written(place / one)
+    rows = [{name: one, "status": "forgotten"} for one in ("001", "002")]
+    rows.append({name: "003", "status": "failed"})
+    (place / table).write_text(json.dumps({"format": upkeep.TABLES[table], key: rows}))
+    assert call("verify", "all")[0] == 0
+    shutil.rmtree(place / "002")
+    code, said, _ = call("verify", "all")
+    assert code == 1 and f"002 is missing, which {table} names" in " ".join(said.split())
+
+
 def test_verify_looks_at_every_output_of_several(call, tmp_path):
     for slug in "ab":
         (tmp_path / "suite").mkdir(exist_ok=True)
@@ -157,6 +198,16 @@ def test_a_merged_model_is_not_the_base(call, tmp_path):
 
 
 # purge
+
+
+def test_a_merged_model_has_no_template_that_was_added(tmp_path):
+    files = {"model.safetensors": b"1", "config.json": b"{}"}
+    out = written(tmp_path / "out", files=files, merge={})
+    deployed = put(tmp_path / "deployed", files)
+    assert upkeep.verify(out, deployed).wrong == []
+    put(deployed / "additional_chat_templates", {"default.jinja": b"{{ foreign }}"})
+    (told,) = upkeep.verify(out, deployed).wrong
+    assert told.endswith("additional_chat_templates/default.jinja was added.")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from fastsiu.evaluate.eval_report import report_of, verdict_answers
 from fastsiu.evaluate.exam import OF_CONCEPT, Exam, Question, Seen
 from fastsiu.evaluate.observe import Observations, examine
 from fastsiu.evaluate.scoring import row
+from fastsiu.images import load_image
 from fastsiu.model import adapter, ask
 from fastsiu.report.redact import redacted
 from fastsiu.report.sentences import LEFT_OUT, sentence
@@ -582,6 +583,13 @@ def test_an_exam_from_directories(cast, folders):
     assert len(labels["training"]) == 13 and labels["concept"] == ["0.png"]
     assert labels["other"] == [f"{cast.other}, 0.png"] and exam.others == (Concept(cast.other),)
     assert labels["control"] == ["training picture, original, shuffled", "0.png, shuffled"]
+    load_image(cast.image).save(folders.own / "again.bmp")  # the same pixels
+    shutil.copy(cast.image, folders.control / "copy.png")
+    again = directories.exam_of(
+        Concept(cast.target), image=cast.image, images=folders.own, control=folders.control
+    )
+    assert [s.label for s in again.pictures if s.role == "concept"] == ["0.png"]
+    assert [s.label for s in again.pictures if s.role == "control"] == ["a.png"]
     assert directories.exam_of(
         Concept(cast.target), image=cast.image, others=folders.everyone
     ).others == (Concept(cast.other),)

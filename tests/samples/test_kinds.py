@@ -16,7 +16,7 @@ from fastsiu.cli.options import Kind as KindOption
 from fastsiu.demo.world import KNOWN, World, draw
 from fastsiu.evaluate import attacks, directories
 from fastsiu.evaluate.attacks import table
-from fastsiu.evaluate.eval_files import evaluated_kind
+from fastsiu.evaluate.eval_files import evaluated
 from fastsiu.manifest import read as read_manifest
 from fastsiu.manifest import request_digest
 from fastsiu.model import ask
@@ -24,7 +24,7 @@ from fastsiu.model.ask import Reply
 from fastsiu.report.redact import redacted
 from fastsiu.request import KINDS, BadInput, Recipe, Request
 from fastsiu.samples import kinds, neighbours, targets
-from fastsiu.samples.kinds import PERSON, Kind, kind_of, recorded, wordings
+from fastsiu.samples.kinds import PERSON, Kind, kind_of, recorded, reported, wordings
 from fastsiu.samples.scene import Scene, about_the_one_shown
 from fastsiu.settings import ModelRef
 from fastsiu.text.concept import Concept
@@ -264,17 +264,43 @@ def test_report_and_manifest_have_the_kind(trained):
     assert redacted(report | {"kind": "lion"})["kind"] is None
 
 
-def test_the_kind_of_an_evaluation_is_the_adapters(trained, tmp_path):
+def test_concept_and_kind_of_an_evaluation_are_the_adapters(trained, tmp_path):
     lion, model = Concept("lion"), ModelRef()
-    assert evaluated_kind(lion, None, trained.output, model, None).name == "person"
+    kind = lambda *given: evaluated(lion, *given)[1]
+    assert kind(None, trained.output, model, None).name == "person"
     (tmp_path / "manifest.json").write_text(json.dumps({"kind": "thing"}))
-    assert evaluated_kind(lion, None, tmp_path, model, None).phrase("lion") == "a lion"
-    assert evaluated_kind(lion, "style", tmp_path, model, None).name == "style"
+    assert kind(None, tmp_path, model, None).phrase("lion") == "a lion"
+    assert kind("style", tmp_path, model, None).name == "style"
     merged = ModelRef(str(tmp_path))
-    assert evaluated_kind(lion, None, None, merged, "base").name == "thing"
-    assert evaluated_kind(lion, None, None, merged, None).name == "person"
+    assert kind(None, None, merged, "base").name == "thing"
+    assert kind(None, None, merged, None).name == "person"
     with pytest.raises(BadInput, match="'monster' is unknown"):
-        evaluated_kind(lion, "monster", None, model, None)
+        kind("monster", None, model, None)
+    told = {"concept": "Lion", "aliases": ["king of beasts"]}
+    (tmp_path / "report.json").write_text(json.dumps(told))
+    assert evaluated(lion, None, tmp_path, model, None)[0].aliases == ("king of beasts",)
+    assert evaluated(lion, None, None, merged, "base")[0].aliases == ("king of beasts",)
+    assert evaluated(lion, None, None, merged, None)[0] == lion
+    (tmp_path / "report.json").write_text("[")
+    with pytest.raises(BadInput, match="report.json"):
+        evaluated(lion, None, tmp_path, model, None)
+
+
+@pytest.mark.parametrize(
+    "told, aliases, as_word",
+    [
+        ({"concept": "ann lee", "aliases": ["Annie"], "as_word": True}, ("A. L.", "Annie"), True),
+        ({"concept": "Ann Lee", "aliases": ["A. L."]}, ("A. L.",), None),
+        ({"concept": "Bea Lo", "aliases": ["Bee"], "as_word": True}, ("A. L.",), None),
+        ({"concept": ["Ann Lee"], "aliases": ["Annie"]}, ("A. L.",), None),
+        ({"concept": "Ann Lee", "aliases": "Annie", "as_word": "yes"}, ("A. L.",), None),
+        ({}, ("A. L.",), None),
+    ],
+)
+def test_a_report_of_the_same_name_adds_what_it_has(told, aliases, as_word):
+    found = reported(Concept("Ann Lee", ("A. L.",)), told)
+    assert (found.name, found.aliases, found.as_word) == ("Ann Lee", aliases, as_word)
+    assert reported(Concept("Ann Lee", as_word=False), told).as_word is False
 
 
 # Samples of a thing.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...guards.strict_json import parse_json
-from ...images import list_images, load_image
+from ...images import list_images, load_image, read_bytes
 from ...request import BadInput
 from ...text.concept import Concept
 from ..exam import Question
@@ -195,22 +195,23 @@ def _subject(root: Path, place: Path, least: int) -> Subject:
         _names(file, key, record.get(key, [])) for key in ("aliases", "lookalikes")
     )
     images = _pictures(root, place / "images")
-    if len(images) < least:
-        raise BadInput(
-            f"{place / 'images'} holds {len(images)} pictures: put the training picture and at "
-            "least one more there."
-        )
     inside = {path.relative_to(place).as_posix(): path for path in images}
-    if record["training"] not in (*inside,):
+    if images and record["training"] not in (*inside,):
         raise BadInput(
             f"{file}: the training picture {record['training']!r} is none of images: write one "
             "like "
             f'"{next(iter(inside))}".'
         )
+    # A copy of the training picture would count as another picture of the concept.
+    training = inside.get(record["training"])
+    images = tuple(p for p in images if training and (p == training or not _copies(p, training)))
+    if training is None or len(images) < least:
+        raise BadInput(
+            f"{place / 'images'} holds {len(images)} pictures: put the training picture and at "
+            "least one more there, which is no copy of it."
+        )
     groups = _pictures(root, place / "groups")
-    subject = Subject(
-        place.name, name, aliases, lookalikes, inside[record["training"]], images, groups
-    )
+    subject = Subject(place.name, name, aliases, lookalikes, training, images, groups)
     for other in lookalikes:
         if subject.bears(other):
             raise BadInput(f"{file}: the look-alike {other!r} is the concept itself: remove it.")
@@ -239,6 +240,11 @@ def _pictures(root: Path, directory: Path) -> tuple[Path, ...]:
         if not entry.name.isprintable():
             raise BadInput(f"{str(entry)!r} has a control character in its name: rename it.")
     return tuple(list_images(directory)) if entries else ()
+
+
+def _copies(one: Path, other: Path) -> bool:
+    """Whether two files hold the same bytes."""
+    return one.stat().st_size == other.stat().st_size and read_bytes(one) == read_bytes(other)
 
 
 def _within(root: Path, path: Path) -> Path:

@@ -55,6 +55,19 @@ def exported(tmp_path_factory) -> Path:
     return target
 
 
+def test_a_copy_of_the_training_picture_is_left_out(documented, tmp_path):
+    root = tmp_path / "suite"
+    shutil.copytree(documented, root)
+    place = root / "concepts/neuschwanstein/images"
+    shutil.copy(place / "000.png", place / "copy.png")
+    neu = suite.read(root).subject("neuschwanstein")
+    assert place / "copy.png" not in neu.images and neu.training in neu.images
+    for path in place.iterdir():
+        shutil.copy(place / "000.png", path) if path.name != "000.png" else None
+    with pytest.raises(BadInput, match="holds 1 pictures.*no copy of it"):
+        suite.read(root)
+
+
 def test_the_documented_example_is_read_as_the_page_says(documented):
     read = suite.read(documented)
     assert (read.title, len(read.questions), len(read.control)) == ("Two castles", 6, 3)
