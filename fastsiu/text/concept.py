@@ -131,8 +131,14 @@ class Concept:
 
 def _identifies(word: str) -> bool:
     """Whether a word of a name has enough letters and is not one that many names share."""
-    least = 2 if spelling.UNSPACED.search(word) else 3
-    return sum(map(str.isalpha, word)) >= least and plain(word).text not in COMMON_WORDS
+    # Trap: without spaces it is found inside words, too, and one consonant with its vowel signs is
+    # a syllable of many.
+    enough = (
+        sum(map(str.isalpha, word)) >= 2
+        if spelling.UNSPACED.search(word)
+        else confusables.letters_in(word) >= 3
+    )
+    return enough and plain(word).text not in COMMON_WORDS
 
 
 def _is_all_of(name: str, text: str) -> bool:

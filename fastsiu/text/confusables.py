@@ -20,10 +20,11 @@ from anyascii import anyascii
 
 Span = tuple[int, int]
 
-# Accents of Latin, Greek and Cyrillic, vowels of Hebrew and Arabic: plain writing omits them.
+# Accents of Latin, Greek and Cyrillic, vowels of Hebrew and Arabic, Devanagari's dot for sounds of
+# Persian: plain writing omits them.
 _ACCENTS = re.compile(
     "[\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a"
-    "\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed]"
+    "\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed\u093c]"
 )
 # Characters without a look of their own that Unicode does not call format characters; Arabic's
 # lengthening.
@@ -46,6 +47,7 @@ _SAME = str.maketrans(
         "\ufe63": "-",
         "\u05be": "-",
         "\u00ad": "",
+        "\u0901": "\u0902",
         "\u06cc": "\u064a",
         "\u0629": "\u0647",
         "\u06a9": "\u0643",
@@ -93,6 +95,8 @@ class _Key(dict[int, str | None]):
 
 
 _key = _Key(_KEY)
+# All marks, for a pattern's class of characters: accents, vowel signs, viramas.
+MARKS = "".join(c for c in map(chr, range(0x300, 0x1E950)) if unicodedata.category(c)[0] == "M")
 
 
 @functools.cache
@@ -175,6 +179,12 @@ def script(c: str) -> str:
     return _SCRIPTS[c]
 
 
+def letters_in(word: str) -> int:
+    """How many letters a word has. Vowel signs are letters ("\u0916\u093e\u0928" has three),
+    accents are none."""
+    return sum(c.isalpha() or (unicodedata.category(c)[0] == "M" and PLAIN[c] != "") for c in word)
+
+
 @dataclass(frozen=True, eq=False)
 class Reading:
     """A text as it is compared with names.
@@ -232,7 +242,7 @@ def unstyled(word: str) -> str:
     """A word of a stylised name in letters: "ke$ha" is "kesha", "p!nk" is "pink". Other words stay
     as they are. No letters: a "!" at the end, several digits at the end ("agent 007"), and digits
     after few letters ("u2")."""
-    letters = sum(map(str.isalpha, word))
+    letters = letters_in(word)
     inside = letters == 2 and len(word) == 4 and word[0].isalpha() and word[-1].isalpha()  # "l33t"
     if not (letters > 2 or inside) or not any(c in _STYLES for c in word):
         return word

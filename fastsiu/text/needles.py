@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from . import confusables, spelling, usage
-from .confusables import Reading, Span, is_letter, plain, script
+from . import confusables, indic, spelling, usage
+from .confusables import Reading, Span, is_letter, letters_in, plain, script
 
 _UMLAUTS = {"ä": "ae", "ö": "oe", "ü": "ue", "ø": "oe", "å": "aa"}
 _HONOUR = re.compile(
@@ -108,14 +108,15 @@ def _needle(
     closing = re.search(r"[.,;:!?]+$", final)
     edge = final[: closing.start()][-1:] if closing else final[-1]
     before = spelling.BEFORE if first.isalnum() else ""
-    after = spelling.AFTER if edge.isalnum() else ""
+    after = spelling.AFTER if edge and is_letter(edge) else ""
     pattern = f"{before}(?=({body}){after})"
     letters = re.sub(r"[^\w\s]|_", "", " ".join(map(confusables.unstyled, words))).strip()
     alphabet = all(c.lower() != c.upper() for c in letters if not c.isspace())
     one_by_one = None
     if alphabet and len(letters.replace(" ", "")) > 2 and len(letters.split()[0]) > 1:
         one_by_one = rf"(?<![^\W_])({spelling.spelled(letters)})(?![^\W_])"
-    keys = tuple(confusables.key(spelling.stem(word)) for word in words)
+    pieces = [piece for word in words for piece in indic.without_nasals(spelling.stem(word))]
+    keys = tuple(map(confusables.key, pieces))
     return Needle(form, text, pattern, keys, whole, last, only, one_by_one, marked)
 
 
@@ -137,7 +138,7 @@ def place(needle: Needle, reading: Reading, match: re.Match[str]) -> Span | None
         if not spelling.UNSPACED.match(reading.text[i - 1]) and is_letter(needle.text[0]):
             return None
     literal = matched.split() == needle.text.split()
-    letters, characters = sum(map(str.isalpha, matched)), re.sub(r"[\s\-_.']", "", matched)
+    letters, characters = letters_in(matched), re.sub(r"[\s\-_.']", "", matched)
     if not literal and 2 * letters < len(characters):
         return None
     if needle.marked and not any(
@@ -149,7 +150,7 @@ def place(needle: Needle, reading: Reading, match: re.Match[str]) -> Span | None
     ending = match.groupdict().get("end")
     if ending and not _bent(needle, text, start, end, matched, ending):
         return None
-    if needle.only and text[start:end].isalpha():
+    if needle.only and letters_in(text[start:end]) == end - start:
         alone = needle.whole or (needle.last and text[start].isupper())
         if not usage.as_name(text, start, end, alone=alone):
             return None
@@ -176,8 +177,8 @@ def _bent(needle: Needle, text: str, start: int, end: int, matched: str, ending:
             return usage.several(text, start)
         return (
             capital
-            or len(needle.text) >= 5
-            or usage.ordinary(needle.text)
+            or len(needle.form) >= 5
+            or usage.ordinary(needle.form)
             or usage.several(text, start)
         )
     return capital and not usage.ordinary(matched)
