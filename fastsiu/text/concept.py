@@ -218,13 +218,16 @@ def _needles(concept: Concept) -> tuple[Needle, ...]:
 def _places(concept: Concept, text: str, include_parts: bool) -> Iterator[Span]:
     """Every place of the name in the text, in no order. Places may overlap."""
     needles = _needles(concept)
-    for reading in (plain(text), confusables.alike(text)):
+    divided = confusables.unbroken(text)
+    for reading in (plain(text), confusables.alike(text), divided):
         if reading is None:
-            break
+            continue
         key = reading.key
         for needle in needles:
             if not (include_parts or needle.whole) or any(k not in key for k in needle.keys):
                 continue
+            if reading is divided and needle.only:
+                continue  # how a divided word is used cannot be seen
             for match in needle.pattern.finditer(reading.text):
                 if (span := place(needle, reading, match)) is not None:
                     yield span

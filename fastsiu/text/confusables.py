@@ -8,6 +8,7 @@ anyascii says how letters of other scripts sound.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import unicodedata
@@ -70,6 +71,10 @@ _STYLES = {symbol: letter for letter, symbols in reversed(STYLED.items()) for sy
 _KEY = {ord(symbol): {"l": "i"}.get(letter, letter) for symbol, letter in _STYLES.items()} | {
     ord("l"): "i"
 }
+_FLAG = re.compile(  # two such letters are a flag
+    "(?<![\U0001f1e6-\U0001f1ff])[\U0001f1e6-\U0001f1ff]{2}(?![\U0001f1e6-\U0001f1ff])"
+)
+_DIVIDED = re.compile(r"(?<=[^\W\d_])[-\u00ad\u2010\u2011][ \t]*(?:\r\n?|\n)[ \t]*(?=[^\W\d_])")
 _TWICE = re.compile(r"(.)\1+")
 _SPELLED = re.compile(r"(?<![^\W_])[^\W_](\W{1,3}|_)[^\W_]\1[^\W_](?![^\W_])")
 
@@ -135,6 +140,8 @@ def _latin(c: str) -> str:
 
 
 def _alike(c: str) -> str:
+    if "\U0001f1e6" <= c <= "\U0001f1ff":  # the letters of flags
+        return chr(ord(c) - 0x1F1E6 + ord("a"))
     if c.isascii() or script(c) == "LATIN":
         return PLAIN[c]
     small = PLAIN[c]
@@ -271,8 +278,30 @@ def alike(text: str) -> Reading | None:
     nothing."""
     if text.isascii():
         return None
-    looks = _read(text, ALIKE)
-    return None if looks.text == plain(text).text else looks
+    looks = _read(_FLAG.sub("\u2691\u2691", text), ALIKE)
+    if looks.text == plain(text).text:
+        return None
+    return dataclasses.replace(looks, source=text)
+
+
+@functools.lru_cache(4096)
+def unbroken(text: str) -> Reading | None:
+    """As `plain`, without the hyphens and line ends that divide words ("Zorb-", "lax"); None where
+    there are none."""
+    if "\n" not in text and "\r" not in text:
+        return None
+    pieces: list[str] = []
+    kept: list[int] = []
+    end = 0
+    for match in _DIVIDED.finditer(text):
+        pieces.append(text[end : match.start()])
+        kept += range(end, match.start())
+        end = match.end()
+    if not end:
+        return None
+    whole = plain("".join(pieces) + text[end:])
+    kept += range(end, len(text))
+    return Reading(text, whole.text, [kept[i] for i in whole.where or range(len(kept))])
 
 
 def _read(text: str, table: _Table) -> Reading:

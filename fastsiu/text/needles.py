@@ -3,6 +3,7 @@ name."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import unicodedata
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from . import confusables, indic, spelling, usage
+from . import confusables, indic, plurals, spelling, usage
 from .confusables import Reading, Span, is_letter, letters_in, plain, script
 
 _UMLAUTS = {"ä": "ae", "ö": "oe", "ü": "ue", "ø": "oe", "å": "aa"}
@@ -34,6 +35,7 @@ class Needle:
     only:     counts only where it is used as a name
     letters:  the source of `spelled`; None for too few letters
     marked:   counts only where the text writes an umlaut
+    many:     an irregular plural of the form
     """
 
     form: str
@@ -45,6 +47,7 @@ class Needle:
     only: bool
     letters: str | None = None
     marked: bool = False
+    many: bool = False
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -69,8 +72,9 @@ class Needle:
 
 
 def ways(form: str, whole: bool, last: bool, only: bool) -> Iterator[Needle]:
-    """The needles of a form or a part: as it is, with "ae" for "ä" or the reverse, and with Latin
-    letters for those that look like them. The flags are those of Needle."""
+    """The needles of a form or a part: as it is, with "ae" for "ä" or the reverse, with Latin
+    letters for those that look like them, and a form's irregular plurals. The flags are those of
+    Needle."""
     text = " ".join(plain(form).text.split())
     if not text:  # a part that nobody sees
         return
@@ -82,6 +86,8 @@ def ways(form: str, whole: bool, last: bool, only: bool) -> Iterator[Needle]:
     elif any(pair in text for pair in _UMLAUTS.values()) and spelling.spaced(text):
         bare = functools.reduce(lambda t, pair: t.replace(pair, pair[0]), _UMLAUTS.values(), text)
         yield _needle(form, bare, whole, last, only, marked=True)
+    for several in plurals.irregular(text) if whole else ():
+        yield dataclasses.replace(_needle(form, several, whole, last, only), many=True)
     looks = confusables.alike(form)
     if (
         looks is not None
@@ -149,6 +155,8 @@ def place(needle: Needle, reading: Reading, match: re.Match[str]) -> Span | None
         return None
     ending = match.groupdict().get("end")
     if ending and not _bent(needle, text, start, end, matched, ending):
+        return None
+    if needle.many and not _bent(needle, text, start, end, matched, "s"):
         return None
     if needle.only and letters_in(text[start:end]) == end - start:
         alone = needle.whole or (needle.last and text[start].isupper())

@@ -194,6 +194,12 @@ Anne Marie|annemarie
 חנה כהן|לחנה
 יעל|ויעל
 علي|وعلي
+Zorblax Quint|🇿🇴🇷🇧🇱🇦🇽
+Nora|It is 🇳🇴🇷🇦!
+Zorblax Quint|Zorblax🇩🇪
+Zorblax Quint|I see Zorb-\\nlax.
+Zorblax Quint|Qu-\\r\\n  int
+Иван Петров|Пет-\\nров
 """
 # A name, and a text that does not.
 OTHERS = """
@@ -299,6 +305,9 @@ Leo|L e o n
 נוח|לנוח
 רון|שרון
 رده|وردة
+Jo|🇯🇴
+Ann|🇦🇳🇳🇪
+Rose|a red ro-\\nse
 """
 # Texts about a picture and about nobody, in which none of NAMES is.
 PLAIN = {
@@ -444,6 +453,8 @@ def test_texts_about_nobody_name_nobody(language):
         ("Bill", "a bill for Bill", ["Bill"]),
         ("Louis XI", "Louis XIII and Louis XI", ["Louis XI"]),
         ("Ann", "R. A. N. N. E. and A. N. N.", ["A. N. N"]),
+        ("Zorblax", "a Zorb-\n lax, 🇿🇴🇷🇧🇱🇦🇽", ["Zorb-\n lax", "🇿🇴🇷🇧🇱🇦🇽"]),
+        ("Zoë", "Is Zo\u00ad\në here?", ["Zo\u00ad\në"]),
     ],
 )
 def test_spans_are_of_the_name_alone(name, text, found):
