@@ -131,8 +131,14 @@ class Concept:
 
 def _identifies(word: str) -> bool:
     """Whether a word of a name has enough letters and is not one that many names share."""
-    least = 2 if spelling.UNSPACED.search(word) else 3
-    return sum(map(str.isalpha, word)) >= least and plain(word).text not in COMMON_WORDS
+    # Trap: without spaces it is found inside words, too, and one consonant with its vowel signs is
+    # a syllable of many.
+    enough = (
+        sum(map(str.isalpha, word)) >= 2
+        if spelling.UNSPACED.search(word)
+        else confusables.letters_in(word) >= 3
+    )
+    return enough and plain(word).text not in COMMON_WORDS
 
 
 def _is_all_of(name: str, text: str) -> bool:
@@ -212,13 +218,16 @@ def _needles(concept: Concept) -> tuple[Needle, ...]:
 def _places(concept: Concept, text: str, include_parts: bool) -> Iterator[Span]:
     """Every place of the name in the text, in no order. Places may overlap."""
     needles = _needles(concept)
-    for reading in (plain(text), confusables.alike(text)):
+    divided = confusables.unbroken(text)
+    for reading in (plain(text), confusables.alike(text), divided):
         if reading is None:
-            break
+            continue
         key = reading.key
         for needle in needles:
             if not (include_parts or needle.whole) or any(k not in key for k in needle.keys):
                 continue
+            if reading is divided and needle.only:
+                continue  # how a divided word is used cannot be seen
             for match in needle.pattern.finditer(reading.text):
                 if (span := place(needle, reading, match)) is not None:
                     yield span

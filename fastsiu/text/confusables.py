@@ -8,6 +8,7 @@ anyascii says how letters of other scripts sound.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import unicodedata
@@ -20,10 +21,11 @@ from anyascii import anyascii
 
 Span = tuple[int, int]
 
-# Accents of Latin, Greek and Cyrillic, vowels of Hebrew and Arabic: plain writing omits them.
+# Accents of Latin, Greek and Cyrillic, vowels of Hebrew and Arabic, Devanagari's dot for sounds of
+# Persian: plain writing omits them.
 _ACCENTS = re.compile(
     "[\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a"
-    "\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed]"
+    "\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed\u093c]"
 )
 # Characters without a look of their own that Unicode does not call format characters; Arabic's
 # lengthening.
@@ -46,6 +48,7 @@ _SAME = str.maketrans(
         "\ufe63": "-",
         "\u05be": "-",
         "\u00ad": "",
+        "\u0901": "\u0902",
         "\u06cc": "\u064a",
         "\u0629": "\u0647",
         "\u06a9": "\u0643",
@@ -68,6 +71,10 @@ _STYLES = {symbol: letter for letter, symbols in reversed(STYLED.items()) for sy
 _KEY = {ord(symbol): {"l": "i"}.get(letter, letter) for symbol, letter in _STYLES.items()} | {
     ord("l"): "i"
 }
+_FLAG = re.compile(  # two such letters are a flag
+    "(?<![\U0001f1e6-\U0001f1ff])[\U0001f1e6-\U0001f1ff]{2}(?![\U0001f1e6-\U0001f1ff])"
+)
+_DIVIDED = re.compile(r"(?<=[^\W\d_])[-\u00ad\u2010\u2011][ \t]*(?:\r\n?|\n)[ \t]*(?=[^\W\d_])")
 _TWICE = re.compile(r"(.)\1+")
 _SPELLED = re.compile(r"(?<![^\W_])[^\W_](\W{1,3}|_)[^\W_]\1[^\W_](?![^\W_])")
 
@@ -93,6 +100,8 @@ class _Key(dict[int, str | None]):
 
 
 _key = _Key(_KEY)
+# All marks, for a pattern's class of characters: accents, vowel signs, viramas.
+MARKS = "".join(c for c in map(chr, range(0x300, 0x1E950)) if unicodedata.category(c)[0] == "M")
 
 
 @functools.cache
@@ -131,6 +140,8 @@ def _latin(c: str) -> str:
 
 
 def _alike(c: str) -> str:
+    if "\U0001f1e6" <= c <= "\U0001f1ff":  # the letters of flags
+        return chr(ord(c) - 0x1F1E6 + ord("a"))
     if c.isascii() or script(c) == "LATIN":
         return PLAIN[c]
     small = PLAIN[c]
@@ -173,6 +184,12 @@ def is_letter(c: str) -> bool:
 
 def script(c: str) -> str:
     return _SCRIPTS[c]
+
+
+def letters_in(word: str) -> int:
+    """How many letters a word has. Vowel signs are letters ("\u0916\u093e\u0928" has three),
+    accents are none."""
+    return sum(c.isalpha() or (unicodedata.category(c)[0] == "M" and PLAIN[c] != "") for c in word)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +249,7 @@ def unstyled(word: str) -> str:
     """A word of a stylised name in letters: "ke$ha" is "kesha", "p!nk" is "pink". Other words stay
     as they are. No letters: a "!" at the end, several digits at the end ("agent 007"), and digits
     after few letters ("u2")."""
-    letters = sum(map(str.isalpha, word))
+    letters = letters_in(word)
     inside = letters == 2 and len(word) == 4 and word[0].isalpha() and word[-1].isalpha()  # "l33t"
     if not (letters > 2 or inside) or not any(c in _STYLES for c in word):
         return word
@@ -261,8 +278,30 @@ def alike(text: str) -> Reading | None:
     nothing."""
     if text.isascii():
         return None
-    looks = _read(text, ALIKE)
-    return None if looks.text == plain(text).text else looks
+    looks = _read(_FLAG.sub("\u2691\u2691", text), ALIKE)
+    if looks.text == plain(text).text:
+        return None
+    return dataclasses.replace(looks, source=text)
+
+
+@functools.lru_cache(4096)
+def unbroken(text: str) -> Reading | None:
+    """As `plain`, without the hyphens and line ends that divide words ("Zorb-", "lax"); None where
+    there are none."""
+    if "\n" not in text and "\r" not in text:
+        return None
+    pieces: list[str] = []
+    kept: list[int] = []
+    end = 0
+    for match in _DIVIDED.finditer(text):
+        pieces.append(text[end : match.start()])
+        kept += range(end, match.start())
+        end = match.end()
+    if not end:
+        return None
+    whole = plain("".join(pieces) + text[end:])
+    kept += range(end, len(text))
+    return Reading(text, whole.text, [kept[i] for i in whole.where or range(len(kept))])
 
 
 def _read(text: str, table: _Table) -> Reading:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from .answers import FUNCTION_WORDS
 from .articles import without_article
+from .plurals import singular
 
 LONGEST = 3  # words of a noun
 FEWEST = 3  # items in a row within a sentence: fewer may be any two words joined by "and"
@@ -38,55 +39,6 @@ _NO_NOUN = FUNCTION_WORDS | frozenset(
 )
 _SMALL = frozenset("of the de la le du del da di von van der and's".split())
 _ABBREVIATED = re.compile(r"(?:[A-Z]|St|Mt|Ft|Dr|Mr|Mrs)\.")
-_PLURALS = {
-    "wolves": "wolf",
-    "calves": "calf",
-    "leaves": "leaf",
-    "knives": "knife",
-    "elves": "elf",
-    "loaves": "loaf",
-    "shelves": "shelf",
-    "thieves": "thief",
-    "halves": "half",
-    "mice": "mouse",
-    "geese": "goose",
-    "men": "man",
-    "women": "woman",
-    "children": "child",
-    "feet": "foot",
-    "teeth": "tooth",
-    "oxen": "ox",
-    "cacti": "cactus",
-    "fungi": "fungus",
-    "octopi": "octopus",
-    "shoes": "shoe",
-    "axes": "axe",
-}
-_NO_PLURAL = frozenset(
-    "scissors glasses pants trousers jeans shorts binoculars species series news tongs pliers "
-    "chess lens gas canvas atlas pajamas pyjamas".split()
-)
-
-
-def singular(noun: str) -> str:
-    """The noun with its last word in the singular: "red foxes" is "red fox". A guess by the
-    ending."""
-    head, gap, last = noun.rpartition(" ")
-    return f"{head}{gap}{_singular(last)}"
-
-
-def _singular(word: str) -> str:
-    small = word.lower()
-    if small in _PLURALS:
-        return _PLURALS[small]
-    if small in _NO_PLURAL or len(word) < 4 or re.search(r"(?:ss|us|is|eros)$", small):
-        return word
-    if re.search(r"[^aeiou]ies$", small):
-        keeps_ie = re.search(r"(?:ook|ov|rown|omb|^p|^t|^l|^d)ies$", small) is not None
-        return word[:-1] if keeps_ie else word[:-3] + "y"
-    if re.search(r"(?:x|[^a]ch|each|sh|z|ss|[^o]us|[^aeiou]o)es$", small):
-        return word[:-2]
-    return word[:-1] if small.endswith("s") else word
 
 
 def derived(noun: str, name: str) -> bool:

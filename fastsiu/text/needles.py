@@ -3,6 +3,7 @@ name."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import unicodedata
@@ -10,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from . import confusables, spelling, usage
-from .confusables import Reading, Span, is_letter, plain, script
+from . import confusables, indic, plurals, spelling, usage
+from .confusables import Reading, Span, is_letter, letters_in, plain, script
 
 _UMLAUTS = {"ä": "ae", "ö": "oe", "ü": "ue", "ø": "oe", "å": "aa"}
 _HONOUR = re.compile(
@@ -34,6 +35,7 @@ class Needle:
     only:     counts only where it is used as a name
     letters:  the source of `spelled`; None for too few letters
     marked:   counts only where the text writes an umlaut
+    many:     an irregular plural of the form
     """
 
     form: str
@@ -45,6 +47,7 @@ class Needle:
     only: bool
     letters: str | None = None
     marked: bool = False
+    many: bool = False
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -69,8 +72,9 @@ class Needle:
 
 
 def ways(form: str, whole: bool, last: bool, only: bool) -> Iterator[Needle]:
-    """The needles of a form or a part: as it is, with "ae" for "ä" or the reverse, and with Latin
-    letters for those that look like them. The flags are those of Needle."""
+    """The needles of a form or a part: as it is, with "ae" for "ä" or the reverse, with Latin
+    letters for those that look like them, and a form's irregular plurals. The flags are those of
+    Needle."""
     text = " ".join(plain(form).text.split())
     if not text:  # a part that nobody sees
         return
@@ -82,6 +86,8 @@ def ways(form: str, whole: bool, last: bool, only: bool) -> Iterator[Needle]:
     elif any(pair in text for pair in _UMLAUTS.values()) and spelling.spaced(text):
         bare = functools.reduce(lambda t, pair: t.replace(pair, pair[0]), _UMLAUTS.values(), text)
         yield _needle(form, bare, whole, last, only, marked=True)
+    for several in plurals.irregular(text) if whole else ():
+        yield dataclasses.replace(_needle(form, several, whole, last, only), many=True)
     looks = confusables.alike(form)
     if (
         looks is not None
@@ -108,14 +114,15 @@ def _needle(
     closing = re.search(r"[.,;:!?]+$", final)
     edge = final[: closing.start()][-1:] if closing else final[-1]
     before = spelling.BEFORE if first.isalnum() else ""
-    after = spelling.AFTER if edge.isalnum() else ""
+    after = spelling.AFTER if edge and is_letter(edge) else ""
     pattern = f"{before}(?=({body}){after})"
     letters = re.sub(r"[^\w\s]|_", "", " ".join(map(confusables.unstyled, words))).strip()
     alphabet = all(c.lower() != c.upper() for c in letters if not c.isspace())
     one_by_one = None
     if alphabet and len(letters.replace(" ", "")) > 2 and len(letters.split()[0]) > 1:
         one_by_one = rf"(?<![^\W_])({spelling.spelled(letters)})(?![^\W_])"
-    keys = tuple(confusables.key(spelling.stem(word)) for word in words)
+    pieces = [piece for word in words for piece in indic.without_nasals(spelling.stem(word))]
+    keys = tuple(map(confusables.key, pieces))
     return Needle(form, text, pattern, keys, whole, last, only, one_by_one, marked)
 
 
@@ -137,7 +144,7 @@ def place(needle: Needle, reading: Reading, match: re.Match[str]) -> Span | None
         if not spelling.UNSPACED.match(reading.text[i - 1]) and is_letter(needle.text[0]):
             return None
     literal = matched.split() == needle.text.split()
-    letters, characters = sum(map(str.isalpha, matched)), re.sub(r"[\s\-_.']", "", matched)
+    letters, characters = letters_in(matched), re.sub(r"[\s\-_.']", "", matched)
     if not literal and 2 * letters < len(characters):
         return None
     if needle.marked and not any(
@@ -149,7 +156,9 @@ def place(needle: Needle, reading: Reading, match: re.Match[str]) -> Span | None
     ending = match.groupdict().get("end")
     if ending and not _bent(needle, text, start, end, matched, ending):
         return None
-    if needle.only and text[start:end].isalpha():
+    if needle.many and not _bent(needle, text, start, end, matched, "s"):
+        return None
+    if needle.only and letters_in(text[start:end]) == end - start:
         alone = needle.whole or (needle.last and text[start].isupper())
         if not usage.as_name(text, start, end, alone=alone):
             return None
@@ -176,8 +185,8 @@ def _bent(needle: Needle, text: str, start: int, end: int, matched: str, ending:
             return usage.several(text, start)
         return (
             capital
-            or len(needle.text) >= 5
-            or usage.ordinary(needle.text)
+            or len(needle.form) >= 5
+            or usage.ordinary(needle.form)
             or usage.several(text, start)
         )
     return capital and not usage.ordinary(matched)

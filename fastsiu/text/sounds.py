@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -11,18 +12,18 @@ from typing import NamedTuple
 
 from anyascii import anyascii
 
-from .confusables import plain, script
+from . import indic
+from .confusables import MARKS, plain, script
 from .lists import FACTS, families
 from .spelling import KANA_END, KOREAN_END
 from .typos import LETTERS, LONG, within
 from .usage import ordinary
 
 LONGEST = 80  # letters of the longest word that is read as another script's
+WAYS = 27  # to say a name of several words
 
-_WRITTEN = re.compile(
-    "(?:[^\\W\\d_]|[\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u0900-\u0df9\u0e31-\u0e4e])+"
-    "(?:[-'\u2019\u02bc](?:[^\\W\\d_]|[\u0300-\u036f])+)*"
-)
+_LETTERS = rf"(?:[^\W\d_]|[{MARKS}])+"
+_WRITTEN = re.compile(rf"{_LETTERS}(?:[-'\u2019\u02bc]{_LETTERS})*")
 _VOICES = {
     "HANGUL": "hangul",
     "HIRAGANA": "kana",
@@ -126,6 +127,8 @@ def _says(word: str, kind: str, voice: str) -> dict[str, int]:
         ways |= {
             way: size for left in stems if 4 <= len(left) < size for way in (left, left + "\u10d8")
         }
+    elif kind in indic.SCRIPTS:
+        ways |= dict.fromkeys(indic.spoken(word), size)
     elif kind in ("HANGUL", "HIRAGANA", "KATAKANA") and unicodedata.is_normalized("NFC", word):
         ends = KOREAN_END if kind == "HANGUL" else KANA_END
         ways |= {
@@ -198,11 +201,19 @@ def _voice(own: str, kind: str) -> str | None:
     return _VOICES.get(own) or _VOICES.get(kind, "")
 
 
+def _transcribed(word: str) -> tuple[str, ...]:
+    """A word of a name, or how it is written in Latin letters where that says more."""
+    return (*indic.spoken(word), word)
+
+
 @functools.lru_cache(4096)
 def _said(words: tuple[str, ...], parts: tuple[str, ...], voice: str) -> dict[str, bool]:
     """The sounds of the parts and of the whole name; True for the whole name."""
-    keys = {sound(part, voice): False for part in parts} if voice != "han" else {}
-    keys["".join(sound(word, voice) for word in words)] = True
+    keys = {}
+    if voice != "han":
+        keys = {sound(way, voice): False for part in parts for way in _transcribed(part)}
+    for ways in itertools.islice(itertools.product(*map(_transcribed, words)), WAYS):
+        keys["".join(sound(way, voice) for way in ways)] = True
     if voice == "han":
         keys = {key: True for key in keys if _PINYIN.fullmatch(key)}
     return {key: whole for key, whole in keys.items() if len(key) >= _LEAST[voice]}
@@ -212,14 +223,20 @@ def nearly_sounding(words: tuple[str, ...], parts: tuple[str, ...], text: str) -
     """Whether a word of another script in `text` sounds nearly like the name or a part: one letter
     may differ from 6 letters on, two from 10 on. "Aleksandr" and "Alexander"."""
     own = _own(words)
-    keys = {sound(word, "") for word in (*parts, *words[: len(words) == 1])}
+    heard_as = (*parts, *words[: len(words) == 1])
+    keys = {sound(way, "") for word in heard_as for way in _transcribed(word)}
     keys = {key for key in keys if len(key) >= LETTERS}
     for kind in plain(text).scripts if keys and own not in _VOICES else ():
         if kind == own or kind in _VOICES or "LATIN" not in (own, kind):
             continue
         for word in heard(text, kind):
             if word.capital and not ordinary(word.word):
-                for said in _says(word.word, kind, ""):
+                # Trap: no capital tells names from words there, and many are near ("mandir" is
+                # a temple, Mandira a person).
+                said_as = (
+                    (sound(word.word, ""),) if kind in indic.SCRIPTS else _says(word.word, kind, "")
+                )
+                for said in said_as:
                     if any(within(key, said, 2 if len(key) >= LONG else 1) for key in keys):
                         return True
     return False

@@ -6,7 +6,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from .confusables import STYLED, plain, script, unstyled
+from . import indic
+from .confusables import STYLED, letters_in, plain, script, unstyled
 from .lists import FACTS, any_of, families, listed, longest_first
 
 PLURAL = 3  # letters that a word must have before an -s
@@ -57,12 +58,12 @@ def written(word: str, *, end: bool = False) -> str:
     end: put the ending into a group `end`
     """
     body = unstyled(word)
-    letters = sum(map(str.isalpha, body))
+    letters = letters_in(body)
     closing = re.search(r"[^\w'$@]+$", body) if letters else None
     core = body[: closing.start()] if closing else body
     stem, endings, own = _bent(core)
     group = "(?P<end>" if end else "(?:"
-    pattern = _letters(stem, letters)
+    pattern = indic.nasals(_letters(stem, letters))
     if endings:
         pattern += f"(?:{_letters(own, 0)}|{group}{endings}))" if own else f"{group}{endings})?"
     if closing:
@@ -74,8 +75,11 @@ def written(word: str, *, end: bool = False) -> str:
     before = {"HEBREW": "endings.hebrew_before", "ARABIC": "endings.arabic_before"}.get(
         script(core[:1] or " ")
     )
-    if before and letters >= 4:
-        pattern = f"{any_of(before)}?{pattern}"
+    if before and letters >= 3:
+        short = () if letters > 3 else listed("endings.words_with_prefix")
+        allowed = listed(before if letters > 3 else f"{before}_short")
+        ways = [prefix for prefix in allowed if prefix + body not in short]
+        pattern = f"(?:{'|'.join(ways)})?{pattern}" if ways else pattern
     literal = re.escape(word)
     return pattern if body == word else f"(?:{literal}|{pattern})"
 
@@ -119,7 +123,7 @@ def _styled(c: str, letters: int, *, first: bool) -> str:
 def _bent(word: str) -> tuple[str, str, str]:
     """The stem of a word, the endings that it may have instead of its own, and its own."""
     kind = script(word[-1:] or " ")
-    count = sum(map(str.isalpha, word))
+    count = letters_in(word)
     if kind == "LATIN" and count >= PLURAL:
         longer: list[str] = []
         if count >= 5:

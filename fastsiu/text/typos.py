@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .confusables import ALIKE, PLAIN, script
+from .confusables import ALIKE, MARKS, PLAIN, script
 from .lists import ORDINARY
 from .spelling import PLURAL
 from .usage import is_son, ordinary
@@ -22,7 +22,7 @@ LONG = 10  # with so many, two
 # error.
 WHOLE, WORD = 8, 4
 
-_WORD = re.compile(r"[^\W_]+")
+_WORD = re.compile(rf"(?:[^\W_]|[{MARKS}])+")
 _LETTERS = re.compile("[a-z\u0370-\u052f]+")
 _PARTICLES = frozenset("da de di do du el ii iv jr la le lo sr st mr ms dr ph md".split())
 _LINKS = frozenset(

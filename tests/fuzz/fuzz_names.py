@@ -21,6 +21,8 @@ NAMES = (
     "さくら",
     "\u0301a\u200b",
     "l33t",
+    "नरेन्द्र मोदी",
+    "Mother-in-law",
 )
 LONGEST = 200  # characters of a name
 SEPARATOR = b"\0"

@@ -189,6 +189,17 @@ Takeshi|タケシが
 O’Neil|ONeil
 Anne-Marie|Anne Marie
 Anne Marie|annemarie
+דוד|נתתי לדוד
+שרה לוי|ושרה
+חנה כהן|לחנה
+יעל|ויעל
+علي|وعلي
+Zorblax Quint|🇿🇴🇷🇧🇱🇦🇽
+Nora|It is 🇳🇴🇷🇦!
+Zorblax Quint|Zorblax🇩🇪
+Zorblax Quint|I see Zorb-\\nlax.
+Zorblax Quint|Qu-\\r\\n  int
+Иван Петров|Пет-\\nров
 """
 # A name, and a text that does not.
 OTHERS = """
@@ -289,6 +300,14 @@ David|דבר אחר
 محمد علي|على الطاولة
 Ann Lee|An nle
 Leo|L e o n
+עדה|ועדה
+שון|לשון
+נוח|לנוח
+רון|שרון
+رده|وردة
+Jo|🇯🇴
+Ann|🇦🇳🇳🇪
+Rose|a red ro-\\nse
 """
 # Texts about a picture and about nobody, in which none of NAMES is.
 PLAIN = {
@@ -388,12 +407,14 @@ Tom Hanks | Rose | Will Smith | Hope | Mark | Ann Lee | Anna | Ian | Lee | Sam |
 Sakura | Yuki | Kyoko | Taylor Swift | Zorblax Quint | deadmau5 | P!nk | Ke$ha | A$AP |
 Apple | Prince | Adele | Cher | Bono | Sting | Al Pine | Don Juan | Jo | Bo | Ed Sheeran |
 Art | Bill | Bob | Dan | Eva | Lea | Leo | Ray | Sue | Tina | Ada | Ida | Kim | Pat | Rob
-| Ron | Ted | Vic
+| Ron | Ted | Vic | नरेंद्र मोदी | शाहरुख खान | सत्यजीत राय | राहुल देव | Rohan Gill | Sara Khan
+| שרה לוי | חנה | רון | עדה | عمر | wolf | goose | Spider-Man | ox | Mother-in-law
 """
 
 
 def rows(table):
-    return [tuple(row.split("|")) for row in table.strip().split("\n")]
+    rows = (row.split("|") for row in table.strip().split("\n"))
+    return [(name, text.replace("\\n", "\n").replace("\\r", "\r")) for name, text in rows]
 
 
 @pytest.mark.parametrize(("name", "text"), rows(NAMED))
@@ -432,6 +453,8 @@ def test_texts_about_nobody_name_nobody(language):
         ("Bill", "a bill for Bill", ["Bill"]),
         ("Louis XI", "Louis XIII and Louis XI", ["Louis XI"]),
         ("Ann", "R. A. N. N. E. and A. N. N.", ["A. N. N"]),
+        ("Zorblax", "a Zorb-\n lax, 🇿🇴🇷🇧🇱🇦🇽", ["Zorb-\n lax", "🇿🇴🇷🇧🇱🇦🇽"]),
+        ("Zoë", "Is Zo\u00ad\në here?", ["Zo\u00ad\në"]),
     ],
 )
 def test_spans_are_of_the_name_alone(name, text, found):
