@@ -19,6 +19,7 @@ from typing import Any
 
 import typer
 
+from ..guards.small_file import read_text
 from ..request import BadInput
 
 OPTION = "--config"
@@ -97,16 +98,12 @@ def defaults(group: Any, arguments: Sequence[str], file: Path) -> tuple[list[str
 
 
 def _read(file: Path) -> dict[str, Any]:
+    text = read_text(file, remedy="give a TOML file with options", most=MOST_BYTES, pipe=True)
     try:
-        if file.is_file() and file.stat().st_size > MOST_BYTES:
-            raise BadInput(f"{file} is larger than {MOST_BYTES // 2**20} MiB: write less.")
-        with file.open("rb") as stream:
-            return tomllib.load(stream)
-    except OSError as error:
-        raise BadInput(
-            f"The file {file} cannot be read ({error.strerror}): give a TOML file with options."
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise BadInput(f"{file} is no TOML (it is nested too deep): correct it.") from None
+    except tomllib.TOMLDecodeError as error:
         raise BadInput(f"{file} is no TOML ({str(error).rstrip('.')}): correct it.") from error
 
 
