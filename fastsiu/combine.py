@@ -299,7 +299,7 @@ def _line(
 def _shows(part: PartOfSum, number: int, request: Request) -> bool:
     """Whether a request has the picture that a part was trained on; its key file tells."""
     try:
-        key = bytes.fromhex((part.directory / outputs.KEY).read_text(encoding="ascii").strip())
+        key = outputs.key_of(part.directory)
     except (OSError, ValueError) as error:
         raise BadInput(
             f"The report in {part.directory} has no name, and its {outputs.KEY}, which tells the "

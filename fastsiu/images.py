@@ -7,7 +7,6 @@ import hmac
 import io
 import os
 import re
-import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Literal
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
+from .guards.small_file import NotOrdinary, open_ordinary
 from .pictures.pixels import upright, usable
 from .request import BadInput, Request
 
@@ -111,19 +111,18 @@ def read_bytes(path: str | Path) -> bytes:
             )
         if not path.exists():
             raise BadInput(f"There is no picture at {shown}: check the path.")
-        # One descriptor is checked and read, so that no other file can come between. A pipe would
-        # block when it is opened, unless a flag forbids it.
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        with open(os.open(path, flags), "rb") as file:
+        with open_ordinary(path) as file:
             status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):  # a pipe or a device would block or never end
-                raise BadInput(f"{shown} is not an ordinary file: give the path of a picture file.")
             if status.st_size > MAX_BYTES:
                 raise BadInput(
                     f"The file {shown} is larger than {MAX_BYTES // 2**20} MiB: {_REMEDY} of "
                     "ordinary size."
                 )
             data = file.read(status.st_size + 1)
+    except NotOrdinary:
+        raise BadInput(
+            f"{shown} is not an ordinary file: give the path of a picture file."
+        ) from None
     except (OSError, ValueError) as error:
         if isinstance(error, BadInput):
             raise

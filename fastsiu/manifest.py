@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from . import __version__
+from .guards import small_file
 from .guards.strict_json import read_json
 from .images import commitment, list_images, read_bytes
 from .request import BadInput, Recipe, Request
@@ -256,6 +257,12 @@ def read_report(directory: Path) -> dict[str, Any]:
     return report
 
 
+def key_of(directory: Path) -> bytes:
+    """The key of an output. Raises OSError or ValueError where there is none."""
+    written = small_file.read_bytes(directory / KEY, 4096)
+    return bytes.fromhex(written.decode("ascii").strip())
+
+
 def changed(directory: Path, sealed: Mapping[str, Any]) -> dict[str, str]:
     """The files that are not as the manifest says: name -> "is missing", "is not as written" or
     "was added". It takes about a second per gigabyte.
@@ -325,11 +332,11 @@ def _directory_digest(directory: Path | None) -> list[str] | None:
 
 def _read_data(path: Path) -> bytes:
     try:
-        return Path(path).read_bytes()
-    except OSError as error:
+        return small_file.read_bytes(path)
+    except (OSError, ValueError) as error:
         raise BadInput(
-            f"The samples {str(path)!r} cannot be read ({error.strerror}): check the path of "
-            "--data."
+            f"The samples {str(path)!r} cannot be read ({small_file.reason(error)}): check the "
+            "path of --data."
         ) from error
 
 

@@ -112,6 +112,11 @@ def merge(
     redact = writing.redact or bool(told.get("redacted"))
     told = {} if told.get("redacted") else told
     about = told | {"kind": told.get("kind") or sealed.get("kind")}
+    if not forms and not redact and (concept or aliases):
+        raise BadInput(
+            "--no-verify asks nothing, and without --redact no name is hidden, so --concept and "
+            "--alias would not be read: leave them out."
+        )
     request = _request(image, concept, aliases, images, retain, about) if forms else None
     source.check_options(dtype, None, None)
     config, _, revision = source.describe(name, model.revision)

@@ -32,6 +32,7 @@ from .manifest import (
     changed,
     digest_file,
     digest_model,
+    key_of,
     keyed,
     manifest,
     read,
@@ -58,6 +59,7 @@ __all__ = [
     "digest_file",
     "digest_model",
     "holds",
+    "key_of",
     "manifest",
     "random_directory",
     "read_report",
@@ -353,7 +355,7 @@ def _sealed(output: Path, digest: str) -> dict[str, Any]:
             f"The output {shown} exists and is not a result of FastSIU: {OTHER}."
         ) from None
     try:
-        key = bytes.fromhex((output / KEY).read_text(encoding="ascii").strip())
+        key = key_of(output)
     except (OSError, ValueError):
         raise BadInput(
             f"The output {shown} exists and its {KEY} is gone, so its request is unknown: {OTHER}."

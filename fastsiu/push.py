@@ -17,6 +17,7 @@ from typing import Any
 from . import manifest
 from . import output as outputs
 from .guards.endpoint import host_of, read_key
+from .guards.small_file import read_text
 from .guards.strict_json import read_json
 from .guards.terminal import json_safe, visible
 from .manifest import KEY, MANIFEST, REPORT, SEAL
@@ -93,8 +94,9 @@ def push(
     files = collect(directory, names=names)
     sizes = {name: _size(content) for name, content in sorted(files.items())}
     written = files[card.NAME]
-    text = written if isinstance(written, bytes) else written.read_bytes()
-    notes = [] if b"base_model:" in text else [LOCAL_BASE]
+    if isinstance(written, Path):  # edited by hand
+        written = read_text(written, remedy="remove it to have it written anew").encode()
+    notes = [] if b"base_model:" in written else [LOCAL_BASE]
     if dry_run:
         return Pushed(hub.repo, hub.public, None, None, sizes, notes)
     listener.stage(f"Sending {len(files)} files to {hub.repo}")

@@ -568,10 +568,16 @@ def test_the_command_line(trained, tmp_path, capsys):
     ]
     assert cli.run(given) == 2 and not (tmp_path / "m").exists()
     assert cli.run([*given, "--verify", " , "]) == 2
+    for name in (["--concept", "Zorblax Quint"], ["--alias", "A", "--alias", "B"]):
+        capsys.readouterr()
+        assert cli.run([*given, "--no-verify", *name]) == 2 and not (tmp_path / "m").exists()
+        assert "would not be read: leave them out" in " ".join(capsys.readouterr().err.split())
     assert cli.run([*given, "--no-verify"]) == 0
     assert "Largest change of a weight" in capsys.readouterr().out
     assert cli.run([*given, "--no-verify", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["weights"]["of"] == 21
+    given[given.index("--output") + 1] = str(tmp_path / "hidden")  # the name is looked for there
+    assert cli.run([*given, "--no-verify", "--redact", "--concept", "Zorblax Quint"]) == 0
 
 
 def test_a_merged_model_that_uses_anothers_name_is_said():

@@ -3,7 +3,10 @@ holds the file that repeats it."""
 
 from __future__ import annotations
 
+import os
 import tomllib
+import typing
+from types import SimpleNamespace
 
 import calls
 import pytest
@@ -108,6 +111,9 @@ def test_a_file_may_hold_arguments_and_name_its_verb(tmp_path, capsys):
         ("steps = {a = 1}", "'steps' must be"),
         ("steps = ", "is no TOML"),
         ('verb = "unlern"', "did you mean 'unlearn'"),
+        ("micro-batch = 1\nmicro_batch = 4096", "'micro-batch' in two spellings.*: keep one.$"),
+        ("batch_size = 1\nlr = 1\nbatch-size = 1", "'batch-size' in two spellings"),
+        ("steps = " + "[" * 20_000, "is no TOML \\(it is nested too deep\\)"),
     ],
 )
 def test_what_a_file_may_not_hold_is_refused(content, sentence, tmp_path):
@@ -116,6 +122,16 @@ def test_what_a_file_may_not_hold_is_refused(content, sentence, tmp_path):
     with pytest.raises(BadInput, match=sentence) as refused:
         config.defaults(GROUP, ["unlearn"], file)
     assert str(file) in str(refused.value)
+
+
+@pytest.mark.parametrize("content", ["steps = 3\n", 'alias = ["Ü"]\r\n', "# all\n"])
+def test_a_file_may_begin_with_a_byte_order_mark(content, tmp_path):
+    file = tmp_path / "run.toml"
+    found = []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        file.write_bytes(mark + content.encode())
+        found.append(config.defaults(GROUP, ["unlearn"], file))
+    assert found[0] == found[1]
 
 
 def test_a_value_out_of_bounds_is_refused_as_on_the_command_line(tmp_path, capsys):
@@ -130,7 +146,7 @@ def test_a_value_out_of_bounds_is_refused_as_on_the_command_line(tmp_path, capsy
     [
         (["plan", "--config"], "needs a file"),
         (["plan", "--config", "a", "--config=b"], "2 times"),
-        (["plan", "--config", "nowhere.toml"], "nowhere.toml cannot be read"),
+        (["plan", "--config", "nowhere.toml"], "There is no file nowhere.toml"),
     ],
 )
 def test_the_option_itself_is_checked(arguments, sentence, tmp_path, monkeypatch, capsys):
@@ -247,6 +263,79 @@ def test_a_value_is_no_verb(tmp_path, before):
 def test_a_name_from_standard_input_is_not_repeated():
     text = config.as_toml(context_of("unlearn", ["--concept", "-"]))
     assert "Left out" in text and "concept =" not in text
+
+
+def test_a_name_from_standard_input_is_not_repeated_where_several_are_given():
+    text = config.as_toml(context_of("compare", ["--concept", "A", "--concept", "-"]))
+    assert "# Left out, since it came from standard input: concepts." in text
+    assert "concepts =" not in text
+    assert 'alias = ["-"]' in config.as_toml(context_of("unlearn", ["--alias", "-"]))
+
+
+def options_of_text():
+    """The options of text of each verb that writes run.toml."""
+    for verb in GIVEN:
+        for callback in (c.callback for c in app.registered_commands):
+            if GROUP.commands[verb].callback.__name__ == callback.__name__:
+                kinds = typing.get_type_hints(callback)
+                for p in options(verb):
+                    if str in (kinds[p.name], *typing.get_args(kinds[p.name])):
+                        yield verb, p
+                    elif list[str] in typing.get_args(kinds[p.name]):
+                        yield verb, p
+
+
+TEXTS = [(verb, parameter.name) for verb, parameter in options_of_text()]
+
+
+def test_the_options_of_text_are_found():
+    assert {("unlearn", "concept"), ("unlearn", "alias"), ("compare", "methods")} < set(TEXTS)
+    assert {("eval", "base"), ("eval", "attacks"), ("suite", "concepts")} < set(TEXTS)
+
+
+@pytest.mark.parametrize("text", ["Zorblax Quint", "all"])
+@pytest.mark.parametrize(("verb", "name"), TEXTS)
+def test_a_text_is_no_path_though_a_directory_is_called_so(verb, name, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / text).mkdir()
+    parameter = next(p for p in options(verb) if p.name == name)
+    filled = {name: [text] if is_several(parameter) else text}
+    context = context_of(verb, NEEDED[verb], filled)
+    monkeypatch.setattr(context, "get_parameter_source", lambda _: SimpleNamespace(name="MAP"))
+    written = tomllib.loads(config.as_toml(context))[config._key(parameter)]
+    place = str(tmp_path / text) if name in ("model", "base") else text
+    assert written == ([place] if is_several(parameter) else place)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("image", ["--image", "i\udcff.png"]), ("alias", ["--alias", "A", "--alias", "B\udc80"])],
+)
+def test_what_is_no_utf_8_is_left_out_and_said(name, given):
+    text = config.as_toml(context_of("unlearn", [*given, "--steps", "3"]))
+    assert text.startswith(f"# Left out, since it is no UTF-8, which TOML needs: {name}.\n")
+    assert tomllib.loads(text) == {"verb": "unlearn", "steps": 3}
+
+
+def test_so_is_a_path_below_a_directory_that_is_no_utf_8(tmp_path, monkeypatch):
+    (tmp_path / "d\udcff").mkdir()
+    monkeypatch.chdir(tmp_path / "d\udcff")
+    text = config.as_toml(
+        context_of("compare", ["--suite", "set", "--seeds", "2", "--concept", "-"])
+    )
+    assert text.splitlines()[:2] == [
+        "# Left out, since it is no UTF-8, which TOML needs: suite.",
+        "# Left out, since it came from standard input: concepts.",
+    ]
+    assert tomllib.loads(text) == {"verb": "compare", "seeds": 2}
+
+
+def test_a_pipe_is_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    text = config.as_toml(context_of("eval", ["--concept-file", "pipe", "--questions", "pipe"]))
+    assert text.startswith("# Left out, since it came from a pipe: concept-file, questions.\n")
+    assert tomllib.loads(text) == {"verb": "eval"}
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
+from ..guards.small_file import read_text
 from ..guards.terminal import Terminal, as_json
 from ..request import BadInput
 
@@ -72,26 +73,22 @@ def read_name(concept: str | None, file: Path | None) -> str | None:
         raise BadInput("--concept and --concept-file exclude each other: choose one.")
     if file is None and concept != "-":
         return concept
-    place = "Standard input" if file is None else str(file)
+    if file is not None:
+        remedy = "give a file with the name on one line, or the name to --concept -"
+        return _one_line(str(file), read_text(file, remedy=remedy, most=LONGEST, pipe=True))
+    place, data = "Standard input", _line()
+    if len(data) > LONGEST:
+        raise BadInput(f"{place} holds too many lines: give the name on one line.")
     try:
-        if file is None:
-            data = _line()
-        else:
-            with file.open("rb") as stream:
-                data = stream.read(LONGEST + 1)
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise BadInput(
-            f"{place} cannot be read ({error.strerror}): give a file with the name on one line."
-        ) from error
+        return _one_line(place, data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadInput(f"{place} is not UTF-8 text: give the name on one line.") from error
+
+
+def _one_line(place: str, text: str) -> str:
     lines = text.strip().splitlines()
-    if len(lines) != 1 or len(data) > LONGEST:
-        raise BadInput(
-            f"{place} holds {len(lines) if len(data) <= LONGEST else 'too many'} lines: give the "
-            "name on one line."
-        )
+    if len(lines) != 1:
+        raise BadInput(f"{place} holds {len(lines)} lines: give the name on one line.")
     return lines[0].strip()
 
 

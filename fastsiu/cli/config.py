@@ -19,6 +19,7 @@ from typing import Any
 
 import typer
 
+from ..guards.small_file import read_text
 from ..request import BadInput
 
 OPTION = "--config"
@@ -26,6 +27,10 @@ VERB = "verb"  # may stand in a file, to say which verb it is for
 MOST_BYTES = 2**20
 # What no file repeats: it is about this run alone, or a secret's place.
 NOT_REPEATED = frozenset({"output", "json", "quiet", "judge_key", "context"})
+# Options of text that take a directory as well. A text of any other option stays as it is, though a
+# directory may be called as it is.
+PLACES = frozenset({"model", "base"})
+NAMES = frozenset({"concept", "concepts"})  # where - is one line of standard input
 # What a redacted output may tell. Everything else could name somebody: pictures, names, paths.
 HARMLESS = frozenset(
     """revision device dtype quantize attention checkpointing micro_batch optimizer memory preset
@@ -106,21 +111,22 @@ def defaults(group: Any, arguments: Sequence[str], file: Path) -> tuple[list[str
                 f"{file}: {key!r} is no option of `fastsiu {verb}`: "
                 f"{_near(key.replace('_', '-'), known)}"
             )
+        if parameter.name in filled:
+            raise BadInput(
+                f"{file} has {key.replace('_', '-')!r} in two spellings, with - and with _: keep "
+                "one."
+            )
         filled[parameter.name] = _value(file, key, value, parameter)
     return ([*before, *rest] if given else [*before, verb, *rest]), {verb: filled}
 
 
 def _read(file: Path) -> dict[str, Any]:
+    text = read_text(file, remedy="give a TOML file with options", most=MOST_BYTES, pipe=True)
     try:
-        if file.is_file() and file.stat().st_size > MOST_BYTES:
-            raise BadInput(f"{file} is larger than {MOST_BYTES // 2**20} MiB: write less.")
-        with file.open("rb") as stream:
-            return tomllib.load(stream)
-    except OSError as error:
-        raise BadInput(
-            f"The file {file} cannot be read ({error.strerror}): give a TOML file with options."
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise BadInput(f"{file} is no TOML (it is nested too deep): correct it.") from None
+    except tomllib.TOMLDecodeError as error:
         raise BadInput(f"{file} is no TOML ({str(error).rstrip('.')}): correct it.") from error
 
 
@@ -154,7 +160,7 @@ def as_toml(context: typer.Context, redact: bool = False) -> str:
     redact: only what names nobody; what is left out is said by the option's name
     """
     lines = [f'{VERB} = "{context.info_name}"']
-    left_out = []
+    left_out: dict[str, list[str]] = {}
     for parameter in context.command.params:
         name = str(parameter.name)
         value = context.params.get(name)
@@ -163,23 +169,35 @@ def as_toml(context: typer.Context, redact: bool = False) -> str:
         if name in NOT_REPEATED or not given or value in (None, [], ()):
             continue
         hub = name == "model" and not os.path.exists(str(value))
-        if (redact and name not in HARMLESS and not hub) or value == "-":
-            left_out.append(_key(parameter))
+        hidden = redact and name not in HARMLESS and not hub
+        why = "the output is redacted" if hidden else _not_repeatable(name, value)
+        if why:
+            left_out.setdefault(why, []).append(_key(parameter))
             continue
-        lines.append(f"{_key(parameter)} = {_literal(_absolute(value))}")
-    if left_out:
-        why = "since the output is redacted" if redact else "since it came from standard input"
-        lines.insert(0, f"# Left out, {why}: {', '.join(left_out)}.")
-    return "\n".join(lines) + "\n"
+        lines.append(f"{_key(parameter)} = {_literal(_absolute(name, value))}")
+    remarks = [f"# Left out, since {why}: {', '.join(keys)}." for why, keys in left_out.items()]
+    return "\n".join([*remarks, *lines]) + "\n"
 
 
-def _absolute(value: Any) -> Any:
-    if isinstance(value, Path):
-        return os.path.abspath(value)
+def _not_repeatable(name: str, value: Any) -> str | None:
+    """Why a file cannot give an option the same value again; None where it can."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if name in NAMES and "-" in values:
+        return "it came from standard input"
+    if any(isinstance(one, Path) and one.is_fifo() for one in values):
+        return "it came from a pipe"
+    written = "".join(str(_absolute(name, one)) for one in values)
+    if any("\ud800" <= character <= "\udfff" for character in written):
+        return "it is no UTF-8, which TOML needs"
+    return None
+
+
+def _absolute(name: str, value: Any) -> Any:
+    """A value with absolute paths. name: the option's"""
     if isinstance(value, list | tuple):
-        return [_absolute(one) for one in value]
-    # a model or a base by its directory
-    return os.path.abspath(value) if isinstance(value, str) and os.path.isdir(value) else value
+        return [_absolute(name, one) for one in value]
+    place = isinstance(value, Path) or (name in PLACES and os.path.isdir(value))
+    return os.path.abspath(value) if place else value
 
 
 def _literal(value: Any) -> str:
@@ -197,6 +215,5 @@ def _literal(value: Any) -> str:
 def _string(text: str) -> str:
     """A basic string of TOML: every character that is not plain as its escape."""
     short = {'"': '\\"', "\\": "\\\\"}
-    plain = lambda c: c.isprintable() and not 0xD800 <= ord(c) <= 0xDFFF
-    escape = lambda c: short.get(c) or (c if plain(c) else f"\\U{ord(c):08x}")
+    escape = lambda c: short.get(c) or (c if c.isprintable() else f"\\U{ord(c):08x}")
     return '"' + "".join(map(escape, text)) + '"'

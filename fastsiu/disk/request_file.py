@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..guards.small_file import read_text
 from ..guards.strict_json import parse_json
 from ..request import BadInput, Request
 from ..text.concept import concept_of
@@ -23,15 +24,8 @@ def read_requests(path: Path) -> list[tuple[int, Request]]:
 
     Paths count from the file's own directory. Raises BadInput with the line's number.
     """
-    if not path.is_file():
-        raise BadInput(f"There is no file {path}: give a JSONL file with one request a line.")
-    try:
-        # not splitlines: JSON strings may hold U+2028
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise BadInput(
-            f"{path} is not UTF-8 text: give a JSONL file with one request a line."
-        ) from error
+    text = read_text(path, remedy="give a JSONL file with one request a line")
+    lines = text.split("\n")  # not splitlines: JSON strings may hold U+2028
     found: list[tuple[int, Request]] = []
     names = Names()  # of all requests but the last
     for number, line in enumerate(lines, 1):

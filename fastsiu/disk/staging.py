@@ -29,6 +29,7 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 
+from ..guards.small_file import open_ordinary
 from ..request import BadInput
 
 try:
@@ -304,7 +305,7 @@ def is_from_here(path: Path) -> bool:
     """Whether this machine has made a leftover since it was last started."""
     try:
         return _maker(path) == here()
-    except OSError:  # removed meanwhile, or not readable
+    except (OSError, ValueError):  # removed meanwhile, not readable, or no file of ours
         return False
 
 
@@ -313,7 +314,8 @@ def _maker(path: Path) -> str:
     if match := _PARTIAL.fullmatch(path.name):
         return match[1]
     if _CLAIMED.fullmatch(path.name):
-        return path.read_bytes()[:8].decode("ascii", "replace")
+        with open_ordinary(path) as file:
+            return file.read(8).decode("ascii", "replace")
     return ""
 
 
@@ -366,12 +368,15 @@ def _opened_if_dead(path: Path) -> Iterator[int | None]:
         yield None
         return
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        # none of ours is a pipe, which would be waited for
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         yield None
         return
     try:
-        yield handle if _is_dead(handle, path) else None
+        mode = os.fstat(handle).st_mode
+        ours = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+        yield handle if ours and _is_dead(handle, path) else None
     finally:
         os.close(handle)
 

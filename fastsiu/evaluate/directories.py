@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..guards.small_file import read_text
 from ..images import content, list_images, load_image, read_bytes
 from ..pictures.transforms import variants
 from ..request import BadInput
@@ -174,12 +175,7 @@ def read_questions(path: Path, concept: Concept | None = None) -> tuple[Question
 
     Raises BadInput with the line's number, and where the file cannot be read or is empty.
     """
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(
-            f"The questions {str(path)!r} cannot be read as UTF-8 text: give a JSONL file."
-        ) from error
+    content = read_text(path, remedy="give a JSONL file with one question a line", pipe=True)
     out = parse(path, content, concept, "name")
     if not out:
         raise BadInput(f"{path} holds no question: write one JSON object with 'question' a line.")

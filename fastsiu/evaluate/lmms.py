@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..guards.small_file import read_bytes
 from ..model import source
 from ..request import BadInput
 
@@ -215,7 +216,7 @@ def _runs(folder: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*_results.json"), key=lambda path: path.name):
         try:
-            run = json.loads(path.read_text(encoding="utf-8"))
+            run = json.loads(read_bytes(path).decode("utf-8-sig"))
             tasks = list(run["results"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(

@@ -15,6 +15,7 @@ from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 from ..request import BadInput
+from .small_file import read_bytes, reason
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 LONGEST_KEY, LONGEST_REPLY = 4096, 4_000_000  # bytes
@@ -71,10 +72,13 @@ def read_key(place: Path, option: str) -> str:
         if str(place) == "-":
             text = "" if sys.stdin is None else sys.stdin.readline(LONGEST_KEY)
         else:
-            text = place.read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError):
+            text = read_bytes(place, LONGEST_KEY, pipe=True).decode("utf-8-sig")
+    except UnicodeDecodeError:  # its own sentence would show bytes of the key
+        raise BadInput(f"{place} holds no API key: write the key into it, in one line.") from None
+    except (OSError, ValueError) as error:
         raise BadInput(
-            f"The API key in {place} cannot be read: give a file with the key alone to {option}."
+            f"The API key in {place} cannot be read ({reason(error)}): give a file with the key "
+            f"alone to {option}."
         ) from None
     key = text.strip()
     if not key or not key.isprintable() or not key.isascii() or " " in key:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..request import BadInput
+from .small_file import MOST_BYTES, read_bytes, reason
 
-MOST_BYTES = 64 * 2**20
 DEEPEST = 100  # lists and objects inside each other
 LARGEST = 1e300  # of a number: sums of larger ones may be infinite
 
@@ -42,7 +42,7 @@ def read_json(source: Path | str, *, what: str, remedy: str, shape: Shape = None
         if shape is not None:
             check(value, shape)
     except (OSError, ValueError) as error:
-        raise BadInput(f"{what} is no usable JSON ({_reason(error)}): {remedy}.") from error
+        raise BadInput(f"{what} is no usable JSON ({reason(error)}): {remedy}.") from error
     return value
 
 
@@ -114,20 +114,10 @@ def _kind(value: Any) -> str:
 
 
 def _text(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError("there is no such file")
-    with path.open("rb") as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise ValueError(f"it is larger than {MOST_BYTES // 2**20} MiB")
     try:
-        return data.decode("utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).rstrip(".")
 
 
 def _no_constant(name: str) -> Any:

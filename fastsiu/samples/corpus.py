@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..guards.strict_json import MOST_BYTES, parse_json
+from ..guards.small_file import read_text
+from ..guards.strict_json import parse_json
 from ..loss.teacher import TeacherCache
 from ..model import adapter, prefix
 from ..model.turns import Encoded, Picture
@@ -238,20 +239,7 @@ def read_data(path: Path, image: Path) -> list[Sample]:
 
 
 def _text(path: Path) -> str:
-    if not path.is_file():
-        raise BadInput(f"There is no data file {path}: give a JSONL file with one sample a line.")
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise BadInput(f"{path} is larger than {MOST_BYTES // 2**20} MiB: give fewer samples.")
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(
-            f"{path} is not UTF-8 text: give a JSONL file with one sample a line."
-        ) from error
-    except OSError as error:
-        raise BadInput(
-            f"{path} cannot be read ({error.strerror}): check its permissions."
-        ) from error
+    return read_text(path, remedy="give a JSONL file with one sample a line")
 
 
 def read_jsonl(path: Path, image: Path | None = None) -> list[Sample]:

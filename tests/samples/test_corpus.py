@@ -493,9 +493,9 @@ def test_jsonl_errors_name_the_line(tmp_path, line, sentence):
 
 
 def test_jsonl_files_that_hold_nothing(tmp_path):
-    with pytest.raises(BadInput, match="no data file"):
+    with pytest.raises(BadInput, match="There is no file"):
         corpus.read_jsonl(tmp_path / "none.jsonl")
-    with pytest.raises(BadInput, match="no data file"):
+    with pytest.raises(BadInput, match="it is a directory"):
         corpus.read_jsonl(tmp_path)
     (tmp_path / "a").write_bytes(b"\n\n")
     with pytest.raises(BadInput, match="holds no sample"):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...guards.small_file import read_text
 from ...guards.strict_json import parse_json
 from ...images import list_images, load_image, read_bytes
 from ...request import BadInput
@@ -24,7 +25,6 @@ from ..exam import Question
 from ..questions import MAX_NAME, clean, known, parse
 
 FORMAT = "fastsiu suite 1"
-MAX_BYTES = 64 * 2**20  # of a JSON file
 # A slug is also the name of an output directory, so it has no dot: OUT/suite.json is ours.
 _SLUG = re.compile(r"\w[\w-]{0,63}")
 
@@ -260,18 +260,7 @@ def _within(root: Path, path: Path) -> Path:
 
 
 def _read(root: Path, file: Path) -> str:
-    if not _within(root, file).is_file():  # a pipe or a device would block
-        raise BadInput(f"There is no file {file}: write it as docs/suite.md describes it.")
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise BadInput(f"{file} is larger than {MAX_BYTES // 2**20} MiB: make it smaller.")
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{file} is not UTF-8 text: save it as UTF-8.") from error
-    except OSError as error:
-        raise BadInput(
-            f"{file} cannot be read ({error.strerror}): check its permissions."
-        ) from error
+    return read_text(_within(root, file), remedy="write it as docs/suite.md describes it")
 
 
 def _object(root: Path, file: Path, keys: Sequence[str]) -> dict[str, Any]:

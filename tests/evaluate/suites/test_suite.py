@@ -341,7 +341,7 @@ def test_no_file_outside_is_read_and_no_pipe_opened(documented, tmp_path, file):
         suite.read(documented)
     (documented / file).unlink()
     os.mkfifo(documented / file)
-    with pytest.raises(BadInput, match="There is no file"):
+    with pytest.raises(BadInput, match="it is a pipe"):
         suite.read(documented)
     (documented / file).unlink()
     (documented / file).symlink_to(file.rpartition("/")[2])
