@@ -35,10 +35,10 @@ def logged(listener: Listener, tracker: str | None) -> Iterator[Listener]:
 
     tracker: one of `TRACKERS`; None gives the listener as it is
 
-    Several requests are one curve: the count of steps goes on. A run without a step, such as one
-    whose output is already there, has no curve: the first step begins it. trackio keeps its runs in its own
-    directory, wandb in ./wandb, TensorBoard in ./runs. Raises BadInput for an unknown tracker, for
-    one that is not installed, and where trackio is set up to send.
+    Several requests are one curve: the count of steps goes on. The first step begins it, so a run
+    without one, such as a run whose output is already there, leaves nothing. trackio keeps its runs
+    in its own directory, wandb in ./wandb, TensorBoard in ./runs. Raises BadInput for an unknown
+    tracker, for one that is not installed, and where trackio is set up to send.
     """
     if tracker is None:
         yield listener
