@@ -377,6 +377,7 @@ def _write(
             redact=options.redact,
             picture=image if options.embed_image else None,
         )
+        outputs.write_run(staging, options.run, named=written["model"] == told["model"])
         made = outputs.manifest(
             recipe=Recipe(),
             model_id=written["model"],

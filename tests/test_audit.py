@@ -434,6 +434,28 @@ def test_the_key_is_sent_and_shown_nowhere(server, picture, tmp_path, capsys):
     assert all("very-secret" not in text for text in [told, *written])
 
 
+def test_an_audit_holds_the_file_that_repeats_it_without_the_key(server, picture, tmp_path, capsys):
+    key, first, again = (tmp_path / name for name in ("key", "first", "again"))
+    key.write_text("very-secret\n")
+    given = ["--url", server.url, "--model", "tuned", "--untouched", "base", "--concept", ANN]
+    given += ["--image", str(picture), "--other", OTHERS[0], "--other", OTHERS[1], "--no-attacks"]
+    with_key = ["--share", "0.1", "--url-key", str(key)]
+    assert cli.run(["audit", *given, *with_key, "--output", str(first)]) == 0
+    run = first / "run.toml"
+    assert run.stat().st_mode & 0o777 == 0o600 and str(key) not in run.read_text()
+    asked = len(server.bodies)
+    assert cli.run(["--config", str(run), "--url-key", str(key), "--output", str(again)]) == 0
+    assert len(server.bodies) == 2 * asked
+    assert cli.run(["verify", str(again)]) == 0
+    hidden = tmp_path / "hidden"
+    more = ["--redact", "--url-key", str(key), "--output", str(hidden)]
+    assert cli.run(["--config", str(run), *more]) == 0
+    text = (hidden / "run.toml").read_text()
+    private = (ANN, OTHERS[0], server.host, str(tmp_path), "tuned", "base")
+    assert "share = 0.1" in text and not [word for word in private if word in text]
+    capsys.readouterr()
+
+
 def test_a_key_comes_from_standard_input_as_well(server, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("from-stdin\n"))
     served = Served(Connection(Endpoint(server.url, Path("-"))), "base")

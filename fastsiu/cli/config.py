@@ -20,18 +20,20 @@ from typing import Any
 import typer
 
 from ..request import BadInput
+from ..text.toml import string as _string
 
 OPTION = "--config"
 VERB = "verb"  # may stand in a file, to say which verb it is for
 MOST_BYTES = 2**20
 # What no file repeats: it is about this run alone, or a secret's place.
-NOT_REPEATED = frozenset({"output", "json", "quiet", "judge_key", "context"})
+NOT_REPEATED = frozenset({"output", "json", "quiet", "judge_key", "url_key", "context"})
+AT_A_SERVER = ("model", "untouched")  # with --url: a server's names of models, and no path of ours
 # What a redacted output may tell. Everything else could name somebody: pictures, names, paths.
 HARMLESS = frozenset(
     """revision device dtype quantize attention checkpointing micro_batch optimizer memory preset
     mode substitute adapt kind alpha beta steps lr rank lora_alpha batch_size renormalize seed
     weight redact max_new_tokens attacks limit per_other processes no_verify verify
-    unlearn""".split()
+    unlearn share timeout within at_once""".split()
 )
 
 
@@ -148,11 +150,12 @@ def as_toml(context: typer.Context, redact: bool = False) -> str:
         given = source is not None and source.name not in ("DEFAULT", "PROMPT")
         if name in NOT_REPEATED or not given or value in (None, [], ()):
             continue
-        hub = name == "model" and not os.path.exists(str(value))
+        served = name in AT_A_SERVER and context.params.get("url") is not None
+        hub = name == "model" and not served and not os.path.exists(str(value))
         if (redact and name not in HARMLESS and not hub) or value == "-":
             left_out.append(_key(parameter))
             continue
-        lines.append(f"{_key(parameter)} = {_literal(_absolute(value))}")
+        lines.append(f"{_key(parameter)} = {_literal(value if served else _absolute(value))}")
     if left_out:
         why = "since the output is redacted" if redact else "since it came from standard input"
         lines.insert(0, f"# Left out, {why}: {', '.join(left_out)}.")
@@ -178,11 +181,3 @@ def _literal(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     return _string(str(value))
-
-
-def _string(text: str) -> str:
-    """A basic string of TOML: every character that is not plain as its escape."""
-    short = {'"': '\\"', "\\": "\\\\"}
-    plain = lambda c: c.isprintable() and not 0xD800 <= ord(c) <= 0xDFFF
-    escape = lambda c: short.get(c) or (c if plain(c) else f"\\U{ord(c):08x}")
-    return '"' + "".join(map(escape, text)) + '"'
