@@ -23,9 +23,9 @@ lint:
 	ruff format --check .
 	mypy
 
-docs: # the site, into build/site; dead links fail
+docs: # the site, into build/site; dead links fail (with --quiet they would not)
 	$(PYTHON) docs/troubleshooting.py
-	mkdocs build --strict --quiet
+	mkdocs build --strict
 
 tables: # the documents' tables from benches/results
 	$(PYTHON) docs/tables.py

@@ -61,6 +61,11 @@ NO_PROMISE = (
 )
 MOMENT = "What a server answers at another time, or under another name, was not asked."
 UNNAMED = "The server does not say which revision it serves."
+HALF_NAMED = "The server says of one of the two models alone which revision it serves."
+UNTOLD = (
+    "The report of --adapter holds no answers, as one that is redacted: what was promised was not "
+    "compared. With --base instead of --untouched the adapter itself is asked."
+)
 
 
 @dataclass(frozen=True)
@@ -206,9 +211,11 @@ def audit(
         promised if server is not None else None,
         promise.forgotten if server is not None else None,
         _revision(server, connection, promise.sealed, exam.caveats),
+        here=said is not None,
     )
-    if server is not None and adapter_dir is None:
-        exam.caveats.append(NO_PROMISE)
+    exam.caveats += found.caveats
+    if server is not None and promised is None:
+        exam.caveats.append(NO_PROMISE if adapter_dir is None else UNTOLD)
     shown = server.name if server is not None else model.name
     told = {
         **kind.entries(request),
@@ -293,20 +300,26 @@ def _revision(
 
     Where the server names no revision, `caveats` gets a sentence.
     """
-    wanted = (sealed.get("model") or {}).get("revision")
+    base = sealed.get("model") or {}
+    wanted = base.get("revision")
     if server is None or connection is None or not wanted:
         return ""
-    for name in (server.name, server.untouched):
-        called = connection.called.get(name or "", "")
-        told = re.search(r"@([0-9a-f]{7,40})$", called)
-        if told and not wanted.startswith(told[1]):
+    named = []
+    models = [name for name in (server.name, server.untouched) if name is not None]
+    for name in models:
+        called = connection.called.get(name, "")
+        told = re.fullmatch(r"(.*)@([0-9a-f]{7,40})", called)
+        # A merged model may have a repository of its own, and that has commits of its own.
+        if told is None or (name == server.name and told[1] != base.get("id")):
+            continue
+        if not wanted.startswith(told[2]):
             return (
                 f"Another revision of the base is served: the server says {called!r}, and the "
                 f"adapter was made for {wanted!r}."
             )
-        if told:
-            return ""
-    caveats.append(UNNAMED)
+        named.append(name)
+    if len(named) < len(models):
+        caveats.append(HALF_NAMED if named else UNNAMED)
     return ""
 
 
@@ -368,6 +381,7 @@ def _write(
             redact=options.redact,
             picture=image if options.embed_image else None,
         )
+        outputs.write_run(staging, options.run, named=written["model"] == told["model"])
         made = outputs.manifest(
             recipe=Recipe(),
             model_id=written["model"],

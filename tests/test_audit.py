@@ -4,10 +4,12 @@ a server that is not as it should be ends it with a sentence."""
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import socket
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from fastsiu.evaluate import effect, glimpses
 from fastsiu.evaluate.deployed_exam import NO_LIKELIHOOD
 from fastsiu.model.served import Connection, Endpoint, Served, data_url
 from fastsiu.report.redact import redacted
-from fastsiu.report.sentences import LEFT_OUT
+from fastsiu.report.sentences import LEFT_OUT, sentence
 from fastsiu.request import BadInput, Request
 from fastsiu.text.concept import Concept
 from fastsiu.verdict import Answer
@@ -89,6 +91,38 @@ def audited(server, picture, name="tuned", **options):
     )
 
 
+def an_adapter(folder):
+    """Somebody's adapter, which nothing here loads."""
+    layer, ones = "base_model.model.q_proj.lora_{}.weight", np.ones((2, 2), np.float32)
+    sides = {layer.format(side): ones for side in "AB"}
+    save_file(sides, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def promise(server, picture, tmp_path):
+    """An adapter's directory, whose report has the answers of "base" and "tuned"."""
+    folder = tmp_path / "promise"
+    folder.mkdir()
+    audited(server, picture, output=tmp_path / "first", asking=auditing.Asking(attacks=False))
+    told = json.loads((tmp_path / "first" / "report.json").read_text())
+    kept = {key: told[key] for key in ("verdict", "answers")}
+    (an_adapter(folder) / "report.json").write_text(json.dumps(kept))
+    return folder
+
+
+def turning(answer, words, share):
+    """Another revision: about that share of the answers is another one, by the question's words."""
+
+    def turned(question, image):
+        drawn = zlib.crc32(question.encode()) % 1000 / 1000
+        return words if drawn < share else answer(question, image)
+
+    return turned
+
+
 # What is deployed.
 
 
@@ -108,17 +142,81 @@ def test_a_promise_that_lacks_something_is_told(tmp_path, missing):
     """A report that somebody else has written."""
     answer = {"kind": "facts", "question": "Q?", "picture": None, "before": "b", "after": "a"}
     told = {"verdict": "forgotten", "reasons": [], "answers": [answer]}
-    layer, ones = "base_model.model.q_proj.lora_{}.weight", np.ones((2, 2), np.float32)
-    sides = {layer.format(side): ones for side in "AB"}
-    save_file(sides, tmp_path / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    an_adapter(tmp_path)
     (tmp_path / "report.json").write_text(json.dumps(told))
     assert auditing.Promise.of(tmp_path).answers == {("Q?", None): ("b", "a")}
     del answer[missing]
     (tmp_path / "report.json").write_text(json.dumps(told))
     with pytest.raises(BadInput, match=f"lacks '{missing}'.*restore it or remove it"):
         auditing.Promise.of(tmp_path)
+
+
+def promised(server, picture, promise, **options):
+    return audited(
+        server, picture, adapter_dir=promise, asking=auditing.Asking(attacks=False), **options
+    )
+
+
+def about_the_report(told):
+    return [text for text in told if "those in the report" in text]
+
+
+def test_a_right_server_repeats_the_report_and_gets_no_caveat(server, picture, promise):
+    found = promised(server, picture, promise)
+    assert found.status == effect.FORGOTTEN
+    assert {found.report["deployed"][key]["value"] for key in ("base", "promised", "rest")} == {1.0}
+    assert about_the_report(found.report["caveats"]) == []
+
+
+def test_another_revision_of_the_untouched_model_is_told(server, picture, promise):
+    """It gives most of the answers in the report, so it is no other model."""
+    server.models["base"] = turning(untouched, "This is as I see it.", 0.25)
+    found = promised(server, picture, promise)
+    base = found.report["deployed"]["base"]
+    assert effect.SAME_MODEL < base["value"] < effect.REPEATED
+    assert (found.status, found.exit_code) == (effect.OTHER_RESULT, 1)
+    assert found.report["reasons"][0] == (
+        "Another revision or another model is served, or the same one quantised: only "
+        f"{round(base['value'] * base['n'])} of {base['n']} answers of the untouched model are "
+        "those in the report (at least 90 % is required)."
+    )
+    assert about_the_report(found.report["caveats"]) == []
+
+
+def test_a_revision_that_turns_a_few_answers_gets_a_caveat(server, picture, promise):
+    server.models["base"] = turning(untouched, "This is as I see it.", 0.06)
+    found = promised(server, picture, promise)
+    base = found.report["deployed"]["base"]
+    assert effect.REPEATED <= base["value"] < 1
+    assert (found.status, found.exit_code) == (effect.FORGOTTEN, 0)
+    (caveat,) = about_the_report(found.report["caveats"])
+    assert caveat == (
+        f"{round(base['value'] * base['n'])} of {base['n']} answers of the untouched model are "
+        "those in the report: the others were turned by rounding, or by another revision."
+    )
+    assert sentence(caveat) == caveat
+
+
+def test_a_deployed_model_made_of_another_revision_is_told(server, picture, promise):
+    """The untouched model is the right one, and both go on where the look is at stake."""
+    other = turning(unlearned, "This is as I see it.", 0.4)
+    server.models["tuned"] = lambda question, image: (
+        unlearned(question, image)
+        if image is not None and is_ann(image)
+        else other(question, image)
+    )
+    found = promised(server, picture, promise)
+    assert found.report["deployed"]["base"]["value"] == 1.0
+    assert (found.status, found.exit_code) == (effect.OTHER_RESULT, 1)
+    told = found.report["reasons"][0]
+    assert told.startswith("Another revision or another model is served") and "the look" in told
+    assert sentence(told) == told
+
+
+def test_a_report_without_answers_is_no_promise(server, picture, promise):
+    (promise / "report.json").write_text(json.dumps({"verdict": "forgotten", "redacted": True}))
+    caveats = promised(server, picture, promise).report["caveats"]
+    assert auditing.UNTOLD in caveats and sentence(auditing.UNTOLD) == auditing.UNTOLD
 
 
 def test_a_server_that_ignores_the_adapter_is_caught(server, picture):
@@ -198,6 +296,14 @@ def test_answers_tell_what_is_deployed(answers, promised, forgotten, status):
     assert effect.effect(answers, Concept(ANN), forgotten, promised).status == status
 
 
+@pytest.mark.parametrize("here, caveats", [(False, 1), (True, 0)])
+def test_rounding_of_two_machines_needs_no_caveat_before_it_turns_one_in_ten(here, caveats):
+    answers = given("A red one.")
+    answers[-1] = dataclasses.replace(answers[-1], after="It was so.")
+    found = effect.effect(answers, Concept(ANN), True, said("A red one."), here=here)
+    assert (found.status, len(found.caveats)) == (effect.FORGOTTEN, caveats)
+
+
 def test_a_report_that_says_forgotten_is_held_to_it():
     found = effect.effect(given(f"It is {ANN}."), Concept(ANN), False, None, said_forgotten=True)
     assert found.status == effect.OTHER_RESULT
@@ -209,6 +315,7 @@ def test_a_report_that_says_forgotten_is_held_to_it():
         ("org/model@" + "a" * 40, ""),
         ("org/model@" + "b" * 40, "Another revision of the base is served"),
         ("org/model@main", ""),
+        ("org/merged@" + "b" * 40, ""),
         ("tuned", ""),
     ],
 )
@@ -218,7 +325,31 @@ def test_the_revision_that_a_server_names_is_compared(server, called, status):
     sealed, caveats = {"model": {"id": "org/model", "revision": "a" * 40}}, []
     place = auditing.Server(connection.endpoint, "tuned", "base")
     assert auditing._revision(place, connection, sealed, caveats).startswith(status)
-    assert (auditing.UNNAMED in caveats) == (called in ("org/model@main", "tuned"))
+    half = auditing.HALF_NAMED if called.endswith("a") else auditing.UNNAMED
+    assert caveats == [] if status else caveats == [half]
+
+
+@pytest.mark.parametrize(
+    "called, status",
+    [
+        ({"tuned": "org/model@" + "a" * 40, "base": "org/model@" + "b" * 40}, effect.OTHER_MODEL),
+        ({"tuned": "org/model@" + "a" * 40, "base": "org/model@" + "a" * 40}, effect.FORGOTTEN),
+        # a merged model's repository has commits of its own
+        ({"tuned": "org/merged@" + "c" * 40, "base": "org/model@" + "a" * 40}, effect.FORGOTTEN),
+    ],
+)
+def test_the_revision_of_every_served_model_is_checked(
+    server, picture, promise, monkeypatch, called, status
+):
+    sealed = {"model": {"id": "org/model", "revision": "a" * 40}}
+    monkeypatch.setattr(auditing.adapter_files, "manifest_of", lambda directory: sealed)
+    monkeypatch.setattr(auditing.adapter_files, "check_files", lambda directory, sealed: None)
+    server.called.update(called)
+    found = promised(server, picture, promise)
+    assert found.status == status
+    assert any("@" + "b" * 40 in reason for reason in found.report["reasons"]) == (
+        status == effect.OTHER_MODEL
+    )
 
 
 # Log-probabilities.
@@ -301,6 +432,28 @@ def test_the_key_is_sent_and_shown_nowhere(server, picture, tmp_path, capsys):
     assert all(h["Authorization"] == "Bearer very-secret" for h in server.headers)
     written = [p.read_text(errors="replace") for p in (tmp_path / "out").iterdir()]
     assert all("very-secret" not in text for text in [told, *written])
+
+
+def test_an_audit_holds_the_file_that_repeats_it_without_the_key(server, picture, tmp_path, capsys):
+    key, first, again = (tmp_path / name for name in ("key", "first", "again"))
+    key.write_text("very-secret\n")
+    given = ["--url", server.url, "--model", "tuned", "--untouched", "base", "--concept", ANN]
+    given += ["--image", str(picture), "--other", OTHERS[0], "--other", OTHERS[1], "--no-attacks"]
+    with_key = ["--share", "0.1", "--url-key", str(key)]
+    assert cli.run(["audit", *given, *with_key, "--output", str(first)]) == 0
+    run = first / "run.toml"
+    assert run.stat().st_mode & 0o777 == 0o600 and str(key) not in run.read_text()
+    asked = len(server.bodies)
+    assert cli.run(["--config", str(run), "--url-key", str(key), "--output", str(again)]) == 0
+    assert len(server.bodies) == 2 * asked
+    assert cli.run(["verify", str(again)]) == 0
+    hidden = tmp_path / "hidden"
+    more = ["--redact", "--url-key", str(key), "--output", str(hidden)]
+    assert cli.run(["--config", str(run), *more]) == 0
+    text = (hidden / "run.toml").read_text()
+    private = (ANN, OTHERS[0], server.host, str(tmp_path), "tuned", "base")
+    assert "share = 0.1" in text and not [word for word in private if word in text]
+    capsys.readouterr()
 
 
 def test_a_key_comes_from_standard_input_as_well(server, monkeypatch):
@@ -494,6 +647,32 @@ def test_an_adapter_is_audited_without_training_or_server(trained, cast, demo_di
     assert len(again) >= 20 and again.keys() <= known.keys()
     assert all(again[k][side] == known[k][side] for k in again for side in ("before", "after"))
     assert found.report["noise"] and found.report["adapter"]
+
+
+@pytest.mark.slow
+def test_a_merged_directory_is_audited_beside_its_base(trained, cast, demo_dir, tmp_path):
+    import calls
+
+    from fastsiu.settings import ModelRef
+
+    made = calls.merge(trained.output, tmp_path / "m", model=demo_dir, verify=(), device="cpu")
+
+    def of(name):
+        return auditing.audit(
+            Request(cast.target, cast.image),
+            model=ModelRef(name),
+            base=ModelRef(demo_dir),
+            asking=auditing.Asking(0.05, attacks=False),
+        )
+
+    found = of(made.output)
+    known = {(a["question"], a["picture"]): a for a in trained.report["answers"]}
+    again = {(a["question"], a["picture"]): a for a in found.report["answers"]}
+    assert len(again) >= 20 and again.keys() <= known.keys()
+    assert all(again[k][side] == known[k][side] for k in again for side in ("before", "after"))
+    assert found.report["noise"] and not found.report["adapter"]
+    assert found.status == found.report["verdict"]  # of no other status
+    assert of(demo_dir).status == effect.IGNORED
 
 
 # A real server.

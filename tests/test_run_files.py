@@ -169,6 +169,9 @@ GIVEN = {
     "combine": ["a", "b", "--request", "r.jsonl", "--redact"],
     "merge": ["--adapter", "a", "--output", "o", "--no-verify"],
     "compare": ["--seeds", "2"],
+    "audit": ["--image", "i.png", "--concept", "N", "--url", "http://localhost/v1", "--model", "m"]
+    + ["--untouched", "b", "--url-key", "key.txt", "--share", "0.5", "--no-attacks"],
+    "benchmark": ["clear", "set", "--limit", "2", "--set", "a", "--output", "t.json"],
 }
 
 
@@ -208,6 +211,19 @@ def test_a_redacted_file_names_nobody(tmp_path, monkeypatch):
     assert text.startswith("# Left out, since the output is redacted: image, concept, model, ")
     hub = context_of("unlearn", ["--model", "owner/name", "--redact"])
     assert 'model = "owner/name"' in config.as_toml(hub, redact=True)
+
+
+def test_a_servers_names_of_models_are_no_paths_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("m", "b"):
+        (tmp_path / name).mkdir()
+    served = tomllib.loads(config.as_toml(context_of("audit", GIVEN["audit"])))
+    assert (served["model"], served["untouched"]) == ("m", "b")
+    here = context_of("audit", ["--image", "i.png", "--model", "m", "--base", "b"])
+    assert tomllib.loads(config.as_toml(here))["model"] == str(tmp_path / "m")
+    text = config.as_toml(context_of("audit", [*GIVEN["audit"], "--redact"]), redact=True)
+    told = tomllib.loads(text)
+    assert told == {"verb": "audit", "share": 0.5, "attacks": False, "redact": True}
 
 
 TELLING = 'verb = "unlearn"\nredact = true\nmodel = "owner/zorblax-vlm"\nsteps = 3\n'

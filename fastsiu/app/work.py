@@ -8,6 +8,7 @@ texts, so the server can read them without torch.
 
 from __future__ import annotations
 
+import os
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
@@ -43,6 +44,7 @@ from ..settings import (
 )
 from ..show.samples import explained, lesson_examples
 from ..step.look import Look
+from ..text.toml import string
 from ..train import Step
 from .job import Asked
 
@@ -173,7 +175,8 @@ class Work:
                 verdict, answers = decide(trained.scene)
         report = report_of(prepared.request, recipe, model.name, verdict, answers, trained)
         self.listener.stage("Writing adapter and report")
-        sealed = Sealed(recipe, origins, digest, self.weights, decides)
+        run = run_file(asked, self.settings) if self.choice.is_default else ""
+        sealed = Sealed(recipe, origins, digest, self.weights, decides, run)
         write(destination, loaded, [prepared.request], [report], sealed)
         _pack(destination, archive)
         self.trained = destination
@@ -252,6 +255,31 @@ def _files(model: ModelRef) -> tuple[Any, ...]:
 
 def _request(asked: Asked) -> Request:
     return Request(asked.concept, asked.picture, asked.aliases, kind=asked.kind)
+
+
+def run_file(asked: Asked, settings: Settings) -> str:
+    """The text of run.toml: the command that repeats the training. It lacks the picture, whose file
+    here is removed, and where the output is redacted the names and the path of a model."""
+    model = ModelRef(asked.model or None)
+    private, told = {"concept": string(asked.concept)}, dict[str, str]()
+    if asked.aliases:
+        private["alias"] = f"[{', '.join(map(string, asked.aliases))}]"
+    if asked.model and model.is_directory:
+        private["model"] = string(os.path.abspath(model.name))
+    elif asked.model:
+        told["model"] = string(model.name)
+    for key, value in (("kind", asked.kind), ("device", settings.device)):
+        if value is not None:
+            told[key] = string(value)
+    if settings.memory is not None:
+        told["memory"] = repr(settings.memory)
+    lines = ["# Left out, since it came through a browser: image.", 'verb = "unlearn"']
+    if asked.redact:
+        told["redact"] = "true"
+        lines.insert(0, f"# Left out, since the output is redacted: {', '.join(private)}.")
+    else:
+        told = private | told
+    return "\n".join([*lines, *(f"{key} = {value}" for key, value in told.items())]) + "\n"
 
 
 def _plain(step: Step) -> dict[str, float]:

@@ -9,6 +9,7 @@ import typer
 
 from ..request import BadInput
 from .app import app, out, print_json, say
+from .config import as_toml
 from .options import (
     MOST_PICTURES,
     Attention,
@@ -63,7 +64,10 @@ def benchmark(
         bool, typer.Option("--stem", help="ROUGE compares stems, as the authors do; needs nltk.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="JSON file for the table and the answers.")
+        Path | None,
+        typer.Option(
+            help="JSON file for the table and the answers; FILE.toml beside it repeats the run."
+        ),
     ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -104,10 +108,13 @@ def benchmark(
         )
         return
 
+    from ..disk.staging import check_new, new_file
     from ..settings import ModelRef, Settings
     from ..show.measured import benchmark_table
     from ..show.progress import Progress
 
+    if output is not None:
+        check_new(run.repeating(output), "give another --output")
     with Progress(say, hidden=json) as progress:
         measured = run.measure(
             name,
@@ -123,6 +130,8 @@ def benchmark(
             output=output,
             listener=progress.listener,
         )
+    if output is not None:
+        new_file(run.repeating(output), as_toml(context).encode())
     if json:
         print_json(measured.report)
     else:

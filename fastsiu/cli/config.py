@@ -21,22 +21,24 @@ import typer
 
 from ..guards.small_file import read_text
 from ..request import BadInput
+from ..text.toml import string as _string
 
 OPTION = "--config"
 VERB = "verb"  # may stand in a file, to say which verb it is for
 MOST_BYTES = 2**20
 # What no file repeats: it is about this run alone, or a secret's place.
-NOT_REPEATED = frozenset({"output", "json", "quiet", "judge_key", "context"})
+NOT_REPEATED = frozenset({"output", "json", "quiet", "judge_key", "url_key", "context"})
 # Options of text that take a directory as well. A text of any other option stays as it is, though a
 # directory may be called as it is.
 PLACES = frozenset({"model", "base"})
 NAMES = frozenset({"concept", "concepts"})  # where - is one line of standard input
+AT_A_SERVER = ("model", "untouched")  # with --url: a server's names of models, and no path of ours
 # What a redacted output may tell. Everything else could name somebody: pictures, names, paths.
 HARMLESS = frozenset(
     """revision device dtype quantize attention checkpointing micro_batch optimizer memory preset
     mode substitute adapt kind alpha beta steps lr rank lora_alpha batch_size renormalize seed
     weight redact max_new_tokens attacks limit per_other processes no_verify verify
-    unlearn""".split()
+    unlearn share timeout within at_once""".split()
 )
 
 
@@ -168,13 +170,14 @@ def as_toml(context: typer.Context, redact: bool = False) -> str:
         given = source is not None and source.name not in ("DEFAULT", "PROMPT")
         if name in NOT_REPEATED or not given or value in (None, [], ()):
             continue
-        hub = name == "model" and not os.path.exists(str(value))
+        served = name in AT_A_SERVER and context.params.get("url") is not None
+        hub = name == "model" and not served and not os.path.exists(str(value))
         hidden = redact and name not in HARMLESS and not hub
         why = "the output is redacted" if hidden else _not_repeatable(name, value)
         if why:
             left_out.setdefault(why, []).append(_key(parameter))
             continue
-        lines.append(f"{_key(parameter)} = {_literal(_absolute(name, value))}")
+        lines.append(f"{_key(parameter)} = {_literal(value if served else _absolute(name, value))}")
     remarks = [f"# Left out, since {why}: {', '.join(keys)}." for why, keys in left_out.items()]
     return "\n".join([*remarks, *lines]) + "\n"
 
@@ -210,10 +213,3 @@ def _literal(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     return _string(str(value))
-
-
-def _string(text: str) -> str:
-    """A basic string of TOML: every character that is not plain as its escape."""
-    short = {'"': '\\"', "\\": "\\\\"}
-    escape = lambda c: short.get(c) or (c if c.isprintable() else f"\\U{ord(c):08x}")
-    return '"' + "".join(map(escape, text)) + '"'

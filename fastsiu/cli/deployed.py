@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .app import app, out, print_json, read_name, say
+from .config import as_toml
 from .options import (
     AsWord,
     Attention,
@@ -170,7 +171,7 @@ def audit(
             server=server,
             asking=auditing.Asking(share, attacks),
             settings=Settings(device, dtype, quantize=quantize, attention=attention),
-            report=ReportOptions(redact, embed_image),
+            report=ReportOptions(redact, embed_image, as_toml(context, redact)),
             output=output,
             listener=progress.listener,
         )

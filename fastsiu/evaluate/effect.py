@@ -9,7 +9,7 @@ show whether the adapter is in effect. Answers about anything else show whether 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..judging.kept import LOST, is_kept
@@ -23,6 +23,16 @@ UNCHANGED = 0.90
 # If fewer answers about anything else than this share are the untouched model's, another model is
 # deployed. The verdict demands more (`verdict.FACTS`): in between, unlearning has cost something.
 SAME_MODEL = 0.50
+# Of the report's answers by the untouched model, the one that is served has to give at least this
+# share. A right server that computes as the report's machine did gives them all: so does
+# `transformers serve`. Other rounding turns near-ties alone: of the embedded model's 127 answers
+# bf16 turns none; of a larger model's, bf16 and other attention kernels may turn a few.
+# Quantised to 4 bits a model may lose more. Then it is not what was measured, and it is right to
+# say so. Another revision may lose fewer, which a caveat tells: anything short of all has one.
+REPEATED = 0.90
+# The same for the unlearned model's answers about anything else. They may be 16, of which rounding
+# turns two by chance in one audit of five where it turns one in twenty; four in one of a hundred.
+REPEATED_ELSEWHERE = 0.80
 # Of the answers that unlearning changed, this share must be the same as in the report.
 AS_PROMISED = 0.50
 
@@ -49,6 +59,8 @@ class Effect:
     elsewhere: the same share of answers that have nothing to do with the look
     base:      share of the report's answers that the untouched model still gives
     promised:  share of the answers changed by unlearning that are the same as in the report
+    rest:      share of the report's answers about anything else that the deployed model gives
+    caveats:   sentences about answers that are not the report's, though enough of them are
     """
 
     status: str
@@ -57,10 +69,12 @@ class Effect:
     elsewhere: Rate = field(default_factory=lambda: Rate(None, reason=NOTHING_ELSE))
     base: Rate = field(default_factory=lambda: Rate(None, reason=NO_PROMISE))
     promised: Rate = field(default_factory=lambda: Rate(None, reason=NO_PROMISE))
+    rest: Rate = field(default_factory=lambda: Rate(None, reason=NO_PROMISE))
+    caveats: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """The entry `deployed` of report.json."""
-        names = ("unchanged", "elsewhere", "base", "promised")
+        names = ("unchanged", "elsewhere", "base", "promised", "rest")
         return {"status": self.status} | {name: getattr(self, name).as_dict() for name in names}
 
 
@@ -71,6 +85,7 @@ def effect(
     promised: Promised | None = None,
     said_forgotten: bool | None = None,
     revision: str = "",
+    here: bool = False,
 ) -> Effect:
     """What is deployed: compares the untouched model's answers (`before`) with the deployed model's
     (`after`).
@@ -79,6 +94,8 @@ def effect(
     promised:       the answers of the unlearning's report; None without a report
     said_forgotten: that report's verdict; None without a report
     revision:       a sentence where the server names another revision, else ""
+    here:           `promised` was asked on this machine, which may round otherwise than the
+                    server: only fewer than `REPEATED` of the answers are a caveat then
     """
     naming = [
         a
@@ -97,10 +114,23 @@ def effect(
     # kept now, another base is no explanation.
     cost = _rate([same_beginning(*said) for a, said in told if a in aside], nothing)
     kept = _rate([same_beginning(now, a.after) for a, (_, now) in changed], nothing)
+    rest = _rate([same_beginning(now, a.after) for a, (_, now) in told if a in aside], nothing)
+    caveats = {
+        "base": f"{_same(base)} of {base.n} answers of the untouched model are those in the "
+        "report: the others were turned by rounding, or by another revision.",
+        "rest": f"{_same(rest)} of {rest.n} answers that have nothing to do with the look are "
+        "those in the report: the others were turned by rounding, or by another revision.",
+        "promised": f"{_same(kept)} of {kept.n} answers that unlearning changed are those in the "
+        "report: the others were turned by rounding, or by another revision.",
+    }
 
-    found = lambda status, *reasons: Effect(
-        status, [r for r in reasons if r], unchanged, elsewhere, base, kept
-    )
+    def found(status: str, reason: str = "", about: str = "") -> Effect:
+        """about: the share that `reason` gives, which needs no caveat"""
+        made = Effect(status, [reason] if reason else [], unchanged, elsewhere, base, kept, rest)
+        least = REPEATED if here else 1.0
+        told = [key for key in caveats if key != about and _below(getattr(made, key), least)]
+        return replace(made, caveats=[caveats[key] for key in told])
+
     if revision:
         return found(OTHER_MODEL, revision)
     if _below(base, SAME_MODEL):
@@ -109,6 +139,7 @@ def effect(
             "The untouched model is not the one that was unlearned: only "
             f"{_same(base)} of {base.n} of its answers are those in the report "
             f"(at least {100 * SAME_MODEL:.0f} % is required).",
+            "base",
         )
     if _below(elsewhere, SAME_MODEL) and not _below(cost, SAME_MODEL):
         return found(
@@ -123,12 +154,29 @@ def effect(
             f"The adapter is not in effect: {_same(unchanged)} of {unchanged.n} answers in which "
             "the untouched model gives the name are still its own, word for word.",
         )
+    if _below(base, REPEATED):
+        return found(
+            OTHER_RESULT,
+            "Another revision or another model is served, or the same one quantised: only "
+            f"{_same(base)} of {base.n} answers of the untouched model are those in the report "
+            f"(at least {100 * REPEATED:.0f} % is required).",
+            "base",
+        )
+    if _below(rest, REPEATED_ELSEWHERE):
+        return found(
+            OTHER_RESULT,
+            "Another revision or another model is served, or the same one quantised: only "
+            f"{_same(rest)} of {rest.n} answers that have nothing to do with the look are those in "
+            f"the report (at least {100 * REPEATED_ELSEWHERE:.0f} % is required).",
+            "rest",
+        )
     if _below(kept, AS_PROMISED):
         return found(
             OTHER_RESULT,
             f"Another result of unlearning answers: only {_same(kept)} of {kept.n} answers that "
             "unlearning changed are those in the report "
             f"(at least {100 * AS_PROMISED:.0f} % is required).",
+            "promised",
         )
     if said_forgotten and not forgotten:
         return found(

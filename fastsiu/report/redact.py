@@ -55,7 +55,7 @@ CHOICES = {
 CHANGE = ("largest", "relative", "matrices", "of", "weights", "unchanged")
 ORIGINS = ("default", "model width", "model directory", "preset paper", "command line")
 SIDES = ("untouched", "unlearned", "strangers")  # of a family
-DEPLOYED = ("unchanged", "elsewhere", "base", "promised")  # rates of an audit
+DEPLOYED = ("unchanged", "elsewhere", "base", "promised", "rest")  # rates of an audit
 INSIDE_SIDES = ("untouched", "unlearned", "control")  # of an attack from inside
 
 Clean = Callable[[Any], Any]  # from a value of a report to what may be told of it

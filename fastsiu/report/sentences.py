@@ -53,6 +53,13 @@ SETTINGS = (
     "soft prompt of #, # steps, then a stranger shown",
 )
 
+# Answers that an audit compares with the report's.
+REPORTED = (
+    "answers of the untouched model",
+    "answers that have nothing to do with the look",
+    "answers that unlearning changed",
+)
+
 # The program's own sentences: # is a number, ... where a name or an answer is quoted, which is left
 # out.
 SENTENCES = (
@@ -237,8 +244,18 @@ SENTENCES = (
     "required).",
     "The untouched model is not the one that was unlearned: only # of # of its answers are those "
     "in the report (at least # % is required).",
-    "Another result of unlearning answers: only # of # answers that unlearning changed are those "
-    "in the report (at least # % is required).",
+    *(
+        "Another revision or another model is served, or the same one quantised: only # of # "
+        f"{what} are those in the report (at least # % is required)."
+        for what in REPORTED[:2]
+    ),
+    f"Another result of unlearning answers: only # of # {REPORTED[2]} are those in the report (at "
+    "least # % is required).",
+    *(
+        f"# of # {what} are those in the report: the others were turned by rounding, or by another "
+        "revision."
+        for what in REPORTED
+    ),
     "The report says forgotten, and what is deployed has not forgotten.",
     "Another revision of the base is served: the server says ..., and the adapter was made for "
     "....",
@@ -255,6 +272,9 @@ SENTENCES = (
     "What a server answers at another time, or under another name, was not asked.",
     "The licence of ... could not be fetched (...): add it before you pass the model on.",
     "The server does not say which revision it serves.",
+    "The server says of one of the two models alone which revision it serves.",
+    "The report of --adapter holds no answers, as one that is redacted: what was promised was not "
+    "compared. With --base instead of --untouched the adapter itself is asked.",
     "The untouched model gives the name in no answer.",
     "No question was asked that has nothing to do with the look.",
     "No report says what the model was to answer.",

@@ -21,6 +21,7 @@ COMPARED = {
     "elsewhere": "answers about anything else that are the untouched model's",
     "base": "answers of the untouched model that are the report's",
     "promised": "answers changed by unlearning that are the report's",
+    "rest": "answers about anything else that are the report's",
 }
 
 

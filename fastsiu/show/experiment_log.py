@@ -24,6 +24,8 @@ PROJECT = "fastsiu"
 _SENDS = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 
 Write = Callable[[dict[str, float], int], None]
+# Begins a curve by its name; gives what writes to it and what ends it.
+Begin = Callable[[str], tuple[Write, Callable[[], None]]]
 
 
 @contextmanager
@@ -33,20 +35,25 @@ def logged(listener: Listener, tracker: str | None) -> Iterator[Listener]:
 
     tracker: one of `TRACKERS`; None gives the listener as it is
 
-    Several requests are one curve: the count of steps goes on. trackio keeps its runs in its own
-    directory, wandb in ./wandb, TensorBoard in ./runs. Raises BadInput for an unknown tracker, for
-    one that is not installed, and where trackio is set up to send.
+    Several requests are one curve: the count of steps goes on. The first step begins it, so a run
+    without one, such as a run whose output is already there, leaves nothing. trackio keeps its runs
+    in its own directory, wandb in ./wandb, TensorBoard in ./runs. Raises BadInput for an unknown
+    tracker, for one that is not installed, and where trackio is set up to send.
     """
     if tracker is None:
         yield listener
         return
     if tracker not in TRACKERS:
         raise BadInput(f"The tracker {tracker!r} is unknown: choose {', '.join(TRACKERS)}.")
-    write, close = _OPEN[tracker](f"{PROJECT}-{secrets.token_hex(4)}")
+    begin = _OPEN[tracker]()  # what is not installed is told before anything is loaded
+    curve: tuple[Write, Callable[[], None]] | None = None
     count = 0
 
     def step(taken: Step, ceiling: int) -> None:
-        nonlocal count
+        nonlocal count, curve
+        if curve is None:
+            curve = begin(f"{PROJECT}-{secrets.token_hex(4)}")
+        write, _ = curve
         count += 1
         values = {k: float(v) for k, v in asdict(taken).items() if k != "step"}
         write({f"train/{name}": value for name, value in values.items()}, count)
@@ -55,7 +62,9 @@ def logged(listener: Listener, tracker: str | None) -> Iterator[Listener]:
     try:
         yield replace(listener, step=step)
     finally:
-        close()
+        if curve is not None:
+            _, close = curve
+            close()
 
 
 def _missing(tracker: str, error: ImportError) -> BadInput:
@@ -65,7 +74,7 @@ def _missing(tracker: str, error: ImportError) -> BadInput:
     )
 
 
-def _trackio(name: str) -> tuple[Write, Callable[[], None]]:
+def _trackio() -> Begin:
     if where := next((key for key in _SENDS if os.environ.get(key)), None):
         raise BadInput(
             f"{where} is set, and trackio would send the curves away: unset it; `trackio sync` "
@@ -75,45 +84,60 @@ def _trackio(name: str) -> tuple[Write, Callable[[], None]]:
         import trackio
     except ImportError as error:
         raise _missing("trackio", error) from error
-    run: Any = trackio.init(PROJECT, name=name, embed=False, auto_log_gpu=False, auto_log_cpu=False)
-    return (lambda values, step: run.log(values, step=step)), run.finish
+
+    def begin(name: str) -> tuple[Write, Callable[[], None]]:
+        run: Any = trackio.init(
+            PROJECT, name=name, embed=False, auto_log_gpu=False, auto_log_cpu=False
+        )
+        return (lambda values, step: run.log(values, step=step)), run.finish
+
+    return begin
 
 
-def _wandb(name: str) -> tuple[Write, Callable[[], None]]:
+def _wandb() -> Begin:
     try:
         import wandb
     except ImportError as error:
         raise _missing("wandb", error) from error
-    # Without these settings wandb stores the command line, which has the name, the host, the user
-    # and the code.
-    settings = wandb.Settings(
-        mode="offline",
-        silent=True,
-        console="off",
-        disable_git=True,
-        disable_code=True,
-        save_code=False,
-        x_disable_meta=True,
-        x_disable_stats=True,
-        x_disable_machine_info=True,
-        x_save_requirements=False,
-    )
-    run = wandb.init(project=PROJECT, name=name, settings=settings)
-    return (lambda values, step: run.log(values, step=step)), run.finish
+
+    def begin(name: str) -> tuple[Write, Callable[[], None]]:
+        # Without these settings wandb stores the command line, which has the name, the host, the
+        # user and the code.
+        settings = wandb.Settings(
+            mode="offline",
+            silent=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_disable_machine_info=True,
+            x_save_requirements=False,
+        )
+        run = wandb.init(project=PROJECT, name=name, settings=settings)
+        return (lambda values, step: run.log(values, step=step)), run.finish
+
+    return begin
 
 
-def _tensorboard(name: str) -> tuple[Write, Callable[[], None]]:
+def _tensorboard() -> Begin:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise _missing("tensorboard", error) from error
-    writer = SummaryWriter(log_dir=os.path.join("runs", name))
 
-    def write(values: dict[str, float], step: int) -> None:
-        for key, value in values.items():
-            writer.add_scalar(key, value, step)
+    def begin(name: str) -> tuple[Write, Callable[[], None]]:
+        writer = SummaryWriter(log_dir=os.path.join("runs", name))
 
-    return write, writer.close
+        def write(values: dict[str, float], step: int) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+
+        return write, writer.close
+
+    return begin
 
 
+# Each checks that its tracker can be used here, and begins nothing.
 _OPEN = {"trackio": _trackio, "wandb": _wandb, "tensorboard": _tensorboard}

@@ -80,6 +80,7 @@ def test_the_whole_path_on_a_desktop(cast, tmp_path):
             names = set(packed.namelist())
             report = json.loads(packed.read("report.json"))
         assert {"adapter_model.safetensors", "adapter_config.json", "report.html"} <= names
+        assert "run.toml" in names
         assert "private.key" not in names
         assert report["verdict"] == "forgotten"
         with page.expect_download() as download:

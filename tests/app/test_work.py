@@ -5,14 +5,18 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import typer
 from PIL import Image
 
 from fastsiu import manifest
 from fastsiu.app import work as working
 from fastsiu.app.job import Asked
 from fastsiu.app.work import Work, _done
+from fastsiu.cli import app as cli_app
+from fastsiu.cli import config
 from fastsiu.model.memory import Layout
 from fastsiu.request import BadInput, Recipe
+from fastsiu.settings import Settings
 
 FEW = {"steps": 9, "lr": 3e-3, "dreams": 1, "dream_steps": 5, "strangers": 0, "neighbours": 1}
 RECIPE = {**FEW, "batch_size": 8, "seed": 3}
@@ -73,6 +77,22 @@ def test_the_untouched_model_is_asked_after_a_training(worked, cast):
     stranger = Asked(cast.stranger, cast.files["stranger"])
     assert not any(named for _, _, named in worked.work.look(stranger))
     assert all(named for _, _, named in worked.work.look(worked.asked))
+
+
+@pytest.mark.parametrize("redact", [False, True])
+def test_the_file_that_repeats_a_training_lacks_the_picture_alone(tmp_path, redact):
+    asked = Asked('Zo "Q"', tmp_path / "upload.png", str(tmp_path), ("A", "B"), "person", redact)
+    text = working.run_file(asked, Settings("cpu", memory=2.5))
+    (tmp_path / "run.toml").write_text(text, encoding="utf-8")
+    _, filled = config.defaults(typer.main.get_command(cli_app), [], tmp_path / "run.toml")
+    told = {"kind": "person", "device": "cpu", "memory": "2.5"}
+    private = {"concept": 'Zo "Q"', "alias": ["A", "B"], "model": str(tmp_path)}
+    assert filled["unlearn"] == told | ({"redact": True} if redact else private)
+    assert "browser: image." in text and "upload" not in text
+    assert ("redacted: concept, alias, model." in text) == redact
+    assert 'model = "owner/name"' in working.run_file(
+        Asked("Z", tmp_path, "owner/name"), Settings()
+    )
 
 
 def test_what_cannot_be_used_is_a_sentence(tmp_path):

@@ -3,6 +3,8 @@
 import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -156,12 +158,35 @@ def test_fields_of_a_docstring_become_a_list():
     assert fields.escaped("out-<random>/ and `<b>`") == "out-&lt;random>/ and `<b>`"
 
 
+@pytest.mark.parametrize("gate", ["Makefile", ".ci/run"])
+def test_a_gate_builds_the_site_so_that_a_dead_link_fails(gate, tmp_path):
+    """mkdocs counts warnings where it prints them: with --quiet it finds none."""
+    pytest.importorskip("mkdocs")
+    if not (ROOT / gate).is_file():
+        pytest.skip(f"{gate} is no part of this distribution")
+    command = re.search(r"mkdocs (build.*)", (ROOT / gate).read_text())
+    assert command
+    words = [word.replace("$work", str(tmp_path)) for word in shlex.split(command[1])]
+    config = (ROOT / "mkdocs.yml").read_text()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "mkdocs.yml").write_text(
+        "site_name: Two\n" + "".join(re.findall(r"(?m)^validation: .*\n", config))
+    )
+    page = tmp_path / "docs" / "index.md"
+    built = lambda: subprocess.run(
+        [sys.executable, "-m", "mkdocs", *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    page.write_text("# One\n")
+    assert built().returncode == 0
+    page.write_text("# One\n\n![gone](gone.png)\n")
+    done = built()
+    assert done.returncode != 0 and "gone.png" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_site_is_built_and_a_dead_link_fails(tmp_path):
     pytest.importorskip("mkdocs")
     import shutil
-    import subprocess
-    import sys
 
     if not importlib.util.find_spec("mkdocstrings"):
         pytest.skip("mkdocstrings is not installed: pip install 'fastsiu[docs]'")

@@ -59,24 +59,31 @@ def mmubench(root: Path, concepts: int = 2, pictures: int = 3, questions: int = 
     return root
 
 
-def mlubench(root: Path, entities: int = 8, items: int = 3, pictures: int = 2) -> Path:
-    """The entities go round the requests: to forget in one, to keep in the next."""
+def share(total: int, parts: int, number: int) -> int:
+    """What part `number`, from 0 on, gets of a total that is dealt out evenly."""
+    return total // parts + (number < total % parts)
+
+
+def mlubench(root: Path, entities: int = 8, items: int = 24, pictures: int = 16) -> Path:
+    """So many items and pictures in all. The entities go round the requests: to forget in one, to
+    keep in the next."""
     tasks: dict[str, list[Any]] = {f"{t}_{p}": [] for t in "ABCD" for p in ("forget", "retain")}
     for e in range(entities):
         name = f"Thing_{e}"
         folder = f"downloaded_images/Class{e % 9}/{name}"
-        for k in range(pictures):
+        own = share(pictures, entities, e)
+        for k in range(own):
             put(root / folder / f"image_{k}.jpg", png(e * 10 + k))
         records = [
             {
                 "id": str(k),
-                "image": f"{folder}/image_{k % pictures}.jpg",
+                "image": f"{folder}/image_{k % own}.jpg",
                 "conversations": [
                     {"from": "human", "value": f"<image>\nWhat is this, for the {k}th time?"},
                     {"from": "gpt", "value": f"This is {name}."},
                 ],
             }
-            for k in range(items)
+            for k in range(share(items, entities, e))
         ]
         put(root / "Entities" / f"variants_{name}_updated.json", records)
         tasks[f"{'ABCD'[e % 4]}_forget"] += records
@@ -177,46 +184,73 @@ def mllmu(root: Path, forget: int = 2, retain: int = 3, celebrities: int = 2) ->
 
 
 def ppubench(root: Path, subjects: int = 4, facts: int = 3) -> Path:
-    rows: dict[str, list[Any]] = {"classification": [], "cloze": [], "generation": []}
-    for s in range(subjects):
-        for f in range(facts):
-            for modality in ("vqa", "qa"):
-                row = {
+    """Each fact is asked in every task."""
+    listed = [(s, f) for s in range(subjects) for f in range(facts)]
+    return _ppubench(
+        root,
+        {(s, f): TASKS for s, f in listed},
+        complete={ratio: 1 for ratio in (5, 10, 15, 30)},
+        selective=[(s, f) for s, f in listed if f == 0],
+        forget=[(s, f) for s, f in listed if f == s % facts],
+    )
+
+
+def ppubench_in_full(
+    root: Path, subjects: int, forget: int, keep: int, selective: int, complete: dict[int, int]
+) -> Path:
+    """So many facts in all, each asked in one task. complete: subjects by percentage"""
+    facts = forget + keep
+    listed = [(s, f) for s in range(subjects) for f in range(share(facts, subjects, s))]
+    each = {fact: (TASKS[number % 3],) for number, fact in enumerate(listed)}
+    return _ppubench(root, each, complete, listed[:selective], listed[-forget:])
+
+
+TASKS = ("classification", "cloze", "generation")
+Fact = tuple[int, int]  # the number of the subject, and of the fact about it
+
+
+def _ppubench(
+    root: Path,
+    facts: dict[Fact, Sequence[str]],
+    complete: dict[int, int],
+    selective: Sequence[Fact],
+    forget: Sequence[Fact],
+) -> Path:
+    rows: dict[str, list[Any]] = {task: [] for task in TASKS}
+    for (s, f), tasks in facts.items():
+        word, image = WORDS[f % 6], picture(s)
+        told = {
+            "classification": {
+                "answer_label": "ABCD"[f % 4],
+                **{f"option_{k}": w for k, w in zip("abcd", WORDS, strict=False)},
+            },
+            "cloze": {"answer_text": word},
+            "generation": {"answer_text": f"The {word} door."},
+        }
+        for task in tasks:
+            rows[task] += [
+                {
                     "sample_id": f"Figure_{s}_{f}",
                     "subject_id": f"{s:03d}",
                     "subject": f"Figure {s}",
                     "modality": modality,
                     "question": f"Which is the {f}th door of Figure {s}?",
-                    "image": picture(s),
+                    "image": image,
+                    "task_type": task,
+                    **told[task],
                 }
-                rows["cloze"].append({**row, "task_type": "cloze", "answer_text": WORDS[f]})
-                rows["generation"].append(
-                    {**row, "task_type": "generation", "answer_text": f"The {WORDS[f]} door."}
-                )
-                rows["classification"].append(
-                    {
-                        **row,
-                        "task_type": "classification",
-                        "answer_label": "ABCD"[f % 4],
-                        **{f"option_{k}": w for k, w in zip("abcd", WORDS, strict=False)},
-                    }
-                )
+                for modality in ("vqa", "qa")
+            ]
     for task, listed in rows.items():
-        table(root / f"ppu_eval_{task}", listed)
-    ids = lambda wanted: [
-        {"subject_id": f"{s:03d}", "id": f"Figure_{s}_{f}"}
-        for s in range(subjects)
-        for f in range(facts)
-        if wanted(s, f)
-    ]
-    put(root / "split" / "complete_split.json", {f"forget{r}": ["000"] for r in (5, 10, 15, 30)})
-    put(root / "split" / "selective_split.json", ids(lambda s, f: f == 0))
+        table(root / f"ppu_eval_{task}", listed, group=2 if len(listed) < 100 else 100)
+    ids = lambda chosen: [{"subject_id": f"{s:03d}", "id": f"Figure_{s}_{f}"} for s, f in chosen]
+    subjects = {f"forget{r}": [f"{s:03d}" for s in range(n)] for r, n in complete.items()}
+    gone = set(forget)
+    put(root / "split" / "complete_split.json", subjects)
+    put(root / "split" / "selective_split.json", ids(selective))
     put(
         root / "split" / "persona_split.json",
-        {
-            "delete_ids": ids(lambda s, f: f == s % facts),
-            "keep_ids": ids(lambda s, f: f != s % facts),
-        },
+        {"delete_ids": ids(forget), "keep_ids": ids(f for f in facts if f not in gone)},
     )
     return root
 

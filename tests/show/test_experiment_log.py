@@ -60,6 +60,14 @@ def test_tensorboard_gets_every_step(here):
     assert_nobody_named(here)
 
 
+def test_a_run_without_a_step_leaves_no_curve(here):
+    """As one that finds its output already there."""
+    pytest.importorskip("tensorboard")
+    with experiment_log.logged(Listener(), "tensorboard") as listener:
+        listener.stage("Nothing to do")
+    assert list(here.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_wandb_stays_offline_and_names_nobody(here, monkeypatch):
     wandb = pytest.importorskip("wandb")

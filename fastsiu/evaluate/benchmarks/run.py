@@ -195,6 +195,11 @@ def measure(
     return Measured(report, output)
 
 
+def repeating(output: Path) -> Path:
+    """The file beside an output that repeats the run: table.json has table.json.toml."""
+    return output.with_name(f"{output.name}.toml")
+
+
 def _notes(stem: bool) -> list[str]:
     if stem:
         return []

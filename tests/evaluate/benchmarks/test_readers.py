@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -405,6 +406,47 @@ def test_a_full_size_table_has_the_published_counts(tmp_path):
     assert found["real_faces"] == 151 and found["real_world"] == 367
     assert found["forget10_perturbed"] == 2 * 378  # each row is a caption and a name
     assert found["retain_perturbed"] == 2 * 395
+
+
+def test_full_size_profiles_have_the_published_counts(tmp_path):
+    """MLLMU-Bench: 500 invented people, 25 of them to forget, and 153 celebrities."""
+    published = mllmu.PUBLISHED
+    celebrities = published["Retain_Set"]
+    made.mllmu(tmp_path, published["forget_5"], published["retain_95"], celebrities)
+    found = mllmu.read(tmp_path)
+    people = {part: len({item.entity for item in found.of(part)}) for part in mllmu.SETS}
+    assert people == {"Forget": 25, "Test": 25, "Retain": 475, "Celebrity": 153}
+    assert found.counts()["entities"] == published["Test_Set"] + celebrities == 653
+
+
+@pytest.mark.slow
+def test_full_size_conversations_have_the_published_counts(tmp_path):
+    """MLUBench: 127 entities of 9 classes, 15,414 questions and 5,105 pictures."""
+    wanted = dict(mlubench.PUBLISHED)
+    classes = wanted.pop("classes")
+    found = mlubench.read(made.mlubench(tmp_path, **wanted))
+    assert wanted == {"entities": 127, "items": 15414, "pictures": 5105}
+    assert {key: found.counts()[key] for key in wanted} == wanted
+    folders = {Path(photo.label).parent for one in found.entities for photo in one.photos}
+    assert len({folder.parent for folder in folders}) == classes
+
+
+def test_full_size_facts_have_the_published_counts(tmp_path):
+    """PPU-Bench: 500 people; of their facts, 3,126 to forget and 9,041 to keep."""
+    published = ppubench.PUBLISHED
+    made.ppubench_in_full(
+        tmp_path,
+        published["entities"],
+        published["persona forget"],
+        published["persona retain"],
+        published["selective"],
+        {5: 25},
+    )
+    found = ppubench.read(tmp_path)
+    facts = lambda part: len({item.id.partition("/")[0] for item in found.of(part)})
+    assert found.counts()["entities"] == 500
+    assert facts("persona forget") == 3126 and facts("persona retain") == 9041
+    assert facts("selective forget") == published["selective"]
 
 
 # As a suite ---------------------------------------------------------------------------------------

@@ -59,6 +59,24 @@ def test_the_verb_writes_a_table_that_another_run_compares_with(tmp_path, capsys
     assert "exists" in capsys.readouterr().err and json.loads(first.read_text()) == report
 
 
+def test_the_file_beside_a_table_repeats_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    made.mllmu(tmp_path / "set")
+    first, again = tmp_path / "first.json", tmp_path / "again.json"
+    asked = ["benchmark", "mllmu", "set", "--limit", "1", "--max-new-tokens", "2"]
+    assert command([*asked, "--set", "Forget", "--output", str(first)]) == 0
+    beside = run.repeating(first)
+    assert beside.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert command(["--config", str(beside), "--output", str(again)]) == 0
+    assert first.read_bytes() == again.read_bytes()
+    first.unlink()
+    assert command(["--config", str(beside), "--output", str(first)]) == 2
+    assert "first.json.toml exists" in " ".join(capsys.readouterr().err.split())
+    assert not first.exists()
+
+
 def test_the_verb_checks_and_makes_suites(tmp_path, capsys):
     root = str(made.mmubench(tmp_path / "set"))
     assert command(["benchmark", "mmubench", root, "--check"]) == 0
