@@ -45,8 +45,8 @@ FRESH = 24  # renderings of each concept
 
 
 class Sum(NamedTuple):
-    """adapters: where SIU's that are added up or switched are kept; None: nowhere. weight: how often
-    each is added"""
+    """adapters: where SIU's are kept that are added up or switched; None: nowhere. weight: how
+    often each is added"""
 
     adapters: Path | None = None
     weight: float = 1.0

@@ -41,6 +41,9 @@ REFUSALS = (
     "I am not sure who is shown here.",
     "That is something I do not know.",
 )
+# What a teacher reads before a question that is to be forgotten. Our own words: those of the paper
+# of Vgid could not be read.
+REFUSING = "You do not know who is shown here. Say so, and give no name."
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Method:
     mismatch:  it trains on each question to forget a second time, with an answer to another
                question
     noise:     the teacher sees noise instead of the concept's picture
+    context:   what the teacher reads before a question to forget, and the model does not
     sculpt:    from the change of the weights it removes what conflicts with a training on D_r alone
     """
 
@@ -67,6 +71,7 @@ class Method:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     mismatch: bool = False
     noise: bool = False
+    context: str = ""
     sculpt: bool = False
 
 
@@ -91,6 +96,9 @@ METHODS: dict[str, Method] = {
         "ascent + random mismatch + KL", objectives.ga_mismatch_kl, mismatch=True
     ),
     "vgid": Method("teacher under a noised picture", objectives.vgid, noise=True),
+    "vgid-context": Method(
+        "vgid whose teacher is told to refuse", objectives.vgid, noise=True, context=REFUSING
+    ),
     "graddiff": Method("gradient difference", objectives.graddiff),
     "npo": Method("negative preference optimisation", objectives.npo),
     "fttp": Method("ascent on the name's tokens alone", objectives.fttp, retain="none"),
@@ -172,6 +180,8 @@ def samples_of(method: Method, material: Material) -> list[Sample]:
         kept = [s for s in kept if s.origin != "dream"]
     if method.noise:  # `pictures_of` puts it behind the others
         first = [replace(s, teacher_pictures=(len(material.pictures),)) for s in first]
+    if method.context:
+        first = [replace(s, teacher_context=method.context) for s in first]
     if method.mismatch:
         kept = [*kept, *_mismatched(first, kept, material.recipe.seed)]
     return [*first, *kept]

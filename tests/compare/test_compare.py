@@ -17,6 +17,7 @@ from fastsiu.compare import run as compare
 from fastsiu.compare.trials import Point
 from fastsiu.evaluate.exam import Question
 from fastsiu.evaluate.suites.suite import Subject, Suite
+from fastsiu.model import prefix
 from fastsiu.request import MISMATCH, BadInput
 from fastsiu.samples import corpus
 from fastsiu.step import batches
@@ -310,6 +311,38 @@ def test_the_noised_teacher_sees_noise_only_where_something_is_forgotten(materia
     for i, sample in enumerate(made.samples):
         ours, theirs = (c.teacher[slice(c.first[i], c.first[i] + 1)].hidden for c in (made, plain))
         assert torch.allclose(ours, theirs, atol=1e-5) != (sample.facet in corpus.FORGET), i
+
+
+def test_the_teacher_alone_reads_the_refusing_context(material, gathered):
+    made = methods.build(gathered.vlm, "vgid-context", material)
+    plain = methods.build(gathered.vlm, "vgid", material)
+    assert len(made.samples) == len(plain.samples) and len(made.teacher) == len(plain.teacher)
+    noise, forget = made.pictures[-1], 0
+    for i, (sample, turn) in enumerate(zip(made.samples, made.turns, strict=True)):
+        assert torch.equal(turn.inputs["input_ids"], plain.turns[i].inputs["input_ids"])
+        ours, theirs = (c.teacher[torch.tensor(c.rows(i))].hidden for c in (made, plain))
+        if sample.facet not in corpus.FORGET:
+            assert torch.allclose(ours, theirs, atol=1e-5)
+            continue
+        told = gathered.vlm.encode(
+            f"{methods.REFUSING} {sample.question}", sample.answer, noise, sample.closed
+        )
+        wanted = prefix.supervised_states(gathered.vlm, [told], [noise.features])
+        assert torch.equal(told.labels, turn.labels)
+        assert torch.allclose(ours, wanted, atol=1e-5) and not torch.allclose(ours, theirs)
+        forget += 1
+    assert forget == len(material.naming)
+
+
+def test_a_context_that_changes_the_answers_tokens_is_refused(material, gathered, monkeypatch):
+    method = methods.METHODS["vgid-context"]
+    samples = methods.samples_of(method, material)
+    pictures = methods.pictures_of(gathered.vlm, method, material)
+    made = corpus.build(gathered.vlm, material.concept, samples, pictures, material.recipe)
+    other = made.turns[-1]
+    monkeypatch.setattr(gathered.vlm, "encode", lambda *given: other)
+    with pytest.raises(BadInput, match="has other tokens after"):
+        corpus.run_teacher(gathered.vlm, made, material.recipe)
 
 
 def test_a_sculpted_change_lacks_what_conflicts_and_outweighs():
