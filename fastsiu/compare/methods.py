@@ -62,6 +62,7 @@ class Method:
     noise:     the teacher sees noise instead of the concept's picture
     context:   what the teacher reads before a question to forget, and the model does not
     sculpt:    from the change of the weights it removes what conflicts with a training on D_r alone
+               (`sculpting`): the values of k that are searched; empty: it removes nothing
     """
 
     about: str
@@ -72,7 +73,7 @@ class Method:
     mismatch: bool = False
     noise: bool = False
     context: str = ""
-    sculpt: bool = False
+    sculpt: tuple[float, ...] = ()
 
 
 METHODS: dict[str, Method] = {
@@ -89,7 +90,9 @@ METHODS: dict[str, Method] = {
         "what the authors' trainer computes", objectives.siu_as_released, "own"
     ),
     "po": Method("preference optimisation: refusals", objectives.po, "refusal"),
-    "smfa": Method("refusals, sculpted by an anchor", objectives.descent, "refusal", sculpt=True),
+    "smfa": Method(
+        "refusals, sculpted by an anchor", objectives.descent, "refusal", sculpt=sculpting.KS
+    ),
     "ga": Method("gradient ascent", objectives.ga, retain="none"),
     "ga-kl": Method("gradient ascent + KL", objectives.ga_kl),
     "ga-mismatch-kl": Method(
@@ -258,10 +261,12 @@ def fit(
     lr: float,
     steps: int,
     watch: Callable[[int], bool],
+    k: float = sculpting.K,
 ) -> float:
     """Trains a fresh adapter, which is on when `watch` is called and off afterwards.
 
     watch: called with the number of steps after each; True ends the training
+    k:     of a method that sculpts
 
     Returns the seconds of training, without those of `watch`. Raises NumericFailure for NaN and
     infinity.
@@ -273,7 +278,7 @@ def fit(
     def timed(step: int) -> bool:
         nonlocal watched
         started = time.perf_counter()
-        with sculpting.put_on(loaded, anchor) if method.sculpt else nullcontext():
+        with sculpting.put_on(loaded, anchor, k) if method.sculpt else nullcontext():
             done = watch(step)
         watched += time.perf_counter() - started
         return done
