@@ -109,8 +109,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"shares, and the same search: learning rates {rates}, looked at after {steps} steps, on "
         "pictures that the test does not see; smfa also with several values of its k. Chosen is "
         "the setting with the lowest share of the name among those that keep at least "
-        f"{100 * floor:.0f} % of others' names (look-alikes included) and of facts, of equals the middle one by steps; \u2020: none does, and this "
-        "keeps most. The test trains anew with other seeds and dreams, for exactly so many steps. "
+        f"{100 * floor:.0f} % of others' names (look-alikes included) and of facts, of equals the "
+        "middle one by steps; \u2020: none does, and this keeps most. The test trains anew with "
+        "other seeds and dreams, for exactly so many steps. "
         "*Front*: no other method keeps as much and gives the name as rarely.",
         "",
         "## Published, other model and data, not comparable in level",
