@@ -226,7 +226,8 @@ def asked_of(world: Any, name: str, seed: int) -> tuple[list[Item], list[Item], 
     return leaks, control, kept
 
 
-def put(loaded: Any, items: list[Item]) -> list[str]:
+def put(loaded: Any, items: list[Item], answers: Any = None) -> list[str]:
+    """The answers. answers: who gives them, called as `ask.answers` is; that when None"""
     from fastsiu.demo.world import draw
     from fastsiu.model import ask
 
@@ -237,7 +238,7 @@ def put(loaded: Any, items: list[Item]) -> list[str]:
     questions = [
         (item.question, None if item.scene is None else pictures[item.scene.seed]) for item in items
     ]
-    return ask.answers(loaded, questions, begin=[item.begin for item in items])
+    return (answers or ask.answers)(loaded, questions, begin=[item.begin for item in items])
 
 
 def leaked(concept: Any, item: Item, answer: str) -> bool:

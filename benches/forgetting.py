@@ -145,10 +145,13 @@ def questions(
     return asked
 
 
-def put(loaded: Any, asked: list[tuple[str, Any, str, str]], draw: Any) -> list[str]:
+def put(
+    loaded: Any, asked: list[tuple[str, Any, str, str]], draw: Any, answers: Any = None
+) -> list[str]:
+    """The answers. answers: who gives them, called as `ask.answers` is; that when None"""
     from fastsiu.model import ask
 
-    return ask.answers(
+    return (answers or ask.answers)(
         loaded,
         [(q, None if scene is None else loaded.picture(draw(scene))) for _, scene, q, _ in asked],
     )

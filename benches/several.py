@@ -1,5 +1,5 @@
 """Several requests on the embedded model, one after another, all at once, or each by itself and
-then added up: is everyone still forgotten at the end?
+then added up or switched: is everyone still forgotten at the end?
 
     python benches/several.py            all at once and one after another, ten concepts; prints the
                                          table, appends to benches/results/several.jsonl
@@ -7,18 +7,27 @@ then added up: is everyone still forgotten at the end?
                                          others; --weight W adds each adapter W times, --skip N
                                          leaves out the first N concepts, --adapters DIR keeps the
                                          adapters, so that a second run need not train them again
-    python benches/several.py --quick    two concepts, one after another, two steps each; appends
-                                         nothing
+    python benches/several.py --modes switched switched-refusals
+                                         a router and an adapter for each request, SIU's or one that
+                                         was trained on refusals (`fastsiu/compare/switched.py`)
+    python benches/several.py --quick    two concepts, one after another and switched, two steps
+                                         each; appends nothing
     python benches/several.py --table    print the table of the newest results
 
 There is one picture for each request. The questions at the end are about fresh renderings that
 training never saw; the untouched model gets the same ones. The last columns are the families of
 `attacks.py`, in per cent of answers that tell.
+
+Rows of switched adapters are no forgetting: who has the untouched model has what it knows. Their
+verdicts are those of each of SIU's adapters by itself. What the router did stands behind the mode:
+how many of the forgotten's renderings reached their own adapter, and how many others none. Their
+`matrix` is as that of a sequence, after each adapter that the router learns of.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
 import time
@@ -30,13 +39,14 @@ import attacks
 import forgetting
 
 RESULTS = Path(__file__).parent / "results" / "several.jsonl"
-MODES = ("joint", "sequence", "combine")
+SWITCHED = ("switched", "switched-refusals")
+MODES = ("joint", "sequence", "combine", *SWITCHED)
 FRESH = 24  # renderings of each concept
 
 
 class Sum(NamedTuple):
-    """adapters: where those that are added up are kept; None: nowhere. weight: how often each is
-    added"""
+    """adapters: where SIU's are kept that are added up or switched; None: nowhere. weight: how
+    often each is added"""
 
     adapters: Path | None = None
     weight: float = 1.0
@@ -47,6 +57,7 @@ def one_run(
 ) -> dict[str, Any]:
     """Forgets the first `requests` concepts of the world after those to skip; counts on fresh
     renderings of them and of all others."""
+    from fastsiu.compare import switched
     from fastsiu.demo import MODEL_DIR
     from fastsiu.demo.world import KNOWN, LOOKALIKES, World, draw
     from fastsiu.model import adapter, vlm
@@ -65,14 +76,24 @@ def one_run(
         recipe = RecipeChoice(changes={"seed": seed, **overrides})
         if mode == "combine":
             made = added_up(folder, summed, recipe, listener)
+        elif mode == "switched":
+            made = each_alone(folder, summed, recipe, listener)
+        elif mode == "switched-refusals":
+            made = refusing(folder, recipe, listener)
         else:
             made = trained_together(folder, mode, recipe, listener)
-        loaded = vlm.load(str(MODEL_DIR))
+        loaded, answers = vlm.load(str(MODEL_DIR)), None
         asked = questions(world, wanted, KNOWN, LOOKALIKES, seed)
         before = forgetting.put(loaded, [row[1:] for row in asked], draw)
-        adapter.load(loaded, made.pop("adapter"))
-        after = forgetting.put(loaded, [row[1:] for row in asked], draw)
-        leaks = attacked(loaded, world, wanted, seed)
+        if mode in SWITCHED:
+            experts = made.pop("experts")
+            answers = functools.partial(switched.answers, experts=experts)
+            made["matrix"] = matrix(loaded, folder / "requests.jsonl", experts, seed)
+            made["routed"] = routed(loaded, experts, asked)
+        else:
+            adapter.load(loaded, made.pop("adapter"))
+        after = forgetting.put(loaded, [row[1:] for row in asked], draw, answers)
+        leaks = attacked(loaded, world, wanted, seed, answers)
     counts = {}
     for concept in (*wanted, None):  # None: everybody else, and the facts
         rows = [i for i, row in enumerate(asked) if row[0] == concept]
@@ -146,9 +167,116 @@ def added_up(folder: Path, summed: Sum, recipe: Any, listener: Any) -> dict[str,
     }
 
 
-def attacked(loaded: Any, world: Any, wanted: tuple[str, ...], seed: int) -> dict[str, list[int]]:
+def each_alone(folder: Path, summed: Sum, recipe: Any, listener: Any) -> dict[str, Any]:
+    """SIU's adapters, each trained by itself, and each one's own verdict. The seconds are those of
+    all trainings, also where an adapter was there before."""
+    from fastsiu import independent
+    from fastsiu.compare.switched import Expert
+    from fastsiu.output import read_report
+    from fastsiu.text.concept import Concept
+
+    file, adapters = folder / "requests.jsonl", summed.adapters or folder / "out"
+    each = independent.unlearn_each(file, recipe=recipe, output=adapters, listener=listener)
+    done = [outcome for outcome in each.outcomes if outcome.output]
+    return {
+        "seconds": round(
+            sum(sum(read_report(adapters / o.output)["seconds"].values()) for o in done), 1
+        ),
+        "forgotten": each.forgotten,
+        "outcomes": [vars(outcome) for outcome in each.outcomes],
+        "experts": [Expert(Concept(o.concept), adapters / o.output) for o in done],
+    }
+
+
+def refusing(folder: Path, recipe: Any, listener: Any) -> dict[str, Any]:
+    """Adapters that were trained on refusals as LUMoE's are, each by itself: `po` at its best
+    setting of benches/compare.py. Nobody gives a verdict on them."""
+    from fastsiu.compare import methods
+    from fastsiu.compare.switched import Expert
+    from fastsiu.demo import MODEL_DIR
+    from fastsiu.disk.request_file import read_requests
+    from fastsiu.images import load_image
+    from fastsiu.model import adapter, vlm
+    from fastsiu.settings import choose_recipe
+    from fastsiu.text.concept import concept_of
+
+    chosen, _ = choose_recipe(str(MODEL_DIR), recipe)
+    chosen = chosen.with_overrides(warmup=0.0, strangers=0, relearn=0)  # as `compare` has it
+    lr, best = attacks.settings()["po"]
+    steps = min(best, chosen.steps)
+    loaded, experts, outcomes = vlm.load(str(MODEL_DIR)), [], []
+    started = time.perf_counter()
+    for line, request in read_requests(folder / "requests.jsonl"):
+        listener.note(f"Refusals, request {line}: {request.concept}")
+        place = folder / "out" / f"{line:03d}"
+        material = methods.prepare(loaded, request, chosen, load_image(request.image))
+        made = methods.build(loaded, "po", material)
+
+        def keep(step: int, place: Path = place) -> bool:
+            if step == steps:
+                adapter.save(loaded, place)
+            return step == steps
+
+        methods.fit(loaded, "po", made, material, lr, steps, keep)
+        experts.append(Expert(concept_of(request), place))
+        outcomes.append({"line": line, "concept": request.concept, "status": "no verdict"})
+    return {
+        "seconds": round(time.perf_counter() - started, 1),
+        "forgotten": None,
+        "outcomes": outcomes,
+        "setting": {"lr": lr, "steps": steps},
+        "experts": experts,
+    }
+
+
+def matrix(loaded: Any, file: Path, experts: list[Any], seed: int) -> list[dict[str, Any]]:
+    """As `several.Several.matrix`: who is still named after each adapter that the router learns
+    of."""
+    from fastsiu import several
+    from fastsiu.compare import switched
+    from fastsiu.disk.request_file import read_requests
+    from fastsiu.samples.kinds import DEFAULT
+
+    asked = {
+        str(line): (request.concept, several.held_out(loaded, request.image, seed, DEFAULT))
+        for line, request in read_requests(file)
+    }
+    lines = {concept: line for line, (concept, _) in asked.items()}
+    rows = []
+    for count in range(1, len(experts) + 1):
+        known = experts[:count]
+        row: dict[str, Any] = {"after": [int(lines[one.concept.name]) for one in known]}
+        row["named"] = {}
+        for one in known:
+            line = lines[one.concept.name]
+            said = switched.answers(loaded, asked[line][1], experts=known)
+            row["named"][line] = sum(map(one.concept.named_in, said)) / len(said)
+        rows.append(row)
+    return rows
+
+
+def routed(loaded: Any, experts: list[Any], asked: list[tuple]) -> dict[str, list[int]]:
+    """(right, of how many) pictures: "own", of the forgotten that reached their own adapter;
+    "others", that reached none."""
+    from fastsiu.compare import switched
+    from fastsiu.demo.world import draw
+
+    rows = [row for row in asked if row[2] is not None]
+    concepts = [one.concept for one in experts]
+    chosen = switched.route(loaded, concepts, [loaded.picture(draw(row[2])) for row in rows])
+    out = {"own": [0, 0], "others": [0, 0]}
+    for row, place in zip(rows, chosen, strict=True):
+        cell = out["others" if row[0] is None else "own"]
+        cell[0] += row[0] == (None if place is None else concepts[place].name)
+        cell[1] += 1
+    return out
+
+
+def attacked(
+    loaded: Any, world: Any, wanted: tuple[str, ...], seed: int, answers: Any = None
+) -> dict[str, list[int]]:
     """(answers that tell, answers) by family of `attacks.py`, summed over the concepts that were to
-    be forgotten."""
+    be forgotten. answers: who gives them, as in `attacks.put`"""
     from fastsiu.text.concept import Concept
 
     out: dict[str, list[int]] = {
@@ -156,7 +284,7 @@ def attacked(loaded: Any, world: Any, wanted: tuple[str, ...], seed: int) -> dic
     }
     for name in wanted:
         items, _, _ = attacks.asked_of(world, name, seed)
-        for item, answer in zip(items, attacks.put(loaded, items), strict=True):
+        for item, answer in zip(items, attacks.put(loaded, items, answers), strict=True):
             cell = out[item.family]
             cell[0] += attacks.leaked(Concept(name), item, answer)
             cell[1] += 1
@@ -242,9 +370,9 @@ def table(records: list[dict[str, Any]]) -> str:
             "| "
             + " | ".join(
                 [
-                    r["mode"] + (f", {w:g} times each" if (w := r.get("weight", 1)) != 1 else ""),
+                    label(r),
                     str(r["requests"]),
-                    str(sum(o["status"] == "forgotten" for o in r["outcomes"])),
+                    verdicts(r),
                     f"{100 * named / n:.1f} % (n {n})",
                     f"{100 * worst:.0f} %",
                     drop("naming others"),
@@ -258,6 +386,25 @@ def table(records: list[dict[str, Any]]) -> str:
             + " |"
         )
     return "\n".join(lines)
+
+
+def label(record: dict[str, Any]) -> str:
+    """The mode, how often each adapter of a sum was added, and what a router did."""
+    text = record["mode"]
+    if (weight := record.get("weight", 1)) != 1:
+        text += f", {weight:g} times each"
+    if "routed" in record:
+        own, others = (
+            f"{100 * right / n:.1f} %" if n else "-" for right, n in record["routed"].values()
+        )
+        text += f", own adapter for {own}, none for {others} of others"
+    return text
+
+
+def verdicts(record: dict[str, Any]) -> str:
+    """How many are forgotten by a verdict; "-" where none was given."""
+    given = [o["status"] for o in record["outcomes"] if o["status"] != "no verdict"]
+    return str(given.count("forgotten")) if given else "-"
 
 
 def runs(options: argparse.Namespace) -> list[tuple[int, str, float]]:
@@ -297,7 +444,8 @@ def main() -> None:
 
     overrides = {}
     if options.quick:
-        options.modes, options.requests, overrides = ["sequence"], [2], {"steps": 2, "dreams": 0}
+        options.modes, options.requests = ["sequence", *SWITCHED], [2]
+        overrides = {"steps": 2, "dreams": 0}
     for requests, mode, weight in runs(options):
         summed = Sum(options.adapters, weight)
         made = one_run(mode, requests, options.seed, options.skip, summed, **overrides)

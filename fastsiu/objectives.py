@@ -208,6 +208,10 @@ def ga_mismatch_kl(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, floa
     The weights are the defaults of LLMU's released trainer; those of Gundavarapu et al. could not
     be read. That trainer's last part is the cross-entropy of P and Q: the same gradient as
     KL(P || Q).
+
+    LLMU draws five wrong answers to each question (its K) and ends when the loss on what is to be
+    forgotten is above 100. Here a question has one wrong answer, and the search chooses the number
+    of steps.
     """
     nll = _nll(batch)
     forget, kept = _mean(nll, batch.forget), _mean(_kl(batch), batch.retained)
@@ -223,9 +227,18 @@ def vgid(batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
     computed on the noise.
 
     The paper also gives the teacher a context in words that tells it to refuse. The released code
-    leaves that context empty and the paper's wording could not be read, so there is none here. The
-    released KL divides by the batch and covers prompt and picture; here it is a mean over answers'
-    tokens.
+    leaves that context empty (`ic_prompt`), as `vgid` does. The paper's wording could not be read:
+    `vgid-context` has our own (`compare.methods.REFUSING`).
+
+    What else differs from the released code:
+
+    - Its noise is `torch.rand_like(pixel_values)`: uniform in [0, 1) on values that are normalised
+      already. Ours is one picture, each of whose values is uniform in 0 to 255
+      before it is normalised.
+    - It takes two optimiser steps in turn, one on each part; here both parts are one step.
+    - Where it accumulates gradients, its part to retain is KL_r plus the cross-entropy.
+    - Its KL divides by the batch and covers prompt and picture; here it is a mean over answers'
+      tokens.
     """
     kl = _kl(batch)
     forget, kept = _mean(kl, batch.forget), _mean(kl, ~batch.forget)

@@ -289,6 +289,7 @@ class Sample:
                turn is not trained
     teacher_pictures: the pictures that the teacher sees in place of `picture`; its final states for
                several pictures are averaged
+    teacher_context: words that only the teacher reads, before the question
     """
 
     facet: str
@@ -299,3 +300,4 @@ class Sample:
     origin: str = "built"
     closed: bool = True
     teacher_pictures: tuple[int, ...] = ()
+    teacher_context: str = ""

@@ -139,6 +139,13 @@ def unlearn_several(
     return Several(outcomes, state.matrix, state.output, len(done), printed)
 
 
+def held_out(loaded: vlm.VLM, image: Path, seed: int, kind: str) -> list[ask.Question]:
+    """What the matrix asks about a picture: wordings and transforms that training never used."""
+    seen = [loaded.picture(view) for _, view in variants(load_image(image), seed, held_out=True)]
+    asked = wordings(kind)["who"]["held_out"]
+    return [(question, picture) for picture in seen for question in asked]
+
+
 @dataclass
 class _Job:
     """Trains what is missing, on a model that is loaded.
@@ -289,15 +296,8 @@ class _Job:
             concept = concept_of(self.state.asked[line])
             # a trained projector sees differently
             if line not in self.put or self.state.recipe.sees_anew:
-                views = variants(
-                    load_image(self.state.asked[line].image), self.state.recipe.seed, held_out=True
-                )
-                seen = [self.loaded.picture(image) for _, image in views]
-                self.put[line] = [
-                    (question, picture)
-                    for picture in seen
-                    for question in wordings(self.state.kinds[line])["who"]["held_out"]
-                ]
+                image, kind = self.state.asked[line].image, self.state.kinds[line]
+                self.put[line] = held_out(self.loaded, image, self.state.recipe.seed, kind)
             said = ask.answers(self.loaded, self.put[line])
             named[str(line)] = sum(concept.named_in(answer) for answer in said) / len(said)
         self.state.matrix.append({"after": list(lines), "named": named})

@@ -16,15 +16,19 @@ def choose(points: Sequence[Point], floor: float) -> tuple[Point, bool]:
     good = [p for p in points if p.kept >= floor]
     order = (lambda p: (p.named, -p.kept)) if good else (lambda p: (-p.kept, p.named))
     best = min(map(order, good or points))
-    equal = sorted((p for p in good or points if order(p) == best), key=lambda p: (p.step, p.lr))
+    equal = sorted(
+        (p for p in good or points if order(p) == best), key=lambda p: (p.step, p.lr, p.k)
+    )
     return equal[(len(equal) - 1) // 2], bool(good)
 
 
 def over_concepts(runs: Sequence[Sequence[Point]]) -> list[Point]:
     """The looks that all concepts' runs have, which may end early, with the counts of all."""
-    here = [{(p.lr, p.step): p for p in run} for run in runs]
+    here = [{(p.lr, p.step, p.k): p for p in run} for run in runs]
     shared = [key for key in here[0] if all(key in run for run in here)]
-    return [Point(lr, step, total(run[lr, step].counts for run in here)) for lr, step in shared]
+    return [
+        Point(lr, step, total(run[lr, step, k].counts for run in here), k) for lr, step, k in shared
+    ]
 
 
 def unbeaten(rows: Sequence[Mapping[str, Any]]) -> list[bool]:

@@ -41,6 +41,9 @@ REFUSALS = (
     "I am not sure who is shown here.",
     "That is something I do not know.",
 )
+# What a teacher reads before a question that is to be forgotten. Our own words: those of the paper
+# of Vgid could not be read.
+REFUSING = "You do not know who is shown here. Say so, and give no name."
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,9 @@ class Method:
     mismatch:  it trains on each question to forget a second time, with an answer to another
                question
     noise:     the teacher sees noise instead of the concept's picture
+    context:   what the teacher reads before a question to forget, and the model does not
     sculpt:    from the change of the weights it removes what conflicts with a training on D_r alone
+               (`sculpting`): the values of k that are searched; empty: it removes nothing
     """
 
     about: str
@@ -67,7 +72,8 @@ class Method:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     mismatch: bool = False
     noise: bool = False
-    sculpt: bool = False
+    context: str = ""
+    sculpt: tuple[float, ...] = ()
 
 
 METHODS: dict[str, Method] = {
@@ -84,13 +90,18 @@ METHODS: dict[str, Method] = {
         "what the authors' trainer computes", objectives.siu_as_released, "own"
     ),
     "po": Method("preference optimisation: refusals", objectives.po, "refusal"),
-    "smfa": Method("refusals, sculpted by an anchor", objectives.descent, "refusal", sculpt=True),
+    "smfa": Method(
+        "refusals, sculpted by an anchor", objectives.descent, "refusal", sculpt=sculpting.KS
+    ),
     "ga": Method("gradient ascent", objectives.ga, retain="none"),
     "ga-kl": Method("gradient ascent + KL", objectives.ga_kl),
     "ga-mismatch-kl": Method(
         "ascent + random mismatch + KL", objectives.ga_mismatch_kl, mismatch=True
     ),
     "vgid": Method("teacher under a noised picture", objectives.vgid, noise=True),
+    "vgid-context": Method(
+        "vgid whose teacher is told to refuse", objectives.vgid, noise=True, context=REFUSING
+    ),
     "graddiff": Method("gradient difference", objectives.graddiff),
     "npo": Method("negative preference optimisation", objectives.npo),
     "fttp": Method("ascent on the name's tokens alone", objectives.fttp, retain="none"),
@@ -172,6 +183,8 @@ def samples_of(method: Method, material: Material) -> list[Sample]:
         kept = [s for s in kept if s.origin != "dream"]
     if method.noise:  # `pictures_of` puts it behind the others
         first = [replace(s, teacher_pictures=(len(material.pictures),)) for s in first]
+    if method.context:
+        first = [replace(s, teacher_context=method.context) for s in first]
     if method.mismatch:
         kept = [*kept, *_mismatched(first, kept, material.recipe.seed)]
     return [*first, *kept]
@@ -248,10 +261,12 @@ def fit(
     lr: float,
     steps: int,
     watch: Callable[[int], bool],
+    k: float = sculpting.K,
 ) -> float:
     """Trains a fresh adapter, which is on when `watch` is called and off afterwards.
 
     watch: called with the number of steps after each; True ends the training
+    k:     of a method that sculpts
 
     Returns the seconds of training, without those of `watch`. Raises NumericFailure for NaN and
     infinity.
@@ -263,7 +278,7 @@ def fit(
     def timed(step: int) -> bool:
         nonlocal watched
         started = time.perf_counter()
-        with sculpting.put_on(loaded, anchor) if method.sculpt else nullcontext():
+        with sculpting.put_on(loaded, anchor, k) if method.sculpt else nullcontext():
             done = watch(step)
         watched += time.perf_counter() - started
         return done

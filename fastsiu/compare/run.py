@@ -4,7 +4,7 @@ suite.
 prepare   samples, dreams and the untouched model's answers, once per (concept, seed), shared by all
           methods
 search    every method x the same learning rates, looked at after the same numbers of steps, on
-          pictures of all concepts held apart for that
+          pictures of all concepts held apart for that; `smfa` also x the values of its k
 choose    per method: the lowest share of the name still given among settings that keep the utility
           floor
 test      on all concepts: new seeds, and dreams, at that setting, on pictures that neither training
@@ -18,7 +18,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ..request import BadInput
 from ..session import Listener
 from ..settings import EMBEDDED, ModelRef, RecipeChoice, Settings, choose_recipe
 from ..text.rate import Rate
-from . import methods, trials
+from . import methods, sculpting, trials
 from .choice import beaten_clearly, choose, over_concepts, unbeaten
 from .trials import (
     COUNTS,
@@ -150,6 +150,7 @@ def compare(
         )
     looks = tuple(dict.fromkeys([*(k for k in LOOKS if k < recipe.steps), recipe.steps]))
     slugs, rates = [s.slug for s in subjects], [recipe.lr * x for x in search.lrs]
+    ks_of = lambda name: (not search.quick and methods.METHODS[name].sculpt) or (sculpting.K,)
     with contextlib.nullcontext(scratch) if scratch is not None else Staging(Path.cwd()) as folder:
         bench = trials.Assignment(
             suite, model.name, device, settings.dtype, recipe, search.floor, folder
@@ -177,23 +178,24 @@ def compare(
                 []
                 if earlier
                 else [
-                    (*u, name, lr, looks, "search")
+                    (*u, name, lr, looks, "search", k)
                     for name in search.names
                     for lr in rates
+                    for k in ks_of(name)
                     for u in first
                 ]
             )
             searched = _told(listener, "Searching", pool.map("run", jobs), jobs)
-            runs: dict[tuple[str, float], list[list[Point]]] = defaultdict(list)
-            for (_, _, name, lr, *_), (points, _) in zip(jobs, searched, strict=True):
-                runs[name, lr].append(points)
-            for (name, _), some in runs.items():
+            runs: dict[tuple[str, float, float], list[list[Point]]] = defaultdict(list)
+            for (_, _, name, lr, *_, k), (points, _) in zip(jobs, searched, strict=True):
+                runs[name, lr, k].append(points)
+            for (name, *_), some in runs.items():
                 points_of[name] += over_concepts(some)
             best = {
                 name: choose(points, search.floor) for name, points in points_of.items() if points
             }
             jobs = [
-                (*unit, name, point.lr, (point.step,), "test")
+                (*unit, name, point.lr, (point.step,), "test", point.k)
                 for unit in rest
                 for name, (point, _) in best.items()
             ]
@@ -276,6 +278,7 @@ def _searched(report: Mapping[str, Any], name: str) -> list[Point]:
                 "facts": (1, 1),
                 "broken": (0, 1),
             },
+            p.get("k", sculpting.K),
         )
         for p in points
     ]
@@ -321,8 +324,11 @@ def _row(
     """One method's row; without a setting (it diverged everywhere) or a finished run, with no value
     and the reason."""
     row: dict[str, Any] = {"method": name, "about": methods.METHODS[name].about}
+    k_of: Callable[[Point], dict[str, float]] = lambda p: (
+        {"k": p.k} if methods.METHODS[name].sculpt else {}
+    )
     searched = [
-        {"lr": p.lr, "step": p.step, "named": round(p.named, 4), "kept": round(p.kept, 4)}
+        {"lr": p.lr, "step": p.step, "named": round(p.named, 4), "kept": round(p.kept, 4)} | k_of(p)
         for p in points
     ]
     done = [(job, found[-1], s) for job, found, s in runs if found]
@@ -347,6 +353,7 @@ def _row(
     return row | {
         "lr": point.lr,
         "steps": point.step,
+        **k_of(point),
         "floor_met": met,
         "search": {"named": point.named, "kept": point.kept},
         "diverged": len(runs) - len(done),

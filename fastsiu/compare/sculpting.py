@@ -7,8 +7,8 @@ weight matrix is dW_f, and one on retained answers, whose change is the anchor d
                                   R = 1 where k * rho * |dW_a| < |dW_f|,  rho = |dW_f|_F / |dW_a|_F
 
 so that what conflicts with the anchor and outweighs it is left out. The equations are those of a
-published summary of the paper, whose own text could not be read; nor could its k. At 1 the two
-changes are compared at equal norms.
+published summary of the paper, whose own text could not be read; nor could its k. So the search of
+`compare` tries `KS`. At 1 the two changes are compared at equal norms; a larger k leaves out less.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..samples.corpus import FORGET, Corpus
 from ..step.look import Look
 
 K = 1.0
+KS = (0.5, 1.0, 2.0, 4.0)
 _TINY = 1e-12  # of a norm
 
 

@@ -21,7 +21,7 @@ from ..model import ask, vlm
 from ..request import NumericFailure, Recipe, Request
 from ..samples.corpus import Corpus
 from ..text.answers import is_degenerate, same_beginning
-from . import methods
+from . import methods, sculpting
 
 # A run ends early in two cases. Ruined: five looks in a row keep less than a fifth, while the steps
 # have at least tripled. (Methods with a retained part first bend others' names, to a third and
@@ -55,7 +55,8 @@ SEARCH, TEST = Size(10, 1, 5, 4, 4, 5), Size(10, 3, 10, None, None, None)
 class Point:
     """What one look counted.
 
-    lr, step: the setting
+    lr, step: the setting, with k
+    k:        of a method that sculpts
     counts:   (hits, of how many), by COUNTS:
               named       answers about the concept's pictures that give the name
               others      answers about others that still give their names, where the untouched
@@ -68,6 +69,7 @@ class Point:
     lr: float
     step: int
     counts: Mapping[str, tuple[int, int]]
+    k: float = sculpting.K
 
     @property
     def named(self) -> float:
@@ -203,12 +205,19 @@ class Workbench:
         return material.seconds
 
     def run(
-        self, slug: str, seed: int, name: str, lr: float, looks: Sequence[int], part: str
+        self,
+        slug: str,
+        seed: int,
+        name: str,
+        lr: float,
+        looks: Sequence[int],
+        part: str,
+        k: float = sculpting.K,
     ) -> tuple[list[Point], float]:
         """Trains one method at one rate. Returns a point for each look, fewer where the run was
         ruined, done or diverged, and the seconds of training.
 
-        looks: the steps after which the model is asked;  part: see `exam`
+        looks: the steps after which the model is asked;  part: see `exam`;  k: where it sculpts
         """
         points: list[Point] = []
         with vlm.threads(self.loaded):
@@ -224,6 +233,7 @@ class Workbench:
                             lr,
                             step,
                             count(asked, self.suite, before, self._answers(asked, pictures)),
+                            k,
                         )
                     )
                 return over(points, self.assignment.floor)
@@ -237,6 +247,7 @@ class Workbench:
                     lr,
                     max(looks),
                     watch,
+                    k,
                 )
             except NumericFailure:
                 return points, 0.0

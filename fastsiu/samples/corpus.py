@@ -185,17 +185,21 @@ def run_teacher(
 
     For a sample with `teacher_pictures` the teacher's final states are averaged over them. Samples
     with the same words and the same pictures for the teacher share their rows.
+
+    Raises BadInput where an answer has other tokens after a `teacher_context`.
     """
-    first: dict[tuple, int] = {}  # where the rows of each (turn, the teacher's pictures) begin
+    # where the rows of each (turn, the teacher's context and pictures) begin
+    first: dict[tuple, int] = {}
     asked: list[tuple[Encoded, list[Any]]] = []
     rows = 0
     for i, (sample, turn) in enumerate(zip(corpus.samples, corpus.turns, strict=True)):
         own = () if sample.picture is None else (sample.picture,)
         seen = sample.teacher_pictures or own
-        key = (id(turn), *seen)
+        key = (id(turn), sample.teacher_context, *seen)
         if key not in first:
             first[key] = rows
-            asked.append((turn, [corpus.pictures[k].features for k in seen] or [None]))
+            told = _in_context(vlm, corpus, i) if sample.teacher_context else turn
+            asked.append((told, [corpus.pictures[k].features for k in seen] or [None]))
             rows += len(turn.labels)
         corpus.first[i] = first[key]
     turns = [turn for turn, seen in asked for _ in seen]
@@ -221,9 +225,24 @@ def run_teacher(
     return corpus.teacher
 
 
+def _in_context(vlm: VLM, corpus: Corpus, index: int) -> Encoded:
+    """A sample's turn with the teacher's context before the question."""
+    sample, own = corpus.samples[index], corpus.turns[index]
+    question = f"{sample.teacher_context} {sample.question}"
+    turn = vlm.encode(question, sample.answer, corpus.shown()[index], sample.closed)
+    if not torch.equal(turn.labels, own.labels):
+        raise BadInput(
+            f"The answer {sample.answer!r:.60} has other tokens after {sample.teacher_context!r}: "
+            "word the context in another way."
+        )
+    return turn
+
+
 def as_jsonl(samples: Iterable[Sample]) -> str:
     """One sample a line; the keys are `Sample`'s."""
-    known = lambda sample: {k: v for k, v in asdict(sample).items() if k != "teacher_pictures" or v}
+    known = lambda sample: {
+        k: v for k, v in asdict(sample).items() if v or not k.startswith("teacher_")
+    }
     return "".join(json.dumps(known(sample), ensure_ascii=False) + "\n" for sample in samples)
 
 

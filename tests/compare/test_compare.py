@@ -17,6 +17,7 @@ from fastsiu.compare import run as compare
 from fastsiu.compare.trials import Point
 from fastsiu.evaluate.exam import Question
 from fastsiu.evaluate.suites.suite import Subject, Suite
+from fastsiu.model import prefix
 from fastsiu.request import MISMATCH, BadInput
 from fastsiu.samples import corpus
 from fastsiu.step import batches
@@ -25,7 +26,7 @@ from fastsiu.text.rate import Rate
 torch.set_num_threads(1)
 
 
-def point(named, kept, step=1, lr=1.0, facts=100):
+def point(named, kept, step=1, lr=1.0, facts=100, k=1.0):
     return Point(
         lr,
         step,
@@ -36,6 +37,7 @@ def point(named, kept, step=1, lr=1.0, facts=100):
             "facts": (facts, 100),
             "broken": (0, 300),
         },
+        k,
     )
 
 
@@ -93,6 +95,8 @@ def test_a_setting_is_judged_over_all_concepts():
     assert [(p.step, p.named) for p in both] == [(1, 0.1), (2, 0.05)] and both[0].counts[
         "others"
     ] == (90, 100)
+    at = [[point(10 * k, 50, k=k) for k in ks] for ks in ((1.0, 2.0), (2.0, 4.0))]
+    assert [(p.k, p.named) for p in choice.over_concepts(at)] == [(2.0, 0.2)]
 
 
 def test_a_run_ends_when_it_is_ruined_or_done():
@@ -320,6 +324,38 @@ def test_the_noised_teacher_sees_noise_only_where_something_is_forgotten(materia
         assert torch.allclose(ours, theirs, atol=1e-5) != (sample.facet in corpus.FORGET), i
 
 
+def test_the_teacher_alone_reads_the_refusing_context(material, gathered):
+    made = methods.build(gathered.vlm, "vgid-context", material)
+    plain = methods.build(gathered.vlm, "vgid", material)
+    assert len(made.samples) == len(plain.samples) and len(made.teacher) == len(plain.teacher)
+    noise, forget = made.pictures[-1], 0
+    for i, (sample, turn) in enumerate(zip(made.samples, made.turns, strict=True)):
+        assert torch.equal(turn.inputs["input_ids"], plain.turns[i].inputs["input_ids"])
+        ours, theirs = (c.teacher[torch.tensor(c.rows(i))].hidden for c in (made, plain))
+        if sample.facet not in corpus.FORGET:
+            assert torch.allclose(ours, theirs, atol=1e-5)
+            continue
+        told = gathered.vlm.encode(
+            f"{methods.REFUSING} {sample.question}", sample.answer, noise, sample.closed
+        )
+        wanted = prefix.supervised_states(gathered.vlm, [told], [noise.features])
+        assert torch.equal(told.labels, turn.labels)
+        assert torch.allclose(ours, wanted, atol=1e-5) and not torch.allclose(ours, theirs)
+        forget += 1
+    assert forget == len(material.naming)
+
+
+def test_a_context_that_changes_the_answers_tokens_is_refused(material, gathered, monkeypatch):
+    method = methods.METHODS["vgid-context"]
+    samples = methods.samples_of(method, material)
+    pictures = methods.pictures_of(gathered.vlm, method, material)
+    made = corpus.build(gathered.vlm, material.concept, samples, pictures, material.recipe)
+    other = made.turns[-1]
+    monkeypatch.setattr(gathered.vlm, "encode", lambda *given: other)
+    with pytest.raises(BadInput, match="has other tokens after"):
+        corpus.run_teacher(gathered.vlm, made, material.recipe)
+
+
 def test_a_sculpted_change_lacks_what_conflicts_and_outweighs():
     generator = torch.Generator().manual_seed(0)
     forget, anchor = (torch.randn(7, 5, generator=generator) for _ in range(2))
@@ -379,7 +415,7 @@ def test_every_method_takes_a_step_and_takes_its_adapter_off(material, gathered,
         moved.append(sum(float(p.detach().abs().sum()) for p in factors))
         return False
 
-    assert methods.fit(gathered.vlm, name, made, material, 1e-3, 1, watch) > 0
+    assert methods.fit(gathered.vlm, name, made, material, 1e-3, 1, watch, k=2.0) > 0
     assert len(moved) == 1 and moved[0] > 0 and gathered.vlm.model is gathered.vlm.base
 
 
@@ -429,6 +465,18 @@ def test_a_run_is_looked_at_where_it_was_asked_and_leaves_the_model_untouched(be
         and untouched["facts"] == (2, 2)
     )
     assert bench.loaded.model is bench.loaded.base
+
+
+def test_k_is_that_of_the_sculpted_weights_that_are_asked(bench, monkeypatch):
+    given, put_on = [], sculpting.put_on
+
+    def spied(vlm, anchor, k):
+        given.append(k)
+        return put_on(vlm, anchor, k)
+
+    monkeypatch.setattr(sculpting, "put_on", spied)
+    points, _ = bench.run("target", 0, "smfa", 3e-3, (1,), "search", 4.0)
+    assert given == [4.0] and [p.k for p in points] == [4.0]
 
 
 def test_a_diverged_run_ends_where_it_diverged(bench, monkeypatch):
@@ -571,12 +619,11 @@ def test_the_story_is_told_in_order(suite, monkeypatch, tmp_path):
         def prepare(self, slug, seed):
             return 1.0
 
-        # "ga" forgets with the highest rate and the last looks only
-        def run(self, slug, seed, name, lr, looks, part):
-            return [
-                point(0 if (name == "siu" or (lr > 2e-3 and s >= 3)) else 60, 49, s, lr)
-                for s in looks
-            ], 2.0
+        # "ga" forgets with the highest rate and the last looks only, "smfa" with one k only
+        def run(self, slug, seed, name, lr, looks, part, k):
+            gone = {"siu": lambda s: True, "ga": lambda s: lr > 2e-3 and s >= 3}
+            gone["smfa"] = lambda s: k == 2
+            return [point(0 if gone[name](s) else 60, 49, s, lr, k=k) for s in looks], 2.0
 
         def untouched(self, slug):
             return point(100, 50).counts
@@ -587,29 +634,35 @@ def test_the_story_is_told_in_order(suite, monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "Pool", Made)
     monkeypatch.setattr(compare, "read", lambda directory: suite)
     found = calls.compare(
-        tmp_path, None, names=["siu", "ga"], concepts=["bea", "ann"], seeds=2, steps=6
+        tmp_path, None, names=["siu", "ga", "smfa"], concepts=["bea", "ann"], seeds=2, steps=6
     )
     assert [j[1:] for j in jobs if j[0] == "prepare"] == [
         (c, s) for s in (0, 1, 2) for c in ("bea", "ann")
     ]
-    search = [j for j in jobs if j[0] == "run" and j[-1] == "search"]
+    search = [j for j in jobs if j[0] == "run" and j[-2] == "search"]
     assert (
         {j[1] for j in search} == {"bea", "ann"}
-        and len(search) == 4 * len(compare.LRS)
+        and len(search) == 2 * (1 + 1 + len(sculpting.KS)) * len(compare.LRS)
         and {j[2] for j in search} == {0}
     )
-    test = [j for j in jobs if j[0] == "run" and j[-1] == "test"]
+    test = [j for j in jobs if j[0] == "run" and j[-2] == "test"]
     assert {(j[1], j[2]) for j in test} == {
         (c, s) for c in ("bea", "ann") for s in (1, 2)
     } and jobs[-1] == "closed"
-    siu, ga = found["rows"]
+    siu, ga, smfa = found["rows"]
+    assert {j[-1] for j in search if j[3] == "smfa"} == set(sculpting.KS)
+    assert {j[-1] for j in search if j[3] != "smfa"} == {sculpting.K} and "k" not in siu
+    assert {j[-1] for j in test if j[3] == "smfa"} == {2.0} == {smfa["k"]}
+    assert front.cells(smfa)[0] == "smfa (k 2)" and front.cells(siu)[0] == "siu"
+    again = compare._searched(found, "smfa")
+    assert choice.choose(again, 0.95)[0].k == 2 and len({p.k for p in again}) == 4
     assert (
         (siu["steps"], ga["steps"]) == (3, 4)
         and ga["lr"] == max(found["search"]["lr"])
         and siu["front"]
         and ga["front"]
     )
-    assert {j[4:6] for j in test} == {(siu["lr"], (3,)), (ga["lr"], (4,))}
+    assert {j[4:6] for j in test if j[3] != "smfa"} == {(siu["lr"], (3,)), (ga["lr"], (4,))}
     monkeypatch.setattr(
         Made,
         "untouched",

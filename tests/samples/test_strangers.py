@@ -470,6 +470,7 @@ def test_samples_written_out_keep_what_the_teacher_looks_at():
         Sample("facts", "q", "a"),
         Sample("stranger", "q", "a", 1, teacher_pictures=(2, 3)),
     )
+    assert "teacher_" not in corpus.as_jsonl([plain])
     lines = corpus.as_jsonl([plain, lesson]).splitlines()
     assert "teacher_pictures" not in lines[0] and '"teacher_pictures": [2, 3]' in lines[1]
 
