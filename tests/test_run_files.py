@@ -294,7 +294,7 @@ def options_of_text():
         for callback in (c.callback for c in app.registered_commands):
             if GROUP.commands[verb].callback.__name__ == callback.__name__:
                 kinds = typing.get_type_hints(callback)
-                for p in options(verb):
+                for p in (p for p in options(verb) if p.param_type_name == "option"):
                     if str in (kinds[p.name], *typing.get_args(kinds[p.name])):
                         yield verb, p
                     elif list[str] in typing.get_args(kinds[p.name]):
