@@ -21,6 +21,7 @@ from fastsiu import images
 from fastsiu.images import beside, commitment, list_images, load_image
 from fastsiu.pictures import pixels, transforms
 from fastsiu.pictures.transforms import variants
+from fastsiu.report.sentences import sentence
 from fastsiu.request import BadInput, Request
 from fastsiu.samples import drawn
 
@@ -782,4 +783,5 @@ def test_a_copy_of_the_training_picture_is_no_other_picture(tmp_path):
         "3 pictures of --images left out",
         "2 pictures of --retain left out",
     ]
+    assert [sentence(note) for note in given.notes] == given.notes  # a redacted report has them
     assert beside(Request("Ann Lee", own)) == images.Beside([], [], [])

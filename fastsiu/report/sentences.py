@@ -235,6 +235,12 @@ SENTENCES = (
     "The model's processor does not show each colour of the picture by itself, so neighbours were "
     "dreamed as features: those that look like the concept are held less well.",
     "Specificity was measured on the retained pictures, which were trained on in other wordings.",
+    *(
+        f"# {pictures} of {option} left out: copies of the training picture or of others that are "
+        "given."
+        for pictures in ("picture", "pictures")
+        for option in ("--images", "--retain")
+    ),
     "The model does not name ... in its picture (it says ...): give a picture and a name that it "
     "recognises.",
     "The adapter is not in effect: # of # answers in which the untouched model gives the name are "
