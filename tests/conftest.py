@@ -17,7 +17,7 @@ settings.load_profile("same")
 @pytest.fixture(scope="session")
 def cast(tmp_path_factory) -> SimpleNamespace:
     """target and others (names that the model knows), stranger (one that it does not), and their
-    pictures as files."""
+    pictures as files; of the target another one, too ("again")."""
     from fastsiu.demo.world import KNOWN, UNSEEN, World, draw
 
     world = World()
@@ -27,6 +27,8 @@ def cast(tmp_path_factory) -> SimpleNamespace:
     for key, name in names.items():
         files[key] = folder / f"{key}.png"
         draw(world.sketch((name,), f"test {key} 1")).save(files[key])
+    files["again"] = folder / "again.png"
+    draw(world.sketch((names["target"],), "test target 2")).save(files["again"])
     return SimpleNamespace(**names, others=(KNOWN[6], KNOWN[9]), files=files, image=files["target"])
 
 

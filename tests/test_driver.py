@@ -376,7 +376,7 @@ def test_what_the_model_does_not_know_is_refused(quick, cast, tmp_path):
 
 @pytest.mark.slow
 def test_more_pictures_fill_generality_and_specificity(quick, cast, tmp_path):
-    for name, key in (("more", "target"), ("rest", "stranger")):
+    for name, key in (("more", "again"), ("rest", "stranger")):
         (tmp_path / name).mkdir()
         shutil.copy(cast.files[key], tmp_path / name / "1.png")
     result = quick(

@@ -384,7 +384,7 @@ def test_without_bitsandbytes_the_form_is_null(trained, demo_dir, cast, tmp_path
 def test_what_is_merged_without_names_holds_none(trained, demo_dir, cast, tmp_path):
     """Not asked for as well, where the adapter's own report has none."""
     canary = "Xanthippa"
-    for kind, key in (("more", "target"), ("rest", "other")):
+    for kind, key in (("more", "again"), ("rest", "other")):
         (tmp_path / kind).mkdir()
         shutil.copy(cast.files[key], tmp_path / kind / f"{kind} {canary}.png")
     folder, model = tmp_path / "adapter", tmp_path / f"model-of-{canary}"

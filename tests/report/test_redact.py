@@ -419,7 +419,7 @@ def hidden(quick, cast, demo_dir, tmp_path_factory):
     """A run with --redact; the model's directory, the pictures' files and an alias are canaries
     too."""
     folder = tmp_path_factory.mktemp("hidden")
-    for kind, key in (("more", "target"), ("rest", "other")):
+    for kind, key in (("more", "again"), ("rest", "other")):
         (folder / kind).mkdir()
         shutil.copy(cast.files[key], folder / kind / f"{kind}-of-{CANARY}.png")
     model = folder / f"model-of-{CANARY}"

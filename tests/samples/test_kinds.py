@@ -406,7 +406,7 @@ def test_where_every_sentence_has_a_name_the_notes_say_so(scene, monkeypatch):
     assert targets.align(scene) == [] and scene.notes == [targets.NO_DESCRIPTION]
 
 
-def test_what_the_targets_lack_is_said_when_samples_are_gathered(scene, monkeypatch, tmp_path):
+def test_what_the_targets_lack_is_said_when_samples_are_gathered(scene, monkeypatch, cast):
     """`fastsiu data` shows samples and no report: there, too, a missing target is said."""
 
     def lacks(scene):
@@ -417,7 +417,7 @@ def test_what_the_targets_lack_is_said_when_samples_are_gathered(scene, monkeypa
     monkeypatch.setattr(targets, "TARGETS", (lacks,))
     monkeypatch.setattr(session, "protect", lambda scene, request: None)
     bare = replace(scene, neighbours=[], recipe=replace(scene.recipe, generic=0, strangers=0))
-    session.gather(bare, Request("owl", tmp_path), session.Listener(note=said.append), {})
+    session.gather(bare, Request("owl", cast.image), session.Listener(note=said.append), {})
     assert said == ["Nothing."]
 
 
