@@ -99,6 +99,11 @@ def test_an_empty_argument_is_no_current_directory(call, arguments, named):
     assert (code, out) == (2, "") and f"fastsiu: {named} is empty" in " ".join(err.split())
 
 
+def test_a_value_may_end_in_an_equals_sign(call):
+    code, _, err = call("unlearn", "--image", "none.png", "--concept", "Ann", "--alias=x=")
+    assert code == 2 and "is empty" not in err and "none.png" in err
+
+
 def test_missing_options_and_unknown_verbs(call):
     for arguments in (["unlearn"], ["unlearn", "--image", "x.png"], ["forget"], ["ask"]):
         code, out, err = call(*arguments)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from enum import Enum
@@ -47,7 +48,7 @@ def no_empty(arguments: Sequence[str]) -> None:
     an empty path would be the current directory."""
     before = ""
     for argument in arguments:
-        if not argument or argument.startswith("--") and argument.endswith("="):
+        if not argument or re.fullmatch(r"--[\w-]+=", argument):
             option = argument[:-1] or (before if before.startswith("-") else "an argument")
             raise BadInput(
                 f"{option} is empty: give it a value, or leave it out (is a variable of the shell "
