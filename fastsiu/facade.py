@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Unpack
 
 from . import driver
-from .request import Request
+from .request import Request, path_of
 from .session import Listener
 from .settings import Options, sort_options
 
@@ -47,15 +47,11 @@ def unlearn(
         Path(image),
         tuple(aliases),
         tuple(protect),
-        images=_path(images),
-        retain=_path(retain),
-        data=_path(data),
+        images=path_of(images, "images"),
+        retain=path_of(retain, "retain"),
+        data=path_of(data, "data"),
         as_word=as_word,
         kind=kind,
     )
     chosen = sort_options(options)
     return driver.unlearn(request, output=output, listener=listener, **vars(chosen))
-
-
-def _path(value: str | Path | None) -> Path | None:
-    return None if value is None else Path(value)

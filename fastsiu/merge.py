@@ -25,7 +25,7 @@ from .model import adapter, adapter_files, decode, licence, placement, source, v
 from .model.fold import SHARD, fold, save
 from .report import card
 from .report.redact import MODEL, redacted
-from .request import BadInput, Recipe, Request
+from .request import BadInput, Recipe, Request, path_of
 from .samples.kinds import reported
 from .session import Listener, timed
 from .settings import ModelRef, ReportOptions, Settings
@@ -308,14 +308,13 @@ def _request(
             "The adapter's report names no concept: give --concept NAME, or --no-verify to go "
             "without a verdict."
         )
-    more, rest = (None if d is None else Path(d) for d in (images, retain))
     asked = reported(Concept(concept.strip(), tuple(aliases)), told)
     return Request(
         asked.name,
         Path(image),
         asked.aliases,
-        images=more,
-        retain=rest,
+        images=path_of(images, "images"),
+        retain=path_of(retain, "retain"),
         as_word=asked.as_word,
         kind=told.get("kind") if isinstance(told.get("kind"), str) else None,
     )

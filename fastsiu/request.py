@@ -88,6 +88,14 @@ class Request:
                 )
 
 
+def path_of(value: str | Path | None, name: str) -> Path | None:
+    """A path that may be left out. Raises BadInput for an empty one, which would be the current
+    directory. name: what a sentence calls it"""
+    if value == "":
+        raise BadInput(f"{name} is empty: give a path, or leave it out.")
+    return None if value is None else Path(value)
+
+
 def check_kind(kind: Any) -> None:
     """Raises BadInput unless it is one of `KINDS` or None."""
     if kind not in (None, *KINDS):

@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import fastsiu
 from fastsiu import driver, images, session, settings
 from fastsiu import output as outputs
 from fastsiu.disk import staging
@@ -375,6 +376,13 @@ def test_what_the_model_does_not_know_is_refused(quick, cast, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["images", "retain", "data"])
+def test_an_empty_path_is_no_current_directory(cast, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(cast.image.parent)
+    with pytest.raises(BadInput, match=f"^{name} is empty"):
+        fastsiu.unlearn(cast.image, cast.target, output=tmp_path / "out", **{name: ""})
+
+
 def test_more_pictures_fill_generality_and_specificity(quick, cast, tmp_path):
     for name, key in (("more", "again"), ("rest", "stranger")):
         (tmp_path / name).mkdir()

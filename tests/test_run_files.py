@@ -110,6 +110,8 @@ def test_a_file_may_hold_arguments_and_name_its_verb(tmp_path, capsys):
         ("alias = [1979-05-27]", "'alias' must be .* or a list of them"),
         ("steps = {a = 1}", "'steps' must be"),
         ("steps = ", "is no TOML"),
+        ('retain = ""', "'retain' is empty"),
+        ('alias = ["A", ""]', "'alias' is empty"),
         ('verb = "unlern"', "did you mean 'unlearn'"),
         ("micro-batch = 1\nmicro_batch = 4096", "'micro-batch' in two spellings.*: keep one.$"),
         ("batch_size = 1\nlr = 1\nbatch-size = 1", "'batch-size' in two spellings"),

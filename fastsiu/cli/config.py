@@ -154,6 +154,8 @@ def _value(file: Path, key: str, value: Any, parameter: Any) -> Any:
             wanted = "true or false" if flag else "a text or a number"
             wanted += ", or a list of them" if several else ""
             raise BadInput(f"{file}: {key!r} must be {wanted}: correct it.")
+        if one == "":
+            raise BadInput(f"{file}: {key!r} is empty: give it a value, or leave it out.")
     return [str(one) for one in values] if several else value if flag else str(value)
 
 
