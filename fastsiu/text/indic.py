@@ -62,7 +62,9 @@ def _either(match: re.Match[str]) -> str:
     block = ord(match[2]) - place
     own = chr(block + next(n for n in _NASALS if place < n))
     letters = own + chr(block + _N)
-    if match[1] and match[1] not in letters:
+    # A sign of another script is no way to write this nasal.
+    of_one_script = all(block <= ord(c) < block + 0x80 for c in match[0])
+    if not of_one_script or (match[1] and match[1] not in letters):
         return match[0]
     return f"(?:[{letters}]{chr(block + _VIRAMA)}|{chr(block + _ANUSVARA)})"
 

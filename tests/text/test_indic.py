@@ -88,6 +88,13 @@ def test_a_nasal_has_two_spellings():
     assert indic.nasals("जन्म") == "जन्म" and indic.nasals("सिंह") == "सिंह"
 
 
+@pytest.mark.parametrize("sign", ["\u09cd", "\u0d4d", "\u0c82"])
+def test_a_sign_of_another_script_is_no_nasal(sign):
+    """A name that mixes scripts is still found in its own text."""
+    name = f"\u0930\u0928{sign}\u0926\u094d\u0930"
+    assert Concept(name).spans(name, include_parts=False) == [(0, len(name))]
+
+
 @pytest.mark.parametrize(
     ("word", "latin"),
     [
