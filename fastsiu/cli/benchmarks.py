@@ -12,13 +12,19 @@ from .app import app, out, print_json, say
 from .config import as_toml
 from .options import (
     MOST_PICTURES,
+    AllowNetwork,
     Attention,
     Device,
     Dtype,
+    Judge,
+    JudgeKey,
+    JudgeModel,
+    JudgePlainHttp,
     MaxNewTokens,
     Model,
     Quantize,
     Revision,
+    grader_of,
     refuse,
 )
 
@@ -74,6 +80,11 @@ def benchmark(
     quantize: Quantize = None,
     attention: Attention = None,
     max_new_tokens: MaxNewTokens = 64,
+    judge: Judge = None,
+    judge_model: JudgeModel = None,
+    judge_key: JudgeKey = None,
+    judge_plain_http: JudgePlainHttp = False,
+    allow_network: AllowNetwork = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print the JSON instead of the table.")
     ] = False,
@@ -108,6 +119,11 @@ def benchmark(
         )
         return
 
+    judged_by = grader_of(judge, judge_model, judge_key, judge_plain_http, allow_network)
+    if judged_by is None:
+        said = "{} is about a judge: add --judge URL and --judge-model NAME, or leave it out."
+        refuse(context, said, ("judge_key", "judge_plain_http", "allow_network"))
+
     from ..disk.staging import check_new, new_file
     from ..settings import ModelRef, Settings
     from ..show.measured import benchmark_table
@@ -115,7 +131,7 @@ def benchmark(
 
     if output is not None:
         check_new(run.repeating(output), "give another --output")
-    with Progress(say, hidden=json) as progress:
+    with Progress(say, hidden=json, notes=judged_by is not None) as progress:
         measured = run.measure(
             name,
             directory,
@@ -125,8 +141,7 @@ def benchmark(
             adapter_dir=adapter,
             settings=Settings(device, dtype, quantize=quantize, attention=attention),
             max_new_tokens=max_new_tokens,
-            stem=stem,
-            retrained=retrained,
+            scoring=run.Scoring(stem, retrained, judged_by),
             output=output,
             listener=progress.listener,
         )

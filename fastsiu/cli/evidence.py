@@ -14,6 +14,7 @@ from .app import app, out, print_json, read_name, say
 from .config import as_toml
 from .options import (
     MOST_PROCESSES,
+    AllowNetwork,
     AsWord,
     Attention,
     Concept,
@@ -21,6 +22,10 @@ from .options import (
     Device,
     Dtype,
     EmbedImage,
+    Judge,
+    JudgeKey,
+    JudgeModel,
+    JudgePlainHttp,
     KindMeasured,
     MaxNewTokens,
     Model,
@@ -29,6 +34,7 @@ from .options import (
     Redact,
     Revision,
     finite,
+    grader_of,
     refuse,
 )
 
@@ -83,20 +89,11 @@ def evaluate(
     max_new_tokens: MaxNewTokens = 64,
     redact: Redact = False,
     embed_image: EmbedImage = False,
-    judge: Annotated[
-        str | None,
-        typer.Option(help="URL of an OpenAI-compatible server that grades answers (G-Eval)."),
-    ] = None,
-    judge_model: Annotated[str | None, typer.Option(help="With --judge: its model.")] = None,
-    judge_key: Annotated[
-        Path | None, typer.Option(help="With --judge: file with the API key.")
-    ] = None,
-    judge_plain_http: Annotated[
-        bool, typer.Option("--judge-plain-http", help="With --judge: http:// to elsewhere.")
-    ] = False,
-    allow_network: Annotated[
-        bool, typer.Option("--allow-network", help="With --judge: what is told may be sent.")
-    ] = False,
+    judge: Judge = None,
+    judge_model: JudgeModel = None,
+    judge_key: JudgeKey = None,
+    judge_plain_http: JudgePlainHttp = False,
+    allow_network: AllowNetwork = False,
     attacks: Annotated[
         str | None, typer.Option(help="Try it: prompt,image,rank,probe,mia,relearn,weights or all.")
     ] = None,
@@ -117,23 +114,15 @@ def evaluate(
         raise BadInput(
             "There is nothing to measure: give --concept, or many concepts to `fastsiu suite`."
         )
-    if (judge is None) != (judge_model is None):
-        raise BadInput(
-            "A judge is a server and one of its models: give --judge URL and --judge-model NAME, "
-            "or neither."
-        )
+    judged_by = grader_of(judge, judge_model, judge_key, judge_plain_http, allow_network)
 
     from ..evaluate import run as evaluation
-    from ..evaluate.g_eval import Grader
     from ..settings import ModelRef, ReportOptions, Settings
     from ..show.measured import evaluation_table
     from ..show.progress import Progress
     from ..text.concept import Concept as Name
 
-    judged_by = None
-    if judge is not None:
-        judged_by = Grader(judge, str(judge_model), judge_key, allow_network, judge_plain_http)
-    with Progress(say, hidden=json) as progress:
+    with Progress(say, hidden=json, notes=judged_by is not None) as progress:
         result = evaluation.evaluate(
             Name(concept.strip(), tuple(alias or ()), as_word),
             evaluation.ExamFiles(image, images, others, lookalikes, groups, control, questions),

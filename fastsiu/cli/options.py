@@ -6,11 +6,14 @@ import math
 from collections.abc import Container
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..request import KINDS, NUMBERS, WHOLE, BadInput
+
+if TYPE_CHECKING:
+    from ..evaluate.grading import Grader
 
 
 class Substitute(StrEnum):
@@ -52,6 +55,23 @@ def refuse(context: typer.Context, sentence: str, unread: Container[str]) -> Non
         given = source is not None and source.name not in ("DEFAULT", "PROMPT")
         if given and parameter.name in unread:
             raise BadInput(sentence.format(parameter.opts[0]))
+
+
+def grader_of(
+    judge: str | None, model: str | None, key: Path | None, plain_http: bool, allow: bool
+) -> Grader | None:
+    """Who grades answers, by the options of that; None where nobody does. Raises BadInput for half
+    of a judge."""
+    if (judge is None) != (model is None):
+        raise BadInput(
+            "A judge is a server and one of its models: give --judge URL and --judge-model NAME, "
+            "or neither."
+        )
+    if judge is None:
+        return None
+    from ..evaluate.grading import Grader
+
+    return Grader(judge, str(model), key, allow, plain_http)
 
 
 MOST_TOKENS, MOST_PICTURES, MOST_PROCESSES, MOST_MEMORY = 65_536, 100_000, 256, 1e5  # GB
@@ -152,6 +172,20 @@ Join = Annotated[
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="How long what is left takes, from what is done in --output."),
+]
+Judge = Annotated[
+    str | None,
+    typer.Option("--judge", help="URL of an OpenAI-compatible server that grades answers."),
+]
+JudgeModel = Annotated[str | None, typer.Option("--judge-model", help="With --judge: its model.")]
+JudgeKey = Annotated[
+    Path | None, typer.Option("--judge-key", help="With --judge: file with the API key.")
+]
+JudgePlainHttp = Annotated[
+    bool, typer.Option("--judge-plain-http", help="With --judge: http:// to elsewhere.")
+]
+AllowNetwork = Annotated[
+    bool, typer.Option("--allow-network", help="With --judge: what is told may be sent.")
 ]
 Seed = Annotated[
     int | None, typer.Option(min=0, max=WHOLE["seed"][1], help="Seed of everything random.")

@@ -39,6 +39,15 @@ def unbeaten(rows: Sequence[Mapping[str, Any]]) -> list[bool]:
     return [not any(beats(other, own) for other in place) for own in place]
 
 
+def marked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with whether it is on the front and by whom it is beaten clearly; one without
+    a value stays as it is."""
+    ran = [row for row in rows if row["named"]["value"] is not None]
+    for row, on_front in zip(ran, unbeaten(ran), strict=True):
+        row |= {"front": on_front, "clearly_beaten_by": beaten_clearly(row, ran)}
+    return [*rows]
+
+
 def beaten_clearly(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The methods that beat a row by more than its and their 95 % intervals on one axis, and are
     not behind on the other."""

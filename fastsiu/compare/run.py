@@ -32,8 +32,8 @@ from ..request import BadInput
 from ..session import Listener
 from ..settings import EMBEDDED, ModelRef, RecipeChoice, Settings, choose_recipe
 from ..text.rate import Rate
-from . import methods, sculpting, trials
-from .choice import beaten_clearly, choose, over_concepts, unbeaten
+from . import methods, renewed, sculpting, trials
+from .choice import choose, marked, over_concepts
 from .trials import (
     COUNTS,
     DONE,
@@ -105,6 +105,7 @@ def compare(
     settings: Settings = Settings(),
     processes: int = 2,
     earlier: Mapping[str, Any] | None = None,
+    beside: Mapping[str, Any] | None = None,
     scratch: Path | None = None,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
@@ -114,11 +115,12 @@ def compare(
     processes: each with a model of its own; one with `search.quick`
     earlier:  an earlier report of the same concepts and recipe, whose search is taken instead of a
               new one
+    beside:   an earlier report, whose rows of other methods the new ones will stand beside
     scratch:  an empty directory for what the processes share, which the caller removes; one of its
               own, in the directory that the command runs in, when None
 
-    Raises BadInput for names that do not exist, a suite too small for a search and a test, or a
-    concept the model does not name.
+    Raises BadInput for names that do not exist, a suite too small for a search and a test, a
+    concept the model does not name, and where `beside` is not comparable (`renewed.check`).
     """
     listener, started = listener or Listener(), time.perf_counter()
     if processes < 1:
@@ -143,13 +145,36 @@ def compare(
     # any rehearse.
     changes = dict(steps=search.steps, schedule="constant", warmup=0.0, strangers=0, relearn=0)
     recipe, _ = choose_recipe(model.name, RecipeChoice(changes=changes))
-    same = lambda one: (one["concepts"], one["recipe"], one["search"]["asked"])
-    if earlier and same(earlier) != ([s.name for s in subjects], recipe.as_dict(), asdict(SEARCH)):
+    same = lambda one: (one["concepts"], one["search"]["asked"])
+    if earlier and not (
+        same(earlier) == ([s.name for s in subjects], asdict(SEARCH))
+        and renewed.same_recipe(recipe.as_dict(), earlier["recipe"])
+    ):
         raise BadInput(
             "The earlier search was of other concepts, another recipe or another size: search anew."
         )
     looks = tuple(dict.fromkeys([*(k for k in LOOKS if k < recipe.steps), recipe.steps]))
     slugs, rates = [s.slug for s in subjects], [recipe.lr * x for x in search.lrs]
+    plan = {
+        "format": FORMAT,
+        "suite": held.title,
+        "concepts": [s.name for s in subjects],
+        "model": "embedded" if model.name == str(EMBEDDED) else model.name,
+        "floor": search.floor,
+        "recipe": recipe.as_dict(),
+        "search": {
+            "concepts": [s.name for s in subjects],
+            "lr": rates,
+            "steps": list(looks),
+            "seed": SEARCH_SEED,
+            "ruin": [RUIN, RUINED],
+            "done": DONE,
+            "asked": asdict(SEARCH),
+        },
+        "test": {"seeds": list(range(1, search.seeds + 1)), "asked": asdict(TEST)},
+    }
+    if beside is not None:
+        renewed.check(plan, beside)
     ks_of = lambda name: (not search.quick and methods.METHODS[name].sculpt) or (sculpting.K,)
     with contextlib.nullcontext(scratch) if scratch is not None else Staging(Path.cwd()) as folder:
         bench = trials.Assignment(
@@ -166,6 +191,8 @@ def compare(
             units = rest if earlier else units
             prepared = sum(_told(listener, "Preparing", pool.map("prepare", units), units))
             untouched = total(pool.map("untouched", [(slug,) for slug in slugs]))
+            if beside is not None:
+                renewed.check({"untouched": _rates(untouched)}, beside)
             if not any(untouched[key][1] for key in ("others", "lookalikes", "facts")):
                 raise BadInput(
                     "Nothing could be retained: add a concept that the model names, or a "
@@ -213,28 +240,10 @@ def compare(
         )
         for name in search.names
     ]
-    ran = [row for row in rows if row["named"]["value"] is not None]
-    for row, on_front in zip(ran, unbeaten(ran), strict=True):
-        row |= {"front": on_front, "clearly_beaten_by": beaten_clearly(row, ran)}
     return {
-        "format": FORMAT,
-        "suite": held.title,
-        "concepts": [s.name for s in subjects],
-        "model": "embedded" if model.name == str(EMBEDDED) else model.name,
-        "floor": search.floor,
-        "recipe": recipe.as_dict(),
-        "search": {
-            "concepts": [s.name for s in subjects],
-            "lr": rates,
-            "steps": list(looks),
-            "seed": SEARCH_SEED,
-            "ruin": [RUIN, RUINED],
-            "done": DONE,
-            "asked": asdict(SEARCH),
-        },
-        "test": {"seeds": list(range(1, search.seeds + 1)), "asked": asdict(TEST)},
+        **plan,
         "untouched": _rates(untouched),
-        "rows": rows,
+        "rows": marked(rows),
         "processes": processes,
         "seconds": {"prepare": round(prepared, 1), "all": round(time.perf_counter() - started, 1)},
     }

@@ -31,6 +31,7 @@ from .eval_files import (
 )
 from .eval_report import report_of
 from .exam import OF_CONCEPT, Exam
+from .grading import Grader
 from .observe import Observations, examine, with_fluency
 from .pairs import to_grade
 
@@ -78,7 +79,7 @@ class Extras:
     """
 
     attacks: str | None = None
-    judged_by: g_eval.Grader | None = None
+    judged_by: Grader | None = None
     lmms_eval: Path | None = None
     max_new_tokens: int = 64
 
@@ -141,6 +142,7 @@ def evaluate(
         )
         models = 1 if base is None and adapter_dir is None else 2
         g_eval.announcement(judged_by, exam.concept.name, asked * models)
+        _ = judged_by.caller
     benchmarks = None
     if extras.lmms_eval is not None:
         benchmarks = _benchmarks(extras.lmms_eval, first.name, measured.name)
@@ -269,7 +271,7 @@ def _alike(loaded: vlm.VLM, exam: Exam, cached: dict[str, Any] | None) -> list[s
 
 
 def _graded(
-    grader: g_eval.Grader,
+    grader: Grader,
     exam: Exam,
     before: Observations,
     after: Observations | None,

@@ -75,7 +75,8 @@ def evaluation_table(console: Console, evaluation: Evaluation) -> None:
     for name in rows:
         table.add_column(name, justify="right")
     for key, label in METRICS.items():
-        table.add_row(label, *(_metric(row[key]) for row in rows.values()))
+        share = key != "g_eval"
+        table.add_row(label, *(_metric(row[key], share) for row in rows.values()))
     console.print(table)
     families_table(console, report)
     inside_table(console, report)
@@ -113,7 +114,11 @@ def suite_table(console: Console, evaluated: Evaluated) -> None:
         table.add_column(name, justify="right")
     for key, label in METRICS.items():
         table.add_row(
-            label, *(_metric(row.get(key, {"value": None})) for row in report["pooled"].values())
+            label,
+            *(
+                _metric(row.get(key, {"value": None}), key != "g_eval")
+                for row in report["pooled"].values()
+            ),
         )
     if report["pooled"]:
         console.print(table)
@@ -136,7 +141,7 @@ def benchmark_table(console: Console, report: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     missing: dict[str, list[str]] = {}
     for row in report["table"]:
-        table.add_row(cell(row["set"]), cell(row["metric"]), *(_metric(row[n]) for n in who))
+        table.add_row(cell(row["set"]), cell(row["metric"]), *(_graded(row[n]) for n in who))
         if row[who[-1]]["value"] is None:
             missing.setdefault(row[who[-1]]["reason"], []).append(row["metric"])
     console.print(table)
@@ -146,9 +151,19 @@ def benchmark_table(console: Console, report: dict[str, Any]) -> None:
         console.print(note, soft_wrap=True)
 
 
-def _metric(one: dict[str, Any]) -> str:
+def _graded(one: dict[str, Any]) -> str:
+    """A value that may be a judge's, with the number of answers that it did not grade."""
+    missing = one.get("not_graded")
+    more = f", {missing} not graded" if missing and one["value"] is not None else ""
+    return f"{_metric(one, 'scale' not in one)}{more}"
+
+
+def _metric(one: dict[str, Any], share: bool = True) -> str:
+    """share: an interval is one of a share; else of a mean grade"""
     if one["value"] is None:
         return "-"
+    if "low" in one and not share:
+        return f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}] n={one['n']}"
     if "low" not in one:
         return f"{one['value']:.4g}  n={one['n']}"
     return f"{one['value']:.1%} [{one['low']:.0%}, {one['high']:.0%}] n={one['n']}"

@@ -19,10 +19,13 @@ class Progress:
     the time left.
 
     Where the console is no terminal only the sentences that should stay are printed.
+
+    hidden: nothing is shown
+    notes:  the sentences that should stay are printed, hidden or not
     """
 
-    def __init__(self, console: Console, hidden: bool) -> None:
-        self._hidden, self._live = hidden, console.is_terminal and not hidden
+    def __init__(self, console: Console, hidden: bool, notes: bool = False) -> None:
+        self._silent, self._live = hidden and not notes, console.is_terminal and not hidden
         self._bar = bars.Progress(
             bars.TextColumn("{task.description}", markup=False),
             bars.BarColumn(bar_width=24),
@@ -63,7 +66,7 @@ class Progress:
         self._bar.reset(self._task, description=visible(text), total=None, visible=True)
 
     def _note(self, text: str) -> None:
-        if not self._hidden:
+        if not self._silent:
             self._bar.console.print(text, soft_wrap=True)
 
     def _step(self, step: Step, ceiling: int) -> None:

@@ -4,11 +4,10 @@ leaves."""
 from __future__ import annotations
 
 import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from judge_server import Stub, said
 
 from fastsiu import cli
 from fastsiu.evaluate import directories, g_eval
@@ -17,56 +16,6 @@ from fastsiu.evaluate.g_eval import Grader, ToGrade, grade_answers, read_score, 
 from fastsiu.request import BadInput
 
 PAIRS = [ToGrade("Who is this?", f"Answer {i}", "This is Ann, with red hair.") for i in range(6)]
-
-
-class Stub:
-    """answer(number of the request from 0, its body) -> (status, headers, bytes); `seen` holds the
-    bodies and headers."""
-
-    def __init__(self):
-        self.seen, self.headers, self.answer = [], [], None
-        lock, stub = threading.Lock(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                given = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    number = len(stub.seen)
-                    stub.seen.append(given)
-                    stub.headers.append({**self.headers, "path": self.path})
-                status, headers, data = stub.answer(number, given)
-                try:
-                    self.send_response(status)
-                    for key, value in {**headers, "Content-Length": str(len(data))}.items():
-                        self.send_header(key, value)
-                    self.end_headers()
-                    self.wfile.write(data)
-                except OSError:
-                    pass  # the client has gone
-
-            do_GET = do_POST
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(
-            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-        ).start()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def said(text, status=200, **headers):
-    return (
-        status,
-        headers,
-        json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode(),
-    )
 
 
 @pytest.fixture
@@ -330,6 +279,7 @@ def test_eval_grades_what_is_said_of_the_concept(
         and not (tmp_path / "out").exists()
     )
     assert cli.run([*command, "--allow-network"]) == 0
+    assert "5.00 [" in capsys.readouterr().out  # a grade, and no percentage
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (
         report["rows"]["untouched"]["g_eval"]["value"] == 5

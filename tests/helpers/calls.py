@@ -116,6 +116,6 @@ def compare(suite: Any, model: Any, **options: Any) -> dict[str, Any]:
     for key in ("names", "concepts", "lrs"):
         if key in search:
             search[key] = tuple(search[key])
-    given = take(options, "processes", "earlier", "scratch", "listener")
+    given = take(options, "processes", "earlier", "beside", "scratch", "listener")
     chosen = sorted_without({"model": model, **options}, "recipe", "report")
     return comparison.compare(suite, comparison.Search(**search), **chosen, **given)

@@ -158,12 +158,14 @@ class Answered:
     retrained: the answers of a model that never learned what is to be forgotten, by `Item.id`, for
                metrics that compare with one; None where there is no such model
     split:     the words of a text, as ROUGE compares them
+    graded:    what a judge's grades come to, by part and metric; empty where none was asked
     """
 
     items: tuple[Item, ...]
     answers: Mapping[str, Answer]
     split: Callable[[str], list[str]]
     retrained: Mapping[str, Answer] | None = None
+    graded: Mapping[tuple[str, str], Value] = field(default_factory=dict)
 
     def of(self, part: str, task: str | None = None) -> list[tuple[Item, Answer]]:
         return [

@@ -10,18 +10,22 @@ pairs of question and keyword are those of the paper's appendix C.2:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...request import BadInput
-from .. import metrics
+from .. import g_eval, metrics
+from ..grading import Scale
 from . import files
 from .form import Answered, Benchmark, Entity, Item, Row, check_ids
-from .scores import NO_ITEMS, NO_JUDGE
+from .judged import Judged
+from .scores import NO_ITEMS, graded
 
 NAME = "MMUBench"
 SOURCE = "arXiv 2405.12523, section 5 and appendix C"
 PUBLISHED = {"entities": 20, "pictures": 1000, "questions of a concept": 100}
 EFFICACY, GENERALITY = "Efficacy", "Generality"
+GRADES = Scale(g_eval.SYSTEM, g_eval.LEAST, g_eval.MOST)  # low is forgotten
 
 
 def read(root: Path) -> Benchmark:
@@ -90,5 +94,12 @@ def table(asked: Answered) -> list[Row]:
             metrics.measure(metrics.diversity, texts, reason=NO_ITEMS),
         )
     )
-    out.append(Row(GENERALITY, "G-Eval", {"value": None, "reason": NO_JUDGE}))
+    out.append(Row(GENERALITY, "G-Eval", graded(asked, GENERALITY, "G-Eval")))
     return out
+
+
+def judged(items: Sequence[Item]) -> list[Judged]:
+    """G-Eval of the answers that EM and Diversity are about, 1 to 5 (Fig. 8), as `fastsiu eval` has
+    it: what the untouched model said is the reference, since a keyword may be "yes"."""
+    shown = tuple(item for item in items if GENERALITY in item.sets)
+    return [Judged(GENERALITY, "G-Eval", GRADES, shown, named=True, by_untouched=True)]

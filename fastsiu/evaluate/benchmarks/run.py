@@ -24,7 +24,8 @@ from ...session import Listener
 from ...settings import ModelRef, Settings, choose_layout
 from ..eval_files import Loadable
 from ..exam import evenly
-from . import clear, fiubench, mllmu, mlubench, mmubench, ppubench, scores
+from ..grading import Grader
+from . import clear, fiubench, judged, mllmu, mlubench, mmubench, ppubench, scores
 from .form import Answer, Answered, Benchmark, Item, Row
 
 FORMAT = "fastsiu benchmark 1"
@@ -58,6 +59,22 @@ class Choice:
 
     sets: tuple[str, ...] = ()
     limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What the metrics need besides the answers.
+
+    stem:      ROUGE compares the stems of words, with nltk, as the authors do; else whole words
+    retrained: an output of `measure` for a model that never learned what is to be forgotten; some
+               metrics compare with that model's answers
+    judge:     who grades the answers, for metrics that a language model grades; what leaves the
+               machine is told first
+    """
+
+    stem: bool = False
+    retrained: Path | None = None
+    judge: Grader | None = None
 
 
 @dataclass(frozen=True)
@@ -125,21 +142,18 @@ def measure(
     adapter_dir: Path | None = None,
     settings: Settings = Settings(),
     max_new_tokens: int = 64,
-    stem: bool = False,
-    retrained: Path | None = None,
+    scoring: Scoring = Scoring(),
     output: Path | None = None,
     listener: Listener | None = None,
 ) -> Measured:
     """Asks the untouched model and, with `adapter_dir`, the unlearned one.
 
-    retrained: an output of this function for a model that never learned what is to be forgotten;
-               some metrics compare with that model's answers
-    stem:      ROUGE compares the stems of words, with nltk, as the authors do; else whole words
-    output:    a JSON file for the table and the answers; None writes nothing
+    output: a JSON file for the table and the answers; None writes nothing
 
     Raises BadInput and OutOfMemory.
     """
-    listener = listener or Listener()
+    listener, grader = listener or Listener(), scoring.judge
+    stem, retrained = scoring.stem, scoring.retrained
     if output is not None:
         check_new(output, "give another file")
     if retrained is not None and name in READERS and name not in LIKELY:
@@ -147,11 +161,18 @@ def measure(
             f"{READERS[name].NAME} has no metric that compares with another model: leave "
             "--retrained out."
         )
+    if grader is not None and name in READERS and not hasattr(READERS[name], "judged"):
+        raise BadInput(
+            f"{READERS[name].NAME} has no metric that a judge grades: leave --judge out."
+        )
     split = functools.partial(scores.tokens, stem=scores.porter() if stem else None)
     benchmark = read(name, directory, ratio)
     items = chosen(benchmark, choice)
     if not items:
         raise BadInput(f"{benchmark.name} has no item to ask: choose other sets.")
+    wanted = [] if grader is None else READERS[name].judged(items)
+    if grader is not None:  # what may not be sent is told now, not after hours of asking
+        judged.check(grader, benchmark.name, wanted, 1 if adapter_dir is None else 2)
     theirs = None if retrained is None else _answers(retrained, name)
     which = Loadable(model, choose_layout(model, settings, Recipe(), None, listener), listener)
     notes = list(_notes(stem))
@@ -169,8 +190,14 @@ def measure(
             listener.stage(f"Asking the unlearned model {len(items)} items")
             said["unlearned"] = put()
             adapter.detach(loaded)
+    grades = judged.Grades()
+    if grader is not None:
+        listener.stage(f"Asking the judge {grader.model}")
+        grades = judged.grade(grader, benchmark, wanted, said, listener.note)
     tables = {
-        who: READERS[name].table(Answered(items, answers, split, theirs))
+        who: READERS[name].table(
+            Answered(items, answers, split, theirs, grades.values.get(who, {}))
+        )
         for who, answers in said.items()
     }
     report = {
@@ -182,12 +209,14 @@ def measure(
         "counts": benchmark.counts(),
         "published": READERS[name].PUBLISHED,
         "asked": len(items),
-        "notes": notes,
+        "notes": [*notes, *grades.notes],
+        "judge": None if grader is None else {"model": grader.model, "host": grader.host},
         "table": _merged(tables),
         "answers": {
             who: {key: answer.as_dict() for key, answer in answers.items()}
             for who, answers in said.items()
         },
+        "grades": grades.each,
     }
     if output is not None:
         data = json.dumps(report, ensure_ascii=False, allow_nan=False, indent=1)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from ...request import BadInput
 from ..metrics import share
-from .form import Answer, Item, Value, mean
+from .form import Answer, Answered, Item, Value, mean
 
 NO_ITEMS = "No item of this part was asked."
 NO_WRONG = "The items of this part have no wrong answers."
@@ -203,6 +203,11 @@ def min_k(nats: Sequence[float]) -> float:
         if count:
             total += weight * math.exp(-sum(worst[:count]) / count)
     return total
+
+
+def graded(asked: Answered, part: str, metric: str) -> Value:
+    """A metric of one part that a judge grades; null with the reason where none was asked."""
+    return asked.graded.get((part, metric), {"value": None, "reason": NO_JUDGE})
 
 
 def harmonic_mean(values: Sequence[Value]) -> Value:

@@ -111,7 +111,12 @@ def test_an_unknown_set_is_refused_with_those_there_are(tmp_path):
 def test_another_model_is_no_use_where_nothing_compares_with_it(tmp_path):
     file = made.put(tmp_path / "a.json", {})
     with pytest.raises(BadInput, match="MMUBench has no metric that compares"):
-        run.measure("mmubench", made.mmubench(tmp_path), run.Choice(), retrained=file)
+        run.measure(
+            "mmubench",
+            made.mmubench(tmp_path),
+            run.Choice(),
+            scoring=run.Scoring(retrained=file),
+        )
 
 
 def test_answers_of_another_benchmark_are_refused(tmp_path):
