@@ -201,7 +201,7 @@ def refusing(folder: Path, recipe: Any, listener: Any) -> dict[str, Any]:
     from fastsiu.text.concept import concept_of
 
     chosen, _ = choose_recipe(str(MODEL_DIR), recipe)
-    chosen = chosen.with_overrides(warmup=0.0, strangers=0, relearn=0)  # as `compare` has it
+    chosen = chosen.with_overrides(warmup=0.0, strangers=0, relearn=0, anchor=0)  # as compare's
     lr, best = attacks.settings()["po"]
     steps = min(best, chosen.steps)
     loaded, experts, outcomes = vlm.load(str(MODEL_DIR)), [], []

@@ -129,6 +129,7 @@ NUMBERS = {
     "dream_lr": (0, 1e3),
     "dream_noise": (0, 1e3),
     "temperature": (1, 1e3),
+    "anchor": (0, 1e6),
     "level": (0, 1e3),
     "warmup": (0, 1),
     "lora_dropout": (0, 0.99),
@@ -148,8 +149,9 @@ class Recipe:
     schedule:     "decay" is constant for 60 % of the steps, then falls to a tenth; "gone" falls as
                   slowly, but begins when the name is gone, and at the latest then
     adapt:        where the LoRA factors are. "language": in the language model, as in the paper.
-                  "vision": in the vision tower and the projector. Then the language model is left
-                  as it is, so every answer without a picture stays the same, bit for bit
+                  "vision": in the vision tower and the projector; "projector": in the projector
+                  alone. With both the language model is left as it is, so every answer without a
+                  picture stays the same, bit for bit
     projector_lr: above 0 the vision projector is trained as well, at this rate
     neighbours:   most names to protect that the model gives itself
     dreams:       pictures that are dreamed for each protected name
@@ -170,6 +172,8 @@ class Recipe:
                   eighth, the gradient is taken where the name has begun to come back
                   (`step.rehearsal`). It is harder to teach again then (docs/results.md). 0: nothing
                   is rehearsed
+    anchor:       weight of what the language model reads of kept pictures: with factors in front of
+                  it that is to stay as it was (`step.anchor`). 0: nothing is held
     level:        weight of what the concept's own answers may cost, against what they cost about
                   strangers
     token_mask, vocab_mask, dreams: switches for ablations; all three belong to the method
@@ -185,7 +189,7 @@ class Recipe:
     batch_size: int = 16
     schedule: Literal["constant", "cosine", "decay", "gone"] = "decay"
     warmup: float = 0.0
-    adapt: Literal["language", "vision"] = "language"
+    adapt: Literal["language", "vision", "projector"] = "language"
     projector_lr: float = 0.0
     early_stop: bool = True
     renormalize: bool = False
@@ -203,6 +207,7 @@ class Recipe:
     directions: int = 0
     relearn: int = 0
     temperature: float = 2.0
+    anchor: float = 0.0
     level: float = 0.1
     seed: int = 0
 
@@ -224,11 +229,19 @@ class Recipe:
             )
         if self.dream_in not in ("pixels", "features"):
             raise BadInput(f"dream_in is {self.dream_in!r:.40}: choose 'pixels' or 'features'.")
-        if self.adapt not in ("language", "vision"):
-            raise BadInput(f"adapt is {self.adapt!r:.40}: choose 'language' or 'vision'.")
-        if self.adapt == "vision" and self.projector_lr > 0:
+        if self.adapt not in ("language", "vision", "projector"):
             raise BadInput(
-                "The projector is part of what 'vision' adapts: leave projector_lr at 0."
+                f"adapt is {self.adapt!r:.40}: choose 'language', 'vision' or 'projector'."
+            )
+        if self.in_front and self.projector_lr > 0:
+            raise BadInput(
+                f"The projector is part of what {self.adapt!r} adapts: leave projector_lr at 0."
+            )
+        if self.anchor and not self.in_front:
+            raise BadInput(
+                f"The anchor is {self.anchor:g} and nothing in front of the language model is "
+                "trained, so nothing moves that it could hold: choose adapt 'vision' or "
+                "'projector', or set it to 0."
             )
         if self.substitute not in ("description", "name"):
             raise BadInput(
@@ -236,9 +249,14 @@ class Recipe:
             )
 
     @property
+    def in_front(self) -> bool:
+        """Whether the factors are in front of the language model."""
+        return self.adapt != "language"
+
+    @property
     def sees_anew(self) -> bool:
         """Whether what is trained changes how the language model sees a picture."""
-        return self.projector_lr > 0 or self.adapt == "vision"
+        return self.projector_lr > 0 or self.in_front
 
     def as_many(self, full: int, least: int) -> int:
         """How many of something that a training of `LONG` samples gets `full` of: a shorter one

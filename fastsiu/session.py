@@ -30,6 +30,7 @@ from .samples.corpus import Corpus
 from .samples.neighbours import neighbours
 from .samples.scene import Scene
 from .step import directions
+from .step.anchor import Anchor
 from .step.look import Look, Probe
 from .step.rehearsal import Rehearsal
 from .text.concept import Concept, ambiguous, concept_of
@@ -209,8 +210,11 @@ def learn(
         probe = Probe([one.scene for one in prepared], samples)
         # A method that is compared with ours trains as its authors have it.
         rehearsal = Rehearsal.of(loaded, recipe, probe.asked) if objective is siu else None
-        if rehearsal and rehearsal.note:
-            listener.note(rehearsal.note)
+        kept = [samples, *(lessons for lessons, _ in taught)]
+        anchor = Anchor.of(loaded, recipe, kept) if objective is siu else None
+        for aid in (rehearsal, anchor):
+            if aid and aid.note:
+                listener.note(aid.note)
         on_step = lambda step: listener.step(step, recipe.steps)
         shown = listener.look
 
@@ -230,9 +234,7 @@ def learn(
                 say=listener.note,
                 watch=None if shown is None else watch,
                 lessons=taught,
-                glance=probe,
-                held=held,
-                rehearsal=rehearsal,
+                aids=train.Aids(probe, held, rehearsal, anchor),
             )
         finally:
             loaded.model.eval()
@@ -370,7 +372,7 @@ def _neighbours(scene: Scene) -> list[str]:
 
 def _dream(scene: Scene) -> list[dict[str, Any]]:
     """Adds the accepted dreams to the scene; returns by neighbour how many were accepted. Dreams in
-    features are none where the vision tower is trained: it never sees them."""
+    features are none where a part in front of them is trained: it never sees them."""
     recipe = scene.recipe
     if not scene.neighbours or not recipe.dreams:
         return []
@@ -379,7 +381,7 @@ def _dream(scene: Scene) -> list[dict[str, Any]]:
     if in_pixels and spaces.lenses_for(scene.vlm, starts) is None:
         in_pixels = False
         scene.notes.append(MIXED)
-    if recipe.adapt == "vision" and not in_pixels:
+    if recipe.in_front and not in_pixels:
         return []
     tried: Counter[str] = Counter()
     accepted: Counter[str] = Counter()

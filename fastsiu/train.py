@@ -18,6 +18,7 @@ from .model.vlm import VLM, checkpoint_layers
 from .objectives import Objective
 from .request import NumericFailure, OutOfMemory, Recipe
 from .samples.corpus import Corpus
+from .step.anchor import Anchor
 from .step.batches import batches, forward, lesson_batches
 from .step.directions import FREE, Directions
 from .step.look import Glance, Look
@@ -42,6 +43,7 @@ class Step:
     retained: of the last look (`Look.retained`)
     strange:  KL of the lessons in nats per token, the sum of those that change something and those
               that keep
+    anchored: the term that holds kept pictures (`step.anchor`), without unit
 
     With several requests a look sees one part of the probe set, in turns (`Look.shares`).
     """
@@ -53,6 +55,7 @@ class Step:
     p_name: float
     retained: float
     strange: float = 0.0
+    anchored: float = 0.0
 
 
 class StepBatch(NamedTuple):
@@ -61,6 +64,26 @@ class StepBatch(NamedTuple):
     corpus: Corpus
     chosen: list[int]
     objective: Objective
+
+
+class Aids(NamedTuple):
+    """What stands by a training. Each may be missing.
+
+    glance:    at the names. With the schedule "gone" the rate falls once they are gone. After the
+               last step the adapter settles as far as they stay gone (`Directions.settle`). Without
+               a glance it does neither
+    held:      what the adapter may read, from before the first step on
+    rehearsal: of relearning, in whose steps the gradient is taken elsewhere
+    anchor:    of kept pictures, whose features each step holds
+    """
+
+    glance: Glance | None = None
+    held: Directions = FREE
+    rehearsal: Rehearsal | None = None
+    anchor: Anchor | None = None
+
+
+ALONE = Aids()
 
 
 def fit(
@@ -73,9 +96,7 @@ def fit(
     say: Callable[[str], None] = lambda text: None,
     watch: Callable[[int], bool] | None = None,
     lessons: Sequence[tuple[Corpus, Objective]] = (),
-    glance: Glance | None = None,
-    held: Directions = FREE,
-    rehearsal: Rehearsal | None = None,
+    aids: Aids = ALONE,
 ) -> list[Step]:
     """Trains the adapter that is on; returns one Step per optimisation step. A step that does not
     fit into memory is repeated, first with half as many samples in a forward, and so on, then with
@@ -89,11 +110,7 @@ def fit(
     lessons: the lessons (`samples.lessons`) that change something and those that keep, each with
              its teacher and its objective. Every step has a batch of each. All steps are run then:
              the decay of the rate at the end is part of the method
-    glance:  at the names. With the schedule "gone" the rate falls once they are gone. After the
-             last step the adapter settles as far as they stay gone (`Directions.settle`). Without a
-             glance it does neither
-    held:    what the adapter may read, from before the first step on
-    rehearsal: of relearning, in whose steps the gradient is taken elsewhere
+    aids:    what stands by
 
     Raises NumericFailure on a loss or a gradient that is not finite, OutOfMemory where one sample
     at a time does not fit either.
@@ -105,6 +122,7 @@ def fit(
     plan = Schedule(recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, plan.factor)
     history: list[Step] = []
+    glance, held, rehearsal, anchor = aids
     held.hold()
     look, good = probe(), 0
     training_mode(vlm, recipe)
@@ -112,10 +130,13 @@ def fit(
     steps = work_of_steps(corpus, objective, recipe, lessons)
     for step, work in zip(range(1, recipe.steps + 1), steps, strict=False):
         moved = partial(rehearsal.moved, step, rates) if rehearsal else nullcontext
-        losses = _step_backward(vlm, work, recipe, optimiser, say, moved)
+        held_back = partial(anchor.backward, step) if anchor else lambda: None
+        losses, anchored = _step_backward(vlm, work, recipe, optimiser, say, Ways(moved, held_back))
         loss, parts = losses[0]
         for further_loss, _ in losses[1:]:
             loss = loss + further_loss
+        if anchored is not None:
+            loss = loss + anchored.to(loss.device)
         if not torch.isfinite(loss):
             raise NumericFailure(
                 f"The loss is {loss.item()} at step {step}: lower --lr or use --dtype float32."
@@ -144,7 +165,16 @@ def fit(
             good = good + 1 if look.enough else 0
         strange = sum(part["kl"] for _, part in losses[1:])
         history.append(
-            Step(step, loss.item(), parts["ce"], parts["kl"], look.p_name, look.retained, strange)
+            Step(
+                step,
+                loss.item(),
+                parts["ce"],
+                parts["kl"],
+                look.p_name,
+                look.retained,
+                strange,
+                0.0 if anchored is None else anchored.item(),
+            )
         )
         if on_step:
             on_step(history[-1])
@@ -198,7 +228,19 @@ def training_mode(vlm: VLM, recipe: Recipe) -> None:
             module.eval()
 
 
-Losses = list[tuple[Tensor, dict[str, float]]]  # (loss, its parts) of each batch of a step
+# (loss, its parts) of each batch of a step, and the term of what is held
+Losses = tuple[list[tuple[Tensor, dict[str, float]]], Tensor | None]
+
+
+class Ways(NamedTuple):
+    """How a step takes its gradient.
+
+    moved:     inside, the parameters are where it is to be taken
+    held_back: adds the gradient of what is held and returns that term; None where nothing is
+    """
+
+    moved: Callable[[], AbstractContextManager[None]] = nullcontext
+    held_back: Callable[[], Tensor | None] = lambda: None
 
 
 def _step_backward(
@@ -207,16 +249,13 @@ def _step_backward(
     recipe: Recipe,
     optimiser: torch.optim.Optimizer,
     say: Callable[[str], None],
-    moved: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ways: Ways,
 ) -> Losses:
     """The losses of a step, with the gradients; in as little memory as it takes. Raises
-    OutOfMemory.
-
-    moved: inside, the parameters are where the gradient is to be taken
-    """
+    OutOfMemory."""
     while True:
         optimiser.zero_grad(set_to_none=True)
-        losses = _attempt(vlm, work, recipe, moved)
+        losses = _attempt(vlm, work, recipe, ways)
         if losses is not None:
             return losses
         # Here, and not where the error was caught: there the traceback holds the failed step's
@@ -228,7 +267,7 @@ def _attempt(
     vlm: VLM,
     work: Sequence[StepBatch],
     recipe: Recipe,
-    moved: Callable[[], AbstractContextManager[None]],
+    ways: Ways,
 ) -> Losses | None:
     """The losses of a step, with the gradients; None where memory did not suffice, and then the
     random generators are as they were. One batch's graph is gone before the next one's is built."""
@@ -236,14 +275,14 @@ def _attempt(
     state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
     try:
         losses = []
-        with moved():
+        with ways.moved():
             for corpus, chosen, objective in work:
                 loss, parts = objective(
                     forward(vlm, corpus, chosen, recipe, vlm.budget.micro_batch), recipe
                 )
                 loss.backward()
                 losses.append((loss.detach(), parts))
-        return losses
+            return losses, ways.held_back()
     except RuntimeError as error:
         if not out_of_memory(error):
             raise

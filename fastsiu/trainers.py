@@ -281,6 +281,11 @@ def _check(loaded: VLM, recipe: Recipe, args: TrainingArguments) -> None:
             "The Trainer rehearses no relearning: set the recipe's relearn to 0, or use "
             "fastsiu.unlearn(..., relearn=N)."
         )
+    if recipe.anchor:
+        raise BadInput(
+            "The Trainer holds no features of kept pictures: set the recipe's anchor to 0, or use "
+            "fastsiu.unlearn(..., anchor=W)."
+        )
     if args.max_steps > recipe.steps:
         raise BadInput(
             f"max_steps is {args.max_steps} and the recipe has {recipe.steps} steps: set the "

@@ -34,6 +34,7 @@ LINES = {
     "ce": "new answers (cross-entropy)",
     "kl": "kept answers (masked divergence)",
     "strange": "strangers (divergence)",
+    "anchored": "held features",
     "p_name": "probability of the name",
     "retained": "others kept",
 }
@@ -231,7 +232,10 @@ def training(view: View) -> str:
     curves = [{"step": step, "p_name": p, "retained": kept} for step, p, kept in looks]
     out.append('<div class="charts">')
     out.append(_chart(curves, ("p_name", "retained"), "Name and others", 1.0))
-    out.append(_chart(steps, ("loss", "ce", "kl", "strange"), "Parts of the loss"))
+    parts = ("loss", "ce", "kl", "strange")
+    if any(step.get("anchored") for step in steps):
+        parts += ("anchored",)
+    out.append(_chart(steps, parts, "Parts of the loss"))
     out.append("</div>")
     if over and view.phase is Phase.TRAINING:
         out.append("<p>The training is over. Both models are now asked for the verdict.</p>")

@@ -63,7 +63,9 @@ def data(
     ] = None,
     adapt: Annotated[
         Adapt | None,
-        typer.Option(help="What is trained: the language model, or what stands in front of it."),
+        typer.Option(
+            help="What is trained: the language model, all in front of it, or the projector alone."
+        ),
     ] = None,
     preset: Published = Preset.default,
     output: Annotated[

@@ -24,6 +24,7 @@ class Substitute(StrEnum):
 class Adapt(StrEnum):
     language = "language"
     vision = "vision"
+    projector = "projector"
 
 
 class Mode(StrEnum):

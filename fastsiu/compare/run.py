@@ -142,8 +142,9 @@ def compare(
         listener.note(said)
     # A run is looked at as it goes, which needs a constant rate. Lessons from strangers are no part
     # of any of these methods, nor are the directions that they tell apart, and their rate. Nor does
-    # any rehearse.
-    changes = dict(steps=search.steps, schedule="constant", warmup=0.0, strangers=0, relearn=0)
+    # any rehearse, or hold features.
+    changes = dict(steps=search.steps, schedule="constant", warmup=0.0, strangers=0)
+    changes |= dict(relearn=0, anchor=0)
     recipe, _ = choose_recipe(model.name, RecipeChoice(changes=changes))
     same = lambda one: (one["concepts"], one["search"]["asked"])
     if earlier and not (

@@ -74,6 +74,19 @@ def vision_linears(base: Any) -> list[str]:
     return found
 
 
+def projector_linears(base: Any) -> list[str]:
+    """Full names of the linear layers of the projector. Raises BadInput where it has none, or where
+    no module has a known name of one."""
+    known = lambda part: any(part == name or name in part.split("_") for name in PROJECTORS)
+    found = [name for name in vision_linears(base) if any(map(known, name.split(".")))]
+    if not found:
+        raise BadInput(
+            f"{type(base).__name__} has no projector of a known name with linear layers: adapt "
+            "'vision' or the language model."
+        )
+    return found
+
+
 def _is_linear(module: nn.Module) -> bool:
     return f"{type(module).__module__}.{type(module).__qualname__}" in LINEARS
 
@@ -108,6 +121,8 @@ def _config_of(vlm: VLM, recipe: Recipe) -> LoraConfig:
     extra: dict[str, Any] = {}
     if recipe.adapt == "vision":
         extra["target_modules"] = vision_linears(vlm.base)
+    elif recipe.adapt == "projector":
+        extra["target_modules"] = projector_linears(vlm.base)
     else:
         names = language_linears(vlm.base)
         extra["target_modules"] = sorted({name.rsplit(".", 1)[-1] for name in names})

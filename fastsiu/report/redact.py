@@ -29,7 +29,7 @@ KINDS = tuple(MEASURES)
 METRIC_KEYS = tuple(key for group in METRICS.values() for key in group)
 THRESHOLDS = (*MEASURES, "lost", "new_degenerate", "refusal_rise", "renamed")
 COUNTS = ("tokens_masked", "tokens", "vocabulary_masked")
-STEP = ("step", "ce", "kl", "loss", "p_name", "retained", "strange")
+STEP = ("step", "ce", "kl", "loss", "p_name", "retained", "strange", "anchored")
 STAGES = (
     "load",
     "samples",
@@ -47,7 +47,7 @@ STAGES = (
     "merge",
 )
 CHOICES = {
-    "adapt": ("language", "vision"),
+    "adapt": ("language", "vision", "projector"),
     "dream_in": ("pixels", "features"),
     "schedule": ("constant", "cosine", "decay", "gone"),
     "substitute": ("description", "name"),

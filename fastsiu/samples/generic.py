@@ -35,7 +35,7 @@ def generic(scene: Scene, seed: int, count: int) -> list[Picture]:
     """
     image, rng = scene.pictures[0].image, random.Random(f"generic {seed}")
     few = round(APART * count)
-    many = count - few if scene.recipe.adapt == "vision" else round(SHAPES * count)
+    many = count - few if scene.recipe.in_front else round(SHAPES * count)
     drawn = [shapes(image.size, rng) for _ in range(many)]
     drawn += [apart(image, rng) for _ in range(few)]
     return [*scene.see(drawn), *words(scene, rng, count - len(drawn))]

@@ -122,7 +122,7 @@ def describe(scene: Scene) -> list[Sample]:
 def facts(scene: Scene) -> list[Sample]:
     """Target 3: what the teacher knows of the concept in words stays (paper: "decoupling factual
     knowledge")."""
-    if scene.recipe.adapt == "vision":  # nothing said in words can change
+    if scene.recipe.in_front:  # nothing said in words can change
         return []
     questions = [scene.kind.fill(q, name=scene.concept.name) for q in scene.words["facts"]["train"]]
     return _kept("facts", questions, None, scene.replies(questions))

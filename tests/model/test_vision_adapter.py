@@ -20,10 +20,10 @@ torch.set_num_threads(1)
 QUESTIONS = ("What is two plus three?", "Tell me the capital of France.", "Who are you?")
 
 
-@pytest.fixture
-def seeing(gathered):
+@pytest.fixture(params=["vision", "projector"])
+def seeing(gathered, request):
     """The shared scene with an adapter in front of the language model, far from zero."""
-    scene = replace(gathered.scene, recipe=replace(gathered.recipe, adapt="vision"))
+    scene = replace(gathered.scene, recipe=replace(gathered.recipe, adapt=request.param))
     calls.bent(gathered.vlm, scene.recipe, 0.3)
     yield scene
     adapter.detach(gathered.vlm)
@@ -40,7 +40,7 @@ def test_nothing_in_the_language_model_is_trained(seeing):
     assert trained and all("lora_" in name for name in trained)
     assert not any(id(p) in inside for p in seeing.vlm.model.parameters() if p.requires_grad)
     assert any("projector" in name for name in trained)
-    assert any("vision" in name for name in trained)
+    assert any("vision" in name for name in trained) is (seeing.recipe.adapt == "vision")
 
 
 def test_words_stay_bit_for_bit_and_pictures_do_not(seeing):

@@ -332,7 +332,7 @@ def test_training_ends_sooner_where_the_name_is_gone_sooner(adapted):
             objective,
             recipe,
             lambda: Look(1, 1, 0),
-            glance=SimpleNamespace(gone=glances.__next__, all_gone=lambda: False),
+            aids=train.Aids(SimpleNamespace(gone=glances.__next__, all_gone=lambda: False)),
         )
         assert len(history) == last, good
 

@@ -167,7 +167,7 @@ def test_training_leaves_nothing_outside_of_them():
     loaded, samples, lessons, corpora = begun()
     found = directions.find(loaded, corpora, RECIPE)
     look = lambda: Look(1.0, 0.0, 0.0)
-    train.fit(loaded, samples, siu, RECIPE, look, lessons=lessons, held=found)
+    train.fit(loaded, samples, siu, RECIPE, look, lessons=lessons, aids=train.Aids(held=found))
     for name, basis in named(loaded, found).items():
         weight = factors(loaded)[name]
         assert weight.norm() > 0
@@ -229,9 +229,8 @@ def test_training_settles_once_at_its_end():
         loaded, samples, lessons, _ = begun()
         options = dict(
             lessons=lessons,
-            held=Told({}),
             watch=watch,
-            glance=SimpleNamespace(all_gone=lambda: True),
+            aids=train.Aids(SimpleNamespace(all_gone=lambda: True), Told({})),
         )
         train.fit(loaded, samples, siu, RECIPE, look, **options)
         looks = ["look"] if last == 3 else []  # the last look sees what was settled

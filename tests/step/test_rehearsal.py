@@ -122,7 +122,7 @@ def test_the_gradient_is_taken_there_and_applied_from_where_the_parameters_were(
         watched,
         RECIPE.with_overrides(schedule="constant"),
         lambda: Look(1.0, 0.0, 0.0),
-        rehearsal=found.rehearsal,
+        aids=train.Aids(rehearsal=found.rehearsal),
     )
     away = [not same(a, b) for a, b in zip(at, own, strict=True)]
     assert away == [False] * (FIRST - 1) + [True]
@@ -135,8 +135,8 @@ def test_methods_that_are_compared_rehearse_nothing(objective, rehearsed, monkey
     class Told(Exception):
         pass
 
-    def fit(*given, rehearsal, **options):
-        assert (rehearsal is not None) is rehearsed
+    def fit(*given, aids, **options):
+        assert (aids.rehearsal is not None) is rehearsed
         raise Told
 
     loaded = made.load()
@@ -205,7 +205,13 @@ def test_a_rehearsal_that_does_not_fit_is_tried_with_less(monkeypatch):
     recipe = RECIPE.with_overrides(lr=0.0)
     own = Rehearsal(found.loaded, recipe, found.rehearsal.naming)
     history = train.fit(
-        found.loaded, found.samples, siu, recipe, look, say=said.append, rehearsal=own
+        found.loaded,
+        found.samples,
+        siu,
+        recipe,
+        look,
+        say=said.append,
+        aids=train.Aids(rehearsal=own),
     )
     assert len(history) == FIRST and len(said) == 1 and "Out of memory" in said[0]
     assert same(now(found), before)

@@ -82,7 +82,9 @@ def ours(recipe):
     )
     held = directions.find(loaded, [half for half, _ in lessons], recipe)
     look = lambda: Look(1.0, 0.0, 0.0)
-    steps = train.fit(loaded, samples, siu, recipe, look, lessons=lessons, held=held)
+    steps = train.fit(
+        loaded, samples, siu, recipe, look, lessons=lessons, aids=train.Aids(held=held)
+    )
     return [[s.loss, s.ce, s.kl, s.strange] for s in steps], weights(loaded.model)
 
 
