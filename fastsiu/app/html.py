@@ -232,7 +232,7 @@ def training(view: View) -> str:
     curves = [{"step": step, "p_name": p, "retained": kept} for step, p, kept in looks]
     out.append('<div class="charts">')
     out.append(_chart(curves, ("p_name", "retained"), "Name and others", 1.0))
-    parts = ("loss", "ce", "kl", "strange")
+    parts: tuple[str, ...] = ("loss", "ce", "kl", "strange")
     if any(step.get("anchored") for step in steps):
         parts += ("anchored",)
     out.append(_chart(steps, parts, "Parts of the loss"))
