@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,12 @@ from .confusables import Span, plain
 from .needles import Needle, apart, bare, place, ways
 
 COMMON_WORDS = lists.SHARED
+# Where numbers and words are run on: "Zorblax99", "VanGogh". "McDonald" is one word.
+_NUMBERED = re.compile(r"(?<=[^\W\d_]{3})(?=\d+(?![^\W_]))")
+_RUN_ON = re.compile(
+    r"(?<=[a-z\u00df-\u00f6\u00f8-\u00ff])(?=[A-Z\u00c0-\u00d6\u00d8-\u00de])"
+    r"(?<!\bMc)(?<!\bMac)(?<!\bDe)(?<!\bDi)(?<!\bLa)(?<!\bLe)(?<!\bFitz)"
+)
 
 
 @dataclass(frozen=True)
@@ -109,12 +116,13 @@ class Concept:
         return self.named_in(text, include_parts=False)
 
     def leaks_in(self, text: str) -> bool:
-        """Whether a reader can take the name from `text`: where `named_in` is true, where all parts
-        stand together, and where the name is misspelt (see `typos.misspelt`). For measuring what is
-        forgotten."""
+        """Whether a reader can take the name from `text`: where `named_in` is true, also of words
+        that are run on ("VanGogh"), where its parts stand together, and where the name is misspelt
+        (see `typos.misspelt`). For measuring what is forgotten."""
+        numbered = _NUMBERED.sub(" ", text)
         parts = self.parts() if len(typos.words(self.name)) > 1 else ()
         return (
-            self.named_in(text)
+            any(map(self.named_in, dict.fromkeys((text, numbered, _RUN_ON.sub(" ", numbered)))))
             or typos.together(parts, text)
             or any(sounds.nearly_sounding(*spoken, text) for spoken in _spoken_in(self, text))
             or typos.misspelt([f for f in self.forms() if not _used_as_name(self, f)], parts, text)
