@@ -8,6 +8,10 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from .spelling import BEFORE, SPACED
+
+_AFTER = f"(?!{SPACED})"
+
 
 def same_answer(one: str, other: str) -> bool:
     """Equal up to case, white space, Unicode composition and the punctuation at the end."""
@@ -93,12 +97,13 @@ def is_refusal(text: str) -> bool:
 
 
 def holds(text: str, keywords: Sequence[str]) -> bool:
-    """Does one of the keywords stand in the text, in any case and as words of their own?"""
+    """Does one of the keywords stand in the text, in any case and as words of their own? In scripts
+    without spaces between words it may stand anywhere."""
     fold = lambda written: unicodedata.normalize(
         "NFC", unicodedata.normalize("NFC", written).casefold()
     )
     folded = fold(text)
-    return any(re.search(rf"(?<!\w){re.escape(fold(k))}(?!\w)", folded) for k in keywords)
+    return any(re.search(f"{BEFORE}{re.escape(fold(k))}{_AFTER}", folded) for k in keywords)
 
 
 def affirms(text: str) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..request import BadInput, Request
-from . import confusables, lists, sounds, spelling, typos, usage
+from . import confusables, lists, skeleton, sounds, spelling, typos, usage
 from .confusables import Span, plain
 from .needles import Needle, apart, bare, place, ways
 
@@ -124,7 +124,10 @@ class Concept:
         return (
             any(map(self.named_in, dict.fromkeys((text, numbered, _RUN_ON.sub(" ", numbered)))))
             or typos.together(parts, text)
-            or any(sounds.nearly_sounding(*spoken, text) for spoken in _spoken_in(self, text))
+            or any(
+                sounds.nearly_sounding(*spoken, text) or skeleton.sounds_in(spoken[0], text)
+                for spoken in _spoken_in(self, text)
+            )
             or typos.misspelt([f for f in self.forms() if not _used_as_name(self, f)], parts, text)
         )
 

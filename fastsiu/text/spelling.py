@@ -25,9 +25,9 @@ _HIRAGANA, _KATAKANA, _HANGUL = (
     "\u30a1-\u30fa\u30fc\u3099\u309a",
     "\u1100-\u11ff",
 )
-_SPACED = rf"(?![{_UNSPACED}])[^\W_]"  # a letter or digit beside which another word cannot begin
-BEFORE = rf"(?<!{_SPACED})"
-AFTER = rf"(?!{_SPACED}|'t(?!{_SPACED}))"  # "Don" is not in "don't"
+SPACED = rf"(?![{_UNSPACED}])[^\W_]"  # a letter or digit beside which another word cannot begin
+BEFORE = rf"(?<!{SPACED})"
+AFTER = rf"(?!{SPACED}|'t(?!{SPACED}))"  # "Don" is not in "don't"
 _DOTS = "\u30fb\u00b7\u2027\u30a0"  # between the words of a name of another language
 BREAKS = re.compile(rf"[\s{_DOTS}]+")
 
@@ -198,7 +198,7 @@ def run_on(word: str, *, part: bool) -> str:
         before = f"(?<![{_KATAKANA}])"
     elif re.match(f"[{_HAN}]", first):
         before = f"(?<![{_HAN}])" if part else ""
-    elif re.match(_SPACED, first):
+    elif re.match(SPACED, first):
         before = BEFORE
     if re.match(f"[{_HANGUL}]", last):
         after = KOREAN_END if part or syllables < 3 else "(?![\u1160-\u11ff])"
@@ -208,7 +208,7 @@ def run_on(word: str, *, part: bool) -> str:
         after = f"(?![{_KATAKANA}])"
     elif re.match(f"[{_HAN}]", last):
         after = _HAN_END if part else ""
-    elif re.match(_SPACED, last):
+    elif re.match(SPACED, last):
         after = AFTER
     return f"{before}({pattern}){after}"
 
