@@ -69,9 +69,9 @@ class Concept:
         """The words of the name that identify it.
 
         A part has at least 3 letters (2 where a script writes no spaces), and many names do not
-        share it, as they share "the", "van" or a title. A Korean, Japanese or Chinese name without
-        a blank also has its given name as a part, and a family name of two characters. A name of
-        one word is its own part.
+        share it, as they share "the", "van", a title or "German" before another word. A Korean,
+        Japanese or Chinese name without a blank also has its given name as a part, and a family
+        name of two characters. A name of one word is its own part.
         """
         name = self.forms()[0]
         words = [bare(w) for w in spelling.BREAKS.split(name)]
@@ -81,7 +81,8 @@ class Concept:
             )
             halves = [half for *both, known in spelling.divided(words[0]) if known for half in both]
             return tuple(dict.fromkeys((*whole, *(half for half in halves if len(half) > 1))))
-        return tuple(dict.fromkeys(filter(_identifies, words)))
+        own = [w for w in words if w == words[-1] or plain(w).text not in lists.NATIONS]
+        return tuple(dict.fromkeys(filter(_identifies, own)))
 
     def spans(self, text: str, *, include_parts: bool = True) -> list[Span]:
         """Character spans of `text`, merged and sorted, in which a form (or a part) of the name

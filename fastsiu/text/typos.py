@@ -98,7 +98,8 @@ def misspelt(forms: Sequence[str], parts: Sequence[str], text: str) -> bool:
     if not forms:
         return False
     found = words(text)
-    whole = [w for form in forms if (w := _joined(form))]
+    # "C++" is not "C"
+    whole = [w for form in forms if len(w := _joined(form)) > 1]
     single = {_joined(form) for form in forms if len(words(form)) == 1}
     some = [p for part in parts if (p := _joined(part)) and not ordinary(p)]
     pieces = {_joined(part) for part in parts if len(words(part)) > 1}  # "Jean Luc" for "Jean-Luc"
