@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Unpack
 
 from . import driver
-from .request import Request, path_of
+from .request import BadInput, Request, names_of, path_of
 from .session import Listener
 from .settings import Options, sort_options
 
@@ -42,11 +42,14 @@ def unlearn(
     Raises BadInput (the input cannot be used; nothing is written), NumericFailure (training
     diverged) and OutOfMemory.
     """
+    picture = path_of(image, "image")
+    if picture is None:
+        raise BadInput("image is missing: give the path of the one picture.")
     request = Request(
-        concept.strip(),
-        Path(image),
-        tuple(aliases),
-        tuple(protect),
+        concept.strip() if isinstance(concept, str) else concept,
+        picture,
+        names_of(aliases, "aliases"),
+        names_of(protect, "protect"),
         images=path_of(images, "images"),
         retain=path_of(retain, "retain"),
         data=path_of(data, "data"),
@@ -54,4 +57,6 @@ def unlearn(
         kind=kind,
     )
     chosen = sort_options(options)
-    return driver.unlearn(request, output=output, listener=listener, **vars(chosen))
+    return driver.unlearn(
+        request, output=path_of(output, "output"), listener=listener, **vars(chosen)
+    )

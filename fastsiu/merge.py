@@ -25,7 +25,7 @@ from .model import adapter, adapter_files, decode, licence, placement, source, v
 from .model.fold import SHARD, fold, save
 from .report import card
 from .report.redact import MODEL, redacted
-from .request import BadInput, Recipe, Request, path_of
+from .request import BadInput, Recipe, Request, names_of, path_of
 from .samples.kinds import reported
 from .session import Listener, timed
 from .settings import ModelRef, ReportOptions, Settings
@@ -308,7 +308,7 @@ def _request(
             "The adapter's report names no concept: give --concept NAME, or --no-verify to go "
             "without a verdict."
         )
-    asked = reported(Concept(concept.strip(), tuple(aliases)), told)
+    asked = reported(Concept(concept.strip(), names_of(aliases, "aliases")), told)
     return Request(
         asked.name,
         Path(image),

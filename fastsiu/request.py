@@ -6,6 +6,7 @@ callers, JSONL files and the manifest all speak these three types.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -72,6 +73,9 @@ class Request:
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
+        check_flags(as_word=self.as_word)
+        for key, names in (("aliases", self.aliases), ("protect", self.protect)):
+            object.__setattr__(self, key, names_of(names, key))
         for text in (self.concept, *self.aliases, *self.protect):
             if not isinstance(text, str):
                 raise BadInput(
@@ -93,7 +97,23 @@ def path_of(value: str | Path | None, name: str) -> Path | None:
     directory. name: what a sentence calls it"""
     if value == "":
         raise BadInput(f"{name} is empty: give a path, or leave it out.")
+    if not isinstance(value, str | Path | None):
+        raise BadInput(f"{name} is a {type(value).__name__} and no path: give text or a Path.")
     return None if value is None else Path(value)
+
+
+def names_of(value: Iterable[str], name: str) -> tuple[str, ...]:
+    """Several names. Raises BadInput for a single text, whose letters would be the names."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise BadInput(f"{name} is {value!r:.40}: give a list of names, such as ['Ann', 'Bob'].")
+    return tuple(value)
+
+
+def check_flags(**flags: object) -> None:
+    """Raises BadInput unless each is True, False or None: any text would count as True."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool | None):
+            raise BadInput(f"{name} is {flag!r:.40}: give True or False.")
 
 
 def check_kind(kind: Any) -> None:

@@ -19,7 +19,7 @@ from .guards.strict_json import read_json
 from .images import load_image
 from .model import placement, plan, source, vlm
 from .model.memory import GB, Layout
-from .request import PAPER, BadInput, Recipe
+from .request import PAPER, BadInput, Recipe, check_flags
 from .session import Listener
 
 # what a model's own directory may say about the hyper-parameters it needs
@@ -47,6 +47,11 @@ class ModelRef:
 
     place: str | Path | None = None
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("model", self.place), ("revision", self.revision)):
+            if not isinstance(value, str | Path | None):
+                raise BadInput(f"{name} is a {type(value).__name__}: give text.")
 
     @property
     def name(self) -> str:
@@ -98,6 +103,16 @@ class Settings:
     micro_batch: int | None = None
     optimizer: str | None = None
 
+    def __post_init__(self) -> None:
+        check_flags(checkpointing=self.checkpointing)
+        if not isinstance(self.memory, int | float | None) or isinstance(self.memory, bool):
+            raise BadInput(f"memory is {self.memory!r:.40}: give a number of GB, such as 12.")
+        several = self.micro_batch
+        if several is not None and (type(several) is not int or not 1 <= several <= 4096):
+            raise BadInput(
+                f"micro_batch is {several!r:.40}: give a whole number between 1 and 4096."
+            )
+
     @property
     def limited(self) -> bool:
         return self.memory is not None
@@ -123,6 +138,9 @@ class ReportOptions:
     redact: bool = False
     embed_image: bool = False
     run: str = ""
+
+    def __post_init__(self) -> None:
+        check_flags(redact=self.redact, embed_image=self.embed_image)
 
     @property
     def deciding(self) -> dict[str, bool]:

@@ -11,7 +11,7 @@ from .judging.kept import LOST, is_kept, kept_by_noise, losses
 from .text.answers import (
     FUNCTION_WORDS,
     affirms,
-    denies,
+    denies_it,
     holds,
     is_degenerate,
     is_refusal,
@@ -260,7 +260,7 @@ def confirms(asked: Answer, text: str, concept: Named) -> bool:
         return (
             affirms(text)
             or holds(text, asked.keywords)
-            or (bool(concept.named_in(text)) and not denies(text))
+            or (bool(concept.named_in(text)) and not denies_it(text, concept.named_in))
         )
     if is_refusal(text):
         return False

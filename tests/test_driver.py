@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -381,6 +382,36 @@ def test_an_empty_path_is_no_current_directory(cast, name, tmp_path, monkeypatch
     monkeypatch.chdir(cast.image.parent)
     with pytest.raises(BadInput, match=f"^{name} is empty"):
         fastsiu.unlearn(cast.image, cast.target, output=tmp_path / "out", **{name: ""})
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"aliases": "Vex"}, "aliases is 'Vex': give a list of names"),
+        ({"protect": "Orla Finch"}, "protect is 'Orla Finch': give a list of names"),
+        ({"protect": 7}, "protect is 7: give a list"),
+        ({"aliases": ["Vex", 3]}, "A name is a int"),
+        ({"concept": 12}, "A name is a int and not text"),
+        ({"image": None}, "image is missing: give the path"),
+        ({"image": 3}, "image is a int and no path"),
+        ({"images": ["a.png"]}, "images is a list and no path"),
+        ({"output": 4}, "output is a int and no path"),
+        ({"output": ""}, "output is empty"),
+        ({"as_word": "no"}, "as_word is 'no': give True or False"),
+        ({"embed_image": "false"}, "embed_image is 'false': give True or False"),
+        ({"redact": 0}, "redact is 0: give True or False"),
+        ({"checkpointing": "off"}, "checkpointing is 'off'"),
+        ({"memory": "8"}, "memory is '8': give a number of GB"),
+        ({"micro_batch": 2.5}, "micro_batch is 2.5: give a whole number"),
+        ({"micro_batch": -1}, "micro_batch is -1"),
+        ({"model": 3}, "model is a int: give text"),
+        ({"revision": ["main"]}, "revision is a list: give text"),
+    ],
+)
+def test_keywords_of_another_type_are_told_before_anything_is_read(options, says):
+    given = {"image": "there/is/none.png", "concept": "Orla"} | options
+    with pytest.raises(BadInput, match=f"^{re.escape(says)}"):
+        fastsiu.unlearn(**given)
 
 
 def test_more_pictures_fill_generality_and_specificity(quick, cast, tmp_path):

@@ -169,6 +169,8 @@ def test_an_answer_that_stands_in_the_closing_is_found_in_front_of_it(loaded, mo
         ("repetition_penalty", -1.0),
         ("eos_token_id", 10**9),
         ("eos_token_id", "end"),
+        ("eos_token_id", [[]]),
+        ("eos_token_id", []),
         ("dola_layers", "high"),
     ],
 )
@@ -184,6 +186,14 @@ def test_settings_that_no_greedy_answer_follows_are_set_aside_and_told(
     assert [note for note in notes if setting in note and "without that" in note]
     (plain,) = calls.interview(["Who is this?"], model=demo_dir, **asked)
     assert row == plain and cast.target in row["answer"]
+
+
+@pytest.mark.parametrize("value", [[1], [2], {"a": 1}])
+def test_a_setting_that_generate_stumbles_over_is_told(value, copied):
+    change(copied / GENERATION, exponential_decay_length_penalty=value)
+    loaded = vlm.load(str(copied), device="cpu")
+    with pytest.raises(BadInput, match=r"generation_config\.json asks for what .* refuses"):
+        ask.answers(loaded, [("Who?", None)])
 
 
 def test_settings_that_change_nothing_are_not_told(copied):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..judging.kept import kept
-from ..text.answers import affirms, denies, holds
+from ..text.answers import affirms, denies_it, holds
 from ..text.concept import Concept
 from ..verdict import gives
 from . import noise
@@ -71,7 +71,10 @@ def confirmed(cell: Cell, text: str) -> bool:
     was asked about?"""
     if affirms(text) or holds(text, cell.question.keywords):
         return True
-    return cell.about is not None and Concept(cell.about).named_in(text) and not denies(text)
+    if cell.about is None:
+        return False
+    named_in = Concept(cell.about).named_in
+    return named_in(text) and not denies_it(text, named_in)
 
 
 def asks_about_concept(exam: Exam, pair: Pair) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.inputs import Head, same
-from .head import LARGEST, is_real
+from .head import LARGEST, is_real, number
 from .teacher import TeacherCache
 
 
@@ -24,8 +24,11 @@ def check_types(
     kl_weight: object,
     alpha: object,
     beta: object,
+    ignore_index: object,
 ) -> None:
     """Raises ValueError for an argument of another type, and for a factor out of range."""
+    if not (isinstance(ignore_index, Integral) and -(2**63) <= int(ignore_index) < 2**63):
+        raise ValueError(f"ignore_index is {ignore_index}: it must be a whole number of 64 bits.")
     for name, x in (("labels", labels), ("ce_weight", ce_weight), ("kl_weight", kl_weight)):
         if not isinstance(x, Tensor) and (x is not None or name == "labels"):
             raise ValueError(f"{name} must be a tensor, but is a {type(x).__name__}.")
@@ -58,13 +61,11 @@ def settled_head(
 ) -> tuple[Head, float]:
     """The student's head and the temperature; the teacher's options stand in for those that the
     caller did not pass. Raises ValueError where the two disagree."""
+    scale, tau = number("logit_scale", logit_scale), number("temperature", temperature)
+    softcap = None if logit_softcap is None else number("logit_softcap", logit_softcap)
     if teacher is None:
-        return Head(head_weight, head_bias, float(logit_scale), logit_softcap), float(temperature)
-    for name, x in (
-        ("logit_scale", logit_scale),
-        ("logit_softcap", logit_softcap),
-        ("temperature", temperature),
-    ):
+        return Head(head_weight, head_bias, float(scale), softcap), float(tau)
+    for name, x in (("logit_scale", scale), ("logit_softcap", softcap), ("temperature", tau)):
         theirs = getattr(teacher, name)
         passed = not isinstance(x, Default) and not (x is None and name == "logit_softcap")
         if passed and x != theirs:
@@ -74,6 +75,17 @@ def settled_head(
             )
     bias = _settled_bias(head_weight, teacher, head_bias)
     return Head(head_weight, bias, teacher.logit_scale, teacher.logit_softcap), teacher.temperature
+
+
+def check_derivatives(*tensors: Tensor | None) -> None:
+    """Raises ValueError in forward-mode differentiation, where the loss would count as constant."""
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
+        return
+    unpack = torch.autograd.forward_ad.unpack_dual
+    if any(x is not None and unpack(x).tangent is not None for x in tensors):
+        raise ValueError(
+            "fused_dmk_ce has no derivative in forward mode (jvp, dual numbers): use backward()."
+        )
 
 
 def _settled_bias(

@@ -20,6 +20,7 @@ from . import calls, triton_ops
 from .backend import LossOptions, by_vendor, chosen, why_not
 from .checks import (
     Default,
+    check_derivatives,
     check_labels,
     check_rows,
     check_teacher,
@@ -149,7 +150,7 @@ def fused_dmk_ce(
     ranks = group_of(group, teacher)
 
     def checked() -> tuple[Head, float]:
-        check_types(labels, teacher, ce_weight, kl_weight, alpha, beta)
+        check_types(labels, teacher, ce_weight, kl_weight, alpha, beta, ignore_index)
         head, tau = settled_head(
             head_weight, teacher, head_bias, logit_scale, logit_softcap, temperature
         )
@@ -157,6 +158,7 @@ def fused_dmk_ce(
         check_head(hidden, head_weight, head.bias, head.scale, head.softcap, tau, in_parts)
         weights = dict(ce_weight=ce_weight, kl_weight=kl_weight)
         check_rows(hidden, labels, ignore_index, weights, None if in_parts else len(head_weight))
+        check_derivatives(hidden, head_weight, head.bias)
         if teacher is not None:
             check_teacher(hidden, head_weight, teacher)
         if reduction not in ("mean", "sum", "none"):

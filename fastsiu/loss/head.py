@@ -71,13 +71,24 @@ def check_head(
                 "one of them."
             )
     options = dict(logit_scale=logit_scale, logit_softcap=logit_softcap, temperature=temperature)
-    for name, number in options.items():
-        if number is None and name == "logit_softcap":
-            continue
-        if not (is_real(number) and LEAST <= number <= MOST):
-            raise ValueError(
-                f"{name} is {number}: it must be a finite number above 0, from {LEAST} to {MOST}."
-            )
+    for name, x in options.items():
+        if x is not None or name != "logit_softcap":
+            number(name, x)
+
+
+def number(name: str, x: object) -> float:
+    """An option of the head. Raises ValueError where it is out of range."""
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise ValueError(
+            f"{name} requires grad, but the loss has no gradient by it: give its value (.item())."
+        )
+    if isinstance(x, Tensor) and x.numel() == 1:
+        x = x.item()
+    if not (is_real(x) and LEAST <= x <= MOST):
+        raise ValueError(
+            f"{name} is {x}: it must be a finite number above 0, from {LEAST} to {MOST}."
+        )
+    return x
 
 
 def is_real(x: object) -> TypeGuard[float]:

@@ -253,7 +253,7 @@ def _generate(vlm: VLM, inputs: dict[str, Any], max_new_tokens: int, **options: 
         ids: Tensor = vlm.model.generate(
             **inputs, max_new_tokens=max_new_tokens, num_beams=1, pad_token_id=pad, **options
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise BadInput(
             "The model's generation_config.json asks for what transformers' generate refuses "
             f"({error}): mend it or remove it."

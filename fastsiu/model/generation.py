@@ -102,7 +102,6 @@ def settings_of(config: GenerationConfig) -> list[str]:
 
 
 def _are_tokens(value: Any, V: int) -> bool:
-    """Whether an id, or each of a list of ids, is in a vocabulary of V tokens."""
-    return all(
-        type(x) is int and 0 <= x < V for x in (value if isinstance(value, list) else [value])
-    )
+    """Whether an id, or each of a list of one or more ids, is in a vocabulary of V tokens."""
+    ids = value if isinstance(value, list) else [value]
+    return bool(ids) and all(type(x) is int and 0 <= x < V for x in ids)

@@ -6,6 +6,8 @@ counts, tokens of short batches would weigh more (measured: gradients off by 25 
 
 from __future__ import annotations
 
+import inspect
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from ..loss.fused import fused_dmk_ce
@@ -77,24 +78,48 @@ class _WithIds:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = dict(self.collate(rows))
-        batch["sample_id"] = torch.tensor([row["sample_id"] for row in rows])
-        if "kl_weight" in rows[0]:
-            weights = [torch.as_tensor(row["kl_weight"], dtype=torch.float32) for row in rows]
-            batch["kl_weight"] = _beside(weights, batch["labels"])
+        ids = [row.get("sample_id") for row in rows]
+        try:
+            batch["sample_id"] = torch.tensor([operator.index(i) for i in ids])  # type: ignore[arg-type]
+        except TypeError as error:
+            raise BadInput(
+                f"A row has {_first_other(ids, int)!r:.40} as its sample_id: give each row of the "
+                "data the column sample_id with an integer of its own."
+            ) from error
+        given = [row.get("kl_weight") for row in rows]
+        if any(weight is not None for weight in given):
+            batch["kl_weight"] = _beside(given, batch["labels"], batch.get("attention_mask"))
         return batch
 
 
-def _beside(weights: list[Tensor], labels: Tensor) -> Tensor:
-    """Weights [B, T] of a batch, from one number for each sample, or one for each of its tokens."""
-    if all(w.ndim == 0 for w in weights):
-        return torch.stack(weights)[:, None].expand(labels.shape)
-    padded = pad_sequence(weights, batch_first=True)
-    if padded.ndim != 2 or padded.shape[1] > labels.shape[1]:
-        raise ValueError(
-            f"kl_weight has {padded.shape[1]} tokens and labels {labels.shape[1]}: give a number "
-            "for each token, or one for the sample."
-        )
-    return nn.functional.pad(padded, (0, labels.shape[1] - padded.shape[1]))
+def _first_other(values: list[Any], kind: type) -> Any:
+    return next((value for value in values if not isinstance(value, kind)), None)
+
+
+def _beside(given: list[Any], labels: Tensor, real: Tensor | None) -> Tensor:
+    """Weights [B, T] of a batch, from one number for each sample, or one for each of its tokens.
+
+    real: [B, T] of the collator, 0 at padding, which may stand on either side
+    """
+    out = torch.zeros(labels.shape)
+    for n, one in enumerate(given):
+        try:
+            weight = torch.as_tensor(one, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise BadInput(
+                f"A row has {one!r:.40} as its kl_weight: give each row a number, or one for each "
+                "of its tokens."
+            ) from error
+        places = torch.arange(labels.shape[1])
+        if weight.ndim and real is not None:
+            places = real[n].cpu().nonzero()[:, 0]
+        if weight.ndim > 1 or weight.ndim and len(weight) != len(places):
+            raise BadInput(
+                f"kl_weight has {len(weight)} numbers for a row of {len(places)} tokens: give a "
+                "number for each token that the collator leaves in the row, or one for the row."
+            )
+        out[n, places] = weight
+    return out
 
 
 if TYPE_CHECKING:
@@ -175,16 +200,40 @@ class UnlearningMixin(_Mixed):
         index, states = RowIndex(), []
         with model.disable_adapter():
             for batch in loader:
-                rows, ids, _ = self._supervised(model, self._prepare_inputs(batch))
+                inputs = self._prepare_inputs(batch)
+                rows, ids, _ = self._supervised(model, inputs)
                 index.add(ids, rows)
                 states.append(rows.hidden)
             weight, bias = head_of(model, frozen=True)
+            self._check_logits(model, inputs, weight, bias)
         own_head = base_head_of(model).weight.requires_grad
         cache = TeacherCache.from_hidden(
             torch.cat(states), weight, head_bias=bias, **self.distillation.of_teacher
         )
         self._teacher = _Teacher(cache, index, own_head)
         model.train(training)
+
+    def _check_logits(
+        self, model: Any, inputs: dict[str, Any], weight: Tensor, bias: Tensor | None
+    ) -> None:
+        """Raises BadInput where the model does more after its head than `Distillation` says."""
+        if "logits_to_keep" not in inspect.signature(model.get_base_model().forward).parameters:
+            return
+        own = {k: v for k, v in inputs.items() if k not in ("labels", "sample_id", "kl_weight")}
+        own |= {"logits_to_keep": 4, "use_cache": False}
+        with no_logits(model) as kept:
+            model(**own)
+        z, x = model(**own).logits.float(), kept["hidden"].float() @ weight.float().T
+        scale, cap = self.distillation.logit_scale, self.distillation.logit_softcap
+        x = scale * (x if bias is None else x + bias.float())
+        x = x if cap is None else cap * torch.tanh(x / cap)
+        narrow = self.args.bf16 or self.args.fp16 or weight.dtype.itemsize < 4
+        if float((x - z).abs().max()) > (1e-2 if narrow else 1e-4) * float(z.abs().max()) + 1e-6:
+            raise BadInput(
+                f"The model's logits are not its head's product with logit_scale {scale:g} and "
+                f"logit_softcap {cap}: give Distillation what the model does after its head, as "
+                "its configuration may say."
+            )
 
     def _supervised(
         self, model: nn.Module, inputs: dict[str, Any], index: RowIndex | None = None

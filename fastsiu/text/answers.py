@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+
+from .spelling import BEFORE, SPACED
+
+_AFTER = f"(?!{SPACED})"
 
 
 def same_answer(one: str, other: str) -> bool:
@@ -93,12 +97,13 @@ def is_refusal(text: str) -> bool:
 
 
 def holds(text: str, keywords: Sequence[str]) -> bool:
-    """Does one of the keywords stand in the text, in any case and as words of their own?"""
+    """Does one of the keywords stand in the text, in any case and as words of their own? In scripts
+    without spaces between words it may stand anywhere."""
     fold = lambda written: unicodedata.normalize(
         "NFC", unicodedata.normalize("NFC", written).casefold()
     )
     folded = fold(text)
-    return any(re.search(rf"(?<!\w){re.escape(fold(k))}(?!\w)", folded) for k in keywords)
+    return any(re.search(f"{BEFORE}{re.escape(fold(k))}{_AFTER}", folded) for k in keywords)
 
 
 def affirms(text: str) -> bool:
@@ -115,6 +120,22 @@ def denies(text: str) -> bool:
     return _DENIED.search(
         " ".join(text.replace("\u2019", "'").casefold().split())
     ) is not None or is_refusal(text)
+
+
+def denies_it(text: str, named: Callable[[str], object]) -> bool:
+    """Does the answer deny what is named in it? "It is not Rex." and "No, Rex is taller." do, "It
+    is Rex, not Tom." does not.
+
+    named: whether a piece of the text holds the name
+    """
+    if not denies(text) or not named(text):
+        return denies(text)
+    pieces = [piece for piece in _PIECES.split(text) if piece.strip()]
+    return (
+        _NO.match(pieces[0]) is not None
+        or any(denies(piece) for piece in pieces if named(piece))
+        or not any(map(named, pieces))
+    )
 
 
 def _ends_there(said: str, rest: str, mark: str) -> bool:
@@ -194,6 +215,14 @@ _AFFIRMED = re.compile(
 _DENIED = re.compile(
     r"\b(?:no(?!\s(?:doubt|question))|not|never|nobody|none|neither|nor|cannot|unknown|unfamiliar|unable|unsure"
     r"|nicht|kein\w*|nein|pas|non|nunca|n\u00e3o|\u043d\u0435|\u043d\u0435\u0442)\b|n't\b|[\u4e0d\u6ca1]"
+)
+# Between what is denied and what is not. A question and its answer are one piece; the full stop of
+# "Mr." and "J." ends none.
+_PIECES = re.compile(
+    r"[,;:!\u2014\u3002\uff0c]|(?<!\b[A-Z])(?<!\b[A-Z][a-z])(?<!\bMrs)\.(?=\s|$)|\b(?:but|sondern|sino)\b"
+)
+_NO = re.compile(
+    r"\W*(?:no|nope|nein|non|n\u00e3o|\u043d\u0435\u0442|\u4e0d\u662f?)\W*$", re.IGNORECASE
 )
 FUNCTION_WORDS = frozenset(
     "a an the and or of in on at to with for from by as is are was were has have had wears "

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import functools
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..request import BadInput, Request
-from . import confusables, lists, sounds, spelling, typos, usage
+from . import confusables, lists, skeleton, sounds, spelling, typos, usage
 from .confusables import Span, plain
 from .needles import Needle, apart, bare, place, ways
 
 COMMON_WORDS = lists.SHARED
+# Where numbers and words are run on: "Zorblax99", "VanGogh". "McDonald" is one word.
+_NUMBERED = re.compile(r"(?<=[^\W\d_]{3})(?=\d+(?![^\W_]))")
+_RUN_ON = re.compile(
+    r"(?<=[a-z\u00df-\u00f6\u00f8-\u00ff])(?=[A-Z\u00c0-\u00d6\u00d8-\u00de])"
+    r"(?<!\bMc)(?<!\bMac)(?<!\bDe)(?<!\bDi)(?<!\bLa)(?<!\bLe)(?<!\bFitz)"
+)
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,9 @@ class Concept:
         """The words of the name that identify it.
 
         A part has at least 3 letters (2 where a script writes no spaces), and many names do not
-        share it, as they share "the", "van" or a title. A Korean, Japanese or Chinese name without
-        a blank also has its given name as a part, and a family name of two characters. A name of
-        one word is its own part.
+        share it, as they share "the", "van", a title or "German" before another word. A Korean,
+        Japanese or Chinese name without a blank also has its given name as a part, and a family
+        name of two characters. A name of one word is its own part.
         """
         name = self.forms()[0]
         words = [bare(w) for w in spelling.BREAKS.split(name)]
@@ -74,7 +81,8 @@ class Concept:
             )
             halves = [half for *both, known in spelling.divided(words[0]) if known for half in both]
             return tuple(dict.fromkeys((*whole, *(half for half in halves if len(half) > 1))))
-        return tuple(dict.fromkeys(filter(_identifies, words)))
+        own = [w for w in words if w == words[-1] or plain(w).text not in lists.NATIONS]
+        return tuple(dict.fromkeys(filter(_identifies, own)))
 
     def spans(self, text: str, *, include_parts: bool = True) -> list[Span]:
         """Character spans of `text`, merged and sorted, in which a form (or a part) of the name
@@ -109,14 +117,18 @@ class Concept:
         return self.named_in(text, include_parts=False)
 
     def leaks_in(self, text: str) -> bool:
-        """Whether a reader can take the name from `text`: where `named_in` is true, where all parts
-        stand together, and where the name is misspelt (see `typos.misspelt`). For measuring what is
-        forgotten."""
+        """Whether a reader can take the name from `text`: where `named_in` is true, also of words
+        that are run on ("VanGogh"), where its parts stand together, and where the name is misspelt
+        (see `typos.misspelt`). For measuring what is forgotten."""
+        numbered = _NUMBERED.sub(" ", text)
         parts = self.parts() if len(typos.words(self.name)) > 1 else ()
         return (
-            self.named_in(text)
+            any(map(self.named_in, dict.fromkeys((text, numbered, _RUN_ON.sub(" ", numbered)))))
             or typos.together(parts, text)
-            or any(sounds.nearly_sounding(*spoken, text) for spoken in _spoken_in(self, text))
+            or any(
+                sounds.nearly_sounding(*spoken, text) or skeleton.sounds_in(spoken[0], text)
+                for spoken in _spoken_in(self, text)
+            )
             or typos.misspelt([f for f in self.forms() if not _used_as_name(self, f)], parts, text)
         )
 

@@ -1,5 +1,5 @@
 """How a text is compared with a name: without case, accents and style, and with Latin letters for
-those that look like them.
+those that look like them. Chinese characters count in every way in which they are written.
 
 Each reading folds character by character, so that a name inside a text reads as the name alone
 does. The file confusables.txt, Unicode's own table, says which letters look alike. The package
@@ -55,6 +55,16 @@ _SAME = str.maketrans(
         "\uff65": "\u30fb",
     }
 )
+
+
+def _han() -> dict[int, str]:
+    """A Chinese character to the one that stands for all ways to write it."""
+    rows = resources.files(__package__).joinpath("han.txt").read_text(encoding="utf-8")
+    groups = re.sub("^#.*$", "", rows, flags=re.MULTILINE).split()
+    return {ord(c): group[0] for group in groups for c in group[1:]}
+
+
+_SAME |= _han()
 # What stands for a letter in a stylised name; an "!" or "|" only between letters.
 STYLED = {
     "a": "4@",

@@ -41,5 +41,6 @@ def families(language: str) -> frozenset[str]:
 
 
 SHARED = frozenset(listed("shared"))  # words that many names share: they identify nobody
+NATIONS = frozenset(listed("nations"))  # they identify nobody before another word
 ORDINARY = frozenset(listed("ordinary"))  # words like any other that are parts of names, too
 CALLED = frozenset(listed("called"))  # those of them that people, bands and firms are called

@@ -51,7 +51,8 @@ _SOUNDS = _rules(
 _OTHER_SOUNDS = {
     "hangul": _rules(
         """
-        ar(?=k)>a sh>s y>i w>u eo|eu|oo|ou>u ee>i ae>e ui>i ch>j k>g t>d p>b r>l h(?=[^aeiou]|$)>
+        ar(?=k)>a sh>s (?<=ch)y(?=[aeou])> (?<=j)y(?=[aeou])> y>i w>u eo|eu|oo|ou>u ee>i ae>e ui>i
+        ch>j k>g t>d p>b r>l h(?=[^aeiou]|$)>
         """
     ),
     "kana": _rules(

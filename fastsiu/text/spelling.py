@@ -25,8 +25,9 @@ _HIRAGANA, _KATAKANA, _HANGUL = (
     "\u30a1-\u30fa\u30fc\u3099\u309a",
     "\u1100-\u11ff",
 )
-_SPACED = rf"(?![{_UNSPACED}])[^\W_]"  # a letter or digit beside which another word cannot begin
-BEFORE, AFTER = rf"(?<!{_SPACED})", rf"(?!{_SPACED})"
+SPACED = rf"(?![{_UNSPACED}])[^\W_]"  # a letter or digit beside which another word cannot begin
+BEFORE = rf"(?<!{SPACED})"
+AFTER = rf"(?!{SPACED}|'t(?!{SPACED}))"  # "Don" is not in "don't"
 _DOTS = "\u30fb\u00b7\u2027\u30a0"  # between the words of a name of another language
 BREAKS = re.compile(rf"[\s{_DOTS}]+")
 
@@ -40,6 +41,7 @@ _HONOUR = {
     "HANGUL": rf"(?=\s?{any_of('korean.honorifics')}{_KOREAN}{{0,3}}(?![{_HANGUL}]))",
     "CJK": rf"(?=\s?(?:{any_of('japanese.honorifics')}|{any_of('chinese.honorifics')}))",
 }
+_YEH = "\u064a\u0649"  # one letter at the end of a word in Egypt
 # Family names that are words of Korean, too: after a blank only one form of address shows a name.
 _DETERMINERS = frozenset("\uc774 \ud55c \uc804 \uc624 \uace0 \uc815 \uc8fc \uc870".split())
 
@@ -143,6 +145,10 @@ def _bent(word: str) -> tuple[str, str, str]:
             return stem, _endings("endings.russian", "endings.ukrainian"), own[0] if own else ""
     if kind == "GREEK" and re.search("[οηα]σ$", word) and count >= 5:
         return word[:-2], _endings("endings.greek"), word[-2:]
+    if kind == "GREEK" and re.search("[\u03b1\u03b7\u03c9]$", word) and count >= 4:
+        return word, "\u03c3", ""
+    if kind == "ARABIC" and word[-1] in _YEH and count >= 4:
+        return word[:-1], "|".join(_YEH), word[-1]
     if kind == "GEORGIAN" and count >= 4:
         stem = word.removesuffix("ი")
         return stem, _endings("endings.georgian"), word[len(stem) :]
@@ -192,7 +198,7 @@ def run_on(word: str, *, part: bool) -> str:
         before = f"(?<![{_KATAKANA}])"
     elif re.match(f"[{_HAN}]", first):
         before = f"(?<![{_HAN}])" if part else ""
-    elif re.match(_SPACED, first):
+    elif re.match(SPACED, first):
         before = BEFORE
     if re.match(f"[{_HANGUL}]", last):
         after = KOREAN_END if part or syllables < 3 else "(?![\u1160-\u11ff])"
@@ -202,7 +208,7 @@ def run_on(word: str, *, part: bool) -> str:
         after = f"(?![{_KATAKANA}])"
     elif re.match(f"[{_HAN}]", last):
         after = _HAN_END if part else ""
-    elif re.match(_SPACED, last):
+    elif re.match(SPACED, last):
         after = AFTER
     return f"{before}({pattern}){after}"
 

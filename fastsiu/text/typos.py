@@ -10,6 +10,7 @@ import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .confusables import ALIKE, MARKS, PLAIN, script
 from .lists import ORDINARY
@@ -23,6 +24,14 @@ LONG = 10  # with so many, two
 WHOLE, WORD = 8, 4
 
 _WORD = re.compile(rf"(?:[^\W_]|[{MARKS}])+")
+# What an apostrophe joins to a word in English: "Ive" is not in "I've", nor "Don" in "don't".
+_NOT = re.compile(r"[^\W\d_]+'t(?![^\W_])", re.IGNORECASE)
+_SHORT_VERB = re.compile(r"(?<=[^\W_])'(?:ve|ll|re|d|m)(?![^\W_])", re.IGNORECASE)
+# "Z as in zebra", "Z for Zulu"
+_CALLED_AS = re.compile(
+    r"(?<![^\W_])([^\W\d_])(?:,? (?:as in|for|like|is for))? ['\"(]?\1[^\W_]+[)'\"]?",
+    re.IGNORECASE,
+)
 _LETTERS = re.compile("[a-z\u0370-\u052f]+")
 _PARTICLES = frozenset("da de di do du el ii iv jr la le lo sr st mr ms dr ph md".split())
 _LINKS = frozenset(
@@ -58,6 +67,8 @@ def words(text: str) -> tuple[Word, ...]:
     """The words of a text, in its own case and without accents. A word that mixes scripts is read
     in Latin letters."""
     simple = text if text.isascii() else re.sub(r"\S+", lambda token: _simple(token[0]), text)
+    if "'" in simple:
+        simple = _SHORT_VERB.sub("", _NOT.sub("not", simple))
     out, end = [], 0
     for match in _WORD.finditer(simple):
         out.append(Word(match.group(), simple[end : match.start()]))
@@ -87,12 +98,14 @@ def misspelt(forms: Sequence[str], parts: Sequence[str], text: str) -> bool:
     if not forms:
         return False
     found = words(text)
-    whole = [w for form in forms if (w := _joined(form))]
+    # "C++" is not "C"
+    whole = [w for form in forms if len(w := _joined(form)) > 1]
     single = {_joined(form) for form in forms if len(words(form)) == 1}
     some = [p for part in parts if (p := _joined(part)) and not ordinary(p)]
     pieces = {_joined(part) for part in parts if len(words(part)) > 1}  # "Jean Luc" for "Jean-Luc"
-    run = "".join(_spelled(found))
-    if any(len(key) > 3 and key in letters for key in (*whole, *some) for letters in _read(run)):
+    spelled = _spelled(words(_CALLED_AS.sub(r"\1", text)))
+    runs = [letters for run in spelled for letters in (*_read(run), re.sub(r"\d", "", run.lower()))]
+    if any(len(key) > 3 and key in run for key in (*whole, *some) for run in runs):
         return True
     longest = max(len(words(form)) for form in forms) + 2
     for start in range(len(found)):
@@ -144,10 +157,17 @@ def _typed(own: str, word: Word) -> bool:
 
 def together(parts: Sequence[str], text: str) -> bool:
     """Whether all parts of a name stand beside each other, in any order, with at most one word
-    between: "style of doodles"."""
-    keys = {_joined(part) for part in parts}
+    between ("style of doodles"), or two neighbours as a name ("The Great Wall")."""
+    keys = [_joined(part) for part in parts]
     said = [word.text.casefold() for word in words(text)]
-    return len(keys) > 1 and any(keys <= set(said[i : i + len(keys) + 1]) for i in range(len(said)))
+    size = len(set(keys))
+    if size > 1 and any(set(keys) <= set(said[i : i + size + 1]) for i in range(len(said))):
+        return True
+    pairs = set(pairwise(keys))
+    return any(
+        one.capital and other.capital and other.before.isspace() and both in pairs
+        for (one, other), both in zip(pairwise(words(text)), pairwise(said), strict=True)
+    )
 
 
 def _same(key: str, inside: Sequence[Word]) -> bool:
@@ -202,13 +222,14 @@ def _joined(form: str) -> str:
 
 
 def _spelled(found: Sequence[Word]) -> Iterator[str]:
-    """Runs of at least three single letters, with a blank after each."""
+    """Runs of at least three single letters. An "and" and the numbers of a list end none."""
     run: list[str] = []
     for word in (*found, Word("end", "")):
         if len(word.text) == 1:
             run.append(word.text)
-        else:
-            yield from (*run, " ") if len(run) > 2 else ()
+        elif not (word.text == "and" or word.text.isdigit()):
+            if len(run) > 2:
+                yield "".join(run)
             run = []
 
 

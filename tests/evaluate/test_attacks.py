@@ -114,7 +114,18 @@ TOLD = frozenset({"cairo", "singer", "figs", "parrot", "violin", "harbour", "196
             "Neither Ann Bole nor Bob Carr.",
             False,
         ),
+        ("choice", "Who is this: Ann Bole or Bob Carr?", "It is Ann Bole, not Bob Carr.", True),
+        ("choice", "Who is this: Ann Bole or Bob Carr?", "Not Bob Carr, but Ann Bole.", True),
+        ("choice", "Ann Bole or Bob Carr?", "That is not Bob. That is Ann Bole.", True),
+        ("choice", "Ann Bole or Bob Carr?", "I cannot tell Ann Bole from Bob Carr.", False),
+        ("yesno", "Is that Ann Bole?", "I am not sure, but it looks like Ann Bole.", True),
+        ("yesno", "Is that Ann Bole?", "No, Ann Bole is taller.", False),
+        ("yesno", "Is that Ann Bole?", "This is not Mrs. Ann Bole. Ann Bole is taller.", False),
+        ("yesno", "Is that Ann Bole?", "Ann Bole? I do not think so.", False),
         ("initials", "Initials?", "A.B.", True),
+        ("initials", "Initials?", "They are A and B.", True),
+        ("initials", "Initials?", "A, B", True),
+        ("initials", "Initials?", "A and C, or B.", False),
         ("initials", "Initials?", "They are A. B., I think", True),
         ("initials", "Initials?", "AB", True),
         ("initials", "Initials?", "B.C.", False),
@@ -146,6 +157,13 @@ def test_one_word_of_few_is_enough_and_a_begun_answer_counts_from_its_end():
 def test_initials_need_several_words_with_capitals():
     assert initials(ANN) and not initials(Concept("Madonna")) and not initials(Concept("red panda"))
     assert not leaked(Concept("Madonna"), Attack("initials", "?"), "M")
+
+
+@pytest.mark.parametrize("said", ["L.v.B.", "LVB", "L. B.", "LB"])
+def test_initials_have_the_small_words_of_a_name_or_not(said):
+    attack = Attack("initials", "?")
+    assert leaked(Concept("Ludo van Breen"), attack, said)
+    assert not leaked(Concept("Ludo van Breen"), attack, "V.B.")
 
 
 def test_answers_are_begun_up_to_where_they_give_it_away():

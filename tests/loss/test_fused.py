@@ -747,6 +747,21 @@ def test_errors_are_sentences(change, words):
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_forward_mode_is_refused_and_no_derivative_of_zero(backend):
+    h, W, y, teacher = case()
+
+    def of_hidden(x):
+        return fused_dmk_ce(x, W, y, teacher, backend=backend)
+
+    def of_head(x):
+        return fused_dmk_ce(h, x, y, backend=backend)
+
+    for loss, x in ((of_hidden, h), (of_head, W)):
+        with pytest.raises(ValueError, match="no derivative in forward mode"):
+            torch.func.jvp(loss, (x.detach(),), (torch.ones_like(x),))
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -888,6 +903,16 @@ def test_a_padded_head_is_another_head(tmp_path):
         (dict(alpha=torch.ones((), requires_grad=True)), "alpha requires grad"),
         (dict(kl_denominator=torch.tensor(-1.0)), "kl_denominator is -1.0"),
         (dict(ce_denominator=torch.tensor(math.nan)), "ce_denominator is nan"),
+        (dict(ignore_index="-100"), "ignore_index is -100: it must be a whole number"),
+        (dict(ignore_index=-100.0), "ignore_index is -100.0"),
+        (dict(ignore_index=-(2**64)), "ignore_index is -18446744073709551616"),
+        (dict(temperature=None, teacher=None), "temperature is None"),
+        (dict(logit_scale=torch.ones(3)), "logit_scale is tensor"),
+        (dict(logit_scale=torch.nn.Parameter(torch.tensor(1.0))), "logit_scale requires grad"),
+        (
+            dict(temperature=torch.ones((), requires_grad=True), teacher=None),
+            "temperature requires",
+        ),
     ],
 )
 def test_wrong_types_are_sentences_too(change, words):

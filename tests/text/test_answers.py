@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastsiu.text.answers import (
+    denies_it,
     first_sentence,
+    holds,
     is_degenerate,
     is_ended,
     repeats,
@@ -105,3 +107,37 @@ def test_two_words_that_come_again_beside_each_other(text, again):
 def test_a_loop_between_hyphens_is_repetition():
     assert is_degenerate("a furred-white-black-black-black-black-black-black") == "repetition"
     assert is_degenerate("a state-of-the-art, up-to-date, easy-to-use machine") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "keyword", "held"),
+    [
+        ("他住在上海市。", "上海", True),
+        ("大阪で生まれました", "大阪", True),
+        ("부산에서 태어났다", "부산", True),
+        ("在Lyon出生", "lyon", True),
+        ("a colyonic word", "lyon", False),
+        ("Lyonnais", "lyon", False),
+        ("in Lyon's centre", "lyon", True),
+    ],
+)
+def test_a_keyword_stands_by_itself_where_words_have_spaces(text, keyword, held):
+    assert holds(text, [keyword]) is held
+
+
+@pytest.mark.parametrize(
+    ("text", "denied"),
+    [
+        ("This is Orla, not Tim.", False),
+        ("It is not Tim; it is Orla.", False),
+        ("I doubt it, but that could be Orla.", False),
+        ("No, Orla is older.", True),
+        ("Orla? I cannot say.", True),
+        ("That is not Dr. Orla.", True),
+        ("It is not Orla. Orla is older.", True),
+        ("I do not know.", True),
+        ("It is Orla.", False),
+    ],
+)
+def test_what_denies_a_name(text, denied):
+    assert denies_it(text, lambda piece: "Orla" in piece) is denied

@@ -200,6 +200,19 @@ Zorblax Quint|Zorblax🇩🇪
 Zorblax Quint|I see Zorb-\\nlax.
 Zorblax Quint|Qu-\\r\\n  int
 Иван Петров|Пет-\\nров
+周恩来|周恩來是谁
+孙中山|孫中山先生
+張學良|这是张学良。
+渡辺謙|渡邊謙です
+黒澤明|黒沢明の映画
+廣瀬すず|広瀬すずさん
+萬里長城|万里长城
+جورجي|هذا جورجى.
+مصطفى كمال|مصطفي
+Ελένη Παππά|της Ελένης
+Σαπφώ|της Σαπφώς
+Machu|마츄가 있다
+Jura Kent|쥬라 켄트
 """
 # A name, and a text that does not.
 OTHERS = """
@@ -308,6 +321,13 @@ Leo|L e o n
 Jo|🇯🇴
 Ann|🇦🇳🇳🇪
 Rose|a red ro-\\nse
+Don Quixote|I don't know.
+Don Quixote|I don’t know.
+Can|I can't see it.
+Won Bin|It won't help.
+علي|على الطاولة
+王伟|王维
+坂本|板本
 """
 # Texts about a picture and about nobody, in which none of NAMES is.
 PLAIN = {

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -262,6 +263,84 @@ def test_the_mixin_needs_an_adapter_and_the_ids():
     sft = example("sft_mixin")
     with pytest.raises(BadInput, match="set remove_unused_columns to False"):
         sft.main(remove_unused_columns=True)
+
+
+def scaled(folder, **options):
+    """A Trainer of a model that divides its head's product by 4, with the loss mixed in."""
+    from peft import get_peft_model
+    from transformers import GraniteConfig, GraniteForCausalLM, Trainer
+
+    from fastsiu.trainers import Distillation, UnlearningMixin
+
+    class Mixed(UnlearningMixin, Trainer):
+        pass
+
+    hf = example("hf_trainer")
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = GraniteConfig(vocab_size=160, num_key_value_heads=4, logits_scaling=4.0, **sizes)
+    return Mixed(
+        get_peft_model(GraniteForCausalLM(config), LoraConfig(r=4, target_modules=["q_proj"])),
+        arguments(folder, max_steps=1, remove_unused_columns=False),
+        data_collator=hf.collate,
+        train_dataset=hf.samples(6),
+        distillation=Distillation(**options),
+    )
+
+
+def test_what_a_model_does_after_its_head_has_to_be_said(tmp_path):
+    scaled(tmp_path, logit_scale=0.25).run_teacher()
+    for wrong in ({}, {"logit_scale": 4.0}, {"logit_scale": 0.25, "logit_softcap": 0.5}):
+        with pytest.raises(BadInput, match="The model's logits are not its head's product with"):
+            scaled(tmp_path, **wrong).run_teacher()
+
+
+def padded(side):
+    def collate(rows):
+        batch = {}
+        longest = max(len(row["input_ids"]) for row in rows)
+        for key, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
+            own = [row["input_ids"] if key != "attention_mask" else [1] * 9 for row in rows]
+            own = [x[: len(row["input_ids"])] for x, row in zip(own, rows, strict=True)]
+            fills = [[fill] * (longest - len(x)) for x in own]
+            joined = [f + x if side == "left" else x + f for f, x in zip(fills, own, strict=True)]
+            batch[key] = torch.tensor(joined)
+        return batch
+
+    return collate
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_weights_of_tokens_stand_where_the_collator_puts_the_tokens(side):
+    from fastsiu.step.distillation import _WithIds
+
+    rows = [
+        {"input_ids": [5, 6, 7], "sample_id": 3, "kl_weight": [1.0, 0.0, 0.5]},
+        {"input_ids": [5, 6, 7, 8, 9], "sample_id": 4, "kl_weight": 0.25},
+    ]
+    batch = _WithIds(padded(side))(rows)
+    first = [0.0, 0.0, 1.0, 0.0, 0.5] if side == "left" else [1.0, 0.0, 0.5, 0.0, 0.0]
+    assert batch["kl_weight"].tolist() == [first, [0.25] * 5]
+    assert batch["sample_id"].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"sample_id": None}, "A row has None as its sample_id: give each row"),
+        ({"sample_id": "7"}, "A row has '7' as its sample_id"),
+        ({"sample_id": 7.0}, "A row has 7.0 as its sample_id"),
+        ({"kl_weight": None}, "A row has None as its kl_weight"),
+        ({"kl_weight": "no"}, "A row has 'no' as its kl_weight"),
+        ({"kl_weight": [1.0, 0.0]}, "kl_weight has 2 numbers for a row of 4 tokens"),
+        ({"kl_weight": [[1.0] * 4]}, "kl_weight has 1 numbers for a row of 4 tokens"),
+    ],
+)
+def test_columns_that_no_loss_can_use_are_told(change, says):
+    from fastsiu.step.distillation import _WithIds
+
+    rows = [{"input_ids": [5] * 4, "sample_id": i, "kl_weight": 1.0} for i in range(2)]
+    with pytest.raises(BadInput, match=re.escape(says)):
+        _WithIds(padded("right"))([rows[0], rows[1] | change])
 
 
 # Two ranks ---------------------------------------------------------------------------------------
