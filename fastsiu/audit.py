@@ -24,6 +24,7 @@ from .evaluate import effect, eval_files, held_out, inquiry
 from .evaluate.attacks import not_asked
 from .evaluate.deployed_exam import Asking, DeployedExam, thinned
 from .evaluate.merge_verdict import questions_of
+from .guards.first_read import first_reads_count
 from .guards.strict_json import read_json
 from .images import beside, load_image, read_bytes
 from .model import adapter, adapter_files, ask, source
@@ -95,6 +96,7 @@ class Audited:
         return 0 if self.status == effect.FORGOTTEN else 1
 
 
+@first_reads_count()
 def audit(
     request: Request,
     *,

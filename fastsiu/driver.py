@@ -19,6 +19,7 @@ from . import output as outputs
 from .disk.staging import check_space
 from .evaluate.attacks import not_asked
 from .evaluate.held_out import decide
+from .guards.first_read import first_reads_count
 from .images import Beside, beside, load_image, read_bytes
 from .model import adapter, adapter_files, ask, decode, source, vlm
 from .model.memory import budget
@@ -26,6 +27,7 @@ from .report import card
 from .report.redact import redacted
 from .request import Recipe, Request
 from .samples.beside import Prepared
+from .samples.corpus import read_data
 from .session import Listener, Trained, forget, prepare, timed
 from .settings import (
     ModelRef,
@@ -54,6 +56,7 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
 
+@first_reads_count()
 def unlearn(
     request: Request,
     *,
@@ -88,8 +91,10 @@ def unlearn(
         if found == "same":
             return _repeat(destination)
         check_space(destination.absolute(), _room(model, chosen.rank))
-        # A damaged picture is told now, not after the training.
+        # What is damaged is told now, not after the training.
         given = beside(request)
+        if request.data is not None:
+            read_data(request.data, request.image)
 
         seconds: dict[str, float] = {}
         with timed(seconds, "load"):

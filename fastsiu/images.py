@@ -15,6 +15,7 @@ from typing import Literal
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
+from .guards.first_read import once
 from .guards.small_file import NotOrdinary, open_ordinary
 from .pictures.pixels import upright, usable
 from .request import BadInput, Request
@@ -102,7 +103,11 @@ def picture_of(data: bytes, path: Path) -> Image.Image:
 def read_bytes(path: str | Path) -> bytes:
     """The bytes of an ordinary file of at most `MAX_BYTES`. Raises BadInput where there is none, or
     where it changes meanwhile."""
-    path, shown = Path(path), repr(str(path))
+    return once("bytes", Path(path), lambda: _read(Path(path)))
+
+
+def _read(path: Path) -> bytes:
+    shown = repr(str(path))
     _check_local(path)
     try:
         if path.is_dir():
@@ -144,7 +149,11 @@ def list_images(directory: str | Path) -> list[Path]:
     Raises BadInput when the directory is missing, is not a directory, cannot be read or holds no
     picture.
     """
-    directory, shown = Path(directory), repr(str(directory))
+    return list(once("pictures", Path(directory), lambda: _listed(Path(directory))))
+
+
+def _listed(directory: Path) -> list[Path]:
+    shown = repr(str(directory))
     _check_local(directory)
     try:
         if not directory.exists():

@@ -18,6 +18,7 @@ from . import driver, manifest
 from . import output as outputs
 from .disk import staging
 from .disk.request_file import PATHS, first_sentence_of, places_of, read_requests
+from .guards.first_read import first_reads_count
 from .guards.strict_json import read_json
 from .images import beside, load_image
 from .model import vlm
@@ -26,6 +27,7 @@ from .report.redact import MODEL, redacted
 from .report.sentences import sentence
 from .report.words import CONCEPT
 from .request import BadInput, Recipe, Request
+from .samples.corpus import read_data
 from .session import Listener
 from .settings import (
     ModelRef,
@@ -306,10 +308,14 @@ class Requests:
         except BadInput:  # `do` says so
             return ""
 
+    @first_reads_count()
     def do(self, key: str, listener: Listener) -> str:
         request = self.asked[self.lines[key]]
         image = load_image(request.image)
         given = beside(request)
+        if request.data is not None:
+            read_data(request.data, request.image)
+        digest = self.digest(key)
         if self.loaded is None:
             self.loaded = load(self.model, self.layout, self.room, listener)
         loaded, shares = self.loaded, self.loaded.shares
@@ -322,7 +328,7 @@ class Requests:
                 driver.Sealed(
                     self.recipe,
                     self.sealed.origins,
-                    self.digest(key),
+                    digest,
                     self.sealed.weights,
                     self.sealed.settings,
                 ),

@@ -22,6 +22,7 @@ from typing import Any
 
 from . import __version__
 from .guards import small_file
+from .guards.first_read import once
 from .guards.strict_json import read_json
 from .images import commitment, list_images, read_bytes
 from .request import BadInput, Recipe, Request
@@ -332,7 +333,7 @@ def _directory_digest(directory: Path | None) -> list[str] | None:
 
 def _read_data(path: Path) -> bytes:
     try:
-        return small_file.read_bytes(path)
+        return once("data", path, lambda: small_file.read_bytes(path))
     except (OSError, ValueError) as error:
         raise BadInput(
             f"The samples {str(path)!r} cannot be read ({small_file.reason(error)}): check the "

@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 from . import output as outputs
 from .evaluate.attacks import not_asked
 from .evaluate.merge_verdict import FORMS, Verifier, free
+from .guards.first_read import first_reads_count
 from .guards.strict_json import read_json
 from .images import read_bytes
 from .model import adapter, adapter_files, decode, licence, placement, source, vlm
@@ -78,6 +79,7 @@ class Merged:
     notes: list[str] = field(default_factory=list)
 
 
+@first_reads_count()
 def merge(
     adapter_dir: str | Path,
     output: str | Path,

@@ -21,6 +21,7 @@ from . import output as outputs
 from .disk.request_file import read_requests
 from .disk.several_state import Mode, Outcome, State
 from .evaluate.held_out import decide
+from .guards.first_read import first_reads_count
 from .images import beside, load_image
 from .model import adapter, ask, vlm
 from .model.memory import budget
@@ -82,6 +83,7 @@ class Several:
         return gone and all(o.status == "forgotten" for o in self.outcomes)
 
 
+@first_reads_count()
 def unlearn_several(
     file: str | Path,
     *,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import output as outputs
-from ..images import load_image, read_bytes
+from ..images import picture_of, read_bytes
 from ..model import adapter, adapter_files, decode, vlm
 from ..report.redact import redacted
 from ..request import BadInput, Recipe
@@ -120,6 +120,7 @@ def evaluate(
     _check(files, adapter_dir, base, report, extras, output)
     tried = attacking.chosen(extras.attacks)
     concept, as_was = evaluated(concept, kind, adapter_dir, model, base)
+    training = None if image is None else read_bytes(image)
     exam = directories.exam_of(concept, **vars(files), kind=as_was)
     for seen in exam.pictures:
         seen.load()  # a damaged picture is told now, not after an hour
@@ -216,8 +217,8 @@ def evaluate(
             digest,
             measured,
             decides | report.deciding,
-            {} if image is None else {"image": read_bytes(image)},
-            load_image(image) if report.embed_image and image is not None else None,
+            {} if training is None else {"image": training},
+            picture_of(training, image) if report.embed_image and training and image else None,
             report.run,
         )
     elif report.redact:  # what is printed may go to a file, too

@@ -179,17 +179,19 @@ def cached(job: SuiteJob, subject: suite.Subject) -> Observations | None:
 
 
 def manifest(
-    job: SuiteJob, subject: suite.Subject, key: bytes, masks: dict[str, Any]
+    job: SuiteJob, digest: str, picture: bytes, key: bytes, masks: dict[str, Any]
 ) -> dict[str, Any]:
+    """digest: of the concept's result; picture: its training picture. Both as they were before the
+    work, since files may change meanwhile."""
     whole = outputs.manifest(
         recipe=job.recipe,
         origins=job.origins,
         model_id=job.shown,
         revision=job.commit,
         weights=job.weights or {},
-        digest=job.digest(subject),
+        digest=digest,
         key=key,
-        pictures={"image": read_bytes(subject.training)},
+        pictures={"image": picture},
         masks=masks,
         settings=job.deciding,
     )
