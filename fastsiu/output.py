@@ -68,7 +68,7 @@ __all__ = [
     "write_card",
     "write_reports",
 ]
-OTHER = "choose another --output"
+OTHER = staging.OTHER
 ROOM = 32 * 2**20  # bytes: an output takes at least so many, adapter and reports
 RUN = "run.toml"  # repeats the run: `fastsiu --config`
 PRIVATE = ("report.*", "untouched.json", RUN)  # files with names and answers, for their owner alone

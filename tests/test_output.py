@@ -725,3 +725,25 @@ def test_a_report_in_a_terminal_obeys_nothing_that_it_holds(tmp_path):
         text = file.read_text(encoding="utf-8")
         assert "Zo\u00eb" in text and not {"\x1b", "\x9b", "\u202e"} & set(text), file.name
     assert json.loads((tmp_path / "report.json").read_text())["concept"] == name
+
+
+def test_no_file_is_written_through_a_link_that_somebody_put_there(tmp_path):
+    (tmp_path / "theirs").write_text("theirs alone")
+    with staging.claim(tmp_path, "a run"):
+        (held,) = (p for p in tmp_path.iterdir() if p.name.startswith(staging.CLAIM))
+    held.symlink_to("theirs")
+    with pytest.raises(BadInput, match="cannot be used"), staging.claim(tmp_path, "a run"):
+        pass
+    (tmp_path / "note").symlink_to("theirs")
+    with pytest.raises(OSError):
+        staging.write(tmp_path / "note", b"ours")
+    assert (tmp_path / "theirs").read_text() == "theirs alone"
+
+
+@pytest.mark.parametrize("there", ["directory", "dangling"])
+def test_a_claim_that_cannot_be_used_is_a_sentence(tmp_path, there):
+    with staging.claim(tmp_path, "out"):
+        (held,) = tmp_path.iterdir()
+    held.mkdir() if there == "directory" else held.symlink_to(tmp_path / "no" / "where")
+    with pytest.raises(BadInput, match="another --output"), reserved(tmp_path / "out", ""):
+        pass

@@ -41,7 +41,9 @@ PREFIX, CLAIM = ".fastsiu.partial-", ".fastsiu.claim-"
 JOIN = ".fastsiu.join"  # in an output that several processes share (`workers.claims`)
 LONG_AGO = 86_400.0  # seconds
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-OTHER_FILE = "name another file"
+OTHER, OTHER_FILE = "choose another --output", "name another file"
+# Whoever may write to a directory may put a link where this program makes its files there.
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 # files of a directory that holds several results
 MARKS = ("suite.json", "matrix.json", "requests.json")
 _PARTIAL = re.compile(re.escape(PREFIX) + r"([0-9a-f]{8})-\d+-[0-9a-f]{8}")
@@ -184,13 +186,21 @@ def claim(place: Path, key: str, *, wait: bool = False) -> Iterator[bool]:
     lasts. A process that dies gives the claim back at once.
 
     wait: wait until this process has the claim; otherwise False where another process has it
+
+    Raises BadInput where the claim's file cannot be used: it is another user's, or no file of ours.
     """
     if fcntl is None:
         yield True
         return
     path = place / (CLAIM + hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:16])
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o600)
+        except OSError as error:
+            raise BadInput(
+                f"The file {str(path)!r}, which keeps other runs out, cannot be used "
+                f"({error.strerror}): wait for the end of another user's run, or {OTHER}."
+            ) from error
         try:
             mine = _lock(handle, wait=wait)
             same = mine and path.exists() and os.path.samestat(os.fstat(handle), path.stat())
@@ -243,8 +253,9 @@ def disk_full(error: BaseException) -> bool:
 
 
 def write(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Writes a file that is on the disk when this returns."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+    """Writes a file that is on the disk when this returns; never through a link."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_LINK
+    with open(os.open(path, flags, mode), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
