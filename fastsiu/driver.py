@@ -92,9 +92,7 @@ def unlearn(
             return _repeat(destination)
         check_space(destination.absolute(), _room(model, chosen.rank))
         # What is damaged is told now, not after the training.
-        given = beside(request)
-        if request.data is not None:
-            read_data(request.data, request.image)
+        given = check_given(request)
 
         seconds: dict[str, float] = {}
         with timed(seconds, "load"):
@@ -248,6 +246,7 @@ def base_of(loaded: vlm.VLM, shown: str, named: bool = True) -> card.Base:
     )
 
 
+@first_reads_count()
 def prepared_for(
     request: Request,
     *,
@@ -261,6 +260,7 @@ def prepared_for(
     listener = listener or Listener()
     chosen, _ = choose_recipe(model.name, recipe, model.revision)
     picture = load_image(request.image)
+    check_given(request)
     layout = choose_layout(model, settings, chosen, picture, listener)
     room = budget(layout, chosen.batch_size, settings.limited)
     loaded = load(model, layout, room, listener)
@@ -358,6 +358,15 @@ def report_of(
         **trained.told(),
         "caveats": caveats,
     }
+
+
+def check_given(request: Request) -> Beside:
+    """The pictures beside the training picture. Raises BadInput for them and for the user's own
+    samples."""
+    given = beside(request)
+    if request.data is not None:
+        read_data(request.data, request.image)
+    return given
 
 
 def _repeat(destination: Path) -> Result:

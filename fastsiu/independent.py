@@ -20,14 +20,13 @@ from .disk import staging
 from .disk.request_file import PATHS, first_sentence_of, places_of, read_requests
 from .guards.first_read import first_reads_count
 from .guards.strict_json import read_json
-from .images import beside, load_image
+from .images import load_image
 from .model import vlm
 from .model.memory import Layout, budget
 from .report.redact import MODEL, redacted
 from .report.sentences import sentence
 from .report.words import CONCEPT
 from .request import BadInput, Recipe, Request
-from .samples.corpus import read_data
 from .session import Listener
 from .settings import (
     ModelRef,
@@ -312,9 +311,7 @@ class Requests:
     def do(self, key: str, listener: Listener) -> str:
         request = self.asked[self.lines[key]]
         image = load_image(request.image)
-        given = beside(request)
-        if request.data is not None:
-            read_data(request.data, request.image)
+        given = driver.check_given(request)
         digest = self.digest(key)
         if self.loaded is None:
             self.loaded = load(self.model, self.layout, self.room, listener)

@@ -28,7 +28,6 @@ from .model.memory import budget
 from .pictures.transforms import variants
 from .request import BadInput
 from .samples.beside import Prepared
-from .samples.corpus import read_data
 from .samples.kinds import wordings
 from .session import Listener, Trained
 from .settings import (
@@ -109,9 +108,7 @@ def unlearn_several(
     asked = dict(read_requests(Path(file)))
     for number, request in asked.items():
         try:
-            beside(request)
-            if request.data is not None:
-                read_data(request.data, request.image)
+            driver.check_given(request)
         except BadInput as error:
             raise BadInput(f"{file}, line {number}: {error}") from error
     chosen, origins = choose_recipe(model.name, recipe, model.revision)

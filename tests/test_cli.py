@@ -273,6 +273,36 @@ def test_other_ends(call, cast, monkeypatch, error, code, says):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "unlearn --image {} --concept A",
+        "unlearn --image who.png --concept A --output out --images {}",
+        "unlearn --request {} --mode independent --output out",
+        "ask --model {} Who?",
+        "eval --concept A --image who.png --others {}",
+        "suite {}",
+        "merge --adapter {} --output out --no-verify",
+        "audit --adapter {} --image who.png --concept A",
+        "combine {} {} --request lines.jsonl",
+        "verify {}",
+        "purge {}",
+        "plan --model {}",
+        "data --image who.png --concept A --retain {}",
+    ],
+)
+def test_a_path_that_no_system_call_takes_is_bad_input(call, cast, tmp_path, verb):
+    shutil.copy(cast.image, tmp_path / "who.png")
+    (tmp_path / "lines.jsonl").write_text('{"image": "who.png", "concept": "A"}')
+    code, out, err = call(*verb.replace("{}", "x" * 260).split())
+    assert code == 2 and out == "" and "File name too long" in " ".join(err.split())
+
+
+def test_a_refused_path_keeps_its_traceback_for_debugging(call, tmp_path):
+    code, _, err = call("--debug", "verify", "y" * 300)
+    assert code == 2 and "Traceback" in err and "cannot be used" in " ".join(err.split())
+
+
 @pytest.mark.slow
 def test_data_writes_what_data_reads(call, cast, tmp_path):
     options = [

@@ -112,6 +112,16 @@ def _run(arguments: list[str]) -> int:
             )
             say.print(said, soft_wrap=True)
             return 2
+        # a file of somebody's, in a directory without permission for instance
+        if isinstance(error, OSError) and isinstance(error.filename, str | bytes):
+            if state["debug"]:
+                say.print("".join(traceback.format_exception(error)), soft_wrap=True)
+            say.print(
+                f"fastsiu: {os.fsdecode(error.filename)!r} cannot be used ({error.strerror}): "
+                "check the path and its permissions.",
+                soft_wrap=True,
+            )
+            return 2
         return _failed(error, state["debug"])
 
 
