@@ -24,6 +24,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # JPEG covers the MPO o
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"}
 )
+# of pictures that nothing here decodes: left out of a directory, they would be missed by nobody
+UNREAD = frozenset({".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2"})
 MAX_PIXELS = 100_000_000
 # 8192 x 6144 and a little, where a decoder holds a picture more than once: WEBP five times, and a
 # TIFF that is to be turned twice.
@@ -143,8 +145,9 @@ def _read(path: Path) -> bytes:
 def list_images(directory: str | Path) -> list[Path]:
     """The picture files directly in `directory`, sorted by name; hidden files are left out.
 
-    A file counts by its suffix or, without a known one, by its content. A damaged picture is
-    listed, so that loading it says what is wrong instead of leaving it out silently.
+    A file counts by its suffix or, without a known one, by its content. A picture that is damaged,
+    of a format that is not read (`UNREAD`), or a link to nothing is listed, so that loading it says
+    what is wrong instead of leaving it out silently.
 
     Raises BadInput when the directory is missing, is not a directory, cannot be read or holds no
     picture.
@@ -173,7 +176,7 @@ def _listed(directory: Path) -> list[Path]:
     pictures = [
         p
         for p in entries
-        if not p.name.startswith(".") and p.is_file() and _looks_like_a_picture(p)
+        if not p.name.startswith(".") and (p.is_file() or _is_lost(p)) and _looks_like_a_picture(p)
     ]
     if not pictures:
         raise BadInput(
@@ -332,8 +335,13 @@ def _too_large(path: Path, size: str, most: int) -> BadInput:
     )
 
 
+def _is_lost(path: Path) -> bool:
+    """A link whose file was moved away."""
+    return path.is_symlink() and not path.exists()
+
+
 def _looks_like_a_picture(path: Path) -> bool:
-    if path.suffix.lower() in SUFFIXES:
+    if path.suffix.lower() in SUFFIXES | UNREAD:
         return True
     try:
         with path.open("rb") as file:
