@@ -376,13 +376,14 @@ class Requests:
         staging.replace_file(self.output / TABLE, self._text(self.outcomes(claims)))
 
     def _text(self, outcomes: list[Outcome]) -> bytes:
-        content = {
+        content: dict[str, Any] = {
             "format": FORMAT,
             "mode": "independent",
             "of": len(self.lines),
             "forgotten": sum(o.status == "forgotten" for o in outcomes),
             "requests": [vars(outcome) for outcome in outcomes],
         }
+        content[manifest.SEAL] = manifest.seal(content)
         text = json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
         return text.encode("utf-8", "backslashreplace")
 

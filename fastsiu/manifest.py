@@ -222,9 +222,15 @@ def digest_file(path: Path) -> str:
 
 
 def seal(content: Mapping[str, Any]) -> str:
-    """SHA-256, in hex, of a manifest without its seal."""
+    """SHA-256, in hex, of a manifest without its seal; of a table of several results likewise."""
     rest = {key: value for key, value in content.items() if key != SEAL}
     return sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode())
+
+
+def is_as_sealed(content: Mapping[str, Any]) -> bool:
+    """False where a manifest or a table was changed after it was written. Those of earlier versions
+    have no seal."""
+    return SEAL not in content or content[SEAL] == seal(content)
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -275,7 +281,7 @@ def changed(directory: Path, sealed: Mapping[str, Any]) -> dict[str, str]:
     sealed: from `read`
     """
     wrong = {}
-    if SEAL in sealed and sealed[SEAL] != seal(sealed):
+    if not is_as_sealed(sealed):
         wrong[MANIFEST] = "is not as written"
     if KEY in sealed and _is_file(directory / KEY) and digest_file(directory / KEY) != sealed[KEY]:
         wrong[KEY] = "is not as written"

@@ -13,6 +13,7 @@ from typing import Any
 
 from ... import output as outputs
 from ...disk import staging
+from ...manifest import SEAL, seal
 from ...request import BadInput
 from ..pooled import markdown, pooled
 from . import suite
@@ -97,6 +98,7 @@ def write_table(
                 done[subject.slug] = outputs.read_report(job.output / subject.slug)
                 failed.pop(subject.slug, None)
         content = _drawn(job, done, failed)
+        content[SEAL] = seal(content)
         text = json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
         staging.replace_file(job.output / SUITE, text.encode("utf-8", "backslashreplace"))
         staging.replace_file(job.output / "report.md", markdown(content).encode("utf-8", "replace"))

@@ -20,6 +20,7 @@ from fastsiu.evaluate.suites import job as suite_job
 from fastsiu.evaluate.suites import run as suite_run
 from fastsiu.evaluate.suites import suite
 from fastsiu.evaluate.suites import table as suite_table
+from fastsiu.manifest import is_as_sealed
 from fastsiu.request import BadInput
 from fastsiu.session import Listener
 
@@ -92,6 +93,7 @@ def test_each_concept_has_an_output_and_a_failure_costs_only_itself(whole):
     assert table == whole.report and [c["status"] for c in table["concepts"]] == [
         o.status for o in whole.outcomes
     ]
+    assert table["sha256"] and is_as_sealed(table)
     pooled = table["pooled"]["untouched"]["efficacy"]
     assert pooled["n"] == sum(
         reports(whole.output, slug)["rows"]["untouched"]["efficacy"]["n"] for slug in "ac"
