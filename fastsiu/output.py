@@ -116,23 +116,22 @@ def check_destination(
 
 
 @contextlib.contextmanager
-def reserved(output: str | Path, digest: str) -> Iterator[Literal["same", "free"]]:
+def reserved(
+    output: str | Path, digest: str, *, size: int = ROOM
+) -> Iterator[Literal["same", "free"]]:
     """As `check_destination`, and for the length of the block no other run has `output`.
 
     Raises BadInput also where another run has it: whoever comes second learns it before the work,
     not at its end.
     """
-    found = check_destination(output, digest)
+    found = check_destination(output, digest, size=size)
     if found == "same":
         yield found
         return
     output = _absolute(output)
-    with staging.claim(output.parent, output.name) as mine:
-        if not mine:
-            raise BadInput(
-                f"Another run is writing to {str(output)!r}: wait for its end, or {OTHER}."
-            )
-        yield check_destination(output, digest)  # that run may have ended between the two looks
+    with staging.alone(output.parent, output.name, output, OTHER):
+        # that run may have ended between the two looks
+        yield check_destination(output, digest, size=size)
 
 
 def is_empty(directory: Path) -> bool:

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from fastsiu import cli
 from fastsiu import manifest as manifests
 from fastsiu.disk import staging
 from fastsiu.manifest import sha256
+from fastsiu.model import vlm
 from fastsiu.output import (
     Transaction,
     check_destination,
@@ -747,3 +749,27 @@ def test_a_claim_that_cannot_be_used_is_a_sentence(tmp_path, there):
     held.mkdir() if there == "directory" else held.symlink_to(tmp_path / "no" / "where")
     with pytest.raises(BadInput, match="another --output"), reserved(tmp_path / "out", ""):
         pass
+
+
+@pytest.mark.skipif(staging.fcntl is None, reason="needs file locks")
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "eval --concept A --image who.png --output out",
+        "audit --concept A --image who.png --adapter adapter --output out",
+        "merge --adapter adapter --no-verify --output out",
+        "compare --quick --output out",
+    ],
+)
+def test_every_verb_that_takes_long_learns_first_that_another_run_has_its_output(
+    tmp_path, monkeypatch, capfd, trained, cast, verb
+):
+    shutil.copytree(trained.output, tmp_path / "adapter")
+    shutil.copy(cast.image, tmp_path / "who.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vlm, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    key = str(tmp_path / "out") if verb.startswith("compare") else "out"
+    with staging.claim(tmp_path, key) as mine:
+        assert mine and cli.run(verb.split()) == 2
+    assert "Another run is writing to" in " ".join(capfd.readouterr().err.split())
+    assert not (tmp_path / "out").exists()

@@ -223,6 +223,18 @@ def claim(place: Path, key: str, *, wait: bool = False) -> Iterator[bool]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def alone(place: Path, key: str, path: Path, remedy: str) -> Iterator[None]:
+    """`claim`, where it is an error that another process has it: whoever comes second to write to
+    `path` learns it before the work, not at its end. Raises BadInput, which ends in `remedy`."""
+    with claim(place, key) as mine:
+        if not mine:
+            raise BadInput(
+                f"Another run is writing to {str(path)!r}: wait for its end, or {remedy}."
+            )
+        yield
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Gives the file at `path` new content, for its owner alone (0600). A reader sees the old
     content or the new. Raises OSError."""
