@@ -238,10 +238,17 @@ class Transaction:
     ) -> None:
         self._staging = None
         self._hidden.__exit__(kind, error, trace)
-        if isinstance(error, Exception) and staging.disk_full(error):
-            where = str(self.output.parent)
+        if not isinstance(error, Exception):
+            return
+        where = str(self.output.parent)
+        if staging.disk_full(error):
             raise BadInput(
                 f"The disk of {where!r} is full, and nothing was written: free some, or {OTHER}."
+            ) from error
+        if failure := staging.disk_failure(error):
+            raise BadInput(
+                f"The disk of {where!r} cannot be used ({failure}), and nothing was written: "
+                f"{OTHER}."
             ) from error
 
 

@@ -15,6 +15,7 @@ import torch
 
 from fastsiu import cli, driver, settings
 from fastsiu.cli import ending
+from fastsiu.output import Transaction
 from fastsiu.request import BadInput, NumericFailure, Request
 from fastsiu.samples import corpus, targets
 
@@ -519,6 +520,38 @@ def test_a_full_disk_is_one_sentence(call, cast, monkeypatch, error):
     monkeypatch.setattr(driver, "unlearn", fail)
     code, out, err = call(*quick(cast, "--quiet"))
     assert code == 2 and "disk is full" in one_sentence(err)
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (RuntimeError("I/O error: Disk quota exceeded (os error 122)"), "is full"),
+        (ValueError("Error while serializing: (os error 27)"), f"({os.strerror(27)})"),
+        (OSError(30, "read-only"), f"({os.strerror(30)})"),
+        (OSError(5, "bad sector"), f"({os.strerror(5)})"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="the numbers are those of Linux")
+def test_a_disk_that_fails_is_one_sentence(call, cast, tmp_path, monkeypatch, error, says):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(driver, "unlearn", fail)
+    code, out, err = call(*quick(cast, "--quiet"))
+    assert code == 2 and says in one_sentence(err)
+    with pytest.raises(BadInput, match="nothing was written") as told:
+        with Transaction(tmp_path / "out"):
+            raise error
+    assert says in str(told.value) and not (tmp_path / "out").exists()
+
+
+def test_a_current_directory_that_is_gone_is_one_sentence(call, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for verb in (["demo", "--export", "there"], ["ask", "Who?"], ["compare", "--quick"]):
+        code, out, err = call(*verb)
+        assert code == 2 and "change to another one" in one_sentence(err)
 
 
 # The name need not be in the list of processes ----------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from ..disk.staging import disk_full
+from ..disk.staging import disk_failure, disk_full
 from ..guards.failure import places
 from ..guards.terminal import streams
 from ..request import BadInput, NumericFailure, OutOfMemory
@@ -64,6 +64,7 @@ def _run(arguments: list[str]) -> int:
     state = {"debug": False}
     try:
         config.no_empty(arguments)
+        _check_place()
         arguments, file = config.split(arguments)
         filled: dict[str, Any] = {}
         if file is not None:
@@ -122,7 +123,24 @@ def _run(arguments: list[str]) -> int:
                 soft_wrap=True,
             )
             return 2
+        if failure := disk_failure(error):
+            said = (
+                f"fastsiu: The disk cannot be used ({failure}), and what was not finished was not "
+                "written: write elsewhere."
+            )
+            say.print(said, soft_wrap=True)
+            return 2
         return _failed(error, state["debug"])
+
+
+def _check_place() -> None:
+    """Raises BadInput in a directory that somebody has removed: no relative path leads anywhere."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise BadInput(
+            f"The current directory cannot be used ({error.strerror}): change to another one."
+        ) from error
 
 
 def _failed(error: BaseException, debug: bool) -> int:

@@ -46,6 +46,7 @@ OTHER, OTHER_FILE = "choose another --output", "name another file"
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 # files of a directory that holds several results
 MARKS = ("suite.json", "matrix.json", "requests.json")
+_QUOTA = getattr(errno, "EDQUOT", errno.ENOSPC)  # a quota is full
 _PARTIAL = re.compile(re.escape(PREFIX) + r"([0-9a-f]{8})-\d+-[0-9a-f]{8}")
 _CLAIMED = re.compile(re.escape(CLAIM) + r"[0-9a-f]{16}")
 # of earlier versions, which do not tell whose they are
@@ -259,9 +260,22 @@ def new_file(path: Path, data: bytes) -> None:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether an error says that the disk or a quota is full; libraries in Rust say so in words."""
-    full = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-    return getattr(error, "errno", None) in full or "No space left on device" in str(error)
+    """Whether an error says that the disk or a quota is full."""
+    return _code(error) in (errno.ENOSPC, _QUOTA) or "No space left on device" in str(error)
+
+
+def disk_failure(error: BaseException) -> str | None:
+    """What an error says that a disk does not do, though it is not full: it takes no file so large,
+    is read-only now, or fails. None for any other error."""
+    code = _code(error)
+    failed = code in (errno.EFBIG, errno.EROFS, errno.EIO)
+    return os.strerror(code) if failed and code else None
+
+
+def _code(error: BaseException) -> int | None:
+    """The system's number of an error; libraries in Rust have it in their words."""
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return int(said[1]) if said else getattr(error, "errno", None)
 
 
 def write(path: Path, data: bytes, mode: int = 0o600) -> None:
