@@ -545,6 +545,38 @@ def test_a_disk_that_fails_is_one_sentence(call, cast, tmp_path, monkeypatch, er
     assert says in str(told.value) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+)
+def test_a_full_memory_is_one_sentence(call, cast, monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(driver, "unlearn", fail)
+    code, out, err = call(*quick(cast, "--quiet"))
+    assert code == 3 and "fastsiu plan --memory" in one_sentence(err)
+
+
+def test_a_failure_in_the_report_of_a_failure_is_no_verdict(monkeypatch, capfd):
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(ending, "_run", fail)
+    with pytest.raises(SystemExit) as ended:
+        ending.main()
+    assert ended.value.code == 3 and "internal failure (MemoryError)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "17"])
+def test_a_narrow_terminal_shows_the_answer(call, cast, monkeypatch, columns):
+    rows = [{"question": "Who is this?", "answer": "Somebody in a hat."}]
+    monkeypatch.setattr(driver, "interview", lambda *a, **k: rows)
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, err = call("ask", "Who is this?")
+    assert code == 0 and "Somebody" in out and "hat." in out
+
+
 def test_a_current_directory_that_is_gone_is_one_sentence(call, tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

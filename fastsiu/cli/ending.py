@@ -6,6 +6,7 @@ interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -38,7 +39,13 @@ def main() -> None:
     """Entry point: turns exceptions into one sentence and an exit code."""
     # of libraries to their developers, not to whoever runs this command
     warnings.simplefilter("ignore", FutureWarning)
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+    except Exception as error:  # in a failure's own report, as where the memory is full
+        code = 3  # Python itself would end with 1, and that is a verdict
+        with contextlib.suppress(OSError):
+            os.write(2, f"fastsiu: internal failure ({type(error).__name__}).\n".encode())
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -95,8 +102,9 @@ def _run(arguments: list[str]) -> int:
         return _failed(error.__context__ or error, state["debug"])
     except Exception as error:
         # torch's, where no retry could help; torch may not be imported yet
-        if type(error).__name__ == "OutOfMemoryError":
-            first = (str(error).splitlines() or ["The memory is full."])[0]
+        if type(error).__name__ == "OutOfMemoryError" or _memory_is_full(error):
+            lines = [] if _memory_is_full(error) else str(error).splitlines()
+            first = (lines or ["The memory is full."])[0]
             say.print(
                 f"fastsiu: {first} `fastsiu plan --memory N` tells which settings fit.",
                 soft_wrap=True,
@@ -131,6 +139,11 @@ def _run(arguments: list[str]) -> int:
             say.print(said, soft_wrap=True)
             return 2
         return _failed(error, state["debug"])
+
+
+def _memory_is_full(error: Exception) -> bool:
+    """Whether it was this machine's memory, and not a GPU's."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _check_place() -> None:
