@@ -568,6 +568,22 @@ def test_a_failure_in_the_report_of_a_failure_is_no_verdict(monkeypatch, capfd):
     assert ended.value.code == 3 and "internal failure (MemoryError)" in capfd.readouterr().err
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_no_file_takes_the_place_of_a_closed_standard_stream(tmp_path):
+    code = """
+import os
+from pathlib import Path
+from fastsiu.cli import ending
+ending._run = lambda arguments: Path("number").write_text(str(os.open("new", os.O_CREAT))) * 0
+ending.main()
+"""
+    (tmp_path / "code.py").write_text(code)
+    shell = f"exec {sys.executable} code.py <&- >&- 2>&-"
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    assert subprocess.run(["sh", "-c", shell], cwd=tmp_path, env=environ).returncode == 0
+    assert int((tmp_path / "number").read_text()) > 2
+
+
 @pytest.mark.parametrize("columns", ["0", "1", "17"])
 def test_a_narrow_terminal_shows_the_answer(call, cast, monkeypatch, columns):
     rows = [{"question": "Who is this?", "answer": "Somebody in a hat."}]

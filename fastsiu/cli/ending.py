@@ -39,6 +39,7 @@ def main() -> None:
     """Entry point: turns exceptions into one sentence and an exit code."""
     # of libraries to their developers, not to whoever runs this command
     warnings.simplefilter("ignore", FutureWarning)
+    _fill_gaps()
     try:
         code = run(sys.argv[1:])
     except Exception as error:  # in a failure's own report, as where the memory is full
@@ -46,6 +47,16 @@ def main() -> None:
         with contextlib.suppress(OSError):
             os.write(2, f"fastsiu: internal failure ({type(error).__name__}).\n".encode())
     sys.exit(code)
+
+
+def _fill_gaps() -> None:
+    """Opens the null device under the number of each standard stream that is closed. Else the next
+    file that is opened has that number, and gets what a library writes to its standard error."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def run(arguments: list[str]) -> int:
