@@ -447,6 +447,25 @@ def test_ask(call, cast, trained, tmp_path):
         assert code == 2 and out == "" and part in one_sentence(err)
 
 
+def test_the_demo_writes_over_no_picture_of_somebody_s(call, tmp_path, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def unlearn(*args, **options):
+        raise Begun
+
+    monkeypatch.setattr(driver, "unlearn", unlearn)
+    mine = tmp_path / "zoo-pictures" / "kept.png"
+    mine.parent.mkdir()
+    mine.write_bytes(b"holiday")
+    code, _, err = call("demo", "--output", "zoo")
+    assert code == 2 and "kept.png exists" in one_sentence(err)
+    assert mine.read_bytes() == b"holiday"
+    mine.unlink()
+    for _ in range(2):  # the second finds what the first, cut off, has left
+        assert call("demo", "--output", "zoo")[0] == 3 and mine.exists()
+
+
 def test_the_demo_model_is_announced_on_standard_error(call, cast):
     code, out, err = call("unlearn", "--image", cast.image, "--concept", "Nobody Known", "--json")
     assert code == 2 and out == "" and settings.DEMO_NOTE in " ".join(err.split())
