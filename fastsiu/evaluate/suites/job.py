@@ -179,10 +179,15 @@ def cached(job: SuiteJob, subject: suite.Subject) -> Observations | None:
 
 
 def manifest(
-    job: SuiteJob, digest: str, picture: bytes, key: bytes, masks: dict[str, Any]
+    job: SuiteJob,
+    subject: suite.Subject,
+    key: bytes,
+    masks: dict[str, Any],
+    before: tuple[str, bytes] | None = None,
 ) -> dict[str, Any]:
-    """digest: of the concept's result; picture: its training picture. Both as they were before the
-    work, since files may change meanwhile."""
+    """before: the digest of the result and the training picture, as they were before the work,
+    since files may change meanwhile; None reads them now"""
+    digest, picture = before or (job.digest(subject), read_bytes(subject.training))
     whole = outputs.manifest(
         recipe=job.recipe,
         origins=job.origins,

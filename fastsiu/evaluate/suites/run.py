@@ -296,8 +296,8 @@ def _one_here(slug: str) -> bool:
 
 def one(loaded: vlm.VLM, job: SuiteJob, subject: suite.Subject, listener: Listener) -> None:
     """One concept from beginning to end; the model is left untouched."""
-    digest, exam_digest = job.digest(subject), job.exam_digest(subject)
-    picture, exam = read_bytes(subject.training), job.exam_of(subject)
+    before = job.digest(subject), read_bytes(subject.training)
+    exam, exam_digest = job.exam_of(subject), job.exam_digest(subject)
     # a training tries which are exact; left so, the next concept's last digits would depend on the
     # order
     shares = loaded.shares
@@ -345,9 +345,8 @@ def one(loaded: vlm.VLM, job: SuiteJob, subject: suite.Subject, listener: Listen
                 staging.write(
                     folder / UNTOUCHED, json.dumps(kept, allow_nan=False).encode() + b"\n"
                 )
-                transaction.commit(
-                    manifest(job, digest, picture, transaction.key, (extra or {}).get("masks", {}))
-                )
+                masks = (extra or {}).get("masks", {})
+                transaction.commit(manifest(job, subject, transaction.key, masks, before))
     finally:
         adapter.detach(loaded)
         loaded.shares = shares

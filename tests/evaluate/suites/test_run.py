@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -415,6 +416,18 @@ def test_what_fails_for_one_run_is_tried_by_the_other_and_costs_only_itself(stub
     assert {one.exit_code for one in ended} == {1}
     said = json.loads((tmp_path / "o" / "suite.json").read_text())["concepts"][1]["reasons"]
     assert said == ["The picture 'the suite/b.png' is damaged."]  # whoever reads it knows no place
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_a_suite_is_not_written_over_by_its_own_table(small, tmp_path, join):
+    from fastsiu.evaluate.suites import join as suite_join
+
+    place = shutil.copytree(small, tmp_path / "mine")
+    before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+    run = suite_join.join_suite if join else calls.evaluate_suite
+    with pytest.raises(BadInput, match="suite.json is not the table of an evaluation"):
+        run(place, output=place)
+    assert {p: p.read_bytes() for p in place.rglob("*") if p.is_file()} == before
 
 
 def test_what_a_dead_run_was_at_is_taken_over(stubbed, tmp_path):
