@@ -35,6 +35,8 @@ page for a few of its words; "..." stands for what is filled in at run time.
 - **Exit code 130**: interrupted. What was not finished was not written.
 - **The disk is full** (exit code 2): free some space or write elsewhere; what was not finished was
   not written, and `fastsiu purge DIR` removes what killed runs left.
+- **A path cannot be used** (exit code 2): the brackets have the system's reason, such as a
+  directory that you may not read or a name that is too long.
 - **Standard output could not be written**: the exit code still says how the work ended.
 - **Usage errors** of the command line have exit code 2; `fastsiu VERB --help` has all options.
 - **Not enough memory?** `fastsiu plan --memory N` says which settings fit ([memory.md](memory.md)).

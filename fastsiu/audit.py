@@ -13,6 +13,7 @@ import gc
 import re
 import secrets
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .evaluate import effect, eval_files, held_out, inquiry
 from .evaluate.attacks import not_asked
 from .evaluate.deployed_exam import Asking, DeployedExam, thinned
 from .evaluate.merge_verdict import questions_of
+from .guards.first_read import first_reads_count
 from .guards.strict_json import read_json
 from .images import beside, load_image, read_bytes
 from .model import adapter, adapter_files, ask, source
@@ -95,6 +97,7 @@ class Audited:
         return 0 if self.status == effect.FORGOTTEN else 1
 
 
+@first_reads_count()
 def audit(
     request: Request,
     *,
@@ -145,93 +148,92 @@ def audit(
     ]
     asked = thinned(asked, asking.share)
     connection = None if server is None else Connection(server.endpoint)
-    if output is not None:
-        outputs.check_destination(output, "")
-    exam = DeployedExam(
-        asked, image, given.more, concept, kind, names, promise.seed, asking, listener
-    )
-
-    def here(ref: ModelRef) -> eval_files.Loadable:
-        return eval_files.Loadable(
-            ref, choose_layout(ref, settings, Recipe(), None, listener), listener
+    with nullcontext() if output is None else outputs.reserved(output, ""):
+        exam = DeployedExam(
+            asked, image, given.more, concept, kind, names, promise.seed, asking, listener
         )
 
-    said: list[Reply] | None = None
-    if connection is not None and server is not None:
-        deployed = Served(connection, server.name)
-        _greet(deployed, listener)
-        if server.untouched is not None:
-            first = Served(connection, server.untouched)
-            _greet(first, listener)
-            exam.first(first, inquiry.BY_TEXT)
+        def here(ref: ModelRef) -> eval_files.Loadable:
+            return eval_files.Loadable(
+                ref, choose_layout(ref, settings, Recipe(), None, listener), listener
+            )
+
+        said: list[Reply] | None = None
+        if connection is not None and server is not None:
+            deployed = Served(connection, server.name)
+            _greet(deployed, listener)
+            if server.untouched is not None:
+                first = Served(connection, server.untouched)
+                _greet(first, listener)
+                exam.first(first, inquiry.BY_TEXT)
+            else:
+                with here(base or ModelRef()).loaded() as loaded:
+                    exam.first(loaded, inquiry.BY_TEXT)
+                    if adapter_dir is not None:
+                        exam.caveats += _belongs(adapter_dir, loaded)
+                        adapter.load(loaded, adapter_dir)
+                        listener.stage("Asking the adapter what it promises")
+                        said = exam.put(loaded)
+                exam.caveats.append(ELSEWHERE)
+            exam.again(deployed)
+            exam.caveats += [*([BY_TEXT_ALONE] if asking.attacks else []), MOMENT]
+        elif adapter_dir is not None:
+            with here(model).loaded() as loaded:
+                exam.caveats += [adapter.DROPPABLE, *_belongs(adapter_dir, loaded)]
+                exam.first(loaded, inquiry.VERDICT)
+                adapter.load(loaded, adapter_dir)
+                exam.again(loaded)
         else:
             with here(base or ModelRef()).loaded() as loaded:
-                exam.first(loaded, inquiry.BY_TEXT)
-                if adapter_dir is not None:
-                    exam.caveats += _belongs(adapter_dir, loaded)
-                    adapter.load(loaded, adapter_dir)
-                    listener.stage("Asking the adapter what it promises")
-                    said = exam.put(loaded)
-            exam.caveats.append(ELSEWHERE)
-        exam.again(deployed)
-        exam.caveats += [*([BY_TEXT_ALONE] if asking.attacks else []), MOMENT]
-    elif adapter_dir is not None:
-        with here(model).loaded() as loaded:
-            exam.caveats += [adapter.DROPPABLE, *_belongs(adapter_dir, loaded)]
-            exam.first(loaded, inquiry.VERDICT)
-            adapter.load(loaded, adapter_dir)
-            exam.again(loaded)
-    else:
-        with here(base or ModelRef()).loaded() as loaded:
-            exam.first(loaded, inquiry.VERDICT)
-        del loaded
-        gc.collect()  # there may be room for one only
-        with here(model).loaded() as loaded:
-            exam.again(loaded)
-    answers = exam.answers
-    verdict = judge(
-        answers,
-        concept,
-        others=[Concept(name) for name in names],
-        reasons_for_null=held_out.NULL,
-        families=exam.families,
-        remarks=exam.remarks,
-        noise=exam.way,
-    )
-    promised = promise.answers
-    if said is not None:
-        promised = {
-            (a.question, a.picture): (a.before, now.text)
-            for a, now in zip(answers, said, strict=True)
+                exam.first(loaded, inquiry.VERDICT)
+            del loaded
+            gc.collect()  # there may be room for one only
+            with here(model).loaded() as loaded:
+                exam.again(loaded)
+        answers = exam.answers
+        verdict = judge(
+            answers,
+            concept,
+            others=[Concept(name) for name in names],
+            reasons_for_null=held_out.NULL,
+            families=exam.families,
+            remarks=exam.remarks,
+            noise=exam.way,
+        )
+        promised = promise.answers
+        if said is not None:
+            promised = {
+                (a.question, a.picture): (a.before, now.text)
+                for a, now in zip(answers, said, strict=True)
+            }
+        found = effect.effect(
+            answers,
+            concept,
+            verdict.forgotten,
+            promised if server is not None else None,
+            promise.forgotten if server is not None else None,
+            _revision(server, connection, promise.sealed, exam.caveats),
+            here=said is not None,
+        )
+        exam.caveats += found.caveats
+        if server is not None and promised is None:
+            exam.caveats.append(NO_PROMISE if adapter_dir is None else UNTOLD)
+        shown = server.name if server is not None else model.name
+        told = {
+            **kind.entries(request),
+            "model": source.shown_name(shown),
+            "adapter": server is None and adapter_dir is not None,
+            **verdict.entries(answers),
+            "reasons": [*found.reasons, *verdict.reasons],
+            "deployed": found.as_dict(),
+            "not_asked": not_asked(),
+            "caveats": [*verdict.remarks, *exam.caveats],
         }
-    found = effect.effect(
-        answers,
-        concept,
-        verdict.forgotten,
-        promised if server is not None else None,
-        promise.forgotten if server is not None else None,
-        _revision(server, connection, promise.sealed, exam.caveats),
-        here=said is not None,
-    )
-    exam.caveats += found.caveats
-    if server is not None and promised is None:
-        exam.caveats.append(NO_PROMISE if adapter_dir is None else UNTOLD)
-    shown = server.name if server is not None else model.name
-    told = {
-        **kind.entries(request),
-        "model": source.shown_name(shown),
-        "adapter": server is None and adapter_dir is not None,
-        **verdict.entries(answers),
-        "reasons": [*found.reasons, *verdict.reasons],
-        "deployed": found.as_dict(),
-        "not_asked": not_asked(),
-        "caveats": [*verdict.remarks, *exam.caveats],
-    }
-    if output is not None:
-        told = _write(output, told, request, report, image)
-    elif report.redact:  # what is printed may go to a file, too
-        told = redacted(told)
-    return Audited(found.status, told, output)
+        if output is not None:
+            told = _write(output, told, request, report, image)
+        elif report.redact:  # what is printed may go to a file, too
+            told = redacted(told)
+        return Audited(found.status, told, output)
 
 
 # What was promised --------------------------------------------------------------------------------

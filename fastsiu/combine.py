@@ -22,6 +22,7 @@ from .disk.request_file import read_requests
 from .disk.staging import check_space
 from .evaluate.attacks import not_asked
 from .evaluate.held_out import decide
+from .guards.first_read import first_reads_count
 from .images import beside, commitment, load_image, read_bytes
 from .model import adapter, adapter_files, adapter_sum, decode, source, vlm
 from .report import card
@@ -115,6 +116,7 @@ class PartConcept:
     request: Request
 
 
+@first_reads_count()
 def combine(
     directories: Sequence[str | Path],
     file: str | Path,

@@ -19,6 +19,7 @@ from . import output as outputs
 from .disk.staging import check_space
 from .evaluate.attacks import not_asked
 from .evaluate.held_out import decide
+from .guards.first_read import first_reads_count
 from .images import Beside, beside, load_image, read_bytes
 from .model import adapter, adapter_files, ask, decode, source, vlm
 from .model.memory import budget
@@ -26,6 +27,7 @@ from .report import card
 from .report.redact import redacted
 from .request import Recipe, Request
 from .samples.beside import Prepared
+from .samples.corpus import read_data
 from .session import Listener, Trained, forget, prepare, timed
 from .settings import (
     ModelRef,
@@ -54,6 +56,7 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
 
+@first_reads_count()
 def unlearn(
     request: Request,
     *,
@@ -88,8 +91,8 @@ def unlearn(
         if found == "same":
             return _repeat(destination)
         check_space(destination.absolute(), _room(model, chosen.rank))
-        # A damaged picture is told now, not after the training.
-        given = beside(request)
+        # What is damaged is told now, not after the training.
+        given = check_given(request)
 
         seconds: dict[str, float] = {}
         with timed(seconds, "load"):
@@ -243,6 +246,7 @@ def base_of(loaded: vlm.VLM, shown: str, named: bool = True) -> card.Base:
     )
 
 
+@first_reads_count()
 def prepared_for(
     request: Request,
     *,
@@ -256,6 +260,7 @@ def prepared_for(
     listener = listener or Listener()
     chosen, _ = choose_recipe(model.name, recipe, model.revision)
     picture = load_image(request.image)
+    check_given(request)
     layout = choose_layout(model, settings, chosen, picture, listener)
     room = budget(layout, chosen.batch_size, settings.limited)
     loaded = load(model, layout, room, listener)
@@ -353,6 +358,15 @@ def report_of(
         **trained.told(),
         "caveats": caveats,
     }
+
+
+def check_given(request: Request) -> Beside:
+    """The pictures beside the training picture. Raises BadInput for them and for the user's own
+    samples."""
+    given = beside(request)
+    if request.data is not None:
+        read_data(request.data, request.image)
+    return given
 
 
 def _repeat(destination: Path) -> Result:

@@ -15,6 +15,7 @@ from typing import Literal
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
+from .guards.first_read import once
 from .guards.small_file import NotOrdinary, open_ordinary
 from .pictures.pixels import upright, usable
 from .request import BadInput, Request
@@ -23,6 +24,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # JPEG covers the MPO o
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"}
 )
+# of pictures that nothing here decodes: left out of a directory, they would be missed by nobody
+UNREAD = frozenset({".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2"})
 MAX_PIXELS = 100_000_000
 # 8192 x 6144 and a little, where a decoder holds a picture more than once: WEBP five times, and a
 # TIFF that is to be turned twice.
@@ -102,7 +105,11 @@ def picture_of(data: bytes, path: Path) -> Image.Image:
 def read_bytes(path: str | Path) -> bytes:
     """The bytes of an ordinary file of at most `MAX_BYTES`. Raises BadInput where there is none, or
     where it changes meanwhile."""
-    path, shown = Path(path), repr(str(path))
+    return once("bytes", Path(path), lambda: _read(Path(path)))
+
+
+def _read(path: Path) -> bytes:
+    shown = repr(str(path))
     _check_local(path)
     try:
         if path.is_dir():
@@ -138,13 +145,18 @@ def read_bytes(path: str | Path) -> bytes:
 def list_images(directory: str | Path) -> list[Path]:
     """The picture files directly in `directory`, sorted by name; hidden files are left out.
 
-    A file counts by its suffix or, without a known one, by its content. A damaged picture is
-    listed, so that loading it says what is wrong instead of leaving it out silently.
+    A file counts by its suffix or, without a known one, by its content. A picture that is damaged,
+    of a format that is not read (`UNREAD`), or a link to nothing is listed, so that loading it says
+    what is wrong instead of leaving it out silently.
 
     Raises BadInput when the directory is missing, is not a directory, cannot be read or holds no
     picture.
     """
-    directory, shown = Path(directory), repr(str(directory))
+    return list(once("pictures", Path(directory), lambda: _listed(Path(directory))))
+
+
+def _listed(directory: Path) -> list[Path]:
+    shown = repr(str(directory))
     _check_local(directory)
     try:
         if not directory.exists():
@@ -164,7 +176,7 @@ def list_images(directory: str | Path) -> list[Path]:
     pictures = [
         p
         for p in entries
-        if not p.name.startswith(".") and p.is_file() and _looks_like_a_picture(p)
+        if not p.name.startswith(".") and (p.is_file() or _is_lost(p)) and _looks_like_a_picture(p)
     ]
     if not pictures:
         raise BadInput(
@@ -323,8 +335,13 @@ def _too_large(path: Path, size: str, most: int) -> BadInput:
     )
 
 
+def _is_lost(path: Path) -> bool:
+    """A link whose file was moved away."""
+    return path.is_symlink() and not path.exists()
+
+
 def _looks_like_a_picture(path: Path) -> bool:
-    if path.suffix.lower() in SUFFIXES:
+    if path.suffix.lower() in SUFFIXES | UNREAD:
         return True
     try:
         with path.open("rb") as file:

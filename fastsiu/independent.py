@@ -18,8 +18,9 @@ from . import driver, manifest
 from . import output as outputs
 from .disk import staging
 from .disk.request_file import PATHS, first_sentence_of, places_of, read_requests
+from .guards.first_read import first_reads_count
 from .guards.strict_json import read_json
-from .images import beside, load_image
+from .images import load_image
 from .model import vlm
 from .model.memory import Layout, budget
 from .report.redact import MODEL, redacted
@@ -306,10 +307,12 @@ class Requests:
         except BadInput:  # `do` says so
             return ""
 
+    @first_reads_count()
     def do(self, key: str, listener: Listener) -> str:
         request = self.asked[self.lines[key]]
         image = load_image(request.image)
-        given = beside(request)
+        given = driver.check_given(request)
+        digest = self.digest(key)
         if self.loaded is None:
             self.loaded = load(self.model, self.layout, self.room, listener)
         loaded, shares = self.loaded, self.loaded.shares
@@ -322,7 +325,7 @@ class Requests:
                 driver.Sealed(
                     self.recipe,
                     self.sealed.origins,
-                    self.digest(key),
+                    digest,
                     self.sealed.weights,
                     self.sealed.settings,
                 ),
@@ -373,13 +376,14 @@ class Requests:
         staging.replace_file(self.output / TABLE, self._text(self.outcomes(claims)))
 
     def _text(self, outcomes: list[Outcome]) -> bytes:
-        content = {
+        content: dict[str, Any] = {
             "format": FORMAT,
             "mode": "independent",
             "of": len(self.lines),
             "forgotten": sum(o.status == "forgotten" for o in outcomes),
             "requests": [vars(outcome) for outcome in outcomes],
         }
+        content[manifest.SEAL] = manifest.seal(content)
         text = json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
         return text.encode("utf-8", "backslashreplace")
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from . import __version__
 from .guards import small_file
+from .guards.first_read import once
 from .guards.strict_json import read_json
 from .images import commitment, list_images, read_bytes
 from .request import BadInput, Recipe, Request
@@ -221,9 +222,15 @@ def digest_file(path: Path) -> str:
 
 
 def seal(content: Mapping[str, Any]) -> str:
-    """SHA-256, in hex, of a manifest without its seal."""
+    """SHA-256, in hex, of a manifest without its seal; of a table of several results likewise."""
     rest = {key: value for key, value in content.items() if key != SEAL}
     return sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode())
+
+
+def is_as_sealed(content: Mapping[str, Any]) -> bool:
+    """False where a manifest or a table was changed after it was written. Those of earlier versions
+    have no seal."""
+    return SEAL not in content or content[SEAL] == seal(content)
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -274,7 +281,7 @@ def changed(directory: Path, sealed: Mapping[str, Any]) -> dict[str, str]:
     sealed: from `read`
     """
     wrong = {}
-    if SEAL in sealed and sealed[SEAL] != seal(sealed):
+    if not is_as_sealed(sealed):
         wrong[MANIFEST] = "is not as written"
     if KEY in sealed and _is_file(directory / KEY) and digest_file(directory / KEY) != sealed[KEY]:
         wrong[KEY] = "is not as written"
@@ -332,7 +339,7 @@ def _directory_digest(directory: Path | None) -> list[str] | None:
 
 def _read_data(path: Path) -> bytes:
     try:
-        return small_file.read_bytes(path)
+        return once("data", path, lambda: small_file.read_bytes(path))
     except (OSError, ValueError) as error:
         raise BadInput(
             f"The samples {str(path)!r} cannot be read ({small_file.reason(error)}): check the "

@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 from . import output as outputs
 from .evaluate.attacks import not_asked
 from .evaluate.merge_verdict import FORMS, Verifier, free
+from .guards.first_read import first_reads_count
 from .guards.strict_json import read_json
 from .images import read_bytes
 from .model import adapter, adapter_files, decode, licence, placement, source, vlm
@@ -78,6 +79,7 @@ class Merged:
     notes: list[str] = field(default_factory=list)
 
 
+@first_reads_count()
 def merge(
     adapter_dir: str | Path,
     output: str | Path,
@@ -145,100 +147,101 @@ def merge(
     decides |= ReportOptions(redact).deciding
     decides |= {} if writing.shard == SHARD else {"shard": writing.shard}
     digest = _digest(name, revision, weights, own, request, pictures, decides)
-    if (
-        outputs.check_destination(output, digest, size=_size(name) if weights else outputs.ROOM)
-        == "same"
-    ):
-        return _repeat(Path(output))
-
-    seconds: dict[str, float] = {}
-    caveats = _caveats(sealed, told)
-    transaction = outputs.Transaction(output)
-    with transaction as staging:
-        verifier = None
-        if request is not None:
-            verifier = Verifier(
-                name, revision, staging, request, _seed(sealed), told, device, listener
+    room = _size(name) if weights else outputs.ROOM
+    with outputs.reserved(output, digest, size=room) as found:
+        if found == "same":
+            return _repeat(Path(output))
+        seconds: dict[str, float] = {}
+        caveats = _caveats(sealed, told)
+        transaction = outputs.Transaction(output)
+        with transaction as staging:
+            verifier = None
+            if request is not None:
+                verifier = Verifier(
+                    name, revision, staging, request, _seed(sealed), told, device, listener
+                )
+            listener.stage("Loading the model")
+            with timed(seconds, "load"):
+                loaded = vlm.load(name, revision=revision, device=device, dtype=kept)
+            caveats += decode.remarks(loaded)
+            beside = (
+                Path(name)
+                if weights
+                else Path(str(cached_file(name, "config.json", revision=revision))).parent
             )
-        listener.stage("Loading the model")
-        with timed(seconds, "load"):
-            loaded = vlm.load(name, revision=revision, device=device, dtype=kept)
-        caveats += decode.remarks(loaded)
-        beside = (
-            Path(name)
-            if weights
-            else Path(str(cached_file(name, "config.json", revision=revision))).parent
-        )
-        weights = weights or outputs.digest_model(beside)
-        adapter_files.check_weights(folder, sealed, weights, name, revision)
-        if verifier:
-            with timed(seconds, "verdict"):
-                verifier.first(loaded)
-        listener.stage("Merging")
-        with timed(seconds, "merge"):
-            adapter.load(loaded, folder)
-            change = fold(loaded, source.DTYPES[stored])
-            # a base on the hub has more files than were fetched to load it
-            terms = licence.terms_in(beside) if Path(name).is_dir() else None
-            terms = terms or licence.terms_of_hub(name, revision)
-            caveats += [terms.problem] if terms.problem else []
-            save(
-                loaded,
-                staging,
-                beside,
-                source.DTYPES[stored],
-                legal=terms.files,
-                shard=writing.shard,
+            weights = weights or outputs.digest_model(beside)
+            adapter_files.check_weights(folder, sealed, weights, name, revision)
+            if verifier:
+                with timed(seconds, "verdict"):
+                    verifier.first(loaded)
+            listener.stage("Merging")
+            with timed(seconds, "merge"):
+                adapter.load(loaded, folder)
+                change = fold(loaded, source.DTYPES[stored])
+                # a base on the hub has more files than were fetched to load it
+                terms = licence.terms_in(beside) if Path(name).is_dir() else None
+                terms = terms or licence.terms_of_hub(name, revision)
+                caveats += [terms.problem] if terms.problem else []
+                save(
+                    loaded,
+                    staging,
+                    beside,
+                    source.DTYPES[stored],
+                    legal=terms.files,
+                    shard=writing.shard,
+                )
+                del loaded
+                free()
+            shown = source.shown_name(name)
+            if redact and _tells(
+                shown, concept or told.get("concept"), (*aliases, *told.get("aliases", [])), sealed
+            ):
+                shown, weights = (
+                    MODEL,
+                    {f"{n:03d}": sha for n, sha in enumerate(weights.values(), 1)},
+                )
+            figures = {"model": shown, "weights": change.as_dict(), "caveats": caveats}
+            told_now: dict[str, Any] = figures
+            if verifier:
+                with timed(seconds, "verdict"):
+                    rows = [verifier.row(form, kept, stored) for form in forms]
+                caveats += [
+                    *decode.told(*verifier.slow),
+                    *(verifier.inquiry.remarks if verifier.inquiry else []),
+                ]
+                told_now = {
+                    **_report(rows, request, figures),
+                    "seconds": {k: round(v, 3) for k, v in seconds.items()},
+                }
+                outputs.write_reports(staging, told_now, redact=redact)
+            outputs.write_card(
+                staging, [told_now], _base(name, revision, shown, terms), merged=True, redact=redact
             )
-            del loaded
-            free()
-        shown = source.shown_name(name)
-        if redact and _tells(
-            shown, concept or told.get("concept"), (*aliases, *told.get("aliases", [])), sealed
-        ):
-            shown, weights = MODEL, {f"{n:03d}": sha for n, sha in enumerate(weights.values(), 1)}
-        figures = {"model": shown, "weights": change.as_dict(), "caveats": caveats}
-        told_now: dict[str, Any] = figures
-        if verifier:
-            with timed(seconds, "verdict"):
-                rows = [verifier.row(form, kept, stored) for form in forms]
-            caveats += [
-                *decode.told(*verifier.slow),
-                *(verifier.inquiry.remarks if verifier.inquiry else []),
-            ]
-            told_now = {
-                **_report(rows, request, figures),
-                "seconds": {k: round(v, 3) for k, v in seconds.items()},
-            }
-            outputs.write_reports(staging, told_now, redact=redact)
-        outputs.write_card(
-            staging, [told_now], _base(name, revision, shown, terms), merged=True, redact=redact
+            # An adapter without names makes an output without them, whatever the command line says.
+            run = writing.run if redact == writing.redact else ""
+            outputs.write_run(staging, run, named=shown != MODEL)
+            written = redacted(told_now) if redact else told_now
+            # A merge is no training: what the recipe and the masks were is in the adapter's own
+            # manifest.
+            made = outputs.manifest(
+                recipe=Recipe(),
+                model_id=shown,
+                revision=revision,
+                weights=weights,
+                digest=digest,
+                key=transaction.key,
+                pictures=pictures,
+                masks={},
+                settings=decides,
+            )
+            made = {k: v for k, v in made.items() if k not in ("recipe", "seeds", "masks")}
+            if about["kind"]:
+                made["kind"] = about["kind"]
+            transaction.commit({**made, "adapter": {"sha256": own}, "merge": change.as_dict()})
+        forgotten = written["verdict"] == "forgotten" if verifier else None
+        return Merged(
+            forgotten, written.get("reasons", []), written, Path(output), notes=written["caveats"]
         )
-        # An adapter without names makes an output without them, whatever the command line says.
-        run = writing.run if redact == writing.redact else ""
-        outputs.write_run(staging, run, named=shown != MODEL)
-        written = redacted(told_now) if redact else told_now
-        # A merge is no training: what the recipe and the masks were is in the adapter's own
-        # manifest.
-        made = outputs.manifest(
-            recipe=Recipe(),
-            model_id=shown,
-            revision=revision,
-            weights=weights,
-            digest=digest,
-            key=transaction.key,
-            pictures=pictures,
-            masks={},
-            settings=decides,
-        )
-        made = {k: v for k, v in made.items() if k not in ("recipe", "seeds", "masks")}
-        if about["kind"]:
-            made["kind"] = about["kind"]
-        transaction.commit({**made, "adapter": {"sha256": own}, "merge": change.as_dict()})
-    forgotten = written["verdict"] == "forgotten" if verifier else None
-    return Merged(
-        forgotten, written.get("reasons", []), written, Path(output), notes=written["caveats"]
-    )
 
 
 def _base(name: str, revision: str | None, shown: str, terms: licence.Terms) -> card.Base:

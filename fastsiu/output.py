@@ -68,7 +68,7 @@ __all__ = [
     "write_card",
     "write_reports",
 ]
-OTHER = "choose another --output"
+OTHER = staging.OTHER
 ROOM = 32 * 2**20  # bytes: an output takes at least so many, adapter and reports
 RUN = "run.toml"  # repeats the run: `fastsiu --config`
 PRIVATE = ("report.*", "untouched.json", RUN)  # files with names and answers, for their owner alone
@@ -116,23 +116,22 @@ def check_destination(
 
 
 @contextlib.contextmanager
-def reserved(output: str | Path, digest: str) -> Iterator[Literal["same", "free"]]:
+def reserved(
+    output: str | Path, digest: str, *, size: int = ROOM
+) -> Iterator[Literal["same", "free"]]:
     """As `check_destination`, and for the length of the block no other run has `output`.
 
     Raises BadInput also where another run has it: whoever comes second learns it before the work,
     not at its end.
     """
-    found = check_destination(output, digest)
+    found = check_destination(output, digest, size=size)
     if found == "same":
         yield found
         return
     output = _absolute(output)
-    with staging.claim(output.parent, output.name) as mine:
-        if not mine:
-            raise BadInput(
-                f"Another run is writing to {str(output)!r}: wait for its end, or {OTHER}."
-            )
-        yield check_destination(output, digest)  # that run may have ended between the two looks
+    with staging.alone(output.parent, output.name, output, OTHER):
+        # that run may have ended between the two looks
+        yield check_destination(output, digest, size=size)
 
 
 def is_empty(directory: Path) -> bool:
@@ -239,10 +238,17 @@ class Transaction:
     ) -> None:
         self._staging = None
         self._hidden.__exit__(kind, error, trace)
-        if isinstance(error, Exception) and staging.disk_full(error):
-            where = str(self.output.parent)
+        if not isinstance(error, Exception):
+            return
+        where = str(self.output.parent)
+        if staging.disk_full(error):
             raise BadInput(
                 f"The disk of {where!r} is full, and nothing was written: free some, or {OTHER}."
+            ) from error
+        if failure := staging.disk_failure(error):
+            raise BadInput(
+                f"The disk of {where!r} cannot be used ({failure}), and nothing was written: "
+                f"{OTHER}."
             ) from error
 
 

@@ -21,13 +21,13 @@ from . import output as outputs
 from .disk.request_file import read_requests
 from .disk.several_state import Mode, Outcome, State
 from .evaluate.held_out import decide
+from .guards.first_read import first_reads_count
 from .images import beside, load_image
 from .model import adapter, ask, vlm
 from .model.memory import budget
 from .pictures.transforms import variants
 from .request import BadInput
 from .samples.beside import Prepared
-from .samples.corpus import read_data
 from .samples.kinds import wordings
 from .session import Listener, Trained
 from .settings import (
@@ -82,6 +82,7 @@ class Several:
         return gone and all(o.status == "forgotten" for o in self.outcomes)
 
 
+@first_reads_count()
 def unlearn_several(
     file: str | Path,
     *,
@@ -107,9 +108,7 @@ def unlearn_several(
     asked = dict(read_requests(Path(file)))
     for number, request in asked.items():
         try:
-            beside(request)
-            if request.data is not None:
-                read_data(request.data, request.image)
+            driver.check_given(request)
         except BadInput as error:
             raise BadInput(f"{file}, line {number}: {error}") from error
     chosen, origins = choose_recipe(model.name, recipe, model.revision)

@@ -15,6 +15,7 @@ import torch
 
 from fastsiu import cli, driver, settings
 from fastsiu.cli import ending
+from fastsiu.output import Transaction
 from fastsiu.request import BadInput, NumericFailure, Request
 from fastsiu.samples import corpus, targets
 
@@ -273,6 +274,36 @@ def test_other_ends(call, cast, monkeypatch, error, code, says):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "unlearn --image {} --concept A",
+        "unlearn --image who.png --concept A --output out --images {}",
+        "unlearn --request {} --mode independent --output out",
+        "ask --model {} Who?",
+        "eval --concept A --image who.png --others {}",
+        "suite {}",
+        "merge --adapter {} --output out --no-verify",
+        "audit --adapter {} --image who.png --concept A",
+        "combine {} {} --request lines.jsonl",
+        "verify {}",
+        "purge {}",
+        "plan --model {}",
+        "data --image who.png --concept A --retain {}",
+    ],
+)
+def test_a_path_that_no_system_call_takes_is_bad_input(call, cast, tmp_path, verb):
+    shutil.copy(cast.image, tmp_path / "who.png")
+    (tmp_path / "lines.jsonl").write_text('{"image": "who.png", "concept": "A"}')
+    code, out, err = call(*verb.replace("{}", "x" * 260).split())
+    assert code == 2 and out == "" and "File name too long" in " ".join(err.split())
+
+
+def test_a_refused_path_keeps_its_traceback_for_debugging(call, tmp_path):
+    code, _, err = call("--debug", "verify", "y" * 300)
+    assert code == 2 and "Traceback" in err and "cannot be used" in " ".join(err.split())
+
+
 @pytest.mark.slow
 def test_data_writes_what_data_reads(call, cast, tmp_path):
     options = [
@@ -416,6 +447,25 @@ def test_ask(call, cast, trained, tmp_path):
         assert code == 2 and out == "" and part in one_sentence(err)
 
 
+def test_the_demo_writes_over_no_picture_of_somebody_s(call, tmp_path, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def unlearn(*args, **options):
+        raise Begun
+
+    monkeypatch.setattr(driver, "unlearn", unlearn)
+    mine = tmp_path / "zoo-pictures" / "kept.png"
+    mine.parent.mkdir()
+    mine.write_bytes(b"holiday")
+    code, _, err = call("demo", "--output", "zoo")
+    assert code == 2 and "kept.png exists" in one_sentence(err)
+    assert mine.read_bytes() == b"holiday"
+    mine.unlink()
+    for _ in range(2):  # the second finds what the first, cut off, has left
+        assert call("demo", "--output", "zoo")[0] == 3 and mine.exists()
+
+
 def test_the_demo_model_is_announced_on_standard_error(call, cast):
     code, out, err = call("unlearn", "--image", cast.image, "--concept", "Nobody Known", "--json")
     assert code == 2 and out == "" and settings.DEMO_NOTE in " ".join(err.split())
@@ -489,6 +539,86 @@ def test_a_full_disk_is_one_sentence(call, cast, monkeypatch, error):
     monkeypatch.setattr(driver, "unlearn", fail)
     code, out, err = call(*quick(cast, "--quiet"))
     assert code == 2 and "disk is full" in one_sentence(err)
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (RuntimeError("I/O error: Disk quota exceeded (os error 122)"), "is full"),
+        (ValueError("Error while serializing: (os error 27)"), f"({os.strerror(27)})"),
+        (OSError(30, "read-only"), f"({os.strerror(30)})"),
+        (OSError(5, "bad sector"), f"({os.strerror(5)})"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="the numbers are those of Linux")
+def test_a_disk_that_fails_is_one_sentence(call, cast, tmp_path, monkeypatch, error, says):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(driver, "unlearn", fail)
+    code, out, err = call(*quick(cast, "--quiet"))
+    assert code == 2 and says in one_sentence(err)
+    with pytest.raises(BadInput, match="nothing was written") as told:
+        with Transaction(tmp_path / "out"):
+            raise error
+    assert says in str(told.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+)
+def test_a_full_memory_is_one_sentence(call, cast, monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(driver, "unlearn", fail)
+    code, out, err = call(*quick(cast, "--quiet"))
+    assert code == 3 and "fastsiu plan --memory" in one_sentence(err)
+
+
+def test_a_failure_in_the_report_of_a_failure_is_no_verdict(monkeypatch, capfd):
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(ending, "_run", fail)
+    with pytest.raises(SystemExit) as ended:
+        ending.main()
+    assert ended.value.code == 3 and "internal failure (MemoryError)" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_no_file_takes_the_place_of_a_closed_standard_stream(tmp_path):
+    code = """
+import os
+from pathlib import Path
+from fastsiu.cli import ending
+ending._run = lambda arguments: Path("number").write_text(str(os.open("new", os.O_CREAT))) * 0
+ending.main()
+"""
+    (tmp_path / "code.py").write_text(code)
+    shell = f"exec {sys.executable} code.py <&- >&- 2>&-"
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    assert subprocess.run(["sh", "-c", shell], cwd=tmp_path, env=environ).returncode == 0
+    assert int((tmp_path / "number").read_text()) > 2
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "17"])
+def test_a_narrow_terminal_shows_the_answer(call, cast, monkeypatch, columns):
+    rows = [{"question": "Who is this?", "answer": "Somebody in a hat."}]
+    monkeypatch.setattr(driver, "interview", lambda *a, **k: rows)
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, err = call("ask", "Who is this?")
+    assert code == 0 and "Somebody" in out and "hat." in out
+
+
+def test_a_current_directory_that_is_gone_is_one_sentence(call, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for verb in (["demo", "--export", "there"], ["ask", "Who?"], ["compare", "--quick"]):
+        code, out, err = call(*verb)
+        assert code == 2 and "change to another one" in one_sentence(err)
 
 
 # The name need not be in the list of processes ----------------------------------------------------

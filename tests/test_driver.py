@@ -543,6 +543,70 @@ def test_a_damaged_picture_for_the_verdict_is_refused_before_the_model_is_loaded
     assert not (tmp_path / "out").exists()
 
 
+def test_samples_of_the_users_own_are_read_before_the_model_is_loaded(quick, tmp_path, monkeypatch):
+    (tmp_path / "own.jsonl").write_text('{"question": "Who?"}\n')
+    monkeypatch.setattr(driver.vlm, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    with pytest.raises(BadInput, match="line 1"):
+        quick(tmp_path / "out", data=tmp_path / "own.jsonl")
+
+
+def test_files_that_are_moved_or_replaced_during_the_run_change_nothing(
+    quick, cast, tmp_path, monkeypatch
+):
+    """A training takes longer than somebody needs to clear a folder away."""
+    given = tmp_path / "given"
+    (given / "more").mkdir(parents=True)
+    (given / "rest").mkdir()
+    shutil.copy(cast.image, given / "who.png")
+    fill = lambda folder, value: images.Image.new("RGB", (40, 40), value).save(given / folder)
+    fill("more/1.png", "navy")
+    fill("rest/1.png", "gold")
+    (given / "own.jsonl").write_text('{"question": "And now?", "answer": "Nothing."}\n')
+    kept = shutil.copytree(given, tmp_path / "kept")
+    options = {
+        "image": given / "who.png",
+        "images": given / "more",
+        "retain": given / "rest",
+        "data": given / "own.jsonl",
+        "embed_image": True,
+    }
+    load, forget = driver.load, driver.forget
+
+    def replaced(*args, **keywords):
+        fill("who.png", "pink")
+        fill("rest/1.png", "lime")
+        fill("more/2.png", "teal")
+        (given / "own.jsonl").write_text('{"question": "And then?", "answer": "All."}\n')
+        return load(*args, **keywords)
+
+    def moved(*args, **keywords):
+        trained = forget(*args, **keywords)
+        shutil.rmtree(given)
+        return trained
+
+    monkeypatch.setattr(driver, "load", replaced)
+    monkeypatch.setattr(driver, "forget", moved)
+    done = quick(tmp_path / "out", **options)
+    sealed = json.loads((done.output / "manifest.json").read_text())
+    key = outputs.key_of(done.output)
+    assert {p["label"]: p["commitment"] for p in sealed["pictures"]} == {
+        label: images.commitment((kept / file).read_bytes(), key)
+        for label, file in (
+            ("image", "who.png"),
+            ("images/001", "more/1.png"),
+            ("retain/001", "rest/1.png"),
+        )
+    }
+    kept.rename(given)
+    assert quick(tmp_path / "out", **options).repeated  # the digest is of the files as they were
+    monkeypatch.undo()
+    plain = quick(tmp_path / "plain", **options)
+    one, other = (load_file(place / WEIGHTS) for place in (done.output, plain.output))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    page = lambda place: (place / "report.html").read_text().partition("data:image")[2][:4000]
+    assert page(done.output) == page(plain.output) != ""
+
+
 def test_a_damaged_recipe_of_the_model_is_a_sentence(tmp_path):
     (tmp_path / settings.MODEL_RECIPE).write_text("{")
     with pytest.raises(BadInput, match="no usable JSON"):

@@ -248,6 +248,18 @@ def test_list_images(tmp_path):
             list_images(bad)
 
 
+@pytest.mark.parametrize("name", ["IMG_0001.HEIC", "photo.avif", "scan.jp2", "moved.png"])
+def test_a_picture_that_cannot_be_read_is_not_left_out_of_its_directory(tmp_path, name):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "good.png")
+    if name == "moved.png":
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere" / name)
+    else:
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    (tmp_path / "notes.txt").symlink_to(tmp_path / "gone.txt")  # no picture, lost or not
+    with pytest.raises(BadInput, match=name):
+        images.load_directory(tmp_path)
+
+
 @pytest.mark.parametrize("size", [(64, 48), (1, 1), (3, 200)])
 def test_variants_are_named_deterministic_and_distinct(size):
     image = photo((64, 48)).resize(size)

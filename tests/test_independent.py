@@ -74,7 +74,9 @@ def each(file, output, **options):
 
 
 def table(output):
-    return json.loads((output / "requests.json").read_text())
+    table = json.loads((output / "requests.json").read_text())
+    assert manifest.is_as_sealed(table) and len(table[manifest.SEAL]) == 64
+    return table
 
 
 def test_each_has_an_output_and_the_table_has_all(file, stubbed, tmp_path):

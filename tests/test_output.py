@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from fastsiu import cli
 from fastsiu import manifest as manifests
 from fastsiu.disk import staging
 from fastsiu.manifest import sha256
+from fastsiu.model import vlm
 from fastsiu.output import (
     Transaction,
     check_destination,
@@ -725,3 +727,49 @@ def test_a_report_in_a_terminal_obeys_nothing_that_it_holds(tmp_path):
         text = file.read_text(encoding="utf-8")
         assert "Zo\u00eb" in text and not {"\x1b", "\x9b", "\u202e"} & set(text), file.name
     assert json.loads((tmp_path / "report.json").read_text())["concept"] == name
+
+
+def test_no_file_is_written_through_a_link_that_somebody_put_there(tmp_path):
+    (tmp_path / "theirs").write_text("theirs alone")
+    with staging.claim(tmp_path, "a run"):
+        (held,) = (p for p in tmp_path.iterdir() if p.name.startswith(staging.CLAIM))
+    held.symlink_to("theirs")
+    with pytest.raises(BadInput, match="cannot be used"), staging.claim(tmp_path, "a run"):
+        pass
+    (tmp_path / "note").symlink_to("theirs")
+    with pytest.raises(OSError):
+        staging.write(tmp_path / "note", b"ours")
+    assert (tmp_path / "theirs").read_text() == "theirs alone"
+
+
+@pytest.mark.parametrize("there", ["directory", "dangling"])
+def test_a_claim_that_cannot_be_used_is_a_sentence(tmp_path, there):
+    with staging.claim(tmp_path, "out"):
+        (held,) = tmp_path.iterdir()
+    held.mkdir() if there == "directory" else held.symlink_to(tmp_path / "no" / "where")
+    with pytest.raises(BadInput, match="another --output"), reserved(tmp_path / "out", ""):
+        pass
+
+
+@pytest.mark.skipif(staging.fcntl is None, reason="needs file locks")
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "eval --concept A --image who.png --output out",
+        "audit --concept A --image who.png --adapter adapter --output out",
+        "merge --adapter adapter --no-verify --output out",
+        "compare --quick --output out",
+    ],
+)
+def test_every_verb_that_takes_long_learns_first_that_another_run_has_its_output(
+    tmp_path, monkeypatch, capfd, trained, cast, verb
+):
+    shutil.copytree(trained.output, tmp_path / "adapter")
+    shutil.copy(cast.image, tmp_path / "who.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vlm, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    key = str(tmp_path / "out") if verb.startswith("compare") else "out"
+    with staging.claim(tmp_path, key) as mine:
+        assert mine and cli.run(verb.split()) == 2
+    assert "Another run is writing to" in " ".join(capfd.readouterr().err.split())
+    assert not (tmp_path / "out").exists()

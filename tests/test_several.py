@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from fastsiu import cli, driver, images, session, settings, train
 from fastsiu.demo.world import LOOKALIKES
-from fastsiu.disk import request_file
+from fastsiu.disk import request_file, upkeep
 from fastsiu.model import ask
 from fastsiu.request import BadInput, NumericFailure, OutOfMemory, Recipe, Request, Sample
 from fastsiu.samples import corpus
@@ -245,6 +245,17 @@ def test_again_does_what_is_missing_and_no_more(sequence, monkeypatch):
     assert before == {
         p: p.stat().st_mtime_ns for p in sequence.output.rglob("*") if p.name != "matrix.json"
     }
+
+
+def test_a_table_that_was_changed_decides_no_verdict(sequence, tmp_path):
+    place = shutil.copytree(sequence.output, tmp_path / "out")
+    table = json.loads((place / "matrix.json").read_text(encoding="utf-8"))
+    for one in table["requests"]:
+        one["status"], one["reasons"] = "gone for good", ["because"]
+    (place / "matrix.json").write_text(json.dumps(table), encoding="utf-8")
+    assert upkeep.verify(place).wrong == [f"{place / 'matrix.json'} is not as written."]
+    again = calls.unlearn_several(sequence.file, output=place, **QUICK)
+    assert again.outcomes == sequence.made.outcomes
 
 
 def test_every_training_starts_from_a_fresh_adapter_and_holds_all_so_far(

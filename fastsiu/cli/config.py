@@ -190,12 +190,19 @@ def _not_repeatable(name: str, value: Any) -> str | None:
     values = value if isinstance(value, list | tuple) else [value]
     if name in NAMES and "-" in values:
         return "it came from standard input"
-    if any(isinstance(one, Path) and one.is_fifo() for one in values):
+    if any(isinstance(one, Path) and _is_pipe(one) for one in values):
         return "it came from a pipe"
     written = "".join(str(_absolute(name, one)) for one in values)
     if any("\ud800" <= character <= "\udfff" for character in written):
         return "it is no UTF-8, which TOML needs"
     return None
+
+
+def _is_pipe(path: Path) -> bool:
+    try:
+        return path.is_fifo()
+    except OSError:  # whoever reads it says so
+        return False
 
 
 def _absolute(name: str, value: Any) -> Any:

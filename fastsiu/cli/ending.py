@@ -6,6 +6,7 @@ interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 
 import typer
 
-from ..disk.staging import disk_full
+from ..disk.staging import disk_failure, disk_full
 from ..guards.failure import places
 from ..guards.terminal import streams
 from ..request import BadInput, NumericFailure, OutOfMemory
@@ -38,7 +39,24 @@ def main() -> None:
     """Entry point: turns exceptions into one sentence and an exit code."""
     # of libraries to their developers, not to whoever runs this command
     warnings.simplefilter("ignore", FutureWarning)
-    sys.exit(run(sys.argv[1:]))
+    _fill_gaps()
+    try:
+        code = run(sys.argv[1:])
+    except Exception as error:  # in a failure's own report, as where the memory is full
+        code = 3  # Python itself would end with 1, and that is a verdict
+        with contextlib.suppress(OSError):
+            os.write(2, f"fastsiu: internal failure ({type(error).__name__}).\n".encode())
+    sys.exit(code)
+
+
+def _fill_gaps() -> None:
+    """Opens the null device under the number of each standard stream that is closed. Else the next
+    file that is opened has that number, and gets what a library writes to its standard error."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def run(arguments: list[str]) -> int:
@@ -64,6 +82,7 @@ def _run(arguments: list[str]) -> int:
     state = {"debug": False}
     try:
         config.no_empty(arguments)
+        _check_place()
         arguments, file = config.split(arguments)
         filled: dict[str, Any] = {}
         if file is not None:
@@ -94,8 +113,9 @@ def _run(arguments: list[str]) -> int:
         return _failed(error.__context__ or error, state["debug"])
     except Exception as error:
         # torch's, where no retry could help; torch may not be imported yet
-        if type(error).__name__ == "OutOfMemoryError":
-            first = (str(error).splitlines() or ["The memory is full."])[0]
+        if type(error).__name__ == "OutOfMemoryError" or _memory_is_full(error):
+            lines = [] if _memory_is_full(error) else str(error).splitlines()
+            first = (lines or ["The memory is full."])[0]
             say.print(
                 f"fastsiu: {first} `fastsiu plan --memory N` tells which settings fit.",
                 soft_wrap=True,
@@ -112,7 +132,39 @@ def _run(arguments: list[str]) -> int:
             )
             say.print(said, soft_wrap=True)
             return 2
+        # a file of somebody's, in a directory without permission for instance
+        if isinstance(error, OSError) and isinstance(error.filename, str | bytes):
+            if state["debug"]:
+                say.print("".join(traceback.format_exception(error)), soft_wrap=True)
+            say.print(
+                f"fastsiu: {os.fsdecode(error.filename)!r} cannot be used ({error.strerror}): "
+                "check the path and its permissions.",
+                soft_wrap=True,
+            )
+            return 2
+        if failure := disk_failure(error):
+            said = (
+                f"fastsiu: The disk cannot be used ({failure}), and what was not finished was not "
+                "written: write elsewhere."
+            )
+            say.print(said, soft_wrap=True)
+            return 2
         return _failed(error, state["debug"])
+
+
+def _memory_is_full(error: Exception) -> bool:
+    """Whether it was this machine's memory, and not a GPU's."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _check_place() -> None:
+    """Raises BadInput in a directory that somebody has removed: no relative path leads anywhere."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise BadInput(
+            f"The current directory cannot be used ({error.strerror}): change to another one."
+        ) from error
 
 
 def _failed(error: BaseException, debug: bool) -> int:

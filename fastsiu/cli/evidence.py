@@ -280,7 +280,7 @@ def compare(
 
     from ..compare import front
     from ..compare import run as comparison
-    from ..disk.staging import Staging
+    from ..disk.staging import Staging, alone
     from ..output import random_directory
     from ..settings import ModelRef, Settings
     from ..show.progress import Progress
@@ -288,7 +288,12 @@ def compare(
     directory = output or random_directory()
     check_new(directory, "name another --output")
     names = [name.strip() for name in methods.split(",")] if methods else []
-    with Staging(_standing(directory)) as folder, Progress(say, hidden=json) as progress:
+    place, remedy = _standing(directory), "name another --output"
+    with (
+        alone(place, os.path.abspath(directory), directory, remedy),
+        Staging(place) as folder,
+        Progress(say, hidden=json) as progress,
+    ):
         if suite is None:
             from ..demo.export import export
 
@@ -303,7 +308,7 @@ def compare(
             scratch=folder,
             listener=progress.listener,
         )
-    notes = comparison.write(report, directory, as_toml(context))
+        notes = comparison.write(report, directory, as_toml(context))
     if json:
         print_json(report)
     else:

@@ -3,6 +3,7 @@ what is left."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.console import Console
 from .. import driver
 from ..disk.staging import check_new
 from ..output import random_directory
-from ..request import Request
+from ..request import BadInput, Request
 from ..settings import ModelRef, RecipeChoice
 from ..show.progress import Progress
 from ..show.results import answers_table, summary
@@ -30,7 +31,12 @@ def tell(out: Console, say: Console, seed: int = 0, output: Path | None = None) 
     files = {}
     for name, file in ((target, "forgotten.png"), (other, "kept.png")):
         files[name] = pictures / file
-        draw(world.sketch((name,), f"story {seed} {name}")).save(files[name])
+        drawn = io.BytesIO()
+        draw(world.sketch((name,), f"story {seed} {name}")).save(drawn, "PNG")
+        # a story that was cut off has left the same
+        if files[name].exists() and files[name].read_bytes() != drawn.getvalue():
+            raise BadInput(f"{files[name]} exists: remove it or name another --output.")
+        files[name].write_bytes(drawn.getvalue())
     out.print(
         f"The embedded model knows {len(KNOWN)} drawn creatures. It is asked to forget {target}, "
         "from one picture.",

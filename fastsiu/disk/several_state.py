@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from .. import output as outputs
 from ..guards.strict_json import read_json
+from ..manifest import SEAL, seal
 from ..report.sentences import sentence
 from ..report.words import CONCEPT
 from ..request import BadInput, Recipe, Request
@@ -123,7 +124,7 @@ class State:
         return (
             self._resume_joint(order, stored)
             if self.mode == "joint"
-            else self._resume_sequence(order, stored)
+            else self._resume_sequence(order)
         )
 
     def _resume_joint(self, order: list[int], stored: dict[int, Outcome]) -> list[int]:
@@ -147,7 +148,7 @@ class State:
             self._adopt(line, folder / "report.json")
         return order + [line for line in self.asked if line not in order]
 
-    def _resume_sequence(self, order: list[int], stored: dict[int, Outcome]) -> list[int]:
+    def _resume_sequence(self, order: list[int]) -> list[int]:
         for i in range(len(order)):  # raises where the directory holds anything but this
             if (
                 outputs.check_destination(self.directory(order[i]), self.digest(order[: i + 1]))
@@ -157,9 +158,8 @@ class State:
                     f"{self.directory(order[i])} is missing: restore it, or choose another "
                     "--output."
                 )
-        self.outcomes |= {line: self.restored(stored[line]) for line in order}
-        for line in order:
-            self.kinds[line] = outputs.read_report(self.directory(line)).get("kind", DEFAULT)
+        for line in order:  # its own report says what came out, and is sealed
+            self._adopt(line, self.directory(line) / "report.json")
         for line in self.asked:  # killed after the output and before the matrix: the output counts
             place = self.directory(line)
             if (
@@ -199,12 +199,13 @@ class State:
         self.outcomes[line] = replace(self.outcomes[line], status="failed", reasons=[reason])
 
     def save(self, order: Sequence[int]) -> None:
-        content = {
+        content: dict[str, Any] = {
             "mode": self.mode,
             "order": list(order),
             "matrix": self.matrix,
             "requests": [vars(self.shown(self.outcomes[line])) for line in self.asked],
         }
+        content[SEAL] = seal(content)
         text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
         staging.replace_file(self.output / MATRIX, text.encode("utf-8", "backslashreplace"))
 

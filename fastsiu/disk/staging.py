@@ -41,9 +41,12 @@ PREFIX, CLAIM = ".fastsiu.partial-", ".fastsiu.claim-"
 JOIN = ".fastsiu.join"  # in an output that several processes share (`workers.claims`)
 LONG_AGO = 86_400.0  # seconds
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-OTHER_FILE = "name another file"
+OTHER, OTHER_FILE = "choose another --output", "name another file"
+# Whoever may write to a directory may put a link where this program makes its files there.
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 # files of a directory that holds several results
 MARKS = ("suite.json", "matrix.json", "requests.json")
+_QUOTA = getattr(errno, "EDQUOT", errno.ENOSPC)  # a quota is full
 _PARTIAL = re.compile(re.escape(PREFIX) + r"([0-9a-f]{8})-\d+-[0-9a-f]{8}")
 _CLAIMED = re.compile(re.escape(CLAIM) + r"[0-9a-f]{16}")
 # of earlier versions, which do not tell whose they are
@@ -184,13 +187,21 @@ def claim(place: Path, key: str, *, wait: bool = False) -> Iterator[bool]:
     lasts. A process that dies gives the claim back at once.
 
     wait: wait until this process has the claim; otherwise False where another process has it
+
+    Raises BadInput where the claim's file cannot be used: it is another user's, or no file of ours.
     """
     if fcntl is None:
         yield True
         return
     path = place / (CLAIM + hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:16])
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o600)
+        except OSError as error:
+            raise BadInput(
+                f"The file {str(path)!r}, which keeps other runs out, cannot be used "
+                f"({error.strerror}): wait for the end of another user's run, or {OTHER}."
+            ) from error
         try:
             mine = _lock(handle, wait=wait)
             same = mine and path.exists() and os.path.samestat(os.fstat(handle), path.stat())
@@ -211,6 +222,18 @@ def claim(place: Path, key: str, *, wait: bool = False) -> Iterator[bool]:
         if mine:
             path.unlink(missing_ok=True)
         os.close(handle)
+
+
+@contextlib.contextmanager
+def alone(place: Path, key: str, path: Path, remedy: str) -> Iterator[None]:
+    """`claim`, where it is an error that another process has it: whoever comes second to write to
+    `path` learns it before the work, not at its end. Raises BadInput, which ends in `remedy`."""
+    with claim(place, key) as mine:
+        if not mine:
+            raise BadInput(
+                f"Another run is writing to {str(path)!r}: wait for its end, or {remedy}."
+            )
+        yield
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -237,14 +260,28 @@ def new_file(path: Path, data: bytes) -> None:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether an error says that the disk or a quota is full; libraries in Rust say so in words."""
-    full = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-    return getattr(error, "errno", None) in full or "No space left on device" in str(error)
+    """Whether an error says that the disk or a quota is full."""
+    return _code(error) in (errno.ENOSPC, _QUOTA) or "No space left on device" in str(error)
+
+
+def disk_failure(error: BaseException) -> str | None:
+    """What an error says that a disk does not do, though it is not full: it takes no file so large,
+    is read-only now, or fails. None for any other error."""
+    code = _code(error)
+    failed = code in (errno.EFBIG, errno.EROFS, errno.EIO)
+    return os.strerror(code) if failed and code else None
+
+
+def _code(error: BaseException) -> int | None:
+    """The system's number of an error; libraries in Rust have it in their words."""
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return int(said[1]) if said else getattr(error, "errno", None)
 
 
 def write(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Writes a file that is on the disk when this returns."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+    """Writes a file that is on the disk when this returns; never through a link."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_LINK
+    with open(os.open(path, flags, mode), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

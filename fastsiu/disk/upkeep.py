@@ -168,7 +168,8 @@ def _outputs(directory: Path) -> list[Path]:
 
 
 def _lost(directory: Path) -> list[str]:
-    """A sentence for each output that a directory's table names and that is not there."""
+    """A sentence for a directory's table that was changed, and for each output that it names and
+    that is not there."""
     table = next((name for name in TABLES if (directory / name).is_file()), None)
     if table is None or (directory / MANIFEST).is_file():
         return []
@@ -176,12 +177,13 @@ def _lost(directory: Path) -> list[str]:
     stored = read_json(
         directory / table, what=str(directory / table), remedy="restore it", shape=shape
     )
+    changed = [] if manifest.is_as_sealed(stored) else [f"{directory / table} is not as written."]
     done = [
         entry.get("slug") or entry.get("output")
         for entry in (*stored.get("concepts", ()), *stored.get("requests", ()))
         if entry.get("status") not in ("failed", "", None)
     ]
-    return [
+    return changed + [
         f"{directory / name} is missing, which {table} names."
         for name in done
         if isinstance(name, str) and not (directory / name / MANIFEST).is_file()

@@ -4,12 +4,13 @@ it, write the report."""
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import output as outputs
-from ..images import load_image, read_bytes
+from ..images import picture_of, read_bytes
 from ..model import adapter, adapter_files, decode, vlm
 from ..report.redact import redacted
 from ..request import BadInput, Recipe
@@ -121,6 +122,7 @@ def evaluate(
     _check(files, adapter_dir, base, report, extras, output)
     tried = attacking.chosen(extras.attacks)
     concept, as_was = evaluated(concept, kind, adapter_dir, model, base)
+    training = None if image is None else read_bytes(image)
     exam = directories.exam_of(concept, **vars(files), kind=as_was)
     for seen in exam.pictures:
         seen.load()  # a damaged picture is told now, not after an hour
@@ -155,76 +157,81 @@ def evaluate(
     }
     merged = measured if base is not None else None
     digest = "" if output is None else digest_of(exam, decides | shown, merged, adapter_dir)
-    if output is not None and outputs.check_destination(output, digest) == "same":
-        return _repeat(output)
-
-    after: Observations | None = None
-    besides = attacking.Attacked(tried, lr=rate_of(adapter_dir))
-    caveats = [adapter.DROPPABLE] * (adapter_dir is not None)
-    caveats += [directories.COUNTERFACTUAL] * (files.control is None)
-    if base is None and adapter_dir is None and "merge" in adapter_files.manifest_of(Path(name)):
-        caveats.append(MERGED)
-    with first.loaded() as loaded:
-        caveats += decode.remarks(loaded)
-        if adapter_dir is not None:
-            caveats += adapter_files.check_belongs(
-                adapter_dir, name, loaded.revision, first.weights
-            )
-        if not exam.others:
-            listener.stage("Finding the names of others")
-            exam = directories.with_others(exam, _alike(loaded, exam, cached))
-        key = directories.digest(exam, **decides) if remembered else ""
-        before = same_exam(cached, key, untouched, exam) if cached and untouched else None
-        if before is None:
-            listener.stage(f"Asking the untouched model {len(exam.cells)} questions")
-            before = examine(loaded, exam, max_new_tokens=longest)
-        besides.first(loaded, exam, files.control is not None, listener)
-        if adapter_dir is not None:
-            adapter.load(loaded, adapter_dir)
-            listener.stage(f"Asking the unlearned model {len(exam.cells)} questions")
-            after = examine(loaded, exam, before, max_new_tokens=longest)
-            besides.again(loaded, exam, files.control is not None, listener)
-    if base is not None:
-        del loaded
-        gc.collect()  # before the next is loaded: there may be room for one only
-        with measured.loaded() as loaded:
-            listener.stage(f"Asking the unlearned model {len(exam.cells)} questions")
-            after = examine(loaded, exam, before, max_new_tokens=longest)
-            besides.again(loaded, exam, files.control is not None, listener)
-        del loaded
-        gc.collect()
+    place = nullcontext("free") if output is None else outputs.reserved(output, digest)
+    with place as found:
+        if found == "same" and output is not None:
+            return _repeat(output)
+        after: Observations | None = None
+        besides = attacking.Attacked(tried, lr=rate_of(adapter_dir))
+        caveats = [adapter.DROPPABLE] * (adapter_dir is not None)
+        caveats += [directories.COUNTERFACTUAL] * (files.control is None)
+        if (
+            base is None
+            and adapter_dir is None
+            and "merge" in adapter_files.manifest_of(Path(name))
+        ):
+            caveats.append(MERGED)
         with first.loaded() as loaded:
-            listener.stage("Scoring its answers under the untouched model")
-            after = with_fluency(loaded, exam, after)
-    graded = {} if judged_by is None else _graded(judged_by, exam, before, after, listener)
-    told = report_of(
-        exam,
-        name,
-        before,
-        after,
-        adapted=adapter_dir is not None,
-        caveats=[*caveats, *besides.caveats],
-        graded=graded,
-        families=besides.families,
-    )
-    told |= besides.told
-    if benchmarks is not None:
-        told["benchmarks"] = benchmarks
-    if output is not None:
-        told = write_output(
-            output,
-            told,
-            untouched_file(exam, before, key),
-            digest,
-            measured,
-            decides | report.deciding,
-            {} if image is None else {"image": read_bytes(image)},
-            load_image(image) if report.embed_image and image is not None else None,
-            report.run,
+            caveats += decode.remarks(loaded)
+            if adapter_dir is not None:
+                caveats += adapter_files.check_belongs(
+                    adapter_dir, name, loaded.revision, first.weights
+                )
+            if not exam.others:
+                listener.stage("Finding the names of others")
+                exam = directories.with_others(exam, _alike(loaded, exam, cached))
+            key = directories.digest(exam, **decides) if remembered else ""
+            before = same_exam(cached, key, untouched, exam) if cached and untouched else None
+            if before is None:
+                listener.stage(f"Asking the untouched model {len(exam.cells)} questions")
+                before = examine(loaded, exam, max_new_tokens=longest)
+            besides.first(loaded, exam, files.control is not None, listener)
+            if adapter_dir is not None:
+                adapter.load(loaded, adapter_dir)
+                listener.stage(f"Asking the unlearned model {len(exam.cells)} questions")
+                after = examine(loaded, exam, before, max_new_tokens=longest)
+                besides.again(loaded, exam, files.control is not None, listener)
+        if base is not None:
+            del loaded
+            gc.collect()  # before the next is loaded: there may be room for one only
+            with measured.loaded() as loaded:
+                listener.stage(f"Asking the unlearned model {len(exam.cells)} questions")
+                after = examine(loaded, exam, before, max_new_tokens=longest)
+                besides.again(loaded, exam, files.control is not None, listener)
+            del loaded
+            gc.collect()
+            with first.loaded() as loaded:
+                listener.stage("Scoring its answers under the untouched model")
+                after = with_fluency(loaded, exam, after)
+        graded = {} if judged_by is None else _graded(judged_by, exam, before, after, listener)
+        told = report_of(
+            exam,
+            name,
+            before,
+            after,
+            adapted=adapter_dir is not None,
+            caveats=[*caveats, *besides.caveats],
+            graded=graded,
+            families=besides.families,
         )
-    elif report.redact:  # what is printed may go to a file, too
-        told = redacted(told)
-    return Evaluation(None if after is None else told["verdict"] == "forgotten", told, output)
+        told |= besides.told
+        if benchmarks is not None:
+            told["benchmarks"] = benchmarks
+        if output is not None:
+            told = write_output(
+                output,
+                told,
+                untouched_file(exam, before, key),
+                digest,
+                measured,
+                decides | report.deciding,
+                {} if training is None else {"image": training},
+                picture_of(training, image) if report.embed_image and training and image else None,
+                report.run,
+            )
+        elif report.redact:  # what is printed may go to a file, too
+            told = redacted(told)
+        return Evaluation(None if after is None else told["verdict"] == "forgotten", told, output)
 
 
 def _check(

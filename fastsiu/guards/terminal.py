@@ -18,10 +18,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
+NARROWEST = 40  # columns
 # C0 but tab and newline, DEL and C1; marks, overrides and isolates of direction; line and paragraph
 # separators; interlinear marks; tags, which are invisible; half surrogate pairs.
 _CONTROL = re.compile(
@@ -62,6 +63,16 @@ class Terminal(Console):
 
     def __init__(self, *, stderr: bool = False, **options: Any) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, **options)
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        """In fewer columns than `NARROWEST` a table would have no room for its words."""
+        found = super().size
+        return ConsoleDimensions(max(found.width, NARROWEST), found.height)
+
+    @size.setter
+    def size(self, given: tuple[int, int]) -> None:
+        self._width, self._height = given
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Escapes the text before the console measures it."""

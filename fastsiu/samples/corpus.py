@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..guards.first_read import once
 from ..guards.small_file import read_text
 from ..guards.strict_json import parse_json
 from ..loss.teacher import TeacherCache
@@ -258,7 +259,8 @@ def read_data(path: Path, image: Path) -> list[Sample]:
 
 
 def _text(path: Path) -> str:
-    return read_text(path, remedy="give a JSONL file with one sample a line")
+    remedy = "give a JSONL file with one sample a line"
+    return once("text", path, lambda: read_text(path, remedy=remedy))
 
 
 def read_jsonl(path: Path, image: Path | None = None) -> list[Sample]:

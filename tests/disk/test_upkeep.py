@@ -135,6 +135,19 @@ def test_verify_misses_an_output_that_the_table_names(call, tmp_path, table, key
     assert code == 1 and f"002 is missing, which {table} names" in " ".join(said.split())
 
 
+@pytest.mark.parametrize("table", sorted(set(upkeep.TABLES) - {"compare.json"}))
+def test_verify_names_a_table_that_was_changed(call, tmp_path, table):
+    (tmp_path / "all").mkdir()
+    written(tmp_path / "all" / "001")
+    content = {"format": upkeep.TABLES[table], "of": 1}
+    sealed = {**content, "sha256": manifest.seal(content)}
+    (tmp_path / "all" / table).write_text(json.dumps(sealed))
+    assert call("verify", "all")[0] == 0
+    (tmp_path / "all" / table).write_text(json.dumps({**sealed, "of": 2}))
+    code, said, _ = call("verify", "all")
+    assert code == 1 and f"{table} is not as written" in " ".join(said.split())
+
+
 def test_verify_looks_at_every_output_of_several(call, tmp_path):
     for slug in "ab":
         (tmp_path / "suite").mkdir(exist_ok=True)

@@ -179,17 +179,24 @@ def cached(job: SuiteJob, subject: suite.Subject) -> Observations | None:
 
 
 def manifest(
-    job: SuiteJob, subject: suite.Subject, key: bytes, masks: dict[str, Any]
+    job: SuiteJob,
+    subject: suite.Subject,
+    key: bytes,
+    masks: dict[str, Any],
+    before: tuple[str, bytes] | None = None,
 ) -> dict[str, Any]:
+    """before: the digest of the result and the training picture, as they were before the work,
+    since files may change meanwhile; None reads them now"""
+    digest, picture = before or (job.digest(subject), read_bytes(subject.training))
     whole = outputs.manifest(
         recipe=job.recipe,
         origins=job.origins,
         model_id=job.shown,
         revision=job.commit,
         weights=job.weights or {},
-        digest=job.digest(subject),
+        digest=digest,
         key=key,
-        pictures={"image": read_bytes(subject.training)},
+        pictures={"image": picture},
         masks=masks,
         settings=job.deciding,
     )

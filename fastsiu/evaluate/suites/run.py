@@ -30,7 +30,7 @@ from ... import output as outputs
 from ... import process, session
 from ...disk import staging
 from ...driver import base_of
-from ...images import load_image
+from ...images import load_image, read_bytes
 from ...model import adapter, adapter_files, source, vlm
 from ...request import BadInput, OutOfMemory, Request
 from ...session import Listener
@@ -296,7 +296,8 @@ def _one_here(slug: str) -> bool:
 
 def one(loaded: vlm.VLM, job: SuiteJob, subject: suite.Subject, listener: Listener) -> None:
     """One concept from beginning to end; the model is left untouched."""
-    exam = job.exam_of(subject)
+    before = job.digest(subject), read_bytes(subject.training)
+    exam, exam_digest = job.exam_of(subject), job.exam_digest(subject)
     # a training tries which are exact; left so, the next concept's last digits would depend on the
     # order
     shares = loaded.shares
@@ -340,13 +341,12 @@ def one(loaded: vlm.VLM, job: SuiteJob, subject: suite.Subject, listener: Listen
                     whole = [report | (extra or {})]
                     outputs.write_card(folder, whole, base_of(loaded, job.shown))
                 outputs.write_reports(folder, report | (extra or {}))
-                kept = {"format": FORMAT, "digest": job.exam_digest(subject), **untouched.as_dict()}
+                kept = {"format": FORMAT, "digest": exam_digest, **untouched.as_dict()}
                 staging.write(
                     folder / UNTOUCHED, json.dumps(kept, allow_nan=False).encode() + b"\n"
                 )
-                transaction.commit(
-                    manifest(job, subject, transaction.key, (extra or {}).get("masks", {}))
-                )
+                masks = (extra or {}).get("masks", {})
+                transaction.commit(manifest(job, subject, transaction.key, masks, before))
     finally:
         adapter.detach(loaded)
         loaded.shares = shares

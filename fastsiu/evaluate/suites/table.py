@@ -13,6 +13,8 @@ from typing import Any
 
 from ... import output as outputs
 from ...disk import staging
+from ...guards.strict_json import read_json
+from ...manifest import SEAL, seal
 from ...request import BadInput
 from ..pooled import markdown, pooled
 from . import suite
@@ -63,6 +65,11 @@ def begin(job: SuiteJob) -> bool:
         except BadInput:
             if not _begun(job.output):  # else another run began between the two looks
                 raise
+    table = job.output / SUITE
+    if table.is_file():  # a suite itself has a file of this name
+        stored = read_json(table, what=str(table), remedy=outputs.OTHER, shape=dict)
+        if stored.get("format") != FORMAT:
+            raise BadInput(f"{table} is not the table of an evaluation: {outputs.OTHER}.")
     staging.sweep(job.output)
     staging.check_writable(job.output / SUITE, outputs.OTHER)
     return True
@@ -97,6 +104,7 @@ def write_table(
                 done[subject.slug] = outputs.read_report(job.output / subject.slug)
                 failed.pop(subject.slug, None)
         content = _drawn(job, done, failed)
+        content[SEAL] = seal(content)
         text = json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
         staging.replace_file(job.output / SUITE, text.encode("utf-8", "backslashreplace"))
         staging.replace_file(job.output / "report.md", markdown(content).encode("utf-8", "replace"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from fastsiu.evaluate.suites import job as suite_job
 from fastsiu.evaluate.suites import run as suite_run
 from fastsiu.evaluate.suites import suite
 from fastsiu.evaluate.suites import table as suite_table
+from fastsiu.manifest import is_as_sealed
 from fastsiu.request import BadInput
 from fastsiu.session import Listener
 
@@ -92,6 +94,7 @@ def test_each_concept_has_an_output_and_a_failure_costs_only_itself(whole):
     assert table == whole.report and [c["status"] for c in table["concepts"]] == [
         o.status for o in whole.outcomes
     ]
+    assert table["sha256"] and is_as_sealed(table)
     pooled = table["pooled"]["untouched"]["efficacy"]
     assert pooled["n"] == sum(
         reports(whole.output, slug)["rows"]["untouched"]["efficacy"]["n"] for slug in "ac"
@@ -413,6 +416,18 @@ def test_what_fails_for_one_run_is_tried_by_the_other_and_costs_only_itself(stub
     assert {one.exit_code for one in ended} == {1}
     said = json.loads((tmp_path / "o" / "suite.json").read_text())["concepts"][1]["reasons"]
     assert said == ["The picture 'the suite/b.png' is damaged."]  # whoever reads it knows no place
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_a_suite_is_not_written_over_by_its_own_table(small, tmp_path, join):
+    from fastsiu.evaluate.suites import join as suite_join
+
+    place = shutil.copytree(small, tmp_path / "mine")
+    before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+    run = suite_join.join_suite if join else calls.evaluate_suite
+    with pytest.raises(BadInput, match="suite.json is not the table of an evaluation"):
+        run(place, output=place)
+    assert {p: p.read_bytes() for p in place.rglob("*") if p.is_file()} == before
 
 
 def test_what_a_dead_run_was_at_is_taken_over(stubbed, tmp_path):
