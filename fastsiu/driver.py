@@ -20,7 +20,7 @@ from .disk.staging import check_space
 from .evaluate.attacks import not_asked
 from .evaluate.held_out import decide
 from .guards.first_read import first_reads_count
-from .images import Beside, beside, load_image, read_bytes
+from .images import Beside, beside, load_image
 from .model import adapter, adapter_files, ask, decode, source, vlm
 from .model.memory import budget
 from .report import card
@@ -217,7 +217,7 @@ def write(
             weights=weights or outputs.digest_model(_snapshot(loaded)),
             digest=sealed.digest,
             key=transaction.key,
-            pictures={label: read_bytes(path) for label, path in pictures.items()},
+            pictures=pictures,
             settings=sealed.settings,
             kinds=[report["kind"] for report in written],
         )

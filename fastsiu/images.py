@@ -15,7 +15,7 @@ from typing import Literal
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
-from .guards.first_read import once
+from .guards.first_read import bytes_once, once
 from .guards.small_file import NotOrdinary, open_ordinary
 from .pictures.pixels import upright, usable
 from .request import BadInput, Request
@@ -105,7 +105,7 @@ def picture_of(data: bytes, path: Path) -> Image.Image:
 def read_bytes(path: str | Path) -> bytes:
     """The bytes of an ordinary file of at most `MAX_BYTES`. Raises BadInput where there is none, or
     where it changes meanwhile."""
-    return once("bytes", Path(path), lambda: _read(Path(path)))
+    return bytes_once(Path(path), lambda: _read(Path(path)))
 
 
 def _read(path: Path) -> bytes:

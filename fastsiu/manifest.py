@@ -139,7 +139,7 @@ def manifest(
     weights: Mapping[str, str],
     digest: str,
     key: bytes,
-    pictures: Mapping[str, bytes],
+    pictures: Mapping[str, Path | bytes],
     masks: Mapping[str, Any],
     settings: Mapping[str, Any] | None = None,
     kinds: Sequence[str] = (),
@@ -151,8 +151,9 @@ def manifest(
     weights:  file name -> SHA-256 of the model's files, from `digest_model`
     digest:   from `request_digest`
     key:      the transaction's key
-    pictures: label -> bytes, of every picture used. The manifest holds commitments only, and in
-              labels "images/NAME" and "retain/NAME" a number instead of the file's name.
+    pictures: label -> file or its bytes, of every picture used; one is in memory at a time. The
+              manifest holds commitments only, and in labels "images/NAME" and "retain/NAME" a
+              number instead of the file's name.
     masks:    the mask counts; a list of tokens, which may spell the name, becomes its length
     settings: the same further values as given to `request_digest`
     kinds:    what each concept is, in the order of the reports; one becomes the field `kind`
@@ -187,8 +188,8 @@ def manifest(
         **({"kind": kinds[0] if len(kinds) == 1 else list(kinds)} if kinds else {}),
         "settings": dict(settings or {}),
         "pictures": [
-            {"label": label, "commitment": commitment(data, key)}
-            for label, data in _numbered(pictures).items()
+            {"label": label, "commitment": commitment(_content(picture), key)}
+            for label, picture in _numbered(pictures).items()
         ],
         "masks": {
             kind: len(value) if isinstance(value, list) else value for kind, value in masks.items()
@@ -354,7 +355,11 @@ def _version(name: str) -> str | None:
         return __version__ if name == "fastsiu" else None  # a source tree that is not installed
 
 
-def _numbered(pictures: Mapping[str, bytes]) -> dict[str, bytes]:
+def _content(picture: Path | bytes) -> bytes:
+    return read_bytes(picture) if isinstance(picture, Path) else picture
+
+
+def _numbered(pictures: Mapping[str, Path | bytes]) -> dict[str, Path | bytes]:
     """The same pictures under labels without file names, which may name whom they show."""
     seen: Counter[str] = Counter()
     by_label = {}

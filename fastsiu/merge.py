@@ -323,10 +323,9 @@ def _request(
     )
 
 
-def _pictures(request: Request | None, redact: bool) -> dict[str, bytes]:
-    """By its label in the manifest, the bytes of each picture."""
-    found = {} if request is None else outputs.pictures_of(request, redact)
-    return {label: read_bytes(path) for label, path in found.items()}
+def _pictures(request: Request | None, redact: bool) -> dict[str, Path]:
+    """By its label in the manifest, the file of each picture."""
+    return {} if request is None else outputs.pictures_of(request, redact)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -370,12 +369,13 @@ def _digest(
     weights: Mapping[str, str],
     own: Mapping[str, str],
     request: Request | None,
-    pictures: Mapping[str, bytes],
+    pictures: Mapping[str, Path],
     settings: Mapping[str, Any],
 ) -> str:
     """SHA-256 of everything that decides the result; equal requests write nothing again."""
     seen = sorted(
-        (label.split("/")[0], hashlib.sha256(data).hexdigest()) for label, data in pictures.items()
+        (label.split("/")[0], hashlib.sha256(read_bytes(path)).hexdigest())
+        for label, path in pictures.items()
     )
     who = None if request is None else [request.concept, sorted(set(request.aliases))]
     model = dict(weights) or [name, revision]  # a directory has many spellings

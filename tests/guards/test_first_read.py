@@ -7,6 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
+from fastsiu.guards import first_read
 from fastsiu.guards.first_read import first_reads_count, once
 from fastsiu.images import list_images, load_image, read_bytes
 from fastsiu.request import BadInput
@@ -43,3 +44,20 @@ def test_what_is_read_from_one_path_in_two_ways_is_kept_apart(tmp_path):
         assert once("a", tmp_path, lambda: 1) == 1 and once("b", tmp_path, lambda: 2) == 2
         assert once("a", tmp_path, lambda: 3) == 1
     assert once("a", tmp_path, lambda: 3) == 3
+
+
+def test_no_more_than_so_much_is_held_and_what_is_not_is_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(first_read, "HELD", 10)
+    files = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    for file, size in zip(files, (6, 7, 4), strict=True):
+        file.write_bytes(bytes([size]) * size)
+    with first_reads_count():
+        first = [read_bytes(file) for file in files]
+        files[0].unlink()
+        assert [read_bytes(file) for file in files] == first
+        files[2].write_bytes(b"other")
+        assert read_bytes(files[2]) == first[2]  # held: 6 and 4 bytes
+        files[1].write_bytes(b"changed")
+        with pytest.raises(BadInput, match="has changed since this run read it first"):
+            read_bytes(files[1])
+    assert read_bytes(files[1]) == b"changed"
