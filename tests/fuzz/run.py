@@ -15,8 +15,9 @@ Targets are in the files fuzz_*.py beside this one. Such a file has
 
 The same --seed gives the same inputs. DIR/NAME may hold more seeds; failures are written there as
 failed-HASH. What runs is in DIR/NAME/running, so that an input which kills the process is not lost:
-the next run reports it. --results FILE gets a line of JSON for each target. Do not stop a run by a
-signal and continue it: the clock goes on, and what runs then counts as too long.
+the next run reports it. --results FILE gets a line of JSON for each target, and --table prints what
+such lines of benches/results/fuzz.jsonl add up to. Do not stop a run by a signal and continue it:
+the clock goes on, and what runs then counts as too long.
 
 No coverage guides this: the readers that matter are C and Rust, of which a Python fuzzer sees
 nothing.
@@ -44,6 +45,7 @@ from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).parent
+RESULTS = HERE.parent.parent / "benches" / "results" / "fuzz.jsonl"
 LARGEST = 2**22  # bytes of an input
 NUMBERS = (
     0,
@@ -305,6 +307,20 @@ def run(
     return len(kinds)
 
 
+def table(lines: list[str]) -> str:
+    """Of each target the time and the inputs of all runs, and the kinds of failures of the newest
+    commit that it ran at. Earlier ones were mended."""
+    rows = [json.loads(line) for line in lines]
+    out = ["| target | CPU-minutes | inputs | failures at the newest commit |", "|---|---|---|---|"]
+    for name in dict.fromkeys(row["target"] for row in rows):
+        own = [row for row in rows if row["target"] == name]
+        minutes = sum(row["cpu_seconds"] for row in own) / 60
+        failures = sum(r["kinds_of_failures"] for r in own if r["commit"] == own[-1]["commit"])
+        inputs = sum(row["inputs"] for row in own)
+        out.append(f"| {name} | {minutes:.0f} | {inputs:,} | {failures} |")
+    return "\n".join(out)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = targets()
@@ -333,7 +349,11 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FILE",
         help="give this one to one target, and show what happens",
     )
+    parser.add_argument("--table", action="store_true", help="print what the results add up to")
     options = parser.parse_args(arguments)
+    if options.table:
+        print(table(RESULTS.read_text().splitlines()))
+        return 0
     if unknown := set(options.names) - set(known):
         parser.error(f"{', '.join(sorted(unknown))} is no target: choose of {', '.join(known)}.")
     names = options.names or list(known)

@@ -125,3 +125,16 @@ def test_the_seeds_are_read():
     for name, target in files.TARGETS.items():
         for data in files.seeds(name):
             target(data)
+
+
+def test_the_table_adds_up_what_ran_and_forgets_what_was_mended():
+    spec = importlib.util.spec_from_file_location("fuzz_run", FUZZ / "run.py")
+    run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
+    row = lambda **values: json.dumps(
+        dict(target="names", commit="b", cpu_seconds=90, inputs=500, kinds_of_failures=0) | values
+    )
+    lines = [row(commit="a", kinds_of_failures=2), row(inputs=700), row(target="index"), row()]
+    said = run.table(lines).splitlines()[2:]
+    assert said == ["| names | 4 | 1,700 | 0 |", "| index | 2 | 500 | 0 |"]
+    assert "| 3 |" in run.table([*lines, row(kinds_of_failures=3)]).splitlines()[2]
