@@ -38,7 +38,7 @@ EXCERPTS = {
     "comparison": Excerpt(
         "docs/comparison.md",
         "python benches/compare.py --table",
-        ("siu", "ce", "vgid", "npo", "po"),
+        ("siu", "ce", "vgid-context", "npo", "po"),
         {
             "method": "method",
             "name still given": "name still given",
