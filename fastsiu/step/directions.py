@@ -11,6 +11,9 @@ something; S the sum of two, of the lessons that keep something and of texts tha
 model makes up itself. The solution is the generalised eigenvectors C v = w S v of the largest w.
 After each step of the optimiser A becomes A F F^T. The adapter stays an ordinary one.
 
+Where the factors are in front of the language model, C and S are those of what the layers read of
+the pictures of these lessons: of the concept, and of others by themselves.
+
 No part of the paper. The idea of keeping updates out of the inputs that are to stay is that of the
 null space of features (Wang et al., "Training Networks in Null Space of Feature Covariance for
 Continual Learning", CVPR 2021).
@@ -26,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from ..model import adapter, ask, prefix
@@ -120,8 +124,8 @@ def _own(layer: nn.Module) -> Tensor:
 
 
 def find(vlm: VLM, lessons: Sequence[Corpus], recipe: Recipe) -> Directions:
-    """The `recipe.directions` directions of each adapted layer of the language model. Layers with a
-    narrower input stay free; so do all where no lesson changes anything.
+    """The `recipe.directions` directions of each adapted layer. Layers with a narrower input stay
+    free; so do all where no lesson changes anything.
 
     An adapter is on, and off while the model runs.
 
@@ -130,8 +134,13 @@ def find(vlm: VLM, lessons: Sequence[Corpus], recipe: Recipe) -> Directions:
     Raises OutOfMemory where one turn at a time does not fit.
     """
     count = recipe.directions
-    of_changing, of_kept = _Turns.of(lessons, CHANGES), _Turns.of(lessons, KEEPS)
-    if not count or not of_changing.turns:
+    of_changing: _Turns | _Seen
+    of_kept: _Turns | _Seen
+    if recipe.in_front:
+        of_changing, of_kept = _Seen.of(lessons, CHANGES[0]), _Seen.of(lessons, KEEPS[0])
+    else:
+        of_changing, of_kept = _Turns.of(lessons, CHANGES), _Turns.of(lessons, KEEPS)
+    if not count or not len(of_changing):
         return FREE
     found: dict[nn.Module, Kept] = {}
     with (
@@ -140,9 +149,13 @@ def find(vlm: VLM, lessons: Sequence[Corpus], recipe: Recipe) -> Directions:
         torch.random.fork_rng([d for d in vlm.devices if d.type == "cuda"]),
     ):
         torch.manual_seed(recipe.seed)
-        texts = ask.made_up(vlm, TEXTS, recipe.seed)
-        kinds = [of_changing, of_kept, _Turns(texts, [None] * len(texts))]
-        shared = _same_inputs(vlm, of_changing, count)
+        kinds = [of_changing, of_kept]
+        if not recipe.in_front:
+            texts = ask.made_up(vlm, TEXTS, recipe.seed)
+            kinds.append(_Turns(texts, [None] * len(texts)))
+        adapted = _adapted(vlm, recipe.in_front)
+        wide = [layer for layer in adapted if _factor(layer).in_features > count]
+        shared = _same_inputs(vlm, wide, of_changing)
         tokens, room = (TOKENS // 4, BYTES // 8) if vlm.budget.sparing else (TOKENS, BYTES)
         for group in _groups(list(shared), tokens, room):
             changing, *staying = (_inputs(vlm, group, turns, tokens) for turns in kinds)
@@ -217,10 +230,17 @@ class _Turns:
                 features.append(None if (p := shown[i]) is None else p.features)
         return cls(turns, features)
 
-    @property
-    def tokens(self) -> int:
-        """Of all turns, shared prefixes counted for each."""
-        return sum(turn.inputs["input_ids"].shape[1] for turn in self.turns)
+    def __len__(self) -> int:
+        return len(self.turns)
+
+    def first(self) -> _Turns:
+        return _Turns(self.turns[:1], self.features[:1])
+
+    def every(self, rows: int, tokens: int) -> int:
+        """Of how many tokens one is read, so that about `tokens` are in all. Shared prefixes count
+        for each turn."""
+        whole = sum(turn.inputs["input_ids"].shape[1] for turn in self.turns)
+        return max(1, math.ceil(whole / tokens))
 
     def run(self, vlm: VLM, size: int) -> None:
         """The model's forwards, `size` turns at a time."""
@@ -234,10 +254,45 @@ class _Turns:
             )
 
 
-def _adapted(vlm: VLM) -> list[nn.Module]:
-    """The adapted linear layers of the language model."""
-    inside: Iterator[nn.Module] = vlm.base.get_decoder().modules()
-    return [x for x in inside if isinstance(x, LoraLayer) and "default" in x.lora_A]
+@dataclass(frozen=True)
+class _Seen:
+    """Pictures, as what is in front of the language model sees them."""
+
+    images: Sequence[Image]
+
+    @classmethod
+    def of(cls, lessons: Sequence[Corpus], facet: str) -> _Seen:
+        """The pictures with pixels of a facet's lessons; of one that shows a picture by itself."""
+        found: dict[int, Image] = {}
+        for corpus in lessons:
+            for sample in corpus.samples:
+                if sample.facet == facet and sample.picture is not None:
+                    if (picture := corpus.pictures[sample.picture]).real:
+                        found[id(picture.image)] = picture.image
+        return cls(list(found.values()))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def first(self) -> _Seen:
+        return _Seen(self.images[:1])
+
+    def every(self, rows: int, tokens: int) -> int:
+        """As `_Turns.every`. rows: what a layer reads of one picture"""
+        return max(1, math.ceil(rows * len(self.images) / tokens))
+
+    def run(self, vlm: VLM, size: int) -> None:
+        """The forwards of tower and projector, one picture at a time."""
+        for image in self.images:
+            vlm.image_features(image)
+
+
+def _adapted(vlm: VLM, in_front: bool) -> list[nn.Module]:
+    """The adapted linear layers in front of the language model, or those of it."""
+    inside = set(vlm.base.get_decoder().modules())
+    every: Iterator[nn.Module] = vlm.base.modules()
+    found = [x for x in every if isinstance(x, LoraLayer) and "default" in x.lora_A]
+    return [layer for layer in found if (layer not in inside) is in_front]
 
 
 def _factor(layer: nn.Module) -> nn.Linear:
@@ -247,10 +302,11 @@ def _factor(layer: nn.Module) -> nn.Linear:
     return factor
 
 
-def _same_inputs(vlm: VLM, turns: _Turns, count: int) -> dict[nn.Module, list[nn.Module]]:
-    """The layers with inputs wider than `count`, each with those that read the very same input
-    after it, as keys and values do beside queries. One turn tells."""
-    wide = [layer for layer in _adapted(vlm) if _factor(layer).in_features > count]
+def _same_inputs(
+    vlm: VLM, layers: Sequence[nn.Module], given: _Turns | _Seen
+) -> dict[nn.Module, list[nn.Module]]:
+    """The layers, each with those that read the very same input after it, as keys and values do
+    beside queries. One turn, or one picture, tells."""
     last: list[tuple[nn.Module, Tensor]] = []
     reads_with: dict[nn.Module, nn.Module] = {}
 
@@ -260,10 +316,10 @@ def _same_inputs(vlm: VLM, turns: _Turns, count: int) -> dict[nn.Module, list[nn
         else:
             last[:] = [(layer, x)]
 
-    with _listening(wide, heard):
-        _Turns(turns.turns[:1], turns.features[:1]).run(vlm, 1)
+    with _listening(layers, heard):
+        given.first().run(vlm, 1)
     shared: dict[nn.Module, list[nn.Module]] = {
-        layer: [] for layer in wide if layer not in reads_with
+        layer: [] for layer in layers if layer not in reads_with
     }
     for layer, first in reads_with.items():
         shared[first].append(layer)
@@ -288,11 +344,10 @@ def _groups(layers: Sequence[nn.Module], tokens: int, room: int) -> Iterator[lis
 
 
 def _inputs(
-    vlm: VLM, layers: Sequence[nn.Module], turns: _Turns, tokens: int
+    vlm: VLM, layers: Sequence[nn.Module], given: _Turns | _Seen, tokens: int
 ) -> dict[nn.Module, Tensor]:
-    """What the layers read of about so many tokens of the turns: the sum of x x^T, [d, d], or for a
-    layer wider than `WIDE` the inputs x themselves, [n, d]. fp32."""
-    every = max(1, math.ceil(turns.tokens / tokens))
+    """What the layers read of about so many tokens of what is given: the sum of x x^T, [d, d], or
+    for a layer wider than `WIDE` the inputs x themselves, [n, d]. fp32."""
 
     def run(size: int) -> dict[nn.Module, Tensor]:
         read: dict[nn.Module, Tensor] = {}
@@ -302,14 +357,15 @@ def _inputs(
             read[layer] = torch.zeros(d if d <= WIDE else 0, d, device=factor.weight.device)
 
         def heard(layer: nn.Module, x: Tensor) -> None:
-            some = x.reshape(-1, x.shape[-1])[::every].float()
+            rows = x.reshape(-1, x.shape[-1])
+            some = rows[:: given.every(len(rows), tokens)].float()
             if some.shape[1] <= WIDE:
                 read[layer].addmm_(some.T, some)
             else:
                 read[layer] = torch.cat([read[layer], some])
 
         with _listening(layers, heard):
-            turns.run(vlm, size)
+            given.run(vlm, size)
         return read
 
     return ask.fitting(vlm, run, TURNS)

@@ -276,3 +276,84 @@ def test_made_up_questions_hold_no_token_that_no_person_writes(loaded):
     ends = [loaded.tokenizer.eos_token_id]
     assert loaded.words_of([300, 301, *ends, 302]) == loaded.tokenizer.decode([300, 301]).strip()
     assert loaded.words_of(ends) == ""
+
+
+# In front of the language model -------------------------------------------------------------------
+
+
+def seen_by(loaded, images):
+    """By adapted layer in front, what it reads of pictures in the untouched model, [n, d] fp64."""
+    inside, read = set(loaded.base.get_decoder().modules()), {}
+    layers = {
+        name: module
+        for name, module in loaded.base.named_modules()
+        if isinstance(module, LoraLayer) and module not in inside
+    }
+    for name, module in layers.items():
+        module.register_forward_pre_hook(
+            lambda module, given, name=name: read.setdefault(name, []).append(
+                given[0].reshape(-1, given[0].shape[-1]).double()
+            )
+        )
+    with torch.no_grad(), adapter.teacher(loaded):
+        for image in images:
+            loaded.image_features(image)
+    return {name: torch.cat(rows) for name, rows in read.items()}
+
+
+def ratio(basis, x, y):
+    """The sum of the energies of x against those of y in the best axes of a basis: few pictures of
+    one colour leave several bases that are as good."""
+    own = lambda rows: (m := rows.T @ rows) / m.trace()
+    d, basis = x.shape[1], basis.double()
+    stay = own(y) + directions.RIDGE / d * torch.eye(d).double()
+    change, stay = basis.T @ own(x) @ basis, basis.T @ stay @ basis
+    return torch.linalg.eigvals(torch.linalg.solve(stay, change)).real.sum()
+
+
+@pytest.mark.parametrize("adapt", ["projector", "vision"])
+def test_in_front_they_are_those_of_the_pictures(adapt, monkeypatch):
+    """Of the concept's pictures against others' by themselves, beside the moments in fp64."""
+    monkeypatch.setattr(directions, "TOKENS", 10**6)
+    recipe = RECIPE.with_overrides(adapt=adapt)
+    loaded, _, _, corpora = begun(recipe)
+    found = named(loaded, directions.find(loaded, corpora, recipe))
+    assert found and all("language_model" not in name for name in found)
+    assert all("projector" in name for name in found) is (adapt == "projector")
+    shown = lambda facet: {
+        id(image): image
+        for corpus in corpora
+        for sample in corpus.samples
+        if sample.facet == facet and sample.picture is not None
+        for image in [corpus.pictures[sample.picture].image]
+    }
+    own = seen_by(loaded, shown("stranger").values())
+    kept = seen_by(loaded, shown("kept").values())
+    for name, basis in found.items():
+        x, y = (rows[name] for rows in (own, kept))
+        best = directions.apart(x.T @ x, [y.T @ y], RECIPE.directions).basis
+        assert basis.shape == best.shape
+        torch.testing.assert_close(ratio(basis, x, y), ratio(best, x, y), rtol=1e-4, atol=0)
+
+
+def test_a_training_in_front_stays_in_them():
+    recipe = RECIPE.with_overrides(adapt="projector")
+    loaded, samples, lessons, corpora = begun(recipe)
+    held = directions.find(loaded, corpora, recipe)
+    look = lambda: Look(1.0, 0.0, 0.0)
+    train.fit(loaded, samples, siu, recipe, look, lessons=lessons, aids=train.Aids(held=held))
+    bases, moved = named(loaded, held), factors(loaded)
+    assert bases
+    for name, basis in bases.items():
+        factor = moved[name]
+        torch.testing.assert_close(factor @ basis @ basis.T, factor, atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_on_both_sides_is_held_where_the_recipe_trains():
+    """Layers on the other side stay free; held to nothing, they could not train."""
+    both = LoraConfig(r=2, target_modules=r".*(q_proj|linear_1|linear_2)")
+    for adapt, place in (("language", "language_model"), ("projector", "projector")):
+        loaded, _, _, corpora = begun(RECIPE.with_overrides(adapt=adapt), lora=both)
+        found = named(loaded, directions.find(loaded, corpora, RECIPE.with_overrides(adapt=adapt)))
+        outside = [name for name in found if ("language_model" in name) is (adapt != "language")]
+        assert found and outside == [] and any(place in name for name in found)
