@@ -261,7 +261,7 @@ def test_its_adapter_reads_a_few_directions_only(case):
         for picture in (0, 1)
     ]
     lessons = corpus.build(case.vlm, Concept("Zorblax"), samples, case.shown[:2], recipe)
-    factors = {x: directions._factor(x).weight for x in directions._adapted(case.vlm)}
+    factors = {x: directions._factor(x).weight for x in directions._adapted(case.vlm, False)}
     before = {layer: weight.detach().clone() for layer, weight in factors.items()}
     found = directions.find(case.vlm, [lessons], recipe)
     wide = {layer for layer, weight in factors.items() if weight.shape[1] > 4}
