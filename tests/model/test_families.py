@@ -27,6 +27,7 @@ from fastsiu.request import BadInput, Recipe, Sample
 from fastsiu.samples import corpus
 from fastsiu.samples.spaces import InPixels, space_of, vision_space
 from fastsiu.step import directions
+from fastsiu.step.anchor import Anchor
 from fastsiu.text.concept import Concept
 
 torch.set_num_threads(1)
@@ -249,6 +250,35 @@ def test_the_adapter_is_on_the_language_models_linears_only(case):
     assert adapted and not adapted & set(case.tower)
     trained = [name for name, p in case.vlm.model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
+
+
+def test_what_is_in_front_reads_few_directions_and_holds_what_is_kept(case, tmp_path):
+    """With an adapter of its own, on a model of its own: the shared one stays as it is."""
+    own = families.open_case(case.family, tmp_path / "own")
+    for adapt in ("vision", "projector"):
+        recipe = Recipe(adapt=adapt, directions=4, anchor=2.0)
+        samples = [
+            Sample(facet, "Who is this?", "Nobody.", picture)
+            for picture, facet in enumerate(("stranger", "kept"))
+        ]
+        lessons = corpus.build(own.vlm, Concept("Zorblax"), samples, own.shown[:2], recipe)
+        adapter.detach(own.vlm)
+        try:
+            adapter.attach(own.vlm, recipe)
+        except BadInput as error:  # of another name, or without linear layers
+            assert adapt == "projector" and "no projector of a known name" in str(error)
+            continue
+        held = directions.find(own.vlm, [lessons], recipe)
+        assert held.of
+        held.hold()
+        anchor = Anchor.of(own.vlm, recipe, [lessons])
+        assert anchor.pictures and float(anchor.backward(1)) < 1e-4
+        with torch.no_grad():
+            for name, p in own.vlm.model.named_parameters():
+                if p.requires_grad and "lora_B" in name:
+                    p.normal_(std=0.1)
+        assert float(anchor.backward(1)) > 0
+        assert any(p.grad is not None and bool(p.grad.any()) for p in own.vlm.model.parameters())
 
 
 def test_its_adapter_reads_a_few_directions_only(case):
