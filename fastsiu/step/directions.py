@@ -44,6 +44,9 @@ TEXTS = 32  # that the untouched model makes up
 TURNS = 16  # in one forward
 SWEEPS = 8  # over the ratio of both energies, to find its largest eigenvectors
 RIDGE = 1e-3  # added to S, in units of the mean of its diagonal: some directions are never used
+# The same in front of the language model. Kept pictures are fewer and more alike than texts, so a
+# direction that they do not use may well be one of others' pictures.
+RIDGE_IN_FRONT = 0.1
 # What a change of S weighs against one of C, once training is over: the first at which the names
 # stay gone.
 CALM = (1.0, 0.3, 0.1)
@@ -150,6 +153,7 @@ def find(vlm: VLM, lessons: Sequence[Corpus], recipe: Recipe) -> Directions:
     ):
         torch.manual_seed(recipe.seed)
         kinds = [of_changing, of_kept]
+        ridge = RIDGE_IN_FRONT if recipe.in_front else RIDGE
         if not recipe.in_front:
             texts = ask.made_up(vlm, TEXTS, recipe.seed)
             kinds.append(_Turns(texts, [None] * len(texts)))
@@ -162,19 +166,25 @@ def find(vlm: VLM, lessons: Sequence[Corpus], recipe: Recipe) -> Directions:
             for layer in group:
                 kept = [inputs.pop(layer) for inputs in staying]
                 few = _factor(layer).in_features > WIDE
-                own = (apart_in_span if few else apart)(changing.pop(layer), kept, count)
+                best = apart_in_span if few else apart
+                own = best(changing.pop(layer), kept, count, ridge=ridge)
                 found |= dict.fromkeys([layer, *shared[layer]], own)
     return Directions(found)
 
 
 def apart(
-    changing: Tensor, staying: Sequence[Tensor], count: int, width: int | None = None
+    changing: Tensor,
+    staying: Sequence[Tensor],
+    count: int,
+    width: int | None = None,
+    ridge: float = RIDGE,
 ) -> Kept:
     """The `count` directions in which `changing` has the most energy against the sum of `staying`,
     each in units of its own whole energy; none where `changing` has none.
 
     changing, staying: second moments, or sums of x x^T, [d, d]
     width:             of the inputs, where the moments are those of a part of their space
+    ridge:             added to S, in units of the mean of its diagonal
 
     Twice as many directions are looked for as are wanted (Halko, Martinsson and Tropp 2011); the
     better half is exact to rounding then.
@@ -187,7 +197,7 @@ def apart(
         (x.double() / x.double().trace() for x in staying if bool(x.any())),
         start=torch.zeros_like(change),
     )
-    stay.diagonal().add_(RIDGE * max(1.0, float(stay.trace())) / (width or d))
+    stay.diagonal().add_(ridge * max(1.0, float(stay.trace())) / (width or d))
     root = torch.linalg.cholesky(stay)
     half = torch.linalg.solve_triangular(root, change, upper=False)
     ratio = torch.linalg.solve_triangular(root, half.T, upper=False)
@@ -200,14 +210,16 @@ def apart(
     return Kept(*(x.float().contiguous() for x in parts))
 
 
-def apart_in_span(changing: Tensor, staying: Sequence[Tensor], count: int) -> Kept:
+def apart_in_span(
+    changing: Tensor, staying: Sequence[Tensor], count: int, ridge: float = RIDGE
+) -> Kept:
     """`apart` for inputs [n, d] of few rows. The best directions lie in the span of all inputs,
     because outside of it nothing is to change; so the moments are those of that span."""
     given = [changing, *staying]
     span = torch.linalg.qr(torch.cat(given).double().T).Q
     inside = [x.double() @ span for x in given]
     change, *stay = (x.T @ x for x in inside)
-    found = apart(change, stay, count, changing.shape[1])
+    found = apart(change, stay, count, changing.shape[1], ridge)
     return found._replace(basis=(span @ found.basis.double()).float().contiguous())
 
 

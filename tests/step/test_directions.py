@@ -281,6 +281,9 @@ def test_made_up_questions_hold_no_token_that_no_person_writes(loaded):
 # In front of the language model -------------------------------------------------------------------
 
 
+RIDGE = directions.RIDGE_IN_FRONT
+
+
 def seen_by(loaded, images):
     """By adapted layer in front, what it reads of pictures in the untouched model, [n, d] fp64."""
     inside, read = set(loaded.base.get_decoder().modules()), {}
@@ -306,7 +309,7 @@ def ratio(basis, x, y):
     one colour leave several bases that are as good."""
     own = lambda rows: (m := rows.T @ rows) / m.trace()
     d, basis = x.shape[1], basis.double()
-    stay = own(y) + directions.RIDGE / d * torch.eye(d).double()
+    stay = own(y) + RIDGE / d * torch.eye(d).double()
     change, stay = basis.T @ own(x) @ basis, basis.T @ stay @ basis
     return torch.linalg.eigvals(torch.linalg.solve(stay, change)).real.sum()
 
@@ -331,7 +334,7 @@ def test_in_front_they_are_those_of_the_pictures(adapt, monkeypatch):
     kept = seen_by(loaded, shown("kept").values())
     for name, basis in found.items():
         x, y = (rows[name] for rows in (own, kept))
-        best = directions.apart(x.T @ x, [y.T @ y], RECIPE.directions).basis
+        best = directions.apart(x.T @ x, [y.T @ y], RECIPE.directions, ridge=RIDGE).basis
         assert basis.shape == best.shape
         torch.testing.assert_close(ratio(basis, x, y), ratio(best, x, y), rtol=1e-4, atol=0)
 
