@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..guards.endpoint import Caller, a_few_at_once, asked_to_wait, host_of
+from ..guards.endpoint import Caller, a_few_at_once, asked_to_wait, completions, host_of
 from ..guards.strict_json import parse_json
 from ..request import BadInput
 from ..text.rate import wilson
@@ -63,8 +63,7 @@ class Grader:
     @property
     def path(self) -> str:
         """The whole URL that is asked."""
-        url = self.url.rstrip("/")
-        return url if url.endswith("/chat/completions") else f"{url}/chat/completions"
+        return completions(self.url)
 
     @functools.cached_property
     def caller(self) -> Caller:

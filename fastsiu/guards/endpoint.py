@@ -29,6 +29,12 @@ def is_local(url: str) -> bool:
     return urlsplit(url).hostname in LOCAL
 
 
+def completions(url: str) -> str:
+    """The whole URL of a server's chat completions, of that or of the server's base."""
+    url = url.rstrip("/")
+    return url if url.endswith("/chat/completions") else f"{url}/chat/completions"
+
+
 def host_of(url: str, option: str, key: str, what: str, *, plain_http: bool) -> str:
     """Host and port of a server's URL.
 

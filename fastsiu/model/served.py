@@ -28,6 +28,7 @@ from ..guards.endpoint import (
     Caller,
     a_few_at_once,
     asked_to_wait,
+    completions,
     host_of,
     is_local,
     read_within,
@@ -77,8 +78,7 @@ class Endpoint:
 
     @property
     def path(self) -> str:
-        base = self.url.rstrip("/")
-        return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
+        return completions(self.url)
 
 
 class Said(NamedTuple):

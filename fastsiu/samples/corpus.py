@@ -81,6 +81,12 @@ class Corpus:
             some(self.samples), some(self.turns), self.pictures, some(self.keep), self.mask
         )
 
+    def seen_in(self, facets: Sequence[str]) -> dict[int, Picture]:
+        """The pictures with pixels that samples of these facets show, each once, by its image."""
+        places = [s.picture for s in self.samples if s.facet in facets]
+        shown = [self.pictures[p] for p in places if p is not None]
+        return {id(picture.image): picture for picture in shown if picture.real}
+
     def groups(self) -> dict[str, list[int]]:
         """Sample indices by facet; the facet "preserve" is split into text and pictures."""
         out: dict[str, list[int]] = {}

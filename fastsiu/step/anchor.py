@@ -55,17 +55,14 @@ class Anchor:
             return cls(vlm, recipe, ())
         chosen: dict[int, Picture] = {}
         for corpus in corpora:
-            changed = {s.picture for s in corpus.samples if s.facet in (*FORGET, *CHANGES)}
-            for sample in corpus.samples:
-                p = sample.picture
-                if p is not None and p not in changed and sample.facet in SHOWN_ALONE:
-                    if corpus.pictures[p].real:
-                        chosen[id(corpus.pictures[p].image)] = corpus.pictures[p]
+            changed = corpus.seen_in((*FORGET, *CHANGES))
+            kept = corpus.seen_in(SHOWN_ALONE)
+            chosen |= {key: picture for key, picture in kept.items() if key not in changed}
         held: list[Picture] = []
         with adapter.teacher(vlm):
-            for kept in chosen.values():
-                views = drawn.views(kept.image, recipe.seed, VIEWS)
-                for picture in (kept, *map(vlm.picture, views)):
+            for one in chosen.values():
+                views = drawn.views(one.image, recipe.seed, VIEWS)
+                for picture in (one, *map(vlm.picture, views)):
                     cpu = map_features(picture.features, lambda x: x.to("cpu"))
                     held.append(Picture(picture.image, cpu))
         return cls(vlm, recipe, held)

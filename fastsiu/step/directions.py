@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from ..model import adapter, ask, prefix
 from ..model.features import map_features
-from ..model.turns import Encoded
+from ..model.turns import Encoded, Picture
 from ..model.vlm import VLM
 from ..request import CHANGES, KEEPS, Recipe
 from ..samples.corpus import Corpus
@@ -275,13 +275,10 @@ class _Seen:
     @classmethod
     def of(cls, lessons: Sequence[Corpus], facet: str) -> _Seen:
         """The pictures with pixels of a facet's lessons; of one that shows a picture by itself."""
-        found: dict[int, Image] = {}
+        found: dict[int, Picture] = {}
         for corpus in lessons:
-            for sample in corpus.samples:
-                if sample.facet == facet and sample.picture is not None:
-                    if (picture := corpus.pictures[sample.picture]).real:
-                        found[id(picture.image)] = picture.image
-        return cls(list(found.values()))
+            found |= corpus.seen_in((facet,))
+        return cls([picture.image for picture in found.values()])
 
     def __len__(self) -> int:
         return len(self.images)
