@@ -395,3 +395,20 @@ def test_completion_completes_verbs(monkeypatch, capsys):
     monkeypatch.setenv("COMP_CWORD", "1")
     assert cli.run([]) == 0
     assert capsys.readouterr().out.split() == ["unlearn"]
+
+
+def test_the_demos_output_repeats_it(monkeypatch, tmp_path):
+    """The training is another test's."""
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+
+    def unlearn(request, *, report, **options):
+        seen.update(run=report.run, recipe=options["recipe"].changes)
+        raise BadInput("enough")
+
+    monkeypatch.setattr(driver, "unlearn", unlearn)
+    assert cli.run(["demo", "--seed", "3", "--output", "zoo"]) == 2
+    (tmp_path / "run.toml").write_text(seen["run"])
+    first = dict(seen)
+    assert cli.run(["--config", "run.toml", "--output", "other"]) == 2
+    assert seen["recipe"] == first["recipe"] == {"seed": 3}

@@ -381,4 +381,4 @@ def demo(
         return
     from ..demo.story import tell
 
-    raise typer.Exit(0 if tell(out, say, seed, output) else 1)
+    raise typer.Exit(0 if tell(out, say, seed, output, as_toml(context)) else 1)

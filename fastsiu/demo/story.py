@@ -12,15 +12,20 @@ from .. import driver
 from ..disk.staging import check_new
 from ..output import random_directory
 from ..request import BadInput, Request
-from ..settings import ModelRef, RecipeChoice
+from ..settings import ModelRef, RecipeChoice, ReportOptions
 from ..show.progress import Progress
 from ..show.results import answers_table, summary
 from . import MODEL_DIR
 from .world import KNOWN, LOOKALIKES, World, draw
 
 
-def tell(out: Console, say: Console, seed: int = 0, output: Path | None = None) -> bool:
-    """Forgets the first known creature from one fresh rendering; True when the verdict says so."""
+def tell(
+    out: Console, say: Console, seed: int = 0, output: Path | None = None, run: str = ""
+) -> bool:
+    """Forgets the first known creature from one fresh rendering; True when the verdict says so.
+
+    run: the file that repeats it, as `ReportOptions.run`
+    """
     world = World()
     target = KNOWN[0]
     other = LOOKALIKES.get(target, KNOWN[1])
@@ -48,6 +53,7 @@ def tell(out: Console, say: Console, seed: int = 0, output: Path | None = None) 
             model=ModelRef(MODEL_DIR),
             recipe=RecipeChoice(changes={"seed": seed}),
             output=destination,
+            report=ReportOptions(run=run),
             listener=progress.listener,
         )
     summary(out, result)
