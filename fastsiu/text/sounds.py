@@ -111,12 +111,14 @@ def heard(text: str, kind: str) -> list[Heard]:
 def _says(word: str, kind: str, voice: str) -> dict[str, int]:
     """What a word sounds like, with and without endings and particles that may be written on to it,
     and how many of its characters each sound takes."""
-    ways, size = {word: len(word)}, len(word)
-    if size > LONGEST:
+    ways = {word: len(word)}
+    if len(word) > LONGEST:
         return {}
-    if kind == "LATIN" and word[-2:].lower() in ("'s", "\u2019s"):
-        ways[word[:-2]] = size - 2
-    elif kind == "CYRILLIC":
+    if word[-2:].lower() in ("'s", "\u2019s"):  # English writes it on to any script
+        word = word[:-2]
+        ways[word] = len(word)
+    size = len(word)
+    if kind == "CYRILLIC":
         for ending in FACTS["endings"]["russian"].split():
             left = word.removesuffix(ending)
             if 4 <= len(left) < size:
@@ -308,12 +310,14 @@ def _from(
             if not longer or words[last].start - words[last - 1].end > 2:
                 break
             more = _says(words[last].word, kind, voice)
-            now = next(
-                (now + said for said in more if any(key.startswith(now + said) for key in longer)),
-                "?",
+            said = next(
+                (said for said in more if any(key.startswith(now + said) for key in longer)), None
             )
+            if said is None:
+                break
+            now += said
             if now in keys:
-                yield first.start, words[last].end, keys[now]
+                yield first.start, words[last].start + more[said], keys[now]
 
 
 @functools.lru_cache(4096)

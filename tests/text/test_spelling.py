@@ -457,6 +457,10 @@ def test_texts_about_nobody_name_nobody(language):
     assert {name: spans for name, spans in found.items() if spans} == {}
 
 
+MOHAMED = "\u0645\u062d\u0645\u062f \u0635\u0644\u0627\u062d"
+MIXED = "\u0301a\u200b\u0644d \u0645\u062d\u0645\u062f \u0635"  # Latin and Arabic letters
+
+
 @pytest.mark.parametrize(
     ("name", "text", "found"),
     [
@@ -475,6 +479,9 @@ def test_texts_about_nobody_name_nobody(language):
         ("Ann", "R. A. N. N. E. and A. N. N.", ["A. N. N"]),
         ("Zorblax", "a Zorb-\n lax, 🇿🇴🇷🇧🇱🇦🇽", ["Zorb-\n lax", "🇿🇴🇷🇧🇱🇦🇽"]),
         ("Zoë", "Is Zo\u00ad\në here?", ["Zo\u00ad\në"]),
+        ("Mohamed Salah", f"the {MOHAMED}'s hat", [MOHAMED]),
+        ("Lionel Messi", "Лионель Месси’s hat", ["Лионель Месси"]),
+        (MIXED, f"{MIXED}'s hat", [MIXED]),
     ],
 )
 def test_spans_are_of_the_name_alone(name, text, found):
