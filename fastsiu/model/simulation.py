@@ -119,6 +119,7 @@ class Simulation:
             optimizer=states,
             # a rehearsal keeps the parameters as they were until the step is done
             activations=self._run("step", replace(settings, ask_batch=0))
+            + self._seen_anew(settings, itemsize)
             + (trained if self.recipe.relearn else 0),
             kept=features + statistics,
             overhead=int(OVERHEAD) if settings.device != "cpu" else 0,
@@ -201,17 +202,38 @@ class Simulation:
         """Bytes that the tower needs. For one picture without a graph: every layer's states, which
         some families keep, and one MLP. For dreams in pixels: what the backward pass needs of every
         layer, the inputs of its norms and products."""
-        vision = getattr(self.config, "vision_config", None)
-        widths = (getattr(vision, name, None) for name in ("embed_dim", "hidden_size"))
-        width = next((w for w in widths if isinstance(w, int)), 1024)
-        wide = getattr(vision, "intermediate_size", None) or 4 * width
-        layers = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", None) or 24
+        width, wide, layers = self._tower()
         plain = (layers + 6) * width + 2 * wide
         if not self.recipe.dreams or self.recipe.dream_in == "features":
             return self.work.patches * plain * itemsize
         dreams = budget(settings, self.recipe.batch_size).dream_batch or DREAMS_SEEN
         graph = min(dreams, DREAMS_SEEN) * layers * (10 * width + 2 * wide)
         return self.work.patches * max(plain, graph) * itemsize
+
+    def _seen_anew(self, settings: Layout, itemsize: int) -> int:
+        """Bytes that the backward pass needs of a step's pictures, where something in front of the
+        language model trains: of every layer of the tower that trains (its input alone under
+        checkpointing), and of the projector its inputs and outputs, beside those of LoRA in
+        fp32."""
+        if not self.recipe.sees_anew:
+            return 0
+        width, wide, layers = self._tower()
+        most = settings.micro_batch or self.recipe.batch_size
+        pictures = min(most, PICTURES_OF_A_BATCH)
+        language = self.config.get_text_config().hidden_size
+        seen = (width + 3 * language) * (itemsize + 4)
+        if self.recipe.adapt == "vision":
+            seen += layers * (width if settings.checkpointing else 10 * width + 2 * wide) * itemsize
+        return pictures * self.work.patches * seen
+
+    def _tower(self) -> tuple[int, int, int]:
+        """Width, width of the MLP and number of layers of the vision tower."""
+        vision = getattr(self.config, "vision_config", None)
+        widths = (getattr(vision, name, None) for name in ("embed_dim", "hidden_size"))
+        width = next((w for w in widths if isinstance(w, int)), 1024)
+        wide = getattr(vision, "intermediate_size", None) or 4 * width
+        layers = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", None) or 24
+        return width, wide, layers
 
 
 def _step(base: Any, recipe: Recipe, work: Workload, settings: Layout) -> int:
@@ -231,7 +253,8 @@ def _step(base: Any, recipe: Recipe, work: Workload, settings: Layout) -> int:
         rest = memory.peak = memory.now
         supervised = []
         for sequences, tokens, rows in work.forwards(settings, recipe.batch_size):
-            states = _states(base, sequences, tokens, head.dtype, width)
+            shown = tokens != work.text  # a text has no gradient where the factors are in front
+            states = _states(base, sequences, tokens, head.dtype, width, recipe.in_front and shown)
             supervised.append(states.reshape(-1, width)[-rows:])
         del states
         hidden = torch.cat(supervised)
@@ -292,11 +315,17 @@ def _asking(base: Any, work: Workload, settings: Layout) -> int:
 
 
 def _forward(
-    base: Any, sequences: int, tokens: int, dtype: torch.dtype, width: int, cached: bool = False
+    base: Any,
+    sequences: int,
+    tokens: int,
+    dtype: torch.dtype,
+    width: int,
+    in_front: bool = False,
+    cached: bool = False,
 ) -> Any:
     """The language model on its own. The model around it only puts the picture's features among the
-    embeddings, `x` here."""
-    x = torch.empty((sequences, tokens, width), dtype=dtype)
+    embeddings, `x` here. in_front: what makes the features is trained, so `x` has a gradient."""
+    x = torch.empty((sequences, tokens, width), dtype=dtype, requires_grad=in_front)
     mask = torch.empty((sequences, 1, tokens, tokens), dtype=dtype)
     positions = torch.empty((sequences, tokens), dtype=torch.int64)
     return base.get_decoder()(

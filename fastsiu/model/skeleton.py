@@ -33,8 +33,11 @@ def skeleton(config: Any, settings: Layout, recipe: Recipe) -> Any:
     adapter.attach(VLM("", None, base, base, None), recipe)
     if settings.quantize is not None:
         for name in names:
-            linear = base.get_submodule(f"{name}.base_layer")
-            base.get_submodule(name).base_layer = Packed(linear, settings.quantize)
+            adapted = base.get_submodule(name)
+            if isinstance(adapted, nn.Linear):  # the factors are in front of the language model
+                base.set_submodule(name, Packed(adapted, settings.quantize))
+            else:
+                adapted.base_layer = Packed(adapted.base_layer, settings.quantize)
     if settings.checkpointing:
         checkpoint_layers(base)
     return base

@@ -294,6 +294,15 @@ def turns_of(config, work, batch_size):
     return turns, shown
 
 
+def seen_anew(loaded, shown):
+    """The same pictures' features as the model sees them now, with a graph."""
+    side = loaded.base.config.vision_config.image_size
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    see = lambda: loaded.base.base_model.get_image_features(pixel_values=pixels, return_dict=True)
+    seen = {id(one): see() for one in shown if one is not None}
+    return [one and seen[id(one)] for one in shown]
+
+
 def real_step(loaded, turns, shown, recipe, settings):
     """A callable that takes two steps as `train.fit` does, their teacher made beforehand. It starts
     with the optimiser's states
@@ -312,7 +321,8 @@ def real_step(loaded, turns, shown, recipe, settings):
 
     def step():
         loaded.model.train(settings.checkpointing)
-        states = prefix.supervised_states(loaded, turns, shown, micro_batch=settings.micro_batch)
+        now = seen_anew(loaded, shown) if recipe.sees_anew else shown
+        states = prefix.supervised_states(loaded, turns, now, micro_batch=settings.micro_batch)
         batch = Batch(
             states,
             labels,
@@ -357,11 +367,16 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("settings", STEPS, ids=str)
-def test_within_a_tenth_of_what_a_real_step_allocates(settings):
+@pytest.mark.parametrize(
+    ("settings", "adapt"),
+    [(settings, "language") for settings in STEPS]
+    + [(settings, adapt) for settings in STEPS[:2] for adapt in ("vision", "projector")],
+    ids=str,
+)
+def test_within_a_tenth_of_what_a_real_step_allocates(settings, adapt):
     settings = replace(settings, dtype="float32", device="cpu")
     config, loaded = small()
-    work, recipe = Workload(324 + 24, 324), Recipe(batch_size=8)
+    work, recipe = Workload(324 + 24, 324), Recipe(batch_size=8, adapt=adapt)
     found = Simulation(config, recipe, work).estimate(settings)
     turns, shown = turns_of(config, work, recipe.batch_size)
     steps = real_step(loaded, turns, shown, recipe, settings)
@@ -369,7 +384,7 @@ def test_within_a_tenth_of_what_a_real_step_allocates(settings):
     real = resident + allocated(steps)
     assert found.weights + 3 * found.trained == pytest.approx(resident, rel=1e-3)
     print(
-        f"\n{settings!s:50s} estimate {(found.training - found.kept) / 2**20:6.1f} MB, real "
+        f"\n{adapt} {settings!s:50s} estimate {(found.training - found.kept) / 2**20:6.1f} MB, real "
         f"{real / 2**20:6.1f} MB"
     )
     assert found.training - found.kept == pytest.approx(real, rel=0.1)
@@ -438,7 +453,7 @@ def test_a_real_step_on_quantised_weights(kind, tmp_path):
         + allocated(real_step(loaded, turns, shown, recipe, settings))
     )
     print(
-        f"\n{settings!s:50s} estimate {(found.training - found.kept) / 2**20:6.1f} MB, real "
+        f"\n{adapt} {settings!s:50s} estimate {(found.training - found.kept) / 2**20:6.1f} MB, real "
         f"{real / 2**20:6.1f} MB"
     )
     assert found.training - found.kept == pytest.approx(real, rel=0.1)
@@ -459,6 +474,18 @@ def test_a_few_layers_give_the_whole_stack():
     ):
         short = Simulation(config, recipe, work).estimate(settings)
         assert short == Simulation(config, recipe, work, whole=True).estimate(settings)
+
+
+@pytest.mark.parametrize("adapt", ["vision", "projector"])
+def test_quantised_layers_that_nothing_adapts(adapt):
+    """The language model's layers are packed whether they have factors or not."""
+    config = tiny()
+    packed = Layout(dtype="float16", quantize="nf4")
+    found = Simulation(config, Recipe(adapt=adapt), Workload(348, 324)).estimate(packed)
+    plain = Simulation(config, Recipe(adapt=adapt), Workload(348, 324)).estimate(Layout())
+    adapted = Simulation(config, Recipe(), Workload(348, 324)).estimate(packed)
+    assert found.weights < plain.weights and found.weights == adapted.weights
+    assert 0 < found.trained < adapted.trained and found.activations > 0
 
 
 def test_each_saving_saves():
