@@ -17,7 +17,7 @@ from PIL.Image import Image
 
 from .guards.strict_json import read_json
 from .images import load_image
-from .model import placement, plan, source, vlm
+from .model import adapter, placement, plan, source, vlm
 from .model.memory import GB, Layout
 from .request import PAPER, BadInput, Recipe, check_flags
 from .session import Listener
@@ -25,10 +25,14 @@ from .session import Listener
 # what a model's own directory may say about the hyper-parameters it needs
 MODEL_RECIPE = "fastsiu.json"
 RATES = (1e-4, 1.5e-3)  # bounds of the learning rate that follows from a model's width
-HELD = 2.0  # times that rate, where the adapter reads a few directions only
-# Where a language model is at least this wide, the adapter reads so many directions of each input
-# (`step.directions`). Measured at 576 only (benches/real_words.py).
-WIDE, DIRECTIONS = 512, 32
+# From this width of the language model on the projector is trained, and features of kept pictures
+# are held with this weight (`step.anchor`). Measured at 576 only (benches/real_words.py).
+WIDE, ANCHOR = 512, 10.0
+# There the adapter reads so many directions of each input (`step.directions`).
+DIRECTIONS = {"language": 32, "projector": 16}
+# Times the rate that follows from the width: where the adapter reads a few directions of the
+# language model's inputs only, and in the projector.
+HELD, IN_PROJECTOR = 2.0, 4.0
 # the path alone: what draws and trains it is the command line's
 EMBEDDED = Path(__file__).parent / "demo" / "model"
 DEMO_NOTE = (
@@ -225,41 +229,69 @@ def choose_recipe(
         raise BadInput(f"The preset {choice.preset!r} is unknown: choose 'default' or 'paper'.")
     paper = choice.preset == "paper"
     own = {} if paper else _model_recipe(model)
-    recipe = (PAPER if paper else Recipe()).with_overrides(**own).with_overrides(**given)
+    # An anchor waits until it is known what is trained.
+    last = {name: value for name, value in given.items() if name == "anchor"}
+    recipe = (PAPER if paper else Recipe()).with_overrides(**own)
+    recipe = recipe.with_overrides(**{k: v for k, v in given.items() if k not in last})
     origin = dict.fromkeys(known, "preset paper" if paper else "default")
     origin |= dict.fromkeys(own, "model directory") | dict.fromkeys(given, "command line")
-    left = {name for name in ("lr", "directions") if origin[name] == "default"}
+    left = {name for name in ("adapt", "anchor", "directions", "lr") if origin[name] == "default"}
+    if own:  # it was chosen for the part that it says, or for the language model
+        left.discard("adapt")
     if left and (width := _width(model, revision)):
+        if "adapt" in left and not _has_projector(model, revision, recipe, width):
+            left.discard("adapt")
         chosen = _by_width(recipe, width, left)
         recipe = recipe.with_overrides(**chosen)
         origin |= dict.fromkeys(chosen, "model width")
-    return recipe, origin
+    return recipe.with_overrides(**last), origin
 
 
 def _by_width(recipe: Recipe, width: int, left: Collection[str]) -> dict[str, Any]:
     """What follows from the width of the language model, of the fields that nobody chose."""
     chosen: dict[str, Any] = {}
-    reads = recipe.strangers > 0 and recipe.adapt == "language"  # else there are no directions
-    if "directions" in left and reads and width >= WIDE:
-        chosen["directions"] = DIRECTIONS
-    held = reads and chosen.get("directions", recipe.directions) > 0
+    wide = _tells_apart(recipe, width)
+    if wide:
+        adapt = chosen["adapt"] = "projector" if "adapt" in left else recipe.adapt
+        chosen["directions"] = DIRECTIONS.get(adapt, 0)
+        chosen["anchor"] = ANCHOR if adapt == "projector" else 0.0
+    changed = {k: v for k, v in chosen.items() if k in left and v != getattr(recipe, k)}
     if "lr" in left:
-        chosen["lr"] = rate_for(width, held)
-    return chosen
+        now = recipe.with_overrides(**changed)
+        if wide and now.adapt == "projector":
+            changed["lr"] = rate_for(width, IN_PROJECTOR)
+        else:
+            changed["lr"] = rate_for(width, HELD if now.directions and now.strangers else 1.0)
+    return changed
 
 
-def rate_for(width: int, held: bool) -> float:
+def _tells_apart(recipe: Recipe, width: int) -> bool:
+    """Whether the model is wide, and lessons tell what changes from what stays."""
+    return width >= WIDE and recipe.strangers > 0
+
+
+def _has_projector(model: str, revision: str | None, recipe: Recipe, width: int) -> bool:
+    """Whether the default may be to train the projector: the model has one that we know. What
+    cannot be built is told when it is loaded."""
+    if not _tells_apart(recipe, width) or recipe.projector_lr:
+        return False
+    try:
+        adapter.projector_linears(source.on_meta(source.read_config(model, revision)))
+    except BadInput:
+        return False
+    return True
+
+
+def rate_for(width: int, times: float = 1.0) -> float:
     """The learning rate of LoRA for a language model of so many hidden units, two digits.
 
     The best rate falls with the width to the power of about 3/4, from about 5e-4 at 2000 (Schulman
     et al., "LoRA Without Regret", Thinking Machines 2025). Measured here at 576 only.
 
-    held: whether the factors read a few directions only (`step.directions`): they take twice the
-          rate then, which was chosen on one concept
+    times: that rate, for factors that read a few directions only or are in the projector
     """
     low, high = RATES
-    rate = min(high, max(low, 5e-4 * (2000 / width) ** 0.75))
-    return float(f"{HELD * rate if held else rate:.1e}")
+    return float(f"{times * min(high, max(low, 5e-4 * (2000 / width) ** 0.75)):.1e}")
 
 
 def _width(model: str, revision: str | None) -> int | None:

@@ -128,26 +128,53 @@ def test_recipe_origins(tmp_path):
         settings.choose_recipe(str(tmp_path), RecipeChoice("default", {}))
 
 
+def follows(directory, width, preset="default", model_type="llava", **changes):
+    """Of a model of this width: what is adapted, the anchor, directions and rate; and which of them
+    follow from the width."""
+    text = {"model_type": "llama", "hidden_size": width, "num_attention_heads": width // 64}
+    config = {"model_type": model_type, "text_config": text, "vision_config": {}}
+    (directory / "config.json").write_text(json.dumps(config))
+    recipe, origins = settings.choose_recipe(str(directory), RecipeChoice(preset, changes))
+    fields = ("adapt", "anchor", "directions", "lr")
+    found = [field for field in fields if origins[field] == "model width"]
+    return (*(getattr(recipe, field) for field in fields), " ".join(found))
+
+
 def test_what_follows_from_the_width_of_a_model(tmp_path):
-    """A wide language model's adapter reads few directions, at twice the rate; all else as
-    before."""
+    """A wide model's projector is trained, and reads few directions; all else as before."""
+    all_four = "adapt anchor directions lr"
+    assert follows(tmp_path, 576) == ("projector", 10, 16, 5.1e-3, all_four)
+    assert follows(tmp_path, 4096) == ("projector", 10, 16, 1.2e-3, all_four)
+    assert follows(tmp_path, 256) == ("language", 0, 0, 1.5e-3, "lr")
+    assert follows(tmp_path, 576, "paper") == ("language", 0, 0, PAPER.lr, "")
+    # whatever is given stays, and the rest follows from it
+    assert follows(tmp_path, 576, lr=1e-4) == ("projector", 10, 16, 1e-4, all_four[:-3])
+    assert follows(tmp_path, 576, anchor=2.0, directions=0) == (
+        *("projector", 2, 0, 5.1e-3),
+        "adapt lr",
+    )
+    projector = follows(tmp_path, 576, adapt="projector")
+    assert projector == ("projector", 10, 16, 5.1e-3, "anchor directions lr")
+    assert follows(tmp_path, 576, adapt="language") == ("language", 0, 32, 2.5e-3, "directions lr")
+    assert follows(tmp_path, 4096, adapt="language")[3] == 5.8e-4
+    assert follows(tmp_path, 576, adapt="language", directions=0)[3] == 1.3e-3
+    assert follows(tmp_path, 576, adapt="vision") == ("vision", 0, 0, 1.3e-3, "lr")
+    # nothing tells directions apart; a projector as a whole is trained already
+    assert follows(tmp_path, 576, strangers=0) == ("language", 0, 0, 1.3e-3, "lr")
+    assert follows(tmp_path, 576, projector_lr=1e-4)[:2] == ("language", 0)
 
-    def chosen(width, preset="default", **changes):
-        text = {"model_type": "llama", "hidden_size": width}
-        config = {"model_type": "llava", "text_config": text, "vision_config": {}}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        recipe, origins = settings.choose_recipe(str(tmp_path), RecipeChoice(preset, changes))
-        return recipe.directions, recipe.lr, origins["directions"], origins["lr"]
 
-    both = ("model width", "model width")
-    assert chosen(576) == (32, 2.5e-3, *both) and chosen(4096) == (32, 5.8e-4, *both)
-    assert chosen(256) == (0, 1.5e-3, "default", "model width")
-    # Nothing to tell directions apart, or no factor that reads.
-    for changes in (dict(strangers=0), dict(adapt="vision")):
-        assert chosen(576, **changes) == (0, 1.3e-3, "default", "model width")
-    assert chosen(576, directions=0) == (0, 1.3e-3, "command line", "model width")
-    assert chosen(576, lr=1e-4) == (32, 1e-4, "model width", "command line")
-    assert chosen(576, "paper") == (0, PAPER.lr, "preset paper", "preset paper")
+def test_a_model_without_a_known_projector_keeps_the_language_model(tmp_path):
+    text = {"model_type": "gemma3_text", "hidden_size": 576, "num_hidden_layers": 2}
+    gemma = {"model_type": "gemma3", "text_config": text, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(gemma))
+    recipe, _ = settings.choose_recipe(str(tmp_path), RecipeChoice())
+    assert recipe.adapt == "language" and recipe.directions == 32  # that is a bare parameter
+
+
+def test_a_models_own_recipe_is_for_the_part_that_it_says(tmp_path):
+    (tmp_path / "fastsiu.json").write_text('{"recipe": {"lr": 0.001}}')
+    assert follows(tmp_path, 576) == ("language", 0, 32, 0.001, "directions")
 
 
 @pytest.mark.slow

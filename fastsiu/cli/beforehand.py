@@ -61,12 +61,7 @@ def data(
     substitute: Annotated[
         Substitute | None, typer.Option(help="What the model says instead of the name.")
     ] = None,
-    adapt: Annotated[
-        Adapt | None,
-        typer.Option(
-            help="What is trained: the language model, all in front of it, or the projector alone."
-        ),
-    ] = None,
+    adapt: Adapt = None,
     preset: Published = Preset.default,
     output: Annotated[
         Path | None, typer.Option(help="JSONL file to write; standard output when left out.")
@@ -146,6 +141,7 @@ def plan(
     checkpointing: Checkpointing = None,
     micro_batch: MicroBatch = None,
     optimizer: Optimizer = None,
+    adapt: Adapt = None,
     rank: Rank = None,
     batch_size: BatchSize = None,
     image: Annotated[
@@ -173,7 +169,7 @@ def plan(
     found = plan_for(
         ModelRef(model, revision),
         Settings(device, dtype, memory, quantize, attention, checkpointing, micro_batch, optimizer),
-        RecipeChoice(changes=dict(rank=rank, batch_size=batch_size)),
+        RecipeChoice(changes=dict(adapt=adapt and adapt.value, rank=rank, batch_size=batch_size)),
         image=image,
         image_tokens=image_tokens,
     )

@@ -21,7 +21,7 @@ class Substitute(StrEnum):
     name = "name"
 
 
-class Adapt(StrEnum):
+class Part(StrEnum):
     language = "language"
     vision = "vision"
     projector = "projector"
@@ -109,6 +109,12 @@ Steps = Annotated[
 ]
 Rate = Annotated[
     float | None, typer.Option(max=NUMBERS["lr"][1], callback=finite, help="Learning rate.")
+]
+Adapt = Annotated[
+    Part | None,
+    typer.Option(
+        help="What is trained: the language model, all in front of it, or the projector alone."
+    ),
 ]
 Rank = Annotated[int | None, typer.Option(max=WHOLE["rank"][1], help="LoRA rank.")]
 BatchSize = Annotated[

@@ -89,12 +89,7 @@ def unlearn(
     substitute: Annotated[
         Substitute | None, typer.Option(help="What the model says instead of the name.")
     ] = None,
-    adapt: Annotated[
-        Adapt | None,
-        typer.Option(
-            help="What is trained: the language model, all in front of it, or the projector alone."
-        ),
-    ] = None,
+    adapt: Adapt = None,
     preset: Published = Preset.default,
     alpha: Annotated[float | None, Weight("Weight of the cross-entropy.")] = None,
     beta: Annotated[float | None, Weight("Weight of the dual-masked KL.")] = None,

@@ -32,7 +32,7 @@ LINEARS = {
     "bitsandbytes.nn.modules.Linear8bitLt",
 }
 DROPPABLE = "The adapter can be dropped; only merged weights forget."
-PROJECTORS = ("multi_modal_projector", "connector", "merger", "mlp1", "embed_vision")
+PROJECTORS = ("multi_modal_projector", "connector", "merger", "mlp1", "embed_vision", "aligner")
 
 
 def language_linears(base: Any) -> list[str]:

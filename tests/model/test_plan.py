@@ -384,7 +384,8 @@ def test_within_a_tenth_of_what_a_real_step_allocates(settings, adapt):
     real = resident + allocated(steps)
     assert found.weights + 3 * found.trained == pytest.approx(resident, rel=1e-3)
     print(
-        f"\n{adapt} {settings!s:50s} estimate {(found.training - found.kept) / 2**20:6.1f} MB, real "
+        f"\n{adapt} {settings!s:50s} estimate "
+        f"{(found.training - found.kept) / 2**20:6.1f} MB, real "
         f"{real / 2**20:6.1f} MB"
     )
     assert found.training - found.kept == pytest.approx(real, rel=0.1)
@@ -453,7 +454,7 @@ def test_a_real_step_on_quantised_weights(kind, tmp_path):
         + allocated(real_step(loaded, turns, shown, recipe, settings))
     )
     print(
-        f"\n{adapt} {settings!s:50s} estimate {(found.training - found.kept) / 2**20:6.1f} MB, real "
+        f"\n{settings!s:50s} estimate {(found.training - found.kept) / 2**20:6.1f} MB, real "
         f"{real / 2**20:6.1f} MB"
     )
     assert found.training - found.kept == pytest.approx(real, rel=0.1)
