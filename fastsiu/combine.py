@@ -371,7 +371,8 @@ def _judged(one: PartConcept, scene: Scene, model: str, notes: Sequence[str]) ->
     """The report of one concept, asked of the sum."""
     given = beside(one.request)
     verdict, answers = decide(scene, given.more, given.rest)
-    caveats = [adapter.DROPPABLE, *notes, *given.notes]
+    left_out = [adapter.LEFT_OUT] * scene.recipe.sees_anew
+    caveats = [adapter.DROPPABLE, *left_out, *notes, *given.notes]
     if told := ambiguous(scene.concept):
         caveats.append(told)
     caveats += [*decode.remarks(scene.vlm), *verdict.remarks]

@@ -324,7 +324,7 @@ def report_of(
     """report.json of one request, ready for JSON: the verdict with the answers behind it, what was
     trained and how, and what a reader has to know (`caveats`)."""
     corpus, scene = trained.corpus, trained.scene
-    caveats = [adapter.DROPPABLE]
+    caveats = [adapter.DROPPABLE] + [adapter.LEFT_OUT] * recipe.sees_anew
     if corpus.mask.warning:
         caveats.append(corpus.mask.warning)
     if told := ambiguous(scene.concept):

@@ -68,7 +68,7 @@ def test_the_report_has_its_schema(trained, cast):
     assert report["before"]["efficacy"]["value"] < 0.5 and report["before"]["facts"]["value"] == 1
     assert len(report["training"]) == 4 and [s["step"] for s in report["training"]] == [1, 2, 3, 4]
     assert report["masks"]["tokens_masked"] > 0 and report["masks"]["vocabulary_masked"] > 0
-    assert adapter.DROPPABLE in report["caveats"]
+    assert adapter.DROPPABLE in report["caveats"] and adapter.LEFT_OUT not in report["caveats"]
 
 
 def test_the_verdict_follows_from_the_reported_answers(trained, cast):

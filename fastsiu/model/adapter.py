@@ -32,6 +32,10 @@ LINEARS = {
     "bitsandbytes.nn.modules.Linear8bitLt",
 }
 DROPPABLE = "The adapter can be dropped; only merged weights forget."
+LEFT_OUT = (
+    "The adapter changes what is in front of the language model, where many servers leave "
+    "adapters out: merge it before it is served."
+)
 PROJECTORS = ("multi_modal_projector", "connector", "merger", "mlp1", "embed_vision", "aligner")
 
 

@@ -64,6 +64,8 @@ REPORTED = (
 # out.
 SENTENCES = (
     *LIMITS,
+    "The adapter changes what is in front of the language model, where many servers leave "
+    "adapters out: merge it before it is served.",
     *not_asked(),
     "No picture was found in which the untouched model recognises nobody.",
     "No picture of anyone else was given, and no dream of one was accepted.",

@@ -127,6 +127,7 @@ def test_the_picture_is_forgotten_and_every_fact_is_kept(quick, tmp_path):
         "dreams": 0,
     }
     result = quick(tmp_path / "out", adapt="vision", schedule="gone", **changes)
+    assert adapter.LEFT_OUT in result.report["caveats"]
     report = result.report
     assert (
         report["before"]["efficacy"]["value"] < 0.1 < 0.99 <= report["after"]["efficacy"]["value"]
