@@ -41,7 +41,8 @@ REQUESTS, CARDS = (1, 1_000, 1_000_000), (1, 8, 64, 512)
 MFU = 0.4  # of the peak, by prefill and training
 READ = 0.7  # of the bandwidth, by decoding
 USABLE = 0.9  # of a card's memory
-ACTIVATIONS = 7.7  # GB of a step of LLaVA-1.5-7B in bf16: `fastsiu plan` says 21.7 with the weights
+# GB of a step of LLaVA-1.5-7B in bf16: `fastsiu plan --adapt language` says 21.7 with the weights
+ACTIVATIONS = 7.7
 IMAGE, TEMPLATE = 576, 24  # tokens of a picture (LLaVA-1.5), and of what stands around it
 # As fastsiu/model/workload.py and memory.py assume, which import torch.
 SUFFIX, TEXT, ANSWER, PICTURES, SAMPLES, ASK_BATCH = 64, 80, 64, 17, 120, 64

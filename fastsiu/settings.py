@@ -29,7 +29,7 @@ RATES = (1e-4, 1.5e-3)  # bounds of the learning rate that follows from a model'
 # are held with this weight (`step.anchor`). Measured at 576 only (benches/real_words.py).
 WIDE, ANCHOR = 512, 10.0
 # There the adapter reads so many directions of each input (`step.directions`).
-DIRECTIONS = {"language": 32, "projector": 16}
+DIRECTIONS = {"language": 32, "projector": 4}
 # Times the rate that follows from the width: where the adapter reads a few directions of the
 # language model's inputs only, and in the projector.
 HELD, IN_PROJECTOR = 2.0, 4.0

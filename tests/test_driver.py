@@ -143,18 +143,18 @@ def follows(directory, width, preset="default", model_type="llava", **changes):
 def test_what_follows_from_the_width_of_a_model(tmp_path):
     """A wide model's projector is trained, and reads few directions; all else as before."""
     all_four = "adapt anchor directions lr"
-    assert follows(tmp_path, 576) == ("projector", 10, 16, 5.1e-3, all_four)
-    assert follows(tmp_path, 4096) == ("projector", 10, 16, 1.2e-3, all_four)
+    assert follows(tmp_path, 576) == ("projector", 10, 4, 5.1e-3, all_four)
+    assert follows(tmp_path, 4096) == ("projector", 10, 4, 1.2e-3, all_four)
     assert follows(tmp_path, 256) == ("language", 0, 0, 1.5e-3, "lr")
     assert follows(tmp_path, 576, "paper") == ("language", 0, 0, PAPER.lr, "")
     # whatever is given stays, and the rest follows from it
-    assert follows(tmp_path, 576, lr=1e-4) == ("projector", 10, 16, 1e-4, all_four[:-3])
+    assert follows(tmp_path, 576, lr=1e-4) == ("projector", 10, 4, 1e-4, all_four[:-3])
     assert follows(tmp_path, 576, anchor=2.0, directions=0) == (
         *("projector", 2, 0, 5.1e-3),
         "adapt lr",
     )
     projector = follows(tmp_path, 576, adapt="projector")
-    assert projector == ("projector", 10, 16, 5.1e-3, "anchor directions lr")
+    assert projector == ("projector", 10, 4, 5.1e-3, "anchor directions lr")
     assert follows(tmp_path, 576, adapt="language") == ("language", 0, 32, 2.5e-3, "directions lr")
     assert follows(tmp_path, 4096, adapt="language")[3] == 5.8e-4
     assert follows(tmp_path, 576, adapt="language", directions=0)[3] == 1.3e-3
