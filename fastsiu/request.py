@@ -159,7 +159,8 @@ NUMBERS = {
 @dataclass(frozen=True)
 class Recipe:
     """The hyper-parameters. The defaults were chosen on a language model of 135 million parameters
-    that others had trained (benches/real_words.py); on larger ones they were not measured.
+    that others had trained (benches/real_words.py); on larger ones they were not measured. For wide
+    language models `settings.choose_recipe` takes another adapt, anchor, directions and lr.
 
     alpha, beta:  weights of cross-entropy and dual-masked KL (paper section 4.3)
     steps:        ceiling on optimiser steps; training stops earlier once the name is gone and the
@@ -186,8 +187,7 @@ class Recipe:
                   tails. The larger the vocabulary, the more of a flat distribution is its tail
     directions:   of each layer's input, that the LoRA factors may read: those in which what is to
                   change differs most from what is to stay. The fewer, the less of all else changes.
-                  0: all. All, too, where there are no strangers, whose lessons tell them apart.
-                  `settings.choose_recipe` takes 32 for wide language models
+                  0: all. All, too, where there are no strangers, whose lessons tell them apart
     relearn:      most steps of relearning that are rehearsed: in every second step, after the first
                   eighth, the gradient is taken where the name has begun to come back
                   (`step.rehearsal`). It is harder to teach again then (docs/results.md). 0: nothing
