@@ -238,21 +238,24 @@ def choose_recipe(
     left = {name for name in ("adapt", "anchor", "directions", "lr") if origin[name] == "default"}
     if own:  # it was chosen for the part that it says, or for the language model
         left.discard("adapt")
-    if left and (width := _width(model, revision)):
-        if "adapt" in left and not _has_projector(model, revision, recipe, width):
-            left.discard("adapt")
-        chosen = _by_width(recipe, width, left)
+    if left and (config := _config(model, revision)) is not None:
+        chosen = _by_width(recipe, config, left)
         recipe = recipe.with_overrides(**chosen)
         origin |= dict.fromkeys(chosen, "model width")
     return recipe.with_overrides(**last), origin
 
 
-def _by_width(recipe: Recipe, width: int, left: Collection[str]) -> dict[str, Any]:
+def _by_width(recipe: Recipe, config: Any, left: Collection[str]) -> dict[str, Any]:
     """What follows from the width of the language model, of the fields that nobody chose."""
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    if not isinstance(width, int):
+        return {}
     chosen: dict[str, Any] = {}
-    wide = _tells_apart(recipe, width)
+    # Lessons from strangers tell what changes from what stays.
+    wide = width >= WIDE and recipe.strangers > 0
     if wide:
-        adapt = chosen["adapt"] = "projector" if "adapt" in left else recipe.adapt
+        free = "adapt" in left and not recipe.projector_lr and _has_projector(config)
+        adapt = chosen["adapt"] = "projector" if free else recipe.adapt
         chosen["directions"] = DIRECTIONS.get(adapt, 0)
         chosen["anchor"] = ANCHOR if adapt == "projector" else 0.0
     changed = {k: v for k, v in chosen.items() if k in left and v != getattr(recipe, k)}
@@ -265,18 +268,11 @@ def _by_width(recipe: Recipe, width: int, left: Collection[str]) -> dict[str, An
     return changed
 
 
-def _tells_apart(recipe: Recipe, width: int) -> bool:
-    """Whether the model is wide, and lessons tell what changes from what stays."""
-    return width >= WIDE and recipe.strangers > 0
-
-
-def _has_projector(model: str, revision: str | None, recipe: Recipe, width: int) -> bool:
-    """Whether the default may be to train the projector: the model has one that we know. What
-    cannot be built is told when it is loaded."""
-    if not _tells_apart(recipe, width) or recipe.projector_lr:
-        return False
+def _has_projector(config: Any) -> bool:
+    """Whether the model has a projector that we know. What cannot be built is told when it is
+    loaded."""
     try:
-        adapter.projector_linears(source.on_meta(source.read_config(model, revision)))
+        adapter.projector_linears(source.on_meta(config))
     except BadInput:
         return False
     return True
@@ -294,14 +290,12 @@ def rate_for(width: int, times: float = 1.0) -> float:
     return float(f"{times * min(high, max(low, 5e-4 * (2000 / width) ** 0.75)):.1e}")
 
 
-def _width(model: str, revision: str | None) -> int | None:
-    """Hidden units of the language model; None where a directory has no configuration, which is
-    told when it is loaded."""
+def _config(model: str, revision: str | None) -> Any:
+    """The model's configuration; None where a directory has none, which is told when it is
+    loaded."""
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         return None
-    text = source.read_config(model, revision).get_text_config()
-    width = getattr(text, "hidden_size", None)
-    return width if isinstance(width, int) else None
+    return source.read_config(model, revision)
 
 
 def _model_recipe(model: str) -> dict[str, Any]:

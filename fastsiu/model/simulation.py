@@ -252,9 +252,8 @@ def _step(base: Any, recipe: Recipe, work: Workload, settings: Layout) -> int:
             p.grad = torch.empty_like(p)
         rest = memory.peak = memory.now
         supervised = []
-        for sequences, tokens, rows in work.forwards(settings, recipe.batch_size):
-            shown = tokens != work.text  # a text has no gradient where the factors are in front
-            states = _states(base, sequences, tokens, head.dtype, width, recipe.in_front and shown)
+        for sequences, tokens, rows in work.forwards(settings, recipe.batch_size, recipe.in_front):
+            states = _states(base, sequences, tokens, head.dtype, width, recipe.in_front)
             supervised.append(states.reshape(-1, width)[-rows:])
         del states
         hidden = torch.cat(supervised)

@@ -35,9 +35,11 @@ class Workload:
     pictures: int = 17
     samples: int = 120
 
-    def forwards(self, settings: Layout, batch_size: int) -> list[Forward]:
+    def forwards(self, settings: Layout, batch_size: int, in_front: bool = False) -> list[Forward]:
         """The forwards of one step whose graphs are alive at the same time. Under a micro-batch
         that is one forward, the largest.
+
+        in_front: what trains is in front of the language model, so a text has no graph
 
         `SHARES` says which samples a step has. `parts` says how they go together: questions about
         one picture are one row, and rows of like length are one forward. Rows are plain where that
@@ -49,7 +51,7 @@ class Workload:
         worth = settings.sparing or _tokens(forwards) <= WORTH * _tokens(plain)
         if settings.attention == "flash_attention_2" or not worth:
             forwards = plain
-        if text:
+        if text and not in_front:
             forwards.append((min(most, text), self.text, min(most, text) * self.rows))
         if settings.micro_batch is None:
             return forwards

@@ -80,6 +80,7 @@ class _WithIds:
         batch = dict(self.collate(rows))
         ids = [row.get("sample_id") for row in rows]
         try:
+            # Whatever a row holds is given to `index`, which refuses what is no integer.
             batch["sample_id"] = torch.tensor([operator.index(i) for i in ids])  # type: ignore[arg-type]
         except TypeError as error:
             raise BadInput(

@@ -489,6 +489,19 @@ def test_quantised_layers_that_nothing_adapts(adapt):
     assert 0 < found.trained < adapted.trained and found.activations > 0
 
 
+@pytest.mark.parametrize("micro_batch", [None, 1, 4])
+def test_a_picture_of_few_tokens_in_front(micro_batch):
+    """Its question is no longer than a text, which has no gradient there, or shorter."""
+    found = [
+        Simulation(tiny(), Recipe(adapt=adapt), Workload(prefix, 16)).estimate(
+            Layout(micro_batch=micro_batch)
+        )
+        for adapt in ("vision", "projector")
+        for prefix in (16, 8)
+    ]
+    assert all(one.activations > 0 for one in found)
+
+
 def test_each_saving_saves():
     config, recipe = tiny(), Recipe(batch_size=32)
     work, _ = plan.workload(config)
@@ -636,3 +649,8 @@ def test_command_reads_the_configuration_alone(tmp_path, capfd):
     assert "does not fit into 0.5 GB" in capfd.readouterr().out
     assert cli.run([*options, "--quantize", "int8", "--rank", "8", "--image-tokens", "2000"]) == 0
     assert "A picture is 2024 tokens" in capfd.readouterr().out
+    trained = []
+    for part in ("language", "projector"):
+        assert cli.run([*options, "--adapt", part, "--memory", "24", "--json"]) == 0
+        trained.append(json.loads(capfd.readouterr().out)["chosen"]["trained"])
+    assert 0 < trained[1] < trained[0]
