@@ -13,8 +13,8 @@ pytest.importorskip("gradio", reason="needs the extra [app]")
 pytest.importorskip("playwright", reason="needs the extra [test-app]")
 pytest.importorskip("axe_playwright_python", reason="needs the extra [test-app]")
 
-import app_browser  # noqa: E402
-from app_browser import Visit, browser, serving  # noqa: E402
+import app_browser
+from app_browser import Visit, browser, serving
 
 pytestmark = [
     pytest.mark.slow,

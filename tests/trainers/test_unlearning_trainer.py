@@ -17,15 +17,15 @@ import torch
 from peft import LoraConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # torchrun knows no pytest
-import calls  # noqa: E402
-import shares as made  # noqa: E402
+import calls
+import shares as made
 
-from fastsiu import session, train  # noqa: E402
-from fastsiu.model import adapter  # noqa: E402
-from fastsiu.objectives import siu  # noqa: E402
-from fastsiu.request import BadInput, NumericFailure, Recipe  # noqa: E402
-from fastsiu.step import directions  # noqa: E402
-from fastsiu.step.look import Look  # noqa: E402
+from fastsiu import session, train
+from fastsiu.model import adapter
+from fastsiu.objectives import siu
+from fastsiu.request import BadInput, NumericFailure, Recipe
+from fastsiu.step import directions
+from fastsiu.step.look import Look
 
 FOLDER = Path(__file__).parent
 RECIPE = Recipe(steps=3, lr=1e-3, rank=4, batch_size=8, early_stop=False)

@@ -11,14 +11,14 @@ import pytest
 
 pytest.importorskip("pyarrow", reason="the extra [benchmarks] is not installed")
 
-import benchmark_sets as made  # noqa: E402
-from judge_server import Stub, asked, said  # noqa: E402
+import benchmark_sets as made
+from judge_server import Stub, asked, said
 
-from fastsiu.cli import run as command  # noqa: E402
-from fastsiu.evaluate.benchmarks import judged, run  # noqa: E402
-from fastsiu.evaluate.benchmarks.form import Answer, Answered  # noqa: E402
-from fastsiu.evaluate.grading import Grader  # noqa: E402
-from fastsiu.request import BadInput  # noqa: E402
+from fastsiu.cli import run as command
+from fastsiu.evaluate.benchmarks import judged, run
+from fastsiu.evaluate.benchmarks.form import Answer, Answered
+from fastsiu.evaluate.grading import Grader
+from fastsiu.request import BadInput
 
 SETS = ("mmubench", "mlubench", "fiubench", "mllmu")
 METRICS = {

@@ -12,9 +12,9 @@ import pytest
 
 pytest.importorskip("pyarrow", reason="the extra [benchmarks] is not installed")
 
-import benchmark_sets as made  # noqa: E402
+import benchmark_sets as made
 
-from fastsiu.evaluate.benchmarks import (  # noqa: E402
+from fastsiu.evaluate.benchmarks import (
     as_suite,
     clear,
     files,
@@ -25,9 +25,9 @@ from fastsiu.evaluate.benchmarks import (  # noqa: E402
     ppubench,
     scores,
 )
-from fastsiu.evaluate.benchmarks.form import Answer, Answered  # noqa: E402
-from fastsiu.evaluate.suites import suite  # noqa: E402
-from fastsiu.request import BadInput  # noqa: E402
+from fastsiu.evaluate.benchmarks.form import Answer, Answered
+from fastsiu.evaluate.suites import suite
+from fastsiu.request import BadInput
 
 READERS = {
     "mmubench": mmubench,

@@ -9,11 +9,11 @@ import pytest
 
 pytest.importorskip("pyarrow", reason="the extra [benchmarks] is not installed")
 
-import benchmark_sets as made  # noqa: E402
+import benchmark_sets as made
 
-from fastsiu.cli import run as command  # noqa: E402
-from fastsiu.evaluate.benchmarks import run  # noqa: E402
-from fastsiu.request import BadInput  # noqa: E402
+from fastsiu.cli import run as command
+from fastsiu.evaluate.benchmarks import run
+from fastsiu.request import BadInput
 
 
 @pytest.mark.parametrize("name", ["mllmu", "fiubench"])
