@@ -23,14 +23,15 @@ EMBEDDED, OTHER = "embedded", "other"
 ANY_KIND = "any"
 HERE = Path(__file__).parent
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-# To the step that begins: the heading takes the focus unless somebody is writing.
+# To the step that begins. Its heading takes the focus only where nobody uses it: what had it is
+# gone or cannot be used any more, or is an earlier step's heading.
 FOLLOW = """() => {
   const now = document.querySelector('.stepper [aria-current="step"]');
   const head = now && document.getElementById('head-' + now.dataset.step);
   if (!head || !head.offsetParent) return;
-  if (!['INPUT', 'TEXTAREA'].includes(document.activeElement.tagName)) {
-    head.focus({preventScroll: true});
-  }
+  const one = document.activeElement;
+  const free = !one || one === document.body || one.disabled || !one.checkVisibility();
+  if (free || one.id.startsWith('head-')) head.focus({preventScroll: true});
   const calm = matchMedia('(prefers-reduced-motion: reduce)').matches;
   head.scrollIntoView({behavior: calm ? 'auto' : 'smooth', block: 'start'});
 }"""

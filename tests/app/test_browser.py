@@ -16,6 +16,8 @@ pytest.importorskip("axe_playwright_python", reason="needs the extra [test-app]"
 import app_browser
 from app_browser import Visit, browser, serving
 
+from fastsiu.app.page import FOLLOW
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(app_browser.CHROMIUM is None, reason="no Chromium was found"),
@@ -61,6 +63,9 @@ def test_the_whole_path_on_a_desktop(cast, tmp_path):
         verdict = page.locator("#verdict .headline")
         verdict.wait_for()
         assert verdict.inner_text().startswith("Forgotten: in")
+        visit.focus("Download the report")
+        page.evaluate(FOLLOW)
+        assert page.evaluate(app_browser.FOCUSED) == "Download the report"  # it is in use
         visit.give(cast.files["other"])
         page.wait_for_function("document.querySelector('#asked-about img') !== null")
         visit.write("Question", f"Is this {cast.other}?")

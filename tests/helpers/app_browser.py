@@ -92,6 +92,9 @@ class Visit:
             "console", lambda said: self.errors.append(said.text) if said.type == "error" else None
         )
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        # The browser tells of file choosers only while somebody listens, and begins a moment late:
+        # of 60 choosers that `expect_file_chooser` alone waited for, 16 never came.
+        self.page.on("filechooser", lambda chooser: None)
         self.page.goto(self.address)
         self.page.get_by_role("heading", name="1. What is to be forgotten?").wait_for()
 
