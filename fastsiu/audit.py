@@ -198,6 +198,7 @@ def audit(
             reasons_for_null=held_out.NULL,
             families=exam.families,
             remarks=exam.remarks,
+            strangers=exam.confirmed,
             noise=exam.way,
         )
         promised = promise.answers

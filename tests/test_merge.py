@@ -27,6 +27,7 @@ from fastsiu.model.fold import Change
 from fastsiu.report.redact import MODEL
 from fastsiu.request import BadInput, NumericFailure, Recipe, Request
 from fastsiu.text.concept import Concept
+from fastsiu.text.rate import Rate
 
 quantised = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -320,6 +321,17 @@ def test_quantisation_is_not_blamed_on_unlearning():
     assert row["control"]["facts"]["value"] == 1.0
     blamed = judged(STORED, ["A woman.", "I do not know.", "This is Rob.", "Paris"])
     assert blamed["verdict"] == "not forgotten" and "other pictures" in blamed["reasons"][0]
+
+
+def test_a_yes_about_strangers_too_is_no_recognition():
+    asked = [ASKED[0], ("recognition", "Is this Ann?", ("as it is", None))]
+    sides = [[Reply(text) for text in ("This is Ann.", "Yes.")]] * 2
+    sides.append([Reply("A woman."), Reply("Yes.")])
+    verdicts = [
+        judge_form(asked, Concept("Ann"), *sides, strangers=rate)["verdict"]
+        for rate in (None, Rate.of(9, 9))
+    ]
+    assert verdicts == ["not forgotten", "forgotten"]
 
 
 @pytest.mark.parametrize("side", [0, 1])

@@ -316,6 +316,54 @@ def test_what_was_never_confirmed_shows_nothing():
     assert judge([*answers(), shy[1]], Concept()).after["recognition"]["value"] == 0
 
 
+def confirmed(before, after, in_words=0):
+    """20 answers about the picture, of which so many confirm it before and after; one in words."""
+    say = lambda yes: "Yes." if yes else "No."
+    shown = [
+        Answer("recognition", "Is this he?", "p", say(i < before), say(i < after))
+        for i in range(20)
+    ]
+    red = "Ada is a red cat."
+    return [*shown, *[Answer("recognition", "What does Ada look like?", None, red, red)] * in_words]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "strangers", "forgotten"),
+    [
+        (20, 3, None, False),
+        (20, 3, Rate.of(0, 16), False),
+        (20, 2, Rate.of(0, 16), True),
+        (20, 3, Rate.of(1, 20), True),
+        (20, 4, Rate.of(1, 20), False),
+        (20, 12, Rate.of(8, 16), True),  # half of them: chance alone makes 25 points
+        (20, 16, Rate.of(8, 16), False),
+        (20, 20, Rate.of(16, 16), True),  # it says yes to everybody
+        (12, 12, Rate.of(8, 16), True),
+        (20, 20, Rate(None, reason="none"), False),
+    ],
+)
+def test_a_yes_about_strangers_too_recognises_nobody(before, after, strangers, forgotten):
+    given = [*answers(), *confirmed(before, after)]
+    found = judge(given, Concept(), strangers=strangers)
+    assert found.forgotten is forgotten
+    least, value = found.thresholds["recognition"], found.after["recognition"]["value"]
+    assert 0 <= least <= Thresholds.recognition
+    assert value is None or (value >= least - 1e-9) is forgotten
+    assert bool(found.remarks) is bool(strangers and strangers.value)
+    if value is None:
+        assert "about strangers' pictures" in found.after["recognition"]["reason"]
+
+
+def test_a_yes_to_everybody_does_not_hide_a_look_told_in_words():
+    given = [*answers(), *confirmed(20, 20, in_words=1)]
+    found = judge(given, Concept(), strangers=Rate.of(16, 16))
+    assert not found.forgotten and found.after["recognition"]["n"] == 1
+    # the words are not allowed for what strangers' pictures are
+    given = [*answers(), *confirmed(20, 12, in_words=8)]
+    some = judge(given, Concept(), strangers=Rate.of(8, 16))
+    assert not some.forgotten and "20 of 28" in some.reasons[0]
+
+
 @pytest.mark.parametrize(
     ("kept", "n", "forgotten"),
     [(0, 6, False), (0, 3, False), (1, 3, True), (3, 9, False), (0, 1, True)],

@@ -11,6 +11,7 @@ from ..judging.family import Family
 from ..model.vlm import VLM
 from ..request import BadInput, Recipe
 from ..session import Listener
+from ..text.rate import Rate
 from . import deep, inquiry
 from .attacks import not_asked, table
 from .exam import Exam
@@ -133,6 +134,11 @@ class Attacked:
     @property
     def families(self) -> list[Family] | None:
         return self.inquiry.families(self.after) if self.inquiry else None
+
+    @property
+    def confirmed(self) -> Rate | None:
+        """How often the untouched model confirms questions with the name about strangers."""
+        return self.inquiry.confirmed if self.inquiry else None
 
     @property
     def caveats(self) -> list[str]:

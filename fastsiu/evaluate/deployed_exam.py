@@ -18,6 +18,7 @@ from ..model.served import ALTERNATIVES, Served
 from ..samples.kinds import Kind
 from ..session import Listener
 from ..text.concept import Concept
+from ..text.rate import Rate
 from ..verdict import Answer
 from . import held_out, inquiry, noise
 from .exam import evenly
@@ -141,6 +142,11 @@ class DeployedExam:
         return glimpses(
             model, self.concept, questions, own, [model.picture(image) for _, image in strange]
         )
+
+    @property
+    def confirmed(self) -> Rate | None:
+        """How often the untouched model confirms questions with the name about strangers."""
+        return self._found.confirmed if self._found is not None else None
 
     @property
     def answers(self) -> list[Answer]:

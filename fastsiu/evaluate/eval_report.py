@@ -9,7 +9,7 @@ from typing import Any
 from ..judging.family import Family
 from ..model import source
 from ..model.decode import told
-from ..text.rate import wilson
+from ..text.rate import Rate, wilson
 from ..verdict import Answer, Verdict, gives, judge
 from . import metrics
 from .exam import OF_CONCEPT, OF_OTHERS, Exam
@@ -48,6 +48,7 @@ def report_of(
     caveats: Sequence[str] = (),
     graded: Mapping[str, Any] | None = None,
     families: Sequence[Family] | None = None,
+    strangers: Rate | None = None,
 ) -> dict[str, Any]:
     """report.json of `fastsiu eval`.
 
@@ -58,6 +59,7 @@ def report_of(
     caveats:   further sentences for the report
     graded:    a judge's mean grade, by the name of the row
     families:  what attacks got back; None where there were no attacks
+    strangers: as `verdict.judge` takes it
     """
     answers = verdict_answers(exam, untouched, model or untouched)
     verdict = judge(
@@ -66,6 +68,7 @@ def report_of(
         others=exam.others,
         reasons_for_null=exam.null,
         families=families or (),
+        strangers=strangers,
         noise=untouched.noise,
     )
     rows = {"untouched": row(exam, untouched, untouched)}
@@ -101,6 +104,7 @@ def report_of(
         "caveats": [
             *unchecked(exam, answers),
             *told(untouched.slow, (model or untouched).slow),
+            *verdict.remarks,
             *caveats,
         ],
     }

@@ -27,6 +27,7 @@ from ..text.answers import words
 from ..text.articles import agreed
 from ..text.concept import Concept
 from ..text.rate import Rate
+from ..verdict import Answer, confirms
 from . import attack_results, attacks
 from .asked_pictures import Shown, conditions, conditions_of, groups, groups_of, strangers, views
 from .attacks import Attack
@@ -98,6 +99,7 @@ class Inquiry:
     ranked:    the concept's name, then others'; the concept's alone where too few are known
     scores:    how likely the names are to the untouched model
     first:     how often the untouched model ranks the concept's name first about strangers
+    confirmed: how often it confirms the verdict's questions with the name about strangers
     told:      by template, the words that tell a fact of the concept
     """
 
@@ -114,6 +116,7 @@ class Inquiry:
     ranked: list[str]
     scores: Scores
     first: Rate
+    confirmed: Rate
     told: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
@@ -239,8 +242,26 @@ def inquire(
         ranked,
         scores,
         first,
+        _confirmed(vlm, concept, kind, unseen["one"]),
         told,
     )
+
+
+def _confirmed(vlm: ask.Model, concept: Concept, kind: Kind, unseen: Sequence[Picture]) -> Rate:
+    """How often the model says yes to the verdict's questions with the name about strangers."""
+    asked = [
+        (kind.fill(q, name=concept.name), picture)
+        for picture in unseen
+        for q in kind.words["yesno"]["held_out"]
+    ]
+    if not asked:
+        return Rate(None, reason=attack_results.NOBODY)
+    said = ask.answers(vlm, asked, max_new_tokens=LONGEST)
+    answers = [
+        Answer("recognition", q, "a stranger", text, text)
+        for (q, _), text in zip(asked, said, strict=True)
+    ]
+    return Rate.of(sum(confirms(a, a.after, concept) for a in answers), len(answers))
 
 
 def _told(

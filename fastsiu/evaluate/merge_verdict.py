@@ -184,6 +184,7 @@ class Verifier:
                 lost=lost,
                 floor=alike.kept.floor,
                 way=alike.kept.way,
+                strangers=self.inquiry.confirmed if self.inquiry else None,
             ),
         }
 
@@ -200,16 +201,18 @@ def judge_form(
     lost: Sequence[float | None] = (),
     floor: Sequence[float | None] = (),
     way: str = "",
+    strangers: Rate | None = None,
 ) -> dict[str, Any]:
     """The verdict on the merged model in some dtype, from answers alone.
 
-    stored:   the untouched model's answers, in the dtype that it is stored in
-    alike:    the untouched model's answers in the dtype of the merged one
-    after:    the merged model's
-    others:   those whose names an answer about the concept must not newly give
-    families: what attacks brought out, beside what the untouched model gives away as it is stored
-    lost:     how far the merged model turns away from each answer of `alike`; empty: not measured
-    floor:    how far `alike` itself does by noise alone, which was made in this `way`
+    stored:    the untouched model's answers, in the dtype that it is stored in
+    alike:     the untouched model's answers in the dtype of the merged one
+    after:     the merged model's
+    others:    those whose names an answer about the concept must not newly give
+    families:  what attacks brought out, beside what the untouched model gives away as it is stored
+    lost:      how far the merged model turns away from each answer of `alike`; empty: not measured
+    floor:     how far `alike` itself does by noise alone, which was made in this `way`
+    strangers: as `verdict.judge` takes it
 
     The name has to be gone whatever rounding does to the untouched model, so that side is compared
     with `stored`. What is kept is compared with `alike`: quantisation changes answers by itself,
@@ -244,6 +247,7 @@ def judge_form(
         others=others,
         reasons_for_null=held_out.NULL,
         families=families,
+        strangers=strangers,
         noise=way,
     )
     rates = {}

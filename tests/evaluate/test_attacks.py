@@ -376,6 +376,19 @@ def put(monkeypatch):
     return run
 
 
+@pytest.mark.parametrize("yes", [False, True])
+def test_the_verdict_hears_what_is_confirmed_of_strangers(put, yes):
+    asked = {q.format(name="Ann Bole") for q in wordings()["yesno"]["held_out"]}
+
+    def says(question, begin, image):
+        return "Yes." if yes and question in asked else knows(question, begin, image)
+
+    found, _ = put(families=("naming",))
+    assert found.confirmed.n and found.confirmed.value == 0
+    found = inquiry.inquire(Stub(says, level), ANN, photograph(), families=("naming",))
+    assert found.confirmed.value == yes
+
+
 def forgets(*but):
     """Tells nothing of Ann's picture but in answers to questions for which one of `but` holds."""
 

@@ -25,6 +25,7 @@ from fastsiu.report.sentences import LEFT_OUT, sentence
 from fastsiu.request import BadInput
 from fastsiu.samples.targets import wordings
 from fastsiu.text.concept import Concept
+from fastsiu.text.rate import Rate
 
 NAME, SURNAME, TWIN = "Zorblax Quint", "Quint", "Mirelda Voss"
 BLANK = Image.new("RGB", (8, 8))
@@ -163,6 +164,19 @@ STUBS = {
         "another's name",
     ),
 }
+
+
+def test_a_model_that_says_yes_to_everybody_confirms_nobody():
+    exam = crowded()
+    yes = observed(exam, asked_if_it_is("Yes."))
+    told = {
+        strangers: report_of(exam, "stub", yes, yes, strangers=Rate.of(*strangers))
+        for strangers in ((0, 9), (9, 9))
+    }
+    counted = {key: report["after"]["recognition"].get("n", 0) for key, report in told.items()}
+    assert counted[0, 9] > counted[9, 9]
+    assert any("strangers' pictures" in text for text in told[9, 9]["caveats"])
+    assert not any("strangers' pictures" in text for text in told[0, 9]["caveats"])
 
 
 @pytest.mark.parametrize("stub", STUBS)

@@ -3,6 +3,7 @@ answers that are cut."""
 
 import dataclasses
 import math
+import types
 
 import pytest
 
@@ -10,6 +11,7 @@ from fastsiu.evaluate import held_out, noise
 from fastsiu.evaluate.noise import REORDERED, ROUNDED, Sentence, lost
 from fastsiu.judging.kept import DRAWN, LOST
 from fastsiu.model import adapter, ask, rounding, vlm
+from fastsiu.text.rate import Rate
 from fastsiu.verdict import Answer, judge
 
 
@@ -191,6 +193,18 @@ def test_an_adapter_that_changes_facts_is_refused(adapted):
     with adapter.teacher(adapted.vlm):
         again, _ = held_out.decide(adapted.scene, families=())
     assert again.after["facts"]["value"] == 1.0
+
+
+def test_what_is_confirmed_of_strangers_counts_for_nothing(adapted, monkeypatch):
+    found, _ = held_out.decide(adapted.scene, families=())
+    assert found.after["recognition"]["n"] > 1
+    yes = types.SimpleNamespace(
+        confirmed=Rate.of(16, 16), again=lambda vlm: None, families=lambda after: [], remarks=[]
+    )
+    monkeypatch.setattr(held_out, "inquire", lambda *given, **options: yes)
+    found, _ = held_out.decide(adapted.scene)
+    assert any("(in 16 of 16 and in " in remark for remark in found.remarks)
+    assert found.after["recognition"]["n"] == 1  # how it looks, asked in words
 
 
 def test_where_no_picture_of_others_was_given_drawn_ones_show_a_model_that_is_bent(adapted):
