@@ -50,11 +50,11 @@ _UNCONFIRMED = (
     "The untouched model confirms none of the questions with the name, so they show nothing."
 )
 _YES_TO_ALL = (
-    "The untouched model confirms questions with the name about strangers' pictures as about the "
+    "The untouched model confirms questions with the name about pictures of nobody as about the "
     "concept's (in {} of {} and in {} of {} answers), so they show nothing and do not count."
 )
 _YES_TO_SOME = (
-    "The untouched model confirms questions with the name about strangers' pictures, too (in {} of "
+    "The untouched model confirms questions with the name about pictures of nobody, too (in {} of "
     "{} answers): about the concept's as much is allowed."
 )
 
@@ -205,8 +205,8 @@ def judge(
     families:  what attacks got back (`evaluate.attack_results`); no applicable one may fail
     remarks:   is copied into the verdict
     strangers: share of the questions with the name that the untouched model confirms about
-               pictures of strangers. A model that says yes to everything recognises nothing by it.
-               None: nobody was asked about, so nothing is allowed for
+               pictures of nobody. A model that says yes to everything recognises nothing by it.
+               None: that was not asked, so nothing is allowed for
     noise:     is copied into the verdict
     """
     limits = thresholds or Thresholds()

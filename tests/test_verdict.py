@@ -351,14 +351,14 @@ def test_a_yes_about_strangers_too_recognises_nobody(before, after, strangers, f
     assert value is None or (value >= least - 1e-9) is forgotten
     assert bool(found.remarks) is bool(strangers and strangers.value)
     if value is None:
-        assert "about strangers' pictures" in found.after["recognition"]["reason"]
+        assert "about pictures of nobody" in found.after["recognition"]["reason"]
 
 
 def test_a_yes_to_everybody_does_not_hide_a_look_told_in_words():
     given = [*answers(), *confirmed(20, 20, in_words=1)]
     found = judge(given, Concept(), strangers=Rate.of(16, 16))
     assert not found.forgotten and found.after["recognition"]["n"] == 1
-    # the words are not allowed for what strangers' pictures are
+    # the words are not allowed for what pictures of nobody are
     given = [*answers(), *confirmed(20, 12, in_words=8)]
     some = judge(given, Concept(), strangers=Rate.of(8, 16))
     assert not some.forgotten and "20 of 28" in some.reasons[0]

@@ -9,9 +9,11 @@ then to the unlearned one.
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from statistics import fmean
 from typing import NamedTuple
 
@@ -22,12 +24,14 @@ from ..model import ask
 from ..model.served import Served
 from ..model.turns import Picture
 from ..model.vlm import encoder
+from ..samples import generic
 from ..samples.kinds import PERSON, Kind
+from ..samples.nobody import shows_nobody
 from ..text.answers import words
 from ..text.articles import agreed
 from ..text.concept import Concept
 from ..text.rate import Rate
-from ..verdict import Answer, confirms
+from ..verdict import Answer, confirms, gives
 from . import attack_results, attacks
 from .asked_pictures import Shown, conditions, conditions_of, groups, groups_of, strangers, views
 from .attacks import Attack
@@ -39,6 +43,7 @@ FEWEST = 4  # of those names: with fewer the true name comes first by chance too
 FEWEST_STRANGERS = 3  # with fewer it is not known how far apart they lie among themselves
 # A stranger's picture is one about which the name's log-probability is below this.
 LIKELY = math.log(0.01)
+SHAPES = 8  # drawn pictures of nothing in particular, where strangers are confirmed
 FRAMES = 4  # naming questions in whose answers names are scored
 NOTHING_TOLD = (
     "The untouched model told nothing of it in words that it does not say of others, so no fact "
@@ -99,7 +104,7 @@ class Inquiry:
     ranked:    the concept's name, then others'; the concept's alone where too few are known
     scores:    how likely the names are to the untouched model
     first:     how often the untouched model ranks the concept's name first about strangers
-    confirmed: how often it confirms the verdict's questions with the name about strangers
+    confirmed: how often it confirms the verdict's questions with the name about nobody
     told:      by template, the words that tell a fact of the concept
     """
 
@@ -242,26 +247,48 @@ def inquire(
         ranked,
         scores,
         first,
-        _confirmed(vlm, concept, kind, unseen["one"]),
+        _confirmed(vlm, concept, kind, unseen["one"], image, seed),
         told,
     )
 
 
-def _confirmed(vlm: ask.Model, concept: Concept, kind: Kind, unseen: Sequence[Picture]) -> Rate:
-    """How often the model says yes to the verdict's questions with the name about strangers."""
-    asked = [
-        (kind.fill(q, name=concept.name), picture)
-        for picture in unseen
-        for q in kind.words["yesno"]["held_out"]
-    ]
-    if not asked:
-        return Rate(None, reason=attack_results.NOBODY)
-    said = ask.answers(vlm, asked, max_new_tokens=LONGEST)
-    answers = [
-        Answer("recognition", q, "a stranger", text, text)
-        for (q, _), text in zip(asked, said, strict=True)
-    ]
-    return Rate.of(sum(confirms(a, a.after, concept) for a in answers), len(answers))
+def _confirmed(
+    vlm: ask.Model,
+    concept: Concept,
+    kind: Kind,
+    unseen: Sequence[Picture],
+    like: Image.Image,
+    seed: int,
+) -> Rate:
+    """How often the model says yes to the verdict's questions with the name about strangers; or
+    about drawn shapes, where it does so less often. A stranger is made of the concept's picture: a
+    yes may come from what is still recognised in it. A yes to shapes is a habit.
+
+    like: a picture of the size that the shapes get
+    """
+
+    def confirmed(pictures: Sequence[Picture]) -> Rate:
+        questions = [kind.fill(q, name=concept.name) for q in kind.words["yesno"]["held_out"]]
+        asked = [(q, picture) for picture in pictures for q in questions]
+        if not asked:
+            return Rate(None, reason=attack_results.NOBODY)
+        said = ask.answers(vlm, asked, max_new_tokens=LONGEST)
+        answers = [
+            Answer("recognition", q, "nobody", text, text)
+            for (q, _), text in zip(asked, said, strict=True)
+        ]
+        return Rate.of(sum(confirms(a, a.after, concept) for a in answers), len(answers))
+
+    made = confirmed(unseen)
+    if not made.value:
+        return made
+    rng = random.Random(f"confirmed {seed}")
+    drawings = [vlm.picture(generic.shapes(like.size, rng)) for _ in range(SHAPES)]
+    nobody = shows_nobody(
+        vlm, drawings, kind.words["who"]["held_out"], lambda text: gives(concept, text)
+    )
+    drawn = confirmed(list(compress(drawings, nobody)))
+    return drawn if drawn.value is None or drawn.value < made.value else made
 
 
 def _told(

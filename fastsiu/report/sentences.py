@@ -216,9 +216,9 @@ SENTENCES = (
     "The name is still in # of # answers about pictures of the concept beside others (# %; at most "
     "# % is allowed).",
     "The untouched model confirms none of the questions with the name, so they show nothing.",
-    "The untouched model confirms questions with the name about strangers' pictures as about the "
+    "The untouched model confirms questions with the name about pictures of nobody as about the "
     "concept's (in # of # and in # of # answers), so they show nothing and do not count.",
-    "The untouched model confirms questions with the name about strangers' pictures, too (in # of "
+    "The untouched model confirms questions with the name about pictures of nobody, too (in # of "
     "# answers): about the concept's as much is allowed.",
     "# of # answers about the concept's pictures were cut before they ended, so a name at their "
     "end is not seen: raise --max-new-tokens.",

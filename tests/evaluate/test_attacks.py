@@ -389,6 +389,18 @@ def test_the_verdict_hears_what_is_confirmed_of_strangers(put, yes):
     assert found.confirmed.value == yes
 
 
+def test_a_stranger_that_is_half_recognised_excuses_no_yes(put):
+    """A yes to what was made of the picture may be recognition; shapes are nobody's."""
+    made = {image.tobytes() for _, image in asked_pictures.candidates(photograph())}
+
+    def says(question, begin, image):
+        asked = question in {q.format(name="Ann Bole") for q in wordings()["yesno"]["held_out"]}
+        return "Yes." if asked and image.tobytes() in made else knows(question, begin, image)
+
+    found = inquiry.inquire(Stub(says, level), ANN, photograph(), families=("naming",))
+    assert found.confirmed.n and found.confirmed.value == 0
+
+
 def forgets(*but):
     """Tells nothing of Ann's picture but in answers to questions for which one of `but` holds."""
 

@@ -175,8 +175,8 @@ def test_a_model_that_says_yes_to_everybody_confirms_nobody():
     }
     counted = {key: report["after"]["recognition"].get("n", 0) for key, report in told.items()}
     assert counted[0, 9] > counted[9, 9]
-    assert any("strangers' pictures" in text for text in told[9, 9]["caveats"])
-    assert not any("strangers' pictures" in text for text in told[0, 9]["caveats"])
+    assert any("pictures of nobody" in text for text in told[9, 9]["caveats"])
+    assert not any("pictures of nobody" in text for text in told[0, 9]["caveats"])
 
 
 @pytest.mark.parametrize("stub", STUBS)
