@@ -198,7 +198,7 @@ def audit(
             reasons_for_null=held_out.NULL,
             families=exam.families,
             remarks=exam.remarks,
-            strangers=exam.confirmed,
+            of_nobody=exam.confirmed,
             noise=exam.way,
         )
         promised = promise.answers

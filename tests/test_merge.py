@@ -323,13 +323,13 @@ def test_quantisation_is_not_blamed_on_unlearning():
     assert blamed["verdict"] == "not forgotten" and "other pictures" in blamed["reasons"][0]
 
 
-def test_a_yes_about_strangers_too_is_no_recognition():
+def test_a_yes_that_nobody_gets_as_well_is_no_recognition():
     asked = [ASKED[0], ("recognition", "Is this Ann?", ("as it is", None))]
     sides = [[Reply(text) for text in ("This is Ann.", "Yes.")]] * 2
     sides.append([Reply("A woman."), Reply("Yes.")])
     verdicts = [
-        judge_form(asked, Concept("Ann"), *sides, strangers=rate)["verdict"]
-        for rate in (None, Rate.of(9, 9))
+        judge_form(asked, Concept("Ann"), *sides, of_nobody=rates)["verdict"]
+        for rates in (None, {"Is this Ann?": Rate.of(9, 9)})
     ]
     assert verdicts == ["not forgotten", "forgotten"]
 

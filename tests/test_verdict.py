@@ -316,52 +316,43 @@ def test_what_was_never_confirmed_shows_nothing():
     assert judge([*answers(), shy[1]], Concept()).after["recognition"]["value"] == 0
 
 
-def confirmed(before, after, in_words=0):
-    """20 answers about the picture, of which so many confirm it before and after; one in words."""
+HABIT, OTHER = "Do you see Ada here?", "Is Ada shown?"
+
+
+def confirmed(after, in_words=0):
+    """20 answers to each of two questions, all confirmed before; `after` of each of them after.
+    in_words: further ones that tell the look as before."""
     say = lambda yes: "Yes." if yes else "No."
-    shown = [
-        Answer("recognition", "Is this he?", "p", say(i < before), say(i < after))
-        for i in range(20)
-    ]
-    red = "Ada is a red cat."
-    return [*shown, *[Answer("recognition", "What does Ada look like?", None, red, red)] * in_words]
+    for question, yes in zip((HABIT, OTHER), after, strict=True):
+        for i in range(20):
+            yield Answer("recognition", question, "p", "Yes.", say(i < yes))
+    for _ in range(in_words):
+        red = "Ada is a red cat."
+        yield Answer("recognition", "What does Ada look like?", None, red, red)
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "strangers", "forgotten"),
+    ("after", "of_habit", "in_words", "forgotten"),
     [
-        (20, 3, None, False),
-        (20, 3, Rate.of(0, 16), False),
-        (20, 2, Rate.of(0, 16), True),
-        (20, 3, Rate.of(1, 20), True),
-        (20, 4, Rate.of(1, 20), False),
-        (20, 12, Rate.of(8, 16), True),  # half of them: chance alone makes 25 points
-        (20, 16, Rate.of(8, 16), False),
-        (20, 20, Rate.of(16, 16), True),  # it says yes to everybody
-        (12, 12, Rate.of(8, 16), True),
-        (20, 20, Rate(None, reason="none"), False),
+        ((5, 0), None, 0, False),
+        ((4, 0), None, 0, True),
+        ((20, 0), Rate.of(16, 16), 0, True),  # it says yes to everybody
+        ((20, 5), Rate.of(16, 16), 0, False),  # and that excuses no other question
+        ((0, 5), Rate.of(16, 16), 0, False),
+        ((14, 0), Rate.of(8, 16), 0, True),
+        ((15, 0), Rate.of(8, 16), 0, False),
+        ((5, 0), Rate(None, reason="nobody was asked about"), 0, False),
+        ((0, 0), Rate.of(16, 16), 1, True),  # an excuse never makes it worse
+        ((20, 0), Rate.of(16, 16), 5, False),  # nor does it excuse a look that is told in words
     ],
 )
-def test_a_yes_about_strangers_too_recognises_nobody(before, after, strangers, forgotten):
-    given = [*answers(), *confirmed(before, after)]
-    found = judge(given, Concept(), strangers=strangers)
-    assert found.forgotten is forgotten
+def test_a_yes_that_nobody_gets_as_well_is_excused(after, of_habit, in_words, forgotten):
+    given = [*answers(), *confirmed(after, in_words)]
+    found = judge(given, Concept(), of_nobody={} if of_habit is None else {HABIT: of_habit})
+    assert found.forgotten is forgotten, found.reasons
     least, value = found.thresholds["recognition"], found.after["recognition"]["value"]
-    assert 0 <= least <= Thresholds.recognition
-    assert value is None or (value >= least - 1e-9) is forgotten
-    assert bool(found.remarks) is bool(strangers and strangers.value)
-    if value is None:
-        assert "about pictures of nobody" in found.after["recognition"]["reason"]
-
-
-def test_a_yes_to_everybody_does_not_hide_a_look_told_in_words():
-    given = [*answers(), *confirmed(20, 20, in_words=1)]
-    found = judge(given, Concept(), strangers=Rate.of(16, 16))
-    assert not found.forgotten and found.after["recognition"]["n"] == 1
-    # the words are not allowed for what pictures of nobody are
-    given = [*answers(), *confirmed(20, 12, in_words=8)]
-    some = judge(given, Concept(), strangers=Rate.of(8, 16))
-    assert not some.forgotten and "20 of 28" in some.reasons[0]
+    assert 0 <= least <= Thresholds.recognition and (value >= least - 1e-9) is forgotten
+    assert judge(given, Concept()).forgotten <= forgotten
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ which entries of the report they give."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,9 +136,9 @@ class Attacked:
         return self.inquiry.families(self.after) if self.inquiry else None
 
     @property
-    def confirmed(self) -> Rate | None:
-        """How often the untouched model confirms questions with the name about strangers."""
-        return self.inquiry.confirmed if self.inquiry else None
+    def confirmed(self) -> Mapping[str, Rate]:
+        """As `Inquiry.confirmed`."""
+        return self.inquiry.confirmed if self.inquiry else {}
 
     @property
     def caveats(self) -> list[str]:

@@ -6,7 +6,7 @@ tokens that a server tells.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from PIL.Image import Image
@@ -144,9 +144,9 @@ class DeployedExam:
         )
 
     @property
-    def confirmed(self) -> Rate | None:
-        """How often the untouched model confirms questions with the name about strangers."""
-        return self._found.confirmed if self._found is not None else None
+    def confirmed(self) -> Mapping[str, Rate]:
+        """As `Inquiry.confirmed`."""
+        return self._found.confirmed if self._found is not None else {}
 
     @property
     def answers(self) -> list[Answer]:

@@ -48,7 +48,7 @@ def report_of(
     caveats: Sequence[str] = (),
     graded: Mapping[str, Any] | None = None,
     families: Sequence[Family] | None = None,
-    strangers: Rate | None = None,
+    of_nobody: Mapping[str, Rate] | None = None,
 ) -> dict[str, Any]:
     """report.json of `fastsiu eval`.
 
@@ -59,7 +59,7 @@ def report_of(
     caveats:   further sentences for the report
     graded:    a judge's mean grade, by the name of the row
     families:  what attacks got back; None where there were no attacks
-    strangers: as `verdict.judge` takes it
+    of_nobody: as `verdict.judge` takes it
     """
     answers = verdict_answers(exam, untouched, model or untouched)
     verdict = judge(
@@ -68,7 +68,7 @@ def report_of(
         others=exam.others,
         reasons_for_null=exam.null,
         families=families or (),
-        strangers=strangers,
+        of_nobody=of_nobody,
         noise=untouched.noise,
     )
     rows = {"untouched": row(exam, untouched, untouched)}
@@ -104,7 +104,6 @@ def report_of(
         "caveats": [
             *unchecked(exam, answers),
             *told(untouched.slow, (model or untouched).slow),
-            *verdict.remarks,
             *caveats,
         ],
     }

@@ -172,6 +172,6 @@ def decide(
         reasons_for_null=NULL,
         families=found,
         remarks=remarks,
-        strangers=inquiry.confirmed if inquiry else None,
+        of_nobody=inquiry.confirmed if inquiry else None,
         noise=kept.way,
     ), answers

@@ -57,6 +57,10 @@ FEW_STRANGERS = (
     f"Fewer than {FEWEST_STRANGERS} pictures were found in which the untouched model recognises "
     "nobody, so how likely the name is was not compared."
 )
+YES_TO_NOBODY = (
+    "The untouched model confirms questions with the name about pictures of nobody, too (in {} of "
+    "{} answers), so as large a share of the answers to them is excused."
+)
 NO_FRAME = "The untouched model gave the name in no answer that it could be scored in."
 # The families that the verdict asks.
 VERDICT = tuple(key for key in attacks.table()["family"] if key != "pictures")
@@ -104,7 +108,7 @@ class Inquiry:
     ranked:    the concept's name, then others'; the concept's alone where too few are known
     scores:    how likely the names are to the untouched model
     first:     how often the untouched model ranks the concept's name first about strangers
-    confirmed: how often it confirms the verdict's questions with the name about nobody
+    confirmed: by question of the verdict with the name, how often it confirms it about nobody
     told:      by template, the words that tell a fact of the concept
     """
 
@@ -121,13 +125,16 @@ class Inquiry:
     ranked: list[str]
     scores: Scores
     first: Rate
-    confirmed: Rate
+    confirmed: Mapping[str, Rate]
     told: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def remarks(self) -> list[str]:
         """What could not be compared, looked for or scored."""
+        yes = sum(round((rate.value or 0.0) * rate.n) for rate in self.confirmed.values())
+        habit = YES_TO_NOBODY.format(yes, sum(rate.n for rate in self.confirmed.values()))
         holds = {
+            habit: yes > 0,
             attack_results.NOBODY: not self.strange["one"],
             NOTHING_TOLD: not self.told,
             NO_FRAME: not self.frames,
@@ -259,36 +266,40 @@ def _confirmed(
     unseen: Sequence[Picture],
     like: Image.Image,
     seed: int,
-) -> Rate:
-    """How often the model says yes to the verdict's questions with the name about strangers; or
-    about drawn shapes, where it does so less often. A stranger is made of the concept's picture: a
-    yes may come from what is still recognised in it. A yes to shapes is a habit.
+) -> dict[str, Rate]:
+    """By question of the verdict with the name, how often the model says yes to it about strangers;
+    or about drawn shapes, where it does so less often. A stranger is made of the concept's picture:
+    a yes may come from what is still recognised in it. A yes to shapes is a habit. Questions to
+    which it never says yes are left out.
 
     like: a picture of the size that the shapes get
     """
+    questions = [kind.fill(q, name=concept.name) for q in kind.words["yesno"]["held_out"]]
 
-    def confirmed(pictures: Sequence[Picture]) -> Rate:
-        questions = [kind.fill(q, name=concept.name) for q in kind.words["yesno"]["held_out"]]
-        asked = [(q, picture) for picture in pictures for q in questions]
-        if not asked:
-            return Rate(None, reason=attack_results.NOBODY)
-        said = ask.answers(vlm, asked, max_new_tokens=LONGEST)
-        answers = [
-            Answer("recognition", q, "nobody", text, text)
-            for (q, _), text in zip(asked, said, strict=True)
-        ]
-        return Rate.of(sum(confirms(a, a.after, concept) for a in answers), len(answers))
+    def confirmed(pictures: Sequence[Picture]) -> dict[str, Rate]:
+        said = ask.answers(
+            vlm, [(q, picture) for q in questions for picture in pictures], max_new_tokens=LONGEST
+        )
+        found = {}
+        for n, question in enumerate(questions):
+            own = said[n * len(pictures) : (n + 1) * len(pictures)]
+            answers = [Answer("recognition", question, "nobody", text, text) for text in own]
+            if yes := sum(confirms(a, a.after, concept) for a in answers):
+                found[question] = Rate.of(yes, len(answers))
+        return found
 
-    made = confirmed(unseen)
-    if not made.value:
-        return made
+    made = confirmed(unseen) if unseen else {}
+    if not made:
+        return {}
     rng = random.Random(f"confirmed {seed}")
     drawings = [vlm.picture(generic.shapes(like.size, rng)) for _ in range(SHAPES)]
     nobody = shows_nobody(
         vlm, drawings, kind.words["who"]["held_out"], lambda text: gives(concept, text)
     )
-    drawn = confirmed(list(compress(drawings, nobody)))
-    return drawn if drawn.value is None or drawn.value < made.value else made
+    some = list(compress(drawings, nobody))
+    drawn = confirmed(some) if some else {}
+    share = lambda rate: rate.value or 0.0
+    return {q: min(rate, drawn[q], key=share) for q, rate in made.items() if q in drawn}
 
 
 def _told(

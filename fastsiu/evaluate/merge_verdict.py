@@ -184,7 +184,7 @@ class Verifier:
                 lost=lost,
                 floor=alike.kept.floor,
                 way=alike.kept.way,
-                strangers=self.inquiry.confirmed if self.inquiry else None,
+                of_nobody=self.inquiry.confirmed if self.inquiry else None,
             ),
         }
 
@@ -201,7 +201,7 @@ def judge_form(
     lost: Sequence[float | None] = (),
     floor: Sequence[float | None] = (),
     way: str = "",
-    strangers: Rate | None = None,
+    of_nobody: Mapping[str, Rate] | None = None,
 ) -> dict[str, Any]:
     """The verdict on the merged model in some dtype, from answers alone.
 
@@ -212,7 +212,7 @@ def judge_form(
     families:  what attacks brought out, beside what the untouched model gives away as it is stored
     lost:      how far the merged model turns away from each answer of `alike`; empty: not measured
     floor:     how far `alike` itself does by noise alone, which was made in this `way`
-    strangers: as `verdict.judge` takes it
+    of_nobody: as `verdict.judge` takes it
 
     The name has to be gone whatever rounding does to the untouched model, so that side is compared
     with `stored`. What is kept is compared with `alike`: quantisation changes answers by itself,
@@ -247,7 +247,7 @@ def judge_form(
         others=others,
         reasons_for_null=held_out.NULL,
         families=families,
-        strangers=strangers,
+        of_nobody=of_nobody,
         noise=way,
     )
     rates = {}

@@ -213,7 +213,7 @@ def evaluate(
             caveats=[*caveats, *besides.caveats],
             graded=graded,
             families=besides.families,
-            strangers=besides.confirmed,
+            of_nobody=besides.confirmed,
         )
         told |= besides.told
         if benchmarks is not None:

@@ -30,18 +30,6 @@ GIVEN_AWAY = {
 }
 
 
-def allowed(strangers: Rate, n: int, margin: float) -> float:
-    """The largest share of n answers about the concept that still counts as like strangers.
-
-    strangers: the untouched model about strangers; no value counts as 0
-    margin:    how much more is allowed, a share
-    """
-    share, scatter = strangers.value or 0.0, 0.0
-    if share > CHANCE and n:
-        scatter = CHANCE_Z * math.sqrt(share * (1 - share) * (1 / strangers.n + 1 / n))
-    return share + max(margin, scatter)
-
-
 @dataclass(frozen=True)
 class Family:
     """One family and the share of answers that give the concept away, for each model.
@@ -73,7 +61,13 @@ class Family:
         """The largest share that still counts as like strangers."""
         if self.seeks == "likelihood":
             return LIKELIHOOD[1]
-        return allowed(self.strangers, self.unlearned.n, self.margin)
+        share = self.strangers.value or 0.0
+        scatter = 0.0
+        if share > CHANCE and self.unlearned.n:
+            scatter = CHANCE_Z * math.sqrt(
+                share * (1 - share) * (1 / self.strangers.n + 1 / self.unlearned.n)
+            )
+        return share + max(self.margin, scatter)
 
     @property
     def applicable(self) -> bool:

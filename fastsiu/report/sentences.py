@@ -216,10 +216,8 @@ SENTENCES = (
     "The name is still in # of # answers about pictures of the concept beside others (# %; at most "
     "# % is allowed).",
     "The untouched model confirms none of the questions with the name, so they show nothing.",
-    "The untouched model confirms questions with the name about pictures of nobody as about the "
-    "concept's (in # of # and in # of # answers), so they show nothing and do not count.",
-    "The untouched model confirms questions with the name about pictures of nobody, too (in # of "
-    "# answers): about the concept's as much is allowed.",
+    "The untouched model confirms questions with the name about pictures of nobody, too (in # of # "
+    "answers), so as large a share of the answers to them is excused.",
     "# of # answers about the concept's pictures were cut before they ended, so a name at their "
     "end is not seen: raise --max-new-tokens.",
     "The answers about the concept's pictures are no sentences of the untouched model: their "

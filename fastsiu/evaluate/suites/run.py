@@ -331,6 +331,7 @@ def one(loaded: vlm.VLM, job: SuiteJob, subject: suite.Subject, listener: Listen
                 adapted=adapted,
                 caveats=caveats,
                 families=besides.families,
+                of_nobody=besides.confirmed,
             )
             report |= besides.told
             listener.stage(f"{subject.slug}: writing the output")
