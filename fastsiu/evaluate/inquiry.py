@@ -57,10 +57,6 @@ FEW_STRANGERS = (
     f"Fewer than {FEWEST_STRANGERS} pictures were found in which the untouched model recognises "
     "nobody, so how likely the name is was not compared."
 )
-YES_TO_NOBODY = (
-    "The untouched model confirms questions with the name about pictures of nobody, too (in {} of "
-    "{} answers), so as large a share of the answers to them is excused."
-)
 NO_FRAME = "The untouched model gave the name in no answer that it could be scored in."
 # The families that the verdict asks.
 VERDICT = tuple(key for key in attacks.table()["family"] if key != "pictures")
@@ -132,7 +128,11 @@ class Inquiry:
     def remarks(self) -> list[str]:
         """What could not be compared, looked for or scored."""
         yes = sum(round((rate.value or 0.0) * rate.n) for rate in self.confirmed.values())
-        habit = YES_TO_NOBODY.format(yes, sum(rate.n for rate in self.confirmed.values()))
+        asked = sum(rate.n for rate in self.confirmed.values())
+        habit = (
+            "The untouched model confirms questions with the name about pictures of nobody, too "
+            f"(in {yes} of {asked} answers), so as large a share of the answers to them is excused."
+        )
         holds = {
             habit: yes > 0,
             attack_results.NOBODY: not self.strange["one"],
