@@ -133,7 +133,10 @@ class Visit:
         """What axe finds wrong."""
         from axe_playwright_python.sync_playwright import Axe
 
-        self.page.wait_for_function("!document.querySelector('p.loading')")  # Gradio's own
+        # Gradio's own words, and colours on their way: a button that is enabled again fades in
+        self.page.wait_for_function("!document.querySelector('p.loading')")
+        moving = "document.getAnimations().some(one => one instanceof CSSTransition)"
+        self.page.wait_for_function(f"!{moving}")
         found = Axe().run(self.page).response["violations"]
         return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
 
