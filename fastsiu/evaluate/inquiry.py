@@ -288,7 +288,7 @@ def _confirmed(
                 found[question] = Rate.of(yes, len(answers))
         return found
 
-    made = confirmed(unseen) if unseen else {}
+    made = confirmed(unseen)
     if not made:
         return {}
     rng = random.Random(f"confirmed {seed}")
@@ -296,8 +296,7 @@ def _confirmed(
     nobody = shows_nobody(
         vlm, drawings, kind.words["who"]["held_out"], lambda text: gives(concept, text)
     )
-    some = list(compress(drawings, nobody))
-    drawn = confirmed(some) if some else {}
+    drawn = confirmed(list(compress(drawings, nobody)))
     share = lambda rate: rate.value or 0.0
     return {q: min(rate, drawn[q], key=share) for q, rate in made.items() if q in drawn}
 

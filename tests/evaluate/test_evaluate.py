@@ -22,7 +22,8 @@ from fastsiu.images import load_image
 from fastsiu.model import adapter, ask
 from fastsiu.report.redact import redacted
 from fastsiu.report.sentences import LEFT_OUT, sentence
-from fastsiu.request import BadInput
+from fastsiu.request import KINDS, BadInput
+from fastsiu.samples.kinds import Kind
 from fastsiu.samples.targets import wordings
 from fastsiu.text.concept import Concept
 from fastsiu.text.rate import Rate
@@ -176,6 +177,14 @@ def test_a_yes_that_nobody_gets_as_well_is_excused():
         for rate in (Rate.of(0, 9), Rate.of(9, 9))
     }
     assert least[1.0]["recognition"] < least[0.0]["recognition"] == RECOGNITION
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eval_puts_the_questions_that_can_be_excused(cast, kind):
+    asked, kind = Concept(NAME), Kind(kind)
+    exam = directories.exam_of(asked, image=cast.image, kind=kind)
+    put = {c.text for c in exam.cells if c.question.kind == "yesno" and c.about == NAME}
+    assert put == {kind.fill(q, name=NAME) for q in kind.words["yesno"]["held_out"]}
 
 
 @pytest.mark.parametrize("stub", STUBS)

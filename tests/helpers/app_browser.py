@@ -93,7 +93,7 @@ class Visit:
         )
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         # The browser tells of file choosers only while somebody listens, and begins a moment late:
-        # of 60 choosers that `expect_file_chooser` alone waited for, 16 never came.
+        # one that `expect_file_chooser` alone waits for may never come.
         self.page.on("filechooser", lambda chooser: None)
         self.page.goto(self.address)
         self.page.get_by_role("heading", name="1. What is to be forgotten?").wait_for()
